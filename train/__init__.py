@@ -1,0 +1,1 @@
+"""Run networks: the stages, their measurement, and what drives them."""
