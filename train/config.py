@@ -122,7 +122,6 @@ class PretrainConfig(TrainingConfig):
     eval_max_rows: int = _flag(512, "rows evaluated at most")
     eval_mask_index: list[str] = _flag([], "also evaluate on these prebuilt mask indices")
     export_steps: list[int] = _flag([], "also write hf_step_N/ at these steps")
-    full_logits: bool = _flag(False, "compute the head on all positions (slow; for comparison)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -311,9 +310,19 @@ class PipelineConfig:
 
     recipe: str = _flag("", "YAML file, as train/recipes/demo.yaml")
     output_dir: str = _flag("", "folder for everything the recipe makes")
-    set: list[str] = _flag([], "replace variables of the recipe: key=value ...")
+    set: list[str] = field(default_factory=list, metadata={
+        "help": "replace variables or settings of the recipe: key=value ... (may be repeated)",
+        "action": "extend",
+    })
     num_gpus: int = _flag(1, "ranks of each training command")
-    master_port: int = _flag(0, "port of the launcher; 0: a free one")
+    master_port: int = _flag(0, "port of the launcher; 0: a free one for each command")
+    launcher: Literal["deepspeed", "python"] = _flag(
+        "deepspeed", "what starts the training commands; python: one process, without the "
+        "launcher's few seconds a command"
+    )
+    rerun: bool = _flag(
+        False, "delete and make again what another command or older inputs made in --output_dir"
+    )
     dry_run: bool = _flag(False, "print the commands and exit")
 
     def __post_init__(self) -> None:
@@ -322,6 +331,22 @@ class PipelineConfig:
                 raise ConfigError(f"--{name} is missing")
         _require(self.num_gpus >= 1, "num_gpus", self.num_gpus, "1 or more")
         _require(0 <= self.master_port < 65536, "master_port", self.master_port, "a port number")
+        if self.launcher == "python" and self.num_gpus > 1:
+            raise ConfigError(
+                f"--launcher python starts one process, but --num_gpus is {self.num_gpus}: "
+                "leave --launcher out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """A table, a CSV file and figures of finished and running runs."""
+
+    runs: list[str] = field(default_factory=list, metadata={
+        "help": "run directories, or output folders of train/pipeline.py",
+        "nargs": "*",
+    })
+    output_dir: str = _flag("report", "folder for table.csv, differences.csv and the figures")
 
 
 ConfigClass = TypeVar("ConfigClass")

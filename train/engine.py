@@ -1,0 +1,392 @@
+"""The thin layer over DeepSpeed: its JSON, its process group, its engine.
+
+The only importer of deepspeed, and that inside functions (the import takes seconds), so that
+`--help` and every check of a user's input come first. The JSON is filled and checked here
+before DeepSpeed sees it: it does not know the word "auto" and ignores a misspelt block.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preprocess.errors import ConfigError
+from train.config import TrainingConfig
+
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+DEFAULT_LEARNING_RATE = 1e-4
+DEFAULT_BATCH = 32
+
+# What DeepSpeed 0.19 reads at the top level, as far as an encoder needs it. DeepSpeed accepts
+# any other key in silence, so {"zero_optimizaton": ...} would train without ZeRO.
+TOP_LEVEL_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
+    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "prescale_gradients", "gradient_predivide_factor", "communication_data_type",
+    "seq_parallel_communication_data_type", "disable_allgather", "activation_checkpointing",
+    "aio", "comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet",
+    "checkpoint", "data_types", "dataloader_drop_last", "use_node_local_storage", "compile",
+    "timers", "hybrid_engine", "tensor_parallel", "zenflow", "managed_gradient_accumulation",
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `world_size`, `local_rank` on its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A DeepSpeed configuration without "auto", and its batch arithmetic.
+
+    `train_batch_size == micro_batch_size * accumulation_steps * world_size` (rows a step).
+    `notes` are lines to say to the user; `precision` is fp32, fp16 or bf16.
+    """
+
+    config: dict[str, Any]
+    micro_batch_size: int
+    accumulation_steps: int
+    train_batch_size: int
+    precision: str
+    notes: tuple[str, ...]
+
+
+def ranks() -> Ranks:
+    """Read rank and world size from the launcher's environment; one process without it."""
+    return Ranks(
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
+def is_main() -> bool:
+    """Whether this is the first rank."""
+    return ranks().rank == 0
+
+
+def read_ds_config(path: str | None) -> dict[str, Any]:
+    """Read a DeepSpeed JSON; the default depends on whether there is a GPU.
+
+    Raises:
+        ConfigError: no such file, not JSON, not an object, or an unknown top-level key.
+    """
+    file = Path(path or DS_CONFIGS / ("zero1_fp16.json" if torch.cuda.is_available() else "cpu.json"))
+    if not file.is_file():
+        known = ", ".join(sorted(f.name for f in DS_CONFIGS.glob("*.json")))
+        raise ConfigError(f"--deepspeed_config {file}: no such file; ds_configs/ has {known}")
+    try:
+        config = json.loads(file.read_text(), object_pairs_hook=_refuse_duplicates)
+    except ValueError as error:
+        raise ConfigError(f"--deepspeed_config {file}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--deepspeed_config {file}: must hold one JSON object")
+    for key in config:
+        if key not in TOP_LEVEL_KEYS:
+            near = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "remove it"
+            raise ConfigError(f"--deepspeed_config {file}: unknown key {key!r}; {hint}")
+    return config
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _settle(config: dict[str, Any], key: str, flag: str, given: Any, default: Any) -> Any:
+    """Fill config[key] if absent or "auto"; refuse a flag that contradicts a written value."""
+    written = config.get(key, "auto")
+    if written == "auto":
+        config[key] = default if given is None else given
+    elif given is not None and given != written:
+        raise ConfigError(
+            f"--{flag} {given} contradicts {key} {written} in the DeepSpeed JSON; drop the flag, "
+            f'or write "auto" there'
+        )
+    return config[key]
+
+
+def _settle_batch(config: dict[str, Any], options: TrainingConfig, world_size: int,
+                  default_batch: int) -> tuple[int, int, int]:
+    """Solve train = micro * accumulation * world for what is not said."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    flags = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_batch_size")
+    micro, accumulation, train = (
+        _settle(config, name, flag, getattr(options, flag), None)
+        for name, flag in zip(names, flags, strict=True)
+    )
+    for name, value in zip(names, (micro, accumulation, train), strict=True):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)
+                                  or value < 1):
+            raise ConfigError(f"{name} {value!r}: must be a whole number of 1 or more")
+    given = (micro, accumulation, train)
+    if train is None:
+        accumulation = accumulation or 1
+        micro = micro or max(1, default_batch // (accumulation * world_size))
+        train = micro * accumulation * world_size
+    elif micro is None and accumulation is None:
+        accumulation = 1
+        micro = train // world_size
+    elif micro is None:
+        micro = train // (accumulation * world_size)
+    elif accumulation is None:
+        accumulation = train // (micro * world_size)
+    if micro * accumulation * world_size != train:
+        raise ConfigError(
+            f"batch sizes do not fit: micro {given[0]} x accumulation {given[1]} x {world_size} "
+            f"ranks must equal train_batch_size {given[2]}; change one of them"
+        )
+    config.update(zip(names, (micro, accumulation, train), strict=True))
+    return micro, accumulation, train
+
+
+def _settle_precision(config: dict[str, Any], options: TrainingConfig) -> tuple[str, list[str]]:
+    """Which precision the JSON asks for, and what this device has instead."""
+    wanted = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
+    if len(wanted) == 2:
+        raise ConfigError("the DeepSpeed JSON enables fp16 and bf16; keep one")
+    if not wanted:
+        return "fp32", []
+    if torch.cuda.is_available():
+        if wanted == ["bf16"] and not torch.cuda.is_bf16_supported():
+            raise ConfigError("the DeepSpeed JSON asks for bf16, which this GPU lacks; use fp16")
+        return wanted[0], []
+    if options.precision == "config":
+        if wanted == ["bf16"]:
+            return "bf16", []  # correct on every CPU, if slow
+        raise ConfigError(
+            "the DeepSpeed JSON asks for fp16, which this CPU lacks; "
+            "type --precision auto to run in fp32"
+        )
+    del config[wanted[0]]
+    return "fp32", [f"no {wanted[0]} on this CPU: running in fp32 (--precision auto)"]
+
+
+def _refuse_auto(value: Any, where: str) -> None:
+    if value == "auto":
+        raise ConfigError(f'the DeepSpeed JSON has "auto" at {where}, which we cannot fill; '
+                          "write a value there")
+    items = value.items() if isinstance(value, dict) else ()
+    for key, inner in items:
+        _refuse_auto(inner, f"{where}.{key}" if where else key)
+
+
+def _number(block: dict[str, Any], key: str, where: str, low: float, high: float) -> None:
+    value = block.get(key)
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ConfigError(
+            f"{where}.{key} {value!r} in the DeepSpeed JSON: must be a number in [{low}, {high}]"
+        )
+
+
+def resolve_ds_config(
+    raw: dict[str, Any],
+    options: TrainingConfig,
+    *,
+    total_steps: int,
+    world_size: int,
+    default_learning_rate: float = DEFAULT_LEARNING_RATE,
+    default_warmup_ratio: float = 0.1,
+    default_batch: int = DEFAULT_BATCH,
+) -> Resolved:
+    """Fill every "auto" from the flags and check the result, before any process group starts.
+
+    Args:
+        raw: the JSON as read; not changed.
+        options: flags; None where the user said nothing.
+        total_steps: optimizer steps of the run, for the schedule.
+        world_size: number of ranks.
+        default_learning_rate, default_warmup_ratio, default_batch: what this command takes where
+            neither the JSON nor a flag says anything.
+    Raises:
+        ConfigError: a contradiction, a bad value, or an "auto" that nothing fills.
+    """
+    config = json.loads(json.dumps(raw))
+    micro, accumulation, train = _settle_batch(config, options, world_size, default_batch)
+    _settle(config, "gradient_clipping", "max_grad_norm", options.max_grad_norm, 1.0)
+    _number(config, "gradient_clipping", "", 0, 1e6)
+    optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    parameters = optimizer.setdefault("params", {})
+    _settle(parameters, "lr", "learning_rate", options.learning_rate, default_learning_rate)
+    _settle(parameters, "weight_decay", "weight_decay", options.weight_decay, 0.01)
+    _number(parameters, "lr", "optimizer.params", 0, 1e3)
+    _number(parameters, "weight_decay", "optimizer.params", 0, 1)
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    if parameters.get("torch_adam") == "auto":
+        # DeepSpeed's own CPU Adam is compiled at first use (minutes); torch's is as exact.
+        parameters["torch_adam"] = not torch.cuda.is_available()
+        if parameters["torch_adam"] and offload:
+            config.setdefault("zero_force_ds_cpu_optimizer", False)
+    if not torch.cuda.is_available() and offload.get("pin_memory"):
+        offload["pin_memory"] = False  # pinning needs a GPU
+    precision, notes = _settle_precision(config, options)
+    _settle_schedule(config, options, total_steps, default_warmup_ratio, parameters["lr"])
+    _refuse_auto(config, "")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"zero_optimization.stage {stage!r}: must be 0, 1, 2 or 3")
+    return Resolved(config, micro, accumulation, train, precision, tuple(notes))
+
+
+def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_steps: int,
+                     default_warmup_ratio: float, learning_rate: float) -> None:
+    scheduler = config.get("scheduler")
+    if scheduler is None:
+        scheduler = config["scheduler"] = {"type": "WarmupDecayLR", "params": {}}
+    schedule = scheduler.setdefault("params", {})
+    if scheduler.get("type") not in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
+        return
+    ratio = default_warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
+    if schedule.get("warmup_num_steps", "auto") == "auto":
+        # DeepSpeed refuses warm-ups below 2 steps: it divides by log(warmup_num_steps).
+        schedule["warmup_num_steps"] = max(2, round(ratio * total_steps))
+    elif options.warmup_ratio is not None:
+        raise ConfigError(
+            f"--warmup_ratio {options.warmup_ratio} contradicts warmup_num_steps "
+            f'{schedule["warmup_num_steps"]} in the DeepSpeed JSON; drop the flag, or write "auto"'
+        )
+    schedule.setdefault("warmup_type", "linear")  # DeepSpeed's own default is logarithmic
+    if scheduler["type"] != "WarmupCosineLR":
+        schedule.setdefault("warmup_min_lr", 0)
+        if schedule.get("warmup_max_lr", "auto") == "auto":
+            schedule["warmup_max_lr"] = learning_rate
+    if scheduler["type"] != "WarmupLR" and schedule.get("total_num_steps", "auto") == "auto":
+        schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"] + 1)
+
+
+def start() -> torch.device:
+    """Join the process group (idempotent) and pick this rank's device."""
+    import deepspeed
+
+    deepspeed.logger.setLevel("WARNING")
+    if "RANK" not in os.environ:  # plain `python`: a group of one
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    deepspeed.init_distributed(verbose=False)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks().local_rank)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def finish() -> None:
+    """Leave the process group, so that the process ends without a warning."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def all_reduce_sum(*values: float) -> list[float]:
+    """Sum each number over all ranks (float64)."""
+    if ranks().world_size == 1:
+        return list(map(float, values))
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of ranks, on every rank."""
+    if ranks().world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * ranks().world_size
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if ranks().world_size > 1:
+        torch.distributed.barrier()
+
+
+def parameter_groups(
+    module: torch.nn.Module,
+    weight_decay: float,
+    head_prefixes: tuple[str, ...] = (),
+    head_scale: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Split parameters for the optimizer: biases and norms (one dimension) are not decayed.
+
+    Args:
+        head_prefixes: parameters whose names start so go to the groups named "head".
+        head_scale: learning rate of the head over that of the encoder.
+    Returns:
+        Non-empty groups, each with `params`, `weight_decay`, `name` and `lr_scale`.
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith(head_prefixes) if head_prefixes else False, parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "name": ("head" if in_head else "encoder") + ("" if decayed else "_no_decay"),
+            "lr_scale": head_scale if in_head else 1.0,
+        }
+        for (in_head, decayed), parameters in sorted(groups.items())
+    ]
+
+
+def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved: Resolved) -> Any:
+    """Wrap `module` in a DeepSpeed engine; call `start` before."""
+    import deepspeed
+
+    engine, _, _, _ = deepspeed.initialize(
+        model=module,
+        model_parameters=groups,
+        config=json.loads(json.dumps(resolved.config)),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
+    """All parameters and buffers in fp32 on the CPU, from ZeRO 0 to 3; collective.
+
+    The optimizer's fp32 masters are preferred to 16-bit copies. Tied parameters appear once,
+    under their first name. None on ranks other than the first.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.zero import GatheredParameters
+
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        has_master = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+        value = safe_get_full_fp32_param(parameter) if has_master else None
+        if value is None:
+            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                value = parameter.detach()
+        if is_main():
+            state[name] = value.detach().to("cpu", torch.float32, copy=True)
+    for name, buffer in engine.module.named_buffers():
+        if is_main():
+            state[name] = buffer.detach().to("cpu", copy=True)
+    return state if is_main() else None
