@@ -338,17 +338,6 @@ class PipelineConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """A table, a CSV file and figures of finished and running runs."""
-
-    runs: list[str] = field(default_factory=list, metadata={
-        "help": "run directories, or output folders of train/pipeline.py",
-        "nargs": "*",
-    })
-    output_dir: str = _flag("report", "folder for table.csv, differences.csv and the figures")
-
-
 ConfigClass = TypeVar("ConfigClass")
 
 
