@@ -694,9 +694,11 @@ class TokenStore:
 
 
 def array_path(shard: Shard, name: str, kind: str) -> Path:
-    """Return where the array is: `P.NAME.KIND.npy`."""
+    """Return where the array is: `P.NAME.KIND.npy`, or `P.importance.npy` (name "")."""
     if kind not in ARRAYS:
         raise DataError(f"array kind {kind!r}: known are {', '.join(ARRAYS)}")
+    if kind == "importance" and not name:  # a store of annotated texts has one annotation
+        return Path(f"{shard.prefix}.{kind}.npy")
     if not _NAME.fullmatch(name):
         raise DataError(f"array name {name!r}: letters, digits, - and _ are allowed")
     return Path(f"{shard.prefix}.{name}.{kind}.npy")
