@@ -359,10 +359,16 @@ def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved
     """Wrap `module` in a DeepSpeed engine; call `start` before."""
     import deepspeed
 
+    config = json.loads(json.dumps(resolved.config))
+    schedule = config["scheduler"].get("params", {})
+    if "warmup_max_lr" in schedule:
+        schedule["warmup_max_lr"] = [
+            schedule["warmup_max_lr"] * group.get("lr_scale", 1.0) for group in groups
+        ]
     engine, _, _, _ = deepspeed.initialize(
         model=module,
         model_parameters=groups,
-        config=json.loads(json.dumps(resolved.config)),
+        config=config,
         dist_init_required=False,
     )
     return engine
@@ -386,7 +392,8 @@ def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
                 value = parameter.detach()
         if is_main():
             state[name] = value.detach().to("cpu", torch.float32, copy=True)
+    persistent = engine.module.state_dict().keys()
     for name, buffer in engine.module.named_buffers():
-        if is_main():
+        if is_main() and name in persistent:
             state[name] = buffer.detach().to("cpu", copy=True)
     return state if is_main() else None

@@ -1,0 +1,436 @@
+"""Model families, packed attention, and what goes in and out of `hf/` folders.
+
+The only file that names transformers' model classes. A family is a row of `FAMILIES`: where
+its encoder, its MLM head and its first position are, and how it takes a block-diagonal
+attention mask. Letters: `B` rows, `S` slots of a row, `M` masked positions, `D` hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import csrc
+from preprocess.corpus import resolve_path
+from preprocess.errors import ConfigError, DataError
+from train.metrics import say
+
+# Layers, hidden size and heads of the published BERT sizes (Turc et al. 2019; Devlin et al. 2019).
+BERT_SIZES = {
+    "bert-tiny": (2, 128, 2),
+    "bert-mini": (4, 256, 4),
+    "bert-small": (4, 512, 8),
+    "bert-medium": (8, 512, 8),
+    "bert-base": (12, 768, 12),
+    "bert-large": (24, 1024, 16),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs from one model family to another.
+
+    Attributes:
+        encoder: `...ForMaskedLM` -> its encoder module.
+        head: `...ForMaskedLM` -> a callable from rows `(m, D)` to logits `(m, V)`.
+        head_prefixes: names under which the MLM head's own parameters are stored.
+        first_position: configuration -> position id of the first token of a piece.
+        local_window: configuration -> half width of local attention, None where all is global.
+        num_positions: configuration -> slots that a row may have.
+    """
+
+    encoder: Callable[[Any], nn.Module]
+    head: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]
+    head_prefixes: tuple[str, ...]
+    first_position: Callable[[Any], int]
+    local_window: Callable[[Any], int | None]
+    num_positions: Callable[[Any], int]
+
+
+def _distilbert_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        rows = model.vocab_layer_norm(model.activation(model.vocab_transform(rows)))
+        return model.vocab_projector(rows)
+
+    return head
+
+
+FAMILIES: dict[str, Family] = {
+    "bert": Family(
+        encoder=lambda model: model.bert,
+        head=lambda model: model.cls,
+        head_prefixes=("cls.",),
+        first_position=lambda config: 0,
+        local_window=lambda config: None,
+        num_positions=lambda config: config.max_position_embeddings,
+    ),
+    "roberta": Family(
+        encoder=lambda model: model.roberta,
+        head=lambda model: model.lm_head,
+        head_prefixes=("lm_head.",),
+        # Positions up to the padding id are never used: <pad> is 1, so the first token is at 2.
+        first_position=lambda config: config.pad_token_id + 1,
+        local_window=lambda config: None,
+        num_positions=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
+    ),
+    "distilbert": Family(
+        encoder=lambda model: model.distilbert,
+        head=_distilbert_head,
+        head_prefixes=("vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
+        first_position=lambda config: 0,
+        local_window=lambda config: None,
+        num_positions=lambda config: config.max_position_embeddings,
+    ),
+    "modernbert": Family(
+        encoder=lambda model: model.model,
+        head=lambda model: lambda rows: model.decoder(model.head(rows)),
+        head_prefixes=("head.", "decoder."),
+        first_position=lambda config: 0,
+        local_window=lambda config: config.sliding_window,
+        num_positions=lambda config: config.max_position_embeddings,
+    ),
+}
+
+
+def attention_mask(
+    family: Family, config: Any, document_ids: torch.Tensor, position_ids: torch.Tensor,
+    dtype: torch.dtype,
+) -> Any:
+    """Let each slot attend to the slots of its own piece only.
+
+    Args:
+        document_ids: piece of each slot, `(B, S)`; padding slots share one id of their own, so
+            that no softmax row is empty.
+        position_ids: position of each slot in its piece, from 0, `(B, S)`.
+        dtype: of the activations; the mask is additive, 0 or the lowest number.
+    Returns:
+        `(B, 1, S, S)`, or for families with local attention a dictionary of two such masks.
+        # pieces [0 0 1] -> rows [1 1 0], [1 1 0], [0 0 1]
+    """
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+
+    def additive(allowed: torch.Tensor) -> torch.Tensor:
+        blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
+        return torch.where(allowed, torch.zeros((), dtype=dtype, device=allowed.device), blocked)
+
+    window = family.local_window(config)
+    if window is None:
+        return additive(same)
+    distance = (position_ids[:, None, :, None] - position_ids[:, None, None, :]).abs()
+    return {
+        "full_attention": additive(same),
+        "sliding_attention": additive(same & (distance <= window)),
+    }
+
+
+class PackedMaskedLM(nn.Module):
+    """An encoder with its MLM head, over packed rows, scoring masked positions only.
+
+    Attributes:
+        hf: the transformers `...ForMaskedLM` model; its parameters are the only ones here.
+        carried: tensors of the source checkpoint that MLM does not use but that go out again
+            with `hf/` (a pooler), by their full names.
+        fresh_head: whether the checkpoint had no MLM head.
+    """
+
+    def __init__(self, hf: Any, carried: dict[str, torch.Tensor], fresh_head: bool) -> None:
+        super().__init__()
+        self.hf = hf
+        self.family = FAMILIES[hf.config.model_type]
+        self.carried = carried
+        self.fresh_head = fresh_head
+        self.head_prefixes = tuple(f"hf.{prefix}" for prefix in self.family.head_prefixes)
+
+    def encode(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states `(B, S, D)` of packed rows; see `attention_mask` for the arguments."""
+        dtype = self.hf.get_input_embeddings().weight.dtype
+        mask = attention_mask(self.family, self.hf.config, document_ids, position_ids, dtype)
+        first = self.family.first_position(self.hf.config)
+        encoder = self.family.encoder(self.hf)
+        return encoder(
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids + first
+        ).last_hidden_state
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        document_ids: torch.Tensor,
+        masked_positions: torch.Tensor,
+        masked_labels: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the cross entropies over masked positions, and how many were guessed right.
+
+        Args:
+            input_ids: corrupted ids, `(B, S)` int64.
+            position_ids, document_ids: see `attention_mask`.
+            masked_positions, masked_labels: see `csrc.masked_lm_loss`, `(M,)`.
+        """
+        hidden = self.encode(input_ids, position_ids, document_ids)
+        return csrc.masked_lm_loss(
+            hidden, masked_positions, masked_labels, self.family.head(self.hf)
+        )
+
+
+def _quiet_transformers() -> None:
+    """Keep transformers' loading reports and bars off the terminal; we say what matters."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _hub_error(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--model_name_or_path {name}: cannot be loaded ({str(error).splitlines()[0]}); give a "
+        "folder with config.json and model.safetensors, or a hub name that this machine reaches"
+    )
+
+
+def local_checkpoint(name: str) -> str:
+    """Turn a pypi: spec into the folder it names; leave folders and hub names alone."""
+    if name.startswith("pypi:"):
+        return str(resolve_path(name))
+    if os.path.sep in name and not os.path.isdir(name) and (
+        name.startswith((".", os.path.sep)) or name.count("/") > 1
+    ):
+        raise ConfigError(f"--model_name_or_path {name}: no such folder")
+    return name
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """Load the fast tokenizer of a checkpoint folder, hub name or pypi: spec."""
+    from transformers import AutoTokenizer
+
+    _quiet_transformers()
+    path = local_checkpoint(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _hub_error(name, error) from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{name}: needs a fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's configuration and check that its family is known."""
+    from transformers import AutoConfig
+
+    _quiet_transformers()
+    path = local_checkpoint(name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _hub_error(name, error) from None
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"{name}: model type {config.model_type!r} is not supported; known: "
+            f"{', '.join(FAMILIES)}"
+        )
+    return config
+
+
+def named_config(name: str, vocab_size: int, pad_token_id: int) -> Any:
+    """The configuration of a published BERT size, or of a folder with a config.json."""
+    from transformers import BertConfig
+
+    if name in BERT_SIZES:
+        layers, hidden, heads = BERT_SIZES[name]
+        return BertConfig(
+            vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, intermediate_size=4 * hidden, pad_token_id=pad_token_id,
+        )
+    if os.path.isdir(name):
+        config = load_config(name)
+        config.vocab_size = vocab_size
+        return config
+    raise ConfigError(
+        f"--model_config {name}: not a folder with config.json, and the names are "
+        f"{', '.join(BERT_SIZES)}"
+    )
+
+
+def check_row_length(config: Any, max_seq_length: int) -> None:
+    """Refuse rows longer than the model has positions for."""
+    limit = FAMILIES[config.model_type].num_positions(config)
+    if max_seq_length > limit:
+        raise ConfigError(
+            f"--max_seq_length {max_seq_length}: this model has {limit} positions; give at most "
+            f"{limit}"
+        )
+
+
+def build_masked_lm(config: Any, seed: int) -> PackedMaskedLM:
+    """A model with fresh weights drawn from `seed`."""
+    from transformers import AutoModelForMaskedLM
+
+    _quiet_transformers()
+    torch.manual_seed(seed)
+    return PackedMaskedLM(AutoModelForMaskedLM.from_config(config), {}, fresh_head=True)
+
+
+def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> PackedMaskedLM:
+    """Load an encoder with its MLM head; draw the head from `seed` where there is none.
+
+    Raises:
+        ConfigError: not a checkpoint of a known family, or one without its encoder's weights.
+    """
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    load_config(name, trust_remote_code)
+    path = local_checkpoint(name)
+    torch.manual_seed(seed)
+    try:
+        hf, info = AutoModelForMaskedLM.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _hub_error(name, error) from None
+    family = FAMILIES[hf.config.model_type]
+    missing = set(info["missing_keys"])
+    missing_head = {key for key in missing if key.startswith(family.head_prefixes)}
+    if missing - missing_head:
+        raise ConfigError(
+            f"--model_name_or_path {name}: {len(missing - missing_head)} encoder weights are "
+            f"missing, as {sorted(missing - missing_head)[0]}; it is not such a checkpoint"
+        )
+    if missing_head:
+        say(f"{name} has no MLM head: a fresh one is drawn from seed {seed}")
+    # A pooler that came in goes out; MLM models have none, so it is read through the base model.
+    base, base_info = AutoModel.from_pretrained(
+        path, output_loading_info=True, trust_remote_code=trust_remote_code, dtype=torch.float32
+    )
+    prefix = hf.base_model_prefix
+    carried = {
+        f"{prefix}.{key}": value.detach().clone()
+        for key, value in base.state_dict().items()
+        if key.startswith("pooler.") and key not in base_info["missing_keys"]
+    }
+    return PackedMaskedLM(hf, carried, fresh_head=bool(missing_head))
+
+
+def _load_with_fresh_top(
+    auto_class: Any, name: str, seed: int, top: tuple[str, ...], trust_remote_code: bool,
+    **options: Any,
+) -> Any:
+    """Load a checkpoint into a model whose top may be absent from it; draw that from `seed`."""
+    load_config(name, trust_remote_code)
+    torch.manual_seed(seed)
+    try:
+        model, info = auto_class.from_pretrained(
+            local_checkpoint(name), output_loading_info=True, dtype=torch.float32,
+            trust_remote_code=trust_remote_code, **options,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _hub_error(name, error) from None
+    lost = [key for key in info["missing_keys"] if not any(part in key for part in top)]
+    if lost:
+        raise ConfigError(
+            f"--model_name_or_path {name}: {len(lost)} encoder weights are missing, as "
+            f"{sorted(lost)[0]}; it is not such a checkpoint"
+        )
+    return model
+
+
+def load_classifier(
+    name: str, label_names: tuple[str, ...], seed: int, trust_remote_code: bool = False
+) -> Any:
+    """A sequence classifier on a checkpoint's encoder; its top is drawn from `seed` if absent."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _load_with_fresh_top(
+        AutoModelForSequenceClassification, name, seed,
+        ("pooler.", "classifier.", "pre_classifier.", "head."), trust_remote_code,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={label: index for index, label in enumerate(label_names)},
+    )
+
+
+def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
+    """A token classifier (0 not important, 1 important); its top is drawn from `seed` if absent."""
+    from transformers import AutoModelForTokenClassification
+
+    return _load_with_fresh_top(
+        AutoModelForTokenClassification, name, seed, ("classifier.", "head."), trust_remote_code,
+        num_labels=2, id2label={0: "other", 1: "important"}, label2id={"other": 0, "important": 1},
+    )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 of what the tokenizer does: its vocabulary and rules."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def read_lineage(name: str) -> list[dict[str, Any]]:
+    """The stages behind an `hf/` folder, oldest first; empty for a checkpoint that is not ours."""
+    file = Path(local_checkpoint(name)) / "lineage.json"
+    if not file.is_file():
+        return []
+    try:
+        stages = json.loads(file.read_text())["stages"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not a lineage ({error}); export the model again") from None
+    return stages
+
+
+def _model_card(stages: list[dict[str, Any]], out_name: str) -> str:
+    """A README for an `hf/` folder."""
+    lines = ["---", "library_name: transformers", "tags:", "- selmask", "---", "", f"# {out_name}"]
+    lines += ["", "Trained with selmask. Stages, oldest first:", ""]
+    lines += ["| stage | masking | steps | masked tokens | seconds |", "|---|---|---|---|---|"]
+    for stage in stages:
+        cells = (stage.get(key, "") for key in
+                 ("stage", "masking", "steps", "masked_tokens", "seconds"))
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def save_hf(
+    hf_model: Any,
+    state: dict[str, torch.Tensor],
+    tokenizer: Any,
+    out_dir: str | Path,
+    stages: list[dict[str, Any]],
+    carried: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a folder that `AutoModelFor...from_pretrained` loads; all of it or nothing.
+
+    Args:
+        hf_model: the transformers model, for its class and configuration; its weights are not
+            read.
+        state: its parameters by name, fp32 on the CPU; tied ones once.
+        stages: the whole lineage, this stage last.
+        carried: tensors added to the weights.
+    """
+    out = Path(out_dir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        hf_model.save_pretrained(temporary, state_dict={**state, **(carried or {})})
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(_model_card(stages, out.name))
+        (temporary / "lineage.json").write_text(json.dumps({"stages": stages}, indent=2) + "\n")
+        for file in temporary.iterdir():
+            with file.open("rb+") as handle:
+                os.fsync(handle.fileno())
+        temporary.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
