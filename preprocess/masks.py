@@ -21,11 +21,12 @@ import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError
+from preprocess.errors import ConfigError, DataError
 
 MASKED_SHARE = 0.8
 RANDOM_SHARE = 0.1
@@ -469,6 +470,23 @@ def find_continuations(
     return continues
 
 
+def open_tokenizer(folder: str | Path) -> Any:
+    """Open a saved tokenizer as a `tokenizers.Tokenizer`, which loads at once.
+
+    Raises:
+        DataError: no `tokenizer.json` in the folder, or a broken one.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; make the token store again")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise DataError(f"{path}: not a tokenizer ({error}); make the store again") from None
+
+
 def continuation_table(tokenizer: Any) -> WordTable:
     """Read off a tokenizer which of its ids continue a word.
 
@@ -478,25 +496,27 @@ def continuation_table(tokenizer: Any) -> WordTable:
     digits with digits, the rest with the rest, never across a leading space.
 
     Args:
-        tokenizer: a fast tokenizer of transformers.
+        tokenizer: a fast tokenizer of transformers, or the `tokenizers.Tokenizer` inside one.
     Raises:
         ConfigError: for any other kind of tokenizer.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    backend = json.loads(tokenizer.to_str())
     model = backend["model"]
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = np.array([token["id"] for token in backend["added_tokens"]], dtype=np.int64)
-    first = np.full(len(names), _STARTS, dtype=np.uint8)
-    last = np.full(len(names), _OTHER, dtype=np.uint8)
+    size = max(vocabulary.values()) + 1
+    first = np.full(size, _STARTS, dtype=np.uint8)
+    last = np.full(size, _OTHER, dtype=np.uint8)
     joins = np.zeros((_INHERITS + 1, _INHERITS + 1), dtype=bool)
     joins[:, _CONTINUES] = True
     if model["type"] == "WordPiece":
         prefix = model["continuing_subword_prefix"]
-        first[[name is not None and name.startswith(prefix) for name in names]] = _CONTINUES
+        first[[i for name, i in vocabulary.items() if name.startswith(prefix)]] = _CONTINUES
     elif model["type"] == "BPE" and "ByteLevel" in json.dumps(backend["pre_tokenizer"]):
-        split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+        split = tokenizer.pre_tokenizer.pre_tokenize_str
         to_byte = _byte_level_alphabet()
-        for i, name in enumerate(names):
+        for name, i in vocabulary.items():
             if name and all(character in to_byte for character in name):
                 first[i], last[i] = _token_kinds(bytes(to_byte[c] for c in name), split)
         for end, end_sample in _SAMPLES.items():

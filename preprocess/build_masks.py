@@ -1,0 +1,334 @@
+"""Choose the masked positions of a token store once, and keep them as a mask-index array.
+
+    python preprocess/build_masks.py --tokens P --strategy selective --scores mr --name mr-sel
+    python preprocess/build_masks.py --tokens P --strategy random_matched --match mr-sel \\
+        --name mr-ctl
+
+Writes `P.NAME.mask.npy` beside every shard, in blocks of whole sequences, so that memory does not
+grow with the store. Every draw belongs to a token's place in the store, so neither the blocks nor
+the shards change the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.masks import (
+    STRATEGIES,
+    Sequences,
+    WordTable,
+    continuation_table,
+    find_candidates,
+    find_continuations,
+    open_tokenizer,
+)
+from preprocess.store import (
+    ARRAY_MAKERS,
+    Shard,
+    TokenStore,
+    array_path,
+    list_arrays,
+    open_array,
+    write_array,
+)
+
+BLOCK_TOKENS = 1 << 20  # about 60 MB at the peak, most of it sort keys
+NUM_TYPES = 15
+# What each strategy reads beside the tokens.
+NEEDS = {"selective": "scores", "selective_fill": "scores", "random_matched": "match"}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tokens", required=True, help="prefix of the token store")
+    parser.add_argument(
+        "--strategy", required=True, choices=list(STRATEGIES), help="how positions are chosen"
+    )
+    parser.add_argument("--name", required=True, help="name of the mask-index array to write")
+    parser.add_argument("--scores", help="scores to choose by (selective, selective_fill)")
+    parser.add_argument("--match", help="mask index whose count per sequence random_matched takes")
+    parser.add_argument(
+        "--mlm_probability",
+        type=float,
+        default=0.15,
+        help="share of a sequence's tokens to mask, above 0 and at most 1; random_matched takes "
+        "its counts from --match instead (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an index made with other options"
+    )
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    needed = NEEDS.get(args.strategy)
+    for flag in ("scores", "match"):
+        given = getattr(args, flag)
+        if flag == needed and not given:
+            raise ConfigError(f"--strategy {args.strategy} needs --{flag} NAME")
+        if flag != needed and given:
+            users = ", ".join(name for name, need in NEEDS.items() if need == flag)
+            raise ConfigError(
+                f"--{flag} {given} has no use with --strategy {args.strategy}; leave it out, or "
+                f"take a strategy that reads it: {users}"
+            )
+    if not 0 < args.mlm_probability <= 1:
+        raise ConfigError(
+            f"--mlm_probability {args.mlm_probability}: above 0 and at most 1, such as 0.15"
+        )
+    if args.match == args.name:
+        raise ConfigError(f"--name {args.name} is the index to match; the new one needs another")
+    return args
+
+
+# ------------------------------------------------------------------------- one shard at a time
+
+
+def iterate_blocks(offsets: np.ndarray, max_tokens: int = BLOCK_TOKENS) -> Iterator[slice]:
+    """Cut a shard into runs of whole sequences of at most `max_tokens` tokens (or one sequence).
+
+    Args:
+        offsets: token offset of each sequence, and the end, `(N+1,)` int64.
+    Yields:
+        Slices of sequences that cover all of them in order.
+    """
+    first = 0
+    while first < len(offsets) - 1:
+        # The last offset that is within reach is the end of the block: offsets 0 4 9 12 and at
+        # most 10 tokens give sequences 0:2 (9 tokens), then 2:3.
+        last = int(np.searchsorted(offsets, offsets[first] + max_tokens, side="right")) - 1
+        last = max(last, first + 1)
+        yield slice(first, last)
+        first = last
+
+
+def index_bounds(index: np.ndarray, token_offsets: np.ndarray) -> np.ndarray:
+    """Say where each sequence's part of a mask index begins, and where the last one ends.
+
+    Args:
+        index: ascending positions in the shard, `(M,)` uint32.
+        token_offsets: `(B+1,)` int64; a shard has fewer than 2^32 tokens.
+    Returns:
+        Offsets into `index`, `(B+1,)` int64.
+    """
+    # uint32 keys: an int64 key would copy the whole index as int64.
+    return np.searchsorted(index, token_offsets.astype(np.uint32))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the strategy reads of one shard beside the tokens."""
+
+    scores: np.ndarray | None = None
+    match: np.ndarray | None = None
+    words: WordTable | None = None
+
+
+def choose_positions(
+    shard: Shard,
+    strategy: str,
+    inputs: Inputs,
+    *,
+    rate: float,
+    seed: int,
+    all_special_ids: tuple[int, ...],
+    block_tokens: int = BLOCK_TOKENS,
+) -> Iterator[np.ndarray]:
+    """Yield the masked positions of a shard block by block: ascending, `(M,)` uint32."""
+    for block in iterate_blocks(shard.sequence_offsets, block_tokens):
+        offsets = shard.sequence_offsets[block.start : block.stop + 1]
+        start, end = int(offsets[0]), int(offsets[-1])
+        tokens = shard.tokens[start:end]
+        local = offsets - start
+        sequences = Sequences(
+            offsets=local,
+            positions=np.arange(shard.token_start + start, shard.token_start + end),
+            candidates=find_candidates(tokens, all_special_ids),
+            rate=rate,
+            seed=seed,
+            epoch=0,
+            scores=None if inputs.scores is None else inputs.scores[start:end],
+            continues_word=(
+                None if inputs.words is None else find_continuations(tokens, local, inputs.words)
+            ),
+            matched_counts=(
+                None if inputs.match is None else np.diff(index_bounds(inputs.match, offsets))
+            ),
+        )
+        try:
+            chosen = STRATEGIES[strategy](sequences)
+        except ValueError as error:
+            raise DataError(f"{shard.prefix}: {error}; make that array again") from None
+        yield (chosen + start).astype(np.uint32)
+
+
+# -------------------------------------------------------------------------------- statistics
+
+
+@dataclass
+class Statistics:
+    """Counts over a whole store.
+
+    type_tokens, type_masked: occurrences of each id, and those masked, `(V,)` int64.
+    by_chance: how many of the masked tokens a random choice of as many in each sequence would be
+        expected to hit; shared: how many of them the index to compare with holds, or None.
+    """
+
+    type_tokens: np.ndarray
+    type_masked: np.ndarray
+    candidates: int = 0
+    sequences: int = 0
+    unmasked_sequences: int = 0
+    by_chance: float = 0.0
+    shared: int | None = None
+
+
+def count_masks(store: TokenStore, name: str, other: str | None = None) -> Statistics:
+    """Count what a mask index holds; `other` names an index to compare it with."""
+    zeros = np.zeros(store.vocab_size, dtype=np.int64)
+    result = Statistics(zeros, zeros.copy(), shared=None if other is None else 0)
+    for shard in store.shards:
+        index, _ = open_array(shard, name, "mask")
+        for block in iterate_blocks(shard.sequence_offsets):
+            offsets = shard.sequence_offsets[block.start : block.stop + 1]
+            tokens = shard.tokens[offsets[0] : offsets[-1]]
+            bounds = index_bounds(index, offsets)
+            chosen = index[bounds[0] : bounds[-1]]
+            candidates = find_candidates(tokens, store.all_special_ids)
+            before = np.append(0, np.cumsum(candidates))
+            possible = np.diff(before[offsets - offsets[0]])
+            counts = np.diff(bounds)
+            result.type_tokens += np.bincount(tokens, minlength=store.vocab_size)
+            masked_ids = tokens[chosen.astype(np.int64) - offsets[0]]
+            result.type_masked += np.bincount(masked_ids, minlength=store.vocab_size)
+            result.candidates += int(before[-1])
+            result.sequences += len(counts)
+            result.unmasked_sequences += int(np.count_nonzero(counts == 0))
+            result.by_chance += float(np.sum(counts**2 / np.maximum(possible, 1)))
+            if other is not None:
+                compared, _ = open_array(shard, other, "mask")
+                ends = index_bounds(compared, offsets[[0, -1]])
+                both = np.intersect1d(chosen, compared[ends[0] : ends[1]], assume_unique=True)
+                result.shared += len(both)
+    return result
+
+
+def format_statistics(
+    statistics: Statistics, names: dict[int, str], other: str | None = None
+) -> list[str]:
+    """Write the counts as lines to print; `names` gives each id's token."""
+    num_tokens = int(statistics.type_tokens.sum())
+    num_masked = int(statistics.type_masked.sum())
+
+    def percent(part: float, whole: float) -> str:
+        return f"{100 * part / whole:.2f} %" if whole else "-"
+
+    lines = [
+        f"tokens     {num_tokens:>14,}",
+        f"masked     {num_masked:>14,}  {percent(num_masked, statistics.candidates)} of the "
+        f"{statistics.candidates:,} tokens that may be masked",
+        f"sequences  {statistics.sequences:>14,}  {statistics.unmasked_sequences:,} "
+        f"({percent(statistics.unmasked_sequences, statistics.sequences)}) without a mask",
+        f"by chance  {percent(statistics.by_chance, num_masked):>14}  of the masked tokens would "
+        "be hit by a random choice of as many in each sequence",
+    ]
+    if statistics.shared is not None:
+        lines.append(
+            f"shared     {percent(statistics.shared, num_masked):>14}  of them are in {other} too"
+        )
+    if num_masked:
+        head = f"{'token':<18} {'masked':>9} {'of its kind':>12} {'of masks':>9} {'of text':>9}"
+        lines.append(head)
+    ranked = np.argsort(-statistics.type_masked, kind="stable")[:NUM_TYPES]
+    for i in ranked[statistics.type_masked[ranked] > 0].tolist():
+        masked, tokens = int(statistics.type_masked[i]), int(statistics.type_tokens[i])
+        lines.append(
+            f"{names.get(i, f'#{i}'):<18} {masked:>9,} {percent(masked, tokens):>12} "
+            f"{percent(masked, num_masked):>9} {percent(tokens, num_tokens):>9}"
+        )
+    return lines
+
+
+# ----------------------------------------------------------------------------------- command
+
+
+def open_inputs(store: TokenStore, kind: str, flag: str, name: str) -> list[tuple]:
+    """Open array `name` of every shard; an unknown name is a `DataError` that lists the known."""
+    present = [array_path(shard, name, kind).with_suffix(".json") for shard in store.shards]
+    if not any(path.is_file() for path in present):
+        known = ", ".join(list_arrays(store, kind)) or "none yet"
+        raise DataError(
+            f"--{flag} {name}: no such array beside {store.prefix}; there are: {known}; "
+            f"{ARRAY_MAKERS[kind]} makes them"
+        )
+    return [open_array(shard, name, kind) for shard in store.shards]
+
+
+def is_whole(shard: Shard, name: str, options: dict[str, Any], overwrite: bool) -> bool:
+    """Tell whether a shard has this very index; another one under its name is a `DataError`."""
+    path = array_path(shard, name, "mask")
+    if not path.with_suffix(".json").is_file():
+        return False
+    try:
+        _, info = open_array(shard, name, "mask")
+    except DataError as error:
+        if overwrite:
+            return False
+        raise DataError(f"{error}; --overwrite replaces it") from None
+    made = info.get("options")
+    if made == options:
+        return True
+    if overwrite:
+        return False
+    made = made if isinstance(made, dict) else {}
+    differing = [key for key in options if made.get(key) != options[key]]
+    raise DataError(
+        f"{path}: made with other options ("
+        + ", ".join(f"{key}: {made.get(key)}, now {options[key]}" for key in differing)
+        + "); give another --name, or --overwrite"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    store = TokenStore.open(args.tokens)
+    tokenizer = open_tokenizer(store.tokenizer_dir)
+    words = continuation_table(tokenizer) if args.strategy == "whole_word" else None
+    need = NEEDS.get(args.strategy)
+    sources: list[tuple] = [(None, {})] * len(store.shards)
+    if need:
+        kind = "mask" if need == "match" else "scores"
+        sources = open_inputs(store, kind, need, getattr(args, need))
+    rate = None if args.strategy == "random_matched" else args.mlm_probability
+    work = []
+    for shard, (array, info) in zip(store.shards, sources, strict=True):
+        options = {"strategy": args.strategy, "mlm_probability": rate, "seed": args.seed}
+        if need:  # the content, so that scores made anew under an old name are noticed
+            options[need] = f"{getattr(args, need)} (sha256 {info['sha256'][:16]})"
+        if is_whole(shard, args.name, options, args.overwrite):
+            print(f"{array_path(shard, args.name, 'mask')}: whole, made with the same options")
+        else:
+            work.append((shard, array, options))
+    for shard, array, options in work:
+        inputs = Inputs(words=words, **({need: array} if need else {}))
+        positions = choose_positions(
+            shard,
+            args.strategy,
+            inputs,
+            rate=args.mlm_probability,
+            seed=args.seed,
+            all_special_ids=store.all_special_ids,
+        )
+        print(write_array(shard, args.name, "mask", positions, {"options": options}))
+    statistics = count_masks(store, args.name, args.match)
+    names = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    print("\n".join(format_statistics(statistics, names, args.match)))
+
+
+if __name__ == "__main__":
+    run_command(main)
