@@ -75,7 +75,10 @@ def test_equals_brute_force_on_thousands(criterion):
 
     found = find_important(confidence, sequences, full, 0.1, criterion)
     for i, sequence in enumerate(sequences):
-        expected = brute_force(lambda b, i=i: hashed(3, i, b, 20), sequence, full[i], 0.1, criterion)
+        def confidence_of(buffer, i=i):
+            return hashed(3, i, buffer, 20)
+
+        expected = brute_force(confidence_of, sequence, full[i], 0.1, criterion)
         assert found[i].tolist() == expected
 
 

@@ -1,0 +1,292 @@
+"""Scoring a store: every token once, alone in its sentence, whatever the batches and ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    PreTrainedTokenizerFast,
+)
+
+from preprocess.errors import ConfigError, DataError
+from preprocess.store import StoreWriter, TokenStore, open_array
+from train import engine, inference, score_tokens
+from train.inference import Runner, budget_batches, special_template
+from train.metrics import Progress
+
+WORDS = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["film", "##s", "good", "bad"]
+
+
+def make_tokenizer(words=WORDS):
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    backend = Tokenizer(
+        models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
+    )
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", mask_token="[MASK]", model_max_length=16,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def tiny_config(tokenizer, **options):
+    return BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16, initializer_range=0.5, num_labels=2,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory):
+    """An untrained token classifier in an hf folder: its path and its tokenizer."""
+    folder = tmp_path_factory.mktemp("scorer")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    BertForTokenClassification(tiny_config(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, tokenizer
+
+
+@pytest.fixture
+def store(tmp_path, scorer):
+    """Two shards; sentences of no, one and many tokens, some beyond the 14 that fit."""
+    rng = np.random.default_rng(1)
+    lengths = [[[3, 1, 0], [30]], [[14, 15], [], [7, 2, 2, 5, 11]]]
+    for index, documents in enumerate(lengths):
+        with StoreWriter(str(tmp_path / "P"), scorer[1], {}, (index, 2)) as writer:
+            for document in documents:
+                writer.add_document([rng.integers(5, 35, n) for n in document])
+    return TokenStore.open(tmp_path / "P")
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Run commands in this process without a process group."""
+    monkeypatch.setattr(engine, "start", lambda: torch.device("cpu"))
+    monkeypatch.setattr(engine, "finish", lambda: None)
+
+
+def run(store, scorer, *options, name="mr"):
+    score_tokens.main([
+        "--model_name_or_path", str(scorer[0]), "--tokens", store.prefix, "--name", name,
+        "--max_seq_length", "16", *options,
+    ])
+
+
+def score_alone(model, tokens, offsets, limit):
+    """The twin: one window at a time, its slots counted by hand."""
+    scores = []
+    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        count = max(1, -(-(end - start) // limit))
+        bounds = [start + (end - start) * k // count for k in range(count + 1)]
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+            ids = torch.tensor([[2, *tokens[a:b].tolist(), 3]])
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, 1:-1]
+            scores += (logits[:, 1] - logits[:, 0]).tolist()
+    return np.array(scores)
+
+
+@pytest.mark.parametrize("batch_tokens", [16, 40, 8192])
+def test_equals_one_sentence_at_a_time(store, scorer, one_process, batch_tokens, monkeypatch):
+    monkeypatch.setattr(score_tokens, "BLOCK_TOKENS", 20)
+    run(store, scorer, "--batch_tokens", str(batch_tokens))
+    model = BertForTokenClassification.from_pretrained(scorer[0]).eval()
+    for shard in store.shards:
+        scores, info = open_array(shard, "mr", "scores")
+        alone = score_alone(model, shard.tokens, shard.sequence_offsets, 14)
+        np.testing.assert_allclose(scores.astype(float), alone, rtol=1e-3, atol=1e-3)
+        assert scores.std() > 0.1, "an untrained scorer that answers the same to all tests nothing"
+        weights = (scorer[0] / "model.safetensors").read_bytes()
+        assert info["model_fingerprint"] == hashlib.sha256(weights).hexdigest()
+
+
+def test_ranks_share_the_work(store, scorer, monkeypatch):
+    shard = store.shards[1]
+    model = BertForTokenClassification.from_pretrained(scorer[0])
+
+    def score(rank, world_size, gather):
+        monkeypatch.setattr(engine, "ranks", lambda: engine.Ranks(rank, world_size, rank))
+        monkeypatch.setattr(engine, "gather_objects", gather)
+        template = special_template(scorer[1], pair=False)
+        runner = Runner(model, template, scorer[1], torch.device("cpu"), 32)
+        blocks = score_tokens.score_shard(shard, runner, 14, Progress(99), 1000)
+        return np.concatenate(list(blocks)), runner.counts.passes
+
+    whole, num_passes = score(0, 1, lambda mine: [mine])
+    parts = []
+    share_passes = [
+        score(rank, 3, lambda mine: parts.append(mine) or [mine])[1] for rank in range(3)
+    ]
+    assert sum(share_passes) == num_passes and min(share_passes) > 0
+    together, _ = score(0, 3, lambda mine: parts)
+    assert np.array_equal(together, whole), "the same batches, so the same bits"
+
+
+def test_whole_shards_are_skipped_and_others_refused(store, scorer, one_process, capsys):
+    run(store, scorer)
+    paths = [score_tokens.array_path(shard, "mr", "scores") for shard in store.shards]
+    before = [path.stat().st_mtime_ns for path in paths]
+    paths[1].with_suffix(".json").unlink()
+    run(store, scorer)
+    after = [path.stat().st_mtime_ns for path in paths]
+    assert after[0] == before[0] and after[1] != before[1]
+    assert "1 of 2 shards are scored already" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="max_seq_length 16, not 12.*--overwrite"):
+        run(store, scorer, "--max_seq_length", "12")
+    run(store, scorer, "--max_seq_length", "12", "--overwrite")
+    assert json.loads(paths[0].with_suffix(".json").read_text())["max_seq_length"] == 12
+
+
+def test_b14_scores_of_another_scorer_are_not_reused(store, scorer, one_process, tmp_path):
+    run(store, scorer)
+    torch.manual_seed(1)
+    BertForTokenClassification(tiny_config(scorer[1])).save_pretrained(tmp_path / "other")
+    scorer[1].save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="model_fingerprint"):
+        run(store, (tmp_path / "other", scorer[1]))
+
+
+def test_scores_of_another_store_are_refused(store, scorer, one_process):
+    run(store, scorer)
+    path = score_tokens.array_path(store.shards[0], "mr", "scores").with_suffix(".json")
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({**info, "store_fingerprint": "0123"}))
+    with pytest.raises(DataError, match="0123"):
+        run(store, scorer)
+    run(store, scorer, "--overwrite")
+    open_array(store.shards[0], "mr", "scores")
+
+
+def test_scorer_with_another_vocabulary_is_refused(store, one_process, tmp_path):
+    tokenizer = make_tokenizer([*WORDS[:-1], "dull"])
+    BertForTokenClassification(tiny_config(tokenizer)).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="tokenizer.*is not the one of"):
+        run(store, (tmp_path / "other", tokenizer))
+
+
+def test_model_that_is_no_scorer_is_refused(store, scorer, one_process, tmp_path):
+    BertForSequenceClassification(tiny_config(scorer[1])).save_pretrained(tmp_path / "other")
+    scorer[1].save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="TokenClassification; give the hf/ folder of .*fit_sco"):
+        run(store, (tmp_path / "other", scorer[1]))
+
+
+def test_windows_longer_than_the_model_are_refused(store, scorer, one_process):
+    with pytest.raises(ConfigError, match="--max_seq_length 17.*16"):
+        run(store, scorer, "--max_seq_length", "17")
+
+
+def test_dry_run_writes_nothing(store, scorer, one_process):
+    run(store, scorer, "--dry_run")
+    with pytest.raises(DataError, match="score_tokens.py makes it"):
+        open_array(store.shards[0], "mr", "scores")
+
+
+def test_log_odds_stay_finite_in_float16():
+    logits = np.array([[0.0, 1.5], [1e30, 0.0], [0.0, 1e30]], np.float32)
+    odds = score_tokens.to_log_odds(logits)
+    assert odds.dtype == np.float16
+    assert odds.tolist() == [1.5, -65504.0, 65504.0]
+
+
+def test_scores_that_are_not_numbers_are_refused(store, scorer, one_process, tmp_path):
+    model = BertForTokenClassification.from_pretrained(scorer[0])
+    model.classifier.bias.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    scorer[1].save_pretrained(tmp_path / "broken")
+    with pytest.raises(DataError, match="not numbers"):
+        run(store, (tmp_path / "broken", scorer[1]))
+    assert not list(tmp_path.glob("P*scores*"))
+
+
+def test_windows_by_hand():
+    starts, ends = score_tokens.cut_windows(np.array([0, 10, 10, 13]), 4)
+    assert starts.tolist() == [0, 3, 6, 10] and ends.tolist() == [3, 6, 10, 13]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 9), st.integers(1, 50))
+def test_windows_and_blocks_cover_every_token_once(lengths, limit, block_tokens):
+    offsets = np.cumsum([0, *lengths])
+    starts, ends = score_tokens.cut_windows(offsets, limit)
+    assert [*starts, offsets[-1]] == [0, *ends]
+    assert (ends > starts).all() and (ends - starts <= limit).all()
+    assert set(offsets.tolist()) <= {0, *ends.tolist()}, "no window crosses a sentence"
+    blocks = list(score_tokens.cut_blocks(offsets, block_tokens))
+    assert [i for a, b in blocks for i in range(a, b)] == list(range(len(lengths)))
+    assert all(offsets[b] - offsets[a] <= block_tokens or b == a + 1 for a, b in blocks)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 100))
+def test_batches_keep_the_budget(lengths, batch_tokens):
+    batches = budget_batches(lengths, batch_tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    longest = [lengths[batch[0]] for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens
+
+
+def test_template_is_the_tokenizers_own():
+    tokenizer = make_tokenizer()
+    assert special_template(tokenizer, pair=False) == ((2,), (), (3,), 0)
+    assert special_template(tokenizer, pair=True) == ((2,), (3,), (3,), 1)
+    tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(
+        ("[SEP]", 3), ("[CLS]", 2)
+    )
+    assert special_template(tokenizer, pair=True) == ((2,), (3, 3), (3,), 0)
+
+
+def test_inputs_equal_the_tokenizers(scorer):
+    """What the model sees for ids and a template is what the tokenizer makes of the texts."""
+    tokenizer = scorer[1]
+    seen = {}
+
+    class Recorder(torch.nn.Module):
+        config = tiny_config(tokenizer)
+
+        def forward(self, **inputs):
+            seen.update(inputs)
+            rows = inputs["input_ids"].shape[0]
+            return type("Output", (), {"logits": torch.zeros(rows, 2)})
+
+    pair = special_template(tokenizer, pair=True)
+    runner = Runner(Recorder(), pair, tokenizer, torch.device("cpu"), 1000)
+    aspects, texts = ["good film", "a"], ["b c d e", "films"]
+    firsts, seconds = (
+        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in part]
+        for part in (aspects, texts)
+    )
+    ((batch, _, starts),) = runner.run(seconds, firsts)
+    expected = tokenizer(aspects, texts, padding=True, return_tensors="pt")
+    assert batch.tolist() == [0, 1] and starts.tolist() == [4, 3]
+    assert seen.keys() == expected.keys()
+    for key in seen:
+        assert torch.equal(seen[key], expected[key]), key
+    counts = runner.counts
+    assert (counts.passes, counts.inputs, counts.tokens, counts.slots) == (1, 2, 15, 18)
+
+
+def test_fingerprint_of_a_folder_without_weights(tmp_path):
+    with pytest.raises(DataError, match="no .safetensors"):
+        inference.weights_fingerprint(tmp_path, None)
