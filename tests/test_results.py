@@ -14,7 +14,7 @@ from train import results
 
 
 def write_run(
-    path: Path, correct: np.ndarray, *, seeds=None, items=None, lineage: dict | None = None
+    path: Path, correct: np.ndarray, *, seeds=None, items=None, cost: dict | None = None
 ) -> Path:
     """A fine-tuning directory whose answers are right where `correct` (S, N) says so."""
     seeds = seeds or list(range(13, 13 + len(correct)))
@@ -23,16 +23,13 @@ def write_run(
     with open(path / "results.jsonl", "w") as file:
         for seed, right in zip(seeds, correct, strict=True):
             row = {"seed": seed, "task": "mr", "test_accuracy": float(right.mean()),
-                   "test_macro_f1": 0.5}
+                   "test_macro_f1": 0.5, "pretraining": cost or {}}
             file.write(json.dumps(row) + "\n")
-            hf = path / f"seed_{seed}" / "hf"
-            hf.mkdir(parents=True)
-            with open(hf.parent / "predictions.jsonl", "w") as predictions:
+            (path / f"seed_{seed}").mkdir()
+            with open(path / f"seed_{seed}" / "predictions.jsonl", "w") as predictions:
                 for item, ok in zip(items, right, strict=True):
                     answer = {"item": item, "label": 1, "prediction": int(ok)}
                     predictions.write(json.dumps(answer) + "\n")
-            if lineage:
-                (hf / "lineage.json").write_text(json.dumps(lineage))
     return path
 
 
@@ -147,15 +144,10 @@ def test_naive_bayes_floor_is_read_like_any_run(tmp_path):
 
 def test_run_with_its_cost_is_read(tmp_path):
     correct = np.array([[1, 0, 1], [1, 1, 1]], dtype=bool)
-    lineage = {"stages": [
-        {"stage": "pretrain", "steps": 100, "masked_tokens": 5000, "seconds": 2.5},
-        {"stage": "pretrain", "steps": 20, "masked_tokens": 300, "seconds": 1.0},
-        {"stage": "finetune", "steps": 7, "seconds": 9.0},
-    ]}
-    run = results.read_finetune_run(write_run(tmp_path / "run", correct, lineage=lineage))
+    cost = {"masked_tokens": 5300, "steps": 120, "seconds": 3.5}
+    run = results.read_finetune_run(write_run(tmp_path / "run", correct, cost=cost))
     assert run.seeds == [13, 14] and run.items == ("item0", "item1", "item2")
     np.testing.assert_array_equal(run.correct, correct)
-    assert run.cost == {"masked_tokens": 5300, "steps": 120, "seconds": 3.5}
     first, second = results.table_rows([results.Arm("selective", [run])])
     assert first == {
         "arm": "selective", "task": "mr", "metric": "accuracy", "mean": "0.8333", "sd": "0.2357",

@@ -40,7 +40,7 @@ class FinetuneRun:
         rows: `results.jsonl`, one dictionary a seed, in the order of the file.
         items: ids of the test items, in the order of the test split; empty without predictions.
         correct: whether seed s is right about item n, `(S, N)` bool; None without predictions.
-        cost: masked_tokens, steps and seconds of the pre-training behind the run.
+        cost: masked_tokens, steps and seconds of all pre-training behind the run.
     """
 
     path: Path
@@ -111,7 +111,7 @@ def finished_seeds(run_dir: Path) -> list[int]:
 
 
 def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
-    """Read results, predictions and lineage of a fine-tuning directory.
+    """Read results and predictions of a fine-tuning directory.
 
     Raises:
         DataError: no result in it, or its seeds were tested on different items.
@@ -145,26 +145,8 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
         rows=rows,
         items=items or (),
         correct=np.array(correct, dtype=bool) if correct else None,
-        cost=read_cost(run_dir / f"seed_{rows[0]['seed']}" / "hf"),
+        cost=dict(rows[0].get("pretraining") or {}),
     )
-
-
-def read_cost(hf_dir: Path) -> dict[str, float]:
-    """Masked tokens, steps and seconds of all pre-training behind an `hf/` folder.
-
-    Empty if the folder has no lineage (a checkpoint made elsewhere, or deleted since).
-    """
-    path = Path(hf_dir) / "lineage.json"
-    if not path.is_file():
-        return {}
-    stages = [
-        stage for stage in json.loads(path.read_text(encoding="utf-8")).get("stages", [])
-        if stage.get("stage") == "pretrain"
-    ]
-    return {
-        key: sum(stage.get(key, 0) for stage in stages)
-        for key in ("masked_tokens", "steps", "seconds")
-    }
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -244,7 +226,7 @@ def _resampled_runs(
 def table_rows(arms: Iterable[Arm]) -> list[dict[str, Any]]:
     """One row for each arm and metric, with the keys of `TABLE_COLUMNS`.
 
-    The cost columns are means over the arm's pre-training seeds, empty where no lineage tells.
+    The cost columns are means over the arm's pre-training seeds, empty where the rows do not tell.
     """
     rows = []
     for arm in arms:

@@ -1,0 +1,785 @@
+"""All stages of a recipe, each as the command a user would type, and a table at the end.
+
+    python train/pipeline.py --recipe train/recipes/demo.yaml --output_dir runs/demo [--dry_run]
+
+It owns the recipe's meaning and the layout of the output folder; it trains nothing itself. A
+recipe becomes a flat list of steps. A step is one process; what is whole is skipped, and what was
+made by another command, or before something that it reads, is never taken silently: `steps.json`
+remembers the command of every step and the order in which they ran.
+
+In the output folder: `general/` and `domain/` (token stores with their arrays), `stage1/`,
+`classifier/`, `annotations/`, `scorer/`, `task_guided/ARM-seedN/`, `finetune/ARM-seedN/`,
+`floors/`, `report/`, `logs/`. With `export_steps` everything that depends on the length of stage 1
+lies under `step_N/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preprocess.errors import ConfigError, DataError, StopRequested, run_command
+from preprocess.store import TokenStore, atomic_write_json, file_sha256, list_arrays
+from train.config import (
+    AnnotateConfig,
+    FinetuneConfig,
+    FitScorerConfig,
+    PipelineConfig,
+    PretrainConfig,
+    ScoreConfig,
+    TaskOptions,
+    parse,
+)
+from train.results import finished_seeds, write_naive_bayes
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+HEARTBEAT_SECONDS = 10
+BUILT_ARMS = ("selective", "selective_fill", "random_matched")  # read a prebuilt mask index
+DRAWN_ARMS = ("random", "whole_word")
+ARMS = ("none", *DRAWN_ARMS, *BUILT_ARMS)
+TOKENIZE_FLAGS = (
+    "input", "text_column", "where", "split", "blank_line_documents", "split_sentences",
+    "num_workers", "num_shards",
+)
+MASK_FLAGS = ("mlm_probability", "seed")
+
+
+def _flags_of(config_class: type) -> tuple[str, ...]:
+    """Flags of a training command, without those that the pipeline or the launcher sets."""
+    ours = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
+            "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite"}
+    ours |= {f.name for f in dataclasses.fields(TaskOptions)}
+    return tuple(f.name for f in dataclasses.fields(config_class) if f.name not in ours)
+
+
+# The sections of a recipe that are flags of a command, and the flags each may hold.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "task": tuple(f.name for f in dataclasses.fields(TaskOptions)),
+    "general_text": TOKENIZE_FLAGS,
+    "domain_text": TOKENIZE_FLAGS,
+    "general": _flags_of(PretrainConfig),
+    "classifier": _flags_of(FinetuneConfig),
+    "annotate": _flags_of(AnnotateConfig),
+    "scorer": _flags_of(FitScorerConfig),
+    "score": _flags_of(ScoreConfig),
+    "masks": MASK_FLAGS,
+    "task_guided": tuple(
+        flag for flag in _flags_of(PretrainConfig)
+        if flag not in ("model_config", "from_scratch", "masking", "seed", "export_steps")
+    ),
+    "finetune": _flags_of(FinetuneConfig),
+}
+DEFAULTS: dict[str, Any] = {
+    "variables": {},
+    "deepspeed_config": None,
+    "encoder": None,
+    "tokenizer": None,
+    "arms": ["none", "random_matched", "selective"],
+    "pretrain_seeds": [42],
+    "export_steps": [],
+    "floors": {},
+    **{section: {} for section in SECTIONS},
+    "general": None,
+}
+FLOORS = ("naive_bayes", "untrained")
+REQUIRED = "???"
+
+
+# --------------------------------------------------------------------------- the recipe
+
+
+def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
+    """Read a recipe, what it extends, and `--set`; check every key; fill in the variables.
+
+    Args:
+        path: YAML file.
+        settings: `key=value`: a variable of the recipe, or a setting as `task_guided.max_steps`.
+    Returns:
+        A dictionary with every key of `DEFAULTS`.
+    Raises:
+        ConfigError: unknown key or variable, a variable without a value, or a wrong type.
+    """
+    recipe = {**DEFAULTS, **_read_yaml(Path(path), ())}
+    recipe["variables"] = dict(recipe["variables"] or {})
+    for setting in settings:
+        _apply_setting(recipe, setting)
+    for key in recipe:
+        _check_known(key, DEFAULTS, f"recipe {path}: unknown key")
+    variables = recipe["variables"]
+    missing = [name for name, value in variables.items() if value == REQUIRED]
+    if missing:
+        wanted = " ".join(f"{name}=..." for name in missing)
+        raise ConfigError(f"recipe {path} needs a value for {', '.join(missing)}: type --set "
+                          f"{wanted}")
+    recipe = {
+        key: value if key == "variables" else _fill_in(value, variables, path)
+        for key, value in recipe.items()
+    }
+    _check_recipe(recipe, path)
+    return recipe
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """One YAML file merged over the one it extends, if any."""
+    if path.resolve() in seen:
+        raise ConfigError(f"recipe {path} extends itself: remove `extends` somewhere")
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in (REPOSITORY / "train/recipes").glob("*.yaml")))
+        raise ConfigError(f"--recipe {path}: no such file; train/recipes has {known}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {path}: expected keys such as task and finetune at the top")
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    return _merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), content)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`; sections are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {setting}: write key=value, as --set task_guided.max_steps=500")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    section, _, flag = key.partition(".")
+    if key in recipe["variables"]:
+        recipe["variables"][key] = value
+    elif flag and section in DEFAULTS:
+        recipe[section] = {**(recipe[section] or {}), flag: value}
+    else:
+        flags = [f"{name}.{f}" for name in SECTIONS for f in SECTIONS[name]]
+        known = [*recipe["variables"], *(name for name in DEFAULTS if name != "variables")]
+        _check_known(key, known, f"--set {setting}: unknown variable or setting",
+                     also=[*flags, *(f"floors.{floor}" for floor in FLOORS)])
+        recipe[key] = value
+
+
+def _check_known(name: str, known: Any, complaint: str, also: Any = ()) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(str(name), [*known, *also], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    raise ConfigError(f"{complaint} {name!r}; {hint}")
+
+
+def _fill_in(value: Any, variables: dict[str, Any], path: str | Path) -> Any:
+    """Replace `${name}` in all strings below `value`; alone in a string it keeps its type."""
+    if isinstance(value, dict):
+        return {key: _fill_in(entry, variables, path) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_fill_in(entry, variables, path) for entry in value]
+    if not isinstance(value, str):
+        return value
+    names = re.findall(r"\$\{(\w*)\}", value)
+    for name in names:
+        _check_known(name, variables, f"recipe {path}: unknown variable")
+    if len(names) == 1 and value == f"${{{names[0]}}}":
+        return variables[names[0]]
+    return re.sub(r"\$\{(\w*)\}", lambda match: str(variables[match[1]]), value)
+
+
+def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
+    for section, flags in SECTIONS.items():
+        content = recipe[section]
+        if content is None and section == "general":
+            continue
+        if not isinstance(content, dict):
+            raise ConfigError(f"recipe {path}: {section} must hold flags, as `max_steps: 100`; "
+                              f"got {content!r}")
+        for flag in content:
+            _check_known(flag, flags, f"recipe {path}: {section} has an unknown flag")
+    for key in ("arms", "pretrain_seeds", "export_steps"):
+        value = recipe[key]
+        if not isinstance(value, list) or len(set(map(str, value))) != len(value):
+            raise ConfigError(f"recipe {path}: {key} must be a list without repeats, as [1, 2]; "
+                              f"got {value!r}")
+    for key in ("pretrain_seeds", "export_steps"):
+        if not all(type(n) is int and n >= 0 for n in recipe[key]):
+            raise ConfigError(f"recipe {path}: {key} must hold whole numbers; got {recipe[key]}")
+    if not recipe["arms"] or not recipe["pretrain_seeds"]:
+        raise ConfigError(f"recipe {path}: arms and pretrain_seeds need at least one entry")
+    for arm in recipe["arms"]:
+        _check_known(arm, ARMS, f"recipe {path}: unknown arm")
+    if not isinstance(recipe["floors"], dict):
+        raise ConfigError(f"recipe {path}: floors must be as {{naive_bayes: true}}")
+    for floor in recipe["floors"]:
+        _check_known(floor, FLOORS, f"recipe {path}: unknown floor")
+    for section, flag in (("task", "task"), ("domain_text", "input")):
+        if not recipe[section].get(flag) and (section == "task" or _needs_domain(recipe)):
+            raise ConfigError(f"recipe {path}: {section}.{flag} is missing; --set "
+                              f"{section}.{flag}=...")
+    general = recipe["general"]
+    scratch = bool(general and general.get("model_config"))
+    if bool(recipe["encoder"]) == scratch:
+        raise ConfigError(f"recipe {path}: give either encoder (a checkpoint to start from) or "
+                          "general.model_config (fresh weights)")
+    if scratch and not recipe["tokenizer"]:
+        raise ConfigError(f"recipe {path}: tokenizer is missing; fresh weights need one")
+    if general is not None and not recipe["general_text"].get("input"):
+        raise ConfigError(f"recipe {path}: general needs general_text.input")
+    if recipe["export_steps"] and general is None:
+        raise ConfigError(f"recipe {path}: export_steps are lengths of stage 1: give general, or "
+                          "leave export_steps out")
+
+
+def _needs_domain(recipe: dict[str, Any]) -> bool:
+    return any(arm != "none" for arm in recipe["arms"])
+
+
+# --------------------------------------------------------------------------- the steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process of the pipeline.
+
+    Attributes:
+        name: as in the logs and in `steps.json`.
+        command: script and flags; empty for the one floor that is computed here.
+        is_whole: whether everything the step writes is there and complete.
+        outputs: files (patterns) and folders that are this step's alone; `--rerun` deletes them.
+        needs: names of the steps whose output it reads.
+        launched: whether the command is started by the deepspeed launcher.
+        compute: what to do where there is no command.
+    """
+
+    name: str
+    command: list[str]
+    is_whole: Callable[[], bool]
+    outputs: list[str]
+    needs: list[str] = field(default_factory=list)
+    launched: bool = False
+    compute: Callable[[], None] | None = None
+
+
+def flag_words(flags: dict[str, Any]) -> list[str]:
+    """Flags as words of a command line; None leaves a flag out, True is the flag alone."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is None or value == []:
+            continue
+        words.append(f"--{name}")
+        if value is False:
+            words.append("False")
+        elif isinstance(value, dict):
+            words += [f"{key}={entry}" for key, entry in value.items()]
+        elif isinstance(value, list):
+            words += [str(entry) for entry in value]
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def _seeds(flags: dict[str, Any]) -> str:
+    """`seeds` of a section, `13,43` or a YAML list or one number, as the command wants it."""
+    value = flags.get("seeds", FinetuneConfig.seeds)
+    return ",".join(str(seed) for seed in value) if isinstance(value, list) else str(value)
+
+
+def _holds_model(folder: Path) -> bool:
+    return (
+        (folder / "config.json").is_file() and (folder / "lineage.json").is_file()
+        and any(folder.glob("*.safetensors"))
+    )
+
+
+def _holds_store(prefix: Path, kind: str = "", name: str = "") -> bool:
+    """Whether there is a whole store, with the array `name` of `kind` if one is asked for."""
+    try:
+        store = TokenStore.open(prefix)
+    except (DataError, OSError):
+        return False
+    return not kind or name in list_arrays(store, kind)
+
+
+def _holds_seeds(folder: Path, seeds: str) -> bool:
+    try:
+        return {int(seed) for seed in seeds.split(",")} <= set(finished_seeds(folder))
+    except (DataError, ValueError):
+        return False
+
+
+def plan(recipe: dict[str, Any], output_dir: str | Path) -> tuple[list[Step], list[dict]]:
+    """Turn a recipe into steps, in the order in which they run.
+
+    Returns:
+        `(steps, arms)`; `arms` is what `train/report.py` reads from `arms.json`: name, runs (one
+        folder a pre-training seed, relative to the output folder) and whether it is a floor.
+    """
+    return _Planner(recipe, Path(output_dir)).build()
+
+
+class _Planner:
+    """The list of steps in the making."""
+
+    def __init__(self, recipe: dict[str, Any], root: Path) -> None:
+        self.recipe, self.root = recipe, root
+        self.steps: list[Step] = []
+        self.arms: list[dict[str, Any]] = []
+        self.deepspeed_config = _find_config(recipe["deepspeed_config"])
+        self.tokenizer = recipe["tokenizer"] or recipe["encoder"]
+
+    def build(self) -> tuple[list[Step], list[dict]]:
+        recipe = self.recipe
+        if recipe["general"] is not None:
+            self.tokenize("general")
+            self.stage1()
+        if _needs_domain(recipe):
+            self.tokenize("domain")
+        for length in recipe["export_steps"] or [None]:
+            self.one_length(length)
+        self.floors()
+        self.report()
+        return self.steps, self.arms
+
+    def script(self, path: str) -> str:
+        """A script of ours as typed from where the user is."""
+        full = REPOSITORY / path
+        return os.path.relpath(full) if Path.cwd().is_relative_to(REPOSITORY) else str(full)
+
+    def add(self, name: str, script: str, flags: dict[str, Any], **options: Any) -> str:
+        self.steps.append(Step(name, [self.script(script), *flag_words(flags)], **options))
+        return name
+
+    def tokenize(self, which: str) -> None:
+        prefix = self.root / which / "text"
+        flags = {**self.recipe[f"{which}_text"], "tokenizer": self.tokenizer, "output": prefix}
+        self.add(f"tokenize-{which}", "preprocess/tokenize_corpus.py", flags,
+                 is_whole=lambda: _holds_store(prefix), outputs=[str(prefix.parent)])
+
+    def train(self, name: str, script: str, section: str, run: Path, flags: dict[str, Any],
+              is_whole: Callable[[], bool], needs: list[str]) -> str:
+        """A training command: the section's flags, then the pipeline's own."""
+        settings = {"deepspeed_config": self.deepspeed_config, **(self.recipe[section] or {}),
+                    **flags, "output_dir": run}
+        return self.add(name, script, settings, is_whole=is_whole, outputs=[str(run)],
+                        needs=needs, launched=True)
+
+    def stage1(self) -> None:
+        run, exports = self.root / "stage1", self.recipe["export_steps"]
+        folders = [run / "hf", *(run / f"hf_step_{n}" for n in exports)]
+        self.train(
+            "stage1", "train/pretrain.py", "general", run,
+            {"tokens": self.root / "general" / "text", "export_steps": exports,
+             "model_name_or_path": self.recipe["encoder"]},
+            lambda: all(map(_holds_model, folders)), ["tokenize-general"],
+        )
+
+    def finetune(self, name: str, section: str, run: Path, model: str | Path,
+                 needs: list[str]) -> str:
+        seeds = _seeds(self.recipe[section])
+        return self.train(
+            name, "train/finetune.py", section, run,
+            {**self.recipe["task"], "model_name_or_path": model, "seeds": seeds},
+            lambda: _holds_seeds(run, seeds), needs,
+        )
+
+    def one_length(self, length: int | None) -> None:
+        """All arms behind one stage-1 model."""
+        recipe = self.recipe
+        root = self.root if length is None else self.root / f"step_{length}"
+        tag = "" if length is None else f"-step_{length}"
+        after = [] if recipe["general"] is None else ["stage1"]
+        base: str | Path = recipe["encoder"]
+        if recipe["general"] is not None:
+            base = self.root / "stage1" / ("hf" if length is None else f"hf_step_{length}")
+        if any(arm in BUILT_ARMS for arm in recipe["arms"]):
+            self.choose_masks(root, tag, base, after)
+        for arm in recipe["arms"]:
+            label = arm if length is None else f"{arm}@{length}"
+            if arm == "none":
+                run = root / "finetune" / "none"
+                self.finetune(f"finetune-none{tag}", "finetune", run, base, after)
+                self.arm(label, [run])
+                continue
+            self.arm(label, [
+                self.one_arm(arm, seed, root, tag, base, after)
+                for seed in recipe["pretrain_seeds"]
+            ])
+
+    def choose_masks(self, root: Path, tag: str, base: str | Path, after: list[str]) -> None:
+        """Classifier, annotation, scorer, scores, and the mask indices of the arms."""
+        recipe, domain = self.recipe, self.root / "domain" / "text"
+        classifier, annotations = root / "classifier", root / "annotations" / "text"
+        seed = _seeds(recipe["classifier"]).split(",")[0]
+        self.finetune(f"classifier{tag}", "classifier", classifier, base, after)
+        self.add(
+            f"annotate{tag}", "train/annotate.py",
+            {**recipe["annotate"], **recipe["task"],
+             "model_name_or_path": classifier / f"seed_{seed}" / "hf", "output": annotations},
+            is_whole=lambda: _holds_store(annotations, "importance"), launched=True,
+            outputs=[str(annotations.parent)], needs=[f"classifier{tag}"],
+        )
+        self.train(
+            f"scorer{tag}", "train/fit_scorer.py", "scorer", root / "scorer",
+            {"annotations": annotations, "model_name_or_path": base},
+            lambda: _holds_model(root / "scorer" / "hf"), [f"annotate{tag}", *after],
+        )
+        scores = f"task{tag}"
+        self.add(
+            f"score{tag}", "train/score_tokens.py",
+            {**recipe["score"], "model_name_or_path": root / "scorer" / "hf", "tokens": domain,
+             "name": scores},
+            is_whole=lambda: _holds_store(domain, "scores", scores), launched=True,
+            outputs=_array_files(domain, scores, "scores"),
+            needs=["tokenize-domain", f"scorer{tag}"],
+        )
+        for arm in BUILT_ARMS:
+            if arm in recipe["arms"]:
+                self.masks(arm, tag, domain)
+
+    def masks(self, arm: str, tag: str, domain: Path) -> None:
+        if any(step.name == f"masks-{arm}{tag}" for step in self.steps):
+            return
+        source, needs = {"scores": f"task{tag}"}, [f"score{tag}"]
+        if arm == "random_matched":
+            self.masks("selective", tag, domain)  # the control's counts, even without that arm
+            source, needs = {"match": f"selective{tag}"}, [f"masks-selective{tag}"]
+        name = f"{arm}{tag}"
+        self.add(
+            f"masks-{name}", "preprocess/build_masks.py",
+            {"tokens": domain, "strategy": arm, **source, **self.recipe["masks"], "name": name},
+            is_whole=lambda: _holds_store(domain, "mask", name),
+            outputs=_array_files(domain, name, "mask"), needs=needs,
+        )
+
+    def one_arm(self, arm: str, seed: int, root: Path, tag: str, base: str | Path,
+                after: list[str]) -> Path:
+        """Stage 2 with one seed, and fine-tuning of what it made."""
+        built = arm in BUILT_ARMS
+        run = root / "task_guided" / f"{arm}-seed{seed}"
+        name = self.train(
+            f"task_guided-{arm}-seed{seed}{tag}", "train/pretrain.py", "task_guided", run,
+            {"tokens": self.root / "domain" / "text",
+             ("mask_index" if built else "masking"): f"{arm}{tag}" if built else arm,
+             "model_name_or_path": base, "seed": seed},
+            lambda: _holds_model(run / "hf"),
+            [f"masks-{arm}{tag}" if built else "tokenize-domain", *after],
+        )
+        target = root / "finetune" / f"{arm}-seed{seed}"
+        self.finetune(f"finetune-{arm}-seed{seed}{tag}", "finetune", target, run / "hf", [name])
+        return target
+
+    def arm(self, name: str, runs: list[Path], floor: bool = False) -> None:
+        relative = [str(run.relative_to(self.root)) for run in runs]
+        self.arms.append({"name": name, "runs": relative, "floor": floor})
+
+    def floors(self) -> None:
+        """What every arm must beat: the same network without pre-training, and word counts."""
+        recipe, root = self.recipe, self.root / "floors"
+        if recipe["floors"].get("untrained"):
+            which = "general" if recipe["general"] is not None else "domain"
+            if which == "domain" and not _needs_domain(recipe):
+                raise ConfigError("floors.untrained needs a token store: give general, or an arm "
+                                  "other than none")
+            start = {"model_name_or_path": recipe["encoder"], "from_scratch": True}
+            if not recipe["encoder"]:
+                start = {"model_config": recipe["general"]["model_config"]}
+            name = self.add(
+                "untrained", "train/pretrain.py",
+                {"deepspeed_config": self.deepspeed_config, **start,
+                 "tokens": self.root / which / "text", "max_steps": 0, "eval_fraction": 0,
+                 "output_dir": root / "untrained_model"},
+                is_whole=lambda: _holds_model(root / "untrained_model" / "hf"), launched=True,
+                outputs=[str(root / "untrained_model")], needs=[f"tokenize-{which}"],
+            )
+            self.finetune("finetune-untrained", "finetune", root / "untrained",
+                          root / "untrained_model" / "hf", [name])
+            self.arm("untrained", [root / "untrained"], floor=True)
+        if recipe["floors"].get("naive_bayes"):
+            run = root / "naive_bayes"
+            self.steps.append(Step(
+                "naive_bayes", [], is_whole=lambda: _holds_seeds(run, "0"), outputs=[str(run)],
+                compute=lambda: _naive_bayes(recipe, run),
+            ))
+            self.arm("naive_bayes", [run], floor=True)
+
+    def report(self) -> None:
+        """Always made again: cheap, and it shows what is there."""
+        self.add("report", "train/report.py", {}, is_whole=lambda: False, outputs=[])
+        self.steps[-1].command.extend([str(self.root), "--output_dir", str(self.root / "report")])
+
+
+def _array_files(prefix: Path, name: str, kind: str) -> list[str]:
+    """Patterns of an array's files beside a store of one piece or of shards."""
+    stem = glob.escape(str(prefix))
+    return [f"{stem}{shard}.{name}.{kind}.{ending}"
+            for shard in ("", "-[0-9]*-of-[0-9]*") for ending in ("npy", "json")]
+
+
+def _find_config(path: str | None) -> str | None:
+    """A DeepSpeed JSON as given, or the repository's one of that name."""
+    if path and not Path(path).exists() and (REPOSITORY / path).exists():
+        return str(REPOSITORY / path)
+    return path
+
+
+def _naive_bayes(recipe: dict[str, Any], run: Path) -> None:
+    from preprocess.corpus import load_task
+
+    options = {key: value for key, value in recipe["task"].items() if key != "task"}
+    write_naive_bayes(load_task(recipe["task"]["task"], **options), run)
+
+
+# --------------------------------------------------------------------------- running them
+
+
+class Journal:
+    """`steps.json`: what each step was run with, and in which order steps were finished."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.path = root, root / "steps.json"
+        self.steps: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            try:
+                self.steps = json.loads(self.path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError:
+                raise DataError(f"{self.path}: not JSON; delete it and run again with --rerun, "
+                                "or take another --output_dir") from None
+
+    def describe(self, step: Step) -> dict[str, Any]:
+        """What must not change under a finished step; the output folder may be moved."""
+        words, described = step.command[1:], {}
+        if "--deepspeed_config" in words:  # its content counts, not where it lies
+            i = words.index("--deepspeed_config")
+            config = Path(words[i + 1])
+            described["deepspeed_config"] = file_sha256(config) if config.is_file() else None
+            words = words[:i] + words[i + 2 :]
+        root = str(self.root)
+        described["command"] = [
+            "OUTPUT_DIR" + word[len(root) :] if word == root or word.startswith(root + "/")
+            else word
+            for word in words
+        ]
+        return described
+
+    def objection(self, step: Step, whole: bool) -> str | None:
+        """Why what is there cannot be used, as a sentence; None if it can, or nothing is."""
+        there = whole or any(_files_of(step))
+        record = self.steps.get(step.name)
+        if not there:
+            return None
+        if record is None:
+            return f"step {step.name}: {step.outputs[0]} exists, but this pipeline did not make it"
+        was, now = record["made_with"], self.describe(step)
+        if was != now:
+            change = f"was `{shlex.join(was['command'])}`, is `{shlex.join(now['command'])}`"
+            if was["command"] == now["command"]:
+                change = "the DeepSpeed JSON has other content"
+            return f"step {step.name} was run with another command ({change})"
+        for need in step.needs:
+            finished = self.steps.get(need, {}).get("finished")
+            if whole and record["finished"] and finished and finished > record["finished"]:
+                return f"step {step.name} is older than step {need}, which it reads"
+        return None
+
+    def start(self, step: Step) -> None:
+        self.steps[step.name] = {"made_with": self.describe(step), "finished": None}
+        atomic_write_json(self.path, self.steps)
+
+    def finish(self, step: Step) -> None:
+        last = max((record["finished"] or 0 for record in self.steps.values()), default=0)
+        self.steps[step.name]["finished"] = last + 1
+        atomic_write_json(self.path, self.steps)
+
+
+def _files_of(step: Step) -> list[str]:
+    return [path for pattern in step.outputs for path in
+            ([pattern] if os.path.isdir(pattern) else glob.glob(pattern))]
+
+
+def _delete(step: Step) -> None:
+    for path in _files_of(step):
+        print(f"  deleting {path}", flush=True)
+        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+
+
+def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> None:
+    """Run what is not whole, in order.
+
+    Raises:
+        ConfigError: something there was made otherwise, and `--rerun` is not given.
+        StopRequested: a command stopped on request (exit 75).
+        SystemExit: a command failed; with its exit code.
+    """
+    begin = time.monotonic()
+    for number, step in enumerate(steps, start=1):
+        title = f"[{number}/{len(steps)}] {step.name}"
+        whole = step.is_whole()
+        objection = journal.objection(step, whole)
+        if objection and not options.rerun:
+            raise ConfigError(f"{objection}: take another --output_dir, or add --rerun to delete "
+                              "it and make it again")
+        if objection:
+            print(f"{title}: {objection}", flush=True)
+            _delete(step)
+        elif whole:
+            print(f"{title}: whole, skipped", flush=True)
+            if journal.steps[step.name]["finished"] is None:  # killed between the two writes
+                journal.finish(step)
+            continue
+        print(f"{title}\n  {shown(step, options)}", flush=True)
+        started = time.monotonic()
+        journal.start(step)
+        if step.compute is not None:
+            step.compute()
+        else:
+            log = journal.root / "logs" / f"{number:02d}-{step.name}.log"
+            _check_exit(run_process(started_as(step, options), log), step, log, options)
+        journal.finish(step)
+        now = time.monotonic()
+        print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in all", flush=True)
+
+
+def _check_exit(code: int, step: Step, log: Path, options: PipelineConfig) -> None:
+    if code == StopRequested.exit_code:
+        raise StopRequested(f"step {step.name} stopped on request; the same command goes on "
+                            "from its checkpoint")
+    if code:
+        print(f"pipeline.py: step {step.name} failed with exit code {code}: "
+              f"{shown(step, options)}; its output is in {log}", file=sys.stderr, flush=True)
+        sys.exit(code if code > 0 else 128 - code)
+    if step.name != "report" and not step.is_whole():
+        raise DataError(f"step {step.name} ended without an error, but what it should have "
+                        f"written is not whole: {', '.join(step.outputs)}; see {log}")
+
+
+def shown(step: Step, options: PipelineConfig) -> str:
+    """The step as a user would type it."""
+    if not step.command:
+        return f"# {step.name}: computed by the pipeline itself"
+    start = ["python"]
+    if step.launched and options.launcher == "deepspeed":
+        start = ["deepspeed", "--num_gpus", str(options.num_gpus)]
+        if options.master_port:
+            start += ["--master_port", str(options.master_port)]
+    return shlex.join([*start, *step.command])
+
+
+def started_as(step: Step, options: PipelineConfig) -> list[str]:
+    """The step's process: the same interpreter, and a free port for the launcher."""
+    if step.launched and options.launcher == "deepspeed":
+        port = options.master_port or _free_port()
+        return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus",
+                str(options.num_gpus), "--master_port", str(port), *step.command]
+    return [sys.executable, *step.command]
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_process(command: list[str], log_path: Path) -> int:
+    """Run a command, echo its lines and log them; a line at least every ten seconds.
+
+    SIGTERM and SIGINT are passed on, so that a training command can leave its checkpoint.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    lines: queue.Queue[str | None] = queue.Queue()
+    reader = threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True)
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    reader.start()
+    started = time.monotonic()
+    try:
+        with open(log_path, "w", encoding="utf-8") as log:
+            log.write(shlex.join(command) + "\n")
+            while True:
+                try:
+                    line = lines.get(timeout=HEARTBEAT_SECONDS)
+                except queue.Empty:
+                    print(f"  ... running for {time.monotonic() - started:.0f} s", flush=True)
+                    continue
+                if line is None:
+                    break
+                log.write(line)
+                log.flush()
+                if not _LAUNCHER_CHATTER.search(line):
+                    print(f"  {line.rstrip()}", flush=True)
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal has sent it to the command as well
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+_LAUNCHER_CHATTER = re.compile(
+    r"\[(INFO|WARNING)\] \[(launch|runner|real_accelerator)\.py|real_accelerator\.py:"
+)
+
+
+def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def where_to_look(root: Path, steps: list[Step]) -> str:
+    """The last lines: what to open next."""
+    lines = [f"table and figures: {root}/report", f"curves: tensorboard --logdir {root}"]
+    for step in steps:
+        if step.name.startswith("masks-selective"):
+            name = step.name.removeprefix("masks-")
+            lines.append("what was masked: python preprocess/show_masks.py "
+                         f"--tokens {root}/domain/text --mask_index {name}")
+            break
+    return "\n".join(["Where to look next", *(f"  {line}" for line in lines)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the command."""
+    options = parse(PipelineConfig, argv)
+    recipe = load_recipe(options.recipe, options.set)
+    root = Path(options.output_dir)
+    steps, arms = plan(recipe, root)
+    if options.dry_run:
+        for step in steps:
+            print(shown(step, options))
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    journal = Journal(root)
+    atomic_write_json(root / "arms.json", arms)
+    run_steps(steps, journal, options)
+    print(where_to_look(root, steps), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
