@@ -716,3 +716,11 @@ def load_task(name: str, **files: Any) -> Task:
         if not examples:
             raise DataError(f"{place}: --task {name} has no {split} example; give more text")
     return task
+
+
+def take_fixed(examples: list[Example], limit: int | None) -> list[Example]:
+    """Choose `limit` examples by the hash in their id: the same ones in every run, in order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    chosen = sorted(range(len(examples)), key=lambda i: (examples[i].item, i))[:limit]
+    return [examples[i] for i in sorted(chosen)]

@@ -125,10 +125,7 @@ class Runner:
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
         self._pad_id = self.tokenizer.pad_token_id
-        self._segments = (
-            "token_type_ids" in self.tokenizer.model_input_names
-            and getattr(self.model.config, "type_vocab_size", 0) > 1
-        )
+        self._segments = getattr(self.model.config, "type_vocab_size", 0) > 1
         self.counts = Counts()
 
     def run(
