@@ -84,7 +84,8 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, not JSON, not an object, or an unknown top-level key.
     """
-    file = Path(path or DS_CONFIGS / ("zero1_fp16.json" if torch.cuda.is_available() else "cpu.json"))
+    default = "zero1_fp16.json" if torch.cuda.is_available() else "cpu.json"
+    file = Path(path or DS_CONFIGS / default)
     if not file.is_file():
         known = ", ".join(sorted(f.name for f in DS_CONFIGS.glob("*.json")))
         raise ConfigError(f"--deepspeed_config {file}: no such file; ds_configs/ has {known}")
@@ -397,3 +398,47 @@ def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
         if is_main() and name in persistent:
             state[name] = buffer.detach().to("cpu", copy=True)
     return state if is_main() else None
+
+
+def save_state(engine: Any, folder: str | Path, client_state: dict[str, Any]) -> None:
+    """Write what `load_state` needs to go on bit for bit; collective.
+
+    DeepSpeed's own `latest` file is not written: it may name a checkpoint that is not whole.
+    """
+    state = {**client_state, "universal_checkpoint_info": {}}
+    engine.save_checkpoint(str(folder), tag="state", client_state=state, save_latest=False)
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    torch.save(generators, Path(folder) / f"generators_rank{ranks().rank}.pt")
+
+
+def load_state(engine: Any, folder: str | Path) -> dict[str, Any]:
+    """Load what `save_state` wrote, without running anything that is pickled in it; collective.
+
+    Returns:
+        The `client_state`.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+    class WeightsOnlyEngine(TorchCheckpointEngine):
+        """DeepSpeed's file reader, which would otherwise unpickle anything."""
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.checkpoint_engine = WeightsOnlyEngine()
+    loaded, client_state = engine.load_checkpoint(str(folder), tag="state")
+    assert loaded is not None, f"{folder}: DeepSpeed loaded nothing"
+    path = Path(folder) / f"generators_rank{ranks().rank}.pt"
+    generators = torch.load(path, weights_only=True)
+    torch.set_rng_state(generators["cpu"])
+    if torch.cuda.is_available() and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"])
+    return client_state

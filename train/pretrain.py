@@ -1,0 +1,447 @@
+"""Stages 1 and 2: masked language modelling on a token store.
+
+    deepspeed train/pretrain.py --deepspeed_config ds_configs/zero1_fp16.json \
+        --tokens data/wiki --model_config bert-base --masking random --output_dir runs/stage1
+    deepspeed train/pretrain.py --deepspeed_config ds_configs/zero1_fp16.json \
+        --tokens data/reviews --mask_index mr-sel --model_name_or_path runs/stage1/hf \
+        --output_dir runs/stage2
+
+The loss is the mean over the masked tokens of the global batch, whatever the number of ranks and
+micro batches. Held-out documents are evaluated under the same fixed masks in every run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preprocess.errors import ConfigError, DataError, NonFiniteError, run_command
+from preprocess.store import TokenStore, read_json
+from train import checkpoint, data, metrics, model
+from train import engine as ds
+from train.config import PretrainConfig, as_dict, parse
+from train.metrics import say
+
+
+@dataclass
+class Totals:
+    """What the run has done so far; saved with each checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    masked_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything read and checked before a process group starts."""
+
+    config: PretrainConfig
+    store: TokenStore
+    train_rows: data.RowTable
+    eval_rows: data.RowTable
+    masking: data.Masking
+    eval_maskings: dict[str, data.Masking]
+    resolved: ds.Resolved
+    identity: dict[str, Any]
+
+
+def read_inputs(config: PretrainConfig) -> Inputs:
+    """Open and check the store, the masks and the DeepSpeed JSON."""
+    store = TokenStore.open(config.tokens)
+    if config.model_name_or_path:
+        hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
+        model.check_row_length(hf_config, config.max_seq_length)
+        check_vocabulary(store, hf_config, config.model_name_or_path)
+    if config.mask_index:
+        masking = data.prebuilt_masking(store, config.mask_index)
+    else:
+        masking = data.drawn_masking(store, config.masking or "random", config.mlm_probability)
+    eval_maskings = {"": data.drawn_masking(store, "random", data.EVAL_RATE)}
+    for name in config.eval_mask_index:
+        eval_maskings[name] = data.prebuilt_masking(store, name)
+    train_rows, eval_rows = data.row_tables(store, config.max_seq_length, config.eval_fraction)
+    world_size = ds.ranks().world_size
+    resolved = ds.resolve_ds_config(
+        ds.read_ds_config(config.deepspeed_config), config,
+        total_steps=max(1, config.max_steps), world_size=world_size,
+    )
+    identity = {
+        "store": store.fingerprint,
+        "masking": masking.name,
+        "mask_index": checkpoint.identity_digest(masking.info) if masking.info else None,
+        "mask_rate": masking.rate,
+        "seed": config.seed,
+        "max_seq_length": config.max_seq_length,
+        "eval_fraction": config.eval_fraction,
+        "train_batch_size": resolved.train_batch_size,
+        "max_steps": config.max_steps,
+        "model": config.model_name_or_path or config.model_config,
+    }
+    return Inputs(
+        config, store, train_rows, eval_rows, masking, eval_maskings, resolved, identity
+    )
+
+
+def check_vocabulary(store: TokenStore, hf_config: Any, name: str) -> None:
+    """Refuse a model whose tokenizer is not the store's."""
+    tokenizer = model.load_tokenizer(name)
+    theirs = model.load_tokenizer(store.tokenizer_dir)
+    if tokenizer.get_vocab() != theirs.get_vocab():
+        raise DataError(
+            f"{store.prefix}: tokenized with another vocabulary ({len(theirs)} entries) than "
+            f"{name} has ({len(tokenizer)}); run tokenize_corpus.py with --tokenizer {name}"
+        )
+    if store.vocab_size > hf_config.vocab_size:
+        raise DataError(
+            f"{name}: its embedding has {hf_config.vocab_size} rows, fewer than the "
+            f"{store.vocab_size} ids of {store.prefix}"
+        )
+
+
+def build_model(inputs: Inputs) -> model.PackedMaskedLM:
+    """The model to train, with fresh or loaded weights."""
+    config = inputs.config
+    if config.model_config:
+        hf_config = model.named_config(
+            config.model_config, inputs.store.vocab_size, inputs.store.special_ids["pad"]
+        )
+        model.check_row_length(hf_config, config.max_seq_length)
+        module = model.build_masked_lm(hf_config, config.seed)
+    elif config.from_scratch:
+        hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
+        module = model.build_masked_lm(hf_config, config.seed)
+    else:
+        module = model.load_masked_lm(
+            config.model_name_or_path, config.seed, config.trust_remote_code
+        )
+    if config.gradient_checkpointing:
+        module.hf.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        module.family.encoder(module.hf).compile()
+    return module
+
+
+def plan(inputs: Inputs) -> list[str]:
+    """What will be done, in words and numbers."""
+    config, resolved, rows = inputs.config, inputs.resolved, inputs.train_rows
+    world_size = ds.ranks().world_size
+    epochs = config.max_steps * resolved.train_batch_size / rows.num_rows
+    return [
+        f"tokens {inputs.store.prefix}: {rows.num_tokens:,} tokens in {rows.num_rows:,} rows of "
+        f"{config.max_seq_length}, {100 * rows.efficiency:.1f} % filled; "
+        f"{inputs.eval_rows.num_rows:,} rows held out",
+        f"batch: {resolved.micro_batch_size} rows x {resolved.accumulation_steps} micro batches x "
+        f"{world_size} ranks = {resolved.train_batch_size} rows a step; {config.max_steps} steps = "
+        f"{epochs:.2f} epochs",
+        f"masking: {inputs.masking.name}, precision {resolved.precision}, ZeRO "
+        f"{resolved.config.get('zero_optimization', {}).get('stage', 0)}",
+    ]
+
+
+def memory_line(module: model.PackedMaskedLM, inputs: Inputs) -> str:
+    """An estimate of what one rank needs: states, and the largest activations."""
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    stage = inputs.resolved.config.get("zero_optimization", {}).get("stage", 0)
+    world_size = ds.ranks().world_size
+    half = inputs.resolved.precision != "fp32"
+    # Bytes a parameter: weights and gradients 2 + 2 (16 bit) or 4 + 4; fp32 master and two
+    # moments 12, or two moments 8 in fp32.
+    weights, gradients, states = (2, 2, 12) if half else (4, 4, 8)
+    shared = [states, gradients, weights][:stage]
+    whole = [states, gradients, weights][stage:]
+    states_gib = parameters * (sum(whole) + sum(shared) / world_size) / 2**30
+    hf_config = module.hf.config
+    size = 2 if half else 4
+    slots = inputs.resolved.micro_batch_size * inputs.config.max_seq_length
+    # About 18 hidden widths a layer are kept for the backward pass, and masked rows of logits
+    # exist three times (logits, their fp32 copy, their gradient).
+    layers = 1 if inputs.config.gradient_checkpointing else hf_config.num_hidden_layers
+    activations = slots * hf_config.hidden_size * 18 * size * layers
+    logits = 0.15 * slots * hf_config.vocab_size * 4 * 3
+    return (
+        f"model: {parameters:,} parameters; memory of a rank, estimated: states "
+        f"{states_gib:.2f} GiB, activations {activations / 2**30:.2f} GiB, "
+        f"logits {logits / 2**30:.2f} GiB"
+    )
+
+
+@torch.no_grad()
+def evaluate(engine: Any, inputs: Inputs, device: torch.device, masking: data.Masking,
+             ) -> tuple[float, float]:
+    """Mean loss (nats a masked token) and accuracy on the held-out rows."""
+    ranks = ds.ranks()
+    held = data.PackedData(
+        inputs.store, inputs.eval_rows, masking, seed=data.EVAL_SEED,
+        micro_batch_size=inputs.resolved.micro_batch_size,
+        world_size=ranks.world_size, rank=ranks.rank,
+    )
+    engine.eval()
+    loss_sum, hits, count = 0.0, 0.0, 0
+    rows = min(inputs.config.eval_max_rows, inputs.eval_rows.num_rows)
+    progress = metrics.Progress(
+        -(-rows // held.global_batch), "batch", every=10**9, label="evaluate"
+    )
+    for batch in held.in_order(rows):
+        loss, right = engine(**batch.inputs(device))
+        loss_sum, hits = loss_sum + loss.item(), hits + right.item()
+        count += batch.num_masked
+        progress.update()
+    progress.close()
+    engine.train()
+    loss_sum, hits, total = ds.all_reduce_sum(loss_sum, hits, count)
+    return loss_sum / max(total, 1), hits / max(total, 1)
+
+
+def evaluate_all(engine: Any, inputs: Inputs, device: torch.device) -> dict[str, float]:
+    """Evaluation scalars under the fixed random masks, and under each `--eval_mask_index`."""
+    if inputs.eval_rows.num_rows == 0:
+        return {}
+    scalars = {}
+    for name, masking in inputs.eval_maskings.items():
+        loss, accuracy = evaluate(engine, inputs, device, masking)
+        suffix = f"/{name}" if name else ""
+        scalars[metrics.EVAL_LOSS + suffix] = loss
+        scalars[metrics.EVAL_PERPLEXITY + suffix] = math.exp(min(loss, 700.0))
+        scalars[metrics.EVAL_ACCURACY + suffix] = accuracy
+    return scalars
+
+
+def freeze_encoder(engine: Any) -> None:
+    """Let only the head learn in the next step.
+
+    The encoder's rate is 0 rather than its gradients absent, so that Adam's moments are those of
+    real gradients when it starts to learn: zero moments would make its first steps several
+    times too long.
+    """
+    for group in engine.optimizer.param_groups:
+        if group["name"].startswith("encoder"):
+            group["lr"] = 0.0
+
+
+def train_step(engine: Any, batch: data.StepBatch, device: torch.device) -> tuple[float, float]:
+    """One optimizer step; returns the global mean loss and accuracy of its masked tokens.
+
+    Raises:
+        NonFiniteError: the loss is not a number, on any rank; nothing has been updated.
+    """
+    scale = ds.ranks().world_size * len(batch.micro_batches) / max(batch.step_masked_tokens, 1)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    hits = torch.zeros((), dtype=torch.float64, device=device)
+    for micro_batch in batch.micro_batches:
+        loss, right = engine(**micro_batch.inputs(device))
+        # DeepSpeed averages over micro batches and ranks; the scale turns that into the sum over
+        # the global batch divided by its number of masked tokens.
+        engine.backward(loss * scale)
+        loss_sum += loss.detach()
+        hits += right
+        if engine.is_gradient_accumulation_boundary():
+            total, right_total = ds.all_reduce_sum(loss_sum.item(), hits.item())
+            if not math.isfinite(total):
+                raise NonFiniteError(
+                    f"the loss became {total} at step {engine.global_steps + 1}; lower "
+                    "--learning_rate, lengthen --warmup_ratio, or use bf16"
+                )
+        engine.step()
+    count = max(batch.step_masked_tokens, 1)
+    return total / count, right_total / count
+
+
+def export(engine: Any, module: model.PackedMaskedLM, inputs: Inputs, totals: Totals,
+           out_dir: Path) -> None:
+    """Write the present weights as a folder that transformers loads; collective."""
+    state = ds.full_state_dict(engine)
+    if state is None:
+        return
+    config = inputs.config
+    source = config.model_name_or_path
+    stage = {
+        "stage": "pretrain",
+        "masking": inputs.masking.name,
+        "mask_strategy": (inputs.masking.info or {}).get("strategy", inputs.masking.name),
+        "steps": totals.step,
+        "tokens": totals.tokens,
+        "masked_tokens": totals.masked_tokens,
+        "seconds": round(totals.seconds, 1),
+        "seed": config.seed,
+        "store": inputs.store.fingerprint,
+        "mask_index": inputs.identity["mask_index"],
+        "started_from": source or config.model_config,
+        "train_batch_size": inputs.resolved.train_batch_size,
+        "max_seq_length": config.max_seq_length,
+    }
+    lineage = model.read_lineage(source) if source and not config.from_scratch else []
+    prefix = "hf."
+    model.save_hf(
+        module.hf,
+        {name.removeprefix(prefix): value for name, value in state.items()},
+        model.load_tokenizer(inputs.store.tokenizer_dir),
+        out_dir,
+        [*lineage, stage],
+        module.carried,
+    )
+
+
+def train(inputs: Inputs, run_dir: Path) -> None:
+    """Train, evaluate, save and export; reads downwards."""
+    config, resolved = inputs.config, inputs.resolved
+    ranks = ds.ranks()
+    resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
+    device = ds.start()
+    module = build_model(inputs)
+    if module.fresh_head and config.model_name_or_path and not config.head_only_steps:
+        say("a fresh head hurts the encoder at first: consider --head_only_steps 100")
+    say(memory_line(module, inputs))
+    head_scale = 1.0
+    if config.head_learning_rate:
+        head_scale = config.head_learning_rate / resolved.config["optimizer"]["params"]["lr"]
+    groups = ds.parameter_groups(
+        module, resolved.config["optimizer"]["params"]["weight_decay"], module.head_prefixes,
+        head_scale,
+    )
+    torch.manual_seed(config.seed + ranks.rank)  # dropout differs from rank to rank
+    engine = ds.build_engine(module, groups, resolved)
+    totals = Totals()
+    if resume_from:
+        state = checkpoint.load_checkpoint(engine, resume_from, inputs.identity)
+        totals = Totals(**state["totals"])
+        say(f"resumed from {resume_from}")
+
+    batches = data.PackedData(
+        inputs.store, inputs.train_rows, inputs.masking, seed=config.seed,
+        micro_batch_size=resolved.micro_batch_size,
+        accumulation_steps=resolved.accumulation_steps,
+        world_size=ranks.world_size, rank=ranks.rank,
+    )
+    writer = metrics.MetricsWriter(run_dir, totals.step)
+    progress = metrics.Progress(
+        config.max_steps, every=config.logging_steps, initial=totals.step, label="pretrain"
+    )
+    results: dict[str, float] = {}
+    if totals.step == 0:
+        results = evaluate_all(engine, inputs, device)
+        writer.scalars(0, results)
+    engine.train()
+    window = _Window(totals)
+    clock = time.monotonic()
+    for batch in batches.steps(totals.step, config.max_steps):
+        window.waited += time.monotonic() - clock
+        if totals.step < config.head_only_steps:
+            freeze_encoder(engine)
+        loss, accuracy = train_step(engine, batch, device)
+        totals.step += 1
+        totals.tokens += batch.step_tokens
+        totals.masked_tokens += batch.step_masked_tokens
+        now = time.monotonic()
+        totals.seconds += now - clock
+        window.add(loss, accuracy)
+        if totals.step % config.logging_steps == 0 or totals.step == config.max_steps:
+            scalars = window.scalars(totals, engine)
+            writer.scalars(totals.step, scalars)
+            window = _Window(totals)
+            progress.update(0, "")
+        progress.update(1, f"loss {loss:.3f}")
+        ending = totals.step == config.max_steps
+        if ending or (config.eval_steps and totals.step % config.eval_steps == 0):
+            results = evaluate_all(engine, inputs, device)
+            writer.scalars(totals.step, results)
+        if totals.step in config.export_steps:
+            export(engine, module, inputs, totals, run_dir / f"hf_step_{totals.step}")
+        if ending or (config.save_steps and totals.step % config.save_steps == 0):
+            checkpoint.save_checkpoint(
+                engine, run_dir, totals.step,
+                {"totals": vars(totals).copy(), "identity": inputs.identity},
+                config.save_total_limit,
+            )
+        clock = time.monotonic()
+    progress.close()
+    export(engine, module, inputs, totals, run_dir / "hf")
+    writer.hyperparameters(as_dict(config), results)
+    writer.close()
+    ds.barrier()
+    if results:
+        loss = results[metrics.EVAL_LOSS]
+        say(f"held-out loss {loss:.4f} nats a masked token, perplexity {math.exp(loss):.1f}")
+    say(f"wrote {run_dir / 'hf'}")
+    ds.finish()
+
+
+class _Window:
+    """Means and speeds since the last log line."""
+
+    def __init__(self, totals: Totals) -> None:
+        self._tokens, self._masked = totals.tokens, totals.masked_tokens
+        self._start = time.monotonic()
+        self._loss = self._accuracy = 0.0
+        self._steps = 0
+        self.waited = 0.0
+
+    def add(self, loss: float, accuracy: float) -> None:
+        """Count one step."""
+        self._loss += loss
+        self._accuracy += accuracy
+        self._steps += 1
+
+    def scalars(self, totals: Totals, engine: Any) -> dict[str, float]:
+        """The scalars of this window, by tag."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        tokens, masked = totals.tokens - self._tokens, totals.masked_tokens - self._masked
+        scalars = {
+            metrics.TRAIN_LOSS: self._loss / self._steps,
+            metrics.MASKED_ACCURACY: self._accuracy / self._steps,
+            metrics.LEARNING_RATE: float(engine.get_lr()[-1]),
+            metrics.MASKED_FRACTION: masked / max(tokens, 1),
+            metrics.TOKENS_PER_SECOND: tokens / seconds,
+            metrics.MASKED_TOKENS_PER_SECOND: masked / seconds,
+            metrics.DATA_WAIT_FRACTION: self.waited / seconds,
+            metrics.MEMORY: metrics.peak_memory_gib(),
+            metrics.SKIPPED_STEPS: float(engine.skipped_steps),
+        }
+        norm = engine.get_global_grad_norm()
+        if norm is not None:
+            scalars[metrics.GRAD_NORM] = float(norm)
+        scale = getattr(engine.optimizer, "cur_scale", None)
+        if scale is not None:
+            scalars[metrics.LOSS_SCALE] = float(scale)
+        return scalars
+
+
+def is_finished(run_dir: Path, inputs: Inputs) -> bool:
+    """Whether the run in this directory reached its last step with these inputs."""
+    last = run_dir / "hf" / "lineage.json"
+    if not last.is_file() or inputs.config.resume == "never":
+        return False
+    stage = read_json(last)["stages"][-1]
+    return stage.get("steps") == inputs.config.max_steps and all(
+        stage.get(key) == inputs.identity[key]
+        for key in ("store", "mask_index", "masking", "seed", "train_batch_size", "max_seq_length")
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    config = parse(PretrainConfig, argv)
+    run_dir = checkpoint.check_run_dir(config)
+    inputs = read_inputs(config)
+    for line in (*inputs.resolved.notes, *plan(inputs)):
+        say(line)
+    if config.dry_run:
+        say(memory_line(build_model(inputs), inputs))
+        return
+    if is_finished(run_dir, inputs):
+        say(f"{run_dir}: finished already")
+        return
+    if config.max_steps == 0 and config.head_only_steps:
+        raise ConfigError("--head_only_steps goes with --max_steps above 0")
+    checkpoint.prepare_run_dir(config, inputs.resolved)
+    train(inputs, run_dir)
+
+
+if __name__ == "__main__":
+    run_command(main)
