@@ -262,6 +262,7 @@ class StoreWriter:
         self._idx_tmp = Path(self.prefix + ".idx.tmp")
         self._tokenizer_tmp = Path(self.prefix + ".tokenizer.tmp")
         self._stream = None
+        self._done = False
         self._lengths = compact_list("i")
         self._documents = compact_list("q", [0])
         self.num_tokens = 0
@@ -350,6 +351,7 @@ class StoreWriter:
         except BaseException:
             self.abort()
             raise
+        self._done = True
         self._lock.unlink(missing_ok=True)
         if self.shard is not None:
             join_shards(self.store_prefix, self.shard[1])
@@ -387,6 +389,9 @@ class StoreWriter:
 
     def abort(self) -> None:
         """Remove what was written and give up the prefix; what was there before stays."""
+        if self._done:
+            return
+        self._done = True
         if self._stream is not None:
             self._stream.close()
         for path in (self._bin_tmp, self._idx_tmp, self._lock):
@@ -399,7 +404,7 @@ class StoreWriter:
     def __exit__(self, kind: type | None, *rest: object) -> None:
         if kind is not None:
             self.abort()
-        elif self._lock.exists() and not self._stream.closed:
+        elif not self._done:
             self.close()
 
 
@@ -418,23 +423,21 @@ def _pack_index(lengths: np.ndarray, documents: np.ndarray) -> bytes:
     )
 
 
-def join_shards(prefix: str, count: int) -> bool:
-    """Write `P.json` if all `count` shards are whole; return whether they are.
+def join_shards(prefix: str, count: int) -> str:
+    """Write `P.json` if all `count` shards are whole and alike; else return what it waits for.
 
-    Raises:
-        DataError: shards made with different options or tokenizers.
+    While a store is replaced shard by shard, old and new shards stand side by side for a while:
+    that is no error here.
     """
     prefixes = [shard_prefix(prefix, i, count) for i in range(count)]
-    if not all(os.path.exists(p + ".json") for p in prefixes):
-        return False
+    missing = [p for p in prefixes if not os.path.exists(p + ".json")]
+    if missing:
+        return f"{len(missing)} of {count} shards are to be made, the first is {missing[0]}"
     infos = [read_json(p + ".json") for p in prefixes]
     for path, info in zip(prefixes, infos, strict=True):
         for key in ("tokenizer", "options"):
             if info.get(key) != infos[0].get(key):
-                raise DataError(
-                    f"{path}.json: made with other {key} than {prefixes[0]}.json; "
-                    f"make the shards again with --overwrite"
-                )
+                return f"{path} was made with other {key} than {prefixes[0]}"
     counts: dict[str, int] = {}
     for info in infos:
         for key, value in info["counts"].items():
@@ -451,7 +454,7 @@ def join_shards(prefix: str, count: int) -> bool:
         "fingerprint": fingerprint_text(*prints),
     }
     atomic_write_json(prefix + ".json", joined)
-    return True
+    return ""
 
 
 # --------------------------------------------------------------------------- reading

@@ -1,0 +1,548 @@
+"""Tokenize text into a token store.
+
+    python preprocess/tokenize_corpus.py --input reviews.csv --text_column text \\
+        --tokenizer bert-base-uncased --output data/reviews
+
+Documents are tokenized whole and then cut into sentences by character offsets, so the ids do not
+depend on the cutting. A document without a single token is dropped and counted. The number of
+shards is the user's; workers only decide how much is done at once, and the bytes are the same
+with any number of them. A rerun with the same options skips the shards that are whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.corpus import read_documents, resolve_path, source_kind
+from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.store import (
+    StoreWriter,
+    TokenStore,
+    check_vocabulary,
+    describe_tokenizer,
+    join_shards,
+    read_foreign,
+    read_json,
+    shard_prefix,
+)
+
+BATCH_DOCUMENTS = 256
+BATCH_CHARACTERS = 1 << 20  # books: a batch stays a few megabytes
+MAX_ADOPTED_LENGTH = 1 << 16  # tokens in a sequence taken in from elsewhere; longer ones are cut
+LINE_SECONDS = 5.0
+
+# (ids uint16 (T,), tokens of each sequence int64 (N,), sequences of each document int64 (D,),
+# documents dropped)
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", metavar="F", help="files, hub:NAME[:CONFIG] or pypi:... "
+        "(.txt, .csv, .tsv, .jsonl, .parquet, each also .gz or .zst)")
+    add("--output", required=True, metavar="P", help="prefix of the token store")
+    add("--tokenizer", required=True, metavar="T", help="folder, hub name or pypi:... folder")
+    add("--text_column", default="text", metavar="C", help="column of the text (default: text); "
+        "a number counts from 0 in a file without a header; A+B joins two columns with '. '")
+    add("--where", nargs="+", default=[], metavar="COL=VALUE", help="keep only such rows")
+    add("--split", default="train", help="split of a hub: source (default: train)")
+    add("--split_sentences", action=argparse.BooleanOptionalAction, default=True,
+        help="a sequence is a sentence; with --no-split_sentences, a whole document")
+    add("--language", default="en", help="language for sentence boundaries (default: en)")
+    add("--blank_line_documents", action="store_true",
+        help="in plain text, a document is a block between blank lines, not a line")
+    add("--max_documents", type=int, metavar="N", help="only the first N documents")
+    add("--num_workers", type=int, metavar="W", help="processes (default: one a core)")
+    add("--num_shards", type=int, default=1, metavar="N", help="shards of the store (default: 1)")
+    add("--shard_index", type=int, metavar="i", help="make only shard i, counted from 0")
+    add("--adopt", action="store_true", help="--input (default: --output) is the prefix of a .bin "
+        "and .idx made elsewhere: check them, strip special ids, cut sequences longer than "
+        f"{MAX_ADOPTED_LENGTH:,} tokens, and write a whole store")
+    add("--overwrite", action="store_true", help="replace a store made with other options")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and make the store."""
+    args = build_parser().parse_args(argv)
+    _check_arguments(args)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our workers are processes
+    tokenizer = load_fast_tokenizer(args.tokenizer)
+    check_vocabulary(tokenizer)
+    if args.adopt:
+        adopt(args, tokenizer)
+    else:
+        tokenize(args, tokenizer)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if not args.adopt and not args.input:
+        raise ConfigError("--input is missing: files, hub:NAME or pypi:...")
+    if args.adopt and len(args.input or [""]) != 1:
+        raise ConfigError(f"--adopt takes one --input, the prefix of a store; got {args.input}")
+    if args.num_workers is None:
+        args.num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    for flag in ("num_workers", "num_shards", "max_documents"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag} {value}: at least 1 is needed")
+    if args.shard_index is not None and not 0 <= args.shard_index < args.num_shards:
+        raise ConfigError(
+            f"--shard_index {args.shard_index}: 0 to {args.num_shards - 1} with "
+            f"--num_shards {args.num_shards}"
+        )
+    if args.output.endswith(("/", ".bin", ".idx", ".json")):
+        raise ConfigError(f"--output {args.output}: give a prefix, without an ending")
+    pairs = [pair.partition("=") for pair in args.where]
+    if not all(column and equals for column, equals, _ in pairs):
+        raise ConfigError(f"--where {' '.join(args.where)}: write COLUMN=VALUE")
+    args.where = {column: value for column, _, value in pairs}
+
+
+def load_fast_tokenizer(spec: str) -> Any:
+    """Load a transformers fast tokenizer from a folder, a hub name or `pypi:...`."""
+    from transformers import AutoTokenizer
+
+    path = resolve_path(spec)
+    if path.is_file():
+        raise DataError(f"--tokenizer {spec}: a file; give the folder that it is in")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # OSError, ValueError and more, with pages of advice
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"--tokenizer {spec}: cannot be loaded ({first}); give a folder with tokenizer.json "
+            f"and tokenizer_config.json, or a hub name"
+        ) from error
+    if not tokenizer.is_fast:
+        raise DataError(f"--tokenizer {spec}: has no fast version, so no character offsets")
+    return tokenizer
+
+
+# --------------------------------------------------------------------------- text to ids
+
+
+def encode_batch(backend: Any, texts: list[str], language: str | None) -> Encoded:
+    """Tokenize documents whole and cut each at its sentence boundaries.
+
+    Args:
+        backend: a `tokenizers.Tokenizer` from `prepare_backend`.
+        language: of the sentences; None keeps a document in one sequence.
+    """
+    texts = [_valid_unicode(t) for t in texts]
+    ids: list[int] = []
+    lengths: list[int] = []
+    documents: list[int] = []
+    for text, encoding in zip(
+        texts, backend.encode_batch(texts, add_special_tokens=False), strict=True
+    ):
+        if not encoding.ids:
+            continue
+        ids += encoding.ids
+        here = [len(encoding.ids)]
+        if language is not None:
+            here = cut_sentences(text, encoding.offsets, language)
+        lengths += here
+        documents.append(len(here))
+    flat = np.array(ids, np.int64)
+    assert not len(flat) or (flat.min() >= 0 and flat.max() < 1 << 16)  # check_vocabulary saw to it
+    return (
+        flat.astype(np.uint16),
+        np.array(lengths, np.int64),
+        np.array(documents, np.int64),
+        len(texts) - len(documents),
+    )
+
+
+def cut_sentences(text: str, offsets: list[tuple[int, int]], language: str) -> list[int]:
+    """Return how many tokens each sentence of a document has; none is empty.
+
+    Args:
+        offsets: first character and end of each token.
+    """
+    import sentencex
+
+    pieces = sentencex.segment(language, text)
+    if len(pieces) < 2:
+        return [len(offsets)]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    assert ends[-1] == len(text), "sentences must cover the text"
+    spans = np.array(offsets, np.int64)
+    # By its last character: a byte-level token may begin with the space before its sentence.
+    last = np.maximum(spans[:, 1] - 1, spans[:, 0])
+    sentence = np.minimum(np.searchsorted(ends, last, side="right"), len(pieces) - 1)
+    counts = np.bincount(np.maximum.accumulate(sentence))
+    return counts[counts > 0].tolist()
+
+
+def prepare_backend(tokenizer: Any) -> Any:
+    """Return a copy of the Rust tokenizer: no padding or cutting, `[SEP]` in a text is text."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _valid_unicode(text: str) -> str:
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # half a surrogate pair, as JSON escapes can say
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+# --------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """A bar when stderr is a terminal, else a plain line every few seconds."""
+
+    def __init__(self) -> None:
+        self.documents, self.tokens, self._start = 0, 0, time.monotonic()
+        self._next, self._bar = self._start + LINE_SECONDS, None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(unit=" documents", unit_scale=True)
+
+    def show(self, documents: int, tokens: int) -> None:
+        """Take the totals so far."""
+        if self._bar is not None:
+            self._bar.set_postfix(tokens=f"{tokens:,}", refresh=False)
+            self._bar.update(documents - self.documents)
+        self.documents, self.tokens = documents, tokens
+        now = time.monotonic()
+        if self._bar is None and now >= self._next:
+            self._next = now + LINE_SECONDS
+            rate = tokens / (now - self._start)
+            line = f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> float:
+        """End the bar and return the seconds since the start."""
+        if self._bar is not None:
+            self._bar.close()
+        return time.monotonic() - self._start
+
+
+# --------------------------------------------------------------------------- shards and workers
+
+
+def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Make the shards asked for that are not whole already."""
+    options = {
+        "input": [_describe_input(spec) for spec in args.input],
+        "text_column": args.text_column,
+        "where": args.where,
+        "split": args.split,
+        "split_sentences": args.split_sentences,
+        "language": args.language,
+        "blank_line_documents": args.blank_line_documents,
+        "max_documents": args.max_documents,
+        "num_shards": args.num_shards,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        files = describe_tokenizer(tokenizer, Path(scratch) / "tokenizer")["files"]
+    if args.num_shards == 1:
+        shards: list[tuple[int, int] | None] = [None]
+    elif args.shard_index is None:
+        shards = [(i, args.num_shards) for i in range(args.num_shards)]
+    else:
+        shards = [(args.shard_index, args.num_shards)]
+    to_make = [s for s in shards if not _is_made(args, s, options, files)]
+    if to_make:
+        seconds = _make_all(args, tokenizer, options, to_make)
+    missing = join_shards(args.output, args.num_shards) if args.num_shards > 1 else ""
+    if missing and args.shard_index is None:
+        raise DataError(f"{args.output}.json: not written; {missing}")
+    if missing:
+        print(f"{args.output}.json: not written yet; {missing}", flush=True)
+    elif to_make:
+        store = TokenStore.open(args.output)
+        rate = store.num_tokens / seconds
+        print(
+            f"{args.output}: {store.num_documents:,} documents, {store.num_sequences:,} sequences, "
+            f"{store.num_tokens:,} tokens; {seconds:.1f} s, {rate:,.0f} tokens/s",
+            flush=True,
+        )
+
+
+def _describe_input(spec: str) -> dict[str, Any]:
+    if source_kind(spec) == "hub":
+        return {"name": spec}
+    path = resolve_path(spec)
+    if path.is_dir() or not path.exists():
+        problem = "a folder; name the files in it" if path.is_dir() else "no such file"
+        raise DataError(f"--input {spec}: {problem}")
+    return {"name": spec, "bytes": path.stat().st_size}
+
+
+def _is_made(
+    args: argparse.Namespace,
+    shard: tuple[int, int] | None,
+    options: dict[str, Any],
+    files: dict[str, str],
+) -> bool:
+    prefix = shard_prefix(args.output, *shard) if shard else args.output
+    if args.overwrite:
+        return False
+    for path in dict.fromkeys((f"{args.output}.json", f"{prefix}.json")):
+        if not os.path.exists(path):
+            continue
+        info = read_json(path)
+        old = info.get("options") or {}
+        differs = [
+            f"{key} was {old.get(key)!r}, is {value!r}"
+            for key, value in options.items()
+            if old.get(key) != value
+        ]
+        if (info.get("tokenizer") or {}).get("files") != files:
+            differs.append(f"the tokenizer was {(info.get('tokenizer') or {}).get('name')!r}")
+        if differs:
+            raise ConfigError(
+                f"{path}: made with other options ({'; '.join(differs)}); "
+                f"give another --output, or --overwrite"
+            )
+    if not os.path.exists(f"{prefix}.json"):
+        return False
+    TokenStore.open(prefix)  # a damaged one is named here, not later
+    print(f"{prefix}: whole already, skipped", flush=True)
+    return True
+
+
+def _make_all(
+    args: argparse.Namespace,
+    tokenizer: Any,
+    options: dict[str, Any],
+    shards: list[tuple[int, int] | None],
+) -> float:
+    """Make shards, several at once where there are several; return the seconds it took."""
+    progress = Progress()
+    num_workers = args.num_workers if len(shards) == 1 else min(args.num_workers, len(shards))
+    try:
+        if num_workers == 1:
+            _start_worker(tokenizer, args, options, None)
+            _make_in_turn(args, tokenizer, options, shards, map, progress)
+        else:
+            _make_in_pool(num_workers, args, tokenizer, options, shards, progress)
+    finally:
+        seconds = progress.close()
+    return seconds
+
+
+def _make_in_pool(
+    num_workers: int,
+    args: argparse.Namespace,
+    tokenizer: Any,
+    options: dict[str, Any],
+    shards: list[tuple[int, int] | None],
+    progress: Progress,
+) -> None:
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    totals = context.Array("q", 2)
+    pool = ProcessPoolExecutor(
+        num_workers, context, _start_worker, (tokenizer, args, options, totals)
+    )
+    try:
+        pool.submit(int).result()  # fork now, before a reader starts threads
+        if len(shards) == 1:
+            spread = _spread(pool, 3 * num_workers)
+            _make_in_turn(args, tokenizer, options, shards, spread, progress)
+        else:
+            _make_at_once(pool, shards, totals, progress)
+    except BrokenProcessPool:
+        raise DataError(
+            f"a worker was killed, perhaps for want of memory; try fewer than "
+            f"--num_workers {num_workers}, and the same command again"
+        ) from None
+    except BaseException:
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.terminate()  # half a shard is of no use; its lock falls to the next run
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _make_in_turn(
+    args: argparse.Namespace,
+    tokenizer: Any,
+    options: dict[str, Any],
+    shards: list[tuple[int, int] | None],
+    apply: Callable,
+    progress: Progress,
+) -> None:
+    documents = tokens = 0
+    for shard in shards:
+
+        def report(now: int, tokens_now: int, before: tuple[int, int] = (documents, tokens)) -> None:
+            progress.show(before[0] + now, before[1] + tokens_now)
+
+        made = _make_shard(args, tokenizer, options, shard, apply, report)
+        documents, tokens = documents + made[0], tokens + made[1]
+
+
+def _make_at_once(
+    pool: ProcessPoolExecutor, shards: list[Any], totals: Any, progress: Progress
+) -> None:
+    left: set[Future] = {pool.submit(_make_shard_in_worker, shard) for shard in shards}
+    while left:
+        done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+        progress.show(*totals[:])
+        for future in done:
+            future.result()
+
+
+def _make_shard(
+    args: argparse.Namespace,
+    tokenizer: Any,
+    options: dict[str, Any],
+    shard: tuple[int, int] | None,
+    apply: Callable,
+    report: Callable[[int, int], None],
+) -> tuple[int, int]:
+    """Make one shard; `apply` is `map` or its parallel twin. Return its documents and tokens."""
+    documents = read_documents(
+        args.input,
+        args.text_column,
+        args.where,
+        args.split,
+        args.blank_line_documents,
+        part=shard or (0, 1),
+        max_documents=args.max_documents,
+    )
+    num_documents = num_dropped = 0
+    with StoreWriter(args.output, tokenizer, options, shard, args.overwrite) as writer:
+        for ids, lengths, sequences, dropped in apply(_encode_in_worker, _batches(documents)):
+            writer.add_flat(ids, lengths, sequences)
+            num_documents += len(sequences)
+            num_dropped += dropped
+            report(num_documents, writer.num_tokens)
+        writer.close({"documents_dropped": num_dropped})
+    print(
+        f"{writer.prefix}: {num_documents:,} documents, {writer.num_tokens:,} tokens, "
+        f"{num_dropped:,} empty documents dropped",
+        flush=True,
+    )
+    return num_documents, writer.num_tokens
+
+
+def _spread(pool: ProcessPoolExecutor, ahead: int) -> Callable[..., Iterator[Encoded]]:
+    """Return a `map` over the pool that keeps order and reads only a little ahead."""
+
+    def apply(function: Callable, batches: Iterator[list[str]]) -> Iterator[Encoded]:
+        waiting = deque(pool.submit(function, b) for b in itertools.islice(batches, ahead))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, b) for b in itertools.islice(batches, 1))
+
+    return apply
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer: Any, args: argparse.Namespace, options: Any, totals: Any) -> None:
+    _worker.update(tokenizer=tokenizer, args=args, options=options, totals=totals)
+    _worker["backend"] = prepare_backend(tokenizer)
+    if totals is not None:  # a process of its own: the parent decides what an interrupt means
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _encode_in_worker(texts: list[str]) -> Encoded:
+    args = _worker["args"]
+    return encode_batch(_worker["backend"], texts, args.language if args.split_sentences else None)
+
+
+def _make_shard_in_worker(shard: tuple[int, int]) -> None:
+    totals, before = _worker["totals"], [0, 0]
+
+    def report(*now: int) -> None:
+        with totals.get_lock():
+            for i in range(2):
+                totals[i] += now[i] - before[i]
+        before[:] = now
+
+    _make_shard(_worker["args"], _worker["tokenizer"], _worker["options"], shard, map, report)
+
+
+# --------------------------------------------------------------------------- adoption
+
+
+def adopt(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Take in a `.bin` and `.idx` made elsewhere, in place or under another prefix."""
+    source = args.input[0] if args.input else args.output
+    if os.path.exists(args.output + ".json") and not args.overwrite:
+        raise ConfigError(f"{args.output}.json: a whole store is there already; see --overwrite")
+    if source != args.output and os.path.exists(args.output + ".bin") and not args.overwrite:
+        raise ConfigError(f"{args.output}.bin: there already; give another --output or --overwrite")
+    vocab_size = check_vocabulary(tokenizer)
+    special = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), np.int64)
+    options = {"adopted": source, "max_sequence_length": MAX_ADOPTED_LENGTH}
+    counts = {"special_ids_stripped": 0, "sequences_cut": 0, "documents_dropped": 0}
+    progress = Progress()
+    documents = 0
+    # In place, the writer works beside the old files and replaces them at the end.
+    with StoreWriter(args.output, tokenizer, options, overwrite=True) as writer:
+        for sequences in read_foreign(source):
+            kept = []
+            for ids in sequences:
+                if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+                    wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+                    raise DataError(
+                        f"{source}.bin: token id {wrong} is not in the vocabulary of --tokenizer "
+                        f"{args.tokenizer} (0 to {vocab_size - 1}); name the one that made it"
+                    )
+                clean = ids[~np.isin(ids, special)]
+                counts["special_ids_stripped"] += len(ids) - len(clean)
+                counts["sequences_cut"] += len(clean) > MAX_ADOPTED_LENGTH
+                starts = range(0, len(clean), MAX_ADOPTED_LENGTH)
+                kept += [clean[i : i + MAX_ADOPTED_LENGTH] for i in starts]
+            counts["documents_dropped"] += not kept
+            if kept:
+                writer.add_document(kept)
+                documents += 1
+                progress.show(documents, writer.num_tokens)
+        writer.close(counts)
+    progress.close()
+    said = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
+    line = f"{args.output}: {documents:,} documents, {writer.num_tokens:,} tokens, {said}"
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

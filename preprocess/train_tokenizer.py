@@ -1,0 +1,132 @@
+"""Learn a vocabulary from text: only for pre-training from nothing.
+
+    python preprocess/train_tokenizer.py --input corpus.txt --vocab_size 8000 --output data/vocab
+
+The folder it writes loads with `AutoTokenizer`: BERT's WordPiece, or RoBERTa's byte-level BPE. A
+checkpoint that is trained further keeps its own tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from preprocess.corpus import read_documents
+from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.store import MAX_VOCAB
+
+# In the order of their ids.
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+LINE_SECONDS = 5.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="F", help="files, hub:NAME or pypi:...")
+    add("--text_column", default="text", metavar="C", help="column of the text (default: text)")
+    add("--vocab_size", type=int, required=True, metavar="N", help=f"ids, at most {MAX_VOCAB:,}")
+    add("--output", required=True, metavar="DIR", help="folder to write; must not exist")
+    add("--kind", choices=sorted(KINDS), default="wordpiece", help="default: wordpiece")
+    add("--lowercase", action=argparse.BooleanOptionalAction, default=None,
+        help="lower case and no accents, wordpiece only (default there)")
+    return parser
+
+
+def train_wordpiece(documents: Iterable[str], vocab_size: int, lowercase: bool) -> Any:
+    """Return a `BertTokenizerFast` learnt from documents."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import BertTokenizerFast
+
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=BERT_SPECIAL, show_progress=False
+    )
+    learner.train_from_iterator(documents, trainer)
+    return BertTokenizerFast(vocab=_by_id(learner), do_lower_case=lowercase)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, lowercase: bool) -> Any:
+    """Return a `RobertaTokenizerFast` learnt from documents."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import RobertaTokenizerFast
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=ROBERTA_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that no text is unknown
+        show_progress=False,
+    )
+    learner.train_from_iterator(documents, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    return RobertaTokenizerFast(vocab=_by_id(learner), merges=merges)
+
+
+KINDS = {"wordpiece": train_wordpiece, "bpe": train_bpe}
+
+
+def _by_id(learner: Any) -> dict[str, int]:
+    return dict(sorted(learner.get_vocab().items(), key=lambda item: item[1]))
+
+
+def _with_lines(documents: Iterable[str]) -> Iterator[str]:
+    """Pass documents on and say now and then how many."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        yield from tqdm(documents, unit=" documents", unit_scale=True)
+        return
+    due = time.monotonic() + LINE_SECONDS
+    for number, document in enumerate(documents, 1):
+        yield document
+        if time.monotonic() >= due:
+            print(f"{number:,} documents read", file=sys.stderr, flush=True)
+            due = time.monotonic() + LINE_SECONDS
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and write the tokenizer's folder."""
+    args = build_parser().parse_args(argv)
+    if not 10 <= args.vocab_size <= MAX_VOCAB:
+        raise ConfigError(
+            f"--vocab_size {args.vocab_size}: 10 to {MAX_VOCAB:,}; token stores keep 16-bit ids"
+        )
+    if args.kind == "bpe" and args.lowercase:
+        raise ConfigError("--lowercase: only --kind wordpiece has it; RoBERTa's BPE keeps case")
+    output = Path(args.output)
+    if output.exists():
+        raise DataError(f"{output}: there already; give another --output or remove it")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the same vocabulary on any number of cores
+    documents = _with_lines(read_documents(args.input, args.text_column))
+    tokenizer = KINDS[args.kind](documents, args.vocab_size, args.lowercase is not False)
+    if len(tokenizer) > args.vocab_size:
+        raise ConfigError(
+            f"--vocab_size {args.vocab_size}: single characters alone need {len(tokenizer)} here"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    try:
+        tokenizer.save_pretrained(str(temporary))
+        os.rename(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    note = "" if len(tokenizer) == args.vocab_size else ", all that this text gives"
+    print(f"{output}: {args.kind}, {len(tokenizer):,} ids{note}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
