@@ -1,0 +1,325 @@
+"""Fit the token scorer: it learns from annotated task texts which tokens matter, without labels.
+
+Each annotated sentence is one example, `[CLS] sentence [SEP]`; a token is important (1) or not
+(0), and counts `--positive_weight` times if it is. Tokens that were not annotated, and the special
+tokens, are left out of the loss and of the metrics. Whole texts are kept aside by a hash of their
+content, and the epoch with the best F1 of "important" on them (the first of equals) is kept.
+
+    deepspeed train/fit_scorer.py --deepspeed_config ds_configs/cpu.json --annotations A \
+        --model_name_or_path R1/hf --output_dir RS
+
+writes `RS/hf/` and `RS/results.json`: precision, recall, F1 and average precision beside two
+baselines that know nothing of the context.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.store import TokenStore, atomic_write_json, open_array, read_json
+from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
+from train.config import FitScorerConfig, parse
+from train.engine import barrier, finish, is_main, start
+from train.inference import Template, special_template, weights_fingerprint
+from train.metrics import EVAL_F1, EVAL_LOSS, say
+from train.model import (
+    check_row_length,
+    load_config,
+    load_scorer,
+    load_tokenizer,
+    local_checkpoint,
+    read_lineage,
+    save_hf,
+)
+from train.supervised import (
+    IGNORED,
+    Examples,
+    average_precision,
+    best_threshold,
+    describe_plan,
+    fit,
+    make_examples,
+    precision_recall_f1,
+    remove_resume_state,
+    resolve,
+)
+
+NOT_ANNOTATED = 255
+DEFAULT_LEARNING_RATE = 1e-5
+TAGS = {"loss": EVAL_LOSS, "f1": EVAL_F1}
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Sentences with at least one annotated token.
+
+    tokens, importance: one array a sentence, `(n,)` uint16 and uint8 (0, 1 or `NOT_ANNOTATED`).
+    text_keys: hash of the text that each sentence is from, `(N,)` uint64.
+    """
+
+    tokens: list[np.ndarray]
+    importance: list[np.ndarray]
+    text_keys: np.ndarray
+
+    def choose(self, keep: np.ndarray) -> Annotated:
+        """The sentences where `keep`, `(N,)` bool, is true."""
+        chosen = np.flatnonzero(keep)
+        return Annotated(
+            [self.tokens[i] for i in chosen], [self.importance[i] for i in chosen],
+            self.text_keys[chosen],
+        )
+
+    def counted(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and importance (bool) of all annotated tokens, one after the other."""
+        tokens = np.concatenate(self.tokens)
+        importance = np.concatenate(self.importance)
+        keep = importance != NOT_ANNOTATED
+        return tokens[keep], importance[keep] == 1
+
+
+def read_annotations(store: TokenStore, limit: int) -> Annotated:
+    """Read the annotated sentences of a store, each cut to `limit` tokens.
+
+    Raises:
+        DataError: no importance array, no annotated token, or no important one.
+    """
+    tokens, importance, keys = [], [], []
+    for shard in store.shards:
+        array, _ = open_array(shard, "", "importance")
+        for document in range(shard.num_documents):
+            first, last = shard.document_offsets[document : document + 2]
+            bounds = shard.sequence_offsets[first : last + 1]
+            text = shard.tokens[bounds[0] : bounds[-1]].tobytes()
+            key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+            for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+                end = min(end, begin + limit)
+                if (array[begin:end] != NOT_ANNOTATED).any():
+                    tokens.append(np.array(shard.tokens[begin:end]))
+                    importance.append(np.array(array[begin:end]))
+                    keys.append(key)
+    if not tokens:
+        raise DataError(
+            f"--annotations {store.prefix}: no token is annotated (the classifier got every text "
+            "wrong); annotate with a better classifier"
+        )
+    if not any((values == 1).any() for values in importance):
+        raise DataError(
+            f"--annotations {store.prefix}: no token is important; annotate again with a larger "
+            "--delta"
+        )
+    return Annotated(tokens, importance, np.array(keys, dtype=np.uint64))
+
+
+def annotation_digest(store: TokenStore) -> str:
+    """Name the annotations: the sha256 of each shard's importance array."""
+    return identity_digest([open_array(s, "", "importance")[1]["sha256"] for s in store.shards])
+
+
+def choose_dev(text_keys: np.ndarray, fraction: float) -> np.ndarray:
+    """Choose the texts to keep aside: those with the smallest hashes, whatever their order.
+
+    All sentences of a text, and of every copy of it, fall on one side.
+
+    Args:
+        text_keys: `(N,)` uint64.
+        fraction: share of different texts to choose; at least one is, and one is left.
+    Returns:
+        `(N,)` bool.
+    Raises:
+        DataError: fewer than two different texts.
+    """
+    different = np.unique(text_keys)
+    if len(different) < 2:
+        raise DataError("one annotated text only; annotate two or more, so that one is kept aside")
+    count = min(max(1, round(fraction * len(different))), len(different) - 1)
+    return text_keys < different[count]
+
+
+def encode(sentences: Annotated, template: Template, positive_weight: float) -> Examples:
+    """Put special tokens around the sentences; only annotated tokens have a target."""
+    ids, targets = [], []
+    for tokens, importance in zip(sentences.tokens, sentences.importance, strict=True):
+        ids.append([*template.before, *tokens.tolist(), *template.after])
+        target = np.full(len(ids[-1]), IGNORED)
+        known = np.where(importance == NOT_ANNOTATED, IGNORED, importance.astype(np.int64))
+        target[len(template.before) : len(template.before) + len(tokens)] = known
+        targets.append(target)
+    return make_examples(ids, None, targets, [1.0, positive_weight])
+
+
+def score_decisions(
+    labels: np.ndarray, decisions: np.ndarray, scores: np.ndarray
+) -> dict[str, float]:
+    """Precision, recall, F1 and average precision of the important tokens, `(T,)` each."""
+    precision, recall, f1 = precision_recall_f1(labels, decisions)
+    return {
+        "precision": precision, "recall": recall, "f1": f1,
+        "average_precision": average_precision(labels, scores),
+    }
+
+
+def token_type_rates(tokens: np.ndarray, labels: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each token type is important, `(V,)` float64.
+
+    One imaginary occurrence at the overall rate is added to each, so a rare type stays near it.
+    """
+    overall = labels.mean()
+    hits = np.bincount(tokens[labels], minlength=vocab_size)
+    return (hits + overall) / (np.bincount(tokens, minlength=vocab_size) + 1)
+
+
+def baselines(train: Annotated, dev: Annotated, vocab_size: int) -> dict[str, dict[str, float]]:
+    """Metrics on `dev` of calling every token important, and of one probability a token type."""
+    tokens, labels = train.counted()
+    rates = token_type_rates(tokens, labels, vocab_size)
+    threshold = best_threshold(labels, rates[tokens])
+    dev_tokens, dev_labels = dev.counted()
+    ones = np.ones(len(dev_labels))
+    return {
+        "all_ones": score_decisions(dev_labels, ones > 0, ones),
+        "token_type": score_decisions(
+            dev_labels, rates[dev_tokens] >= threshold, rates[dev_tokens]
+        ),
+    }
+
+
+def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str) -> None:
+    """Refuse a model whose ids mean other pieces than those of the annotations."""
+    theirs = load_tokenizer(store.tokenizer_dir)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"--model_name_or_path {name}: its vocabulary ({len(tokenizer)} ids) is not that of "
+            f"{store.prefix} ({len(theirs)} ids); annotate with a classifier that was trained from "
+            "this model"
+        )
+
+
+def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
+    """Whether the scorer in `run_dir` is whole.
+
+    Raises:
+        ConfigError: it is, but was made with something else; says what.
+    """
+    if not (run_dir / "results.json").is_file() or not (run_dir / "hf/config.json").is_file():
+        return False
+    before = read_json(run_dir / "results.json").get("identity", {})
+    for key, value in identity.items():
+        if before.get(key) != value:
+            raise ConfigError(
+                f"--output_dir {run_dir}: holds a scorer made with {key} {before.get(key)}, and "
+                f"this run has {value}; give another folder, or delete this one"
+            )
+    return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    config = parse(FitScorerConfig, argv)
+    store = TokenStore.open(config.annotations)
+    hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
+    check_row_length(hf_config, config.max_seq_length)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    check_same_vocabulary(store, tokenizer, config.model_name_or_path)
+    template = special_template(tokenizer, pair=False)
+    sentences = read_annotations(store, config.max_seq_length - template.num_special)
+    is_dev = choose_dev(sentences.text_keys, config.dev_fraction)
+    train, dev = sentences.choose(~is_dev), sentences.choose(is_dev)
+    if not train.counted()[1].any():
+        raise DataError(
+            f"--annotations {config.annotations}: no important token is left to learn from; "
+            "annotate more text"
+        )
+    encoded = {
+        "train": encode(train, template, config.positive_weight),
+        "dev": encode(dev, template, config.positive_weight),
+    }
+    resolved = resolve(config, encoded["train"], DEFAULT_LEARNING_RATE)
+    say_sizes(train, dev)
+    for line in describe_plan(config, resolved, encoded["train"]):
+        say(line)
+    run_dir = check_run_dir(config)
+    if config.dry_run:
+        return
+    identity = {
+        "annotations": annotation_digest(store),
+        "weights": weights_fingerprint(local_checkpoint(config.model_name_or_path), hf_config),
+        "positive_weight": config.positive_weight,
+        "dev_fraction": config.dev_fraction,
+        "max_seq_length": config.max_seq_length,
+        "num_train_epochs": config.num_train_epochs,
+        "seed": config.seed,
+        "train_batch_size": resolved.train_batch_size,
+        "optimizer": identity_digest(resolved.config["optimizer"]),
+    }
+    if is_finished(run_dir, identity):
+        say(f"{run_dir}: finished already")
+        return
+    if config.resume == "must":
+        find_checkpoint(run_dir, "must")
+    prepare_run_dir(config, resolved)
+    device = start()
+    dev_labels = dev.counted()[1]
+
+    def assess(logits: list[np.ndarray]) -> dict[str, float]:
+        targets = np.concatenate(encoded["dev"].targets)
+        flat = np.concatenate(logits)[targets != IGNORED]
+        odds = flat[:, 1] - flat[:, 0]
+        return score_decisions(dev_labels, odds > 0, odds)
+
+    model = load_scorer(config.model_name_or_path, config.seed, config.trust_remote_code)
+    found = fit(
+        model, resolved, encoded["train"], encoded["dev"], assess, config=config, seed=config.seed,
+        select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
+        pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, identity=identity,
+    )
+    results = {
+        **found.best,
+        "baselines": baselines(train, dev, store.vocab_size),
+        "best_epoch": found.best_epoch, "num_epochs": config.num_train_epochs,
+        "steps": found.steps, "seconds": round(found.seconds, 2),
+        "num_train_sentences": len(train.tokens), "num_dev_sentences": len(dev.tokens),
+        "num_dev_tokens": len(dev_labels), "num_dev_important": int(dev_labels.sum()),
+        "annotations": config.annotations, "model_name_or_path": config.model_name_or_path,
+        "seed": config.seed, "identity": identity,
+    }
+    if is_main():
+        stages = [*read_lineage(config.model_name_or_path), {
+            "stage": "fit_scorer", "annotations": identity["annotations"],
+            **{key: results[key] for key in ("seed", "best_epoch", "steps", "seconds", "f1")},
+        }]
+        save_hf(model, found.best_state, tokenizer, run_dir / "hf", stages)
+        atomic_write_json(run_dir / "results.json", results)
+        remove_resume_state(run_dir)
+    barrier()
+    say_results(results)
+    finish()
+
+
+def say_sizes(train: Annotated, dev: Annotated) -> None:
+    """Say how many sentences and tokens there are on both sides."""
+    for name, part in (("train", train), ("dev", dev)):
+        labels = part.counted()[1]
+        say(f"{name}: {len(part.tokens)} sentences of {len(np.unique(part.text_keys))} texts, "
+            f"{len(labels)} annotated tokens, {labels.mean():.1%} important")
+    if not dev.counted()[1].any():
+        say("warning: no important token is kept aside, so every epoch has F1 0 and the first is "
+            "taken; annotate more text or raise --dev_fraction")
+
+
+def say_results(results: dict[str, Any]) -> None:
+    """Say the metrics of the scorer and of the baselines."""
+    rows = {"scorer": results, **results["baselines"]}
+    for name, row in rows.items():
+        say(f"{name:10}  precision {row['precision']:.3f}  recall {row['recall']:.3f}  "
+            f"F1 {row['f1']:.3f}  average precision {row['average_precision']:.3f}")
+    say(f"best epoch {results['best_epoch']} of {results['num_epochs']}")
+
+
+if __name__ == "__main__":
+    run_command(main)

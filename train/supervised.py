@@ -1,0 +1,616 @@
+"""Supervised training, shared by the task classifier and the token scorer.
+
+Owns the order of labelled examples, their way into batches, the loss as a mean over the global
+batch, the choice of the best epoch, and the metrics of both commands. Examples are few (a task,
+not a corpus), so all of them stay in memory on every rank, and every rank computes every decision
+from the same gathered numbers.
+
+Letters: `N` examples, `B` examples of a micro batch, `L` padded length, `C` classes, `T` tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from preprocess.errors import NonFiniteError, StopRequested
+from preprocess.store import atomic_write_bytes
+from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from train.config import FinetuneConfig, FitScorerConfig
+from train.engine import (
+    Resolved,
+    all_reduce_sum,
+    build_engine,
+    full_state_dict,
+    gather_objects,
+    is_main,
+    parameter_groups,
+    ranks,
+    read_ds_config,
+    resolve_ds_config,
+)
+from train.metrics import LEARNING_RATE, TRAIN_LOSS, MetricsWriter, Progress, say
+
+IGNORED = -100
+"""Target of a token that is left out of the loss and of the metrics."""
+
+
+# --------------------------------------------------------------------------- examples
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled examples of one split.
+
+    input_ids: N arrays `(L_i,)` int64, special tokens included.
+    token_type_ids: N arrays `(L_i,)` int64, or None for a model without segments.
+    targets: N arrays int64: `()`, the class of the text, or `(L_i,)`, the class of each token,
+        with `IGNORED` where there is none.
+    mass: what an example adds to the denominator of the mean loss, `(N,)` float64.
+    """
+
+    input_ids: list[np.ndarray]
+    token_type_ids: list[np.ndarray] | None
+    targets: list[np.ndarray]
+    mass: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, `(N,)` int64."""
+        return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+
+
+def make_examples(
+    input_ids: Sequence[Any],
+    token_type_ids: Sequence[Any] | None,
+    targets: Sequence[Any],
+    class_weights: Sequence[float],
+) -> Examples:
+    """Put examples together; the mass of one is the sum of its targets' class weights."""
+    table = np.asarray(class_weights, dtype=np.float64)
+    arrays = [np.asarray(target, dtype=np.int64) for target in targets]
+    mass = [table[target[target != IGNORED]].sum() for target in arrays]
+    return Examples(
+        [np.asarray(ids, dtype=np.int64) for ids in input_ids],
+        None if token_type_ids is None else [np.asarray(t, np.int64) for t in token_type_ids],
+        arrays,
+        np.array(mass, dtype=np.float64),
+    )
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch, `(N,)` int64: a function of seed and epoch, never of the rank."""
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def rank_share(
+    batch: np.ndarray, micro_batch_size: int, accumulation_steps: int, rank: int, world_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a global batch into the micro batches of one rank.
+
+    Neighbours in `batch` land in one micro batch, and consecutive micro batches go to consecutive
+    ranks, so a batch sorted by length wastes little padding and keeps the ranks even. A batch too
+    small for its slots is filled with repeated indices of weight 0: every rank always runs every
+    micro batch, so no gradient is left over when an epoch ends.
+
+    Worked example: batch [7, 8, 9], micro batches of 2, one step, two ranks: rank 0 gets [[7, 8]]
+    with weights [[1, 1]], rank 1 gets [[9, 7]] with weights [[1, 0]].
+
+    Args:
+        batch: indices of a global batch, `(n,)` int64, 1 <= n <= slots.
+    Returns:
+        Indices, `(accumulation_steps, micro_batch_size)` int64, and weights 0 or 1 of the same
+        shape, float32.
+    """
+    slots = micro_batch_size * accumulation_steps * world_size
+    assert 0 < len(batch) <= slots, (len(batch), slots)
+    shape = (accumulation_steps, world_size, micro_batch_size)
+    indices = np.resize(batch, slots).reshape(shape)
+    weights = (np.arange(slots) < len(batch)).astype(np.float32).reshape(shape)
+    return indices[:, rank], weights[:, rank]
+
+
+def collate(
+    examples: Examples, indices: np.ndarray, pad_id: int, device: torch.device | str = "cpu"
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Pad the chosen examples to the longest of them.
+
+    Returns:
+        The model's inputs, `(B, L)` int64 each, and the targets, `(B,)` or `(B, L)` int64.
+    """
+    rows = [examples.input_ids[i] for i in indices]
+    length = max(len(row) for row in rows)
+
+    def pad(arrays: list[np.ndarray], fill: int) -> torch.Tensor:
+        out = np.full((len(arrays), length), fill, dtype=np.int64)
+        for row, array in zip(out, arrays, strict=True):
+            row[: len(array)] = array
+        return torch.from_numpy(out).to(device, non_blocking=True)
+
+    inputs = {
+        "input_ids": pad(rows, pad_id),
+        "attention_mask": pad([np.ones_like(row) for row in rows], 0),
+    }
+    if examples.token_type_ids is not None:
+        inputs["token_type_ids"] = pad([examples.token_type_ids[i] for i in indices], 0)
+    targets = [examples.targets[i] for i in indices]
+    if targets[0].ndim:
+        return inputs, pad(targets, IGNORED)
+    return inputs, torch.from_numpy(np.stack(targets)).to(device, non_blocking=True)
+
+
+def weighted_loss(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, class_weights: torch.Tensor
+) -> torch.Tensor:
+    """Sum the cross-entropy of a micro batch; the caller divides by the batch's mass.
+
+    Args:
+        logits: `(B, C)` or `(B, L, C)`, any float type; computed in float32.
+        targets: `(B,)` or `(B, L)` int64; `IGNORED` adds nothing.
+        weights: 0 or 1 for each example, `(B,)` float32; 0 marks a repeated one.
+        class_weights: `(C,)` float32.
+    Returns:
+        A scalar float32.
+    """
+    losses = F.cross_entropy(
+        logits.float().reshape(-1, logits.shape[-1]),
+        targets.reshape(-1),
+        weight=class_weights,
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    # torch.where, not a product: a repeated example must add nothing even if its loss is inf.
+    per_example = losses.reshape(len(targets), -1).sum(1)
+    return torch.where(weights > 0, per_example, torch.zeros_like(per_example)).sum()
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Share of equal entries of two `(N,)` integer arrays."""
+    return float(np.mean(labels == predictions))
+
+
+def precision_recall_f1(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float, float]:
+    """Precision, recall and F1 of the true entries of two `(N,)` bool arrays; 0 where undefined."""
+    hits = int(np.sum(labels & predictions))
+    num_predicted, num_true = int(np.sum(predictions)), int(np.sum(labels))
+    precision = hits / num_predicted if num_predicted else 0.0
+    recall = hits / num_true if num_true else 0.0
+    total = num_predicted + num_true
+    return precision, recall, 2 * hits / total if total else 0.0
+
+
+def macro_f1(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> float:
+    """Mean F1 over all classes of the task, those that do not occur included (as 0)."""
+    scores = [precision_recall_f1(labels == c, predictions == c)[2] for c in range(num_classes)]
+    return float(np.mean(scores))
+
+
+def _cuts(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each distinct score, best first: the score, the hits and the count at or above it."""
+    order = np.argsort(-scores, kind="stable")
+    sorted_scores = scores[order]
+    last_of_tie = np.append(np.flatnonzero(np.diff(sorted_scores)), len(scores) - 1)
+    hits = np.cumsum(labels[order])[last_of_tie]
+    return sorted_scores[last_of_tie], hits, last_of_tie + 1
+
+
+def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the precision-recall steps, ties taken together; 0 without a true entry.
+
+    Args:
+        labels: `(N,)` bool.
+        scores: `(N,)` float, larger is more likely true.
+    """
+    num_true = int(np.sum(labels))
+    if not num_true:
+        return 0.0
+    _, hits, counts = _cuts(labels, scores)
+    gained = np.diff(hits, prepend=0) / num_true
+    return float(np.sum(gained * hits / counts))
+
+
+def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The score from which on calling an entry true gives the best F1; the highest of equals."""
+    thresholds, hits, counts = _cuts(labels, scores)
+    return float(thresholds[np.argmax(2 * hits / (counts + np.sum(labels)))])
+
+
+def mean_loss(logits: list[np.ndarray], examples: Examples, class_weights: np.ndarray) -> float:
+    """The loss of training, over a whole split, from gathered logits (float64)."""
+    flat = np.concatenate([one.reshape(-1, len(class_weights)) for one in logits]).astype(float)
+    targets = np.concatenate([one.reshape(-1) for one in examples.targets])
+    keep = targets != IGNORED
+    flat, targets = flat[keep], targets[keep]
+    shifted = flat - flat.max(1, keepdims=True)
+    log_likelihood = shifted[np.arange(len(flat)), targets] - np.log(np.exp(shifted).sum(1))
+    return float(-np.sum(class_weights[targets] * log_likelihood) / examples.mass.sum())
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis, float64."""
+    powers = np.exp(logits.astype(float) - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+# --------------------------------------------------------------------------- the loop
+
+
+def global_batches(
+    examples: Examples, batch_size: int, seed: int, start_step: int, total_steps: int
+) -> Iterator[np.ndarray]:
+    """Yield the global batch of each step from `start_step`: `(n,)` int64, shortest first.
+
+    The last batch of an epoch holds what is left over. Lengths are sorted within a batch only,
+    so that its micro batches hold equals; which examples it holds is left to chance.
+    """
+    per_epoch = -(-len(examples) // batch_size)
+    lengths = examples.lengths
+    order = None
+    for step in range(start_step, total_steps):
+        epoch, number = divmod(step, per_epoch)
+        if order is None or number == 0:
+            order = epoch_order(len(examples), seed, epoch)
+        batch = order[number * batch_size : (number + 1) * batch_size]
+        yield batch[np.argsort(lengths[batch], kind="stable")]
+
+
+@torch.no_grad()
+def predict(
+    forward: Callable[..., Any],
+    examples: Examples,
+    pad_id: int,
+    batch_size: int,
+    device: torch.device | str,
+) -> list[np.ndarray]:
+    """Compute the logits of every example once; every rank does a share and gets all of them.
+
+    Args:
+        forward: a model or an engine in evaluation mode; returns an object with `.logits`.
+        batch_size: examples of one forward pass of one rank.
+    Returns:
+        N arrays float32, in the order of `examples`: `(C,)` or `(L_i, C)`.
+    """
+    where = ranks()
+    lengths = examples.lengths
+    order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once
+    mine: list[tuple[int, np.ndarray]] = []
+    for start in range(0, len(examples), batch_size * where.world_size):
+        batch = order[start : start + batch_size * where.world_size]
+        (indices,), (weights,) = rank_share(batch, batch_size, 1, where.rank, where.world_size)
+        inputs, targets = collate(examples, indices, pad_id, device)
+        logits = forward(**inputs).logits.float().cpu().numpy()
+        for index, weight, row in zip(indices.tolist(), weights, logits, strict=True):
+            if weight:
+                mine.append((index, row[: lengths[index]] if targets.ndim == 2 else row))
+    found = dict(pair for share in gather_objects(mine) for pair in share)
+    assert len(found) == len(examples)
+    return [found[index] for index in range(len(examples))]
+
+
+def train_step(
+    engine: Any,
+    resolved: Resolved,
+    examples: Examples,
+    batch: np.ndarray,
+    pad_id: int,
+    class_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Take one optimizer step on a global batch.
+
+    The loss is the sum over the global batch divided by the batch's mass. DeepSpeed averages over
+    ranks and divides by the accumulation steps, so both factors are put back here: the step is the
+    same at any number of ranks and micro batches.
+
+    Args:
+        batch: indices, `(n,)` int64.
+    Returns:
+        This rank's part of the mean loss, a scalar on the device; the parts of all ranks add up.
+    """
+    where = ranks()
+    micro, accumulation = resolved.micro_batch_size, resolved.accumulation_steps
+    indices, weights = rank_share(batch, micro, accumulation, where.rank, where.world_size)
+    factor = where.world_size * accumulation
+    mass = float(examples.mass[batch].sum())
+    total = torch.zeros((), device=class_weights.device)
+    for micro_indices, micro_weights in zip(indices, weights, strict=True):
+        inputs, targets = collate(examples, micro_indices, pad_id, class_weights.device)
+        kept = torch.from_numpy(micro_weights).to(class_weights.device)
+        logits = engine(**inputs).logits
+        loss = weighted_loss(logits, targets, kept, class_weights) / mass
+        engine.backward(loss * factor)
+        engine.step()
+        total += loss.detach()
+    return total
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Seed dropout by (seed, step, rank), so that a resumed step draws what it would have."""
+    state = np.random.SeedSequence([seed, step, ranks().rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) % 2**63)
+
+
+@dataclass
+class Progressed:
+    """What training has found so far; all but `best_state` is the same on every rank.
+
+    history: the dev metrics of each finished epoch. best_epoch: counts from 1; 0 before the first.
+    best_state: the weights after that epoch, float32 on the CPU; None on other ranks than the
+    first. seconds: of training, over all processes that took part.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_state: dict[str, torch.Tensor] | None = None
+    seconds: float = 0.0
+    steps: int = 0
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The dev metrics of the best epoch."""
+        return self.history[self.best_epoch - 1]
+
+    def add_epoch(self, scores: dict[str, float], select: str) -> bool:
+        """Note an epoch's dev metrics; return whether it is strictly better than all before."""
+        is_better = not self.best_epoch or scores[select] > self.best[select]
+        self.history.append(scores)
+        if is_better:
+            self.best_epoch = len(self.history)
+        return is_better
+
+
+def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
+    """Optimizer steps of a run; the last batch of an epoch counts as one even if it is small."""
+    return num_epochs * -(-num_examples // batch_size)
+
+
+def resolve(
+    config: FinetuneConfig | FitScorerConfig, train: Examples, default_learning_rate: float
+) -> Resolved:
+    """Fill the DeepSpeed JSON for a run over `train`; the schedule needs the batch size first."""
+    raw, world_size = read_ds_config(config.deepspeed_config), ranks().world_size
+    resolved = resolve_ds_config(
+        raw, config, total_steps=1, world_size=world_size,
+        default_learning_rate=default_learning_rate,
+    )
+    total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
+    return resolve_ds_config(
+        raw, config, total_steps=total, world_size=world_size,
+        default_learning_rate=default_learning_rate,
+    )
+
+
+def describe_plan(
+    config: FinetuneConfig | FitScorerConfig, resolved: Resolved, train: Examples, runs: int = 1
+) -> list[str]:
+    """Say the batch arithmetic in words, one line each."""
+    total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
+    schedule = resolved.config["scheduler"].get("params", {})
+    longest = int(train.lengths.max())
+    return [
+        *resolved.notes,
+        f"batch: {resolved.micro_batch_size} examples x {resolved.accumulation_steps} micro "
+        f"batches x {ranks().world_size} ranks = {resolved.train_batch_size} a step, "
+        f"{resolved.precision}",
+        f"steps: {total // config.num_train_epochs} an epoch x {config.num_train_epochs} epochs = "
+        f"{total}" + (f", {runs} times" if runs > 1 else "")
+        + f"; warm-up {schedule.get('warmup_num_steps', 0)}, "
+        f"learning rate {resolved.config['optimizer']['params']['lr']:g}",
+        f"tokens: {train.lengths.mean():.1f} an example, {longest} at most",
+    ]
+
+
+def fit(
+    model: torch.nn.Module,
+    resolved: Resolved,
+    train: Examples,
+    dev: Examples,
+    assess: Callable[[list[np.ndarray]], dict[str, float]],
+    *,
+    config: FinetuneConfig | FitScorerConfig,
+    **options: Any,
+) -> Progressed:
+    """Train a fresh model with a fresh optimizer; see `train_and_select` for the options.
+
+    The engine and its memory are gone afterwards, so that one process can train many seeds.
+    """
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.torch_compile:
+        model.compile(dynamic=True)  # batches differ in length
+    weight_decay = resolved.config["optimizer"]["params"]["weight_decay"]
+    engine = build_engine(model, parameter_groups(model, weight_decay), resolved)
+    try:
+        return train_and_select(engine, resolved, train, dev, assess, config=config, **options)
+    finally:
+        engine.destroy()
+        del engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class StopSignal:
+    """Notes the first SIGTERM or Ctrl-C, so that the loop can leave a checkpoint first.
+
+    A second one ends the process as usual.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._asked = True
+        self.forget()
+
+    def asked_anywhere(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on every rank."""
+        return all_reduce_sum(float(self._asked))[0] > 0
+
+    def forget(self) -> None:
+        """Give the signals back to their former handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def train_and_select(
+    engine: Any,
+    resolved: Resolved,
+    train: Examples,
+    dev: Examples,
+    assess: Callable[[list[np.ndarray]], dict[str, float]],
+    *,
+    config: FinetuneConfig | FitScorerConfig,
+    seed: int,
+    select: str,
+    tags: dict[str, str],
+    class_weights: np.ndarray,
+    pad_id: int,
+    run_dir: Path,
+    device: torch.device,
+    identity: dict[str, Any],
+) -> Progressed:
+    """Train for `config.num_train_epochs` and keep the weights of the best epoch.
+
+    Goes on from the newest whole checkpoint in `run_dir` unless `--resume never`.
+
+    Args:
+        engine: a fresh DeepSpeed engine.
+        assess: turns the logits of `dev` into metrics.
+        select: the metric whose first strictly largest value picks the epoch.
+        tags: TensorBoard tag of each metric; those without one are not logged.
+        class_weights: `(C,)` float64.
+        run_dir: folder of this seed.
+        identity: what must not change while a run is resumed (fingerprints of data, weights, ...).
+    Raises:
+        NonFiniteError: the loss is not a number, on every rank at once.
+        StopRequested: after a checkpoint.
+    """
+    total_steps = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
+    per_epoch = total_steps // config.num_train_epochs
+    found = _restore(engine, run_dir, config.resume, identity)
+    step, first_step = found.steps, found.steps
+    started = time.monotonic() - found.seconds
+    writer = MetricsWriter(run_dir, step)
+    progress = Progress(
+        total_steps, every=config.logging_steps, initial=step, label=f"seed {seed}"
+    )
+    batches = global_batches(train, resolved.train_batch_size, seed, step, total_steps)
+    weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
+    running = torch.zeros((), device=device)
+    running_steps = 0
+    engine.train()
+    stop = StopSignal()
+    while True:
+        if step == per_epoch * (len(found.history) + 1):
+            engine.eval()
+            logits = predict(engine, dev, pad_id, config.per_device_eval_batch_size, device)
+            engine.train()
+            scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
+            _refuse_non_finite(scores["loss"], "validation loss", step)
+            writer.scalars(step, {tag: scores[name] for name, tag in tags.items()})
+            if found.add_epoch(scores, select):
+                found.best_state = full_state_dict(engine)
+        stopping = stop.asked_anywhere()
+        due = config.save_steps and step > first_step and step % config.save_steps == 0
+        if stopping or due:
+            found.steps, found.seconds = step, time.monotonic() - started
+            _save(engine, run_dir, found, config.save_total_limit, identity)
+        if stopping:
+            raise StopRequested(
+                f"stopped at step {step} of {total_steps} of seed {seed}, with a checkpoint; the "
+                "same command goes on from there"
+            )
+        if step == total_steps:
+            break
+        learning_rate = engine.get_lr()[0]
+        seed_dropout(seed, step)
+        running += train_step(engine, resolved, train, next(batches), pad_id, weights)
+        step, running_steps = step + 1, running_steps + 1
+        text = ""
+        if step % config.logging_steps == 0 or step % per_epoch == 0:
+            (loss,) = all_reduce_sum(float(running) / running_steps)
+            _refuse_non_finite(loss, "training loss", step)
+            writer.scalars(step, {TRAIN_LOSS: loss, LEARNING_RATE: learning_rate})
+            text = f"loss {loss:.4f}"
+            running.zero_()
+            running_steps = 0
+        if found.history:
+            text += f"  best {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
+        progress.update(1, text)
+    stop.forget()
+    progress.close()
+    writer.close()
+    found.steps, found.seconds = step, time.monotonic() - started
+    return found
+
+
+def _refuse_non_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"{name} {value} at step {step}: lower --learning_rate, or train in fp32 or bf16"
+        )
+
+
+def _best_path(run_dir: Path, epoch: int) -> Path:
+    return run_dir / "best" / f"epoch_{epoch}.safetensors"
+
+
+def _save(
+    engine: Any, run_dir: Path, found: Progressed, limit: int, identity: dict[str, Any]
+) -> None:
+    """Write a checkpoint; the best weights so far go first, since it names them."""
+    from safetensors.torch import save
+
+    if found.best_state is not None and not _best_path(run_dir, found.best_epoch).exists():
+        atomic_write_bytes(_best_path(run_dir, found.best_epoch), save(found.best_state))
+    notes = {
+        "history": found.history, "best_epoch": found.best_epoch, "seconds": found.seconds,
+        "steps": found.steps, "identity": identity,
+    }
+    save_checkpoint(engine, run_dir, found.steps, notes, limit)
+
+
+def remove_resume_state(run_dir: Path) -> None:
+    """Remove the checkpoints of a run that is finished: they are several models large."""
+    for folder in ("checkpoints", "best"):
+        shutil.rmtree(run_dir / folder, ignore_errors=True)
+    (run_dir / "latest").unlink(missing_ok=True)
+
+
+def _restore(
+    engine: Any, run_dir: Path, resume: str, identity: dict[str, Any]
+) -> Progressed:
+    """Load the newest whole checkpoint, if there is one and `resume` allows it."""
+    from safetensors.torch import load_file
+
+    path = find_checkpoint(run_dir, "never" if resume == "never" else "auto")
+    if path is None:
+        return Progressed()
+    notes = load_checkpoint(engine, path, identity)
+    say(f"resumed from {path}")
+    best_state = None
+    if notes["best_epoch"] and is_main():
+        best_state = load_file(_best_path(run_dir, notes["best_epoch"]))
+    return Progressed(
+        notes["history"], notes["best_epoch"], best_state, notes["seconds"], notes["steps"]
+    )
