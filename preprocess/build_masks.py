@@ -29,7 +29,6 @@ from preprocess.masks import (
     open_tokenizer,
 )
 from preprocess.store import (
-    ARRAY_MAKERS,
     Shard,
     TokenStore,
     array_path,
@@ -259,14 +258,11 @@ def format_statistics(
 
 def open_inputs(store: TokenStore, kind: str, flag: str, name: str) -> list[tuple]:
     """Open array `name` of every shard; an unknown name is a `DataError` that lists the known."""
-    present = [array_path(shard, name, kind).with_suffix(".json") for shard in store.shards]
-    if not any(path.is_file() for path in present):
+    try:
+        return [open_array(shard, name, kind) for shard in store.shards]
+    except DataError as error:
         known = ", ".join(list_arrays(store, kind)) or "none yet"
-        raise DataError(
-            f"--{flag} {name}: no such array beside {store.prefix}; there are: {known}; "
-            f"{ARRAY_MAKERS[kind]} makes them"
-        )
-    return [open_array(shard, name, kind) for shard in store.shards]
+        raise DataError(f"--{flag} {name}: {error} (there are: {known})") from None
 
 
 def is_whole(shard: Shard, name: str, options: dict[str, Any], overwrite: bool) -> bool:

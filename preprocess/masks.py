@@ -427,10 +427,15 @@ def corrupt(
 
 # ---------------------------------------------------------------------------------- words
 
-# How a token may begin and end, as far as words are concerned. The first four are kinds of
-# characters, and have a character that stands for them when a pre-tokenizer is asked.
-_LETTER, _NUMBER, _OTHER, _WHITE, _SPACE, _SUFFIX, _STARTS, _CONTINUES, _INHERITS = range(9)
-_SAMPLES = {_LETTER: "a", _NUMBER: "1", _OTHER: "!", _WHITE: "\n", _SPACE: " ", _SUFFIX: "'s"}
+# How a token may begin (first line) and end (both), as far as words are concerned; each of these
+# has a sample to put before the tokenizer's own pre-tokenizer. `_ENDING` is a whole token that
+# makes a suffix with an apostrophe ("s" of "'s"), `_SUFFIX` one with the apostrophe ("'s").
+_LETTER, _NUMBER, _OTHER, _ENDING = range(4)
+_WHITE, _SPACE, _APOSTROPHE, _SUFFIX = range(4, 8)
+_SAMPLES = ("a", "1", "!", "s", "\n", " ", "'", "'s")
+# A token that continues nothing and that nothing continues; one that begins inside a character,
+# and so continues whatever is before it; one that also ends so, as the token with the head ends.
+_STARTS, _CONTINUES, _INHERITS = range(8, 11)
 
 
 @dataclass(frozen=True)
@@ -493,7 +498,8 @@ def continuation_table(tokenizer: Any) -> WordTable:
     WordPiece: the ids written with its prefix (`##`); exact. Byte-level BPE (RoBERTa, ModernBERT):
     a token continues a word when the tokenizer's own pre-tokenizer keeps the end of the token
     before and the beginning of this one in one piece, by kind of character: letters with letters,
-    digits with digits, the rest with the rest, never across a leading space.
+    digits with digits, the rest with the rest, never across a leading space. Not exact where two
+    ids cannot tell: runs of white space, and characters of which a token holds the first byte.
 
     Args:
         tokenizer: a fast tokenizer of transformers, or the `tokenizers.Tokenizer` inside one.
@@ -519,8 +525,8 @@ def continuation_table(tokenizer: Any) -> WordTable:
         for name, i in vocabulary.items():
             if name and all(character in to_byte for character in name):
                 first[i], last[i] = _token_kinds(bytes(to_byte[c] for c in name), split)
-        for end, end_sample in _SAMPLES.items():
-            for begin in (_LETTER, _NUMBER, _OTHER, _WHITE):
+        for end, end_sample in enumerate(_SAMPLES):
+            for begin in (_LETTER, _NUMBER, _OTHER, _ENDING):
                 joins[end, begin] = len(split(end_sample + _SAMPLES[begin])) == 1
     else:
         raise ConfigError(
@@ -545,17 +551,20 @@ def _token_kinds(raw: bytes, split: Callable[[str], list]) -> tuple[int, int]:
     if head:  # a character cut off: the kind of the one with A1 for each missing byte
         missing = (head[0] >= 0xC0) + (head[0] >= 0xE0) + (head[0] >= 0xF0) + 1 - len(head)
         text += (head + b"\xa1" * missing).decode("utf-8", errors="replace")
-    white = text.isspace()
     if tail:
         first = _CONTINUES
-    elif text[0] == " " and not white:
+    elif text[0].isspace():
         first = _STARTS
+    elif text.isalpha() and len(split("'" + text)) == 1:
+        first = _ENDING
     else:
         first = _character_kind(text[0])
     if text[-1] == " ":
         return first, _SPACE
+    if text == "'":
+        return first, _APOSTROPHE
     if text[0] == "'" and text[1:].isalpha() and len(split(text + "a")) > 1:
-        return first, _SUFFIX  # "'s" and its like end a word: "'sa" is "'s" and "a"
+        return first, _SUFFIX  # nothing continues it: "'sa" is "'s" and "a"
     return first, _character_kind(text[-1])
 
 

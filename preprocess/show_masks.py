@@ -17,22 +17,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.masks import open_tokenizer
-from preprocess.store import (
-    ARRAY_MAKERS,
-    Shard,
-    TokenStore,
-    array_path,
-    atomic_write_bytes,
-    list_arrays,
-    open_array,
-)
+from preprocess.store import Shard, TokenStore, atomic_write_bytes, list_arrays, open_array
 
 NUM_WORDS = 15
 STRONG_SCORE = 3.0  # log-odds (95 %) from which colours are at their strongest
@@ -239,16 +230,12 @@ def _marks(shard: Shard, name: str | None, start: int, end: int) -> np.ndarray:
 def _check_names(store: TokenStore, args: argparse.Namespace) -> None:
     for flag, kind in (("mask_index", "mask"), ("compare", "mask"), ("scores", "scores")):
         name = getattr(args, flag)
-        if not name or name in list_arrays(store, kind):
-            continue
-        for shard in store.shards:
-            if array_path(shard, name, kind).exists():
-                open_array(shard, name, kind)  # says what is wrong with it
-        known = ", ".join(list_arrays(store, kind)) or "none yet"
-        raise DataError(
-            f"--{flag} {name}: no such array beside {store.prefix}; there are: {known}; "
-            f"{ARRAY_MAKERS[kind]} makes them"
-        )
+        try:
+            for shard in store.shards if name else ():
+                open_array(shard, name, kind)
+        except DataError as error:
+            known = ", ".join(list_arrays(store, kind)) or "none yet"
+            raise DataError(f"--{flag} {name}: {error} (there are: {known})") from None
 
 
 # -------------------------------------------------------------------------------- terminal
@@ -359,7 +346,7 @@ def format_page(store: TokenStore, documents: list[Document], args: argparse.Nam
     if args.compare:
         legend += f'; <span class="c">masked</span> in {html.escape(args.compare)}'
     if args.scores:
-        legend += f"; the more important by {html.escape(args.scores)}, the stronger the ground"
+        legend += f"; the more important by {html.escape(args.scores)}, the stronger its background"
     head = ("document", "tokens", "masked", "share", "in the other", "in both")
     rows = [
         (
