@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.corpus import read_documents, resolve_path, source_kind
+from preprocess.encode import Encoded, encode_batch, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.store import (
     StoreWriter,
@@ -45,10 +46,6 @@ BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20  # books: a batch stays a few megabytes
 MAX_ADOPTED_LENGTH = 1 << 16  # tokens in a sequence taken in from elsewhere; longer ones are cut
 LINE_SECONDS = 5.0
-
-# (ids uint16 (T,), tokens of each sequence int64 (N,), sequences of each document int64 (D,),
-# documents dropped)
-Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -135,81 +132,6 @@ def load_fast_tokenizer(spec: str) -> Any:
     if not tokenizer.is_fast:
         raise DataError(f"--tokenizer {spec}: has no fast version, so no character offsets")
     return tokenizer
-
-
-# --------------------------------------------------------------------------- text to ids
-
-
-def encode_batch(backend: Any, texts: list[str], language: str | None) -> Encoded:
-    """Tokenize documents whole and cut each at its sentence boundaries.
-
-    Args:
-        backend: a `tokenizers.Tokenizer` from `prepare_backend`.
-        language: of the sentences; None keeps a document in one sequence.
-    """
-    texts = [_valid_unicode(t) for t in texts]
-    ids: list[int] = []
-    lengths: list[int] = []
-    documents: list[int] = []
-    for text, encoding in zip(
-        texts, backend.encode_batch(texts, add_special_tokens=False), strict=True
-    ):
-        if not encoding.ids:
-            continue
-        ids += encoding.ids
-        here = [len(encoding.ids)]
-        if language is not None:
-            here = cut_sentences(text, encoding.offsets, language)
-        lengths += here
-        documents.append(len(here))
-    flat = np.array(ids, np.int64)
-    assert not len(flat) or (flat.min() >= 0 and flat.max() < 1 << 16)  # check_vocabulary saw to it
-    return (
-        flat.astype(np.uint16),
-        np.array(lengths, np.int64),
-        np.array(documents, np.int64),
-        len(texts) - len(documents),
-    )
-
-
-def cut_sentences(text: str, offsets: list[tuple[int, int]], language: str) -> list[int]:
-    """Return how many tokens each sentence of a document has; none is empty.
-
-    Args:
-        offsets: first character and end of each token.
-    """
-    import sentencex
-
-    pieces = sentencex.segment(language, text)
-    if len(pieces) < 2:
-        return [len(offsets)]
-    ends = np.cumsum([len(piece) for piece in pieces])
-    assert ends[-1] == len(text), "sentences must cover the text"
-    spans = np.array(offsets, np.int64)
-    # By its last character: a byte-level token may begin with the space before its sentence.
-    last = np.maximum(spans[:, 1] - 1, spans[:, 0])
-    sentence = np.minimum(np.searchsorted(ends, last, side="right"), len(pieces) - 1)
-    counts = np.bincount(np.maximum.accumulate(sentence))
-    return counts[counts > 0].tolist()
-
-
-def prepare_backend(tokenizer: Any) -> Any:
-    """Return a copy of the Rust tokenizer: no padding or cutting, `[SEP]` in a text is text."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = True
-    return backend
-
-
-def _valid_unicode(text: str) -> str:
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:  # half a surrogate pair, as JSON escapes can say
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

@@ -1,0 +1,88 @@
+"""Text to ids: documents are tokenized whole, then cut into sentences by character offsets.
+
+So the ids do not depend on the cutting, and byte-level BPE keeps its leading spaces. The token
+store of a corpus and the annotated texts of a task are made by these same functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# (ids uint16 (T,), tokens of each sequence int64 (N,), sequences of each document int64 (D,),
+# documents dropped)
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+
+
+def encode_batch(backend: Any, texts: list[str], language: str | None) -> Encoded:
+    """Tokenize documents whole and cut each at its sentence boundaries.
+
+    Args:
+        backend: a `tokenizers.Tokenizer` from `prepare_backend`.
+        language: of the sentences; None keeps a document in one sequence.
+    """
+    texts = [valid_unicode(t) for t in texts]
+    ids: list[int] = []
+    lengths: list[int] = []
+    documents: list[int] = []
+    for text, encoding in zip(
+        texts, backend.encode_batch(texts, add_special_tokens=False), strict=True
+    ):
+        if not encoding.ids:
+            continue
+        ids += encoding.ids
+        here = [len(encoding.ids)]
+        if language is not None:
+            here = cut_sentences(text, encoding.offsets, language)
+        lengths += here
+        documents.append(len(here))
+    flat = np.array(ids, np.int64)
+    assert not len(flat) or (flat.min() >= 0 and flat.max() < 1 << 16)  # check_vocabulary saw to it
+    return (
+        flat.astype(np.uint16),
+        np.array(lengths, np.int64),
+        np.array(documents, np.int64),
+        len(texts) - len(documents),
+    )
+
+
+def cut_sentences(text: str, offsets: list[tuple[int, int]], language: str) -> list[int]:
+    """Return how many tokens each sentence of a document has; none is empty.
+
+    Args:
+        offsets: first character and end of each token.
+    """
+    import sentencex
+
+    pieces = sentencex.segment(language, text)
+    if len(pieces) < 2:
+        return [len(offsets)]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    assert ends[-1] == len(text), "sentences must cover the text"
+    spans = np.array(offsets, np.int64)
+    # By its last character: a byte-level token may begin with the space before its sentence.
+    last = np.maximum(spans[:, 1] - 1, spans[:, 0])
+    sentence = np.minimum(np.searchsorted(ends, last, side="right"), len(pieces) - 1)
+    counts = np.bincount(np.maximum.accumulate(sentence))
+    return counts[counts > 0].tolist()
+
+
+def prepare_backend(tokenizer: Any) -> Any:
+    """Return a copy of the Rust tokenizer: no padding or cutting, `[SEP]` in a text is text."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def valid_unicode(text: str) -> str:
+    """Replace half surrogate pairs, as JSON escapes can say, which no tokenizer takes."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
