@@ -4,7 +4,7 @@
         --tokenizer bert-base-uncased --output data/reviews
 
 Documents are tokenized whole and then cut into sentences by character offsets, so the ids do not
-depend on the cutting. A document without a single token is dropped and counted. The number of
+depend on the cutting. A document of nothing but spaces is dropped and counted. The number of
 shards is the user's; workers only decide how much is done at once, and the bytes are the same
 with any number of them. A rerun with the same options skips the shards that are whole.
 """
@@ -331,7 +331,7 @@ def _make_in_turn(
     documents = tokens = 0
     for shard in shards:
 
-        def report(now: int, tokens_now: int, before: tuple[int, int] = (documents, tokens)) -> None:
+        def report(now: int, tokens_now: int, before: Any = (documents, tokens)) -> None:
             progress.show(before[0] + now, before[1] + tokens_now)
 
         made = _make_shard(args, tokenizer, options, shard, apply, report)

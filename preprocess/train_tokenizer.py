@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train_wordpiece(documents: Iterable[str], vocab_size: int, lowercase: bool) -> Any:
-    """Return a `BertTokenizerFast` learnt from documents."""
+def train_wordpiece(read: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) -> Any:
+    """Return a `BertTokenizerFast` learnt from the documents that `read` gives, twice."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizerFast
 
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The library numbers "##x" in the order of a randomly seeded hash map, and equal pairs go by
+    # number: given the characters first, the same text gives the same vocabulary.
+    characters, inside = _count_characters(learner, read(), min(1000, vocab_size // 4))
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=BERT_SPECIAL, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=BERT_SPECIAL + ["##" + c for c in inside],
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        show_progress=False,
     )
-    learner.train_from_iterator(documents, trainer)
+    learner.train_from_iterator(read(), trainer)
     return BertTokenizerFast(vocab=_by_id(learner), do_lower_case=lowercase)
 
 
-def train_bpe(documents: Iterable[str], vocab_size: int, lowercase: bool) -> Any:
-    """Return a `RobertaTokenizerFast` learnt from documents."""
+def _count_characters(
+    learner: Any, documents: Iterable[str], limit: int
+) -> tuple[list[str], list[str]]:
+    """Return the most frequent characters, and those of them that occur inside words."""
+    words: Counter[str] = Counter()
+    for document in documents:
+        normal = learner.normalizer.normalize_str(document)
+        words.update(word for word, _ in learner.pre_tokenizer.pre_tokenize_str(normal))
+    counts: Counter[str] = Counter()
+    inside: set[str] = set()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+        inside.update(word[1:])
+    kept = sorted(counts, key=lambda c: (-counts[c], c))[:limit]
+    return sorted(kept), sorted(inside.intersection(kept))
+
+
+def train_bpe(read: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) -> Any:
+    """Return a `RobertaTokenizerFast` learnt from the documents that `read` gives."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import RobertaTokenizerFast
 
@@ -71,7 +97,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int, lowercase: bool) -> Any
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that no text is unknown
         show_progress=False,
     )
-    learner.train_from_iterator(documents, trainer)
+    learner.train_from_iterator(read(), trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     return RobertaTokenizerFast(vocab=_by_id(learner), merges=merges)
 
@@ -111,8 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     if output.exists():
         raise DataError(f"{output}: there already; give another --output or remove it")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the same vocabulary on any number of cores
-    documents = _with_lines(read_documents(args.input, args.text_column))
-    tokenizer = KINDS[args.kind](documents, args.vocab_size, args.lowercase is not False)
+
+    def read() -> Iterator[str]:
+        return _with_lines(read_documents(args.input, args.text_column))
+
+    tokenizer = KINDS[args.kind](read, args.vocab_size, args.lowercase is not False)
     if len(tokenizer) > args.vocab_size:
         raise ConfigError(
             f"--vocab_size {args.vocab_size}: single characters alone need {len(tokenizer)} here"
