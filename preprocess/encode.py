@@ -29,7 +29,7 @@ def encode_batch(backend: Any, texts: list[str], language: str | None) -> Encode
     for text, encoding in zip(
         texts, backend.encode_batch(texts, add_special_tokens=False), strict=True
     ):
-        if not encoding.ids:
+        if not encoding.ids or text.isspace():  # byte-level BPE has tokens for spaces
             continue
         ids += encoding.ids
         here = [len(encoding.ids)]
@@ -60,10 +60,15 @@ def cut_sentences(text: str, offsets: list[tuple[int, int]], language: str) -> l
         return [len(offsets)]
     ends = np.cumsum([len(piece) for piece in pieces])
     assert ends[-1] == len(text), "sentences must cover the text"
+    # White space alone is no sentence: it goes with the one before it, at the start with the next.
+    spaces = np.array([piece.isspace() for piece in pieces])
+    keep = np.append(~spaces[1:], True)
+    keep[0] &= not spaces[0]
+    ends = ends[keep]
     spans = np.array(offsets, np.int64)
     # By its last character: a byte-level token may begin with the space before its sentence.
     last = np.maximum(spans[:, 1] - 1, spans[:, 0])
-    sentence = np.minimum(np.searchsorted(ends, last, side="right"), len(pieces) - 1)
+    sentence = np.minimum(np.searchsorted(ends, last, side="right"), len(ends) - 1)
     counts = np.bincount(np.maximum.accumulate(sentence))
     return counts[counts > 0].tolist()
 
