@@ -38,7 +38,7 @@ from typing import Any
 import yaml
 
 from preprocess.errors import ConfigError, DataError, StopRequested, run_command
-from preprocess.store import TokenStore, atomic_write_json, file_sha256, list_arrays
+from preprocess.store import TokenStore, array_path, atomic_write_json, file_sha256
 from train.config import (
     AnnotateConfig,
     FinetuneConfig,
@@ -57,9 +57,10 @@ BUILT_ARMS = ("selective", "selective_fill", "random_matched")  # read a prebuil
 DRAWN_ARMS = ("random", "whole_word")
 ARMS = ("none", *DRAWN_ARMS, *BUILT_ARMS)
 TOKENIZE_FLAGS = (
-    "input", "text_column", "where", "split", "blank_line_documents", "split_sentences",
-    "num_workers", "num_shards",
+    "input", "text_column", "where", "split", "split_sentences", "language",
+    "blank_line_documents", "max_documents", "num_workers", "num_shards",
 )
+NEGATED = ("split_sentences",)  # argparse flags whose negation is --no-NAME
 MASK_FLAGS = ("mlm_probability", "seed")
 
 
@@ -273,7 +274,8 @@ class Step:
         outputs: files (patterns) and folders that are this step's alone; `--rerun` deletes them.
         needs: names of the steps whose output it reads.
         launched: whether the command is started by the deepspeed launcher.
-        compute: what to do where there is no command.
+        compute: what to do where there is no command, and
+        settings: what it depends on.
     """
 
     name: str
@@ -283,22 +285,27 @@ class Step:
     needs: list[str] = field(default_factory=list)
     launched: bool = False
     compute: Callable[[], None] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def flag_words(flags: dict[str, Any]) -> list[str]:
-    """Flags as words of a command line; None leaves a flag out, True is the flag alone."""
+    """Flags as words of a command line; None and False leave a flag out, True is the flag alone.
+
+    Args:
+        flags: name -> value; a list becomes several words, a dictionary `key=value` words.
+    """
     words: list[str] = []
     for name, value in flags.items():
-        if value is None or value == []:
+        if value is False and name in NEGATED:
+            words.append(f"--no-{name}")
+        if value is None or value is False or value == []:
             continue
         words.append(f"--{name}")
-        if value is False:
-            words.append("False")
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             words += [f"{key}={entry}" for key, entry in value.items()]
         elif isinstance(value, list):
             words += [str(entry) for entry in value]
-        elif value is not True:
+        elif not isinstance(value, bool):
             words.append(str(value))
     return words
 
@@ -322,7 +329,8 @@ def _holds_store(prefix: Path, kind: str = "", name: str = "") -> bool:
         store = TokenStore.open(prefix)
     except (DataError, OSError):
         return False
-    return not kind or name in list_arrays(store, kind)
+    arrays = [array_path(shard, name, kind) for shard in store.shards] if kind else []
+    return all(a.is_file() and a.with_suffix(".json").is_file() for a in arrays)
 
 
 def _holds_seeds(folder: Path, seeds: str) -> bool:
@@ -353,15 +361,21 @@ class _Planner:
         self.tokenizer = recipe["tokenizer"] or recipe["encoder"]
 
     def build(self) -> tuple[list[Step], list[dict]]:
+        """All steps: first what reads the user's files, so that a mistake there shows early."""
         recipe = self.recipe
+        floors = [self.naive_bayes()] if recipe["floors"].get("naive_bayes") else []
         if recipe["general"] is not None:
             self.tokenize("general")
-            self.stage1()
         if _needs_domain(recipe):
             self.tokenize("domain")
+        if recipe["general"] is not None:
+            self.stage1()
         for length in recipe["export_steps"] or [None]:
             self.one_length(length)
-        self.floors()
+        if recipe["floors"].get("untrained"):
+            floors.append(self.untrained())
+        for run in floors:
+            self.arm(run.name, [run], floor=True)
         self.report()
         return self.steps, self.arms
 
@@ -497,35 +511,38 @@ class _Planner:
         relative = [str(run.relative_to(self.root)) for run in runs]
         self.arms.append({"name": name, "runs": relative, "floor": floor})
 
-    def floors(self) -> None:
-        """What every arm must beat: the same network without pre-training, and word counts."""
-        recipe, root = self.recipe, self.root / "floors"
-        if recipe["floors"].get("untrained"):
-            which = "general" if recipe["general"] is not None else "domain"
-            if which == "domain" and not _needs_domain(recipe):
-                raise ConfigError("floors.untrained needs a token store: give general, or an arm "
-                                  "other than none")
-            start = {"model_name_or_path": recipe["encoder"], "from_scratch": True}
-            if not recipe["encoder"]:
-                start = {"model_config": recipe["general"]["model_config"]}
-            name = self.add(
-                "untrained", "train/pretrain.py",
-                {"deepspeed_config": self.deepspeed_config, **start,
-                 "tokens": self.root / which / "text", "max_steps": 0, "eval_fraction": 0,
-                 "output_dir": root / "untrained_model"},
-                is_whole=lambda: _holds_model(root / "untrained_model" / "hf"), launched=True,
-                outputs=[str(root / "untrained_model")], needs=[f"tokenize-{which}"],
-            )
-            self.finetune("finetune-untrained", "finetune", root / "untrained",
-                          root / "untrained_model" / "hf", [name])
-            self.arm("untrained", [root / "untrained"], floor=True)
-        if recipe["floors"].get("naive_bayes"):
-            run = root / "naive_bayes"
-            self.steps.append(Step(
-                "naive_bayes", [], is_whole=lambda: _holds_seeds(run, "0"), outputs=[str(run)],
-                compute=lambda: _naive_bayes(recipe, run),
-            ))
-            self.arm("naive_bayes", [run], floor=True)
+    def naive_bayes(self) -> Path:
+        """A floor: word counts."""
+        run = self.root / "floors" / "naive_bayes"
+        settings = dict(self.recipe["task"])
+        for limit in ("max_train_samples", "max_eval_samples"):
+            settings[limit] = self.recipe["finetune"].get(limit)
+        self.steps.append(Step(
+            "naive_bayes", [], is_whole=lambda: _holds_seeds(run, "0"), outputs=[str(run)],
+            compute=lambda: _naive_bayes(self.recipe, run), settings=settings,
+        ))
+        return run
+
+    def untrained(self) -> Path:
+        """A floor: the same network with fresh weights, fine-tuned the same way."""
+        recipe, model = self.recipe, self.root / "floors" / "untrained_model"
+        which = "general" if recipe["general"] is not None else "domain"
+        if which == "domain" and not _needs_domain(recipe):
+            raise ConfigError("floors.untrained needs a token store: give general, or an arm "
+                              "other than none")
+        start = {"model_name_or_path": recipe["encoder"], "from_scratch": True}
+        if not recipe["encoder"]:
+            start = {"model_config": recipe["general"]["model_config"]}
+        name = self.add(
+            "untrained", "train/pretrain.py",
+            {"deepspeed_config": self.deepspeed_config, **start,
+             "tokens": self.root / which / "text", "max_steps": 0, "output_dir": model},
+            is_whole=lambda: _holds_model(model / "hf"), launched=True, outputs=[str(model)],
+            needs=[f"tokenize-{which}"],
+        )
+        run = self.root / "floors" / "untrained"
+        self.finetune("finetune-untrained", "finetune", run, model / "hf", [name])
+        return run
 
     def report(self) -> None:
         """Always made again: cheap, and it shows what is there."""
@@ -548,10 +565,18 @@ def _find_config(path: str | None) -> str | None:
 
 
 def _naive_bayes(recipe: dict[str, Any], run: Path) -> None:
-    from preprocess.corpus import load_task
+    """Naive Bayes on the sentences that fine-tuning uses."""
+    from preprocess.corpus import load_task, take_fixed
 
     options = {key: value for key, value in recipe["task"].items() if key != "task"}
-    write_naive_bayes(load_task(recipe["task"]["task"], **options), run)
+    task = load_task(recipe["task"]["task"], **options)
+    limits = {"train": recipe["finetune"].get("max_train_samples")}
+    eval_limit = recipe["finetune"].get("max_eval_samples")
+    splits = {
+        name: take_fixed(examples, limits.get(name, eval_limit))
+        for name, examples in task.splits.items()
+    }
+    write_naive_bayes(dataclasses.replace(task, splits=splits), run)
 
 
 # --------------------------------------------------------------------------- running them
@@ -572,7 +597,8 @@ class Journal:
 
     def describe(self, step: Step) -> dict[str, Any]:
         """What must not change under a finished step; the output folder may be moved."""
-        words, described = step.command[1:], {}
+        words = step.command[1:] or flag_words(step.settings)
+        described: dict[str, Any] = {}
         if "--deepspeed_config" in words:  # its content counts, not where it lies
             i = words.index("--deepspeed_config")
             config = Path(words[i + 1])
@@ -636,13 +662,12 @@ def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> N
         SystemExit: a command failed; with its exit code.
     """
     begin = time.monotonic()
+    if not options.rerun:
+        _refuse_stale(steps, journal)
     for number, step in enumerate(steps, start=1):
         title = f"[{number}/{len(steps)}] {step.name}"
         whole = step.is_whole()
         objection = journal.objection(step, whole)
-        if objection and not options.rerun:
-            raise ConfigError(f"{objection}: take another --output_dir, or add --rerun to delete "
-                              "it and make it again")
         if objection:
             print(f"{title}: {objection}", flush=True)
             _delete(step)
@@ -662,6 +687,22 @@ def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> N
         journal.finish(step)
         now = time.monotonic()
         print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in all", flush=True)
+
+
+def _refuse_stale(steps: list[Step], journal: Journal) -> None:
+    """Stop before anything runs if something there cannot be used, or could not afterwards."""
+    to_run: set[str] = set()
+    for step in steps:
+        whole = step.is_whole()
+        objection = journal.objection(step, whole)
+        if whole and not objection:
+            for need in to_run.intersection(step.needs):
+                objection = f"step {step.name} is older than step {need}, which it reads"
+        if objection:
+            raise ConfigError(f"{objection}: take another --output_dir, or add --rerun to delete "
+                              "it and make it again")
+        if not whole:
+            to_run.add(step.name)
 
 
 def _check_exit(code: int, step: Step, log: Path, options: PipelineConfig) -> None:
