@@ -533,6 +533,7 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
     ends = starts + lengths
     if (
         (num_sequences and (lengths.min() < 0 or starts.min() < 0))
+        or (ends < starts).any()  # wrapped around
         or (pointers % dtype.itemsize).any()
         or (num_sequences and int(ends.max()) * dtype.itemsize > num_bytes)
         or num_bytes % dtype.itemsize

@@ -1,0 +1,399 @@
+"""The token store: round trips, refusals, and nothing half-written that looks whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocess.errors import DataError
+from preprocess.store import (
+    StoreWriter,
+    TokenStore,
+    atomic_write_json,
+    list_arrays,
+    open_array,
+    read_foreign,
+    write_array,
+)
+
+
+class FakeTokenizer:
+    """What a store needs of a tokenizer; the largest vocabulary allowed unless told otherwise."""
+
+    name_or_path = "fake"
+    cls_token_id, sep_token_id, pad_token_id, mask_token_id, unk_token_id = 2, 3, 0, 4, None
+    all_special_ids = [0, 2, 3, 4]
+
+    def __init__(self, size: int = 65536) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"first": 0, "last": self.size - 1}
+
+    def save_pretrained(self, folder: str) -> None:
+        os.makedirs(folder)
+        Path(folder, "tokenizer.json").write_text(str(self.size))
+
+
+def write(prefix, documents, shard=None, tokenizer=None, **options) -> None:
+    with StoreWriter(str(prefix), tokenizer or FakeTokenizer(), options, shard) as writer:
+        for document in documents:
+            writer.add_document(document)
+
+
+def read(shard) -> list[list[list[int]]]:
+    documents = []
+    for first, last in zip(shard.document_offsets[:-1], shard.document_offsets[1:], strict=True):
+        offsets = shard.sequence_offsets[first : last + 1]
+        spans = zip(offsets[:-1], offsets[1:], strict=True)
+        documents.append([shard.tokens[a:b].tolist() for a, b in spans])
+    return documents
+
+
+IDS = st.one_of(st.sampled_from([0, 65535]), st.integers(0, 65535))
+DOCUMENTS = st.lists(st.lists(st.lists(IDS, max_size=6), max_size=4), max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(DOCUMENTS)
+def test_what_is_written_is_read(documents):
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = f"{folder}/store"
+        write(prefix, documents)
+        store = TokenStore.open(prefix, verify=True)
+        (shard,) = store.shards
+        assert read(shard) == documents
+        assert shard.tokens.dtype == np.uint16 and not shard.tokens.flags.writeable
+        assert store.num_documents == len(documents)
+        assert store.num_sequences == sum(map(len, documents))
+        assert store.num_tokens == sum(len(s) for d in documents for s in d)
+        assert [[s.tolist() for s in d] for d in read_foreign(prefix)] == documents
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(DOCUMENTS, min_size=2, max_size=4))
+def test_shards_lie_end_to_end(parts):
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = f"{folder}/store"
+        for i in reversed(range(len(parts))):
+            assert not os.path.exists(prefix + ".json")
+            write(prefix, parts[i], (i, len(parts)))
+        store = TokenStore.open(prefix, verify=True)
+        assert [read(shard) for shard in store.shards] == parts
+        counts = [shard.num_tokens for shard in store.shards]
+        assert [shard.token_start for shard in store.shards] == [
+            sum(counts[:i]) for i in range(len(parts))
+        ]
+        one = TokenStore.open(f"{prefix}-00001-of-{len(parts):05d}")
+        assert read(one.shards[0]) == parts[1]
+
+
+def test_index_bytes_by_hand(tmp_path):
+    write(tmp_path / "s", [[[5, 6], [7]], [], [[8]]])
+    expected = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4)
+    expected += struct.pack("<3i", 2, 1, 1) + struct.pack("<3q", 0, 4, 6)
+    expected += struct.pack("<4q", 0, 2, 2, 3)
+    assert (tmp_path / "s.idx").read_bytes() == expected
+    assert (tmp_path / "s.bin").read_bytes() == struct.pack("<4H", 5, 6, 7, 8)
+
+
+def test_megatron_reads_our_store(tmp_path):
+    dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    documents = [[[5, 6], [65535]], [[8, 0, 1]]]
+    write(tmp_path / "s", documents)
+    opened = dataset.IndexedDataset(str(tmp_path / "s"))
+    assert [opened[i].tolist() for i in range(len(opened))] == [[5, 6], [65535], [8, 0, 1]]
+    assert opened.document_indices.tolist() == [0, 2, 3]
+    assert opened[0].dtype == np.uint16
+
+
+@pytest.mark.parametrize("wrong", [[65536], [-1], [3, 70000], np.array([65536 + 5], np.int64)])
+def test_ids_never_wrap(tmp_path, wrong):
+    with pytest.raises(DataError, match="not in the vocabulary"):
+        write(tmp_path / "s", [[[1]], [wrong]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_large_a_vocabulary_writes_nothing(tmp_path):
+    with pytest.raises(DataError, match="65,537 ids.*at most 65,536"):
+        StoreWriter(str(tmp_path / "deep" / "s"), FakeTokenizer(65537), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fingerprint_follows_content_not_name_or_options(tmp_path):
+    write(tmp_path / "a", [[[1, 2]]], made="here")
+    write(tmp_path / "b", [[[1, 2]]], made="there")
+    write(tmp_path / "c", [[[1], [2]]])
+    prints = [TokenStore.open(tmp_path / name).fingerprint for name in "abc"]
+    assert prints[0] == prints[1] != prints[2]
+
+
+# --------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx", "json"])
+@pytest.mark.parametrize("damage", ["absent", "empty", "cut", "longer"])
+def test_damaged_file_is_named(tmp_path, ending, damage):
+    write(tmp_path / "s", [[[1, 2], [3]], [[4]]])
+    path = tmp_path / f"s.{ending}"
+    data = path.read_bytes()
+    if damage == "absent":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": data[:-3], "longer": data + b"\0\0x"}[damage])
+    with pytest.raises(DataError, match=rf"s\.{ending}"):
+        TokenStore.open(tmp_path / "s")
+
+
+def test_header_is_believed_only_if_the_size_agrees(tmp_path):
+    write(tmp_path / "s", [[[1, 2]]])
+    path = tmp_path / "s.idx"
+    data = bytearray(path.read_bytes())
+    data[18:26] = struct.pack("<Q", 1 << 60)  # would be 2^60 sequences to allocate
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"s\.idx.*header says"):
+        TokenStore.open(tmp_path / "s")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 255))
+def test_any_flipped_byte_is_an_error_of_ours(store_bytes, where, flip):
+    folder, data = store_bytes
+    changed = bytearray(data)
+    changed[where % len(data)] ^= flip
+    (folder / "s.idx").write_bytes(changed)
+    with pytest.raises(DataError):
+        TokenStore.open(folder / "s", verify=True)
+
+
+@pytest.fixture(scope="module")
+def store_bytes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flip")
+    write(folder / "s", [[[1, 2], [3]], [], [[4, 5, 6]]])
+    return folder, (folder / "s.idx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format_version": 2},
+        {"tokenizer": None},
+        {"counts": {"tokens": 1}},
+        {"fingerprint": 7},
+        {"shards": [{"name": 3}]},
+        {"bin_sha256": None},
+    ],
+)
+def test_json_of_another_shape(tmp_path, change):
+    write(tmp_path / "s", [[[1, 2]]])
+    info = json.loads((tmp_path / "s.json").read_text())
+    atomic_write_json(tmp_path / "s.json", {**info, **change})
+    with pytest.raises(DataError, match=r"s\.(json|idx)"):
+        TokenStore.open(tmp_path / "s")
+
+
+def test_verify_finds_a_changed_id(tmp_path):
+    write(tmp_path / "s", [[[1, 2]]])
+    (tmp_path / "s.bin").write_bytes(struct.pack("<2H", 1, 3))
+    TokenStore.open(tmp_path / "s")
+    with pytest.raises(DataError, match=r"s\.bin.*sha256"):
+        TokenStore.open(tmp_path / "s", verify=True)
+
+
+def test_shard_made_again_is_not_mixed_with_the_old_list(tmp_path):
+    for i in range(2):
+        write(tmp_path / "s", [[[i]]], (i, 2))
+    old = (tmp_path / "s.json").read_bytes()
+    with StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {}, (1, 2), overwrite=True) as writer:
+        writer.add_document([[9]])
+    assert TokenStore.open(tmp_path / "s").shards[1].tokens.tolist() == [9]
+    (tmp_path / "s.json").write_bytes(old)
+    with pytest.raises(DataError, match="fingerprint"):
+        TokenStore.open(tmp_path / "s")
+
+
+def test_shards_of_other_options_do_not_join(tmp_path):
+    write(tmp_path / "s", [[[1]]], (0, 2), text_column="a")
+    write(tmp_path / "s", [[[1]]], (1, 2), text_column="b")
+    assert not (tmp_path / "s.json").exists()
+
+
+# --------------------------------------------------------------------------- writers
+
+
+def test_exception_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {}) as writer:
+        writer.add_document([[1]])
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_overwrite_keeps_the_old_store(tmp_path):
+    write(tmp_path / "s", [[[1]]])
+    with pytest.raises(KeyError):
+        with StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {}, overwrite=True) as writer:
+            writer.add_document([[2]])
+            raise KeyError
+    assert TokenStore.open(tmp_path / "s", verify=True).shards[0].tokens.tolist() == [1]
+
+
+def test_existing_store_is_not_replaced_unasked(tmp_path):
+    write(tmp_path / "s", [[[1]]])
+    with pytest.raises(DataError, match="--overwrite"):
+        write(tmp_path / "s", [[[2]]])
+    (tmp_path / "s.json").unlink()
+    with pytest.raises(DataError, match="--adopt"):
+        write(tmp_path / "s", [[[2]]])
+
+
+def test_second_writer_is_refused(tmp_path):
+    with StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {}) as writer:
+        with pytest.raises(DataError, match=rf"pid {os.getpid()}"):
+            StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {})
+        writer.add_document([[1]])
+    assert TokenStore.open(tmp_path / "s").num_tokens == 1
+
+
+def test_lock_of_another_host_is_respected(tmp_path):
+    (tmp_path / "s.lock").write_text("1 elsewhere 77\n")
+    with pytest.raises(DataError, match="elsewhere"):
+        StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {})
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import test_store
+from preprocess import store
+if sys.argv[3] == "midway":
+    writer = store.StoreWriter(sys.argv[1], test_store.FakeTokenizer(), {})
+    writer.add_document([[1, 2]])
+    os._exit(9)
+store.atomic_write_json = lambda *a: os._exit(9)  # .bin and .idx are in place, the JSON is not
+test_store.write(sys.argv[1], [[[1, 2]]])
+"""
+
+
+@pytest.mark.parametrize("when", ["midway", "before the JSON"])
+def test_killed_writer_leaves_nothing_whole_and_its_lock_is_taken_over(tmp_path, when):
+    prefix = str(tmp_path / "s")
+    command = [sys.executable, "-c", KILLED, prefix, str(Path(__file__).parent), when]
+    assert subprocess.run(command).returncode == 9
+    assert os.path.exists(prefix + ".lock")
+    with pytest.raises(DataError):
+        TokenStore.open(prefix)
+    write(prefix, [[[3]]])
+    assert TokenStore.open(prefix, verify=True).shards[0].tokens.tolist() == [3]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["s.bin", "s.idx", "s.json", "s.tokenizer"]
+
+
+# --------------------------------------------------------------------------- arrays
+
+
+@pytest.fixture
+def shard(tmp_path):
+    write(tmp_path / "s", [[[1, 2, 3], [4]], [[5]]])
+    return TokenStore.open(tmp_path / "s").shards[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "array"),
+    [
+        ("scores", np.array([-1.5, 0, 2, 3, np.inf], np.float16)),
+        ("importance", np.array([0, 1, 255, 0, 0], np.uint8)),
+        ("mask", np.array([0, 2, 4], np.uint32)),
+        ("mask", np.array([], np.uint32)),
+    ],
+)
+def test_array_round_trip_whole_and_in_blocks(shard, kind, array):
+    for name, given_array in (("whole", array), ("blocks", (array[i : i + 2] for i in (0, 2, 4)))):
+        path = write_array(shard, name, kind, given_array, {"strategy": "x"})
+        found, info = open_array(shard, name, kind)
+        np.testing.assert_array_equal(found, array)
+        assert found.dtype == array.dtype and not found.flags.writeable
+        assert info["strategy"] == "x" and info["count"] == len(array)
+        np.testing.assert_array_equal(np.load(path, allow_pickle=False), array)
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "match"),
+    [
+        ("scores", np.zeros(4, np.float16), "one a token"),
+        ("scores", np.zeros(5, np.float32), "float32"),
+        ("mask", np.array([2, 1], np.uint32), "ascend"),
+        ("mask", np.array([1, 1], np.uint32), "ascend"),
+        ("mask", np.array([5], np.uint32), "position 5 of 5"),
+        ("mask", np.array([0, 1], np.int64), "int64"),
+    ],
+)
+def test_wrong_array_is_not_written(shard, tmp_path, kind, array, match):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError, match=match):
+        write_array(shard, "n", kind, array, {})
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_positions_ascend_across_blocks(shard):
+    blocks = [np.array([3], np.uint32), np.array([2], np.uint32)]
+    with pytest.raises(DataError, match="ascend"):
+        write_array(shard, "n", "mask", iter(blocks), {})
+
+
+def test_array_of_another_store_is_refused_with_both_fingerprints(shard, tmp_path):
+    path = write_array(shard, "n", "mask", np.array([0], np.uint32), {})
+    write(tmp_path / "other", [[[1]]])
+    other = TokenStore.open(tmp_path / "other").shards[0]
+    for ending in (".npy", ".json"):
+        os.rename(path.with_suffix(ending), tmp_path / f"other.n.mask{ending}")
+    with pytest.raises(DataError) as caught:
+        open_array(other, "n", "mask")
+    assert shard.fingerprint in str(caught.value) and other.fingerprint in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut", "longer", "no json", "garbage", "bad json"])
+def test_damaged_array_is_named(shard, damage):
+    path = write_array(shard, "n", "scores", np.zeros(5, np.float16), {})
+    data = path.read_bytes()
+    if damage == "absent":
+        path.unlink()
+    elif damage == "no json":
+        path.with_suffix(".json").unlink()
+    elif damage == "bad json":
+        path.with_suffix(".json").write_text("{")
+    else:
+        path.write_bytes({"cut": data[:-1], "longer": data + b"x", "garbage": b"x" * 200}[damage])
+    with pytest.raises(DataError, match=r"s\.n\.scores\.(npy|json)"):
+        open_array(shard, "n", "scores")
+
+
+def test_absent_array_says_which_command_makes_it(shard):
+    with pytest.raises(DataError, match="build_masks.py"):
+        open_array(shard, "n", "mask")
+    with pytest.raises(DataError, match="letters, digits"):
+        open_array(shard, "../n", "mask")
+
+
+def test_list_arrays_wants_every_shard(tmp_path):
+    for i in range(2):
+        write(tmp_path / "s", [[[i]]], (i, 2))
+    store = TokenStore.open(tmp_path / "s")
+    none = np.array([], np.uint32)
+    for name, shards in (("both", store.shards), ("one", store.shards[:1])):
+        for part in shards:
+            write_array(part, name, "mask", none, {})
+    assert list_arrays(store, "mask") == ["both"]
+    assert list_arrays(store, "scores") == []
