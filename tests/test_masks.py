@@ -582,7 +582,7 @@ def test_wordpiece_words_are_exactly_the_tokenizers():
 
 def test_byte_level_words_are_the_tokenizers_on_ordinary_text():
     wrong, num_tokens = compare_words(train_tokenizer("bpe"), [*TEXTS[:3], "", TEXTS[4]])
-    assert wrong == 0 and num_tokens > 150
+    assert wrong == 0 and num_tokens > 120
 
 
 def test_byte_level_words_are_nearly_the_tokenizers_on_cut_characters_and_white_space():

@@ -1,0 +1,390 @@
+"""The command that stores mask indices: shards, blocks, reruns, refusals, statistics."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preprocess import build_masks
+from preprocess.build_masks import Inputs, choose_positions, count_masks, iterate_blocks, main
+from preprocess.errors import ConfigError, DataError
+from preprocess.masks import (
+    STRATEGIES,
+    Sequences,
+    continuation_table,
+    find_candidates,
+    find_continuations,
+)
+from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
+
+ALL = sorted(STRATEGIES)
+OPTIONS = {"selective": ["--scores", "mr"], "selective_fill": ["--scores", "mr"]}
+OPTIONS["random_matched"] = ["--match", "sel"]
+ROOT = Path(build_masks.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, *(f"w{i}" for i in range(60)), *(f"##x{i}" for i in range(20))]
+    inner = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
+
+
+def make_documents() -> list[list[np.ndarray]]:
+    """60 documents of 0 to 5 sequences of 0 to 30 tokens; id 1 is [UNK], a special token."""
+    rng = np.random.default_rng(3)
+    return [
+        [
+            rng.choice([1, *range(5, 85)], size=rng.integers(0, 31)).astype(np.uint16)
+            for _ in range(rng.integers(0, 6))
+        ]
+        for _ in range(60)
+    ]
+
+
+def write_store(prefix: Path, tokenizer, cuts: list[int] | None) -> str:
+    """Write the documents in one piece, or cut into shards before the documents `cuts`."""
+    documents = make_documents()
+    if cuts is None:
+        parts = [(None, documents)]
+    else:
+        edges = [0, *cuts, len(documents)]
+        parts = [
+            ((i, len(edges) - 1), documents[edges[i] : edges[i + 1]]) for i in range(len(edges) - 1)
+        ]
+    for shard, part in parts:
+        with StoreWriter(str(prefix), tokenizer, {}, shard=shard) as writer:
+            for document in part:
+                writer.add_document(document)
+    return str(prefix)
+
+
+def add_scores(prefix: str, name: str = "mr", seed: int = 0) -> np.ndarray:
+    store = TokenStore.open(prefix)
+    scores = np.random.default_rng(seed).normal(-0.5, 1, store.num_tokens).astype(np.float16)
+    for shard in store.shards:
+        part = scores[shard.token_start : shard.token_start + shard.num_tokens]
+        write_array(shard, name, "scores", part, {})
+    return scores
+
+
+def build(prefix: str, strategy: str, name: str, *more: str) -> None:
+    main(["--tokens", prefix, "--strategy", strategy, "--name", name, *more])
+
+
+def read_index(prefix: str, name: str) -> np.ndarray:
+    """All positions of an index, in the token stream of the whole store."""
+    shards = TokenStore.open(prefix).shards
+    return np.concatenate(
+        [open_array(s, name, "mask")[0].astype(np.int64) + s.token_start for s in shards]
+    )
+
+
+@pytest.fixture
+def single(tmp_path, tokenizer):
+    prefix = write_store(tmp_path / "one", tokenizer, None)
+    add_scores(prefix)
+    build(prefix, "selective", "sel", "--scores", "mr")
+    return prefix
+
+
+@pytest.fixture
+def sharded(tmp_path, tokenizer):
+    prefix = write_store(tmp_path / "many", tokenizer, [10, 10, 45])  # the second shard is empty
+    add_scores(prefix)
+    build(prefix, "selective", "sel", "--scores", "mr")
+    return prefix
+
+
+# ------------------------------------------------------------------------------------ results
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_index_equals_the_strategy_on_the_whole_store(name, single, tokenizer):
+    build(single, name, "out", *OPTIONS.get(name, []), "--seed", "5", "--mlm_probability", "0.2")
+    shard = TokenStore.open(single).shards[0]
+    tokens, offsets = np.array(shard.tokens), shard.sequence_offsets
+    matched = np.array(open_array(shard, "sel", "mask")[0])
+    owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    matched_counts = np.bincount(owner[matched], minlength=len(offsets) - 1)
+    expected = STRATEGIES[name](
+        Sequences(
+            offsets=offsets,
+            positions=np.arange(len(tokens)),
+            candidates=find_candidates(tokens, tokenizer.all_special_ids),
+            rate=0.2,
+            seed=5,
+            epoch=0,
+            scores=np.array(open_array(shard, "mr", "scores")[0]),
+            continues_word=find_continuations(tokens, offsets, continuation_table(tokenizer)),
+            matched_counts=matched_counts,
+        )
+    )
+    found, info = open_array(shard, "out", "mask")
+    assert found.dtype == np.uint32
+    assert len(found) > 50 and found.tolist() == expected.tolist()
+    assert info["options"]["strategy"] == name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_b1_b2_mask_of_a_shard_is_its_own_and_none_is_empty(name, single, sharded):
+    for prefix in (single, sharded):
+        build(prefix, name, "out", *OPTIONS.get(name, []))
+    store = TokenStore.open(sharded)
+    assert [s.num_tokens > 0 for s in store.shards] == [True, False, True, True]
+    # The same documents in one piece and in four shards: the same tokens of the same documents.
+    assert read_index(sharded, "out").tolist() == read_index(single, "out").tolist()
+    for shard in store.shards:
+        index = open_array(shard, "out", "mask")[0]
+        assert (len(index) > 0) == (shard.num_tokens > 0)
+        ids = shard.tokens[index.astype(np.int64)]
+        assert find_candidates(ids, store.all_special_ids).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("block_tokens", [1, 40, 333])
+def test_blocks_do_not_change_the_result(name, block_tokens, sharded, tokenizer):
+    store = TokenStore.open(sharded)
+    shard = store.shards[2]
+    inputs = Inputs(
+        scores=open_array(shard, "mr", "scores")[0],
+        match=open_array(shard, "sel", "mask")[0],
+        words=continuation_table(tokenizer),
+    )
+    results = []
+    for size in (block_tokens, 1 << 20):
+        blocks = choose_positions(
+            shard,
+            name,
+            inputs,
+            rate=0.15,
+            seed=1,
+            all_special_ids=store.all_special_ids,
+            block_tokens=size,
+        )
+        results.append(np.concatenate(list(blocks)).tolist())
+    assert results[0] == results[1] and len(results[0]) > 20
+
+
+def test_iterate_blocks_by_hand():
+    offsets = np.array([0, 4, 9, 12])
+    assert list(iterate_blocks(offsets, 10)) == [slice(0, 2), slice(2, 3)]
+    assert list(iterate_blocks(offsets, 9)) == [slice(0, 2), slice(2, 3)]
+    assert list(iterate_blocks(offsets, 8)) == [slice(0, 1), slice(1, 3)]
+    assert list(iterate_blocks(offsets, 1)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert list(iterate_blocks(offsets[:1], 1)) == []
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 25))
+def test_blocks_cover_every_sequence_once_within_the_limit(lengths, limit):
+    offsets = np.cumsum([0, *lengths])
+    blocks = list(iterate_blocks(offsets, limit))
+    assert [i for b in blocks for i in range(b.start, b.stop)] == list(range(len(lengths)))
+    for block in blocks:
+        size = offsets[block.stop] - offsets[block.start]
+        assert size <= limit or block.stop == block.start + 1
+
+
+def test_control_has_the_count_of_each_sequence(sharded):
+    build(sharded, "random_matched", "ctl", "--match", "sel")
+    for shard in TokenStore.open(sharded).shards:
+        both = [open_array(shard, name, "mask")[0] for name in ("sel", "ctl")]
+        counts = [np.diff(np.searchsorted(index, shard.sequence_offsets)) for index in both]
+        assert counts[0].tolist() == counts[1].tolist()
+        if shard.num_tokens:
+            assert both[0].tolist() != both[1].tolist()
+
+
+# ------------------------------------------------------------------------------------- reruns
+
+
+def stamp(prefix: str, name: str) -> list[int]:
+    shards = TokenStore.open(prefix).shards
+    return [array_path(s, name, "mask").stat().st_mtime_ns for s in shards]
+
+
+def test_a_whole_index_made_with_the_same_options_is_kept(sharded, capsys):
+    before = stamp(sharded, "sel")
+    capsys.readouterr()
+    build(sharded, "selective", "sel", "--scores", "mr")
+    assert stamp(sharded, "sel") == before
+    printed = capsys.readouterr().out
+    assert printed.count("whole, made with the same options") == 4 and "masked" in printed
+
+
+def test_one_missing_shard_is_made_and_the_others_are_kept(sharded):
+    before, expected = stamp(sharded, "sel"), read_index(sharded, "sel").tolist()
+    path = array_path(TokenStore.open(sharded).shards[2], "sel", "mask")
+    path.with_suffix(".json").unlink()
+    build(sharded, "selective", "sel", "--scores", "mr")
+    after = stamp(sharded, "sel")
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, True, False, True]
+    assert read_index(sharded, "sel").tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "more", [["--seed", "1"], ["--mlm_probability", "0.3"], ["--scores", "other"]]
+)
+def test_an_index_made_with_other_options_is_refused_or_overwritten(sharded, more):
+    add_scores(sharded, "other", seed=9)
+    before, was = stamp(sharded, "sel"), read_index(sharded, "sel").tolist()
+    command = ["selective", "sel", "--scores", "mr", *more]
+    with pytest.raises(DataError, match="made with other options.*--overwrite"):
+        build(sharded, *command)
+    assert stamp(sharded, "sel") == before
+    build(sharded, *command, "--overwrite")
+    # a seed only decides between equal scores
+    assert more[0] == "--seed" or read_index(sharded, "sel").tolist() != was
+
+
+def test_b14_scores_made_anew_under_the_same_name_are_noticed(single):
+    add_scores(single, "mr", seed=4)
+    with pytest.raises(DataError, match="scores: mr .*, now mr "):
+        build(single, "selective", "sel", "--scores", "mr")
+
+
+# ----------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("strategy", ["selective", "selective_fill", "random_matched"])
+def test_unknown_names_list_the_known_ones(strategy, single):
+    flag = OPTIONS[strategy][0]
+    known = "mr" if flag == "--scores" else "sel"
+    with pytest.raises(DataError, match=rf"{flag} nope: .*\(there are: {known}\)"):
+        build(single, strategy, "out", flag, "nope")
+
+
+@pytest.mark.parametrize("strategy", ["selective", "selective_fill", "random_matched"])
+def test_arrays_of_another_store_are_refused(strategy, single, sharded):
+    kind = "mask" if strategy == "random_matched" else "scores"
+    name = OPTIONS[strategy][1]
+    source = array_path(TokenStore.open(single).shards[0], name, kind)
+    target = array_path(TokenStore.open(sharded).shards[0], name, kind)
+    for suffix in (".npy", ".json"):
+        target.with_suffix(suffix).write_bytes(source.with_suffix(suffix).read_bytes())
+    with pytest.raises(DataError, match="made for the store"):
+        build(sharded, strategy, "out", *OPTIONS[strategy])
+
+
+def test_scores_shorter_than_the_store_are_refused(single):
+    shard = TokenStore.open(single).shards[0]
+    path = array_path(shard, "mr", "scores")
+    np.save(path, np.load(path)[:-1])
+    with pytest.raises(DataError, match="mr.scores"):
+        build(single, "selective", "out", "--scores", "mr")
+    info = json.loads(path.with_suffix(".json").read_text())
+    info["count"] -= 1
+    path.with_suffix(".json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match="mr.scores"):
+        build(single, "selective", "out", "--scores", "mr")
+    assert not array_path(shard, "out", "mask").exists()
+
+
+def test_a_match_with_special_tokens_is_refused(single):
+    shard = TokenStore.open(single).shards[0]
+    everything = np.arange(shard.num_tokens, dtype=np.uint32)
+    write_array(shard, "all", "mask", everything, {})
+    with pytest.raises(DataError, match="to match"):
+        build(single, "random_matched", "out", "--match", "all")
+    assert not array_path(shard, "out", "mask").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strategy", "selective"], "needs --scores"),
+        (["--strategy", "selective_fill", "--match", "sel"], "needs --scores"),
+        (["--strategy", "random_matched"], "needs --match"),
+        (["--strategy", "random", "--scores", "mr"], "no use with --strategy random"),
+        (["--strategy", "whole_word", "--match", "sel"], "no use with --strategy whole_word"),
+        (["--strategy", "random", "--mlm_probability", "0"], "--mlm_probability 0.0"),
+        (["--strategy", "random", "--mlm_probability", "1.5"], "--mlm_probability 1.5"),
+        (["--strategy", "random", "--mlm_probability", "nan"], "--mlm_probability nan"),
+        (["--strategy", "random_matched", "--match", "out"], "--name out"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ConfigError, match=message):
+        main(["--tokens", "nowhere", "--name", "out", *options])
+
+
+def test_a_name_that_is_no_name_is_refused(single):
+    with pytest.raises((ConfigError, DataError), match="a/b"):
+        build(single, "random", "a/b")
+
+
+# --------------------------------------------------------------------------------- statistics
+
+
+def test_statistics_by_hand(tmp_path, tokenizer, capsys):
+    with StoreWriter(str(tmp_path / "s"), tokenizer, {}) as writer:
+        writer.add_document([[5, 5, 6, 7], [5, 1], []])  # id 1 is no candidate
+        writer.add_document([[8, 8]])
+    store = TokenStore.open(str(tmp_path / "s"))
+    write_array(store.shards[0], "a", "mask", np.array([0, 3, 4], dtype=np.uint32), {})
+    write_array(store.shards[0], "b", "mask", np.array([0, 2, 4], dtype=np.uint32), {})
+    counted = count_masks(store, "a", "b")
+    assert int(counted.type_tokens.sum()) == 8 and counted.candidates == 7
+    assert counted.type_tokens[[1, 5, 6, 7, 8]].tolist() == [1, 3, 1, 1, 2]
+    assert counted.type_masked[[1, 5, 6, 7, 8]].tolist() == [0, 2, 0, 1, 0]
+    assert (counted.sequences, counted.unmasked_sequences, counted.shared) == (4, 2, 2)
+    assert counted.by_chance == 2 * 2 / 4 + 1 * 1 / 1
+    names = {5: "w0", 7: "w2"}
+    lines = build_masks.format_statistics(counted, names, "b")
+    assert "3  42.86 % of the 7 tokens" in lines[1]
+    assert "2 (50.00 %) without a mask" in lines[2]
+    assert "66.67 %" in lines[3] and "66.67 %" in lines[4]
+    assert lines[6].split() == "w0 2 66.67 % 66.67 % 37.50 %".split()
+    assert lines[7].split() == "w2 1 100.00 % 33.33 % 12.50 %".split()
+    assert len(lines) == 8
+
+
+def test_statistics_do_not_depend_on_shards_or_blocks(single, sharded, monkeypatch):
+    whole = count_masks(TokenStore.open(single), "sel")
+    cut = iterate_blocks
+    monkeypatch.setattr(build_masks, "iterate_blocks", lambda offsets: cut(offsets, 50))
+    parts = count_masks(TokenStore.open(sharded), "sel")
+    assert parts.type_masked.tolist() == whole.type_masked.tolist()
+    assert parts.by_chance == pytest.approx(whole.by_chance)
+    assert parts.unmasked_sequences == whole.unmasked_sequences
+
+
+def test_an_empty_store_gets_an_empty_index(tmp_path, tokenizer, capsys):
+    with StoreWriter(str(tmp_path / "e"), tokenizer, {}):
+        pass
+    build(str(tmp_path / "e"), "whole_word", "out")
+    assert read_index(str(tmp_path / "e"), "out").tolist() == []
+    assert "masked" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ command
+
+
+@pytest.mark.parametrize("how", [["preprocess/build_masks.py"], ["-m", "preprocess.build_masks"]])
+def test_command_by_path_and_by_module(how, single):
+    command = [sys.executable, *how]
+    shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0 and all(name in shown.stdout for name in ALL)
+    options = ["--tokens", single + "-no", "--strategy", "random", "--name", "x"]
+    failed = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 3 and failed.stdout == ""
+    assert len(failed.stderr.splitlines()) == 1 and single + "-no" in failed.stderr
