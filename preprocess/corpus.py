@@ -387,6 +387,7 @@ def read_documents(
     blank_line_documents: bool = False,
     part: tuple[int, int] = (0, 1),
     max_documents: int | None = None,
+    unescape_newlines: bool = False,
 ) -> Iterator[str]:
     """Yield the documents of some sources, in order, in bounded memory.
 
@@ -397,9 +398,14 @@ def read_documents(
             are at least n of them (file f in part f mod n); else byte ranges of all files laid end
             to end where they are uncompressed lines; else document d in part d mod n.
         max_documents: only the first so many of the whole.
+        unescape_newlines: a written `\\n` becomes a line end, as the Yelp and Amazon CSVs mean it.
     Raises:
         DataError: naming the file, and the line where it is known.
     """
+    if unescape_newlines:
+        rest = (text_column, where, split, blank_line_documents, part, max_documents)
+        yield from (text.replace("\\n", "\n") for text in read_documents(specs, *rest))
+        return
     index, count = part
     known = [s for s in specs if not s.startswith("hub:")]
     by_line = not blank_line_documents and max_documents is None and len(known) == len(specs)

@@ -66,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--language", default="en", help="language for sentence boundaries (default: en)")
     add("--blank_line_documents", action="store_true",
         help="in plain text, a document is a block between blank lines, not a line")
+    add("--unescape_newlines", action="store_true",
+        help="the two characters \\n in a text are a line end, as in the Yelp and Amazon CSVs")
     add("--max_documents", type=int, metavar="N", help="only the first N documents")
     add("--num_workers", type=int, metavar="W", help="processes (default: one a core)")
     add("--num_shards", type=int, default=1, metavar="N", help="shards of the store (default: 1)")
@@ -81,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line and make the store."""
     args = build_parser().parse_args(argv)
     _check_arguments(args)
+    for spec in [] if args.adopt else args.input:
+        _describe_input(spec)  # a wrong name is said before anything slow
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our workers are processes
     tokenizer = load_fast_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer)
@@ -194,6 +198,7 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
         "split_sentences": args.split_sentences,
         "language": args.language,
         "blank_line_documents": args.blank_line_documents,
+        "unescape_newlines": args.unescape_newlines,
         "max_documents": args.max_documents,
         "num_shards": args.num_shards,
     }
@@ -296,7 +301,7 @@ def _make_in_pool(
 ) -> None:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
-    totals = context.Array("q", 2)
+    totals = context.Array("q", 3)  # documents, tokens, and 1 to stop
     pool = ProcessPoolExecutor(
         num_workers, context, _start_worker, (tokenizer, args, options, totals)
     )
@@ -313,8 +318,7 @@ def _make_in_pool(
             f"--num_workers {num_workers}, and the same command again"
         ) from None
     except BaseException:
-        for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.terminate()  # half a shard is of no use; its lock falls to the next run
+        totals[2] = 1  # the workers give up after the batch in hand and clean up behind them
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -344,7 +348,7 @@ def _make_at_once(
     left: set[Future] = {pool.submit(_make_shard_in_worker, shard) for shard in shards}
     while left:
         done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
-        progress.show(*totals[:])
+        progress.show(*totals[:2])
         for future in done:
             future.result()
 
@@ -366,6 +370,7 @@ def _make_shard(
         args.blank_line_documents,
         part=shard or (0, 1),
         max_documents=args.max_documents,
+        unescape_newlines=args.unescape_newlines,
     )
     num_documents = num_dropped = 0
     with StoreWriter(args.output, tokenizer, options, shard, args.overwrite) as writer:
@@ -417,7 +422,10 @@ def _make_shard_in_worker(shard: tuple[int, int]) -> None:
         with totals.get_lock():
             for i in range(2):
                 totals[i] += now[i] - before[i]
+            stop = totals[2]
         before[:] = now
+        if stop:
+            raise InterruptedError("another shard has failed")
 
     _make_shard(_worker["args"], _worker["tokenizer"], _worker["options"], shard, map, report)
 

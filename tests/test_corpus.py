@@ -79,6 +79,15 @@ def test_plain_text(tmp_path):
     assert documents([str(path)], blank_line_documents=True) == ["one\ntwo", "three, four", "five"]
 
 
+def test_b23_written_line_ends_become_line_ends(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('5,"Great.\\nSaid ""wow"".\\n\\nAgain"\n')
+    assert documents([str(path)], "1") == ['Great.\\nSaid "wow".\\n\\nAgain']
+    assert documents([str(path)], "1", unescape_newlines=True) == [
+        'Great.\nSaid "wow".\n\nAgain'
+    ]
+
+
 def test_tsv_takes_quotes_as_they_are_and_columns_by_number(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text('1\tsay "hi\n0\tbye\n')

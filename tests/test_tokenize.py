@@ -1,0 +1,354 @@
+"""Tokenizing: ids do not depend on cutting, workers or shards; reruns; adoption; vocabularies."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocess import tokenize_corpus, train_tokenizer
+from preprocess.encode import cut_sentences, encode_batch, prepare_backend
+from preprocess.errors import ConfigError, DataError
+from preprocess.store import TokenStore
+
+ROOT = Path(__file__).resolve().parent.parent
+LINES = [
+    "The first film was good. Mr. Smith is not warm! Is he?",
+    "[SEP] one  [MASK] plot <s> too.",
+    "",
+    "   ",
+    "Caf\u00e9 ends.\u3000\u65e5\u672c\u3002 It is fine \u2026 and slow",
+    "dull",
+] * 40
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory, corpus_file) -> dict[str, str]:
+    """A learnt vocabulary of each kind."""
+    folder = tmp_path_factory.mktemp("vocabularies")
+    made = {}
+    for kind in train_tokenizer.KINDS:
+        made[kind] = str(folder / kind)
+        command = ["--input", corpus_file, "--vocab_size", "320", "--kind", kind]
+        train_tokenizer.main([*command, "--output", made[kind]])
+    return made
+
+
+def tokenize(corpus_file, tokenizer, prefix, *more) -> TokenStore:
+    command = ["--input", corpus_file, "--tokenizer", tokenizer, "--output", str(prefix)]
+    tokenize_corpus.main([*command, "--num_workers", "1", *map(str, more)])
+    return TokenStore.open(prefix, verify=True)
+
+
+def files(prefix) -> dict[str, bytes]:
+    folder = Path(prefix).parent
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def stream(store: TokenStore) -> list[int]:
+    return np.concatenate([shard.tokens for shard in store.shards]).tolist()
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_ids_do_not_depend_on_the_cutting(tmp_path, corpus_file, tokenizers, kind):
+    from transformers import AutoTokenizer
+
+    cut = tokenize(corpus_file, tokenizers[kind], tmp_path / "cut")
+    whole = tokenize(corpus_file, tokenizers[kind], tmp_path / "whole", "--no-split_sentences")
+    assert stream(cut) == stream(whole)
+    assert whole.num_sequences == whole.num_documents == cut.num_documents == 160
+    assert cut.num_sequences == 40 * (3 + 1 + 3 + 1)
+    assert cut.info["counts"]["documents_dropped"] == 80
+    tokenizer = AutoTokenizer.from_pretrained(cut.tokenizer_dir)
+    alone = tokenizer(LINES[0], add_special_tokens=False)["input_ids"]
+    first = cut.shards[0]
+    assert first.tokens[: first.sequence_offsets[first.document_offsets[1]]].tolist() == alone
+    sentences = [
+        tokenizer.decode(first.tokens[a:b].tolist()).strip().lower()
+        for a, b in zip(first.sequence_offsets[:3], first.sequence_offsets[1:4], strict=True)
+    ]
+    assert [s.replace(" ", "") for s in sentences] == [
+        "thefirstfilmwasgood.", "mr.smithisnotwarm!", "ishe?",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_special_tokens_written_in_a_text_are_text(tmp_path, corpus_file, tokenizers, kind):
+    store = tokenize(corpus_file, tokenizers[kind], tmp_path / "s")
+    special = set(store.all_special_ids) - {store.special_ids["unk"]}
+    assert len(special) == 4 and not special & set(stream(store))
+    assert set(store.special_ids) == {"cls", "sep", "pad", "mask", "unk"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text("abc. !?\n\t\u3000\u3002\u00e9\u0130\U0001f600'\"", max_size=40))
+def test_sentences_partition_the_tokens(backends, text):
+    for backend in backends:
+        whole = backend.encode(text, add_special_tokens=False)
+        lengths = cut_sentences(text, whole.offsets, "en") if whole.ids else []
+        assert sum(lengths) == len(whole.ids) and all(lengths)
+        ids, sequences, documents, dropped = encode_batch(backend, [text, "a. b"], "en")
+        assert sequences.sum() == len(ids) and documents.sum() == len(sequences)
+        assert len(documents) + dropped == 2
+
+
+@pytest.fixture(scope="module")
+def backends(tokenizers):
+    return [
+        prepare_backend(tokenize_corpus.load_fast_tokenizer(path)) for path in tokenizers.values()
+    ]
+
+
+def test_half_a_surrogate_pair_is_replaced(backends):
+    for backend in backends:
+        assert len(encode_batch(backend, ["a \ud83d b"], "en")[0]) >= 2
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_bytes_do_not_depend_on_the_workers(tmp_path, corpus_file, tokenizers, num_shards):
+    made = []
+    for workers in (1, 2, 4):
+        prefix = tmp_path / str(workers) / "s"
+        more = ["--num_workers", workers, "--num_shards", num_shards]
+        tokenize(corpus_file, tokenizers["bpe"], prefix, *more)
+        made.append(files(prefix))
+    assert made[0] == made[1] == made[2]
+
+
+def test_shards_made_one_by_one_and_all_together(tmp_path, corpus_file, tokenizers, capsys):
+    whole = tokenize(corpus_file, tokenizers["bpe"], tmp_path / "whole" / "s")
+    together = tokenize(corpus_file, tokenizers["bpe"], tmp_path / "a" / "s", "--num_shards", 3)
+    command = ["--input", corpus_file, "--tokenizer", tokenizers["bpe"], "--num_shards", "3"]
+    command += ["--output", str(tmp_path / "b" / "s"), "--num_workers", "1"]
+    for index in (2, 0):
+        tokenize_corpus.main([*command, "--shard_index", str(index)])
+        assert not (tmp_path / "b" / "s.json").exists()
+    assert "not written yet" in capsys.readouterr().out
+    tokenize_corpus.main([*command, "--shard_index", "1"])
+    assert files(tmp_path / "a" / "s") == files(tmp_path / "b" / "s")
+    assert stream(together) == stream(whole)
+    assert together.num_documents == whole.num_documents
+
+
+def test_empty_shard_and_empty_corpus(tmp_path, tokenizers):
+    (tmp_path / "one.txt").write_text("a single line\n")
+    more = ["--num_shards", 4]
+    store = tokenize(str(tmp_path / "one.txt"), tokenizers["bpe"], tmp_path / "s", *more)
+    assert store.num_documents == 1 and [s.num_tokens for s in store.shards].count(0) == 3
+    (tmp_path / "none.txt").write_text("")
+    assert tokenize(str(tmp_path / "none.txt"), tokenizers["bpe"], tmp_path / "n").num_tokens == 0
+
+
+def test_rerun_skips_refuses_and_replaces(tmp_path, corpus_file, tokenizers, capsys):
+    prefix = tmp_path / "s"
+    tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2)
+    os.remove(f"{prefix}-00001-of-00002.json")
+    before = Path(f"{prefix}-00000-of-00002.bin").stat().st_mtime_ns
+    capsys.readouterr()
+    tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2, "--overwrite")
+    assert Path(f"{prefix}-00000-of-00002.bin").stat().st_mtime_ns != before
+    capsys.readouterr()
+    tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2)
+    assert capsys.readouterr().out.count("whole already, skipped") == 2
+    with pytest.raises(ConfigError, match="split_sentences was True, is False.*--overwrite"):
+        more = ["--num_shards", 2, "--no-split_sentences"]
+        tokenize(corpus_file, tokenizers["bpe"], prefix, *more)
+    with pytest.raises(ConfigError, match="the tokenizer was"):
+        tokenize(corpus_file, tokenizers["wordpiece"], prefix, "--num_shards", 2)
+    os.remove(f"{prefix}.json")  # a run that died between the last shard and the list
+    tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2)
+
+
+def test_rows_of_a_table(tmp_path, tokenizers):
+    path = tmp_path / "a.csv"
+    path.write_text('body,source\n"two\nlines",x\nother,y\nthird,x\n')
+    more = ["--text_column", "body", "--where", "source=x", "--max_documents", "1"]
+    assert tokenize(str(path), tokenizers["bpe"], tmp_path / "s", *more).num_documents == 1
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("shards", ["1", "2"])
+def test_broken_input_leaves_no_store(tmp_path, tokenizers, workers, shards):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"fine\n" * 300 + b"\xff\n")
+    with pytest.raises(DataError, match=r"a\.txt, line 301"):
+        more = ["--num_workers", workers, "--num_shards", shards]
+        tokenize(str(path), tokenizers["bpe"], tmp_path / "s", *more)
+    names = {p.name for p in tmp_path.glob("s*")}
+    assert "s.json" not in names and not any(n.endswith((".lock", ".tmp")) for n in names)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "match"),
+    [
+        (["--num_workers", "0"], ConfigError, "num_workers 0"),
+        (["--shard_index", "2", "--num_shards", "2"], ConfigError, "shard_index 2"),
+        (["--where", "nonsense"], ConfigError, "COLUMN=VALUE"),
+        (["--output", "x.bin"], ConfigError, "prefix"),
+        (["--input", "absent.txt"], DataError, "absent.txt: no such file"),
+        (["--input", "."], DataError, "folder"),
+        (["--tokenizer", "absent"], DataError, "absent: cannot be loaded"),
+        (["--text_column", "body"], DataError, "no column 'body'"),
+    ],
+)
+def test_wrong_options(tmp_path, corpus_file, tokenizers, monkeypatch, more, error, match):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=match):
+        tokenize(corpus_file, tokenizers["bpe"], "s", *more)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- adoption
+
+
+def foreign(prefix, sequences, documents, code=8) -> None:
+    """Write a Megatron-Core store byte by byte, as other programs do."""
+    lengths = [len(s) for s in sequences]
+    dtype = {8: "H", 4: "i"}[code]
+    size = struct.calcsize(dtype)
+    starts = [size * sum(lengths[:i]) for i in range(len(lengths))]
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(lengths), len(documents))
+    index += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(starts)}q", *starts)
+    index += struct.pack(f"<{len(documents)}q", *documents)
+    Path(f"{prefix}.idx").write_bytes(index)
+    flat = [i for s in sequences for i in s]
+    Path(f"{prefix}.bin").write_bytes(struct.pack(f"<{len(flat)}{dtype}", *flat))
+
+
+@pytest.mark.parametrize("code", [8, 4])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_adoption(tmp_path, tokenizers, monkeypatch, code, in_place):
+    monkeypatch.setattr(tokenize_corpus, "MAX_ADOPTED_LENGTH", 4)
+    source = str(tmp_path / "made")
+    # ids 0 to 4 are special; 3 is <unk>, which may occur
+    foreign(source, [[0, 50, 51, 2], [60, 61, 62, 63, 3, 65], [0, 2]], [0, 2, 3], code)
+    output = source if in_place else str(tmp_path / "ours")
+    with pytest.raises(DataError, match="--adopt"):
+        TokenStore.open(source)
+    command = ["--adopt", "--tokenizer", tokenizers["bpe"], "--output", output]
+    tokenize_corpus.main(command if in_place else [*command, "--input", source])
+    store = TokenStore.open(output, verify=True)
+    shard = store.shards[0]
+    assert shard.tokens.tolist() == [50, 51, 60, 61, 62, 63, 3, 65]
+    assert shard.sequence_offsets.tolist() == [0, 2, 6, 8]
+    assert shard.document_offsets.tolist() == [0, 3]
+    counts = store.info["counts"]
+    assert counts["special_ids_stripped"] == 4 and counts["sequences_cut"] == 1
+    assert counts["documents_dropped"] == 1
+
+
+def test_adoption_refuses_ids_of_another_vocabulary(tmp_path, tokenizers):
+    prefix = str(tmp_path / "made")
+    foreign(prefix, [[50, 60000]], [0, 1])
+    before = files(prefix)
+    with pytest.raises(DataError, match="made.bin: token id 60000.*0 to 319"):
+        tokenize_corpus.main(["--adopt", "--tokenizer", tokenizers["bpe"], "--output", prefix])
+    assert files(prefix) == before
+
+
+def test_adoption_refuses_what_it_cannot_read(tmp_path, tokenizers):
+    prefix = str(tmp_path / "made")
+    foreign(prefix, [[50]], [0, 1])
+    Path(prefix + ".bin").write_bytes(b"")
+    command = ["--adopt", "--tokenizer", tokenizers["bpe"], "--output", prefix]
+    with pytest.raises(DataError, match="made.bin"):
+        tokenize_corpus.main(command)
+    os.remove(prefix + ".idx")
+    with pytest.raises(DataError, match="made.idx: no such file"):
+        tokenize_corpus.main(command)
+
+
+# --------------------------------------------------------------------------- vocabularies
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_learnt_vocabulary_loads_and_is_the_same_every_time(
+    tmp_path, corpus_file, tokenizers, kind
+):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers[kind])
+    assert tokenizer.is_fast and len(tokenizer) <= 320
+    for name in ("cls", "sep", "pad", "mask", "unk"):
+        assert getattr(tokenizer, f"{name}_token_id") in range(5)
+    ids = tokenizer("good film")["input_ids"]
+    assert ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id
+    assert tokenizer.decode(ids[1:-1]).strip() == "good film"
+    command = ["--input", corpus_file, "--vocab_size", "320", "--kind", kind]
+    script = f"from preprocess import train_tokenizer as t; t.main({command!r} + ['--output', 'n'])"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)  # other hash seeds
+    for path in Path(tokenizers[kind]).iterdir():
+        assert (tmp_path / "n" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_lowercase_is_an_option_of_wordpiece(tmp_path, corpus_file):
+    from transformers import AutoTokenizer
+
+    common = ["--input", corpus_file, "--vocab_size", "320", "--output"]
+    train_tokenizer.main([*common, str(tmp_path / "cased"), "--no-lowercase"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cased")
+    assert "Smith" in tokenizer.decode(tokenizer("Mr. Smith")["input_ids"])
+    with pytest.raises(ConfigError, match="--lowercase"):
+        train_tokenizer.main([*common, str(tmp_path / "x"), "--lowercase", "--kind", "bpe"])
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "match"),
+    [
+        (["--vocab_size", "65537"], ConfigError, "65,536"),
+        (["--vocab_size", "100", "--kind", "bpe"], ConfigError, "alone need 261"),
+        (["--output", "."], DataError, "there already"),
+        (["--input", "absent.txt"], DataError, "absent.txt"),
+    ],
+)
+def test_wrong_vocabulary_options(tmp_path, corpus_file, monkeypatch, more, error, match):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=match):
+        command = ["--input", corpus_file, "--vocab_size", "300", "--output", "v"]
+        train_tokenizer.main([*command, *more])
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- as commands
+
+
+def test_command_line_exit_codes(tmp_path, corpus_file, tokenizers):
+    run = ["--tokenizer", tokenizers["bpe"], "--output", str(tmp_path / "s"), "--input"]
+    for command in (["preprocess/tokenize_corpus.py"], ["-m", "preprocess.tokenize_corpus"]):
+        done = subprocess.run(
+            [sys.executable, *command, *run, "absent.txt"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 3 and "absent.txt" in done.stderr
+        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    done = subprocess.run(
+        [sys.executable, "preprocess/tokenize_corpus.py", *run, corpus_file],
+        cwd=ROOT, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["counts"]["documents"] == 160
+
+
+def test_help_imports_nothing_heavy():
+    for name in ("tokenize_corpus", "train_tokenizer"):
+        script = (
+            f"import sys\nfrom preprocess import {name} as command\n"
+            "try: command.main(['--help'])\nexcept SystemExit: pass\n"
+            "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'tokenizers'}\n"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
