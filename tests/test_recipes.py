@@ -355,22 +355,29 @@ def test_silent_commands_show_that_they_run(tmp_path, capsys, monkeypatch):
     assert code == 0 and "... running for" in out and "done" in out
 
 
-def test_sigterm_reaches_the_command(tmp_path):
-    # A pipeline that is asked to stop passes it on; the command stops with 75, and so does it.
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda n, f: sys.exit(75))\n"
+def test_a_stop_reaches_the_workers_of_a_launcher_that_dies_first(tmp_path):
+    # As DeepSpeed's: its runner does not handle SIGTERM. The worker still stops in its own way,
+    # and the pipeline reports the request, not the launcher's death.
+    worker, launcher = tmp_path / "worker.py", tmp_path / "launcher.py"
+    worker.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def stop(number, frame):\n"
+        f"    pathlib.Path({str(tmp_path / 'checkpoint')!r}).write_text('saved')\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
         "print('ready', flush=True)\ntime.sleep(30)\n")
+    launcher.write_text(
+        f"import subprocess, sys\nsubprocess.run([sys.executable, {str(worker)!r}])\n")
     driver = (
         "import sys; from pathlib import Path; from train import pipeline\n"
-        f"sys.exit(pipeline.run_process([sys.executable, {str(script)!r}], "
+        f"sys.exit(pipeline.run_process([sys.executable, {str(launcher)!r}], "
         f"Path({str(tmp_path / 'log')!r})))"
     )
     process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
     assert "ready" in process.stdout.readline()
     process.terminate()
     assert process.wait(timeout=20) == 75
+    assert (tmp_path / "checkpoint").read_text() == "saved"
 
 
 def test_broken_journal_is_named(tmp_path):

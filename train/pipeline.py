@@ -15,6 +15,7 @@ lies under `step_N/`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -748,38 +749,38 @@ def _free_port() -> int:
 def run_process(command: list[str], log_path: Path) -> int:
     """Run a command, echo its lines and log them; a line at least every ten seconds.
 
-    SIGTERM and SIGINT are passed on, so that a training command can leave its checkpoint.
+    SIGTERM and SIGINT go on to all its processes as SIGTERM (the launcher itself would die and
+    leave its workers), so that a training command can write its checkpoint; a second one kills.
+
+    Returns:
+        The exit code; 75 if a signal asked for the stop, whatever the launcher made of it.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
     )
-    lines: queue.Queue[str | None] = queue.Queue()
-    reader = threading.Thread(target=_read_lines, args=(process.stdout, lines), daemon=True)
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
-    reader.start()
-    started = time.monotonic()
+    requests: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        requests.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL if len(requests) > 1 else signal.SIGTERM)
+
+    handlers = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         with open(log_path, "w", encoding="utf-8") as log:
             log.write(shlex.join(command) + "\n")
-            while True:
-                try:
-                    line = lines.get(timeout=HEARTBEAT_SECONDS)
-                except queue.Empty:
-                    print(f"  ... running for {time.monotonic() - started:.0f} s", flush=True)
-                    continue
-                if line is None:
-                    break
+            for line in _lines_and_heartbeats(process.stdout):
                 log.write(line)
                 log.flush()
                 if not _LAUNCHER_CHATTER.search(line):
                     print(f"  {line.rstrip()}", flush=True)
-        return process.wait()
-    except KeyboardInterrupt:  # the terminal has sent it to the command as well
-        return process.wait()
+        code = process.wait()
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return StopRequested.exit_code if requests else code
 
 
 _LAUNCHER_CHATTER = re.compile(
@@ -787,10 +788,25 @@ _LAUNCHER_CHATTER = re.compile(
 )
 
 
-def _read_lines(stream: Any, lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
+def _lines_and_heartbeats(stream: Any) -> Iterator[str]:
+    """Lines of a stream until its end; a line that says so while it is silent for long."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    started = time.monotonic()
+    while True:
+        try:
+            line = lines.get(timeout=HEARTBEAT_SECONDS)
+        except queue.Empty:
+            line = f"... running for {time.monotonic() - started:.0f} s\n"
+        if line is None:
+            return
+        yield line
 
 
 def where_to_look(root: Path, steps: list[Step]) -> str:
