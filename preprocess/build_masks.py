@@ -37,7 +37,7 @@ from preprocess.store import (
     write_array,
 )
 
-BLOCK_TOKENS = 1 << 20  # about 60 MB at the peak, most of it sort keys
+BLOCK_TOKENS = 1 << 20  # of which a strategy makes at most about 100 MB of keys and flags
 NUM_TYPES = 15
 # What each strategy reads beside the tokens.
 NEEDS = {"selective": "scores", "selective_fill": "scores", "random_matched": "match"}

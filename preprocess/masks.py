@@ -433,8 +433,9 @@ def corrupt(
 _LETTER, _NUMBER, _OTHER, _ENDING = range(4)
 _WHITE, _SPACE, _APOSTROPHE, _SUFFIX = range(4, 8)
 _SAMPLES = ("a", "1", "!", "s", "\n", " ", "'", "'s")
-# A token that continues nothing and that nothing continues; one that begins inside a character,
-# and so continues whatever is before it; one that also ends so, as the token with the head ends.
+# Three more: a token that continues nothing (as an end: that nothing continues); one that begins
+# inside a character, and so continues whatever is before it; one that holds only the tail of a
+# character, and so ends as the token with its head does.
 _STARTS, _CONTINUES, _INHERITS = range(8, 11)
 
 
@@ -533,9 +534,8 @@ def continuation_table(tokenizer: Any) -> WordTable:
             f"whole words are known for WordPiece and byte-level BPE tokenizers, and this one is "
             f"{model['type']}; use another masking strategy, such as random"
         )
-    # Added tokens are cut out of the text before words are looked for. Nothing joins `_STARTS`.
+    # Added tokens are cut out of the text before words are looked for.
     first[added], last[added] = _STARTS, _STARTS
-    joins[_STARTS, :] = False
     return WordTable(first, last, joins)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,10 +125,8 @@ def test_empty_batches_sequences_and_candidates(name, offsets):
     assert STRATEGIES[name](batch).tolist() == []
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_every_candidate_of_a_uniform_strategy_is_equally_likely(name):
-    if name == "selective":
-        pytest.skip("it chooses by score alone")
+@pytest.mark.parametrize("name", [name for name in ALL if name != "selective"])
+def test_every_candidate_is_equally_likely_where_scores_do_not_decide(name):
     hits = np.zeros(20)
     for epoch in range(3_000):
         batch = Sequences(
@@ -651,8 +650,6 @@ def test_marginal_rates_equal_those_of_the_usual_collator():
 
 
 def test_importing_masks_is_light():
-    import subprocess
-
     code = "import preprocess.masks, sys; sys.exit(int('torch' in sys.modules))"
     root = Path(masks.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
