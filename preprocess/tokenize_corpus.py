@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -408,6 +409,14 @@ def _start_worker(tokenizer: Any, args: argparse.Namespace, options: Any, totals
     _worker["backend"] = prepare_backend(tokenizer)
     if totals is not None:  # a process of its own: the parent decides what an interrupt means
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed parent cannot stop its workers, and they would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _encode_in_worker(texts: list[str]) -> Encoded:
