@@ -1,0 +1,472 @@
+"""Fine-tuning and what it shares with the scorer: batches, loss, metrics, the epoch loop."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocess.corpus import Example
+from preprocess.errors import ConfigError, NonFiniteError
+from train import finetune, supervised
+from train.config import FinetuneConfig
+from train.engine import Ranks, Resolved
+from train.supervised import IGNORED, Examples, make_examples, rank_share, weighted_loss
+
+RAGGED = [[2, 9, 3], [2, 8, 7, 6, 3], [2, 3], [2, 5, 5, 3], [2, 4, 3]]
+
+
+def text_examples(labels: list[int]) -> Examples:
+    ids = [RAGGED[i % len(RAGGED)] for i in range(len(labels))]
+    return make_examples(ids, None, labels, [1.0, 1.0])
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_accuracy_and_macro_f1_agree_with_scikit_learn(pairs):
+    metrics = pytest.importorskip("sklearn.metrics")
+    labels, predictions = map(np.array, zip(*pairs, strict=True))
+    assert supervised.accuracy(labels, predictions) == metrics.accuracy_score(labels, predictions)
+    expected = metrics.f1_score(
+        labels, predictions, labels=[0, 1, 2], average="macro", zero_division=0
+    )
+    assert supervised.macro_f1(labels, predictions, 3) == pytest.approx(expected)
+
+
+def binary_scores(draw_from: list[float]):
+    entry = st.tuples(st.booleans(), st.sampled_from(draw_from))
+    return st.lists(entry, min_size=1, max_size=40)
+
+
+@given(binary_scores([0.0, 0.1, 0.5, 0.5000001, 0.9]))
+@settings(max_examples=80, deadline=None)
+def test_average_precision_and_f1_agree_with_scikit_learn(pairs):
+    metrics = pytest.importorskip("sklearn.metrics")
+    labels = np.array([label for label, _ in pairs])
+    scores = np.array([score for _, score in pairs])
+    expected = metrics.average_precision_score(labels, scores) if labels.any() else 0.0
+    assert supervised.average_precision(labels, scores) == pytest.approx(expected)
+    found = supervised.precision_recall_f1(labels, scores > 0.3)
+    expected = metrics.precision_recall_fscore_support(
+        labels, scores > 0.3, average="binary", zero_division=0
+    )[:3]
+    assert found == pytest.approx(expected)
+
+
+@given(binary_scores([0.0, 0.2, 0.4, 0.6, 0.8]))
+@settings(max_examples=50, deadline=None)
+def test_best_threshold_is_the_best_of_all(pairs):
+    labels = np.array([label for label, _ in pairs])
+    scores = np.array([score for _, score in pairs])
+
+    def f1(threshold: float) -> float:
+        return supervised.precision_recall_f1(labels, scores >= threshold)[2]
+
+    chosen = supervised.best_threshold(labels, scores)
+    assert chosen in scores
+    assert f1(chosen) == pytest.approx(max(f1(t) for t in scores))
+
+
+# --------------------------------------------------------------------------- batches
+
+
+def test_rank_share_worked_example():
+    batch = np.array([7, 8, 9])
+    indices, weights = rank_share(batch, 2, 1, rank=1, world_size=2)
+    assert indices.tolist() == [[9, 7]] and weights.tolist() == [[1, 0]]
+    indices, weights = rank_share(batch, 2, 1, rank=0, world_size=2)
+    assert indices.tolist() == [[7, 8]] and weights.tolist() == [[1, 1]]
+
+
+@given(st.integers(1, 24), st.sampled_from([(1, 24, 1), (2, 6, 2), (4, 3, 2), (3, 2, 4)]))
+@settings(max_examples=60, deadline=None)
+def test_every_example_of_a_global_batch_lands_once_at_any_world_size(size, layout):
+    world_size, micro, accumulation = layout
+    batch = np.arange(100, 100 + size)
+    kept = []
+    for rank in range(world_size):
+        indices, weights = rank_share(batch, micro, accumulation, rank, world_size)
+        assert indices.shape == weights.shape == (accumulation, micro)
+        kept += indices[weights == 1].tolist()
+    assert sorted(kept) == batch.tolist()
+
+
+def test_epoch_order_depends_on_seed_and_epoch_only():
+    orders = [supervised.epoch_order(50, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert (orders[0] == supervised.epoch_order(50, 1, 0)).all()
+    assert (orders[0] != orders[1]).any() and (orders[0] != orders[2]).any()
+
+
+@given(st.integers(1, 23), st.integers(1, 8), st.integers(0, 10))
+@settings(max_examples=60, deadline=None)
+def test_b26_an_epoch_is_whole_steps_and_resume_continues_with_the_next(n, batch_size, start):
+    """Published bug B26: gradients of a last, partial accumulation leaked into the next epoch."""
+    examples = text_examples([0] * n)
+    total = supervised.num_steps(n, batch_size, 2)
+    batches = list(supervised.global_batches(examples, batch_size, 5, 0, total))
+    per_epoch = total // 2
+    for epoch in range(2):
+        seen = np.concatenate(batches[epoch * per_epoch : (epoch + 1) * per_epoch])
+        assert sorted(seen) == list(range(n))
+    assert len(batches) == total and all(0 < len(batch) <= batch_size for batch in batches)
+    resumed = list(supervised.global_batches(examples, batch_size, 5, min(start, total), total))
+    for one, other in zip(batches[min(start, total):], resumed, strict=True):
+        assert (one == other).all()
+
+
+def test_collate_pads_ids_and_token_targets():
+    examples = make_examples(
+        [[2, 9, 3], [2, 3]], [[0, 0, 1], [0, 1]], [[IGNORED, 1, IGNORED], [IGNORED, 0]], [1.0, 3.0]
+    )
+    inputs, targets = supervised.collate(examples, np.array([1, 0]), pad_id=7)
+    assert inputs["input_ids"].tolist() == [[2, 3, 7], [2, 9, 3]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert inputs["token_type_ids"].tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert targets.tolist() == [[IGNORED, 0, IGNORED], [IGNORED, 1, IGNORED]]
+    assert examples.mass.tolist() == [3.0, 1.0]
+
+
+# --------------------------------------------------------------------------- the loss
+
+
+def test_padded_micro_batches_give_the_loss_of_the_plain_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, generator=generator)
+    targets = torch.tensor([0, 2, 1, 1, 0])
+    whole = F.cross_entropy(logits, targets)
+    total = 0.0
+    for rank in range(2):
+        indices, weights = rank_share(np.arange(5), 2, 2, rank, 2)
+        for index, weight in zip(indices, weights, strict=True):
+            total += weighted_loss(
+                logits[index], targets[index], torch.from_numpy(weight), torch.ones(3)
+            )
+    assert float(total) / 5 == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_token_loss_is_torch_mean_with_class_weights():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 4, 2, generator=generator)
+    targets = torch.tensor([[IGNORED, 1, 0, IGNORED], [IGNORED, 0, 0, 1]])
+    class_weights = torch.tensor([1.0, 3.0])
+    expected = F.cross_entropy(
+        logits.reshape(-1, 2), targets.reshape(-1), weight=class_weights, ignore_index=IGNORED
+    )
+    examples = make_examples([[1] * 4, [1] * 4], None, targets.numpy(), [1.0, 3.0])
+    found = weighted_loss(logits, targets, torch.ones(2), class_weights) / examples.mass.sum()
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    dev = supervised.mean_loss(list(logits.numpy()), examples, class_weights.numpy())
+    assert dev == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_repeated_example_adds_nothing_even_if_its_loss_is_infinite():
+    logits = torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
+    loss = weighted_loss(logits, torch.tensor([0, 1]), torch.tensor([1.0, 0.0]), torch.ones(2))
+    assert float(loss) == pytest.approx(np.log(2))
+
+
+# --------------------------------------------------------------------------- the loop
+
+
+class FakeEngine:
+    """An engine of one linear model over a bag of ids, with plain gradient descent."""
+
+    def __init__(self, accumulation_steps: int = 1) -> None:
+        self.module = torch.nn.Embedding(10, 2)
+        torch.nn.init.zeros_(self.module.weight)
+        self._optimizer = torch.optim.SGD(self.module.parameters(), lr=0.5)
+        self._accumulation_steps, self._micro_steps = accumulation_steps, 0
+        self.seen: list[list[list[int]]] = []
+        self.evaluated: list[int] = []
+        self.is_training = True
+
+    def __call__(self, input_ids, attention_mask):
+        if self.is_training:
+            self.seen.append(input_ids.tolist())
+        else:
+            self.evaluated += input_ids[:, 1].tolist()
+        hidden = self.module(input_ids) * attention_mask[..., None]
+        return SimpleNamespace(logits=hidden.sum(1))
+
+    def backward(self, loss):
+        (loss / self._accumulation_steps).backward()
+
+    def step(self):
+        self._micro_steps += 1
+        if self._micro_steps % self._accumulation_steps == 0:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+    def get_lr(self):
+        return [0.5]
+
+    def train(self):
+        self.is_training = True
+
+    def eval(self):
+        self.is_training = False
+
+
+def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, assess, epochs=3):
+    monkeypatch.setattr(
+        supervised, "full_state_dict",
+        lambda e: {k: v.clone() for k, v in e.module.state_dict().items()},
+    )
+    config = FinetuneConfig(
+        output_dir=str(tmp_path), model_name_or_path="m", task="custom", num_train_epochs=epochs,
+        logging_steps=1,
+    )
+    resolved = Resolved({}, micro, accumulation, micro * accumulation, "fp32", ())
+    return supervised.train_and_select(
+        engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", tags={},
+        class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
+        identity={},
+    )
+
+
+def test_the_step_is_the_same_with_and_without_accumulation(monkeypatch, tmp_path):
+    """Five examples in batches of 4: the second batch of each epoch is padded."""
+    train = text_examples([0, 1, 0, 1, 1])
+    weights = []
+    for micro, accumulation in ((4, 1), (2, 2), (1, 4)):
+        engine = FakeEngine(accumulation)
+        found = loop(
+            monkeypatch, tmp_path / f"{micro}", engine, train, train, micro=micro,
+            accumulation=accumulation, assess=lambda logits: {"accuracy": 0.0},
+        )
+        assert found.steps == 6 and engine._micro_steps % accumulation == 0
+        weights.append(engine.module.weight.detach())
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+    assert torch.allclose(weights[0], weights[2], atol=1e-6)
+    assert weights[0].abs().max() > 0.01
+
+
+def test_b3_the_epoch_is_chosen_on_dev_examples(monkeypatch, tmp_path):
+    """Published bug B3: the "dev loss" was the loss of the last training batch."""
+    train = make_examples([[2, 5, 3]] * 4, None, [0, 1, 0, 1], [1.0, 1.0])
+    dev = make_examples([[2, 8, 3], [2, 9, 3], [2, 7, 3]], None, [1, 0, 1], [1.0, 1.0])
+    engine = FakeEngine()
+    seen = []
+
+    def assess(logits):
+        seen.append(len(logits))
+        return {"accuracy": [0.3, 0.8, 0.8][len(seen) - 1]}
+
+    found = loop(
+        monkeypatch, tmp_path, engine, train, dev, micro=2, accumulation=1, assess=assess
+    )
+    assert seen == [3, 3, 3]
+    assert {id_ for id_ in engine.evaluated} == {7, 8, 9}  # 5 is in the training split only
+    assert all(row[1] == 5 for batch in engine.seen for row in batch)
+    assert found.best_epoch == 2  # the first of equals
+    assert [row["accuracy"] for row in found.history] == [0.3, 0.8, 0.8]
+
+
+def test_b13_the_best_weights_are_kept_not_the_last(monkeypatch, tmp_path):
+    """Published bug B13: the best weights were loaded back into a wrapper, or not at all."""
+    train = text_examples([0, 1, 0, 1, 1])
+    engine = FakeEngine()
+    snapshots = []
+
+    def assess(logits):
+        snapshots.append(engine.module.weight.detach().clone())
+        return {"accuracy": [0.9, 0.5, 0.1][len(snapshots) - 1]}
+
+    found = loop(
+        monkeypatch, tmp_path, engine, train, train, micro=2, accumulation=1, assess=assess
+    )
+    assert torch.equal(found.best_state["weight"], snapshots[0])
+    assert not torch.equal(snapshots[0], engine.module.weight)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch, tmp_path):
+    engine = FakeEngine()
+    engine.module.weight.data[9] = torch.nan
+    with pytest.raises(NonFiniteError, match="learning_rate"):
+        loop(
+            monkeypatch, tmp_path, engine, text_examples([0, 1, 0, 1]), text_examples([0]),
+            micro=4, accumulation=1, assess=lambda logits: {"accuracy": 0.0},
+        )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_predict_visits_each_example_once_at_any_world_size(monkeypatch, world_size):
+    ids = [[2, i + 10] + [1] * (i % 4) for i in range(11)]
+    examples = make_examples(ids, None, [0] * 11, [1.0])
+
+    def forward(input_ids, attention_mask):
+        calls.append(input_ids.shape)
+        return SimpleNamespace(logits=input_ids[:, 1:2].float())
+
+    shares, num_calls = [], []
+    for rank in range(world_size):
+        calls = []
+        monkeypatch.setattr(supervised, "ranks", lambda r=rank: Ranks(r, world_size, r))
+        monkeypatch.setattr(supervised, "gather_objects", lambda mine: shares.append(mine) or [])
+        with pytest.raises(AssertionError):  # one rank alone does not have all of them
+            supervised.predict(forward, examples, 0, 2, "cpu")
+        num_calls.append(len(calls))
+    assert len(set(num_calls)) == 1  # ZeRO 3 gathers weights: all ranks must call as often
+    monkeypatch.setattr(supervised, "gather_objects", lambda mine: shares)
+    logits = supervised.predict(forward, examples, 0, 2, "cpu")
+    assert [int(row[0]) for row in logits] == list(range(10, 21))
+    assert sum(map(len, shares[:world_size])) == 11
+
+
+# --------------------------------------------------------------------------- the command's parts
+
+
+def test_b21_a_long_text_is_cut_so_that_the_aspect_fits(tiny_tokenizer):
+    """Published bug B21: the aspect came on top of a text cut to the limit."""
+    examples = [
+        Example("good " * 50, 1, "the food", "a"), Example("bad .", 0, "music script", "b"),
+    ]
+    encoded = finetune.encode(tiny_tokenizer, examples, 16, segments=True)
+    cls, sep = tiny_tokenizer.cls_token_id, tiny_tokenizer.sep_token_id
+    assert encoded.lengths.tolist() == [16, 7]
+    for ids, types in zip(encoded.input_ids, encoded.token_type_ids, strict=True):
+        assert ids[0] == cls and ids[3] == sep and ids[-1] == sep and (ids == sep).sum() == 2
+        assert types.tolist() == [0] * 4 + [1] * (len(ids) - 4)
+    assert [int(target) for target in encoded.targets] == [1, 0]
+
+
+def test_a_special_token_written_in_a_text_is_text(tiny_tokenizer):
+    (ids,) = finetune.encode(
+        tiny_tokenizer, [Example("good [SEP] film", 0, None, "a")], 16, segments=False
+    ).input_ids
+    assert np.flatnonzero(ids == tiny_tokenizer.sep_token_id).tolist() == [len(ids) - 1]
+
+
+def test_the_head_depends_on_the_seed_only(tiny_encoder, tmp_path):
+    """Two checkpoints with other weights get the same head from one seed."""
+    from transformers import AutoModel, AutoTokenizer
+
+    other = AutoModel.from_pretrained(tiny_encoder)
+    for parameter in other.parameters():
+        parameter.data += 0.1
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "other")
+    heads = [
+        finetune.load_classifier(name, ("a", "b"), seed).classifier.weight
+        for name, seed in ((tiny_encoder, 1), (str(tmp_path / "other"), 1), (tiny_encoder, 2))
+    ]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def write_results(path, **row):
+    path.write_text(json.dumps({"seed": 1, "test_accuracy": 0.5, **row}) + "\n")
+
+
+def test_results_of_other_data_are_not_mixed(tmp_path):
+    write_results(tmp_path / "results.jsonl", identity={"task": "mr", "weights": "w1"})
+    rows = finetune.read_results(tmp_path / "results.jsonl")
+    inputs = SimpleNamespace(
+        config=SimpleNamespace(resume="auto"), identity={"task": "mr", "weights": "w2"}
+    )
+    with pytest.raises(ConfigError, match="weights w1, and this run has w2"):
+        finetune.check_resume(inputs, tmp_path, rows)
+
+
+def test_b5_a_seed_counts_as_finished_only_with_row_model_and_predictions(tmp_path):
+    """Published bug B5: every seed was written to a misspelt path and then not found."""
+    row = {"seed": 1}
+    (tmp_path / "hf").mkdir()
+    for name in ("hf/config.json", "hf/model.safetensors"):
+        (tmp_path / name).touch()
+    assert not finetune.is_whole(tmp_path, row)
+    (tmp_path / "predictions.jsonl").touch()
+    assert finetune.is_whole(tmp_path, row) and not finetune.is_whole(tmp_path, None)
+
+
+# --------------------------------------------------------------------------- the command
+
+
+@pytest.mark.slow
+def test_the_command_trains_tests_and_skips_finished_seeds(
+    tmp_path, tiny_encoder, labelled_files, run_command_line
+):
+    run_dir = tmp_path / "run"
+    command = [
+        "train/finetune.py", "--task", "custom", "--train_file", labelled_files["train"],
+        "--test_file", labelled_files["test"], "--max_train_samples", "40",
+        "--model_name_or_path", tiny_encoder, "--output_dir", str(run_dir),
+        "--num_train_epochs", "2", "--max_seq_length", "32", "--train_batch_size", "16",
+        "--learning_rate", "1e-3",
+    ]
+    done = run_command_line(*command, "--seeds", "13,43")
+    assert "steps: 3 an epoch x 2 epochs = 6, 2 times" in done.stdout
+    rows = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [13, 43]
+    for row in rows:
+        check_seed(run_dir / f"seed_{row['seed']}", row)
+    assert (run_dir / "config.resolved.yaml").exists() and (run_dir / "env.json").exists()
+
+    before = (run_dir / "seed_13/predictions.jsonl").stat().st_mtime_ns
+    (run_dir / "seed_43/predictions.jsonl").unlink()  # as if it had been cut off
+    done = run_command_line(*command, "--seeds", "13,43", "--resume", "must")
+    assert "seed 13: finished already" in done.stdout and "seed 43: step" in done.stdout
+    assert (run_dir / "seed_13/predictions.jsonl").stat().st_mtime_ns == before
+    again = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
+    for one, other in zip(rows, again, strict=True):  # the seed decides everything
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+def check_seed(seed_dir, row):
+    """A row, its predictions and its model agree."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    answers = [json.loads(x) for x in (seed_dir / "predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == row["num_test"] == 30 and row["num_train"] == 40
+    right = np.mean([answer["prediction"] == answer["label"] for answer in answers])
+    assert right == pytest.approx(row["test_accuracy"])
+    assert all(sum(a["probabilities"]) == pytest.approx(1, abs=1e-5) for a in answers)
+    model = AutoModelForSequenceClassification.from_pretrained(seed_dir / "hf")
+    assert model.config.id2label == {0: "neg", 1: "pos"} == dict(enumerate(row["labels"]))
+    assert AutoTokenizer.from_pretrained(seed_dir / "hf").mask_token == "[MASK]"
+    events = EventAccumulator(str(seed_dir / "tb")).Reload()
+    tags = {"train/loss", "train/learning_rate", "eval/loss", "eval/accuracy"}
+    assert tags <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("eval/accuracy")] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--task", "mrr"], 2, "'mrr': known are"),
+        (["--task", "custom"], 2, "--train_file"),
+        (["--seeds", "1,x"], 2, "--seeds '1,x'"),
+        (["--max_seq_length", "100"], 2, "64 positions"),
+        (["--learning_rate", "-1"], 2, "--learning_rate -1.0"),
+        (["--resume", "must"], 3, "no finished seed"),
+    ],
+)
+def test_a_users_mistake_ends_in_one_sentence(
+    tmp_path, tiny_encoder, labelled_files, capsys, flags, code, message
+):
+    from preprocess.errors import run_command
+
+    options = {
+        "--task": "custom", "--train_file": labelled_files["train"],
+        "--test_file": labelled_files["test"], "--model_name_or_path": tiny_encoder,
+        "--output_dir": str(tmp_path / "run"), "--max_seq_length": "32",
+    }
+    if flags == ["--task", "custom"]:
+        del options["--train_file"]
+    options.update(zip(flags[::2], flags[1::2], strict=True))
+    argv = [part for pair in options.items() for part in pair]
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: finetune.main(argv))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == code and message in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
