@@ -459,6 +459,11 @@ def main(argv: list[str] | None = None) -> None:
     say(f"task {task.name}: {len(groups):,} training texts, {len(queries):,} "
         f"{'pairs of text and aspect' if has_aspects else 'sentences'}, at most "
         f"{sum(len(query.tokens) for query in queries):,} buffers to classify")
+    # Before any work: not every tokenizer tells its words apart.
+    stop_words = (
+        find_stop_words([s for part in documents for s in part], tokenizer)
+        if config.drop_stop_words else []
+    )
     if config.dry_run:
         return
     made_by = {
@@ -476,9 +481,8 @@ def main(argv: list[str] | None = None) -> None:
     found = explain_on_all_ranks(runner, queries, config)
     importance = unite(documents, queries, found)
     if config.drop_stop_words:
-        flat = [array for sequences in importance for array in sequences]
-        ids = [sequence for sequences in documents for sequence in sequences]
-        for array, stop in zip(flat, find_stop_words(ids, tokenizer), strict=True):
+        flat = [array for part in importance for array in part]
+        for array, stop in zip(flat, stop_words, strict=True):
             array[stop & (array == IMPORTANT)] = NOT_IMPORTANT
     if engine.is_main():
         write_annotations(config.output, tokenizer, documents, importance, made_by)

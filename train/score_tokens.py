@@ -100,7 +100,8 @@ def score_block(
     mine = (np.concatenate(positions), np.concatenate(scores))
     for place, values in engine.gather_objects(mine):
         found[place] = values
-    progress.update(len(tokens) - shown)
+    if shown < len(tokens):
+        progress.update(len(tokens) - shown)
     if np.isnan(found).any():
         raise DataError("the scorer's logits are not numbers; fit it again")
     return found
