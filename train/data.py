@@ -222,8 +222,10 @@ class _Packer:
             waste = np.where(usable, self._room - lengths, self._slots)
             row = int(waste.argmin())
             if not usable[row]:
-                self._close(int(self._room.argmin()))
-                continue
+                # No open row fits: empty the fullest and take all that an empty row holds.
+                row = int(self._room.argmin())
+                self._close(row)
+                ends[row] = np.searchsorted(cuts, cuts[at] + self._room[row], side="right") - 1
             end = int(min(ends[row], last))
             self._open[row].append((int(cuts[at]), int(cuts[end] - cuts[at])))
             self._room[row] -= cuts[end] - cuts[at] + 2

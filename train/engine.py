@@ -277,9 +277,10 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
 
 def start() -> torch.device:
     """Join the process group (idempotent) and pick this rank's device."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
-    deepspeed.logger.setLevel("WARNING")
+    deepspeed.logger.setLevel("ERROR")
     if "RANK" not in os.environ:  # plain `python`: a group of one
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -382,7 +383,7 @@ def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
     under their first name. None on ranks other than the first.
     """
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     state: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():

@@ -769,7 +769,7 @@ def run_process(command: list[str], log_path: Path) -> int:
 
     handlers = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with open(log_path, "w", encoding="utf-8") as log:
+        with open(log_path, "a", encoding="utf-8") as log:  # after an earlier attempt
             log.write(shlex.join(command) + "\n")
             for line in _lines_and_heartbeats(process.stdout):
                 log.write(line)

@@ -345,7 +345,6 @@ def train(inputs: Inputs, run_dir: Path) -> None:
             scalars = window.scalars(totals, engine)
             writer.scalars(totals.step, scalars)
             window = _Window(totals)
-            progress.update(0, "")
         progress.update(1, f"loss {loss:.3f}")
         ending = totals.step == config.max_steps
         if ending or (config.eval_steps and totals.step % config.eval_steps == 0):
