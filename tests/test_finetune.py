@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.corpus import Example
-from preprocess.errors import ConfigError, NonFiniteError
+from preprocess.errors import ConfigError, NonFiniteError, StopRequested
 from train import finetune, supervised
 from train.config import FinetuneConfig
 from train.engine import Ranks, Resolved
@@ -217,20 +217,21 @@ class FakeEngine:
         self.is_training = False
 
 
-def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, assess, epochs=3):
+def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, assess,
+         stop=lambda: False):
     monkeypatch.setattr(
         supervised, "full_state_dict",
         lambda e: {k: v.clone() for k, v in e.module.state_dict().items()},
     )
     config = FinetuneConfig(
-        output_dir=str(tmp_path), model_name_or_path="m", task="custom", num_train_epochs=epochs,
+        output_dir=str(tmp_path), model_name_or_path="m", task="custom", num_train_epochs=3,
         logging_steps=1,
     )
     resolved = Resolved({}, micro, accumulation, micro * accumulation, "fp32", ())
     return supervised.train_and_select(
         engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", tags={},
         class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
-        identity={},
+        identity={}, stop=stop,
     )
 
 
@@ -297,6 +298,49 @@ def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch, tmp_path):
             monkeypatch, tmp_path, engine, text_examples([0, 1, 0, 1]), text_examples([0]),
             micro=4, accumulation=1, assess=lambda logits: {"accuracy": 0.0},
         )
+
+
+@pytest.mark.parametrize("stop_at", range(7))
+def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
+    """Six steps in three epochs, stopped before step `stop_at`, equal an unbroken run."""
+    train, dev = text_examples([0, 1, 0, 1, 1]), text_examples([1, 0])
+    kept = {}
+
+    def save(engine, run_dir, step, client_state, limit):
+        weights = engine.module.weight.detach().clone()
+        kept.update(state=json.loads(json.dumps(client_state)), weights=weights, step=step)
+
+    def load(engine, path, identity):
+        engine.module.weight.data.copy_(kept["weights"])
+        return kept["state"]
+
+    monkeypatch.setattr(supervised, "save_checkpoint", save)
+    monkeypatch.setattr(supervised, "load_checkpoint", load)
+    monkeypatch.setattr(
+        supervised, "find_checkpoint",
+        lambda run_dir, mode: run_dir if kept and "parts" in str(run_dir) else None,
+    )
+    options = {"micro": 3, "accumulation": 1}
+
+    def assess(logits):
+        return {"accuracy": float(np.stack(logits)[0, 1])}  # grows or falls with the weights
+
+    engine = FakeEngine()
+    unbroken = loop(
+        monkeypatch, tmp_path / "whole", engine, train, dev, assess=assess, **options
+    )
+    asked = iter([False] * stop_at + [True])
+    with pytest.raises(StopRequested, match=f"step {stop_at} of 6"):
+        loop(
+            monkeypatch, tmp_path / "parts", FakeEngine(), train, dev, assess=assess,
+            stop=lambda: next(asked), **options,
+        )
+    assert kept["step"] == stop_at
+    second = FakeEngine()
+    resumed = loop(monkeypatch, tmp_path / "parts", second, train, dev, assess=assess, **options)
+    assert torch.equal(engine.module.weight, second.module.weight)
+    assert resumed.history == unbroken.history and resumed.best_epoch == unbroken.best_epoch
+    assert torch.equal(resumed.best_state["weight"], unbroken.best_state["weight"])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

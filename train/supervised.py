@@ -416,36 +416,6 @@ def describe_plan(
     ]
 
 
-def fit(
-    model: torch.nn.Module,
-    resolved: Resolved,
-    train: Examples,
-    dev: Examples,
-    assess: Callable[[list[np.ndarray]], dict[str, float]],
-    *,
-    config: FinetuneConfig | FitScorerConfig,
-    **options: Any,
-) -> Progressed:
-    """Train a fresh model with a fresh optimizer; see `train_and_select` for the options.
-
-    The engine and its memory are gone afterwards, so that one process can train many seeds.
-    """
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if config.torch_compile:
-        model.compile(dynamic=True)  # batches differ in length
-    weight_decay = resolved.config["optimizer"]["params"]["weight_decay"]
-    engine = build_engine(model, parameter_groups(model, weight_decay), resolved)
-    try:
-        return train_and_select(engine, resolved, train, dev, assess, config=config, **options)
-    finally:
-        engine.destroy()
-        del engine
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
 class StopSignal:
     """Notes the first SIGTERM or Ctrl-C, so that the loop can leave a checkpoint first.
 
@@ -472,6 +442,40 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def fit(
+    model: torch.nn.Module,
+    resolved: Resolved,
+    train: Examples,
+    dev: Examples,
+    assess: Callable[[list[np.ndarray]], dict[str, float]],
+    *,
+    config: FinetuneConfig | FitScorerConfig,
+    **options: Any,
+) -> Progressed:
+    """Train a fresh model with a fresh optimizer; see `train_and_select` for the options.
+
+    The engine and its memory are gone afterwards, so that one process can train many seeds.
+    """
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        model.compile(dynamic=True)  # batches differ in length
+    weight_decay = resolved.config["optimizer"]["params"]["weight_decay"]
+    engine = build_engine(model, parameter_groups(model, weight_decay), resolved)
+    stop = StopSignal()
+    try:
+        return train_and_select(
+            engine, resolved, train, dev, assess, config=config, stop=stop.asked_anywhere, **options
+        )
+    finally:
+        stop.forget()
+        engine.destroy()
+        del engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def train_and_select(
     engine: Any,
     resolved: Resolved,
@@ -488,6 +492,7 @@ def train_and_select(
     run_dir: Path,
     device: torch.device,
     identity: dict[str, Any],
+    stop: Callable[[], bool],
 ) -> Progressed:
     """Train for `config.num_train_epochs` and keep the weights of the best epoch.
 
@@ -501,6 +506,7 @@ def train_and_select(
         class_weights: `(C,)` float64.
         run_dir: folder of this seed.
         identity: what must not change while a run is resumed (fingerprints of data, weights, ...).
+        stop: whether a stop was asked for; the same answer on every rank.
     Raises:
         NonFiniteError: the loss is not a number, on every rank at once.
         StopRequested: after a checkpoint.
@@ -519,7 +525,6 @@ def train_and_select(
     running = torch.zeros((), device=device)
     running_steps = 0
     engine.train()
-    stop = StopSignal()
     while True:
         if step == per_epoch * (len(found.history) + 1):
             engine.eval()
@@ -530,9 +535,10 @@ def train_and_select(
             writer.scalars(step, {tag: scores[name] for name, tag in tags.items()})
             if found.add_epoch(scores, select):
                 found.best_state = full_state_dict(engine)
-        stopping = stop.asked_anywhere()
+        stopping = stop()
         due = config.save_steps and step > first_step and step % config.save_steps == 0
         if stopping or due:
+            _refuse_non_finite(all_reduce_sum(float(running))[0], "training loss", step)
             found.steps, found.seconds = step, time.monotonic() - started
             _save(engine, run_dir, found, config.save_total_limit, identity)
         if stopping:
@@ -557,7 +563,6 @@ def train_and_select(
         if found.history:
             text += f"  best {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
         progress.update(1, text)
-    stop.forget()
     progress.close()
     writer.close()
     found.steps, found.seconds = step, time.monotonic() - started
