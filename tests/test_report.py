@@ -44,6 +44,7 @@ def write_curve(path: Path, start: float, steps: int = 50, pretraining: bool = T
         writer.scalars(step, values)
     if pretraining:
         writer.scalars(steps, {EVAL_LOSS: start / 2})
+        writer.hyperparameters({"seed": 1}, {EVAL_LOSS: start / 2})
     writer.close()
 
 
@@ -169,4 +170,5 @@ def test_curves_are_those_that_were_logged(tmp_path):
     steps, values = curves.scalars[TRAIN_LOSS]
     assert notes == [] and curves.name == "run" and curves.is_pretraining
     assert steps == [10, 20, 30, 40, 50]
+    assert curves.scalars[EVAL_LOSS] == ([50], [3.0])
     assert values == pytest.approx([6 / (1 + step / 50) for step in steps])

@@ -623,9 +623,7 @@ class Journal:
             return f"step {step.name}: {step.outputs[0]} exists, but this pipeline did not make it"
         was, now = record["made_with"], self.describe(step)
         if was != now:
-            change = f"was `{shlex.join(was['command'])}`, is `{shlex.join(now['command'])}`"
-            if was["command"] == now["command"]:
-                change = "the DeepSpeed JSON has other content"
+            change = _changed_words(was["command"], now["command"])
             return f"step {step.name} was run with another command ({change})"
         for need in step.needs:
             finished = self.steps.get(need, {}).get("finished")
@@ -641,6 +639,19 @@ class Journal:
         last = max((record["finished"] or 0 for record in self.steps.values()), default=0)
         self.steps[step.name]["finished"] = last + 1
         atomic_write_json(self.path, self.steps)
+
+
+def _changed_words(was: list[str], now: list[str]) -> str:
+    """What differs between two commands, with the flag it belongs to."""
+    changes = []
+    matcher = difflib.SequenceMatcher(a=was, b=now, autojunk=False)
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind != "equal":
+            here = (*was[a:b], *now[c:d])[0]
+            flag = [] if here.startswith("--") else was[max(a - 1, 0) : a]
+            before, after = (shlex.join([*flag, *words]) for words in (was[a:b], now[c:d]))
+            changes.append(f"was `{before}`, is `{after}`")
+    return "; ".join(changes) or "the DeepSpeed JSON has other content"
 
 
 def _files_of(step: Step) -> list[str]:

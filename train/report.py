@@ -142,8 +142,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
             scalars = {}
             for tag in (TRAIN_LOSS, EVAL_LOSS, EVAL_PERPLEXITY, MASKED_FRACTION):
                 if tag in events.Tags()["scalars"]:
-                    points = events.Scalars(tag)
-                    scalars[tag] = ([p.step for p in points], [p.value for p in points])
+                    scalars[tag] = _ascending(events.Scalars(tag))
             run = path.parent if path.name == "tb" else path
             name = str(run.relative_to(folder)) if len(folders) == 1 else _short_name(run, folders)
             if scalars:
@@ -151,6 +150,17 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
             else:
                 notes.append(f"{path}: no loss has been logged yet.")
     return curves, notes
+
+
+def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:
+    """Steps and values, without what the HParams page adds at step 0 when a run ends."""
+    steps: list[int] = []
+    values: list[float] = []
+    for point in points:
+        if not steps or point.step > steps[-1]:
+            steps.append(point.step)
+            values.append(point.value)
+    return steps, values
 
 
 # --------------------------------------------------------------------------- tables
