@@ -278,16 +278,16 @@ def plot_steps(groups: Sequence[Group], path: Path) -> None:
 
     kinds: dict[str, list[tuple[float, float, float]]] = {}
     for arm in (arm for group in groups for arm in group.arms):
-        steps = [run.cost.get("steps") for run in arm.runs]
-        if None in steps:
+        steps = [run.cost["steps"] for run in arm.runs if "steps" in run.cost]
+        if not steps:
             continue
         mean, sd = mean_and_sd([100 * value for value in arm.values("accuracy")])
         point = (sum(steps) / len(steps), mean, 0.0 if math.isnan(sd) else sd)
         kinds.setdefault(re.sub(r"@\d+$", "", arm.name), []).append(point)
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for number, (kind, points) in enumerate(kinds.items()):
-        steps, means, sds = zip(*sorted(points), strict=True)
-        axis.errorbar(steps, means, yerr=sds, label=kind, color=COLOURS[number % len(COLOURS)],
+        places, means, sds = zip(*sorted(points), strict=True)
+        axis.errorbar(places, means, yerr=sds, label=kind, color=COLOURS[number % len(COLOURS)],
                       marker=MARKERS[number % len(MARKERS)], capsize=3, linewidth=1.2)
     axis.set_xlabel("pre-training steps in all (stage 1 and stage 2)")
     axis.set_ylabel("test accuracy, %")

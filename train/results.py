@@ -72,8 +72,8 @@ class Arm:
 
     def correct(self) -> np.ndarray | None:
         """`(P, S, N)` bool, or None if predictions or seeds are missing somewhere."""
-        arrays = [run.correct for run in self.runs]
-        if any(array is None for array in arrays) or len({a.shape for a in arrays}) != 1:
+        arrays = [run.correct for run in self.runs if run.correct is not None]
+        if len(arrays) < len(self.runs) or len({array.shape for array in arrays}) != 1:
             return None
         return np.stack(arrays)
 
@@ -125,7 +125,7 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
             "train/finetune.py there first"
         )
     items: tuple[str, ...] | None = None
-    correct = []
+    correct: list[list[bool]] = []
     for row in rows:
         predictions_path = run_dir / f"seed_{row['seed']}" / "predictions.jsonl"
         if not predictions_path.is_file():
@@ -248,11 +248,12 @@ def difference_rows(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[dict[str, An
     """
     rows, notes = [], []
     for first, second in pairs:
+        one, two = first.correct(), second.correct()
         reason = _not_comparable(first, second)
-        if reason:
+        if reason or one is None or two is None:
             notes.append(f"{first.name} and {second.name} are not compared: {reason}.")
             continue
-        one, two = np.broadcast_arrays(first.correct(), second.correct())
+        one, two = np.broadcast_arrays(one, two)
         difference, low, high = paired_interval(one, two)
         rows.append({
             "arm": first.name, "against": second.name, "metric": "accuracy",
