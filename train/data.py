@@ -12,6 +12,7 @@ Letters: `R` rows, `P` pieces, `B` rows of a micro batch, `S` slots of a row, `M
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -298,8 +299,10 @@ def row_tables(
         np.savez(buffer, key=np.array(key), **arrays)
         try:
             atomic_write_bytes(path, buffer.getvalue())
-        except PermissionError:
-            pass  # a read-only store: the table is built again next time
+        except OSError as error:
+            # A read-only store: the table is built again next time.
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
     if tables[0].num_rows == 0:
         raise DataError(f"{store.prefix}: no tokens to train on; tokenize a larger corpus")
     return tables
@@ -322,7 +325,7 @@ def _read_tables(
                 for side in ("train", "eval")
             )
             return train, held
-    except (ValueError, KeyError, OSError, EOFError):
+    except Exception:  # a damaged archive raises almost anything
         return None  # a cache: anything odd about it means building it again
 
 
