@@ -122,6 +122,18 @@ def labelled_files(tmp_path_factory) -> dict[str, str]:
     return files
 
 
+@pytest.fixture(scope="session")
+def reviews_store(tmp_path_factory, tiny_encoder, reviews_file) -> str:
+    """Prefix of a token store of `reviews_file`."""
+    from preprocess import tokenize_corpus
+
+    prefix = str(tmp_path_factory.mktemp("store") / "reviews")
+    tokenize_corpus.main(
+        ["--input", reviews_file, "--tokenizer", tiny_encoder, "--output", prefix]
+    )
+    return prefix
+
+
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.socket() as probe:
@@ -137,7 +149,10 @@ def run(*command: str, ranks: int = 0, check: bool = True) -> subprocess.Complet
             sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks),
             "--master_port", str(free_port()),
         ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    # A test that trains in this process leaves its rank and port in the environment.
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,

@@ -23,6 +23,7 @@ from train.config import TrainingConfig
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_BATCH = 32
+WARMUP_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 # What DeepSpeed 0.19 reads at the top level, as far as an encoder needs it. DeepSpeed accepts
 # any other key in silence, so {"zero_optimizaton": ...} would train without ZeRO.
@@ -255,7 +256,7 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
     if scheduler is None:
         scheduler = config["scheduler"] = {"type": "WarmupDecayLR", "params": {}}
     schedule = scheduler.setdefault("params", {})
-    if scheduler.get("type") not in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
+    if scheduler.get("type") not in WARMUP_SCHEDULERS:
         return
     ratio = default_warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
     if schedule.get("warmup_num_steps", "auto") == "auto":
@@ -272,7 +273,8 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
         if schedule.get("warmup_max_lr", "auto") == "auto":
             schedule["warmup_max_lr"] = learning_rate
     if scheduler["type"] != "WarmupLR" and schedule.get("total_num_steps", "auto") == "auto":
-        schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"] + 1)
+        # One more than there are, so that the last step still has a rate above 0.
+        schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"]) + 1
 
 
 def start() -> torch.device:
@@ -288,6 +290,10 @@ def start() -> torch.device:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
+    if not torch.cuda.is_available():
+        # On a CPU DeepSpeed would compile a shared-memory all-reduce here (a minute, and a
+        # compiler) that only its inference engine uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks().local_rank)
@@ -373,7 +379,22 @@ def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved
         config=config,
         dist_init_required=False,
     )
+    if config["scheduler"]["type"] in WARMUP_SCHEDULERS:
+        # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and
+        # at its step 0. From here, step n of the run has the rate of the schedule's step n.
+        engine.lr_scheduler.step(1)
     return engine
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Global norm of the gradients before clipping; call between `backward` and `step`.
+
+    None where only DeepSpeed's optimizer can tell: ask `engine.get_global_grad_norm` after `step`.
+    """
+    if engine.zero_optimization_stage() or engine.fp16_enabled() or engine.bfloat16_enabled():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:

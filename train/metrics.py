@@ -110,8 +110,10 @@ class MetricsWriter:
             key: value if isinstance(value, (int, float, str, bool)) else str(value)
             for key, value in options.items()
         }
-        # run_name "." keeps the summary in this run instead of a sub-run of its own.
-        self._tensorboard.add_hparams(plain, results, run_name=".")
+        # run_name "." keeps the summary in this run instead of a sub-run of its own; the prefix
+        # keeps the results, which have no step, out of the curves.
+        named = {f"hparams/{tag}": value for tag, value in results.items()}
+        self._tensorboard.add_hparams(plain, named, run_name=".")
 
     def close(self) -> None:
         """Flush and close."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -150,6 +151,13 @@ class PackedMaskedLM(nn.Module):
         self.carried = carried
         self.fresh_head = fresh_head
         self.head_prefixes = tuple(f"hf.{prefix}" for prefix in self.family.head_prefixes)
+
+    def set_output_bias(self, log_frequency: np.ndarray) -> None:
+        """Start the head's output bias, where it has one, at log-frequencies, `(V,)` float64."""
+        bias = self.hf.get_output_embeddings().bias
+        if bias is not None:
+            with torch.no_grad():
+                bias[:len(log_frequency)] = torch.from_numpy(log_frequency).to(bias.dtype)
 
     def encode(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor
@@ -309,7 +317,10 @@ def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> Pac
             f"missing, as {sorted(missing - missing_head)[0]}; it is not such a checkpoint"
         )
     if missing_head:
-        say(f"{name} has no MLM head: a fresh one is drawn from seed {seed}")
+        say(
+            f"{name} has no MLM head: a fresh one is drawn from seed {seed}, its bias set to the "
+            "log-frequencies of the tokens"
+        )
     # A pooler that came in goes out; MLM models have none, so it is read through the base model.
     base, base_info = AutoModel.from_pretrained(
         path, output_loading_info=True, trust_remote_code=trust_remote_code, dtype=torch.float32

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from preprocess.errors import ConfigError, DataError, NonFiniteError, run_command
@@ -26,6 +27,8 @@ from train import checkpoint, data, metrics, model
 from train import engine as ds
 from train.config import PretrainConfig, as_dict, parse
 from train.metrics import say
+
+UNIGRAM_TOKENS = 10_000_000  # tokens of a shard that are counted
 
 
 @dataclass
@@ -105,6 +108,28 @@ def check_vocabulary(store: TokenStore, hf_config: Any, name: str) -> None:
         )
 
 
+def token_frequencies(store: TokenStore) -> np.ndarray:
+    """Log-probability of each id under a unigram model of the store's beginning, `(V,)` float64."""
+    counts = np.ones(store.vocab_size)
+    for shard in store.shards:
+        counts += np.bincount(shard.tokens[:UNIGRAM_TOKENS], minlength=store.vocab_size)
+    return np.log(counts / counts.sum())
+
+
+def unigram_loss(inputs: Inputs, rows: int) -> float:
+    """Mean loss of the unigram model on the held-out masked tokens: what knowing no context gives.
+
+    A model that stays above it has learnt nothing from context.
+    """
+    log_frequency = token_frequencies(inputs.store)
+    held = data.PackedData(
+        inputs.store, inputs.eval_rows, inputs.eval_maskings[""], seed=data.EVAL_SEED,
+        micro_batch_size=inputs.resolved.micro_batch_size,
+    )
+    labels = [batch.masked_labels[:batch.num_masked].numpy() for batch in held.in_order(rows)]
+    return float(-log_frequency[np.concatenate(labels)].mean())
+
+
 def build_model(inputs: Inputs) -> model.PackedMaskedLM:
     """The model to train, with fresh or loaded weights."""
     config = inputs.config
@@ -121,6 +146,10 @@ def build_model(inputs: Inputs) -> model.PackedMaskedLM:
         module = model.load_masked_lm(
             config.model_name_or_path, config.seed, config.trust_remote_code
         )
+        if module.fresh_head:
+            # From here the loss starts at the unigram entropy instead of ln V, and the encoder
+            # is spared the gradients that would only teach the bias.
+            module.set_output_bias(token_frequencies(inputs.store))
     if config.gradient_checkpointing:
         module.hf.gradient_checkpointing_enable({"use_reentrant": False})
     if config.torch_compile:
@@ -225,15 +254,21 @@ def freeze_encoder(engine: Any) -> None:
             group["lr"] = 0.0
 
 
-def train_step(engine: Any, batch: data.StepBatch, device: torch.device) -> tuple[float, float]:
-    """One optimizer step; returns the global mean loss and accuracy of its masked tokens.
+def train_step(
+    engine: Any, batch: data.StepBatch, device: torch.device, want_norm: bool
+) -> tuple[float, float, float | None]:
+    """Take one optimizer step.
 
+    Returns:
+        Mean loss and accuracy over the masked tokens of the global batch, and the norm of the
+        gradient if it is wanted.
     Raises:
         NonFiniteError: the loss is not a number, on any rank; nothing has been updated.
     """
     scale = ds.ranks().world_size * len(batch.micro_batches) / max(batch.step_masked_tokens, 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.float64, device=device)
+    norm = None
     for micro_batch in batch.micro_batches:
         loss, right = engine(**micro_batch.inputs(device))
         # DeepSpeed averages over micro batches and ranks; the scale turns that into the sum over
@@ -248,9 +283,12 @@ def train_step(engine: Any, batch: data.StepBatch, device: torch.device) -> tupl
                     f"the loss became {total} at step {engine.global_steps + 1}; lower "
                     "--learning_rate, lengthen --warmup_ratio, or use bf16"
                 )
+            norm = ds.gradient_norm(engine) if want_norm else None
         engine.step()
+    if want_norm and norm is None:
+        norm = engine.get_global_grad_norm()
     count = max(batch.step_masked_tokens, 1)
-    return total / count, right_total / count
+    return total / count, right_total / count, None if norm is None else float(norm)
 
 
 def export(engine: Any, module: model.PackedMaskedLM, inputs: Inputs, totals: Totals,
@@ -295,8 +333,9 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     device = ds.start()
     module = build_model(inputs)
-    if module.fresh_head and config.model_name_or_path and not config.head_only_steps:
-        say("a fresh head hurts the encoder at first: consider --head_only_steps 100")
+    if module.fresh_head and not (config.from_scratch or config.model_config):
+        if config.max_steps and not config.head_only_steps:
+            say("a fresh head hurts the encoder at first: consider --head_only_steps 100")
     say(memory_line(module, inputs))
     head_scale = 1.0
     if config.head_learning_rate:
@@ -334,19 +373,23 @@ def train(inputs: Inputs, run_dir: Path) -> None:
         window.waited += time.monotonic() - clock
         if totals.step < config.head_only_steps:
             freeze_encoder(engine)
-        loss, accuracy = train_step(engine, batch, device)
+        rate = float(engine.get_lr()[0])
+        ending = totals.step + 1 == config.max_steps
+        logs = ending or (totals.step + 1) % config.logging_steps == 0
+        loss, accuracy, norm = train_step(engine, batch, device, want_norm=logs)
         totals.step += 1
         totals.tokens += batch.step_tokens
         totals.masked_tokens += batch.step_masked_tokens
         now = time.monotonic()
         totals.seconds += now - clock
         window.add(loss, accuracy)
-        if totals.step % config.logging_steps == 0 or totals.step == config.max_steps:
-            scalars = window.scalars(totals, engine)
+        if logs:
+            scalars = {metrics.LEARNING_RATE: rate, **window.scalars(totals, engine)}
+            if norm is not None:
+                scalars[metrics.GRAD_NORM] = norm
             writer.scalars(totals.step, scalars)
             window = _Window(totals)
         progress.update(1, f"loss {loss:.3f}")
-        ending = totals.step == config.max_steps
         if ending or (config.eval_steps and totals.step % config.eval_steps == 0):
             results = evaluate_all(engine, inputs, device)
             writer.scalars(totals.step, results)
@@ -366,9 +409,12 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     ds.barrier()
     if results:
         loss = results[metrics.EVAL_LOSS]
-        say(f"held-out loss {loss:.4f} nats a masked token, perplexity {math.exp(loss):.1f}")
+        floor = unigram_loss(inputs, min(config.eval_max_rows, inputs.eval_rows.num_rows))
+        say(
+            f"held-out loss {loss:.4f} nats a masked token, perplexity {math.exp(loss):.1f}; "
+            f"without context (token frequencies) it would be {floor:.4f}"
+        )
     say(f"wrote {run_dir / 'hf'}")
-    ds.finish()
 
 
 class _Window:
@@ -394,7 +440,6 @@ class _Window:
         scalars = {
             metrics.TRAIN_LOSS: self._loss / self._steps,
             metrics.MASKED_ACCURACY: self._accuracy / self._steps,
-            metrics.LEARNING_RATE: float(engine.get_lr()[-1]),
             metrics.MASKED_FRACTION: masked / max(tokens, 1),
             metrics.TOKENS_PER_SECOND: tokens / seconds,
             metrics.MASKED_TOKENS_PER_SECOND: masked / seconds,
@@ -402,9 +447,6 @@ class _Window:
             metrics.MEMORY: metrics.peak_memory_gib(),
             metrics.SKIPPED_STEPS: float(engine.skipped_steps),
         }
-        norm = engine.get_global_grad_norm()
-        if norm is not None:
-            scalars[metrics.GRAD_NORM] = float(norm)
         scale = getattr(engine.optimizer, "cur_scale", None)
         if scale is not None:
             scalars[metrics.LOSS_SCALE] = float(scale)
@@ -423,9 +465,10 @@ def is_finished(run_dir: Path, inputs: Inputs) -> bool:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    config = parse(PretrainConfig, argv)
+def run(config: PretrainConfig) -> None:
+    """Check, then train; several runs may follow each other in one process."""
+    if config.max_steps == 0 and config.head_only_steps:
+        raise ConfigError("--head_only_steps goes with --max_steps above 0")
     run_dir = checkpoint.check_run_dir(config)
     inputs = read_inputs(config)
     for line in (*inputs.resolved.notes, *plan(inputs)):
@@ -436,10 +479,14 @@ def main(argv: list[str] | None = None) -> None:
     if is_finished(run_dir, inputs):
         say(f"{run_dir}: finished already")
         return
-    if config.max_steps == 0 and config.head_only_steps:
-        raise ConfigError("--head_only_steps goes with --max_steps above 0")
     checkpoint.prepare_run_dir(config, inputs.resolved)
     train(inputs, run_dir)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    run(parse(PretrainConfig, argv))
+    ds.finish()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,367 @@
+"""The pre-training command: one loss everywhere, resume, exports, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+
+import csrc
+from preprocess.errors import ConfigError, DataError, NonFiniteError
+from preprocess.store import TokenStore, write_array
+from train import engine as ds
+from train import metrics, pretrain
+from train.config import PretrainConfig, parse
+
+STEPS = 4
+
+
+@pytest.fixture(scope="session")
+def still_encoder(tmp_path_factory, tiny_encoder) -> str:
+    """`tiny_encoder` without dropout, so that runs can be compared."""
+    folder = tmp_path_factory.mktemp("still") / "tiny"
+    shutil.copytree(tiny_encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def write_ds_config(folder: Path, stage: int, **zero) -> str:
+    """A CPU configuration with this ZeRO stage."""
+    config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
+    config["zero_optimization"] = {"stage": stage, **zero}
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def arguments(store: str, model: str, out: Path, **options) -> list[str]:
+    """Flags of a short run."""
+    flags = {
+        "tokens": store, "model_name_or_path": model, "output_dir": out, "max_steps": STEPS,
+        "max_seq_length": 32, "train_batch_size": 8, "learning_rate": 5e-3, "eval_fraction": 0.2,
+        "logging_steps": 1, "warmup_ratio": 0.5, **options,
+    }
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def pretrained(store: str, model: str, out: Path, **options) -> Path:
+    """Train in this process; return the run directory."""
+    pretrain.run(parse(PretrainConfig, arguments(store, model, out, **options)))
+    return out
+
+
+def logged(run_dir: Path, tag: str) -> list[float]:
+    """The values of a tag, by step."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line[tag] for line in lines if tag in line]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "hf" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory, reviews_store, still_encoder) -> Path:
+    """Without dropout, ZeRO 0, one rank, one micro batch: what the other set-ups must equal."""
+    return pretrained(
+        reviews_store, still_encoder, tmp_path_factory.mktemp("plain") / "run",
+        save_steps=2, export_steps=[2], eval_steps=2,
+    )
+
+
+def test_loss_falls_and_is_written(plain_run):
+    losses = logged(plain_run, metrics.TRAIN_LOSS)
+    assert len(losses) == STEPS
+    held_out = logged(plain_run, metrics.EVAL_LOSS)
+    assert len(held_out) == 3 and held_out[-1] < held_out[0]  # steps 0, 2, 4
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(plain_run / "tb"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {metrics.TRAIN_LOSS, metrics.GRAD_NORM, metrics.TOKENS_PER_SECOND} <= tags
+    np.testing.assert_allclose(
+        [event.value for event in events.Scalars(metrics.TRAIN_LOSS)], losses, rtol=1e-6
+    )
+    for name in ("config.resolved.yaml", "ds_config.resolved.json", "env.json", "latest"):
+        assert (plain_run / name).is_file()
+    assert yaml.safe_load((plain_run / "config.resolved.yaml").read_text())["max_steps"] == STEPS
+
+
+def test_warm_up_is_linear_and_decays(plain_run):
+    rates = logged(plain_run, metrics.LEARNING_RATE)
+    # Two steps up, then down towards 0 at step 5, which is not taken.
+    np.testing.assert_allclose(rates, np.array([1 / 2, 1, 2 / 3, 1 / 3]) * 5e-3, rtol=1e-6)
+
+
+def test_export_loads_with_pooler_and_lineage(plain_run, still_encoder, reviews_store):
+    model = AutoModelForMaskedLM.from_pretrained(plain_run / "hf")
+    assert model.config.vocab_size == TokenStore.open(reviews_store).vocab_size
+    before = load_file(Path(still_encoder) / "model.safetensors")
+    after = weights(plain_run)
+    pooler = "bert.pooler.dense.weight"
+    assert torch.equal(before[pooler], after[pooler])
+    classifier = AutoModelForSequenceClassification.from_pretrained(plain_run / "hf")
+    assert torch.equal(classifier.bert.pooler.dense.weight, before[pooler])
+    (stage,) = json.loads((plain_run / "hf" / "lineage.json").read_text())["stages"]
+    assert stage["steps"] == STEPS and stage["masked_tokens"] > 0
+    halfway = load_file(plain_run / "hf_step_2" / "model.safetensors")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert not torch.equal(halfway[name], after[name])
+    assert not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_give_the_same_model(stage, plain_run, tmp_path, reviews_store, still_encoder):
+    run_dir = pretrained(
+        reviews_store, still_encoder, tmp_path / "run",
+        deepspeed_config=write_ds_config(tmp_path, stage),
+    )
+    np.testing.assert_allclose(
+        logged(run_dir, metrics.TRAIN_LOSS), logged(plain_run, metrics.TRAIN_LOSS), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        logged(run_dir, metrics.GRAD_NORM), logged(plain_run, metrics.GRAD_NORM), rtol=1e-4
+    )
+    expected = weights(plain_run)
+    for name, value in weights(run_dir).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"gradient_checkpointing": True},
+        {"deepspeed_config": "ds_configs/zero2_fp16_offload.json"},
+        pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_same_loss_another_way(options, plain_run, tmp_path, reviews_store, still_encoder, capsys):
+    if "deepspeed_config" in options:
+        options = {"deepspeed_config": ds.DS_CONFIGS / "zero2_fp16_offload.json"}
+    run_dir = pretrained(reviews_store, still_encoder, tmp_path / "run", **options)
+    np.testing.assert_allclose(
+        logged(run_dir, metrics.TRAIN_LOSS), logged(plain_run, metrics.TRAIN_LOSS), rtol=1e-5
+    )
+    if "deepspeed_config" in options:
+        assert "running in fp32" in capsys.readouterr().out
+
+
+def test_b12_resume_is_exact_with_dropout(tmp_path, reviews_store, tiny_encoder, capsys):
+    whole = pretrained(reviews_store, tiny_encoder, tmp_path / "whole", save_steps=2)
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "hf")
+    # The newest checkpoint lost a byte: it is passed over, and named.
+    shard = next((broken / "checkpoints" / "step_4" / "state").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1])
+    pretrained(reviews_store, tiny_encoder, broken, save_steps=2)
+    said = capsys.readouterr().out
+    assert "passed over" in said and shard.name in said and "resumed from" in said
+    first, second = weights(whole), weights(broken)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert logged(whole, metrics.TRAIN_LOSS) == logged(broken, metrics.TRAIN_LOSS)
+    with pytest.raises(ConfigError, match="--resume is never"):
+        pretrained(reviews_store, tiny_encoder, broken, resume="never")
+    shutil.rmtree(broken / "hf")
+    with pytest.raises(ConfigError, match="seed"):
+        pretrained(reviews_store, tiny_encoder, broken, seed=7)
+    shutil.rmtree(broken / "checkpoints")
+    with pytest.raises(DataError, match="--resume is must"):
+        pretrained(reviews_store, tiny_encoder, broken, resume="must")
+
+
+def test_finished_run_is_left_alone(plain_run, reviews_store, still_encoder, capsys):
+    before = (plain_run / "metrics.jsonl").read_text()
+    pretrained(reviews_store, still_encoder, plain_run, save_steps=2, export_steps=[2],
+               eval_steps=2)
+    assert "finished already" in capsys.readouterr().out
+    assert (plain_run / "metrics.jsonl").read_text() == before
+
+
+def test_head_only_steps_leave_the_encoder(tmp_path, reviews_store, still_encoder):
+    run_dir = pretrained(
+        reviews_store, still_encoder, tmp_path / "run", max_steps=3, head_only_steps=3,
+        head_learning_rate=1e-2,
+    )
+    before, after = load_file(Path(still_encoder) / "model.safetensors"), weights(run_dir)
+    moved = {
+        name for name in after if name in before and not torch.equal(before[name], after[name])
+    }
+    assert moved and all(name.startswith("cls.") for name in moved)
+
+
+def test_headless_checkpoint_gets_a_fresh_head(tmp_path, reviews_store, still_encoder, capsys):
+    from transformers import AutoModel
+
+    folder = tmp_path / "headless"
+    shutil.copytree(still_encoder, folder)
+    AutoModel.from_pretrained(still_encoder).save_pretrained(folder)
+    run_dir = pretrained(
+        reviews_store, str(folder), tmp_path / "run", max_steps=2, head_only_steps=2
+    )
+    said = capsys.readouterr().out
+    assert "has no MLM head: a fresh one is drawn from seed 42" in said
+    # The output bias starts at the log-frequencies, so the loss starts near the unigram entropy.
+    start = logged(run_dir, metrics.EVAL_LOSS)[0]
+    floor = float(said.split("(token frequencies) it would be ")[1].split()[0])
+    assert abs(start - floor) < 0.3
+
+
+def test_prebuilt_index_and_the_same_evaluation(tmp_path, reviews_store, still_encoder, plain_run):
+    folder = tmp_path / "store"
+    shutil.copytree(Path(reviews_store).parent, folder)
+    prefix = str(folder / Path(reviews_store).name)
+    store = TokenStore.open(prefix)
+    positions = np.arange(0, store.num_tokens, 9, dtype=np.uint32)
+    write_array(store.shards[0], "every9", "mask", positions, {"strategy": "selective"})
+    run_dir = pretrained(
+        prefix, still_encoder, tmp_path / "run", mask_index="every9", eval_mask_index=["every9"]
+    )
+    fractions = logged(run_dir, metrics.MASKED_FRACTION)
+    assert all(0.05 < fraction < 0.12 for fraction in fractions)
+    # Before the first step every arm has the same held-out loss: same masks, same corruption.
+    assert logged(run_dir, metrics.EVAL_LOSS)[0] == logged(plain_run, metrics.EVAL_LOSS)[0]
+    assert logged(run_dir, f"{metrics.EVAL_LOSS}/every9")
+    stage = json.loads((run_dir / "hf" / "lineage.json").read_text())["stages"][-1]
+    assert stage["masking"] == "every9" and stage["mask_strategy"] == "selective"
+
+
+def test_from_scratch_and_no_steps_only_export(tmp_path, reviews_store, still_encoder):
+    run_dir = pretrained(
+        reviews_store, still_encoder, tmp_path / "run", max_steps=0, from_scratch=True
+    )
+    before, after = load_file(Path(still_encoder) / "model.safetensors"), weights(run_dir)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert before[name].shape == after[name].shape and not torch.equal(before[name], after[name])
+    assert "bert.pooler.dense.weight" not in after
+
+
+def test_non_finite_loss_stops_before_the_update(
+    tmp_path, reviews_store, still_encoder, monkeypatch
+):
+    plain = csrc.masked_lm_loss
+
+    def broken(hidden, positions, labels, head):
+        loss, hits = plain(hidden, positions, labels, head)
+        return loss * (float("nan") if hidden.requires_grad else 1.0), hits
+
+    monkeypatch.setattr(csrc, "masked_lm_loss", broken)
+    with pytest.raises(NonFiniteError, match="step 1"):
+        pretrained(reviews_store, still_encoder, tmp_path / "run", save_steps=1)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masking": "selective"}, "build_masks.py"),
+        ({"masking": "randm"}, "known: random, whole_word"),
+        ({"mask_index": "absent"}, "absent"),
+        ({"masking": "random", "mask_index": "x"}, "exclude each other"),
+        ({"mlm_probability": 1.5}, "in \\(0, 1\\)"),
+        ({"max_seq_length": 128}, "at most 64"),
+        ({"tokens": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"model_name_or_path": "./nowhere"}, "no such folder"),
+        ({"model_config": "bert-tiny"}, "exactly one"),
+        ({"learning_rate": -1.0}, "positive"),
+        ({"deepspeed_config": "nowhere.json"}, "no such file"),
+        ({"gradient_accumulation_steps": 3}, "batch sizes do not fit"),
+        ({"export_steps": [9]}, "between 1 and"),
+        ({"head_only_steps": 1, "max_steps": 0}, "--head_only_steps"),
+        ({"eval_fraction": 0.7}, "eval_fraction"),
+        ({"output_dir": "tests"}, "not a run of ours"),
+    ],
+)
+def test_bad_input_is_said_in_a_sentence(options, message, tmp_path, reviews_store, still_encoder):
+    with pytest.raises((ConfigError, DataError), match=message) as error:
+        pretrained(reviews_store, still_encoder, options.pop("output_dir", tmp_path / "run"),
+                   **options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path, reviews_store, still_encoder, capsys):
+    pretrained(reviews_store, still_encoder, tmp_path / "run", dry_run=True)
+    said = capsys.readouterr().out
+    assert "rows a step" in said and "memory of a rank" in said
+    assert not (tmp_path / "run").exists()
+
+
+DRIVER = """
+import json, sys
+from train import engine, pretrain
+from train.config import PretrainConfig, parse
+for words in json.load(open(sys.argv[-1])):
+    pretrain.run(parse(PretrainConfig, words))
+engine.finish()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_loss(
+    plain_run, tmp_path, reviews_store, still_encoder, run_command_line
+):
+    """One launch, ZeRO 0 to 3: the global mean does not depend on the number of ranks."""
+    runs = [
+        arguments(
+            reviews_store, still_encoder, tmp_path / f"zero{stage}",
+            deepspeed_config=write_ds_config(tmp_path, stage),
+            per_device_train_batch_size=2 if stage % 2 else 4,
+        )
+        for stage in range(4)
+    ]
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    run_command_line(tmp_path / "driver.py", tmp_path / "runs.json", ranks=2)
+    expected = weights(plain_run)
+    for stage in range(4):
+        run_dir = tmp_path / f"zero{stage}"
+        losses = logged(run_dir, metrics.TRAIN_LOSS)
+        np.testing.assert_allclose(losses[0], logged(plain_run, metrics.TRAIN_LOSS)[0], rtol=1e-6)
+        np.testing.assert_allclose(losses, logged(plain_run, metrics.TRAIN_LOSS), rtol=1e-5)
+        np.testing.assert_allclose(
+            logged(run_dir, metrics.EVAL_LOSS)[-1], logged(plain_run, metrics.EVAL_LOSS)[-1],
+            rtol=1e-5,
+        )
+        for name, value in weights(run_dir).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_user_mistake_ends_in_one_line_and_its_code(tmp_path, run_command_line, reviews_store):
+    done = run_command_line(
+        "train/pretrain.py", "--tokens", reviews_store, "--model_config", "bert-hug",
+        "--output_dir", tmp_path / "run", check=False,
+    )
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("pretrain.py:")]
+    assert len(lines) == 1 and "bert-tiny" in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_command_without_arguments_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    with pytest.raises(ConfigError, match="--output_dir is missing"):
+        pretrain.main()
