@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import csrc
@@ -35,6 +36,8 @@ BERT_SIZES = {
     "bert-base": (12, 768, 12),
     "bert-large": (24, 1024, 16),
 }
+# What transformers raises for weights that are absent, cut short, or of another shape.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ class PackedMaskedLM(nn.Module):
         bias = self.hf.get_output_embeddings().bias
         if bias is not None:
             with torch.no_grad():
+                # Ids that the tokenizer lacks: at 0 they would be the likeliest.
+                bias.fill_(float(log_frequency.min()))
                 bias[:len(log_frequency)] = torch.from_numpy(log_frequency).to(bias.dtype)
 
     def encode(
@@ -263,7 +268,7 @@ def named_config(name: str, vocab_size: int, pad_token_id: int) -> Any:
         )
     if os.path.isdir(name):
         config = load_config(name)
-        config.vocab_size = vocab_size
+        config.vocab_size, config.pad_token_id = vocab_size, pad_token_id
         return config
     raise ConfigError(
         f"--model_config {name}: not a folder with config.json, and the names are "
@@ -306,7 +311,7 @@ def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> Pac
             path, output_loading_info=True, trust_remote_code=trust_remote_code,
             dtype=torch.float32,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise _hub_error(name, error) from None
     family = FAMILIES[hf.config.model_type]
     missing = set(info["missing_keys"])
@@ -346,7 +351,7 @@ def _load_with_fresh_top(
             local_checkpoint(name), output_loading_info=True, dtype=torch.float32,
             trust_remote_code=trust_remote_code, **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise _hub_error(name, error) from None
     lost = [key for key in info["missing_keys"] if not any(part in key for part in top)]
     if lost:

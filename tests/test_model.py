@@ -1,0 +1,498 @@
+"""Model families: packed equals alone, what goes in and out of folders, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from preprocess.errors import ConfigError, DataError
+from train import model
+
+VOCAB = 60
+SIZE = {"vocab_size": VOCAB, "initializer_range": 0.2}
+WIDE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+}
+
+
+def tiny_config(family: str):
+    """A configuration of two layers (four of ModernBERT: both kinds of attention), 64 slots."""
+    from transformers import BertConfig, DistilBertConfig, ModernBertConfig, RobertaConfig
+
+    if family == "bert":
+        return BertConfig(**SIZE, **WIDE, max_position_embeddings=64, pad_token_id=0)
+    if family == "roberta":
+        return RobertaConfig(
+            **SIZE, **WIDE, max_position_embeddings=66, pad_token_id=1, type_vocab_size=1
+        )
+    if family == "distilbert":
+        return DistilBertConfig(
+            **SIZE, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=64,
+            pad_token_id=0,
+        )
+    assert family == "modernbert"
+    return ModernBertConfig(
+        **SIZE, **{**WIDE, "num_hidden_layers": 4}, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3, local_attention=8,
+        global_attn_every_n_layers=3,
+    )
+
+
+FAMILIES = sorted(model.FAMILIES)
+
+
+def packed_rows(lengths: list[list[int]], slots: int = 64, seed: int = 0):
+    """Rows of random pieces of these lengths (special tokens included): ids, positions, pieces."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(len(lengths), slots, dtype=torch.int64)
+    positions, pieces, number = torch.zeros_like(ids), torch.full_like(ids, -1), 0
+    for r, row in enumerate(lengths):
+        at = 0
+        for length in row:
+            here = slice(at, at + length)
+            ids[r, here] = torch.randint(5, VOCAB, (length,), generator=generator)
+            positions[r, here] = torch.arange(length)
+            pieces[r, here] = number
+            at, number = at + length, number + 1
+    return ids, positions, pieces
+
+
+LENGTHS = [[20, 3, 17, 9], [64], [4, 40, 5], []]  # windows of ModernBERT reach 4 to each side
+
+
+# ----------------------------------------------------------------------------- packed attention
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_alone(family, attention):
+    module = model.build_masked_lm(tiny_config(family), seed=0).eval()
+    module.hf.set_attn_implementation(attention)
+    ids, positions, pieces = packed_rows(LENGTHS)
+    with torch.no_grad():
+        hidden = module.encode(ids, positions, pieces)
+        logits = module.family.head(module.hf)(hidden.flatten(0, 1)).view(*ids.shape, VOCAB)
+        assert torch.isfinite(hidden).all()  # padding and the empty row too
+        for number in range(int(pieces.max()) + 1):
+            mine = pieces == number
+            # transformers' own positions and masks, for a sentence without padding
+            alone = module.hf(input_ids=ids[mine][None]).logits[0]
+            torch.testing.assert_close(logits[mine], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pieces_do_not_see_each_other(family):
+    module = model.build_masked_lm(tiny_config(family), seed=0).eval()
+    ids, positions, pieces = packed_rows([[20, 20, 20]])
+    changed = ids.clone()
+    changed[0, 20:40] = ids[0, 20:40].flip(0)
+    with torch.no_grad():
+        before, after = (module.encode(i, positions, pieces)[0] for i in (ids, changed))
+    outside = pieces[0] != 1
+    torch.testing.assert_close(before[outside], after[outside], atol=1e-6, rtol=1e-6)
+    assert (before[~outside] - after[~outside]).abs().max() > 0.1
+
+
+def test_mask_by_hand():
+    config = tiny_config("modernbert")
+    config.local_attention = 2
+    pieces = torch.tensor([[0, 0, 0, 1, -1]])
+    positions = torch.tensor([[0, 1, 2, 0, 0]])
+    both = model.attention_mask(
+        model.FAMILIES["modernbert"], config, pieces, positions, torch.float32
+    )
+    whole = [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    local = [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    assert (both["full_attention"][0, 0] == 0).int().tolist() == whole
+    assert (both["sliding_attention"][0, 0] == 0).int().tolist() == local
+    one = model.attention_mask(
+        model.FAMILIES["bert"], tiny_config("bert"), pieces, positions, torch.bfloat16
+    )
+    assert one.shape == (1, 1, 5, 5) and one.dtype == torch.bfloat16
+    assert (one[0, 0] == 0).int().tolist() == whole
+    assert set(one.unique().tolist()) == {0.0, torch.finfo(torch.bfloat16).min}
+
+
+@pytest.mark.parametrize("family, first", [("bert", 0), ("roberta", 2), ("distilbert", 0)])
+def test_first_position(family, first):
+    module = model.build_masked_lm(tiny_config(family), seed=0)
+    table = next(
+        m for name, m in module.hf.named_modules() if name.endswith("position_embeddings")
+    )
+    seen = []
+    table.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids, positions, pieces = packed_rows([[2, 3]], slots=6)
+    module.encode(ids, positions, pieces)
+    assert seen[0].flatten().tolist() == [p + first for p in (0, 1, 0, 1, 2, 0)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_the_cross_entropy_of_masked_positions(family):
+    module = model.build_masked_lm(tiny_config(family), seed=0).eval()
+    ids, positions, pieces = packed_rows(LENGTHS)
+    masked = torch.tensor([1, 7, 22, 64, 100, 130, -1, -1])
+    labels = torch.tensor([9, 8, 7, 6, 5, 59, 0, 0])
+    loss, hits = module(ids, positions, pieces, masked, labels)
+    hidden = module.encode(ids, positions, pieces)
+    logits = module.family.head(module.hf)(hidden.flatten(0, 1))
+    full = torch.full((ids.numel(),), -100)
+    full[masked[:6]] = labels[:6]
+    expected = functional.cross_entropy(logits, full, reduction="sum")
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    assert int(hits) == int((logits.argmax(-1) == full).sum())
+    best = logits[masked[:6]].argmax(-1)
+    assert int(module(ids, positions, pieces, masked[:6], best)[1]) == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_without_masks_reaches_every_parameter(family):
+    module = model.build_masked_lm(tiny_config(family), seed=0)
+    ids, positions, pieces = packed_rows([[]])
+    nothing = torch.full((4,), -1)
+    loss, hits = module(ids, positions, pieces, nothing, torch.zeros(4, dtype=torch.int64))
+    assert loss.item() == 0 and hits.item() == 0
+    loss.backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(family):
+    results = []
+    for checkpointing in (False, True):
+        module = model.build_masked_lm(tiny_config(family), seed=0).train()
+        if checkpointing:
+            module.hf.gradient_checkpointing_enable({"use_reentrant": False})
+            assert module.hf.is_gradient_checkpointing
+        ids, positions, pieces = packed_rows(LENGTHS)
+        torch.manual_seed(5)  # dropout is drawn, and drawn again alike in the backward pass
+        loss, _ = module(ids, positions, pieces, torch.tensor([1, 70]), torch.tensor([8, 9]))
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in module.named_parameters()}))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiling_changes_nothing():
+    results = []
+    for compiled in (False, True):
+        module = model.build_masked_lm(tiny_config("bert"), seed=0).eval()
+        if compiled:
+            module.family.encoder(module.hf).compile()
+        ids, positions, pieces = packed_rows(LENGTHS)
+        loss, _ = module(ids, positions, pieces, torch.tensor([1, 70]), torch.tensor([8, 9]))
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in module.named_parameters()}))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------- fresh weights
+
+
+def parameters(module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def test_fresh_weights_depend_on_the_seed_only():
+    torch.manual_seed(123)
+    first = parameters(model.build_masked_lm(tiny_config("bert"), seed=0))
+    torch.rand(7)
+    again = parameters(model.build_masked_lm(tiny_config("bert"), seed=0))
+    other = parameters(model.build_masked_lm(tiny_config("bert"), seed=1))
+    torch.testing.assert_close(first, again, atol=0, rtol=0)
+    name = "hf.bert.embeddings.word_embeddings.weight"
+    assert not torch.equal(first[name], other[name])
+
+
+def test_named_sizes():
+    from transformers import BertForMaskedLM
+
+    sizes = {}
+    for name, (layers, hidden, heads) in model.BERT_SIZES.items():
+        config = model.named_config(name, vocab_size=30522, pad_token_id=0)
+        assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
+                config.intermediate_size) == (layers, hidden, heads, 4 * hidden)
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in BertForMaskedLM(config).parameters())
+    assert sizes["bert-base"] == 109_514_298
+    assert list(sizes.values()) == sorted(sizes.values())
+    with pytest.raises(ConfigError, match="the names are bert-tiny, .*bert-large"):
+        model.named_config("bert-huge", 100, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configuration_of_a_folder_takes_the_vocabulary_of_the_store(family, tmp_path):
+    config = tiny_config(family)
+    config.vocab_size, config.pad_token_id = 50_000, 49_999
+    config.save_pretrained(tmp_path)
+    taken = model.named_config(str(tmp_path), vocab_size=70, pad_token_id=1)
+    assert (taken.vocab_size, taken.pad_token_id) == (70, 1)
+    module = model.build_masked_lm(taken, seed=0)
+    assert module.hf.get_input_embeddings().weight.shape == (70, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_bias(family):
+    config = tiny_config(family)
+    module = model.build_masked_lm(config, seed=0)
+    frequencies = np.log(np.full(50, 1 / 50))
+    module.set_output_bias(frequencies)
+    rows = torch.zeros(1, 32)
+    logits = module.family.head(module.hf)(rows)[0].double()
+    # Ids that the tokenizer does not have are no likelier than the rarest that it has.
+    expected = torch.full((VOCAB,), float(np.log(1 / 50)), dtype=torch.float64)
+    torch.testing.assert_close(logits.detach(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_row_length(family):
+    config = tiny_config(family)
+    model.check_row_length(config, 64)
+    with pytest.raises(ConfigError, match="--max_seq_length 65: this model has 64 positions"):
+        model.check_row_length(config, 65)
+    module = model.build_masked_lm(config, seed=0)  # and 64 slots do run
+    assert module.encode(*packed_rows([[64]])).shape == (1, 64, 32)
+
+
+# --------------------------------------------------------------------------- folders in and out
+
+
+def hf_state(module) -> dict[str, torch.Tensor]:
+    """What training hands to `save_hf`: parameters by name, tied ones once."""
+    return {name: p.detach().clone() for name, p in module.hf.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folder_round_trip(family, tmp_path, tiny_tokenizer):
+    from transformers import AutoModelForMaskedLM
+
+    module = model.build_masked_lm(tiny_config(family), seed=0).eval()
+    folder = tmp_path / "hf"
+    model.save_hf(module.hf, hf_state(module), tiny_tokenizer, folder, [])
+    loaded, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = packed_rows([[30]], slots=30)[0]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, module.hf(ids).logits)
+
+    again = model.load_masked_lm(str(folder), seed=9)
+    assert not again.fresh_head
+    torch.testing.assert_close(parameters(again), parameters(module), atol=0, rtol=0)
+    tokenizer = model.load_tokenizer(str(folder))
+    fingerprints = {model.tokenizer_fingerprint(t) for t in (tokenizer, tiny_tokenizer)}
+    assert len(fingerprints) == 1
+
+
+def test_saving_does_not_read_the_weights_of_the_model(tmp_path, tiny_tokenizer):
+    # Under ZeRO-3 they are not there.
+    module = model.build_masked_lm(tiny_config("bert"), seed=0)
+    state = hf_state(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    model.save_hf(module.hf, state, tiny_tokenizer, tmp_path / "hf", [])
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, value in state.items():
+        assert torch.equal(written[name], value), name
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_pooler_comes_in_and_goes_out(family, tmp_path, tiny_tokenizer):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    encoder = AutoModel.from_config(tiny_config(family))
+    encoder.save_pretrained(tmp_path / "in")
+    pooler = {name: value for name, value in encoder.state_dict().items() if "pooler" in name}
+    assert pooler
+    module = model.load_masked_lm(str(tmp_path / "in"), seed=0)
+    assert not any("pooler" in name for name, _ in module.named_parameters())
+    assert module.carried.keys() == {f"{family}.{name}" for name in pooler}
+
+    model.save_hf(module.hf, hf_state(module), tiny_tokenizer, tmp_path / "out", [], module.carried)
+    again = model.load_masked_lm(str(tmp_path / "out"), seed=5)
+    assert again.carried.keys() == module.carried.keys() and not again.fresh_head
+    for name, value in pooler.items():
+        assert torch.equal(again.carried[f"{family}.{name}"], value)
+    if family == "bert":  # RoBERTa's classifiers have no pooler
+        for classifier in (
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"),
+            model.load_classifier(str(tmp_path / "out"), ("no", "yes"), seed=1),
+        ):
+            for name, value in pooler.items():
+                assert torch.equal(classifier.bert.state_dict()[name], value)
+
+
+def test_no_pooler_is_made_up(tmp_path, tiny_tokenizer):
+    module = model.build_masked_lm(tiny_config("bert"), seed=0)
+    model.save_hf(module.hf, hf_state(module), tiny_tokenizer, tmp_path / "hf", [])
+    assert model.load_masked_lm(str(tmp_path / "hf"), seed=0).carried == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_head_is_said_and_drawn_from_the_seed(family, tmp_path, capsys):
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    encoder = AutoModel.from_config(tiny_config(family))
+    encoder.save_pretrained(tmp_path)
+    loaded = []
+    for seed in (3, 3, 4):
+        torch.rand(seed)  # the state that is found does not matter
+        loaded.append(model.load_masked_lm(str(tmp_path), seed=seed))
+        assert loaded[-1].fresh_head
+    out, err = capsys.readouterr()
+    lines = [line for line in (out + err).splitlines() if "no MLM head" in line]
+    assert len(lines) == 3 and "seed 3" in lines[0]
+
+    first, again, other = map(parameters, loaded)
+    torch.testing.assert_close(first, again, atol=0, rtol=0)
+    head = [n for n in first if n.startswith(loaded[0].head_prefixes)]
+    assert head and any(not torch.equal(first[n], other[n]) for n in head)
+    state = encoder.state_dict()
+    shared = [n for n in first if n not in head]
+    prefix = f"hf.{loaded[0].hf.base_model_prefix}."
+    assert all(torch.equal(first[n], state[n.removeprefix(prefix)]) for n in shared)
+
+
+def test_a_whole_checkpoint_is_loaded_without_a_word(tiny_encoder, capsys):
+    module = model.load_masked_lm(tiny_encoder, seed=0)
+    assert not module.fresh_head
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+LOADERS = {
+    "masked_lm": lambda folder: model.load_masked_lm(folder, seed=0),
+    "classifier": lambda folder: model.load_classifier(folder, ("no", "yes"), seed=0),
+    "scorer": lambda folder: model.load_scorer(folder, seed=0),
+}
+
+
+def damaged(tiny_encoder, folder, change) -> str:
+    """A copy of the checkpoint with `change(weights)` in it."""
+    shutil.copytree(tiny_encoder, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: {f"wrapped.{name}": value for name, value in weights.items()},
+        lambda weights: {f"model.encoder.{name}": value for name, value in weights.items()},
+        lambda weights: {n: v for n, v in weights.items() if "layer.1.output.dense" not in n},
+        lambda weights: {"unrelated": torch.zeros(2)},
+    ],
+)
+def test_b7_a_checkpoint_with_other_keys_is_refused(loader, change, tiny_encoder, tmp_path):
+    # The published loader looked for the wrong key, found nothing, and trained from noise.
+    folder = damaged(tiny_encoder, tmp_path / "ckpt", change)
+    with pytest.raises(ConfigError, match="encoder weights are missing, as .*bert"):
+        LOADERS[loader](folder)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_b7_weights_of_another_shape_are_refused(loader, tiny_encoder, tmp_path):
+    folder = damaged(
+        tiny_encoder, tmp_path / "ckpt",
+        lambda weights: {n: v[:-1] if "word_embeddings" in n else v for n, v in weights.items()},
+    )
+    with pytest.raises(ConfigError, match="ckpt"):
+        LOADERS[loader](folder)
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def set_config(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(
+    "break_it, fragment",
+    [
+        (cut_weights, "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be loaded"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+        (set_config(model_type="gpt2"), "'gpt2' is not supported; known: bert, "),
+        (set_config(model_type="berd"), "cannot be loaded"),
+        (set_config(num_hidden_layers=3), "encoder weights are missing"),
+    ],
+    ids=["cut", "empty", "no-weights", "no-config", "bad-json", "gpt2", "berd", "more-layers"],
+)
+def test_broken_checkpoints_are_refused(loader, break_it, fragment, tiny_encoder, tmp_path):
+    folder = tmp_path / "ckpt"
+    shutil.copytree(tiny_encoder, folder)
+    break_it(folder)
+    with pytest.raises(ConfigError, match=fragment) as refused:
+        LOADERS[loader](str(folder))
+    assert "ckpt" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_paths_that_are_not_there(tmp_path):
+    for load in (model.load_tokenizer, *LOADERS.values()):
+        with pytest.raises(ConfigError, match="absent: no such folder"):
+            load(str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        model.load_tokenizer(str(tmp_path / "empty"))
+
+
+# ----------------------------------------------------------------------------- lineage, atomicity
+
+
+def test_lineage(tmp_path, tiny_encoder, tiny_tokenizer):
+    module = model.load_masked_lm(tiny_encoder, seed=0)
+    stages = [
+        {"stage": "pretrain", "masking": "random", "steps": 10, "masked_tokens": 99, "seconds": 1},
+        {"stage": "pretrain", "masking": "mr-sel", "steps": 20, "masked_tokens": 77, "seconds": 2},
+    ]
+    assert model.read_lineage(tiny_encoder) == []
+    folder = tmp_path / "runs" / "hf"
+    model.save_hf(module.hf, hf_state(module), tiny_tokenizer, folder, stages, module.carried)
+    assert model.read_lineage(str(folder)) == stages
+    card = (folder / "README.md").read_text()
+    assert "| pretrain | mr-sel | 20 | 77 | 2 |" in card
+    for broken in ("{", "[]", "{}"):
+        (folder / "lineage.json").write_text(broken)
+        with pytest.raises(DataError, match="lineage.json: not a lineage"):
+            model.read_lineage(str(folder))
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path, tiny_encoder, tiny_tokenizer):
+    module = model.load_masked_lm(tiny_encoder, seed=0)
+    folder = tmp_path / "hf"
+    state = hf_state(module)
+    model.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "one"}])
+
+    class NoSpace:
+        def save_pretrained(self, folder):
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        model.save_hf(module.hf, state, NoSpace(), folder, [{"stage": "two"}])
+    assert model.read_lineage(str(folder)) == [{"stage": "one"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    model.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "three"}])
+    assert model.read_lineage(str(folder)) == [{"stage": "three"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert folder.stat().st_mode & 0o777 == 0o755
