@@ -213,7 +213,7 @@ def count_masks(store: TokenStore, name: str, other: str | None = None) -> Stati
                 compared, _ = open_array(shard, other, "mask")
                 ends = index_bounds(compared, offsets[[0, -1]])
                 both = np.intersect1d(chosen, compared[ends[0] : ends[1]], assume_unique=True)
-                result.shared += len(both)
+                result.shared = (result.shared or 0) + len(both)
     return result
 
 

@@ -56,7 +56,7 @@ def resolve_path(spec: str) -> Path:
         return Path(spec)
     match = _PYPI.fullmatch(spec)
     inside = PurePosixPath(match["inside"]) if match else PurePosixPath("..")
-    if inside.is_absolute() or ".." in inside.parts:
+    if match is None or inside.is_absolute() or ".." in inside.parts:
         raise ConfigError(
             f"{spec!r}: write pypi:NAME==VERSION/PATH_INSIDE#sha256=HEX, where HEX is the sha256 "
             f"of the wheel or sdist (64 digits) and PATH_INSIDE has no .."
@@ -109,13 +109,15 @@ def _take(archive: Path, inside: PurePosixPath, target: Path, spec: str) -> None
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as opened:
             members = [(i.filename, i) for i in opened.infolist() if not i.is_dir()]
+            top = [name.split("/")[0] for name, _ in members]
             found = _copy_members(members, opened.open, prefix, target)
     else:
         with tarfile.open(archive) as opened:
-            members = [(i.name, i) for i in opened.getmembers() if i.isfile()]
-            found = _copy_members(members, opened.extractfile, prefix, target)
+            entries = [(i.name, i) for i in opened.getmembers() if i.isfile()]
+            top = [name.split("/")[0] for name, _ in entries]
+            found = _copy_members(entries, opened.extractfile, prefix, target)
     if not found:
-        names = sorted({name.split("/")[0] for name, _ in members})
+        names = sorted(set(top))
         raise DataError(f"{spec}: {prefix} is not in {archive.name}; at its top: {names[:8]}")
 
 
@@ -409,10 +411,11 @@ def read_documents(
     index, count = part
     known = [s for s in specs if not s.startswith("hub:")]
     by_line = not blank_line_documents and max_documents is None and len(known) == len(specs)
+    chosen: list[tuple[str, Span | None]]
     if count > 1 and max_documents is None and len(specs) >= count:
         chosen = [(spec, None) for spec in specs[index::count]]
     elif count > 1 and by_line and all(_is_plain_lines(s) for s in specs):
-        chosen = _byte_ranges(specs, index, count)
+        chosen = list(_byte_ranges(specs, index, count))
     else:
         chosen = [(spec, None) for spec in specs]
         documents = _all_documents(chosen, text_column, where, split, blank_line_documents)
@@ -551,11 +554,11 @@ def _task_mr(files: TaskFiles) -> Task:
         where = files.where or {"source": "rotten_tomatoes"}
         values = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
         for row in read_rows(str(found[0]), ["text", "label"], where=where):
-            label = values.get(_as_text(row["label"]).strip().lower())
-            if label is None:
+            number = values.get(_as_text(row["label"]).strip().lower())
+            if number is None:
                 raise DataError(f"{found[0]}: label {row['label']!r}; allowed are {list(values)}")
             if row["text"].strip():
-                examples.append(_example(row["text"].strip(), label))
+                examples.append(_example(row["text"].strip(), number))
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for example in examples:
         fraction = _content_fraction(example.text)
@@ -568,7 +571,7 @@ def _task_sst2(files: TaskFiles) -> Task:
     """GLUE's SST-2: its test labels are not public, then dev is the test set."""
     labels = ("negative", "positive")
     data_dir = _data_dir(files)
-    splits = {}
+    splits: dict[str, list[Example]] = {}
     for split, stem in (("train", "train"), ("validation", "dev"), ("test", "test")):
         if data_dir.startswith("hub:"):
             spec, place = data_dir, f"{data_dir}, split {split}"
@@ -653,14 +656,14 @@ def _task_custom(files: TaskFiles) -> Task:
                 f"--task custom needs --{flag} (.csv, .tsv, .jsonl or .parquet with the columns "
                 f"--text_column {files.text_column} --label_column {files.label_column})"
             )
-    raw = {"train": list(_read_custom(files, files.train_file, "train"))}
+    raw = {"train": list(_read_custom(files, str(files.train_file), "train"))}
     values = sorted({label for _, label, _ in raw["train"]}, key=_label_order)
     if len(values) < 2:
         raise DataError(
             f"{files.train_file}: --label_column {files.label_column} holds {values}; "
             f"at least two labels are needed"
         )
-    splits = {}
+    splits: dict[str, list[Example]] = {}
     for split in ("train", "validation", "test"):
         name = getattr(files, f"{split}_file")
         rows = raw.get(split) or (_read_custom(files, name, split) if name else ())

@@ -136,7 +136,7 @@ def read_sequence(
         piece = Piece(text, space, bool(masked[part].any()), bool(compared[part].any()), score)
         if pieces and not space and _joins(pieces[-1], piece):
             last = pieces.pop()
-            score = None if score is None else max(score, last.score)
+            score = None if score is None or last.score is None else max(score, last.score)
             piece = Piece(last.text + text, last.space, piece.masked, piece.compared, score)
         pieces.append(piece)
     return pieces
@@ -323,7 +323,7 @@ def _table(rows: list[tuple[str, ...]], head: tuple[str, ...]) -> str:
 
 def _index_rows(store: TokenStore, names: list[str]) -> list[tuple[str, ...]]:
     """Whole-store counts of each index, as its files record them."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in names:
         infos = [open_array(shard, name, "mask")[1] for shard in store.shards]
         count = sum(info["count"] for info in infos)
@@ -335,7 +335,8 @@ def _index_rows(store: TokenStore, names: list[str]) -> list[tuple[str, ...]]:
 
 def format_page(store: TokenStore, documents: list[Document], args: argparse.Namespace) -> str:
     """Write the whole page: legend, counts, most masked words, then the documents."""
-    masked, all_words = Counter(), Counter()
+    masked: Counter[str] = Counter()
+    all_words: Counter[str] = Counter()
     for document in documents:
         for pieces in document.sequences:
             all_words.update(piece.text for piece in pieces)
@@ -347,8 +348,8 @@ def format_page(store: TokenStore, documents: list[Document], args: argparse.Nam
         legend += f'; <span class="c">masked</span> in {html.escape(args.compare)}'
     if args.scores:
         legend += f"; the more important by {html.escape(args.scores)}, the stronger its background"
-    head = ("document", "tokens", "masked", "share", "in the other", "in both")
-    rows = [
+    head: tuple[str, ...] = ("document", "tokens", "masked", "share", "in the other", "in both")
+    rows: list[tuple[str, ...]] = [
         (
             str(d.number),
             str(d.num_tokens),
@@ -359,7 +360,7 @@ def format_page(store: TokenStore, documents: list[Document], args: argparse.Nam
         )
         for d in documents
     ]
-    words = [
+    words: list[tuple[str, ...]] = [
         (word, str(count), str(all_words[word])) for word, count in masked.most_common(NUM_WORDS)
     ]
     if not args.compare:

@@ -33,7 +33,7 @@ from preprocess.errors import DataError
 FORMAT_VERSION = 1
 MAX_VOCAB = 1 << 16  # ids are uint16
 MAX_SHARD_TOKENS = (1 << 32) - 1  # mask indices are uint32
-ARRAYS = {
+ARRAYS: dict[str, np.dtype[Any]] = {
     "scores": np.dtype("<f2"),
     "importance": np.dtype("u1"),
     "mask": np.dtype("<u4"),
@@ -47,7 +47,7 @@ SPECIAL_NAMES = ("cls", "sep", "pad", "mask", "unk")
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document indices
-_DTYPES = {8: np.dtype("<u2"), 4: np.dtype("<i4"), 5: np.dtype("<i8")}
+_DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4"), 5: np.dtype("<i8")}
 _OURS = 8
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -261,7 +261,7 @@ class StoreWriter:
         self._bin_tmp = Path(self.prefix + ".bin.tmp")
         self._idx_tmp = Path(self.prefix + ".idx.tmp")
         self._tokenizer_tmp = Path(self.prefix + ".tokenizer.tmp")
-        self._stream = None
+        self._stream: Any = None
         self._done = False
         self._lengths = compact_list("i")
         self._documents = compact_list("q", [0])

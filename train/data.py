@@ -159,7 +159,8 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
     Raises:
         DataError: absent, made for another store, or without a single position.
     """
-    index, info = [], {}
+    index: list[np.ndarray] = []
+    info: dict[str, Any] = {}
     for shard in store.shards:
         positions, info = open_array(shard, name, "mask")
         index.append(positions)

@@ -403,8 +403,8 @@ def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
     The optimizer's fp32 masters are preferred to 16-bit copies. Tied parameters appear once,
     under their first name. None on ranks other than the first.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     state: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.named_parameters():

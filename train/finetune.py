@@ -78,7 +78,7 @@ def encode(
     labels = [example.label for example in examples]
     return make_examples(
         encoded["input_ids"], encoded["token_type_ids"] if segments else None, labels,
-        np.ones(max(labels) + 1),
+        [1.0] * (max(labels) + 1),
     )
 
 
@@ -194,6 +194,7 @@ def train_seed(inputs: Inputs, seed: int, device: torch.device) -> Progressed:
             "validation_accuracy": found.best["accuracy"],
         }
         stages = [*read_lineage(config.model_name_or_path), stage]
+        assert found.best_state is not None  # the first rank holds it
         save_hf(model, found.best_state, inputs.tokenizer, seed_dir / "hf", stages)
     barrier()
     return found

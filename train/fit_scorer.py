@@ -293,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
             "stage": "fit_scorer", "annotations": identity["annotations"],
             **{key: results[key] for key in ("seed", "best_epoch", "steps", "seconds", "f1")},
         }]
+        assert found.best_state is not None  # the first rank holds it
         save_hf(model, found.best_state, tokenizer, run_dir / "hf", stages)
         atomic_write_json(run_dir / "results.json", results)
         remove_resume_state(run_dir)

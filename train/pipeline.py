@@ -531,13 +531,15 @@ class _Planner:
         if which == "domain" and not _needs_domain(recipe):
             raise ConfigError("floors.untrained needs a token store: give general, or an arm "
                               "other than none")
+        trained = recipe["general" if which == "general" else "task_guided"]
         start = {"model_name_or_path": recipe["encoder"], "from_scratch": True}
         if not recipe["encoder"]:
             start = {"model_config": recipe["general"]["model_config"]}
         name = self.add(
             "untrained", "train/pretrain.py",
             {"deepspeed_config": self.deepspeed_config, **start,
-             "tokens": self.root / which / "text", "max_steps": 0, "output_dir": model},
+             "tokens": self.root / which / "text", "max_steps": 0,
+             "max_seq_length": trained.get("max_seq_length"), "output_dir": model},
             is_whole=lambda: _holds_model(model / "hf"), launched=True, outputs=[str(model)],
             needs=[f"tokenize-{which}"],
         )

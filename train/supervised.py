@@ -443,7 +443,7 @@ class StopSignal:
 
 
 def fit(
-    model: torch.nn.Module,
+    model: Any,
     resolved: Resolved,
     train: Examples,
     dev: Examples,

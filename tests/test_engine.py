@@ -1,0 +1,486 @@
+"""The DeepSpeed JSON: filled, checked, refused; and the optimizer's parameter groups."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+
+import pytest
+import torch
+
+from preprocess.errors import ConfigError
+from train import engine
+from train.config import TrainingConfig
+
+SHIPPED = sorted(path.name for path in engine.DS_CONFIGS.glob("*.json"))
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """These tests are about a machine without a GPU, wherever they run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def options(**flags) -> TrainingConfig:
+    return TrainingConfig(output_dir="run", **flags)
+
+
+def resolve(raw: dict, *, world_size: int = 1, total_steps: int = 100, defaults=None, **flags):
+    return engine.resolve_ds_config(
+        raw, options(**flags), total_steps=total_steps, world_size=world_size, **(defaults or {})
+    )
+
+
+def written(tmp_path, content) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def leaves(value, where="") -> dict[str, object]:
+    """Every plain value of a nested configuration, by its path."""
+    if isinstance(value, dict):
+        items = [(f"{where}.{key}" if where else key, inner) for key, inner in value.items()]
+    elif isinstance(value, list):
+        items = [(f"{where}[{i}]", inner) for i, inner in enumerate(value)]
+    else:
+        return {where: value}
+    return {path: leaf for key, inner in items for path, leaf in leaves(inner, key).items()}
+
+
+# ---------------------------------------------------------------------------- shipped set-ups
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_resolve_on_a_cpu(name):
+    raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
+    before = copy.deepcopy(raw)
+    resolved = resolve(raw, world_size=2, learning_rate=2e-4, weight_decay=0.02, max_grad_norm=0.5)
+    assert raw == before
+    values = leaves(resolved.config)
+    assert "auto" not in values.values()
+    assert (resolved.micro_batch_size, resolved.accumulation_steps) == (16, 1)
+    assert resolved.train_batch_size == values["train_batch_size"] == 32
+    assert values["train_micro_batch_size_per_gpu"] == 16
+    assert values["gradient_accumulation_steps"] == 1
+    assert values["optimizer.params.lr"] == values["scheduler.params.warmup_max_lr"] == 2e-4
+    assert values["optimizer.params.weight_decay"] == 0.02
+    assert values["gradient_clipping"] == 0.5
+    assert values["scheduler.params.warmup_type"] == "linear"
+    assert values["scheduler.params.warmup_num_steps"] == 10
+    assert values["scheduler.params.total_num_steps"] == 101
+    # What a CPU cannot do is left out and said.
+    assert resolved.precision == "fp32"
+    assert not any(key.startswith(("fp16", "bf16")) for key in values)
+    assert values["optimizer.params.torch_adam"] is True
+    assert not any(values.get(key) for key in values if key.endswith("pin_memory"))
+    half = next((kind for kind in ("fp16", "bf16") if kind in raw), None)
+    if half:
+        assert resolved.notes == (
+            f"no {half} on this CPU: running in fp32 (--precision auto)",
+        )
+    else:
+        assert resolved.notes == ()
+    if "offload" in name:
+        assert values["zero_force_ds_cpu_optimizer"] is False
+    # What was written stays.
+    for key, value in leaves(before).items():
+        if value != "auto" and not key.startswith(("fp16", "bf16")) and "pin_memory" not in key:
+            assert values[key] == value
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_precision_config_keeps_what_the_json_asks_for(name):
+    raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
+    if "fp16" in raw:
+        with pytest.raises(ConfigError, match="fp16, which this CPU lacks; type --precision auto"):
+            resolve(raw, precision="config")
+    else:
+        resolved = resolve(raw, precision="config")
+        assert resolved.precision == ("bf16" if "bf16" in raw else "fp32")
+        assert resolved.notes == ()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_on_a_gpu(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
+    resolved = resolve(raw)
+    values = leaves(resolved.config)
+    assert "auto" not in values.values() and resolved.notes == ()
+    assert values["optimizer.params.torch_adam"] is False
+    half = next((kind for kind in ("fp16", "bf16") if kind in raw), "fp32")
+    assert resolved.precision == half and resolved.config.get(half) == raw.get(half)
+    assert resolved.config["zero_optimization"] == raw["zero_optimization"]
+    if half == "bf16":
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+        with pytest.raises(ConfigError, match="bf16, which this GPU lacks; use fp16"):
+            resolve(raw)
+
+
+def test_shipped_zero_blocks_are_known_to_deepspeed():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for name in SHIPPED:
+        raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
+        zero = DeepSpeedZeroConfig(**raw["zero_optimization"])  # an unknown key raises
+        digits = re.search(r"zero(\d)", name)
+        assert int(zero.stage) == (int(digits[1]) if digits else 0)
+
+
+def test_default_configuration(monkeypatch):
+    assert engine.read_ds_config(None) == json.loads((engine.DS_CONFIGS / "cpu.json").read_text())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert engine.read_ds_config(None)["fp16"]["enabled"] is True
+
+
+# ------------------------------------------------------------------------------- filling "auto"
+
+
+@pytest.mark.parametrize(
+    "micro, accumulation, train, world, expected",
+    [
+        (None, None, None, 1, (32, 1, 32)),  # the default batch, shared out
+        (None, None, None, 4, (8, 1, 32)),
+        (None, None, None, 3, (10, 1, 30)),
+        (None, None, None, 64, (1, 1, 64)),
+        (None, 4, None, 2, (4, 4, 32)),
+        (8, None, None, 2, (8, 1, 16)),
+        (8, 4, None, 2, (8, 4, 64)),
+        (None, None, 64, 4, (16, 1, 64)),
+        (None, 2, 64, 4, (8, 2, 64)),
+        (4, None, 64, 4, (4, 4, 64)),
+        (4, 4, 64, 4, (4, 4, 64)),
+    ],
+)
+@pytest.mark.parametrize("how", ["flags", "json", "auto"])
+def test_batch_arithmetic(micro, accumulation, train, world, expected, how):
+    in_json = {
+        "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation,
+        "train_batch_size": train,
+    }
+    flags = {
+        "per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation,
+        "train_batch_size": train,
+    }
+    raw = {"json": {key: value for key, value in in_json.items() if value},
+           "auto": dict.fromkeys(in_json, "auto"), "flags": {}}[how]
+    resolved = resolve(raw, world_size=world, **({} if how == "json" else flags))
+    found = (resolved.micro_batch_size, resolved.accumulation_steps, resolved.train_batch_size)
+    assert found == expected
+    assert tuple(resolved.config[key] for key in in_json) == expected
+
+
+def test_nothing_said_means_the_defaults_of_the_command():
+    resolved = resolve({}, defaults={
+        "default_learning_rate": 3e-5, "default_warmup_ratio": 0.2, "default_batch": 6,
+    })
+    values = leaves(resolved.config)
+    assert values["optimizer.params.lr"] == values["scheduler.params.warmup_max_lr"] == 3e-5
+    assert values["optimizer.params.weight_decay"] == 0.01 and values["gradient_clipping"] == 1.0
+    assert values["scheduler.params.warmup_num_steps"] == 20
+    assert resolved.train_batch_size == 6
+    assert values["optimizer.type"] == "AdamW" and values["scheduler.type"] == "WarmupDecayLR"
+
+
+@pytest.mark.parametrize(
+    "kind, total_steps, ratio, expected",
+    [
+        ("WarmupDecayLR", 100, None, {"warmup_num_steps": 10, "total_num_steps": 101}),
+        ("WarmupDecayLR", 100, 0.25, {"warmup_num_steps": 25, "total_num_steps": 101}),
+        ("WarmupDecayLR", 100, 0.0, {"warmup_num_steps": 2, "total_num_steps": 101}),
+        ("WarmupDecayLR", 1, None, {"warmup_num_steps": 2, "total_num_steps": 3}),
+        ("WarmupLR", 100, None, {"warmup_num_steps": 10}),
+        ("WarmupCosineLR", 100, None, {"warmup_num_steps": 10, "total_num_steps": 101}),
+    ],
+)
+@pytest.mark.parametrize("how", ["auto", "absent"])
+def test_schedule(kind, total_steps, ratio, expected, how):
+    params = dict.fromkeys(expected, "auto") if how == "auto" else {}
+    raw = {"scheduler": {"type": kind, "params": params}}
+    resolved = resolve(raw, total_steps=total_steps, learning_rate=1e-3, warmup_ratio=ratio)
+    schedule = resolved.config["scheduler"]["params"]
+    assert schedule.pop("warmup_type") == "linear"  # DeepSpeed's default is logarithmic
+    if kind != "WarmupCosineLR":
+        assert (schedule.pop("warmup_min_lr"), schedule.pop("warmup_max_lr")) == (0, 1e-3)
+    assert schedule == expected
+
+
+def test_what_the_json_says_stays():
+    raw = {
+        "optimizer": {"type": "Adam", "params": {"lr": 5e-5, "weight_decay": 0.1}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {
+            "warmup_num_steps": 7, "total_num_steps": 50, "warmup_max_lr": 5e-5,
+            "warmup_type": "log",
+        }},
+        "gradient_clipping": 0.25, "train_batch_size": 12, "steps_per_print": 5,
+    }
+    resolved = resolve(raw, world_size=3)
+    values = leaves(resolved.config)
+    for key, value in leaves(raw).items():
+        assert values[key] == value
+    assert resolved.micro_batch_size == 4
+    # A flag that agrees with what is written is no contradiction.
+    again = resolve(raw, world_size=3, learning_rate=5e-5, train_batch_size=12, max_grad_norm=0.25)
+    assert again == resolved
+
+
+def test_other_schedules_are_left_alone():
+    raw = {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 1e-3}}}
+    assert resolve(raw).config["scheduler"] == raw["scheduler"]
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+def optimizer(**params) -> dict:
+    return {"optimizer": {"type": "AdamW", "params": params}}
+
+
+def scheduler(**params) -> dict:
+    return {"scheduler": {"type": "WarmupDecayLR", "params": params}}
+
+
+REFUSED = {
+    # A flag against what is written: both are shown.
+    "micro": ({"train_micro_batch_size_per_gpu": 4}, {"per_device_train_batch_size": 8},
+              "--per_device_train_batch_size 8 contradicts train_micro_batch_size_per_gpu 4"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 3},
+                     "--gradient_accumulation_steps 3 contradicts gradient_accumulation_steps 2"),
+    "train": ({"train_batch_size": 32}, {"train_batch_size": 64},
+              "--train_batch_size 64 contradicts train_batch_size 32"),
+    "clip": ({"gradient_clipping": 1.0}, {"max_grad_norm": 0.5},
+             "--max_grad_norm 0.5 contradicts gradient_clipping 1.0"),
+    "clip-zero": ({"gradient_clipping": 0}, {"max_grad_norm": 0.5}, "contradicts"),
+    "lr": (optimizer(lr=1e-3), {"learning_rate": 1e-4}, "--learning_rate 0.0001 contradicts lr"),
+    "decay": (optimizer(weight_decay=0.1), {"weight_decay": 0.0},
+              "--weight_decay 0.0 contradicts weight_decay 0.1"),
+    "warmup": (scheduler(warmup_num_steps=50), {"warmup_ratio": 0.1},
+               "--warmup_ratio 0.1 contradicts warmup_num_steps 50"),
+    # Batches that do not work out.
+    "odd-train": ({"train_batch_size": 64}, {"per_device_train_batch_size": 5},
+                  "micro 5 x accumulation None x 1 ranks must equal train_batch_size 64"),
+    "too-small-train": ({"train_batch_size": 1}, {"gradient_accumulation_steps": 2},
+                        "batch sizes do not fit"),
+    "all-three": ({"train_batch_size": 64, "gradient_accumulation_steps": 3}, {
+                  "per_device_train_batch_size": 8}, "micro 8 x accumulation 3 x 1 ranks"),
+    "zero-batch": ({"train_batch_size": 0}, {}, "train_batch_size 0: must be a whole number"),
+    "half-batch": ({"train_batch_size": 8.5}, {}, "8.5: must be a whole number of 1 or more"),
+    "true-batch": ({"gradient_accumulation_steps": True}, {}, "True: must be a whole number"),
+    "text-batch": ({"train_micro_batch_size_per_gpu": "8"}, {}, "'8': must be a whole number"),
+    # Numbers.
+    "lr-text": (optimizer(lr="1e-4"), {}, r"optimizer.params.lr '1e-4' .*must be a number"),
+    "lr-negative": (optimizer(lr=-1), {}, "optimizer.params.lr -1"),
+    "lr-true": (optimizer(lr=True), {}, "optimizer.params.lr True"),
+    "lr-nan": (optimizer(lr=float("nan")), {}, "optimizer.params.lr nan"),
+    "decay-two": (optimizer(weight_decay=2), {}, "optimizer.params.weight_decay 2"),
+    "clip-negative": ({"gradient_clipping": -1}, {}, r"gradient_clipping -1 .*must be a number"),
+    "stage-4": ({"zero_optimization": {"stage": 4}}, {}, "stage 4: must be 0, 1, 2 or 3"),
+    "stage-text": ({"zero_optimization": {"stage": "2"}}, {}, "stage '2': must be"),
+    # Precision.
+    "both": ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, {}, "keep one"),
+    "no-fp16": ({"fp16": {"enabled": True}}, {"precision": "config"}, "--precision auto"),
+    # "auto" that nothing fills.
+    "auto-zero": ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, {},
+                  '"auto" at zero_optimization.reduce_bucket_size'),
+    "auto-deep": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}}, {},
+                  '"auto" at zero_optimization.offload_optimizer.device'),
+    "auto-print": ({"steps_per_print": "auto"}, {}, '"auto" at steps_per_print'),
+    "auto-betas": (optimizer(betas="auto"), {}, '"auto" at optimizer.params.betas'),
+    "auto-min": (scheduler(warmup_min_lr="auto"), {}, '"auto" at scheduler.params.warmup_min_lr'),
+    "auto-block": ({"activation_checkpointing": "auto"}, {}, '"auto" at activation_checkpointing'),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_configurations(name):
+    raw, flags, fragment = REFUSED[name]
+    with pytest.raises(ConfigError, match=fragment) as refused:
+        resolve(raw, **flags)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content, fragment",
+    [
+        ({"zero_optimizaton": {"stage": 2}},
+         "unknown key 'zero_optimizaton'; did you mean 'zero_optimization'?"),
+        ({"train_batchsize": 8}, "did you mean 'train_batch_size'?"),
+        ({"FP16": {}}, "unknown key 'FP16'"),
+        ({"xyzzy": 1}, "unknown key 'xyzzy'; remove it"),
+        ('{"train_batch_size": 8, "train_batch_size": 16}', "key 'train_batch_size' appears twice"),
+        ('{"optimizer": {"type": "AdamW", "type": "Adam"}}', "key 'type' appears twice"),
+        ("[1, 2]", "must hold one JSON object"),
+        ('"text"', "must hold one JSON object"),
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("{'a': 1}", "not valid JSON"),
+        ('{"train_batch_size": 8} // eight', "not valid JSON"),
+    ],
+)
+def test_refused_files(content, fragment, tmp_path):
+    path = written(tmp_path, content)
+    with pytest.raises(ConfigError, match=re.escape(fragment)) as refused:
+        engine.read_ds_config(path)
+    assert path in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_refused_paths(tmp_path):
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        engine.read_ds_config(str(tmp_path / "binary.json"))
+    for path in (tmp_path / "absent.json", tmp_path):
+        with pytest.raises(ConfigError, match="no such file; ds_configs/ has cpu.json, zero1_"):
+            engine.read_ds_config(str(path))
+
+
+# What a block is not: each of these is a sentence, never a traceback.
+MISSHAPEN = {
+    "fp16-true": ({"fp16": True}, "fp16"),
+    "zero-number": ({"zero_optimization": 2}, "zero_optimization"),
+    "offload-text": ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+                     "offload_optimizer"),
+    "optimizer-text": ({"optimizer": "AdamW"}, "optimizer"),
+    "optimizer-params-list": ({"optimizer": {"type": "AdamW", "params": []}}, "optimizer.params"),
+    "scheduler-text": ({"scheduler": "WarmupLR"}, "scheduler"),
+    "scheduler-params-null": ({"scheduler": {"type": "WarmupLR", "params": None}},
+                              "scheduler.params"),
+    "stage-true": ({"zero_optimization": {"stage": True}}, "stage True"),
+    "warmup-text": (scheduler(warmup_num_steps="ten"), "warmup_num_steps 'ten'"),
+    "warmup-negative": (scheduler(warmup_num_steps=-1), "warmup_num_steps -1"),
+    "total-text": (scheduler(total_num_steps="many"), "total_num_steps 'many'"),
+    "auto-in-list": (optimizer(betas=["auto", 0.9]), '"auto" at optimizer.params.betas'),
+    "fp16-auto": ({"fp16": {"enabled": "auto"}}, '"auto" at fp16.enabled'),
+    "both-auto": ({"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}, '"auto" at'),
+    "no-optimizer-type": ({"optimizer": {"params": {}}}, "optimizer.type"),
+    "no-scheduler-type": ({"scheduler": {"params": {}}}, "scheduler.type"),
+    "schedule-type": ({"scheduler": {"type": "WarmupDecay", "params": {}}},
+                      "scheduler.type 'WarmupDecay'"),
+    "optimizer-type": ({"optimizer": {"type": "AdamZ", "params": {}}}, "optimizer.type 'AdamZ'"),
+}
+
+
+@pytest.mark.parametrize("name", MISSHAPEN)
+def test_misshapen_configurations_are_refused(name):
+    raw, fragment = MISSHAPEN[name]
+    with pytest.raises(ConfigError, match=fragment):
+        resolve(raw)
+
+
+def test_a_learning_rate_that_the_schedule_overrides_is_a_contradiction():
+    raw = {**optimizer(lr="auto"), **scheduler(warmup_max_lr=5e-5)}
+    with pytest.raises(ConfigError, match="--learning_rate 0.001 contradicts warmup_max_lr 5e-05"):
+        resolve(raw, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags, fragment",
+    [
+        ({"learning_rate": 0.0}, "--learning_rate 0.0: must be a positive number"),
+        ({"max_grad_norm": -1.0}, "--max_grad_norm -1.0"),
+        ({"weight_decay": 1.0}, r"--weight_decay 1.0: must be in \[0, 1\)"),
+        ({"warmup_ratio": 1.5}, r"--warmup_ratio 1.5: must be in \[0, 1\]"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: must be 1 or more"),
+        ({"train_batch_size": -8}, "--train_batch_size -8"),
+        ({"max_seq_length": 4}, "--max_seq_length 4: must be between 8 and 65535"),
+        ({"seed": -1}, "--seed -1"),
+        ({"save_total_limit": 0}, "--save_total_limit 0"),
+    ],
+)
+def test_refused_flags(flags, fragment):
+    with pytest.raises(ConfigError, match=fragment):
+        options(**flags)
+
+
+# ----------------------------------------------------------------- parameter groups, ranks
+
+
+def tiny_classifier() -> torch.nn.Module:
+    module = torch.nn.Module()
+    module.body = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    module.body.table = torch.nn.Embedding(5, 4)
+    module.head = torch.nn.Linear(4, 2)
+    return module
+
+
+def named_groups(module, **arguments) -> dict[str, dict]:
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return {
+        group["name"]: {**group, "params": {names[p] for p in group["params"]}}
+        for group in engine.parameter_groups(module, **arguments)
+    }
+
+
+def test_biases_and_norms_are_not_decayed():
+    groups = named_groups(tiny_classifier(), weight_decay=0.1)
+    assert groups == {
+        "encoder": {
+            "name": "encoder", "weight_decay": 0.1, "lr_scale": 1.0,
+            "params": {"body.0.weight", "body.table.weight", "head.weight"},
+        },
+        "encoder_no_decay": {
+            "name": "encoder_no_decay", "weight_decay": 0.0, "lr_scale": 1.0,
+            "params": {"body.0.bias", "body.1.weight", "body.1.bias", "head.bias"},
+        },
+    }
+
+
+def test_the_head_has_groups_and_a_rate_of_its_own():
+    groups = named_groups(
+        tiny_classifier(), weight_decay=0.1, head_prefixes=("head.",), head_scale=10.0
+    )
+    assert {name: (g["params"], g["weight_decay"], g["lr_scale"]) for name, g in groups.items()} == {
+        "encoder": ({"body.0.weight", "body.table.weight"}, 0.1, 1.0),
+        "encoder_no_decay": ({"body.0.bias", "body.1.weight", "body.1.bias"}, 0.0, 1.0),
+        "head": ({"head.weight"}, 0.1, 10.0),
+        "head_no_decay": ({"head.bias"}, 0.0, 10.0),
+    }
+
+
+def test_frozen_and_tied_parameters():
+    module = tiny_classifier()
+    module.head.weight.requires_grad = False
+    module.body.again = torch.nn.Embedding(5, 4)
+    module.body.again.weight = module.body.table.weight
+    parameters = [
+        parameter
+        for group in engine.parameter_groups(module, 0.1, ("head.",))
+        for parameter in group["params"]
+    ]
+    assert len(parameters) == len({id(parameter) for parameter in parameters})
+    assert {id(p) for p in parameters} == {
+        id(p) for p in module.parameters() if p is not module.head.weight
+    }
+    module.requires_grad_(False)
+    assert engine.parameter_groups(module, 0.1) == []
+
+
+def test_every_parameter_of_a_masked_lm_is_in_one_group(tiny_encoder):
+    from train import model
+
+    module = model.load_masked_lm(tiny_encoder, seed=0)
+    groups = named_groups(module, weight_decay=0.1, head_prefixes=module.head_prefixes)
+    assert list(groups) == ["encoder_no_decay", "encoder", "head_no_decay", "head"]
+    names = [name for group in groups.values() for name in group["params"]]
+    assert sorted(names) == sorted(name for name, _ in module.named_parameters())
+    undecayed = groups["encoder_no_decay"]["params"] | groups["head_no_decay"]["params"]
+    assert undecayed == {
+        name for name in names if name.endswith("bias") or "LayerNorm" in name
+    }
+    # The projection is tied to the embeddings: it learns at the encoder's rate.
+    assert "hf.bert.embeddings.word_embeddings.weight" in groups["encoder"]["params"]
+
+
+def test_ranks_come_from_the_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert engine.ranks() == engine.Ranks(0, 1, 0) and engine.is_main()
+    assert engine.all_reduce_sum(1, 2.5) == [1.0, 2.5]
+    assert engine.gather_objects({"a": 1}) == [{"a": 1}]
+    engine.barrier()
+    engine.finish()  # no group to leave
+    monkeypatch.setattr(os, "environ", {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    assert engine.ranks() == engine.Ranks(5, 8, 1) and not engine.is_main()

@@ -1,0 +1,365 @@
+"""All stages end to end: `train/pipeline.py` with the recipe for one's own data, on a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from preprocess.errors import ConfigError
+from preprocess.store import TokenStore, open_array
+from train import data, metrics, pipeline
+from train.results import DIFFERENCE_COLUMNS, TABLE_COLUMNS
+
+RECIPE = pipeline.REPOSITORY / "train" / "recipes" / "custom.yaml"
+ARMS = {"none": "none", "random_matched": "random_matched-seed42", "selective": "selective-seed42"}
+SEEDS = (13, 43)
+STEPS = 4
+EVAL_FRACTION = 0.2
+SLOTS = 32  # of a row of stage 2
+LEARN = "learning_rate=5e-3"
+
+
+def settings(encoder: str, text: str, files: dict[str, str]) -> list[str]:
+    """`--set` of a run in seconds; no YAML is written."""
+    short = [f"{stage}.max_seq_length=32" for stage in ("classifier", "annotate", "scorer", "score",
+                                                       "finetune")]
+    fast = [f"{stage}.{LEARN}" for stage in ("classifier", "scorer", "finetune", "task_guided")]
+    return [
+        f"train_file={files['train']}", f"test_file={files['test']}", f"text={text}",
+        f"encoder={encoder}", "deepspeed_config=ds_configs/cpu.json", *short, *fast,
+        f"general_text.input={text}", "general_text.num_workers=1", "domain_text.num_workers=1",
+        f"general={{max_steps: 2, head_only_steps: 1, max_seq_length: 48, train_batch_size: 4, "
+        f"eval_fraction: {EVAL_FRACTION}, learning_rate: 5e-3}}",
+        "classifier.num_train_epochs=4", "classifier.train_batch_size=8",
+        "annotate.drop_stop_words=false", "scorer.num_train_epochs=2", "scorer.train_batch_size=8",
+        f"task_guided.max_steps={STEPS}", f"task_guided.max_seq_length={SLOTS}",
+        "task_guided.train_batch_size=8", f"task_guided.eval_fraction={EVAL_FRACTION}",
+        "task_guided.logging_steps=1", "finetune.num_train_epochs=1",
+        "finetune.train_batch_size=8", f"finetune.seeds={','.join(map(str, SEEDS))}",
+        "floors={naive_bayes: true, untrained: true}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def run_pipeline(run_here, tiny_encoder, reviews_file, labelled_files):
+    """Run the recipe into a folder; its processes are calls here, which saves their imports.
+
+    Returns the names of the steps that ran.
+    """
+
+    def run(root: Path, *flags: str) -> list[str]:
+        ran = []
+
+        def run_process(command: list[str], log_path: Path) -> int:
+            assert command[0] == sys.executable
+            ran.append(log_path.stem.split("-", 1)[1])
+            run_here(*command[1:])
+            return 0
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "run_process", run_process)
+            pipeline.main([
+                "--recipe", str(RECIPE), "--output_dir", str(root), "--launcher", "python", *flags,
+                "--set", *settings(tiny_encoder, reviews_file, labelled_files),
+            ])
+        return ran
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, run_pipeline) -> tuple[Path, list[str]]:
+    """A finished run, and the steps that it took."""
+    root = tmp_path_factory.mktemp("pipeline") / "run"
+    return root, run_pipeline(root)
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A copy of the finished run, to spoil; an output folder may be moved."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def stages(folder: Path) -> list[dict]:
+    return json.loads((folder / "lineage.json").read_text())["stages"]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def domain(root: Path) -> TokenStore:
+    return TokenStore.open(str(root / "domain" / "text"), verify=True)
+
+
+def counts_of(store: TokenStore, name: str) -> np.ndarray:
+    """Masked tokens of each sequence."""
+    (shard,) = store.shards
+    index, _ = open_array(shard, name, "mask")
+    return np.diff(np.searchsorted(index, shard.sequence_offsets))
+
+
+def test_the_table_compares_the_arms_and_the_floors(finished):
+    rows = read_csv(finished[0] / "report" / "table.csv")
+    assert tuple(rows[0]) == TABLE_COLUMNS
+    assert [row["arm"] for row in rows] == [
+        arm for arm in (*ARMS, "naive_bayes", "untrained") for _ in ("accuracy", "macro_f1")
+    ]
+    by_arm = {row["arm"]: row for row in rows if row["metric"] == "accuracy"}
+    for arm in ARMS:
+        row = by_arm[arm]
+        results = [json.loads(line) for line in
+                   (finished[0] / "finetune" / ARMS[arm] / "results.jsonl").open()]
+        mean = np.mean([result["test_accuracy"] for result in results])
+        assert row["task"] == "custom" and row["seeds"] == str(len(SEEDS))
+        assert float(row["mean"]) == pytest.approx(mean, abs=1e-4)
+        assert int(row["steps"]) == (2 if arm == "none" else 2 + STEPS)  # stage 1 counts as well
+    assert by_arm["selective"]["masked_tokens"] == by_arm["random_matched"]["masked_tokens"]
+    differences = read_csv(finished[0] / "report" / "differences.csv")
+    assert tuple(differences[0]) == DIFFERENCE_COLUMNS
+    assert {(row["arm"], row["against"]) for row in differences} == {
+        ("random_matched", "none"), ("selective", "none"), ("selective", "random_matched")}
+
+
+def test_every_arm_answered_the_same_test_sentences(finished, labelled_files):
+    with open(labelled_files["test"], newline="") as file:
+        expected = Counter(row["label"] for row in csv.DictReader(file))
+    for arm in ARMS.values():
+        for seed in SEEDS:
+            path = finished[0] / "finetune" / arm / f"seed_{seed}" / "predictions.jsonl"
+            rows = [json.loads(line) for line in path.open()]
+            items = [(row["item"], row["label"]) for row in rows]
+            assert Counter(("neg", "pos")[label] for _, label in items) == expected
+            if (arm, seed) == ("none", SEEDS[0]):
+                first = items
+            assert items == first
+            probabilities = np.array([row["probabilities"] for row in rows])
+            assert (probabilities.argmax(1) == [row["prediction"] for row in rows]).all()
+
+
+def test_every_step_left_something_whole(finished):
+    root, ran = finished
+    steps, _ = pipeline.plan(pipeline.load_recipe(RECIPE, [
+        "train_file=a", "test_file=b", "text=c", "encoder=d", "floors.untrained=true",
+        "general={max_steps: 1}", "general_text.input=e",
+    ]), root)
+    assert ran == [step.name for step in steps if step.command]
+    assert [step.name for step in steps if not step.is_whole()] == ["finetune-none",
+            "finetune-random_matched-seed42", "finetune-selective-seed42", "finetune-untrained",
+            "report"]  # a third seed is asked for here; the report is always made again
+    for folder in (root / "stage1", root / "scorer", root / "task_guided" / ARMS["selective"]):
+        for name in ("config.resolved.yaml", "ds_config.resolved.json", "env.json",
+                     "metrics.jsonl", "hf/config.json", "hf/README.md", "hf/tokenizer.json"):
+            assert (folder / name).is_file(), folder / name
+    left = [path for path in root.rglob("*") if path.name.endswith(".tmp") or ".tmp." in path.name]
+    assert not left
+    logged = (root / "steps.json").read_text()
+    assert set(json.loads(logged)) == {step.name for step in steps}
+
+
+def test_lineage_tells_the_stages_in_order(finished):
+    root = finished[0]
+    told = {arm: stages(root / "finetune" / ARMS[arm] / "seed_13" / "hf") for arm in ARMS}
+    assert [stage["stage"] for stage in told["none"]] == ["pretrain", "finetune"]
+    for arm in ("random_matched", "selective"):
+        general, guided, finetuned = told[arm]
+        assert general == told["none"][0] and general["masking"] == "random"
+        assert guided["mask_strategy"] == arm and finetuned["stage"] == "finetune"
+        assert guided["store"] == domain(root).fingerprint
+        assert guided["steps"] == STEPS and guided["masked_tokens"] > 0
+    assert [stage["stage"] for stage in stages(root / "scorer" / "hf")] == [
+        "pretrain", "fit_scorer"]
+
+
+def test_the_control_masks_as_many_tokens_in_each_sequence(finished):
+    root = finished[0]
+    store = domain(root)
+    selective, control = (counts_of(store, name) for name in ("selective", "random_matched"))
+    assert selective.sum() > 0
+    assert (selective == control).all()
+    lengths = np.diff(store.shards[0].sequence_offsets)
+    assert (selective <= np.maximum(1, np.floor(0.15 * lengths))).all()
+    first, second = (open_array(store.shards[0], name, "mask")[0]
+                     for name in ("selective", "random_matched"))
+    assert not np.array_equal(first, second)
+    scores, _ = open_array(store.shards[0], "task", "scores")
+    assert (scores[first] > 0).all()
+    seen = [stages(root / "task_guided" / ARMS[arm] / "hf")[-1]
+            for arm in ("selective", "random_matched")]
+    for key in ("masked_tokens", "tokens", "steps", "train_batch_size"):
+        assert seen[0][key] == seen[1][key], key
+
+
+def epoch_pieces(store: TokenStore, table: data.RowTable, masking: data.Masking) -> list[tuple]:
+    """The pieces that a model sees in one epoch, with the original ids under the masks."""
+    batches = data.PackedData(store, table, masking, seed=42, micro_batch_size=1)
+    found = []
+    for batch in (step.micro_batches[0] for step in batches.steps(0, table.num_rows)):
+        ids = batch.input_ids.flatten().clone()
+        valid = batch.masked_positions >= 0
+        ids[batch.masked_positions[valid]] = batch.masked_labels[valid]
+        owner = batch.document_ids.flatten()
+        found += [tuple(ids[owner == piece].tolist()) for piece in owner.unique() if piece >= 0]
+    return found
+
+
+def test_b1_b2_an_epoch_shows_every_document_of_the_domain_once(finished, reviews_file):
+    store = domain(finished[0])
+    lines = Path(reviews_file).read_text().splitlines()
+    assert store.num_documents == len(lines) == len(set(lines))
+    train, held = data.row_tables(store, SLOTS, EVAL_FRACTION)
+    pieces = epoch_pieces(store, train, data.prebuilt_masking(store, "selective"))
+    pieces += epoch_pieces(store, held, data.drawn_masking(store, "random", 0.15))
+    cls, sep = store.special_ids["cls"], store.special_ids["sep"]
+    assert all(piece[0] == cls and piece[-1] == sep and len(piece) > 2 for piece in pieces)
+    (shard,) = store.shards
+    assert sum(len(piece) - 2 for piece in pieces) == store.num_tokens
+    assert Counter(token for piece in pieces for token in piece[1:-1]) == Counter(
+        shard.tokens.tolist())
+    # A document of this corpus may be cut between sentences; its sentences then stay in order.
+    bounds = shard.sequence_offsets[shard.document_offsets]
+    whole = {tuple(shard.tokens[a:b].tolist()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+             if b - a <= SLOTS - 2}
+    text = " ".join(" ".join(map(str, piece)) for piece in pieces)
+    assert whole and all(" ".join(map(str, d)) in text for d in list(whole)[:5])
+
+
+def test_b3_the_held_out_loss_is_that_of_held_out_documents(finished):
+    from transformers import AutoModelForMaskedLM
+
+    root = finished[0]
+    run = root / "task_guided" / ARMS["selective"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [line[metrics.EVAL_LOSS] for line in lines if metrics.EVAL_LOSS in line]
+    assert len(logged) == 2 and logged[0] != logged[1]
+    store = domain(root)
+    _, held = data.row_tables(store, SLOTS, EVAL_FRACTION)
+    masking = data.drawn_masking(store, "random", data.EVAL_RATE)
+    batches = data.PackedData(store, held, masking, seed=data.EVAL_SEED, micro_batch_size=1)
+    for folder, expected in ((root / "stage1", logged[0]), (run, logged[1])):
+        model = AutoModelForMaskedLM.from_pretrained(folder / "hf").eval()
+        losses = []
+        for batch in batches.in_order(held.num_rows):
+            owner, ids = batch.document_ids.flatten(), batch.input_ids.flatten()
+            labels = torch.full_like(ids, -100)
+            valid = batch.masked_positions >= 0
+            labels[batch.masked_positions[valid]] = batch.masked_labels[valid]
+            for piece in (owner == number for number in owner.unique() if number >= 0):
+                with torch.no_grad():  # each piece alone, by transformers' own forward pass
+                    logits = model(ids[piece][None]).logits[0]
+                keep = labels[piece] >= 0
+                losses.append(torch.nn.functional.cross_entropy(
+                    logits[keep], labels[piece][keep], reduction="none"))
+        assert torch.cat(losses).mean().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_second_run_only_reports(finished, run_pipeline, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*.safetensors")}
+    assert run_pipeline(finished[0]) == ["report"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert "where to look next" in capsys.readouterr().out.lower()
+
+
+def test_a_lost_artefact_is_made_again_with_what_reads_it(copy, run_pipeline):
+    """Refused first: what depends on it would be older. With --rerun only that is made again."""
+    untouched = copy / "task_guided" / ARMS["random_matched"] / "hf" / "model.safetensors"
+    before = untouched.stat().st_mtime_ns
+    weights = load_file(copy / "task_guided" / ARMS["selective"] / "hf" / "model.safetensors")
+    lost = copy / "finetune" / ARMS["selective"] / "seed_43" / "predictions.jsonl"
+    lost.unlink()
+    assert run_pipeline(copy) == ["finetune-selective-seed42", "report"]  # nothing reads it
+    assert lost.is_file()
+    shutil.rmtree(copy / "task_guided" / ARMS["selective"] / "hf")
+    with pytest.raises(ConfigError, match="finetune-selective-seed42 is older than .*--rerun"):
+        run_pipeline(copy)
+    assert run_pipeline(copy, "--rerun") == [
+        "task_guided-selective-seed42", "finetune-selective-seed42", "report"]
+    assert untouched.stat().st_mtime_ns == before
+    again = load_file(copy / "task_guided" / ARMS["selective"] / "hf" / "model.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    (copy / "domain" / "text.selective.mask.json").unlink()
+    with pytest.raises(ConfigError, match="older than step masks-selective"):
+        run_pipeline(copy)
+
+
+@pytest.mark.slow
+def test_real_processes_under_the_launcher(
+    tmp_path, run_command_line, tiny_encoder, reviews_file, labelled_files
+):
+    """The same driver with its processes, on two ranks, through the launcher."""
+    done = run_command_line(
+        "train/pipeline.py", "--recipe", RECIPE, "--output_dir", tmp_path / "run",
+        "--num_gpus", "2", "--set", *settings(tiny_encoder, reviews_file, labelled_files),
+        "arms=[none]", "general=null", "floors={naive_bayes: true}", "finetune.seeds='13'",
+    )
+    assert "[2/3] finetune-none" in done.stdout and "deepspeed --num_gpus 2" in done.stdout
+    rows = read_csv(tmp_path / "run" / "report" / "table.csv")
+    assert {row["arm"] for row in rows} == {"none", "naive_bayes"}
+    log = (tmp_path / "run" / "logs" / "02-finetune-none.log").read_text()
+    assert "seed 13: test accuracy" in log
+
+
+RANKS = """
+import importlib, json, sys
+import train.engine, train.finetune, train.fit_scorer
+for module in (train.engine, train.finetune, train.fit_scorer):
+    module.finish, last = (lambda: None), module.finish
+for script, *flags in json.load(open(sys.argv[-1])):
+    importlib.import_module(script).main(flags)
+last()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does(
+    finished, tmp_path, run_command_line, reviews_file, labelled_files
+):
+    """Fine-tuning, annotation, the scorer and the scores, in one launch."""
+    root, ranks = finished[0], tmp_path / "ranks"
+    ranks.mkdir()
+    shutil.copytree(root / "domain", ranks / "domain")
+    commands = []
+    for step in ("classifier", "annotate", "scorer", "score"):
+        made_with = json.loads((root / "steps.json").read_text())[step]["made_with"]["command"]
+        words = [word.replace("OUTPUT_DIR", str(ranks)) for word in made_with]
+        for name in ("model_name_or_path", "annotations"):  # what they read is that of one rank
+            if f"--{name}" in words:
+                at = words.index(f"--{name}") + 1
+                words[at] = words[at].replace(str(ranks), str(root))
+        if step == "score":
+            words[words.index("--name") + 1] = "ranks"
+        script = {"classifier": "finetune", "annotate": "annotate", "scorer": "fit_scorer",
+                  "score": "score_tokens"}[step]
+        commands.append([f"train.{script}", *words])
+    (tmp_path / "driver.py").write_text(RANKS)
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    run_command_line(tmp_path / "driver.py", tmp_path / "commands.json", ranks=2)
+
+    stores = [TokenStore.open(str(folder / "annotations" / "text")) for folder in (root, ranks)]
+    marks = [open_array(store.shards[0], "", "importance")[0] for store in stores]
+    np.testing.assert_array_equal(*marks)
+    scores = [open_array(domain(ranks).shards[0], name, "scores")[0].astype(np.float64)
+              for name in ("task", "ranks")]
+    np.testing.assert_allclose(*scores, atol=2e-3)
+    # Dropout differs from rank to rank, so trained weights may; what is counted may not.
+    rows = [json.loads((folder / "classifier" / "results.jsonl").read_text().splitlines()[0])
+            for folder in (root, ranks)]
+    for key in ("seed", "steps", "num_train", "num_validation", "num_test", "identity"):
+        assert rows[0][key] == rows[1][key], key
+    results = [json.loads((folder / "scorer" / "results.json").read_text())
+               for folder in (root, ranks)]
+    for key in ("steps", "baselines", "num_train_sentences", "num_dev_important"):
+        assert results[0][key] == results[1][key], key
+    assert os.path.isfile(ranks / "scorer" / "hf" / "model.safetensors")
