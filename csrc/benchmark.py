@@ -14,6 +14,7 @@ Letters: `B` rows, `S` slots of a row, `M` masked positions, `D` hidden size, `V
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -48,7 +49,7 @@ def all_positions(
 def operations() -> dict[str, Operation]:
     """The baseline, then every implementation through the public function."""
     def through(name: str) -> Operation:
-        return lambda *arguments: csrc.masked_lm_loss(*arguments, implementation=name)
+        return functools.partial(csrc.masked_lm_loss, implementation=name)
 
     return {BASELINE: all_positions, **{name: through(name) for name in csrc.IMPLEMENTATIONS}}
 

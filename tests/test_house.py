@@ -120,6 +120,24 @@ def test_nothing_loaded_can_run_code():
             assert called not in ("yaml.load", "pickle.load", "pickle.loads", "os.system"), path
 
 
+def test_b18_everything_imported_is_declared():
+    import configparser
+    import sys
+
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    text = setup["options"]["install_requires"] + "".join(setup["options.extras_require"].values())
+    declared = {line.split(">")[0].split("=")[0].strip() for line in text.splitlines() if line}
+    named = {"yaml": "pyyaml"}
+    # transformers brings tokenizers and huggingface_hub; datasets brings pyarrow.
+    brought = {"tokenizers", "huggingface_hub", "pyarrow", "triton"}
+    for path in FILES:
+        for module, _ in imports(path):
+            root = module.split(".")[0]
+            if root not in sys.stdlib_module_names and root not in (*ROOMS, *brought):
+                assert named.get(root, root) in declared, f"{path.name} imports {root}"
+
+
 def test_lines_are_short_and_ascii():
     for path in [*FILES, *sorted((ROOT / "tests").glob("*.py"))]:
         for number, line in enumerate(path.read_text().splitlines(), 1):

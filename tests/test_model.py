@@ -168,7 +168,7 @@ def test_gradient_checkpointing_changes_nothing(family):
     for checkpointing in (False, True):
         module = model.build_masked_lm(tiny_config(family), seed=0).train()
         if checkpointing:
-            module.hf.gradient_checkpointing_enable({"use_reentrant": False})
+            model.checkpoint_activations(module.hf)
             assert module.hf.is_gradient_checkpointing
         ids, positions, pieces = packed_rows(LENGTHS)
         torch.manual_seed(5)  # dropout is drawn, and drawn again alike in the backward pass
@@ -286,8 +286,7 @@ def test_folder_round_trip(family, tmp_path, tiny_tokenizer):
     assert not again.fresh_head
     torch.testing.assert_close(parameters(again), parameters(module), atol=0, rtol=0)
     tokenizer = model.load_tokenizer(str(folder))
-    fingerprints = {model.tokenizer_fingerprint(t) for t in (tokenizer, tiny_tokenizer)}
-    assert len(fingerprints) == 1
+    assert tokenizer.backend_tokenizer.to_str() == tiny_tokenizer.backend_tokenizer.to_str()
 
 
 def test_saving_does_not_read_the_weights_of_the_model(tmp_path, tiny_tokenizer):

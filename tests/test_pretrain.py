@@ -167,6 +167,41 @@ def test_same_loss_another_way(options, plain_run, tmp_path, reviews_store, stil
         assert "running in fp32" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_b10_clipping_reaches_the_update(stage, tmp_path, reviews_store, still_encoder):
+    run_dir = pretrained(
+        reviews_store, still_encoder, tmp_path / "run", max_steps=1, max_grad_norm=1e-12,
+        weight_decay=0.0, deepspeed_config=write_ds_config(tmp_path, stage),
+    )
+    before, after = load_file(Path(still_encoder) / "model.safetensors"), weights(run_dir)
+    # Adam would hide a smaller gradient, but for its epsilon of 1e-6, which now is the larger.
+    moved = max(float((after[n] - before[n]).abs().max()) for n in after if n in before)
+    assert moved < 1e-5
+    assert logged(run_dir, metrics.GRAD_NORM)[0] > 0.01  # the norm before clipping is logged
+
+
+def test_b11_checkpointing_recomputes(tmp_path, reviews_store, still_encoder, monkeypatch):
+    from transformers.models.bert.modeling_bert import BertAttention
+
+    calls = []
+    plain = BertAttention.forward
+
+    def counted(self, *words, **names):
+        calls.append(self.training)
+        return plain(self, *words, **names)
+
+    monkeypatch.setattr(BertAttention, "forward", counted)
+    seen = []
+    for checkpointing in (None, True):
+        calls.clear()
+        pretrained(
+            reviews_store, still_encoder, tmp_path / f"run{checkpointing}", max_steps=1,
+            gradient_checkpointing=checkpointing,
+        )
+        seen.append(sum(calls))
+    assert seen == [2, 4]  # two layers, each once more in the backward pass
+
+
 def test_b12_resume_is_exact_with_dropout(tmp_path, reviews_store, tiny_encoder, capsys):
     whole = pretrained(reviews_store, tiny_encoder, tmp_path / "whole", save_steps=2)
     broken = tmp_path / "broken"
@@ -197,6 +232,23 @@ def test_finished_run_is_left_alone(plain_run, reviews_store, still_encoder, cap
                eval_steps=2)
     assert "finished already" in capsys.readouterr().out
     assert (plain_run / "metrics.jsonl").read_text() == before
+
+
+def test_b14_another_checkpoint_is_not_taken_for_the_finished_one(
+    plain_run, tmp_path, reviews_store, still_encoder
+):
+    """The weights count, not where they lie."""
+    run_dir, moved = tmp_path / "run", tmp_path / "encoder"
+    shutil.copytree(plain_run, run_dir)
+    shutil.copytree(still_encoder, moved)
+    options = {"save_steps": 2, "export_steps": [2], "eval_steps": 2}
+    shutil.rmtree(run_dir / "hf")
+    pretrained(reviews_store, str(moved), run_dir, **options)  # from its last checkpoint
+    before, after = weights(plain_run), weights(run_dir)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    shutil.copyfile(run_dir / "hf" / "model.safetensors", moved / "model.safetensors")
+    with pytest.raises(ConfigError, match="made with weights"):
+        pretrained(reviews_store, str(moved), run_dir, **options)
 
 
 def test_head_only_steps_leave_the_encoder(tmp_path, reviews_store, still_encoder):

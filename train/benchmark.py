@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +29,9 @@ import numpy as np
 import torch
 
 from preprocess import masks
-from preprocess.errors import ConfigError, DataError, NonFiniteError, run_command
+from preprocess.errors import ConfigError, run_command
 from preprocess.store import TokenStore, atomic_write_json
-from train import checkpoint, data, metrics, model
+from train import checkpoint, data, metrics, mlm, model
 from train import engine as ds
 from train.config import BenchmarkConfig, as_dict, parse
 from train.metrics import say
@@ -100,11 +99,8 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
     maskings |= {name: data.prebuilt_masking(store, name) for name in config.mask_indices}
     hf_config = model_config(config, store)
     model.check_row_length(hf_config, config.max_seq_length)
-    if store.vocab_size > hf_config.vocab_size:
-        raise DataError(
-            f"{config.model_name_or_path}: its embedding has {hf_config.vocab_size} rows, fewer "
-            f"than the {store.vocab_size} ids of {store.prefix}; tokenize with its tokenizer"
-        )
+    if config.model_name_or_path:
+        mlm.check_vocabulary(store, hf_config, config.model_name_or_path)
     rows, _ = data.row_tables(store, config.max_seq_length, eval_fraction=0.0)
     steps = config.warmup_steps + config.rounds * (1 + config.timed_steps)
     resolved = ds.resolve_ds_config(
@@ -119,22 +115,6 @@ def model_config(config: BenchmarkConfig, store: TokenStore) -> Any:
     if config.model_config:
         return model.named_config(config.model_config, store.vocab_size, store.special_ids["pad"])
     return model.load_config(config.model_name_or_path, config.trust_remote_code)
-
-
-def build_model(inputs: Inputs) -> model.PackedMaskedLM:
-    """The model to train; two calls give the same weights."""
-    config = inputs.config
-    if config.model_config:
-        module = model.build_masked_lm(model_config(config, inputs.store), config.seed)
-    else:
-        module = model.load_masked_lm(
-            config.model_name_or_path, config.seed, config.trust_remote_code
-        )
-    if config.gradient_checkpointing:
-        module.hf.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.torch_compile:
-        module.family.encoder(module.hf).compile()
-    return module
 
 
 def plan(inputs: Inputs) -> list[str]:
@@ -152,23 +132,6 @@ def plan(inputs: Inputs) -> list[str]:
         f"counted steps each; dropped: {config.warmup_steps} warm-up steps, and the first step "
         "of each turn",
     ]
-
-
-def train_step(engine: Any, batch: data.StepBatch, device: torch.device) -> None:
-    """One optimizer step, as `pretrain.py` takes it: with the reductions that it logs from."""
-    scale = ds.ranks().world_size * len(batch.micro_batches) / max(batch.step_masked_tokens, 1)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    hits = torch.zeros((), dtype=torch.float64, device=device)
-    for micro_batch in batch.micro_batches:
-        loss, right = engine(**micro_batch.inputs(device))
-        engine.backward(loss * scale)
-        loss_sum += loss.detach()
-        hits += right
-        if engine.is_gradient_accumulation_boundary():
-            total, _ = ds.all_reduce_sum(loss_sum.item(), hits.item())
-            if not math.isfinite(total):
-                raise NonFiniteError(f"the loss became {total}; lower --learning_rate, or use bf16")
-        engine.step()
 
 
 def make_bare_step(
@@ -249,7 +212,7 @@ def measure(inputs: Inputs) -> dict[str, Measured]:
     """Warm every row up, then let them take turns; collective. The result is that of all ranks."""
     config, ranks = inputs.config, ds.ranks()
     device = ds.start()
-    module = build_model(inputs)
+    module = mlm.build_model(inputs.config, inputs.store)
     decay = inputs.resolved.config["optimizer"]["params"]["weight_decay"]
     groups = ds.parameter_groups(module, decay, module.head_prefixes)
     torch.manual_seed(config.seed + ranks.rank)
@@ -266,12 +229,17 @@ def measure(inputs: Inputs) -> dict[str, Measured]:
     }
     num_steps = config.warmup_steps + config.rounds * (1 + config.timed_steps)
     batches = {name: loader.steps(0, num_steps) for name, loader in loaders.items()}
+
+    def loop_step(batch: data.StepBatch) -> None:
+        mlm.train_step(engine, batch, device, want_norm=False)
+
     for name in inputs.maskings:
         for _ in range(config.warmup_steps):
-            train_step(engine, next(batches[name]), device)
+            loop_step(next(batches[name]))
     engine_gib = _resident_gib()
     prepared = loaders[BASELINE].step(0)
-    bare_step = make_bare_step(inputs, build_model(inputs), prepared, device)
+    bare_model = mlm.build_model(config, inputs.store)
+    bare_step = make_bare_step(inputs, bare_model, prepared, device)
     for _ in range(config.warmup_steps):
         bare_step()
     batches[BARE] = itertools.repeat(prepared)
@@ -285,7 +253,7 @@ def measure(inputs: Inputs) -> dict[str, Measured]:
         for name in names[shift:] + names[:shift]:
             step, foreign = (
                 (lambda _: bare_step(), engine_gib) if name == BARE
-                else (lambda batch: train_step(engine, batch, device), bare_gib)
+                else (loop_step, bare_gib)
             )
             take_turn(inputs, measured[name], batches[name], step, foreign)
             progress.update(1, name)

@@ -9,6 +9,7 @@ JSON's "auto" from it and refuses a contradiction.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import sys
 from dataclasses import dataclass, field
@@ -346,7 +347,8 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
     """Read the command line into `config_class`.
 
     Raises:
-        ConfigError: a value is out of range. (An unknown flag ends in argparse's own exit 2.)
+        ConfigError: an unknown flag, or a value out of range. (A value of the wrong type ends in
+            argparse's own exit 2.)
     """
     from transformers.hf_argparser import HfArgumentParser
 
@@ -354,8 +356,15 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
     as_type: Any = config_class
     parser = HfArgumentParser(as_type, description=description, allow_abbrev=False)
     arguments = sys.argv[1:] if argv is None else argv
-    (config,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
-    return config
+    *configs, unknown = parser.parse_args_into_dataclasses(
+        args=arguments, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        flags = [name for name in parser._option_string_actions if name.startswith("--")]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the options"
+        raise ConfigError(f"unknown argument {unknown[0]}; {hint}")
+    return configs[0]
 
 
 def as_dict(config: Any) -> dict[str, Any]:

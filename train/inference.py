@@ -64,16 +64,18 @@ def check_trained(config: Any, suffix: str, name: str, remedy: str) -> None:
 
 
 def weights_fingerprint(folder: str | Path, config: Any) -> str:
-    """Name the weights of a checkpoint: the sha256 of its safetensors, or the hub's commit.
+    """Name the weights of a checkpoint: the sha256 of its files, or the hub's commit.
 
     Raises:
-        DataError: a folder without safetensors.
+        DataError: a folder without weights.
     """
     if not Path(folder).is_dir():
         return f"{folder}@{getattr(config, '_commit_hash', None)}"
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(
+        Path(folder).glob("pytorch_model*.bin"))
     if not files:
-        raise DataError(f"{folder}: no .safetensors file; give the hf/ folder of a finished run")
+        raise DataError(f"{folder}: no model.safetensors; give the hf/ folder of a finished run, "
+                        "or another checkpoint with weights")
     prints = [file_sha256(file) for file in files]
     return prints[0] if len(prints) == 1 else fingerprint_text(*prints)
 

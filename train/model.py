@@ -7,7 +7,6 @@ attention mask. Letters: `B` rows, `S` slots of a row, `M` masked positions, `D`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -387,9 +386,11 @@ def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
     )
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 of what the tokenizer does: its vocabulary and rules."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+def checkpoint_activations(hf_model: Any) -> None:
+    """Recompute the activations of each layer in the backward pass instead of keeping them."""
+    # transformers renamed it in 5.x; both names take the same argument.
+    enable = getattr(hf_model, "activation_checkpointing_enable", None)
+    (enable or hf_model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def read_lineage(name: str) -> list[dict[str, Any]]:

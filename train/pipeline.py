@@ -419,7 +419,9 @@ class _Planner:
         return self.train(
             name, "train/finetune.py", section, run,
             {**self.recipe["task"], "model_name_or_path": model, "seeds": seeds},
-            lambda: _holds_seeds(run, seeds), needs,
+            lambda: _holds_seeds(run, seeds) and all(
+                _holds_model(run / f"seed_{seed}" / "hf") for seed in seeds.split(",")),
+            needs,
         )
 
     def one_length(self, length: int | None) -> None:

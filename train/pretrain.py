@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from preprocess.errors import ConfigError, DataError, NonFiniteError, run_command
+from preprocess.errors import ConfigError, run_command
 from preprocess.store import TokenStore, read_json
-from train import checkpoint, data, metrics, model
+from train import checkpoint, data, metrics, mlm, model
 from train import engine as ds
 from train.config import PretrainConfig, as_dict, parse
+from train.inference import weights_fingerprint
 from train.metrics import say
-
-UNIGRAM_TOKENS = 10_000_000  # tokens of a shard that are counted
 
 
 @dataclass
@@ -58,10 +57,15 @@ class Inputs:
 def read_inputs(config: PretrainConfig) -> Inputs:
     """Open and check the store, the masks and the DeepSpeed JSON."""
     store = TokenStore.open(config.tokens)
+    weights = str(config.model_config)
     if config.model_name_or_path:
         hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
         model.check_row_length(hf_config, config.max_seq_length)
-        check_vocabulary(store, hf_config, config.model_name_or_path)
+        mlm.check_vocabulary(store, hf_config, config.model_name_or_path)
+        weights = "fresh"
+        if not config.from_scratch:
+            folder = model.local_checkpoint(config.model_name_or_path)
+            weights = weights_fingerprint(folder, hf_config)
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)
     else:
@@ -85,35 +89,11 @@ def read_inputs(config: PretrainConfig) -> Inputs:
         "eval_fraction": config.eval_fraction,
         "train_batch_size": resolved.train_batch_size,
         "max_steps": config.max_steps,
-        "model": config.model_name_or_path or config.model_config,
+        "weights": weights,
     }
     return Inputs(
         config, store, train_rows, eval_rows, masking, eval_maskings, resolved, identity
     )
-
-
-def check_vocabulary(store: TokenStore, hf_config: Any, name: str) -> None:
-    """Refuse a model whose tokenizer is not the store's."""
-    tokenizer = model.load_tokenizer(name)
-    theirs = model.load_tokenizer(store.tokenizer_dir)
-    if tokenizer.get_vocab() != theirs.get_vocab():
-        raise DataError(
-            f"{store.prefix}: tokenized with another vocabulary ({len(theirs)} entries) than "
-            f"{name} has ({len(tokenizer)}); run tokenize_corpus.py with --tokenizer {name}"
-        )
-    if store.vocab_size > hf_config.vocab_size:
-        raise DataError(
-            f"{name}: its embedding has {hf_config.vocab_size} rows, fewer than the "
-            f"{store.vocab_size} ids of {store.prefix}"
-        )
-
-
-def token_frequencies(store: TokenStore) -> np.ndarray:
-    """Log-probability of each id under a unigram model of the store's beginning, `(V,)` float64."""
-    counts = np.ones(store.vocab_size)
-    for shard in store.shards:
-        counts += np.bincount(shard.tokens[:UNIGRAM_TOKENS], minlength=store.vocab_size)
-    return np.log(counts / counts.sum())
 
 
 def unigram_loss(inputs: Inputs, rows: int) -> float:
@@ -121,40 +101,13 @@ def unigram_loss(inputs: Inputs, rows: int) -> float:
 
     A model that stays above it has learnt nothing from context.
     """
-    log_frequency = token_frequencies(inputs.store)
+    log_frequency = mlm.token_frequencies(inputs.store)
     held = data.PackedData(
         inputs.store, inputs.eval_rows, inputs.eval_maskings[""], seed=data.EVAL_SEED,
         micro_batch_size=inputs.resolved.micro_batch_size,
     )
     labels = [batch.masked_labels[:batch.num_masked].numpy() for batch in held.in_order(rows)]
     return float(-log_frequency[np.concatenate(labels)].mean())
-
-
-def build_model(inputs: Inputs) -> model.PackedMaskedLM:
-    """The model to train, with fresh or loaded weights."""
-    config = inputs.config
-    if config.model_config:
-        hf_config = model.named_config(
-            config.model_config, inputs.store.vocab_size, inputs.store.special_ids["pad"]
-        )
-        model.check_row_length(hf_config, config.max_seq_length)
-        module = model.build_masked_lm(hf_config, config.seed)
-    elif config.from_scratch:
-        hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
-        module = model.build_masked_lm(hf_config, config.seed)
-    else:
-        module = model.load_masked_lm(
-            config.model_name_or_path, config.seed, config.trust_remote_code
-        )
-        if module.fresh_head:
-            # From here the loss starts at the unigram entropy instead of ln V, and the encoder
-            # is spared the gradients that would only teach the bias.
-            module.set_output_bias(token_frequencies(inputs.store))
-    if config.gradient_checkpointing:
-        module.hf.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.torch_compile:
-        module.family.encoder(module.hf).compile()
-    return module
 
 
 def plan(inputs: Inputs) -> list[str]:
@@ -254,43 +207,6 @@ def freeze_encoder(engine: Any) -> None:
             group["lr"] = 0.0
 
 
-def train_step(
-    engine: Any, batch: data.StepBatch, device: torch.device, want_norm: bool
-) -> tuple[float, float, float | None]:
-    """Take one optimizer step.
-
-    Returns:
-        Mean loss and accuracy over the masked tokens of the global batch, and the norm of the
-        gradient if it is wanted.
-    Raises:
-        NonFiniteError: the loss is not a number, on any rank; nothing has been updated.
-    """
-    scale = ds.ranks().world_size * len(batch.micro_batches) / max(batch.step_masked_tokens, 1)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    hits = torch.zeros((), dtype=torch.float64, device=device)
-    norm = None
-    for micro_batch in batch.micro_batches:
-        loss, right = engine(**micro_batch.inputs(device))
-        # DeepSpeed averages over micro batches and ranks; the scale turns that into the sum over
-        # the global batch divided by its number of masked tokens.
-        engine.backward(loss * scale)
-        loss_sum += loss.detach()
-        hits += right
-        if engine.is_gradient_accumulation_boundary():
-            total, right_total = ds.all_reduce_sum(loss_sum.item(), hits.item())
-            if not math.isfinite(total):
-                raise NonFiniteError(
-                    f"the loss became {total} at step {engine.global_steps + 1}; lower "
-                    "--learning_rate, lengthen --warmup_ratio, or use bf16"
-                )
-            norm = ds.gradient_norm(engine) if want_norm else None
-        engine.step()
-    if want_norm and norm is None:
-        norm = engine.get_global_grad_norm()
-    count = max(batch.step_masked_tokens, 1)
-    return total / count, right_total / count, None if norm is None else float(norm)
-
-
 def export(engine: Any, module: model.PackedMaskedLM, inputs: Inputs, totals: Totals,
            out_dir: Path) -> None:
     """Write the present weights as a folder that transformers loads; collective."""
@@ -311,6 +227,8 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: Inputs, totals: To
         "store": inputs.store.fingerprint,
         "mask_index": inputs.identity["mask_index"],
         "started_from": source or config.model_config,
+        "weights": inputs.identity["weights"],
+        "mask_rate": inputs.masking.rate,
         "train_batch_size": inputs.resolved.train_batch_size,
         "max_seq_length": config.max_seq_length,
     }
@@ -332,7 +250,7 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     ranks = ds.ranks()
     resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     device = ds.start()
-    module = build_model(inputs)
+    module = mlm.build_model(config, inputs.store, config.from_scratch)
     if module.fresh_head and not (config.from_scratch or config.model_config):
         if config.max_steps and not config.head_only_steps:
             say("a fresh head hurts the encoder at first: consider --head_only_steps 100")
@@ -376,7 +294,7 @@ def train(inputs: Inputs, run_dir: Path) -> None:
         rate = float(engine.get_lr()[0])
         ending = totals.step + 1 == config.max_steps
         logs = ending or (totals.step + 1) % config.logging_steps == 0
-        loss, accuracy, norm = train_step(engine, batch, device, want_norm=logs)
+        loss, accuracy, norm = mlm.train_step(engine, batch, device, want_norm=logs)
         totals.step += 1
         totals.tokens += batch.step_tokens
         totals.masked_tokens += batch.step_masked_tokens
@@ -461,7 +379,8 @@ def is_finished(run_dir: Path, inputs: Inputs) -> bool:
     stage = read_json(last)["stages"][-1]
     return stage.get("steps") == inputs.config.max_steps and all(
         stage.get(key) == inputs.identity[key]
-        for key in ("store", "mask_index", "masking", "seed", "train_batch_size", "max_seq_length")
+        for key in ("store", "weights", "mask_index", "masking", "mask_rate", "seed",
+                    "train_batch_size", "max_seq_length")
     )
 
 
@@ -474,7 +393,7 @@ def run(config: PretrainConfig) -> None:
     for line in (*inputs.resolved.notes, *plan(inputs)):
         say(line)
     if config.dry_run:
-        say(memory_line(build_model(inputs), inputs))
+        say(memory_line(mlm.build_model(config, inputs.store, config.from_scratch), inputs))
         return
     if is_finished(run_dir, inputs):
         say(f"{run_dir}: finished already")

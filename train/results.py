@@ -103,11 +103,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def finished_seeds(run_dir: Path) -> list[int]:
-    """Seeds that have a row in `run_dir/results.jsonl`; empty if the file is absent."""
+    """Seeds that have a row in `run_dir/results.jsonl` and their predictions."""
     path = Path(run_dir) / "results.jsonl"
     if not path.is_file():
         return []
-    return [int(row["seed"]) for row in read_json_lines(path) if "seed" in row]
+    seeds = [int(row["seed"]) for row in read_json_lines(path) if "seed" in row]
+    return [seed for seed in seeds if (path.parent / f"seed_{seed}/predictions.jsonl").is_file()]
 
 
 def read_finetune_run(run_dir: Path | str) -> FinetuneRun:

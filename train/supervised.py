@@ -41,6 +41,7 @@ from train.engine import (
     resolve_ds_config,
 )
 from train.metrics import LEARNING_RATE, TRAIN_LOSS, MetricsWriter, Progress, say
+from train.model import checkpoint_activations
 
 IGNORED = -100
 """Target of a token that is left out of the loss and of the metrics."""
@@ -457,7 +458,7 @@ def fit(
     The engine and its memory are gone afterwards, so that one process can train many seeds.
     """
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     if config.torch_compile:
         model.compile(dynamic=True)  # batches differ in length
     weight_decay = resolved.config["optimizer"]["params"]["weight_decay"]

@@ -1,0 +1,110 @@
+"""Masked language modelling, shared by `pretrain.py` and `benchmark.py`: the model and the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from preprocess.errors import DataError, NonFiniteError
+from preprocess.store import TokenStore
+from train import data, model
+from train import engine as ds
+from train.config import BenchmarkConfig, PretrainConfig
+
+UNIGRAM_TOKENS = 10_000_000  # tokens of a shard that are counted
+
+
+def check_vocabulary(store: TokenStore, hf_config: Any, name: str) -> None:
+    """Refuse a model whose tokenizer is not the store's."""
+    tokenizer = model.load_tokenizer(name)
+    theirs = model.load_tokenizer(store.tokenizer_dir)
+    if tokenizer.get_vocab() != theirs.get_vocab():
+        raise DataError(
+            f"{store.prefix}: tokenized with another vocabulary ({len(theirs)} entries) than "
+            f"{name} has ({len(tokenizer)}); run tokenize_corpus.py with --tokenizer {name}"
+        )
+    if store.vocab_size > hf_config.vocab_size:
+        raise DataError(
+            f"{name}: its embedding has {hf_config.vocab_size} rows, fewer than the "
+            f"{store.vocab_size} ids of {store.prefix}"
+        )
+
+
+def token_frequencies(store: TokenStore) -> np.ndarray:
+    """Log-probability of each id under a unigram model of the store's beginning, `(V,)` float64."""
+    counts = np.ones(store.vocab_size)
+    for shard in store.shards:
+        counts += np.bincount(shard.tokens[:UNIGRAM_TOKENS], minlength=store.vocab_size)
+    return np.log(counts / counts.sum())
+
+
+def build_model(
+    config: PretrainConfig | BenchmarkConfig, store: TokenStore, from_scratch: bool = False
+) -> model.PackedMaskedLM:
+    """The model to train, with fresh or loaded weights; two calls give the same.
+
+    Args:
+        from_scratch: keep the configuration of the checkpoint, draw the weights.
+    """
+    if config.model_config:
+        hf_config = model.named_config(
+            config.model_config, store.vocab_size, store.special_ids["pad"]
+        )
+        model.check_row_length(hf_config, config.max_seq_length)
+        module = model.build_masked_lm(hf_config, config.seed)
+    elif from_scratch:
+        hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
+        module = model.build_masked_lm(hf_config, config.seed)
+    else:
+        module = model.load_masked_lm(
+            config.model_name_or_path, config.seed, config.trust_remote_code
+        )
+        if module.fresh_head:
+            # From here the loss starts at the unigram entropy instead of ln V, and the encoder
+            # is spared the gradients that would only teach the bias.
+            module.set_output_bias(token_frequencies(store))
+    if config.gradient_checkpointing:
+        model.checkpoint_activations(module.hf)
+    if config.torch_compile:
+        module.family.encoder(module.hf).compile()
+    return module
+
+
+def train_step(
+    engine: Any, batch: data.StepBatch, device: torch.device, want_norm: bool
+) -> tuple[float, float, float | None]:
+    """Take one optimizer step.
+
+    Returns:
+        Mean loss and accuracy over the masked tokens of the global batch, and the norm of the
+        gradient if it is wanted.
+    Raises:
+        NonFiniteError: the loss is not a number, on any rank; nothing has been updated.
+    """
+    scale = ds.ranks().world_size * len(batch.micro_batches) / max(batch.step_masked_tokens, 1)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    hits = torch.zeros((), dtype=torch.float64, device=device)
+    norm = None
+    for micro_batch in batch.micro_batches:
+        loss, right = engine(**micro_batch.inputs(device))
+        # DeepSpeed averages over micro batches and ranks; the scale turns that into the sum over
+        # the global batch divided by its number of masked tokens.
+        engine.backward(loss * scale)
+        loss_sum += loss.detach()
+        hits += right
+        if engine.is_gradient_accumulation_boundary():
+            total, right_total = ds.all_reduce_sum(loss_sum.item(), hits.item())
+            if not math.isfinite(total):
+                raise NonFiniteError(
+                    f"the loss became {total} at step {engine.global_steps + 1}; lower "
+                    "--learning_rate, lengthen --warmup_ratio, or use bf16"
+                )
+            norm = ds.gradient_norm(engine) if want_norm else None
+        engine.step()
+    if want_norm and norm is None:
+        norm = engine.get_global_grad_norm()
+    count = max(batch.step_masked_tokens, 1)
+    return total / count, right_total / count, None if norm is None else float(norm)
