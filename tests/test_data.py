@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -103,6 +104,7 @@ def make_shards(lengths: list[list[list[int]]]) -> SimpleNamespace:
     return SimpleNamespace(shards=shards, prefix="p")
 
 
+EVERY = 2**32 - 1
 sentence_lengths = st.one_of(st.integers(0, 6), st.integers(0, 60))
 stores_of_lengths = st.lists(
     st.lists(st.lists(sentence_lengths, max_size=8), max_size=8), min_size=1, max_size=3
@@ -110,13 +112,24 @@ stores_of_lengths = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(lengths=stores_of_lengths, slots=st.integers(8, 40), picks=st.integers(0, 2**32 - 1))
-@example(lengths=[[[1, 14]]], slots=16, picks=2**32 - 1)  # a first version never ended on these
-@example(lengths=[[[1, 14]] * 40], slots=16, picks=2**32 - 1)
-@example(lengths=[[[1, 6, 1, 6]] * 40], slots=8, picks=2**32 - 1)
-@example(lengths=[[[0], [], [0, 0, 3, 0]], [], [[]]], slots=8, picks=2**32 - 1)
-@example(lengths=[[[100, 1, 100]]], slots=8, picks=2**32 - 1)
-def test_packer_places_every_token_once(lengths, slots, picks):
+@given(
+    lengths=stores_of_lengths, slots=st.integers(8, 40), picks=st.integers(0, EVERY),
+    open_rows=st.sampled_from([1, 2, 5, 32]),
+)
+# A first version never ended on these.
+@example(lengths=[[[1, 14]]], slots=16, picks=EVERY, open_rows=1)
+@example(lengths=[[[1, 14]] * 40], slots=16, picks=EVERY, open_rows=32)
+@example(lengths=[[[8]] * 40 + [[9], [1, 14]]], slots=16, picks=EVERY, open_rows=32)
+@example(lengths=[[[1, 6, 1, 6]] * 40], slots=8, picks=EVERY, open_rows=32)
+@example(lengths=[[[0], [], [0, 0, 3, 0]], [], [[]]], slots=8, picks=EVERY, open_rows=32)
+@example(lengths=[[[100, 1, 100]]], slots=8, picks=EVERY, open_rows=2)
+def test_packer_places_every_token_once(lengths, slots, picks, open_rows):
+    with mock.patch.object(data, "OPEN_ROWS", open_rows):
+        check_packing(lengths, slots, picks)
+
+
+def check_packing(lengths: list[list[list[int]]], slots: int, picks: int) -> None:
+    """Bit d of `picks` tells whether document d (modulo 32) is packed."""
     store = make_shards(lengths)
     chosen, number = [], 0
     for documents in lengths:
@@ -195,7 +208,7 @@ def document_ids_of(store: TokenStore, table: RowTable) -> set[bytes]:
 def test_held_out_documents_are_disjoint_by_content(tmp_path, tiny_tokenizer):
     documents = random_documents(np.random.default_rng(2), 200, FIRST_WORD, 40)
     # The same text in another shard, and cut into other sentences, falls on the same side.
-    copies = [[[i for sentence in document for i in sentence]] for document in documents[:60]]
+    copies = [[[i for sentence in document for i in sentence]] for document in documents[59::-1]]
     store = write_store(tmp_path / "p", tiny_tokenizer, [documents, copies])
     train, held = row_tables(store, 32, 0.2)
     assert not document_ids_of(store, train) & document_ids_of(store, held)
