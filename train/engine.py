@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from preprocess.errors import ConfigError
+from preprocess.errors import ConfigError, NonFiniteError
 from train.config import TrainingConfig
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -384,6 +384,20 @@ def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved
         # at its step 0. From here, step n of the run has the rate of the schedule's step n.
         engine.lr_scheduler.step(1)
     return engine
+
+
+def take_step(engine: Any) -> None:
+    """`engine.step()`; DeepSpeed's complaint that the loss scale is at its floor becomes ours."""
+    try:
+        engine.step()
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise NonFiniteError(
+            f"step {engine.global_steps + 1}: the gradients overflow at the smallest loss scale; "
+            "use bf16, lower --learning_rate or lengthen --warmup_ratio, or lower min_loss_scale "
+            "in the DeepSpeed JSON"
+        ) from None
 
 
 def gradient_norm(engine: Any) -> float | None:

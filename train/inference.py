@@ -74,8 +74,8 @@ def weights_fingerprint(folder: str | Path, config: Any) -> str:
     files = sorted(Path(folder).glob("*.safetensors")) or sorted(
         Path(folder).glob("pytorch_model*.bin"))
     if not files:
-        raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder of "
-                        "a finished run, or another checkpoint with weights")
+        raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
+                        "of a finished run, or another checkpoint with weights")
     prints = [file_sha256(file) for file in files]
     return prints[0] if len(prints) == 1 else fingerprint_text(*prints)
 

@@ -103,7 +103,7 @@ def train_step(
                     "--learning_rate, lengthen --warmup_ratio, or use bf16"
                 )
             norm = ds.gradient_norm(engine) if want_norm else None
-        engine.step()
+        ds.take_step(engine)
     if want_norm and norm is None:
         norm = engine.get_global_grad_norm()
     count = max(batch.step_masked_tokens, 1)

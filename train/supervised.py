@@ -39,6 +39,7 @@ from train.engine import (
     ranks,
     read_ds_config,
     resolve_ds_config,
+    take_step,
 )
 from train.metrics import LEARNING_RATE, TRAIN_LOSS, MetricsWriter, Progress, say
 from train.model import checkpoint_activations
@@ -336,7 +337,7 @@ def train_step(
         logits = engine(**inputs).logits
         loss = weighted_loss(logits, targets, kept, class_weights) / mass
         engine.backward(loss * factor)
-        engine.step()
+        take_step(engine)
         total += loss.detach()
     return total
 
