@@ -363,12 +363,6 @@ MISSHAPEN = {
 }
 
 
-UNCHECKED = pytest.mark.xfail(
-    strict=True, reason="resolve_ds_config does not look at the shapes and types of blocks yet"
-)
-
-
-@UNCHECKED
 @pytest.mark.parametrize("name", MISSHAPEN)
 def test_misshapen_configurations_are_refused(name):
     raw, fragment = MISSHAPEN[name]
@@ -376,7 +370,6 @@ def test_misshapen_configurations_are_refused(name):
         resolve(raw)
 
 
-@UNCHECKED
 def test_a_learning_rate_that_the_schedule_overrides_is_a_contradiction():
     raw = {**optimizer(lr="auto"), **scheduler(warmup_max_lr=5e-5)}
     with pytest.raises(ConfigError, match="--learning_rate 0.001 contradicts warmup_max_lr 5e-05"):

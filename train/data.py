@@ -220,7 +220,7 @@ class _Packer:
         while at < last:
             ends = np.searchsorted(cuts, cuts[at] + self._room, side="right") - 1
             lengths = cuts[np.maximum(ends, at)] - cuts[at]
-            usable = (lengths >= self._shortest) | ((ends >= last) & (lengths > 0))
+            usable = (lengths >= self._shortest) | (ends >= last)
             waste = np.where(usable, self._room - lengths, self._slots)
             row = int(waste.argmin())
             if not usable[row]:

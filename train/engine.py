@@ -24,6 +24,14 @@ DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_BATCH = 32
 WARMUP_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+# DeepSpeed's own names; any other is looked up in torch.optim (and .lr_scheduler).
+OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muon")
+SCHEDULERS = (*WARMUP_SCHEDULERS, "OneCycle", "LRRangeTest")
+# Blocks that are read here: what is written there must be an object.
+BLOCKS = (
+    "fp16", "bf16", "zero_optimization", "zero_optimization.offload_optimizer",
+    "optimizer", "optimizer.params", "scheduler", "scheduler.params",
+)
 
 # What DeepSpeed 0.19 reads at the top level, as far as an encoder needs it. DeepSpeed accepts
 # any other key in silence, so {"zero_optimizaton": ...} would train without ZeRO.
@@ -113,6 +121,29 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _check_blocks(config: dict[str, Any]) -> None:
+    for path in BLOCKS:
+        *parents, key = path.split(".")
+        block = config
+        for parent in parents:
+            block = block.get(parent, {})
+        if not isinstance(block.get(key, {}), dict):
+            raise ConfigError(
+                f"{path} {block[key]!r} in the DeepSpeed JSON: must be an object in braces"
+            )
+
+
+def _check_type(block: dict[str, Any], where: str, known: tuple[str, ...], module: Any) -> None:
+    """Refuse a `type` that neither DeepSpeed nor torch has."""
+    kind = block.get("type")
+    name = kind.lower() if known is OPTIMIZERS and isinstance(kind, str) else kind
+    if name not in known and not isinstance(getattr(module, str(kind), None), type):
+        raise ConfigError(
+            f"{where}.type {kind!r} in the DeepSpeed JSON: must be {', '.join(known)}, or a class "
+            f"of {module.__name__}"
+        )
+
+
 def _settle(config: dict[str, Any], key: str, flag: str, given: Any, default: Any) -> Any:
     """Fill config[key] if absent or "auto"; refuse a flag that contradicts a written value."""
     written = config.get(key, "auto")
@@ -162,6 +193,8 @@ def _settle_batch(config: dict[str, Any], options: TrainingConfig, world_size: i
 
 def _settle_precision(config: dict[str, Any], options: TrainingConfig) -> tuple[str, list[str]]:
     """Which precision the JSON asks for, and what this device has instead."""
+    for name in ("fp16", "bf16"):
+        _refuse_auto(config.get(name, {}), name)  # also where the block is dropped below
     wanted = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
     if len(wanted) == 2:
         raise ConfigError("the DeepSpeed JSON enables fp16 and bf16; keep one")
@@ -186,7 +219,9 @@ def _refuse_auto(value: Any, where: str) -> None:
     if value == "auto":
         raise ConfigError(f'the DeepSpeed JSON has "auto" at {where}, which we cannot fill; '
                           "write a value there")
-    items = value.items() if isinstance(value, dict) else ()
+    items: Any = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        items = enumerate(value)
     for key, inner in items:
         _refuse_auto(inner, f"{where}.{key}" if where else key)
 
@@ -196,8 +231,9 @@ def _number(block: dict[str, Any], key: str, where: str, low: float, high: float
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        name = f"{where}.{key}" if where else key
         raise ConfigError(
-            f"{where}.{key} {value!r} in the DeepSpeed JSON: must be a number in [{low}, {high}]"
+            f"{name} {value!r} in the DeepSpeed JSON: must be a number in [{low}, {high}]"
         )
 
 
@@ -224,10 +260,12 @@ def resolve_ds_config(
         ConfigError: a contradiction, a bad value, or an "auto" that nothing fills.
     """
     config = json.loads(json.dumps(raw))
+    _check_blocks(config)
     micro, accumulation, train = _settle_batch(config, options, world_size, default_batch)
     _settle(config, "gradient_clipping", "max_grad_norm", options.max_grad_norm, 1.0)
     _number(config, "gradient_clipping", "", 0, 1e6)
     optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    _check_type(optimizer, "optimizer", OPTIMIZERS, torch.optim)
     parameters = optimizer.setdefault("params", {})
     _settle(parameters, "lr", "learning_rate", options.learning_rate, default_learning_rate)
     _settle(parameters, "weight_decay", "weight_decay", options.weight_decay, 0.01)
@@ -245,7 +283,7 @@ def resolve_ds_config(
     _settle_schedule(config, options, total_steps, default_warmup_ratio, parameters["lr"])
     _refuse_auto(config, "")
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ConfigError(f"zero_optimization.stage {stage!r}: must be 0, 1, 2 or 3")
     return Resolved(config, micro, accumulation, train, precision, tuple(notes))
 
@@ -255,8 +293,9 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
     scheduler = config.get("scheduler")
     if scheduler is None:
         scheduler = config["scheduler"] = {"type": "WarmupDecayLR", "params": {}}
+    _check_type(scheduler, "scheduler", SCHEDULERS, torch.optim.lr_scheduler)
     schedule = scheduler.setdefault("params", {})
-    if scheduler.get("type") not in WARMUP_SCHEDULERS:
+    if scheduler["type"] not in WARMUP_SCHEDULERS:
         return
     ratio = default_warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
     if schedule.get("warmup_num_steps", "auto") == "auto":
@@ -270,11 +309,13 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
     schedule.setdefault("warmup_type", "linear")  # DeepSpeed's own default is logarithmic
     if scheduler["type"] != "WarmupCosineLR":
         schedule.setdefault("warmup_min_lr", 0)
-        if schedule.get("warmup_max_lr", "auto") == "auto":
-            schedule["warmup_max_lr"] = learning_rate
+        # The schedule's peak is what trains; the optimizer's lr only says it once more.
+        _settle(schedule, "warmup_max_lr", "learning_rate", options.learning_rate, learning_rate)
+    _number(schedule, "warmup_num_steps", "scheduler.params", 0, 1e12)
     if scheduler["type"] != "WarmupLR" and schedule.get("total_num_steps", "auto") == "auto":
         # One more than there are, so that the last step still has a rate above 0.
         schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"]) + 1
+    _number(schedule, "total_num_steps", "scheduler.params", 1, 1e12)
 
 
 def start() -> torch.device:
