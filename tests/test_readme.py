@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -145,6 +146,9 @@ def test_the_commands_run_as_shown(
     assert (tmp_path / "report" / "table.csv").is_file()
     assert (tmp_path / "vocabulary" / "tokenizer.json").is_file()
     assert not (tmp_path / "mine").exists()  # --dry_run
+    logged = {tag for path in tmp_path.rglob("metrics.jsonl") for line in path.open()
+              for tag in json.loads(line)}
+    assert logged - {"step", "time"} == set(metrics.TAGS) - {metrics.LOSS_SCALE}
     # Whatever the README says about where things lie is true of these runs.
     made = {path.name for path in tmp_path.rglob("*")}
     for name in ("config.resolved.yaml", "ds_config.resolved.json", "env.json", "metrics.jsonl",

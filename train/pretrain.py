@@ -302,7 +302,9 @@ def train(inputs: Inputs, run_dir: Path) -> None:
         totals.seconds += now - clock
         window.add(loss, accuracy)
         if logs:
-            scalars = {metrics.LEARNING_RATE: rate, **window.scalars(totals, engine)}
+            epoch = totals.step * resolved.train_batch_size / inputs.train_rows.num_rows
+            scalars = {metrics.LEARNING_RATE: rate, metrics.EPOCH: epoch,
+                       **window.scalars(totals, engine)}
             if norm is not None:
                 scalars[metrics.GRAD_NORM] = norm
             writer.scalars(totals.step, scalars)

@@ -41,7 +41,7 @@ from train.engine import (
     resolve_ds_config,
     take_step,
 )
-from train.metrics import LEARNING_RATE, TRAIN_LOSS, MetricsWriter, Progress, say
+from train.metrics import EPOCH, LEARNING_RATE, TRAIN_LOSS, MetricsWriter, Progress, say
 from train.model import checkpoint_activations
 
 IGNORED = -100
@@ -558,7 +558,8 @@ def train_and_select(
         if step % config.logging_steps == 0 or step % per_epoch == 0:
             (loss,) = all_reduce_sum(float(running) / running_steps)
             _refuse_non_finite(loss, "training loss", step)
-            writer.scalars(step, {TRAIN_LOSS: loss, LEARNING_RATE: learning_rate})
+            writer.scalars(step, {TRAIN_LOSS: loss, LEARNING_RATE: learning_rate,
+                                  EPOCH: step / per_epoch})
             text = f"loss {loss:.4f}"
             running.zero_()
             running_steps = 0
