@@ -31,6 +31,8 @@ from preprocess.errors import ConfigError, DataError
 MASKED_SHARE = 0.8
 RANDOM_SHARE = 0.1
 
+ROUNDING_WINDOW = 4096  # tokens; with a single draw, rows of equal length could all round one way
+
 # One stream for each decision, so that no two decisions about a token share a number.
 STREAM_BUDGET = 0
 STREAM_CHOICE = 1
@@ -39,6 +41,7 @@ STREAM_FILL = 3
 STREAM_MATCHED = 4
 STREAM_CORRUPTION = 5
 STREAM_REPLACEMENT = 6
+STREAM_WORD = 7
 
 
 # ------------------------------------------------------------------------------- randomness
@@ -184,7 +187,11 @@ def draw_counts(sequences: Sequences) -> np.ndarray:
     """Draw how many tokens of each sequence `random` masks.
 
     Stochastic rounding: 22 candidates at 15 % are 3.3, so 3 with probability 0.7 and 4 with 0.3.
-    The rate is met in expectation by every sequence, however short.
+    The rate is met in expectation by every sequence, however short. One number u is drawn for
+    every `ROUNDING_WINDOW` tokens of the store, and a sequence of n candidates at position p gets
+    floor(rate (p + n) + u) - floor(rate p + u): where one sequence is rounded up its neighbour is
+    rounded down, so that a run of neighbours is within a token or two of its rate. Yet the count
+    of a sequence depends on nothing but its position and its candidates.
 
     Returns:
         Counts, `(B,)` int64, at most the candidates of each sequence.
@@ -197,8 +204,11 @@ def _draw_counts(sequences: Sequences, found: _Candidates) -> np.ndarray:
     filled = found.counts > 0
     first = sequences.positions[found.index[found.starts[filled]]]
     counts = np.zeros(len(found.counts), dtype=np.int64)
-    draw = counter_uniform(sequences.seed, sequences.epoch, first, STREAM_BUDGET)
-    counts[filled] = np.floor(sequences.rate * found.counts[filled] + draw)
+    windows = first // ROUNDING_WINDOW
+    shift = counter_uniform(sequences.seed, sequences.epoch, windows, STREAM_BUDGET)
+    before = sequences.rate * first + shift.astype(np.float64)
+    after = before + sequences.rate * found.counts[filled]
+    counts[filled] = np.floor(after) - np.floor(before)
     return np.minimum(counts, found.counts)
 
 
@@ -303,7 +313,7 @@ def choose_whole_words(sequences: Sequences) -> np.ndarray:
     spent = np.cumsum(size[order]) - size[order] - found.starts[word_sequence]
     left = sequences.rate * found.counts[word_sequence] - spent
     positions = sequences.positions[word_index[order]]
-    draw = counter_uniform(sequences.seed, sequences.epoch, positions, STREAM_BUDGET)
+    draw = counter_uniform(sequences.seed, sequences.epoch, positions, STREAM_WORD)
     kept = np.zeros(len(first), dtype=bool)
     kept[order] = draw * size[order] < left
     return found.index[kept[word]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import csrc
-from preprocess.errors import ConfigError, DataError, NonFiniteError
+from preprocess.errors import ConfigError, DataError, NonFiniteError, StopRequested
 from preprocess.store import TokenStore, write_array
 from train import engine as ds
-from train import metrics, pretrain
+from train import metrics, mlm, pretrain
 from train.config import PretrainConfig, parse
 
 STEPS = 4
@@ -224,6 +226,25 @@ def test_b12_resume_is_exact_with_dropout(tmp_path, reviews_store, tiny_encoder,
     shutil.rmtree(broken / "checkpoints")
     with pytest.raises(DataError, match="--resume is must"):
         pretrained(reviews_store, tiny_encoder, broken, resume="must")
+
+
+def test_a_stop_request_leaves_a_checkpoint(tmp_path, reviews_store, tiny_encoder, monkeypatch):
+    whole = pretrained(reviews_store, tiny_encoder, tmp_path / "whole")
+    plain = mlm.train_step
+
+    def stopped_in_the_second_step(engine, *words, **names):
+        if engine.global_steps == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(engine, *words, **names)
+
+    monkeypatch.setattr(mlm, "train_step", stopped_in_the_second_step)
+    with pytest.raises(StopRequested, match="after step 2 of 4"):
+        pretrained(reviews_store, tiny_encoder, tmp_path / "run")
+    assert not (tmp_path / "run" / "hf").exists()
+    monkeypatch.undo()
+    run_dir = pretrained(reviews_store, tiny_encoder, tmp_path / "run", resume="must")
+    first, second = weights(whole), weights(run_dir)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_finished_run_is_left_alone(plain_run, reviews_store, still_encoder, capsys):

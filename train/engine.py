@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,6 +373,32 @@ def barrier() -> None:
     """Wait for all ranks."""
     if ranks().world_size > 1:
         torch.distributed.barrier()
+
+
+class StopSignal:
+    """Notes the first SIGTERM or Ctrl-C, so that the loop can leave a checkpoint first.
+
+    A second one ends the process as usual.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._asked = True
+        self.forget()
+
+    def asked_anywhere(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on every rank."""
+        return all_reduce_sum(float(self._asked))[0] > 0
+
+    def forget(self) -> None:
+        """Give the signals back to their former handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 def parameter_groups(

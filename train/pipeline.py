@@ -414,8 +414,8 @@ class _Planner:
         )
 
     def finetune(self, name: str, section: str, run: Path, model: str | Path,
-                 needs: list[str]) -> str:
-        seeds = _seeds(self.recipe[section])
+                 needs: list[str], seeds: str = "") -> str:
+        seeds = seeds or _seeds(self.recipe[section])
         return self.train(
             name, "train/finetune.py", section, run,
             {**self.recipe["task"], "model_name_or_path": model, "seeds": seeds},
@@ -546,7 +546,8 @@ class _Planner:
             needs=[f"tokenize-{which}"],
         )
         run = self.root / "floors" / "untrained"
-        self.finetune("finetune-untrained", "finetune", run, model / "hf", [name])
+        first = _seeds(recipe["finetune"]).split(",")[0]  # a floor needs no interval
+        self.finetune("finetune-untrained", "finetune", run, model / "hf", [name], seeds=first)
         return run
 
     def report(self) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from preprocess.errors import ConfigError, run_command
+from preprocess.errors import ConfigError, StopRequested, run_command
 from preprocess.store import TokenStore, read_json
 from train import checkpoint, data, metrics, mlm, model
 from train import engine as ds
@@ -244,12 +244,9 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: Inputs, totals: To
     )
 
 
-def train(inputs: Inputs, run_dir: Path) -> None:
-    """Train, evaluate, save and export; reads downwards."""
+def start_engine(inputs: Inputs) -> tuple[Any, model.PackedMaskedLM]:
+    """The model, and the DeepSpeed engine around it."""
     config, resolved = inputs.config, inputs.resolved
-    ranks = ds.ranks()
-    resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
-    device = ds.start()
     module = mlm.build_model(config, inputs.store, config.from_scratch)
     if module.fresh_head and not (config.from_scratch or config.model_config):
         if config.max_steps and not config.head_only_steps:
@@ -262,8 +259,21 @@ def train(inputs: Inputs, run_dir: Path) -> None:
         module, resolved.config["optimizer"]["params"]["weight_decay"], module.head_prefixes,
         head_scale,
     )
-    torch.manual_seed(config.seed + ranks.rank)  # dropout differs from rank to rank
-    engine = ds.build_engine(module, groups, resolved)
+    torch.manual_seed(config.seed + ds.ranks().rank)  # dropout differs from rank to rank
+    return ds.build_engine(module, groups, resolved), module
+
+
+def train(inputs: Inputs, run_dir: Path) -> None:
+    """Train, evaluate, save and export; reads downwards.
+
+    Raises:
+        StopRequested: SIGTERM or Ctrl-C; a checkpoint of the last step has been committed.
+    """
+    config, resolved = inputs.config, inputs.resolved
+    resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
+    device = ds.start()
+    ranks = ds.ranks()
+    engine, module = start_engine(inputs)
     totals = Totals()
     if resume_from:
         state = checkpoint.load_checkpoint(engine, resume_from, inputs.identity)
@@ -286,9 +296,10 @@ def train(inputs: Inputs, run_dir: Path) -> None:
         writer.scalars(0, results)
     engine.train()
     window = _Window(totals)
+    stop = ds.StopSignal()
     clock = time.monotonic()
     for batch in batches.steps(totals.step, config.max_steps):
-        window.waited += time.monotonic() - clock
+        waited = time.monotonic() - clock
         if totals.step < config.head_only_steps:
             freeze_encoder(engine)
         rate = float(engine.get_lr()[0])
@@ -300,7 +311,7 @@ def train(inputs: Inputs, run_dir: Path) -> None:
         totals.masked_tokens += batch.step_masked_tokens
         now = time.monotonic()
         totals.seconds += now - clock
-        window.add(loss, accuracy)
+        window.add(loss, accuracy, waited)
         if logs:
             epoch = totals.step * resolved.train_batch_size / inputs.train_rows.num_rows
             scalars = {metrics.LEARNING_RATE: rate, metrics.EPOCH: epoch,
@@ -315,13 +326,23 @@ def train(inputs: Inputs, run_dir: Path) -> None:
             writer.scalars(totals.step, results)
         if totals.step in config.export_steps:
             export(engine, module, inputs, totals, run_dir / f"hf_step_{totals.step}")
-        if ending or (config.save_steps and totals.step % config.save_steps == 0):
+        stopping = stop.asked_anywhere()
+        due = config.save_steps and totals.step % config.save_steps == 0
+        if ending or stopping or due:
             checkpoint.save_checkpoint(
                 engine, run_dir, totals.step,
                 {"totals": vars(totals).copy(), "identity": inputs.identity},
                 config.save_total_limit,
             )
+        if stopping and not ending:
+            progress.close()
+            writer.close()
+            raise StopRequested(
+                f"stopped on request after step {totals.step} of {config.max_steps}; the same "
+                "command goes on from there"
+            )
         clock = time.monotonic()
+    stop.forget()
     progress.close()
     export(engine, module, inputs, totals, run_dir / "hf")
     writer.hyperparameters(as_dict(config), results)
@@ -342,20 +363,20 @@ class _Window:
 
     def __init__(self, totals: Totals) -> None:
         self._tokens, self._masked = totals.tokens, totals.masked_tokens
-        self._start = time.monotonic()
-        self._loss = self._accuracy = 0.0
+        self._seconds = totals.seconds
+        self._loss = self._accuracy = self._waited = 0.0
         self._steps = 0
-        self.waited = 0.0
 
-    def add(self, loss: float, accuracy: float) -> None:
-        """Count one step."""
+    def add(self, loss: float, accuracy: float, waited: float) -> None:
+        """Count one step; `waited` are its seconds of waiting for the loader."""
         self._loss += loss
         self._accuracy += accuracy
+        self._waited += waited
         self._steps += 1
 
     def scalars(self, totals: Totals, engine: Any) -> dict[str, float]:
         """The scalars of this window, by tag."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
+        seconds = max(totals.seconds - self._seconds, 1e-9)
         tokens, masked = totals.tokens - self._tokens, totals.masked_tokens - self._masked
         scalars = {
             metrics.TRAIN_LOSS: self._loss / self._steps,
@@ -363,7 +384,7 @@ class _Window:
             metrics.MASKED_FRACTION: masked / max(tokens, 1),
             metrics.TOKENS_PER_SECOND: tokens / seconds,
             metrics.MASKED_TOKENS_PER_SECOND: masked / seconds,
-            metrics.DATA_WAIT_FRACTION: self.waited / seconds,
+            metrics.DATA_WAIT_FRACTION: self._waited / seconds,
             metrics.MEMORY: metrics.peak_memory_gib(),
             metrics.SKIPPED_STEPS: float(engine.skipped_steps),
         }

@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from train.config import FinetuneConfig, FitScorerConfig
 from train.engine import (
     Resolved,
+    StopSignal,
     all_reduce_sum,
     build_engine,
     full_state_dict,
@@ -416,32 +416,6 @@ def describe_plan(
         f"learning rate {resolved.config['optimizer']['params']['lr']:g}",
         f"tokens: {train.lengths.mean():.1f} an example, {longest} at most",
     ]
-
-
-class StopSignal:
-    """Notes the first SIGTERM or Ctrl-C, so that the loop can leave a checkpoint first.
-
-    A second one ends the process as usual.
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-
-    def _note(self, number: int, frame: Any) -> None:
-        self._asked = True
-        self.forget()
-
-    def asked_anywhere(self) -> bool:
-        """Whether any rank was asked to stop: the same answer on every rank."""
-        return all_reduce_sum(float(self._asked))[0] > 0
-
-    def forget(self) -> None:
-        """Give the signals back to their former handlers."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def fit(
