@@ -285,10 +285,11 @@ def _choose_uniformly(
 
 
 def choose_whole_words(sequences: Sequences) -> np.ndarray:
-    """Choose whole words in random order until the sequence's budget, rate x candidates, is spent.
+    """Choose whole words in random order, passing over those that no longer fit into the budget.
 
-    The word that crosses the budget is kept with the probability that makes the expected number
-    of tokens exactly the budget: 3.3 tokens allowed, 2 spent, next word of 4 tokens: (3.3-2)/4.
+    The budget is that of `random`. Where every word left is too long for what is left of it, the
+    next one is kept with the probability that makes the expected number of tokens the budget:
+    1 token left, a word of 3: 1/3.
 
     Raises:
         ValueError: if the batch has no `continues_word`.
@@ -302,21 +303,51 @@ def choose_whole_words(sequences: Sequences) -> np.ndarray:
     starts[1:] |= np.diff(found.index) > 1
     word = np.cumsum(starts) - 1
     first = np.flatnonzero(starts)
-    size = np.diff(np.append(first, len(found.index)))
-    word_sequence = found.sequence[first]
-    word_index = found.index[first]
-
-    keys = _draw_keys(sequences, word_index, word_sequence, STREAM_CHOICE)
+    keys = _draw_keys(sequences, found.index[first], found.sequence[first], STREAM_CHOICE)
     order = np.argsort(keys, kind="stable")
-    # Tokens spent before a word, inside its sequence: sequences lie one after the other in `order`
-    # exactly as in the candidates, so the running total minus the sequence's first candidate.
-    spent = np.cumsum(size[order]) - size[order] - found.starts[word_sequence]
-    left = sequences.rate * found.counts[word_sequence] - spent
-    positions = sequences.positions[word_index[order]]
+    size = np.diff(np.append(first, len(found.index)))[order]
+    sequence = found.sequence[first][order]
+
+    kept, left = _take_what_fits(size, sequence, _draw_counts(sequences, found))
+    rest = np.flatnonzero(~kept & (left[sequence] > 0))
+    _, next_one = np.unique(sequence[rest], return_index=True)
+    rest = rest[next_one]
+    positions = sequences.positions[found.index[first][order[rest]]]
     draw = counter_uniform(sequences.seed, sequences.epoch, positions, STREAM_WORD)
-    kept = np.zeros(len(first), dtype=bool)
-    kept[order] = draw * size[order] < left
-    return found.index[kept[word]]
+    kept[rest] = draw * size[rest] < left[sequence[rest]]
+    chosen = np.zeros(len(first), dtype=bool)
+    chosen[order] = kept
+    return found.index[chosen[word]]
+
+
+def _take_what_fits(
+    size: np.ndarray, sequence: np.ndarray, limits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take words in the order given while they fit, passing over those that do not.
+
+    Sizes 2 3 1 1 and a limit of 4: takes 2, passes over 3, takes 1 and 1. Each turn of the loop
+    takes words up to the first that does not fit; what does not fit now never will.
+
+    Args:
+        size, sequence: of each word, `(W,)` int64; the words of a sequence are neighbours.
+        limits: tokens that each sequence may spend, `(B,)` int64.
+    Returns:
+        Which words were taken, `(W,)` bool, and what is left of each limit, `(B,)` int64.
+    """
+    kept, left = np.zeros(len(size), dtype=bool), limits.copy()
+    open_words = np.arange(len(size))
+    while True:
+        open_words = open_words[size[open_words] <= left[sequence[open_words]]]
+        if not len(open_words):
+            return kept, left
+        sizes, owners = size[open_words], sequence[open_words]
+        spent = np.cumsum(sizes)
+        begins = np.diff(owners, prepend=-1) != 0
+        spent -= np.maximum.accumulate(np.where(begins, spent - sizes, 0))
+        fits = spent <= left[owners]
+        kept[open_words[fits]] = True
+        left -= np.bincount(owners[fits], sizes[fits], minlength=len(left)).astype(np.int64)
+        open_words = open_words[~fits]
 
 
 def choose_selective(sequences: Sequences) -> np.ndarray:
