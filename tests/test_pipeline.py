@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from preprocess.errors import ConfigError
 from preprocess.store import TokenStore, open_array
 from train import data, metrics, pipeline
+from train.recipe import ARMS, load_recipe
 from train.results import DIFFERENCE_COLUMNS, TABLE_COLUMNS
 
 RECIPE = pipeline.REPOSITORY / "train" / "recipes" / "custom.yaml"
@@ -163,7 +164,7 @@ def test_every_arm_answered_the_same_test_sentences(finished, labelled_files):
 
 def test_every_step_left_something_whole(finished):
     root, ran = finished
-    steps, _ = pipeline.plan(pipeline.load_recipe(RECIPE, [
+    steps, _ = pipeline.plan(load_recipe(RECIPE, [
         "train_file=a", "test_file=b", "text=c", "encoder=d", "floors.untrained=true",
         "general={max_steps: 1}", "general_text.input=e",
     ]), root)

@@ -14,6 +14,7 @@ from preprocess.corpus import SOURCES, TASKS
 from preprocess.masks import STRATEGIES
 from preprocess.store import TokenStore, open_array
 from train import engine, metrics, model, pipeline
+from train.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -229,7 +230,7 @@ def test_settings_of_the_recipe_exist():
             script, flags = parts(words)
             if script == "train/pipeline.py":
                 settings = flags[flags.index("--set") + 1 :]
-                recipe = pipeline.load_recipe(ROOT / flags[flags.index("--recipe") + 1], settings)
+                recipe = load_recipe(ROOT / flags[flags.index("--recipe") + 1], settings)
                 assert pipeline.plan(recipe, "R")[0]
                 found += 1
     assert found == 2

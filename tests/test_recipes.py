@@ -22,6 +22,7 @@ from train.config import (
     ScoreConfig,
     parse,
 )
+from train.recipe import ARMS, MASK_FLAGS, TOKENIZE_FLAGS, load_recipe
 
 RECIPES = sorted((pipeline.REPOSITORY / "train" / "recipes").glob("*.yaml"))
 CONFIGS = {
@@ -65,9 +66,9 @@ def test_recipe_becomes_commands_that_their_parsers_accept(path, monkeypatch):
     monkeypatch.chdir(pipeline.REPOSITORY)
     if path.stem == "paper":
         with pytest.raises(ConfigError, match="task.task is missing"):
-            pipeline.load_recipe(path, [])
+            load_recipe(path, [])
         return
-    recipe = pipeline.load_recipe(path, SETTINGS.get(path.stem, []))
+    recipe = load_recipe(path, SETTINGS.get(path.stem, []))
     for name, words in commands(recipe).items():
         if not words:
             assert name == "naive_bayes"
@@ -94,7 +95,7 @@ def test_recipe_becomes_commands_that_their_parsers_accept(path, monkeypatch):
                                   "laptop_yelp", "laptop_amazon"])
 def test_recipes_of_the_paper_have_the_published_settings(name):
     path = pipeline.REPOSITORY / "train" / "recipes" / f"{name}.yaml"
-    words = commands(pipeline.load_recipe(path, ["task_data=D"]))
+    words = commands(load_recipe(path, ["task_data=D"]))
     classifier, scorer = words["classifier"], words["scorer"]
     assert flag_value(classifier, "num_train_epochs") == "10"
     assert float(flag_value(classifier, "learning_rate")) == 2e-5
@@ -110,7 +111,7 @@ def test_recipes_of_the_paper_have_the_published_settings(name):
 def test_all_registered_strategies_are_arms():
     from preprocess.masks import STRATEGIES
 
-    assert set(STRATEGIES) == set(pipeline.ARMS) - {"none"}
+    assert set(STRATEGIES) == set(ARMS) - {"none"}
 
 
 def test_flags_of_preprocess_sections_exist():
@@ -118,16 +119,16 @@ def test_flags_of_preprocess_sections_exist():
     from preprocess.tokenize_corpus import build_parser
 
     known = {action.dest for action in build_parser()._actions}
-    assert set(pipeline.TOKENIZE_FLAGS) <= known
+    assert set(TOKENIZE_FLAGS) <= known
     args = parse_arguments(["--tokens", "P", "--name", "n", "--strategy", "random"])
-    assert set(pipeline.MASK_FLAGS) <= set(vars(args))
+    assert set(MASK_FLAGS) <= set(vars(args))
 
 
 def test_set_replaces_variables_and_settings(tmp_path):
     base = write_recipe(tmp_path, MINIMAL + "variables: {rate: 0.15}\nmasks: "
                         "{mlm_probability: '${rate}'}\n", "base.yaml")
     child = write_recipe(tmp_path, f"extends: {base.name}\ntask: {{data_dir: E}}\n")
-    recipe = pipeline.load_recipe(child, ["rate=0.2", "task_guided.max_steps=7",
+    recipe = load_recipe(child, ["rate=0.2", "task_guided.max_steps=7",
                                           "arms=[none]", "tokenizer=T"])
     assert recipe["task"] == {"task": "mr", "data_dir": "E"}
     assert recipe["masks"] == {"mlm_probability": 0.2}
@@ -164,7 +165,7 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, text, settings, message):
     kept = [line for line in MINIMAL.split("\n") if line.partition(":")[0] != key]
     path = write_recipe(tmp_path, "\n".join(kept) + "\n" + text + "\n")
     with pytest.raises(ConfigError) as error:
-        pipeline.load_recipe(path, settings)
+        load_recipe(path, settings)
     assert message in str(error.value)
 
 
@@ -180,7 +181,7 @@ pretrain_seeds: [1, 2]
 arms: [none, random, random_matched]
 floors: {untrained: true, naive_bayes: true}
 """
-    recipe = pipeline.load_recipe(write_recipe(tmp_path, text), [])
+    recipe = load_recipe(write_recipe(tmp_path, text), [])
     steps, arms = pipeline.plan(recipe, "R")
     words = {step.name: step.command for step in steps}
     assert words["stage1"][words["stage1"].index("--export_steps") + 1 :][:2] == ["10", "20"]
@@ -205,7 +206,7 @@ floors: {untrained: true, naive_bayes: true}
 
 
 def test_models_and_stores_between_steps_are_those_that_steps_write(tmp_path):
-    recipe = pipeline.load_recipe(write_recipe(tmp_path), [])
+    recipe = load_recipe(write_recipe(tmp_path), [])
     words = commands(recipe)
     written = {flag_value(c, flag) for c in words.values() for flag in ("output", "output_dir")
                if f"--{flag}" in c}
@@ -406,7 +407,7 @@ task: {{task: custom, train_file: {tmp_path}/train.csv, test_file: {tmp_path}/te
 finetune: {{max_eval_samples: 7}}
 floors: {{naive_bayes: true}}
 """
-    recipe = pipeline.load_recipe(write_recipe(tmp_path, text), [])
+    recipe = load_recipe(write_recipe(tmp_path, text), [])
     steps, _ = pipeline.plan(recipe, tmp_path / "R")
     assert not steps[0].is_whole()
     steps[0].compute()
