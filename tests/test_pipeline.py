@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from preprocess.errors import ConfigError
 from preprocess.store import TokenStore, open_array
 from train import data, metrics, pipeline
-from train.recipe import ARMS, load_recipe
+from train.recipe import load_recipe
 from train.results import DIFFERENCE_COLUMNS, TABLE_COLUMNS
 
 RECIPE = pipeline.REPOSITORY / "train" / "recipes" / "custom.yaml"
