@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -75,6 +77,17 @@ def tiny_encoder(tmp_path_factory, tiny_tokenizer) -> str:
     folder = tmp_path_factory.mktemp("encoder") / "tiny"
     BertForPreTraining(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def still_encoder(tmp_path_factory, tiny_encoder) -> str:
+    """`tiny_encoder` without dropout, so that runs can be compared."""
+    folder = tmp_path_factory.mktemp("still") / "tiny"
+    shutil.copytree(tiny_encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
 

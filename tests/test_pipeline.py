@@ -53,18 +53,7 @@ def settings(encoder: str, text: str, files: dict[str, str]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def encoder(tmp_path_factory, tiny_encoder) -> str:
-    """`tiny_encoder` without dropout: what differs from rank to rank, and nothing else may."""
-    folder = tmp_path_factory.mktemp("pipeline_encoder") / "tiny"
-    shutil.copytree(tiny_encoder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def run_pipeline(run_here, encoder, reviews_file, labelled_files):
+def run_pipeline(run_here, still_encoder, reviews_file, labelled_files):
     """Run the recipe into a folder; its processes are calls here, which saves their imports.
 
     Returns the names of the steps that ran.
@@ -83,7 +72,7 @@ def run_pipeline(run_here, encoder, reviews_file, labelled_files):
             patch.setattr(pipeline, "run_process", run_process)
             pipeline.main([
                 "--recipe", str(RECIPE), "--output_dir", str(root), "--launcher", "python", *flags,
-                "--set", *settings(encoder, reviews_file, labelled_files),
+                "--set", *settings(still_encoder, reviews_file, labelled_files),
             ])
         return ran
 
@@ -314,12 +303,12 @@ def test_a_lost_artefact_is_made_again_with_what_reads_it(copy, run_pipeline):
 
 @pytest.mark.slow
 def test_real_processes_under_the_launcher(
-    tmp_path, run_command_line, encoder, reviews_file, labelled_files
+    tmp_path, run_command_line, still_encoder, reviews_file, labelled_files
 ):
     """The same driver with its processes, on two ranks, through the launcher."""
     done = run_command_line(
         "train/pipeline.py", "--recipe", RECIPE, "--output_dir", tmp_path / "run",
-        "--num_gpus", "2", "--set", *settings(encoder, reviews_file, labelled_files),
+        "--num_gpus", "2", "--set", *settings(still_encoder, reviews_file, labelled_files),
         "arms=[none]", "general=null", "floors={naive_bayes: true}", "finetune.seeds='13'",
     )
     assert "[2/3] finetune-none" in done.stdout and "deepspeed --num_gpus 2" in done.stdout

@@ -26,17 +26,6 @@ from train.config import PretrainConfig, parse
 STEPS = 4
 
 
-@pytest.fixture(scope="session")
-def still_encoder(tmp_path_factory, tiny_encoder) -> str:
-    """`tiny_encoder` without dropout, so that runs can be compared."""
-    folder = tmp_path_factory.mktemp("still") / "tiny"
-    shutil.copytree(tiny_encoder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.update(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
 def write_ds_config(folder: Path, stage: int, **zero) -> str:
     """A CPU configuration with this ZeRO stage."""
     config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())

@@ -20,9 +20,10 @@ from transformers import (
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, open_array
-from train import engine, inference, score_tokens
+from train import engine, score_tokens
 from train.inference import Runner, budget_batches, special_template
 from train.metrics import Progress
+from train.model import weights_fingerprint
 
 WORDS = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["film", "##s", "good", "bad"]
 
@@ -289,4 +290,4 @@ def test_inputs_equal_the_tokenizers(scorer):
 
 def test_fingerprint_of_a_folder_without_weights(tmp_path):
     with pytest.raises(DataError, match="no .safetensors"):
-        inference.weights_fingerprint(tmp_path, None)
+        weights_fingerprint(tmp_path, None)

@@ -33,7 +33,7 @@ from preprocess.masks import continuation_table, find_continuations
 from preprocess.store import StoreWriter, TokenStore, open_array, read_json, write_array
 from train import engine
 from train.config import AnnotateConfig, parse
-from train.inference import Runner, check_trained, special_template, weights_fingerprint
+from train.inference import Runner, check_trained, special_template
 from train.metrics import Progress, say
 from train.model import (
     check_row_length,
@@ -41,6 +41,7 @@ from train.model import (
     load_config,
     load_tokenizer,
     local_checkpoint,
+    weights_fingerprint,
 )
 
 NOT_IMPORTANT, IMPORTANT, NOT_ANNOTATED = 0, 1, 255

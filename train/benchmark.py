@@ -100,7 +100,7 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
     hf_config = model_config(config, store)
     model.check_row_length(hf_config, config.max_seq_length)
     if config.model_name_or_path:
-        mlm.check_vocabulary(store, hf_config, config.model_name_or_path)
+        mlm.check_vocabulary(store, hf_config, config)
     rows, _ = data.row_tables(store, config.max_seq_length, eval_fraction=0.0)
     steps = config.warmup_steps + config.rounds * (1 + config.timed_steps)
     resolved = ds.resolve_ds_config(

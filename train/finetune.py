@@ -27,7 +27,6 @@ from preprocess.store import atomic_write_bytes
 from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start
-from train.inference import weights_fingerprint
 from train.metrics import EVAL_ACCURACY, EVAL_LOSS, EVAL_MACRO_F1, say
 from train.model import (
     check_row_length,
@@ -37,6 +36,7 @@ from train.model import (
     local_checkpoint,
     read_lineage,
     save_hf,
+    weights_fingerprint,
 )
 from train.supervised import (
     Examples,

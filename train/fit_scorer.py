@@ -26,16 +26,18 @@ from preprocess.store import TokenStore, atomic_write_json, open_array, read_jso
 from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FitScorerConfig, parse
 from train.engine import barrier, finish, is_main, start
-from train.inference import Template, special_template, weights_fingerprint
+from train.inference import Template, special_template
 from train.metrics import EVAL_F1, EVAL_LOSS, say
 from train.model import (
     check_row_length,
+    check_same_vocabulary,
     load_config,
     load_scorer,
     load_tokenizer,
     local_checkpoint,
     read_lineage,
     save_hf,
+    weights_fingerprint,
 )
 from train.supervised import (
     IGNORED,
@@ -189,17 +191,6 @@ def baselines(train: Annotated, dev: Annotated, vocab_size: int) -> dict[str, di
     }
 
 
-def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str) -> None:
-    """Refuse a model whose ids mean other pieces than those of the annotations."""
-    theirs = load_tokenizer(store.tokenizer_dir)
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        raise DataError(
-            f"--model_name_or_path {name}: its vocabulary ({len(tokenizer)} ids) is not that of "
-            f"{store.prefix} ({len(theirs)} ids); annotate with a classifier that was trained from "
-            "this model"
-        )
-
-
 def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
     """Whether the scorer in `run_dir` is whole.
 
@@ -225,7 +216,10 @@ def main(argv: list[str] | None = None) -> None:
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
     check_row_length(hf_config, config.max_seq_length)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_same_vocabulary(store, tokenizer, config.model_name_or_path)
+    check_same_vocabulary(
+        store, tokenizer, config.model_name_or_path,
+        "annotate with a classifier that was trained from this model",
+    )
     template = special_template(tokenizer, pair=False)
     sentences = read_annotations(store, config.max_seq_length - template.num_special)
     is_dev = choose_dev(sentences.text_keys, config.dev_fraction)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from preprocess.errors import ConfigError, DataError
-from preprocess.store import file_sha256, fingerprint_text
+from preprocess.errors import ConfigError
 
 
 class Template(NamedTuple):
@@ -61,23 +59,6 @@ def check_trained(config: Any, suffix: str, name: str, remedy: str) -> None:
             f"--model_name_or_path {name}: holds {', '.join(found) or 'no architecture'}, not "
             f"one for {suffix[len('For'):]}; {remedy}"
         )
-
-
-def weights_fingerprint(folder: str | Path, config: Any) -> str:
-    """Name the weights of a checkpoint: the sha256 of its files, or the hub's commit.
-
-    Raises:
-        DataError: a folder without weights.
-    """
-    if not Path(folder).is_dir():
-        return f"{folder}@{getattr(config, '_commit_hash', None)}"
-    files = sorted(Path(folder).glob("*.safetensors")) or sorted(
-        Path(folder).glob("pytorch_model*.bin"))
-    if not files:
-        raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
-                        "of a finished run, or another checkpoint with weights")
-    prints = [file_sha256(file) for file in files]
-    return prints[0] if len(prints) == 1 else fingerprint_text(*prints)
 
 
 def budget_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[np.ndarray]:

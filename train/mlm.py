@@ -17,15 +17,15 @@ from train.config import BenchmarkConfig, PretrainConfig
 UNIGRAM_TOKENS = 10_000_000  # tokens of a shard that are counted
 
 
-def check_vocabulary(store: TokenStore, hf_config: Any, name: str) -> None:
-    """Refuse a model whose tokenizer is not the store's."""
-    tokenizer = model.load_tokenizer(name)
-    theirs = model.load_tokenizer(store.tokenizer_dir)
-    if tokenizer.get_vocab() != theirs.get_vocab():
-        raise DataError(
-            f"{store.prefix}: tokenized with another vocabulary ({len(theirs)} entries) than "
-            f"{name} has ({len(tokenizer)}); run tokenize_corpus.py with --tokenizer {name}"
-        )
+def check_vocabulary(
+    store: TokenStore, hf_config: Any, config: PretrainConfig | BenchmarkConfig
+) -> None:
+    """Refuse a checkpoint whose tokenizer is not the store's, or whose embedding is too small."""
+    name = config.model_name_or_path
+    tokenizer = model.load_tokenizer(name, config.trust_remote_code)
+    model.check_same_vocabulary(
+        store, tokenizer, name, f"run tokenize_corpus.py with --tokenizer {name}"
+    )
     if store.vocab_size > hf_config.vocab_size:
         raise DataError(
             f"{name}: its embedding has {hf_config.vocab_size} rows, fewer than the "

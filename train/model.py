@@ -24,6 +24,7 @@ from torch import nn
 import csrc
 from preprocess.corpus import resolve_path
 from preprocess.errors import ConfigError, DataError
+from preprocess.store import TokenStore, file_sha256, fingerprint_text
 from train.metrics import say
 
 # Layers, hidden size and heads of the published BERT sizes (Turc et al. 2019; Devlin et al. 2019).
@@ -222,16 +223,21 @@ def local_checkpoint(name: str) -> str:
     return name
 
 
+def _load_with(auto_class: Any, name: str, trust_remote_code: bool) -> Any:
+    """What `auto_class` makes of a checkpoint folder, hub name or pypi: spec."""
+    _quiet_transformers()
+    path = local_checkpoint(name)
+    try:
+        return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _hub_error(name, error) from None
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load the fast tokenizer of a checkpoint folder, hub name or pypi: spec."""
     from transformers import AutoTokenizer
 
-    _quiet_transformers()
-    path = local_checkpoint(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _hub_error(name, error) from None
+    tokenizer = _load_with(AutoTokenizer, name, trust_remote_code)
     if not tokenizer.is_fast:
         raise ConfigError(f"{name}: needs a fast tokenizer (tokenizer.json)")
     return tokenizer
@@ -241,12 +247,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's configuration and check that its family is known."""
     from transformers import AutoConfig
 
-    _quiet_transformers()
-    path = local_checkpoint(name)
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _hub_error(name, error) from None
+    config = _load_with(AutoConfig, name, trust_remote_code)
     if config.model_type not in FAMILIES:
         raise ConfigError(
             f"{name}: model type {config.model_type!r} is not supported; known: "
@@ -391,6 +392,38 @@ def checkpoint_activations(hf_model: Any) -> None:
     # transformers renamed it in 5.x; both names take the same argument.
     enable = getattr(hf_model, "activation_checkpointing_enable", None)
     (enable or hf_model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str, remedy: str) -> None:
+    """Refuse a model whose ids mean other pieces than the store's.
+
+    Args:
+        tokenizer: of the model `name`.
+        remedy: what to type, as the end of the sentence.
+    """
+    theirs = load_tokenizer(store.tokenizer_dir)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"--model_name_or_path {name}: its tokenizer ({len(tokenizer)} ids) is not the one "
+            f"of {store.prefix} ({len(theirs)} ids, {store.info['tokenizer']['name']}); {remedy}"
+        )
+
+
+def weights_fingerprint(folder: str | Path, config: Any) -> str:
+    """Name the weights of a checkpoint: the sha256 of its files, or the hub's commit.
+
+    Raises:
+        DataError: a folder without weights.
+    """
+    if not Path(folder).is_dir():
+        return f"{folder}@{getattr(config, '_commit_hash', None)}"
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(
+        Path(folder).glob("pytorch_model*.bin"))
+    if not files:
+        raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
+                        "of a finished run, or another checkpoint with weights")
+    prints = [file_sha256(file) for file in files]
+    return prints[0] if len(prints) == 1 else fingerprint_text(*prints)
 
 
 def read_lineage(name: str) -> list[dict[str, Any]]:

@@ -26,7 +26,6 @@ from preprocess.store import TokenStore, read_json
 from train import checkpoint, data, metrics, mlm, model
 from train import engine as ds
 from train.config import PretrainConfig, as_dict, parse
-from train.inference import weights_fingerprint
 from train.metrics import say
 
 
@@ -61,11 +60,11 @@ def read_inputs(config: PretrainConfig) -> Inputs:
     if config.model_name_or_path:
         hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
         model.check_row_length(hf_config, config.max_seq_length)
-        mlm.check_vocabulary(store, hf_config, config.model_name_or_path)
+        mlm.check_vocabulary(store, hf_config, config)
         weights = "fresh"
         if not config.from_scratch:
             folder = model.local_checkpoint(config.model_name_or_path)
-            weights = weights_fingerprint(folder, hf_config)
+            weights = model.weights_fingerprint(folder, hf_config)
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)
     else:
@@ -348,7 +347,7 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     writer.hyperparameters(as_dict(config), results)
     writer.close()
     ds.barrier()
-    if results:
+    if results and ds.is_main():
         loss = results[metrics.EVAL_LOSS]
         floor = unigram_loss(inputs, min(config.eval_max_rows, inputs.eval_rows.num_rows))
         say(

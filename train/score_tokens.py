@@ -24,9 +24,17 @@ from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.store import Shard, TokenStore, array_path, open_array, write_array
 from train import engine
 from train.config import ScoreConfig, parse
-from train.inference import Runner, check_trained, special_template, weights_fingerprint
+from train.inference import Runner, check_trained, special_template
 from train.metrics import Progress, say
-from train.model import check_row_length, load_config, load_scorer, load_tokenizer, local_checkpoint
+from train.model import (
+    check_row_length,
+    check_same_vocabulary,
+    load_config,
+    load_scorer,
+    load_tokenizer,
+    local_checkpoint,
+    weights_fingerprint,
+)
 
 BLOCK_TOKENS = 1 << 20
 """Tokens scored between two writes: enough to find sentences of like length."""
@@ -143,21 +151,6 @@ def is_made(shard: Shard, name: str, made_by: dict[str, Any], overwrite: bool) -
     return not different
 
 
-def check_same_tokenizer(store: TokenStore, tokenizer: Any, model_name: str) -> None:
-    """Refuse a scorer whose ids mean other pieces than the store's.
-
-    Raises:
-        DataError: another vocabulary or other special tokens.
-    """
-    ours = load_tokenizer(store.tokenizer_dir)
-    if ours.get_vocab() != tokenizer.get_vocab():
-        raise DataError(
-            f"--model_name_or_path {model_name}: its tokenizer ({len(tokenizer)} ids) is not the "
-            f"one of {store.prefix} ({len(ours)} ids, {store.info['tokenizer']['name']}); tokenize "
-            f"the text again with --tokenizer {model_name}"
-        )
-
-
 def main(argv: list[str] | None = None) -> None:
     """Score every token of a store."""
     config = parse(ScoreConfig, argv)
@@ -167,7 +160,10 @@ def main(argv: list[str] | None = None) -> None:
                   "give the hf/ folder of train/fit_scorer.py")
     check_row_length(hf_config, config.max_seq_length)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_same_tokenizer(store, tokenizer, config.model_name_or_path)
+    check_same_vocabulary(
+        store, tokenizer, config.model_name_or_path,
+        f"tokenize the text again with --tokenizer {config.model_name_or_path}",
+    )
     folder = local_checkpoint(config.model_name_or_path)
     made_by = {
         "command": "score_tokens",
