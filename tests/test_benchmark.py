@@ -1,4 +1,4 @@
-"""The two benchmarks: figures follow from the counts, and it is the real loop they measure."""
+"""The loop's benchmark: figures follow from the counts, and it is the real loop it measures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import csrc
-from csrc import benchmark as csrc_benchmark
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, write_array
 from train import benchmark, data, mlm
@@ -153,39 +151,3 @@ def test_bare_step_trains(config, precision):
         step()
     assert module(**micro_batch)[0].item() < 0.8 * before
     assert {p.dtype for p in module.parameters()} == {benchmark.DTYPES[precision]}
-
-
-# ------------------------------------------------------------------------------------- csrc
-
-
-SMALL = "--rows 2 --slots 16 --hidden 16 --vocab 50 --rounds 2 --calls 2 --warmup 1 --device cpu"
-
-
-def test_csrc_benchmark_measures_every_implementation(capsys):
-    csrc_benchmark.main([*SMALL.split(), "--dtype", "fp32"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rows = {row["implementation"]: row for row in result["rows"]}
-    assert list(rows) == ["all_positions", *csrc.IMPLEMENTATIONS]
-    assert rows["all_positions"]["speedup"] == 1
-    for row in rows.values():
-        assert row["calls"] == 4
-        assert row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
-    assert {"torch", "platform", "cpus", "gpu", "command", "options"} <= result.keys()
-
-
-def test_csrc_benchmark_refuses_a_wrong_implementation(monkeypatch):
-    def doubled(*arguments):
-        loss, hits = csrc.reference.masked_lm_loss(*arguments)
-        return 2 * loss, hits
-
-    monkeypatch.setitem(csrc.IMPLEMENTATIONS, "doubled", doubled)
-    with pytest.raises(RuntimeError, match="doubled"):
-        csrc_benchmark.main([*SMALL.split(), "--dtype", "fp32"])
-
-
-@pytest.mark.parametrize("line", ["--rows 0", "--rate 0", "--rate 1.5", "--dtype fp64", "--row 2"])
-def test_csrc_benchmark_exits_with_2(line, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        csrc_benchmark.main(line.split())
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err
