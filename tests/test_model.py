@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+import csrc
 from preprocess.errors import ConfigError, DataError
 from train import model
 
@@ -77,7 +78,7 @@ def test_packed_equals_alone(family, attention):
     ids, positions, pieces = packed_rows(LENGTHS)
     with torch.no_grad():
         hidden = module.encode(ids, positions, pieces)
-        logits = module.family.head(module.hf)(hidden.flatten(0, 1)).view(*ids.shape, VOCAB)
+        logits = csrc.reference.logits(hidden.flatten(0, 1), module.head()).view(*ids.shape, VOCAB)
         assert torch.isfinite(hidden).all()  # padding and the empty row too
         for number in range(int(pieces.max()) + 1):
             mine = pieces == number
@@ -140,7 +141,7 @@ def test_loss_is_the_cross_entropy_of_masked_positions(family):
     labels = torch.tensor([9, 8, 7, 6, 5, 59, 0, 0])
     loss, hits = module(ids, positions, pieces, masked, labels)
     hidden = module.encode(ids, positions, pieces)
-    logits = module.family.head(module.hf)(hidden.flatten(0, 1))
+    logits = csrc.reference.logits(hidden.flatten(0, 1), module.head())
     full = torch.full((ids.numel(),), -100)
     full[masked[:6]] = labels[:6]
     expected = functional.cross_entropy(logits, full, reduction="sum")
@@ -191,6 +192,140 @@ def test_compiling_changes_nothing():
         loss.backward()
         results.append((loss, {name: p.grad for name, p in module.named_parameters()}))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------- last-layer subset
+
+
+def masked_at(*slots: int, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions, and labels that go with them."""
+    positions = torch.tensor([*slots, *[-1] * padding], dtype=torch.int64)
+    return positions, (7 * positions + 11) % VOCAB
+
+
+SUBSETS = {
+    "spread": masked_at(1, 7, 22, 64, 100, 130, padding=3),
+    "one row": masked_at(*range(64, 128, 3)),
+    "first and last slot": masked_at(0, 255),
+    "every slot": masked_at(*range(256)),
+    "none": masked_at(padding=4),
+    "no capacity": masked_at(),
+}
+
+
+def loss_and_gradients(module, batch, masked, labels, **options):
+    module.zero_grad()
+    loss, hits = module(*batch, masked, labels, **options)
+    loss.backward()
+    return loss.detach(), hits, {name: p.grad for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("where", SUBSETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_layer_subset_equals_the_whole_layer(family, where, dtype, tolerance):
+    module = model.build_masked_lm(tiny_config(family), seed=0).to(dtype).eval()
+    assert module.last_layer_subset  # the default
+    batch, (masked, labels) = packed_rows(LENGTHS), SUBSETS[where]
+    subset = loss_and_gradients(module, batch, masked, labels)
+    known = loss_and_gradients(module, batch, masked, labels, most_masked=64)
+    module.last_layer_subset = False
+    whole = loss_and_gradients(module, batch, masked, labels)
+    torch.testing.assert_close(subset, whole, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(known, whole, rtol=tolerance, atol=tolerance)
+
+
+def multiply_adds(call) -> int:
+    """Multiplications of matrices in a call, forward and backward, as multiply-adds."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_layer_subset_saves_work(family):
+    """Without a padding mask too: every row is full, and two of its 64 slots are masked."""
+    module = model.build_masked_lm(tiny_config(family), seed=0).train()
+    batch = packed_rows([[64]] * 4)
+    masked, labels = masked_at(*(64 * row + slot for row in range(4) for slot in (3, 40)))
+    work = {}
+    for subset in (False, True):
+        module.last_layer_subset = subset
+        work[subset] = multiply_adds(lambda: loss_and_gradients(module, batch, masked, labels))
+    slots, queries, width, inner = 256, 8, 32, 64
+    linears = 2 * width**2 + 2 * width * inner  # query and output; feed-forward
+    if family == "modernbert":  # its feed-forward is gated, and 1152 wide by default
+        inner = module.hf.config.intermediate_size
+        linears = 2 * width**2 + 3 * width * inner
+    saved = 3 * (slots - queries) * linears  # forward, and two products in the backward pass
+    attention = 5 * (slots - queries) * 2 * 64 * width  # two products; the scores once more
+    assert saved <= work[False] - work[True] <= saved + attention
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_subset_applies_the_dropout_of_its_layer(family):
+    """Dropout of rows that are not computed cannot be the same; it must still be there."""
+    config = tiny_config(family)
+    names = [name for name in vars(config) if "drop" in name and "classifier" not in name
+             and isinstance(getattr(config, name), float)]
+    for name in names:
+        setattr(config, name, 0.0)
+    batch, (masked, labels) = packed_rows(LENGTHS), SUBSETS["spread"]
+    for name in names:
+        if "embedding" in name or name in ("seq_classif_dropout", "qa_dropout"):
+            continue
+        setattr(config, name, 0.5)
+        module = model.build_masked_lm(config, seed=0)
+        layers = module.family.layers(module.family.encoder(module.hf))
+        module.eval()
+        layers[-1].train()
+        drawn = {module(*batch, masked, labels)[0].item() for _ in range(3)}
+        assert len(drawn) == 3, f"{name} drops nothing in the last layer"
+        layers[-1].eval()
+        drawn = {module(*batch, masked, labels)[0].item() for _ in range(3)}
+        assert len(drawn) == 1
+        setattr(config, name, 0.0)
+
+
+def test_queries_by_hand():
+    queries = model.find_queries(torch.tensor([1, 6, 7, -1]), num_rows=3, num_slots=4)
+    assert queries.slots.tolist() == [1, 6, 7, 0]
+    assert queries.table.shape == (3, 2)  # row 1 has two
+    assert queries.table[0, 0] == 0 and queries.table[1].tolist() == [1, 2]
+    assert queries.places[:3].tolist() == [0, 2, 3]
+    wide = model.find_queries(torch.tensor([1, 6, 7, -1]), 3, 4, most=8)
+    assert wide.table.shape == (3, 8) and wide.places[:3].tolist() == [0, 8, 9]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_encoder_by_itself_is_untouched(family):
+    """Fine-tuning and export see the layer as transformers made it."""
+    module = model.build_masked_lm(tiny_config(family), seed=0).eval()
+    plain = type(module.hf)(tiny_config(family)).eval()
+    assert plain.load_state_dict(module.hf.state_dict()).missing_keys == []
+    ids = packed_rows([[64]])[0]
+    with torch.no_grad():
+        torch.testing.assert_close(module.hf(ids).logits, plain(ids).logits)
+
+
+def test_an_activation_that_the_head_does_not_know_is_refused():
+    config = tiny_config("bert")
+    config.hidden_act = "relu"
+    with pytest.raises(ConfigError, match="activation 'relu'; known are gelu, "):
+        model.build_masked_lm(config, seed=0)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_head_is_the_one_of_transformers(activation):
+    config = tiny_config("bert")
+    config.hidden_act = activation
+    module = model.build_masked_lm(config, seed=0)
+    with torch.no_grad():
+        module.hf.get_output_embeddings().bias.normal_()
+    rows = torch.randn(5, 32)
+    torch.testing.assert_close(csrc.reference.logits(rows, module.head()), module.hf.cls(rows))
 
 
 # --------------------------------------------------------------------------------- fresh weights
@@ -245,7 +380,7 @@ def test_output_bias(family):
     frequencies = np.log(np.full(50, 1 / 50))
     module.set_output_bias(frequencies)
     rows = torch.zeros(1, 32)
-    logits = module.family.head(module.hf)(rows)[0].double()
+    logits = csrc.reference.logits(rows, module.head())[0].double()
     # Ids that the tokenizer does not have are no likelier than the rarest that it has.
     expected = torch.full((VOCAB,), float(np.log(1 / 50)), dtype=torch.float64)
     torch.testing.assert_close(logits.detach(), expected, atol=1e-5, rtol=1e-5)

@@ -98,7 +98,19 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig):
+class MaskedLMOptions:
+    """How the loss of masked tokens is computed; none of it changes what is computed."""
+
+    last_layer_subset: bool = _flag(
+        True, "compute the last layer's queries and feed-forward for masked positions only"
+    )
+    head_implementation: Literal["auto", "reference", "chunked", "triton"] = _flag(
+        "auto", "code of the MLM head; auto: triton on a GPU, chunked on a CPU"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig, MaskedLMOptions):
     """Stages 1 and 2: masked language modelling on a token store."""
 
     tokens: str = _flag("", "prefix of the token store")
@@ -283,7 +295,7 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(TrainingConfig):
+class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
     """Throughput of the pre-training loop for each masking strategy."""
 
     output_dir: str = _flag("runs/benchmark", "folder for benchmark.json")

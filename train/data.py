@@ -16,6 +16,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,10 +95,13 @@ class PackedBatch:
     num_tokens: int
     num_masked: int
 
-    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """What `PackedMaskedLM.forward` takes, on `device`."""
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """What `PackedMaskedLM.forward` takes, tensors on `device`."""
         names = ("input_ids", "position_ids", "document_ids", "masked_positions", "masked_labels")
-        return {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        # In eights, so that kernels see few different shapes.
+        most = 8 * math.ceil(int(self.masked_cu_seqlens.diff().max()) / 8)
+        return {**tensors, "most_masked": most}
 
 
 @dataclass(frozen=True)

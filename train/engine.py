@@ -447,6 +447,9 @@ def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved
         config=config,
         dist_init_required=False,
     )
+    if engine.zero_optimization_stage() == 3:
+        for borrower, parameter in getattr(module, "borrowed_parameters", list)():
+            deepspeed.zero.register_external_parameter(borrower, parameter)
     if config["scheduler"]["type"] in WARMUP_SCHEDULERS:
         # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and
         # at its step 0. From here, step n of the run has the rate of the schedule's step n.

@@ -66,6 +66,9 @@ def build_model(
             # From here the loss starts at the unigram entropy instead of ln V, and the encoder
             # is spared the gradients that would only teach the bias.
             module.set_output_bias(token_frequencies(store))
+    module.last_layer_subset = config.last_layer_subset
+    if config.head_implementation != "auto":
+        module.head_implementation = config.head_implementation
     if config.gradient_checkpointing:
         model.checkpoint_activations(module.hf)
     if config.torch_compile:

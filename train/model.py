@@ -14,12 +14,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn import functional
 
 import csrc
 from preprocess.corpus import resolve_path
@@ -40,69 +41,223 @@ BERT_SIZES = {
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
+class Queries(NamedTuple):
+    """The slots of a batch that the last layer computes: `C` of them, at most `K` in a row.
+
+    Attributes:
+        slots: flat slots, `(C,)` int64; padding points at slot 0.
+        table: number of the query that row b has at place k, `(B, K)` int64; places that a row
+            does not fill hold any number.
+        places: flat place `b * K + k` of each query, `(C,)` int64.
+    """
+
+    slots: torch.Tensor
+    table: torch.Tensor
+    places: torch.Tensor
+
+
+def find_queries(
+    masked_positions: torch.Tensor, num_rows: int, num_slots: int, most: int | None = None
+) -> Queries:
+    """Arrange masked positions by row.
+
+    Args:
+        masked_positions: flat slots, ascending, padded at the end with -1, `(C,)`.
+        num_rows, num_slots: `B` and `S` of the batch.
+        most: positions of the fullest row, or more; counted (the host waits for a GPU) if None.
+    """
+    valid = masked_positions >= 0
+    slots = masked_positions.clamp(min=0)
+    row = torch.where(valid, slots // num_slots, num_rows)  # ascending, padding after the last
+    device = slots.device
+    bounds = torch.searchsorted(row, torch.arange(num_rows + 1, device=device))
+    if most is None:
+        most = int(bounds.diff().max())
+    most = max(1, most)
+    place = torch.arange(len(slots), device=device) - bounds[row.clamp(max=num_rows - 1)]
+    places = torch.where(valid, row * most + place, 0)
+    table = bounds[:-1, None] + torch.arange(most, device=device)
+    return Queries(slots, table.clamp(max=len(slots) - 1), places)
+
+
+def _attend(
+    queries: Queries, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    mask: torch.Tensor, num_heads: int, dropout: float,
+) -> torch.Tensor:
+    """Attention of the queries to all slots of their rows.
+
+    Args:
+        query: `(C, D)`.
+        key, value: `(B, S, D)`.
+        mask: additive, `(B, 1, S, S)`.
+    Returns:
+        `(C, D)`.
+    """
+    (num_rows, most), slots = queries.table.shape, key.shape[1]
+
+    def by_head(states: torch.Tensor) -> torch.Tensor:
+        return states.view(num_rows, -1, num_heads, states.shape[-1] // num_heads).transpose(1, 2)
+
+    table = queries.table.flatten()
+    slot = (queries.slots[table] % slots).view(num_rows, 1, most, 1)
+    context = functional.scaled_dot_product_attention(
+        by_head(query.index_select(0, table)), by_head(key), by_head(value),
+        attn_mask=mask.gather(2, slot.expand(-1, -1, -1, slots)), dropout_p=dropout,
+    )
+    return context.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, queries.places)
+
+
+def _bert_last_layer(
+    layer: Any, hidden: torch.Tensor, mask: torch.Tensor, queries: Queries, **_: Any
+) -> torch.Tensor:
+    attention = layer.attention.self
+    rows = hidden.flatten(0, 1).index_select(0, queries.slots)
+    context = _attend(
+        queries, attention.query(rows), attention.key(hidden), attention.value(hidden), mask,
+        attention.num_attention_heads, attention.dropout.p if layer.training else 0.0,
+    )
+    rows = layer.attention.output(context, rows)
+    return layer.output(layer.intermediate(rows), rows)
+
+
+def _distilbert_last_layer(
+    layer: Any, hidden: torch.Tensor, mask: torch.Tensor, queries: Queries, **_: Any
+) -> torch.Tensor:
+    attention = layer.attention
+    rows = hidden.flatten(0, 1).index_select(0, queries.slots)
+    context = _attend(
+        queries, attention.q_lin(rows), attention.k_lin(hidden), attention.v_lin(hidden), mask,
+        attention.n_heads, attention.dropout.p if layer.training else 0.0,
+    )
+    rows = layer.sa_layer_norm(attention.out_lin(context) + rows)
+    return layer.output_layer_norm(layer.ffn(rows) + rows)
+
+
+def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021) of `(..., heads, d)` by `(..., d)`, in fp32."""
+    # Step by step as in transformers, in float64 too: full and subset must agree.
+    first, second = states.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (states.float() * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)).to(states.dtype)
+
+
+def _modernbert_last_layer(
+    layer: Any, hidden: torch.Tensor, mask: torch.Tensor, queries: Queries,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any,
+) -> torch.Tensor:
+    attention, width = layer.attn, hidden.shape[-1]
+    weight, bias = attention.Wqkv.weight, attention.Wqkv.bias
+    bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+    normed = layer.attn_norm(hidden)
+    query = functional.linear(
+        normed.flatten(0, 1).index_select(0, queries.slots), weight[:width], bias_q
+    )
+    key, value = functional.linear(normed, weight[width:], bias_kv).chunk(2, dim=-1)
+    cos, sin = position_embeddings
+    at = [part.expand(*hidden.shape[:2], -1).flatten(0, 1).index_select(0, queries.slots)
+          for part in (cos, sin)]
+
+    def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        by_head = states.unflatten(-1, (-1, attention.head_dim))
+        return _rotate(by_head, cos, sin).flatten(-2)
+
+    context = _attend(
+        queries, rotated(query, *at), rotated(key, cos, sin), value, mask,
+        width // attention.head_dim, attention.attention_dropout if layer.training else 0.0,
+    )
+    rows = hidden.flatten(0, 1).index_select(0, queries.slots)
+    rows = rows + attention.out_drop(attention.Wo(context))
+    return rows + layer.mlp(layer.mlp_norm(rows))
+
+
 @dataclass(frozen=True)
 class Family:
     """What differs from one model family to another.
 
     Attributes:
         encoder: `...ForMaskedLM` -> its encoder module.
-        head: `...ForMaskedLM` -> a callable from rows `(m, D)` to logits `(m, V)`.
+        transform: `...ForMaskedLM` -> dense layer, layer norm and activation of its MLM head; the
+            activation by transformers' name.
         head_prefixes: names under which the MLM head's own parameters are stored.
         first_position: configuration -> position id of the first token of a piece.
         local_window: configuration -> half width of local attention, None where all is global.
         num_positions: configuration -> slots that a row may have.
+        layers: encoder -> its layers.
+        last_layer: (layer, hidden `(B, S, D)`, mask, queries, what else the encoder hands to a
+            layer) -> `(C, D)`, what the layer computes for the slots of the queries alone.
+        split_linear: last layer -> the linear layers whose weights `last_layer` takes apart.
     """
 
     encoder: Callable[[Any], nn.Module]
-    head: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]
+    transform: Callable[[Any], tuple[nn.Linear, nn.LayerNorm, str]]
     head_prefixes: tuple[str, ...]
     first_position: Callable[[Any], int]
     local_window: Callable[[Any], int | None]
     num_positions: Callable[[Any], int]
+    layers: Callable[[Any], nn.ModuleList]
+    last_layer: Callable[..., torch.Tensor]
+    split_linear: Callable[[Any], tuple[nn.Linear, ...]] = lambda layer: ()
 
 
-def _distilbert_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    def head(rows: torch.Tensor) -> torch.Tensor:
-        rows = model.vocab_layer_norm(model.activation(model.vocab_transform(rows)))
-        return model.vocab_projector(rows)
-
-    return head
+def _bert_transform(model: Any) -> tuple[nn.Linear, nn.LayerNorm, str]:
+    transform = model.cls.predictions.transform
+    return transform.dense, transform.LayerNorm, model.config.hidden_act
 
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(
         encoder=lambda model: model.bert,
-        head=lambda model: model.cls,
+        transform=_bert_transform,
         head_prefixes=("cls.",),
         first_position=lambda config: 0,
         local_window=lambda config: None,
         num_positions=lambda config: config.max_position_embeddings,
+        layers=lambda encoder: encoder.encoder.layer,
+        last_layer=_bert_last_layer,
     ),
     "roberta": Family(
         encoder=lambda model: model.roberta,
-        head=lambda model: model.lm_head,
+        # Its head has the exact GELU, whatever `hidden_act` says.
+        transform=lambda model: (model.lm_head.dense, model.lm_head.layer_norm, "gelu"),
         head_prefixes=("lm_head.",),
         # Positions up to the padding id are never used: <pad> is 1, so the first token is at 2.
         first_position=lambda config: config.pad_token_id + 1,
         local_window=lambda config: None,
         num_positions=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
+        layers=lambda encoder: encoder.encoder.layer,
+        last_layer=_bert_last_layer,
     ),
     "distilbert": Family(
         encoder=lambda model: model.distilbert,
-        head=_distilbert_head,
+        transform=lambda model: (
+            model.vocab_transform, model.vocab_layer_norm, model.config.activation
+        ),
         head_prefixes=("vocab_transform.", "vocab_layer_norm.", "vocab_projector."),
         first_position=lambda config: 0,
         local_window=lambda config: None,
         num_positions=lambda config: config.max_position_embeddings,
+        layers=lambda encoder: encoder.transformer.layer,
+        last_layer=_distilbert_last_layer,
     ),
     "modernbert": Family(
         encoder=lambda model: model.model,
-        head=lambda model: lambda rows: model.decoder(model.head(rows)),
+        transform=lambda model: (
+            model.head.dense, model.head.norm, model.config.classifier_activation
+        ),
         head_prefixes=("head.", "decoder."),
         first_position=lambda config: 0,
         local_window=lambda config: config.sliding_window,
         num_positions=lambda config: config.max_position_embeddings,
+        layers=lambda encoder: encoder.layers,
+        last_layer=_modernbert_last_layer,
+        split_linear=lambda layer: (layer.attn.Wqkv,),
     ),
+}
+
+# transformers' names of the activations that an MLM head may have -> those of `csrc`.
+HEAD_ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }
 
 
@@ -145,6 +300,9 @@ class PackedMaskedLM(nn.Module):
         carried: tensors of the source checkpoint that MLM does not use but that go out again
             with `hf/` (a pooler), by their full names.
         fresh_head: whether the checkpoint had no MLM head.
+        last_layer_subset: whether the last layer computes queries, attention output, feed-forward
+            and norms for masked positions only; loss and gradients are the same.
+        head_implementation: a name in `csrc.IMPLEMENTATIONS`; None takes the device's.
     """
 
     def __init__(self, hf: Any, carried: dict[str, torch.Tensor], fresh_head: bool) -> None:
@@ -154,6 +312,48 @@ class PackedMaskedLM(nn.Module):
         self.carried = carried
         self.fresh_head = fresh_head
         self.head_prefixes = tuple(f"hf.{prefix}" for prefix in self.family.head_prefixes)
+        self.last_layer_subset = True
+        self.head_implementation: str | None = None
+        activation = self.family.transform(hf)[2]
+        if activation not in HEAD_ACTIVATIONS:
+            raise ConfigError(
+                f"the MLM head of {hf.config.name_or_path or hf.config.model_type} has the "
+                f"activation {activation!r}; known are {', '.join(HEAD_ACTIVATIONS)}"
+            )
+        self._let_last_layer_take_queries()
+
+    def _let_last_layer_take_queries(self) -> None:
+        """Give the last layer an argument `queries`; without it, it does what it did."""
+        family = self.family
+        layer: Any = family.layers(family.encoder(self.hf))[-1]
+        whole = layer.forward
+
+        def forward(hidden: torch.Tensor, attention_mask: Any = None, *args: Any,
+                    queries: Queries | None = None, **options: Any) -> Any:
+            if queries is None:
+                return whole(hidden, attention_mask, *args, **options)
+            return family.last_layer(layer, hidden, attention_mask, queries, **options)
+
+        layer.forward = forward
+
+    def head(self) -> csrc.MaskedLMHead:
+        """The tensors of the MLM head."""
+        dense, norm, activation = self.family.transform(self.hf)
+        decoder = self.hf.get_output_embeddings()
+        return csrc.MaskedLMHead(
+            decoder.weight, decoder.bias, dense.weight, dense.bias, norm.weight, norm.bias,
+            norm.eps, HEAD_ACTIVATIONS[activation],
+        )
+
+    def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """Parameters that a module's forward pass uses though they belong to another module.
+
+        ZeRO-3 must be told: it makes parameters whole only while their own module runs.
+        """
+        layer = self.family.layers(self.family.encoder(self.hf))[-1]
+        split = [p for linear in self.family.split_linear(layer) for p in linear.parameters()]
+        head = [p for p in self.head().tensors().values() if isinstance(p, nn.Parameter)]
+        return [(self, p) for p in head] + [(layer, p) for p in split]
 
     def set_output_bias(self, log_frequency: np.ndarray) -> None:
         """Start the head's output bias, where it has one, at log-frequencies, `(V,)` float64."""
@@ -165,15 +365,20 @@ class PackedMaskedLM(nn.Module):
                 bias[:len(log_frequency)] = torch.from_numpy(log_frequency).to(bias.dtype)
 
     def encode(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor,
+        queries: Queries | None = None,
     ) -> torch.Tensor:
-        """Hidden states `(B, S, D)` of packed rows; see `attention_mask` for the arguments."""
+        """Hidden states of packed rows: `(B, S, D)`, or `(C, D)` of the queries alone.
+
+        See `attention_mask` for the other arguments.
+        """
         dtype = self.hf.get_input_embeddings().weight.dtype
         mask = attention_mask(self.family, self.hf.config, document_ids, position_ids, dtype)
         first = self.family.first_position(self.hf.config)
         encoder = self.family.encoder(self.hf)
+        only = {} if queries is None else {"queries": queries}
         return encoder(
-            input_ids=input_ids, attention_mask=mask, position_ids=position_ids + first
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids + first, **only
         ).last_hidden_state
 
     def forward(
@@ -183,6 +388,7 @@ class PackedMaskedLM(nn.Module):
         document_ids: torch.Tensor,
         masked_positions: torch.Tensor,
         masked_labels: torch.Tensor,
+        most_masked: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the cross entropies over masked positions, and how many were guessed right.
 
@@ -190,10 +396,22 @@ class PackedMaskedLM(nn.Module):
             input_ids: corrupted ids, `(B, S)` int64.
             position_ids, document_ids: see `attention_mask`.
             masked_positions, masked_labels: see `csrc.masked_lm_loss`, `(M,)`.
+            most_masked: masked positions of the fullest row, or more; without it they are
+                counted, for which the host waits for a GPU.
         """
-        hidden = self.encode(input_ids, position_ids, document_ids)
+        if self.last_layer_subset and len(masked_positions):
+            if not masked_positions.is_cuda:  # padding is rows to compute; here it can be cut
+                used = max(1, int((masked_positions >= 0).sum()))
+                masked_positions = masked_positions[:used]
+                masked_labels = masked_labels[:used]
+            queries = find_queries(masked_positions, *input_ids.shape, most_masked)
+            hidden = self.encode(input_ids, position_ids, document_ids, queries)
+            number = torch.arange(len(masked_positions), device=masked_positions.device)
+            masked_positions = torch.where(masked_positions >= 0, number, -1)
+        else:
+            hidden = self.encode(input_ids, position_ids, document_ids)
         return csrc.masked_lm_loss(
-            hidden, masked_positions, masked_labels, self.family.head(self.hf)
+            hidden, masked_positions, masked_labels, self.head(), self.head_implementation
         )
 
 
