@@ -44,9 +44,14 @@ def _score(
 
 
 def _cross_entropy_in_place(
-    scores: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, totals: torch.Tensor
+    scores: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, totals: torch.Tensor,
+    grad_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Turn logits `(m, V)` into `u`; fill `losses` and `totals`, `(m, 1)`; return the hits."""
+    """Turn logits `(m, V)` into `u`.
+
+    Fills `losses` and `totals`, `(m, 1)`; adds to `grad_bias`, `(V,)`, if it is wanted. Returns
+    the hits.
+    """
     hits = labels.new_zeros(())
     for start in range(0, len(scores), GROUP_ROWS):
         group = slice(start, start + GROUP_ROWS)
@@ -61,6 +66,8 @@ def _cross_entropy_in_place(
         total = torch.sum(z, 1, keepdim=True, out=totals[group])
         losses[group] = total.log() - (target - top)
         z.scatter_add_(1, label, -total)
+        if grad_bias is not None:  # in groups, too, the sum over rows loses fewer digits
+            grad_bias += torch.mv(z.t(), total.squeeze(1).reciprocal())
     return hits
 
 
@@ -88,7 +95,9 @@ class _DecoderLoss(torch.autograd.Function):
             x, total = rows[chunk], totals[chunk]
             u = buffer[:len(x)]
             _score(x, weight, bias, out=u)
-            hits += _cross_entropy_in_place(u, labels[chunk, None], losses[chunk], total)
+            hits += _cross_entropy_in_place(
+                u, labels[chunk, None], losses[chunk], total, grad_bias
+            )
             if grad_rows is not None:
                 torch.mm(u, weight, out=grad_rows[chunk]).div_(total)
             if grad_weight is not None:
@@ -96,8 +105,6 @@ class _DecoderLoss(torch.autograd.Function):
                     torch.mm(u.t(), x / total, out=grad_weight)
                 else:
                     grad_weight.addmm_(u.t(), x / total)
-            if grad_bias is not None:
-                grad_bias.addmv_(u.t(), total.squeeze(1).reciprocal())
         ctx.gradients = (grad_rows, grad_weight, grad_bias)
         ctx.mark_non_differentiable(hits)
         return losses.sum(), hits
