@@ -151,3 +151,46 @@ def test_bare_step_trains(config, precision):
         step()
     assert module(**micro_batch)[0].item() < 0.8 * before
     assert {p.dtype for p in module.parameters()} == {benchmark.DTYPES[precision]}
+
+
+# ------------------------------------------------------------------------------ whole step
+
+
+def test_whole_step_compares_ways_to_the_same_loss(config, prefix):
+    config = dataclasses.replace(config, whole_step=True, max_seq_length=64)
+    inputs = benchmark.read_inputs(config)
+    module = mlm.build_model(config, inputs.store).eval()
+    loader = data.PackedData(inputs.store, inputs.rows, inputs.maskings["random"], seed=1,
+                             micro_batch_size=1)
+    numbers = range(inputs.rows.num_rows)
+    alone = next(
+        batch for batch in (loader.step(n).micro_batches[0] for n in numbers)
+        if batch.document_ids.max() == 0 and batch.num_masked > 3  # nothing to keep apart
+    )
+    losses, gradients = {}, {}
+    passes = benchmark.whole_step_passes(module, alone, torch.device("cpu"))
+    for name, call in passes.items():
+        module.zero_grad()
+        loss = call()
+        loss.backward()
+        losses[name] = loss.item()
+        gradients[name] = {key: p.grad for key, p in module.named_parameters()}
+    assert list(losses) == ["transformers", "gather", "head", "head + subset"]
+    assert list(losses.values()) == pytest.approx([losses["transformers"]] * 4, rel=1e-5)
+    for found in gradients.values():
+        torch.testing.assert_close(found, gradients["transformers"], rtol=1e-4, atol=1e-6)
+
+
+def test_whole_step_writes_its_table(config, run_here, tmp_path, capsys):
+    run_here("train/benchmark.py", *flags(config), "--whole_step")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert [row["variant"] for row in result["rows"]][0] == "transformers"
+    assert result["rows"][0]["speedup"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    assert all(row["counted_steps"] == 4 for row in result["rows"])
+
+
+def test_whole_step_runs_on_one_rank(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--whole_step on 2 ranks"):
+        benchmark.read_inputs(dataclasses.replace(config, whole_step=True))

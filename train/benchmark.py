@@ -12,6 +12,11 @@ measured: the others are compared with it, and the batch of `bare` is its first.
 
 Not counted: `--warmup_steps` at the start of each strategy, and one step at the start of each turn,
 whose batch the loader has made during the turn of another.
+
+With `--whole_step`: what the MLM head and the last-layer subset are worth. Forward and backward of
+one batch, without optimizer, loader and DeepSpeed, in four ways: `transformers` (logits of every
+slot), `gather` (the head on masked rows, in plain PyTorch), `head` (ours) and `head + subset`. They
+compute the same loss, `transformers` up to attention across documents: it has no packed attention.
 """
 
 from __future__ import annotations
@@ -38,6 +43,8 @@ from train.metrics import say
 
 BASELINE = "random"
 BARE = "bare"
+TRANSFORMERS = "transformers"
+WHOLE_STEP = (TRANSFORMERS, "gather", "head", "head + subset")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -90,6 +97,9 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
             )
     drawn = [BASELINE, *(name for name in config.strategies if name != BASELINE)]
     names = [*drawn, *config.mask_indices]
+    if config.whole_step and ds.ranks().world_size > 1:
+        raise ConfigError(f"--whole_step on {ds.ranks().world_size} ranks: it is measured on one; "
+                          "start one process")
     twice = {name for name in names if names.count(name) > 1 or name == BARE}
     if twice:
         raise ConfigError(f"--mask_indices {' '.join(sorted(twice))}: a name is used twice or "
@@ -120,6 +130,7 @@ def model_config(config: BenchmarkConfig, store: TokenStore) -> Any:
 def plan(inputs: Inputs) -> list[str]:
     """What will be measured, in words and numbers."""
     config, resolved = inputs.config, inputs.resolved
+    names = WHOLE_STEP if config.whole_step else [BARE, *inputs.maskings]
     return [
         f"tokens {inputs.store.prefix}: {inputs.rows.num_tokens:,} tokens in "
         f"{inputs.rows.num_rows:,} rows of {config.max_seq_length}, "
@@ -128,9 +139,9 @@ def plan(inputs: Inputs) -> list[str]:
         f"{ds.ranks().world_size} ranks = {resolved.train_batch_size} rows a step; precision "
         f"{resolved.precision}, ZeRO "
         f"{resolved.config.get('zero_optimization', {}).get('stage', 0)}",
-        f"{', '.join([BARE, *inputs.maskings])}: {config.rounds} rounds of {config.timed_steps} "
-        f"counted steps each; dropped: {config.warmup_steps} warm-up steps, and the first step "
-        "of each turn",
+        f"{', '.join(names)}: {config.rounds} rounds of {config.timed_steps} counted steps each; "
+        f"dropped: {config.warmup_steps} warm-up steps"
+        + ("" if config.whole_step else ", and the first step of each turn"),
     ]
 
 
@@ -268,6 +279,70 @@ def measure(inputs: Inputs) -> dict[str, Measured]:
     return measured
 
 
+def whole_step_passes(
+    module: model.PackedMaskedLM, batch: data.PackedBatch, device: torch.device
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Ways to compute the mean loss of a batch, the baseline first."""
+    inputs = batch.inputs(device)
+    labels = torch.full_like(batch.input_ids, -100).flatten()
+    labels[batch.masked_positions[:batch.num_masked]] = batch.masked_labels[:batch.num_masked]
+    labels = labels.view_as(batch.input_ids).to(device)
+    filled = (batch.document_ids >= 0).long().to(device)
+
+    def ours(subset: bool, implementation: str | None) -> Callable[[], torch.Tensor]:
+        def call() -> torch.Tensor:
+            module.last_layer_subset, module.head_implementation = subset, implementation
+            return module(**inputs)[0] / max(batch.num_masked, 1)
+
+        return call
+
+    def transformers() -> torch.Tensor:
+        return module.hf(
+            input_ids=inputs["input_ids"], attention_mask=filled, labels=labels
+        ).loss
+
+    implementation = module.head_implementation
+    calls = (transformers, ours(False, "reference"), ours(False, implementation),
+             ours(True, implementation))
+    return dict(zip(WHOLE_STEP, calls, strict=True))
+
+
+def measure_whole_step(inputs: Inputs) -> dict[str, list[list[float]]]:
+    """Seconds of forward and backward, by variant and round."""
+    config = inputs.config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = mlm.build_model(config, inputs.store)
+    module.to(device, DTYPES[inputs.resolved.precision]).train()
+    loader = data.PackedData(
+        inputs.store, inputs.rows, inputs.maskings[BASELINE], seed=config.seed,
+        micro_batch_size=inputs.resolved.micro_batch_size,
+    )
+    passes = whole_step_passes(module, loader.step(0).micro_batches[0], device)
+
+    def seconds(call: Callable[[], torch.Tensor]) -> float:
+        module.zero_grad()
+        wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+        wait()
+        start = time.perf_counter()
+        call().backward()
+        wait()
+        return time.perf_counter() - start
+
+    for call in passes.values():
+        for _ in range(config.warmup_steps):
+            seconds(call)
+    names = list(passes)
+    times: dict[str, list[list[float]]] = {name: [] for name in names}
+    progress = metrics.Progress(config.rounds * len(names), "turn", len(names), label="benchmark")
+    for number in range(config.rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append([seconds(passes[name]) for _ in range(config.timed_steps)])
+            progress.update(1, name)
+    progress.close()
+    return times
+
+
 # ----------------------------------------------------------------------------------- reporting
 
 
@@ -325,6 +400,31 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def summarise_whole_step(times: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
+    """One row a variant; the speed-up is that of each round's medians."""
+    medians = {name: np.median(rounds, axis=1) for name, rounds in times.items()}
+    return [
+        {
+            "variant": name,
+            "step_ms": spread(1000 * np.array(rounds)),
+            "speedup": spread(medians[TRANSFORMERS] / medians[name]),
+            "counted_steps": int(np.size(rounds)),
+        }
+        for name, rounds in times.items()
+    ]
+
+
+def format_whole_step(rows: list[dict[str, Any]]) -> str:
+    """The rows as text."""
+    lines = [f"{'forward + backward':<20}{'ms (p20-p80)':>26}{'times faster (p20-p80)':>28}"]
+    for row in rows:
+        step, speedup = row["step_ms"], row["speedup"]
+        timing = f"{step['median']:.1f} ({step['p20']:.1f}-{step['p80']:.1f})"
+        ratio = f"{speedup['median']:.2f} ({speedup['p20']:.2f}-{speedup['p80']:.2f})"
+        lines.append(f"{row['variant']:<20}{timing:>26}{ratio:>28}")
+    return "\n".join(lines)
+
+
 def commit() -> str | None:
     """The checked-out commit of these sources, "+" if they differ from it, or None."""
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
@@ -346,25 +446,28 @@ def main(argv: list[str] | None = None) -> None:
         say(line)
     if config.dry_run:
         return
-    measured = measure(inputs)
-    if not ds.is_main():
-        return
-    rows = [
-        summarise(name, one, inputs.resolved.train_batch_size, measured[BASELINE])
-        for name, one in measured.items()
-    ]
-    ratio = loop_over_bare(measured, config.rounds)
-    say(format_table(rows))
-    if not torch.cuda.is_available():
-        say("GiB: the most the whole process had, the same for every row")
-    say(f"loop / bare: {ratio['median']:.3f} (p20 {ratio['p20']:.3f}, p80 {ratio['p80']:.3f} "
-        f"over {config.rounds} rounds)")
-    result = {
-        "benchmark": "pretrain", **checkpoint.environment(), "commit": commit(),
-        "options": as_dict(config), "ds_config": inputs.resolved.config,
-        "precision": inputs.resolved.precision, "store": inputs.store.fingerprint,
-        "rows": rows, "loop_over_bare": ratio,
-    }
+    result = {"options": as_dict(config), "ds_config": inputs.resolved.config,
+              "precision": inputs.resolved.precision, "store": inputs.store.fingerprint,
+              **checkpoint.environment(), "commit": commit()}
+    if config.whole_step:
+        rows = summarise_whole_step(measure_whole_step(inputs))
+        say(format_whole_step(rows))
+        result |= {"benchmark": "whole_step", "rows": rows}
+    else:
+        measured = measure(inputs)
+        if not ds.is_main():
+            return
+        rows = [
+            summarise(name, one, inputs.resolved.train_batch_size, measured[BASELINE])
+            for name, one in measured.items()
+        ]
+        ratio = loop_over_bare(measured, config.rounds)
+        say(format_table(rows))
+        if not torch.cuda.is_available():
+            say("GiB: the most the whole process had, the same for every row")
+        say(f"loop / bare: {ratio['median']:.3f} (p20 {ratio['p20']:.3f}, p80 {ratio['p80']:.3f} "
+            f"over {config.rounds} rounds)")
+        result |= {"benchmark": "pretrain", "rows": rows, "loop_over_bare": ratio}
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(folder / "benchmark.json", result)

@@ -307,6 +307,9 @@ class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
     warmup_steps: int = _flag(5, "steps not counted, for each strategy")
     timed_steps: int = _flag(5, "steps of one round of one strategy")
     rounds: int = _flag(4, "rounds; strategies take turns in each")
+    whole_step: bool = _flag(
+        False, "instead: forward and backward alone, against the model as transformers computes it"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
