@@ -404,7 +404,8 @@ class PackedMaskedLM(nn.Module):
                 used = max(1, int((masked_positions >= 0).sum()))
                 masked_positions = masked_positions[:used]
                 masked_labels = masked_labels[:used]
-            queries = find_queries(masked_positions, *input_ids.shape, most_masked)
+            num_rows, num_slots = input_ids.shape
+            queries = find_queries(masked_positions, num_rows, num_slots, most_masked)
             hidden = self.encode(input_ids, position_ids, document_ids, queries)
             number = torch.arange(len(masked_positions), device=masked_positions.device)
             masked_positions = torch.where(masked_positions >= 0, number, -1)
