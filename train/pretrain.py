@@ -141,11 +141,11 @@ def memory_line(module: model.PackedMaskedLM, inputs: Inputs) -> str:
     hf_config = module.hf.config
     size = 2 if half else 4
     slots = inputs.resolved.micro_batch_size * inputs.config.max_seq_length
-    # About 18 hidden widths a layer are kept for the backward pass, and masked rows of logits
-    # exist three times (logits, their fp32 copy, their gradient).
+    # About 18 hidden widths a layer are kept for the backward pass. Masked rows of logits exist
+    # once, in chunks of at most half a GiB.
     layers = 1 if inputs.config.gradient_checkpointing else hf_config.num_hidden_layers
     activations = slots * hf_config.hidden_size * 18 * size * layers
-    logits = 0.15 * slots * hf_config.vocab_size * 4 * 3
+    logits = min(0.15 * slots * hf_config.vocab_size * size, 2**29)
     return (
         f"model: {parameters:,} parameters; memory of a rank, estimated: states "
         f"{states_gib:.2f} GiB, activations {activations / 2**30:.2f} GiB, "
