@@ -186,6 +186,7 @@ class FakeEngine:
         torch.nn.init.zeros_(self.module.weight)
         self._optimizer = torch.optim.SGD(self.module.parameters(), lr=0.5)
         self._accumulation_steps, self._micro_steps = accumulation_steps, 0
+        self.global_steps = self.skipped_steps = 0
         self.seen: list[list[list[int]]] = []
         self.evaluated: list[int] = []
         self.is_training = True
@@ -201,9 +202,25 @@ class FakeEngine:
     def backward(self, loss):
         (loss / self._accumulation_steps).backward()
 
+    def is_gradient_accumulation_boundary(self):
+        return (self._micro_steps + 1) % self._accumulation_steps == 0
+
+    def fp16_enabled(self):
+        return False
+
+    def bfloat16_enabled(self):
+        return False
+
+    def zero_optimization_stage(self):
+        return 0
+
+    def was_step_applied(self):
+        return True
+
     def step(self):
         self._micro_steps += 1
         if self._micro_steps % self._accumulation_steps == 0:
+            self.global_steps += 1
             self._optimizer.step()
             self._optimizer.zero_grad()
 

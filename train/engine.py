@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import signal
 import socket
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -24,6 +27,8 @@ from train.config import TrainingConfig
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_BATCH = 32
+# fp16 steps skipped in a row before a run stops; from a scale of 2^32 to 1 it takes 33.
+MAX_SKIPPED_IN_A_ROW = 50
 WARMUP_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 # DeepSpeed's own names; any other is looked up in torch.optim (and .lr_scheduler).
 OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muon")
@@ -457,29 +462,95 @@ def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved
     return engine
 
 
-def take_step(engine: Any) -> None:
-    """`engine.step()`; DeepSpeed's complaint that the loss scale is at its floor becomes ours."""
+class _LossScaleHistory:
+    """The last changes of an engine's loss scale, and the steps it has skipped since the last."""
+
+    def __init__(self) -> None:
+        self._changes: deque[tuple[int, float]] = deque(maxlen=8)
+        self.skipped_in_a_row = 0
+
+    def note(self, step: int, scale: float) -> None:
+        """Step `step` is taken at `scale`."""
+        if not self._changes or self._changes[-1][1] != scale:
+            self._changes.append((step, scale))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{scale:g} from step {step}" for step, scale in self._changes)
+
+
+_loss_scales: WeakKeyDictionary[Any, _LossScaleHistory] = WeakKeyDictionary()
+
+
+def take_step(engine: Any) -> Any:
+    """`engine.step()`, which never trains on a gradient that is not a number.
+
+    Gradients are reduced over all ranks before this, so every rank finds the same. In fp32 and
+    bf16 the run stops. In fp16 an overflow is how the loss scale is found: the step is skipped,
+    as long as a lower scale can help.
+
+    Returns:
+        Global norm of the gradients before clipping, a number or a tensor `()`; None between
+        optimizer steps and for a skipped one.
+    Raises:
+        NonFiniteError: on every rank; nothing has been updated.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        return engine.step()
+    if engine.fp16_enabled():
+        return _take_fp16_step(engine)
+    step = engine.global_steps + 1
+    norm = None
+    if not (engine.zero_optimization_stage() or engine.bfloat16_enabled()):
+        # Plain fp32 is the one set-up in which DeepSpeed looks at no gradient.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+    if norm is None or math.isfinite(norm):
+        engine.step()
+        if engine.was_step_applied():
+            return engine.get_global_grad_norm() if norm is None else norm
+    raise NonFiniteError(
+        f"the gradient is not a finite number at step {step}; nothing was updated; lower "
+        "--learning_rate, lengthen --warmup_ratio, or look at the data of this step"
+    )
+
+
+def _take_fp16_step(engine: Any) -> Any:
+    """The fp16 part of `take_step`; a skipped step is bounded, and said with its history."""
+    step, scale = engine.global_steps + 1, float(engine.optimizer.loss_scale)
+    history = _loss_scales.setdefault(engine, _LossScaleHistory())
+    history.note(step, scale)
+    dynamic = engine.dynamic_loss_scale()
+    floor = engine.dynamic_loss_scale_args()["min_scale"]
     try:
         engine.step()
     except Exception as error:
         if "loss scale already at minimum" not in str(error):
             raise
-        raise NonFiniteError(
-            f"step {engine.global_steps + 1}: the gradients overflow at the smallest loss scale; "
-            "use bf16, lower --learning_rate or lengthen --warmup_ratio, or lower min_loss_scale "
-            "in the DeepSpeed JSON"
-        ) from None
-
-
-def gradient_norm(engine: Any) -> float | None:
-    """Global norm of the gradients before clipping; call between `backward` and `step`.
-
-    None where only DeepSpeed's optimizer can tell: ask `engine.get_global_grad_norm` after `step`.
-    """
-    if engine.zero_optimization_stage() or engine.fp16_enabled() or engine.bfloat16_enabled():
+    else:
+        if engine.was_step_applied():
+            history.skipped_in_a_row = 0
+            return engine.get_global_grad_norm()
+    history.skipped_in_a_row += 1
+    at_floor = dynamic and scale <= floor
+    if not at_floor and history.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
         return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    where = f"the smallest loss scale, {scale:g}" if at_floor else f"a loss scale of {scale:g}"
+    if not dynamic:
+        remedy = "set loss_scale in the DeepSpeed JSON to 0, so that it adapts"
+    elif floor > 1:
+        remedy = f"lower min_loss_scale (now {floor:g}) in the DeepSpeed JSON"
+    else:
+        remedy = "leave fp16 out of the DeepSpeed JSON (fp32)"
+    raise NonFiniteError(
+        f"step {step}: the gradients overflow in fp16 at {where}, for {history.skipped_in_a_row} "
+        f"steps in a row; loss scale: {history}; use bf16; or lower --learning_rate or lengthen "
+        f"--warmup_ratio; or {remedy}"
+    )
+
+
+def loss_scale(engine: Any) -> float | None:
+    """What the loss is multiplied with, in fp16; None in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:

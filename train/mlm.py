@@ -83,9 +83,10 @@ def train_step(
 
     Returns:
         Mean loss and accuracy over the masked tokens of the global batch, and the norm of the
-        gradient if it is wanted.
+        gradient if it is wanted; None too for a step that fp16 skipped.
     Raises:
-        NonFiniteError: the loss is not a number, on any rank; nothing has been updated.
+        NonFiniteError: the loss or the gradient is not a number, on any rank; nothing has been
+            updated.
     """
     scale = ds.ranks().world_size * len(batch.micro_batches) / max(batch.step_masked_tokens, 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -105,9 +106,7 @@ def train_step(
                     f"the loss became {total} at step {engine.global_steps + 1}; lower "
                     "--learning_rate, lengthen --warmup_ratio, or use bf16"
                 )
-            norm = ds.gradient_norm(engine) if want_norm else None
-        ds.take_step(engine)
-    if want_norm and norm is None:
-        norm = engine.get_global_grad_norm()
+        norm = ds.take_step(engine)
     count = max(batch.step_masked_tokens, 1)
-    return total / count, right_total / count, None if norm is None else float(norm)
+    norm = float(norm) if want_norm and norm is not None else None
+    return total / count, right_total / count, norm

@@ -41,7 +41,15 @@ from train.engine import (
     resolve_ds_config,
     take_step,
 )
-from train.metrics import EPOCH, LEARNING_RATE, TRAIN_LOSS, MetricsWriter, Progress, say
+from train.metrics import (
+    EPOCH,
+    LEARNING_RATE,
+    SKIPPED_STEPS,
+    TRAIN_LOSS,
+    MetricsWriter,
+    Progress,
+    say,
+)
 from train.model import checkpoint_activations
 
 IGNORED = -100
@@ -313,7 +321,7 @@ def train_step(
     batch: np.ndarray,
     pad_id: int,
     class_weights: torch.Tensor,
-) -> torch.Tensor:
+) -> float:
     """Take one optimizer step on a global batch.
 
     The loss is the sum over the global batch divided by the batch's mass. DeepSpeed averages over
@@ -323,7 +331,10 @@ def train_step(
     Args:
         batch: indices, `(n,)` int64.
     Returns:
-        This rank's part of the mean loss, a scalar on the device; the parts of all ranks add up.
+        The mean loss of the global batch.
+    Raises:
+        NonFiniteError: the loss or the gradient is not a number, on any rank; nothing has been
+            updated.
     """
     where = ranks()
     micro, accumulation = resolved.micro_batch_size, resolved.accumulation_steps
@@ -337,9 +348,12 @@ def train_step(
         logits = engine(**inputs).logits
         loss = weighted_loss(logits, targets, kept, class_weights) / mass
         engine.backward(loss * factor)
-        take_step(engine)
         total += loss.detach()
-    return total
+        if engine.is_gradient_accumulation_boundary():
+            (mean,) = all_reduce_sum(total.item())
+            _refuse_non_finite(mean, "training loss", engine.global_steps + 1)
+        take_step(engine)
+    return mean
 
 
 def seed_dropout(seed: int, step: int) -> None:
@@ -484,7 +498,7 @@ def train_and_select(
         identity: what must not change while a run is resumed (fingerprints of data, weights, ...).
         stop: whether a stop was asked for; the same answer on every rank.
     Raises:
-        NonFiniteError: the loss is not a number, on every rank at once.
+        NonFiniteError: a loss or a gradient is not a number, on every rank at once.
         StopRequested: after a checkpoint.
     """
     total_steps = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
@@ -498,8 +512,7 @@ def train_and_select(
     )
     batches = global_batches(train, resolved.train_batch_size, seed, step, total_steps)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
-    running = torch.zeros((), device=device)
-    running_steps = 0
+    running, running_steps = 0.0, 0
     engine.train()
     while True:
         if step == per_epoch * (len(found.history) + 1):
@@ -514,7 +527,6 @@ def train_and_select(
         stopping = stop()
         due = config.save_steps and step > first_step and step % config.save_steps == 0
         if stopping or due:
-            _refuse_non_finite(all_reduce_sum(float(running))[0], "training loss", step)
             found.steps, found.seconds = step, time.monotonic() - started
             _save(engine, run_dir, found, config.save_total_limit, identity)
         if stopping:
@@ -530,13 +542,12 @@ def train_and_select(
         step, running_steps = step + 1, running_steps + 1
         text = ""
         if step % config.logging_steps == 0 or step % per_epoch == 0:
-            (loss,) = all_reduce_sum(float(running) / running_steps)
-            _refuse_non_finite(loss, "training loss", step)
+            loss = running / running_steps
             writer.scalars(step, {TRAIN_LOSS: loss, LEARNING_RATE: learning_rate,
-                                  EPOCH: step / per_epoch})
+                                  EPOCH: step / per_epoch,
+                                  SKIPPED_STEPS: float(engine.skipped_steps)})
             text = f"loss {loss:.4f}"
-            running.zero_()
-            running_steps = 0
+            running, running_steps = 0.0, 0
         if found.history:
             text += f"  best {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
         progress.update(1, text)
