@@ -16,6 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run on the CPU, in its interpreter. Read where a kernel is defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,8 +36,6 @@ BAD = ("bad", "dull", "weak", "slow", "boring")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests that need a GPU where there is none."""
-    import torch
-
     if torch.cuda.is_available():
         return
     for item in items:
@@ -66,7 +69,6 @@ def tiny_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory, tiny_tokenizer) -> str:
     """A folder with a BERT of two layers of 32, with MLM head and pooler, and its tokenizer."""
-    import torch
     from transformers import BertConfig, BertForPreTraining
 
     torch.manual_seed(0)

@@ -1,0 +1,603 @@
+"""`masked_lm_loss` for GPUs: Triton kernels around three library matrix products.
+
+With `h` the hidden states, `p` the masked positions, `y` the labels, `W` and `b` the decoder:
+
+    u = h[p] A^T + c      x = norm(gelu(u))      z = x W^T + b        the head, masked rows only
+    m = max z      s = sum exp(z - m)      loss = log s - (z_y - m)
+    dz = exp(z - m) / s - onehot(y)                                   written over z
+    dx = dz W      dW = dz^T x      db = sum of the rows of dz
+    du = gelu'(u) norm'(dx)      dA = du^T h[p]      dh[p] = du A
+
+The large products are the library's; everything between them is one kernel each, so the logits
+are written by one product, read twice and overwritten once, and read by two products.
+
+- All gradients are of the plain sum, and formed in the forward pass; the backward pass multiplies
+  them by the incoming scalar, which may be a loss scale or 1 / count. That scalar never meets a 16
+  bit `dz`: a probability near 1 / V divided by the number of positions is 0 in fp16.
+- Shapes depend on the capacity of the positions alone, and nothing is read back: the host never
+  waits for the device.
+- Rows of the hidden gradient are stored, not added (each position comes once), and sums over rows
+  go through partial sums in a fixed order: no atomics, so results repeat bit for bit.
+- Logits live in a buffer whose rows are a multiple of 128 apart, for aligned loads at any V. Its
+  pad columns weigh nothing; the weights keep their size.
+
+Letters in kernels: `T` rows of the hidden states, `M` masked positions with padding, `D` hidden
+size, `V` vocabulary, `V_PAD` its multiple of 128. Padding (-1) reads as rows of zeros, and its loss
+and gradients are zero. With `TRITON_INTERPRET=1` the kernels run on CPU tensors: slow, for tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from csrc.head import MaskedLMHead
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_WIDTH = 4096  # a row of the layer norm lies in the registers of one program
+PAD_COLUMNS = 128
+ONE_CHUNK_BYTES = 512 * 2**20  # logits up to this size stay in one piece,
+CHUNK_ROWS = 8192  # larger ones come in pieces of this many rows
+
+NORM_TILE = 2048  # numbers of a tile of whole rows
+NORM_ROWS = 16  # rows of a program of the norm's backward pass, which share its partial sums
+NORM_WARPS = 8
+
+
+class DenseTile(NamedTuple):
+    """Tile of the gathering product: `rows` x `columns`, in steps of `inner`."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+class LossTile(NamedTuple):
+    """Tile of logits. Its rows share a partial sum of db; `stages` tiles are under way at once."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# By bytes of a number. fp32 has no exact matrix unit, so its tile is what registers can hold.
+DENSE_TILES = {2: DenseTile(128, 128, 64, 8, 3), 4: DenseTile(64, 64, 16, 8, 2)}
+# A row a warp, so that sums along rows stay in the warp. Compiled for sm_90: 62 registers, so four
+# programs a multiprocessor with 32 KiB of 16 bit logits on their way to it.
+LOSS_TILE = LossTile(8, 256, 8, 3)
+
+
+@triton.jit
+def _gelu(u, TANH: tl.constexpr):
+    """GELU of fp32 `u`, and its derivative."""
+    if TANH:
+        # u/2 (1 + tanh t) = u sigmoid(2t), t = sqrt(2/pi) (u + 0.044715 u^3)
+        share = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * u * u)
+        slope = share + u * share * (1.0 - share) * inner
+    else:
+        share = 0.5 * (1.0 + tl.erf(0.7071067811865476 * u))
+        slope = share + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    return u * share, slope
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gather_dense_kernel(
+    hidden_ptr,  # (T, D)
+    positions_ptr,  # (M,)
+    weight_ptr,  # (D, D), output by input
+    bias_ptr,  # (D,), unused without HAS_BIAS
+    u_ptr,  # (M, D), written
+    M,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """u = hidden[positions] weight^T + bias, one tile."""
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    positions = tl.load(positions_ptr + rows, mask=rows < M, other=-1).to(tl.int64)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        left = tl.load(
+            hidden_ptr + positions[:, None] * D + inner[None, :],
+            mask=(positions >= 0)[:, None] & (inner < D)[None, :], other=0.0,
+        )
+        right = tl.load(
+            weight_ptr + columns[None, :] * D + inner[:, None],
+            mask=(columns < D)[None, :] & (inner < D)[:, None], other=0.0,
+        )
+        # "ieee": fp32 inputs are not cut to tf32.
+        sums = tl.dot(left, right, sums, input_precision="ieee")
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        u_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], sums,
+        mask=(rows < M)[:, None] & (columns < D)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _activate_normalise_kernel(
+    u_ptr,  # (M, D)
+    norm_weight_ptr,  # (D,)
+    norm_bias_ptr,  # (D,), unused without HAS_BIAS
+    x_ptr,  # (M, D), written
+    mean_ptr,  # (M,) fp32, written
+    rstd_ptr,  # (M,) fp32, written
+    M,
+    eps,
+    D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TANH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """x = norm(gelu(u)), ROWS rows. All in fp32: u and x alone are rounded to their dtype."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows < M)[:, None] & (columns < D)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    u = tl.load(u_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    active, _ = _gelu(u, TANH)  # 0 outside the columns, as gelu(0) is
+    mean = tl.sum(active, axis=1) / D
+    centred = tl.where(inside, active - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    x = centred * rstd[:, None] * weight[None, :]
+    if HAS_BIAS:
+        x += tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(x_ptr + offsets, x, mask=inside)
+    tl.store(mean_ptr + rows, mean, mask=rows < M)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
+
+
+@triton.jit
+def _logits(
+    z_rows,  # (ROWS,) pointers to the rows of the buffer
+    bias_ptr,  # (V,), unused without HAS_BIAS
+    valid,  # (ROWS,)
+    columns,  # (BLOCK_V,)
+    V: tl.constexpr,
+    V_PAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """A tile of logits with their bias, fp32: -inf from column V on, anything finite in padding."""
+    # The mask ends at V_PAD, a multiple of what one load takes; what lies in the pad is discarded.
+    z = tl.load(
+        z_rows[:, None] + columns[None, :],
+        mask=valid[:, None] & (columns < V_PAD)[None, :], other=0.0,
+    ).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    return tl.where((columns < V)[None, :], z, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _cross_entropy_kernel(
+    z_ptr,  # (M, V_PAD), logits without bias in the first V columns; overwritten with dz
+    bias_ptr,  # (V,), unused without HAS_BIAS
+    positions_ptr,  # (M,), for padding
+    labels_ptr,  # (M,)
+    loss_ptr,  # (M,) fp32, written
+    hit_ptr,  # (M,) int32, written
+    partial_ptr,  # (programs, V_PAD) fp32, written with WITH_BIAS_GRADIENT, else unused
+    M,
+    V: tl.constexpr,
+    V_PAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+    WITH_BIAS_GRADIENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Loss, hit and gradient of ROWS rows of logits."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < M
+    valid = tl.load(positions_ptr + rows, mask=inside, other=-1) >= 0
+    label = tl.load(labels_ptr + rows, mask=valid, other=0).to(tl.int32)
+    z_rows = z_ptr + rows.to(tl.int64) * V_PAD  # M x V_PAD may exceed 2^31
+    target = tl.load(z_rows + label, mask=valid, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        target += tl.load(bias_ptr + label, mask=valid, other=0.0).to(tl.float32)
+
+    # A finite start: a block of nothing but -inf then adds exp(-inf) = 0, not exp(nan).
+    top = tl.full((ROWS,), -3.4028234e38, dtype=tl.float32)
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    top_before = top  # of the columns before the label
+    for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
+        columns = start + tl.arange(0, BLOCK_V)
+        z = _logits(z_rows, bias_ptr, valid, columns, V, V_PAD, HAS_BIAS)
+        new_top = tl.maximum(top, tl.max(z, axis=1))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top[:, None]), axis=1)
+        top = new_top
+        before = tl.where(columns[None, :] < label[:, None], z, float("-inf"))
+        top_before = tl.maximum(top_before, tl.max(before, axis=1))
+    loss = tl.log(total) - (target - top)  # shifted: log(total) + top would lose digits
+    tl.store(loss_ptr + rows, tl.where(valid, loss, 0.0), mask=inside)
+    hit = valid & (target == top) & (target > top_before)  # as in argmax, the first top wins
+    tl.store(hit_ptr + rows, hit.to(tl.int32), mask=inside)
+
+    if WITH_GRADIENT:
+        tl.debug_barrier()  # every warp has read its targets before any logit is overwritten
+        inverse = 1.0 / total
+        for start in tl.range(0, V_PAD, BLOCK_V, num_stages=STAGES):
+            columns = start + tl.arange(0, BLOCK_V)
+            z = _logits(z_rows, bias_ptr, valid, columns, V, V_PAD, HAS_BIAS)
+            dz = tl.exp(z - top[:, None]) * inverse[:, None]  # 0 from column V on
+            dz -= (columns[None, :] == label[:, None]).to(tl.float32)
+            dz = tl.where(valid[:, None], dz, 0.0)
+            tl.store(
+                z_rows[:, None] + columns[None, :], dz,
+                mask=inside[:, None] & (columns < V_PAD)[None, :],
+            )
+            if WITH_BIAS_GRADIENT:  # from fp32 dz, before it is rounded
+                partial = partial_ptr + tl.program_id(0).to(tl.int64) * V_PAD + columns
+                tl.store(partial, tl.sum(dz, axis=0), mask=columns < V_PAD)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _activate_normalise_backward_kernel(
+    dx_ptr,  # (M, D) fp32
+    u_ptr,  # (M, D)
+    mean_ptr,  # (M,) fp32
+    rstd_ptr,  # (M,) fp32
+    norm_weight_ptr,  # (D,)
+    du_ptr,  # (M, D), written
+    partial_ptr,  # (3, programs, D) fp32, written: of norm_weight, norm_bias, dense_bias
+    M,
+    D: tl.constexpr,
+    TANH: tl.constexpr,
+    ROWS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """du of NUM_TILES tiles of ROWS rows, and their share of the sums over rows.
+
+    With n = (gelu(u) - mean) rstd and g = dx norm_weight:
+    du = gelu'(u) rstd (g - mean(g) - n mean(g n)), d norm_weight = sum dx n.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    bias_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    du_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for tile in range(NUM_TILES):
+        rows = (tl.program_id(0) * NUM_TILES + tile) * ROWS + tl.arange(0, ROWS)
+        inside = (rows < M)[:, None] & (columns < D)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
+        u = tl.load(u_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        dx = tl.load(dx_ptr + offsets, mask=inside, other=0.0)  # 0 outside, and so is all below
+        mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+        active, slope = _gelu(u, TANH)
+        normal = (active - mean[:, None]) * rstd[:, None]
+        weighted = dx * weight[None, :]
+        along = tl.sum(weighted * normal, axis=1) / D
+        middle = tl.sum(weighted, axis=1) / D
+        da = (weighted - normal * along[:, None] - middle[:, None]) * rstd[:, None]
+        du = tl.where(inside, da * slope, 0.0)
+        tl.store(du_ptr + offsets, du, mask=inside)
+        weight_sum += tl.sum(dx * normal, axis=0)
+        bias_sum += tl.sum(dx, axis=0)
+        du_sum += tl.sum(du, axis=0)
+    partial = partial_ptr + tl.program_id(0) * D + columns
+    stride = tl.num_programs(0) * D
+    tl.store(partial, weight_sum, mask=columns < D)
+    tl.store(partial + stride, bias_sum, mask=columns < D)
+    tl.store(partial + 2 * stride, du_sum, mask=columns < D)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gather_kernel(
+    hidden_ptr,  # (T, D)
+    positions_ptr,  # (M,)
+    rows_ptr,  # (M, D), written
+    M,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """rows = hidden[positions], zeros for padding."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    positions = tl.load(positions_ptr + rows, mask=rows < M, other=-1).to(tl.int64)
+    values = tl.load(
+        hidden_ptr + positions[:, None] * D + columns[None, :],
+        mask=(positions >= 0)[:, None] & (columns < D)[None, :], other=0.0,
+    )
+    tl.store(
+        rows_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], values,
+        mask=(rows < M)[:, None] & (columns < D)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _scatter_kernel(
+    rows_ptr,  # (M, D) fp32
+    positions_ptr,  # (M,)
+    scale_ptr,  # scalar fp32
+    hidden_ptr,  # (T, D), written at the positions
+    M,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """hidden[positions] = scale rows; positions are unique, so plain stores do."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    positions = tl.load(positions_ptr + rows, mask=rows < M, other=-1).to(tl.int64)
+    inside = (positions >= 0)[:, None] & (columns < D)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    values = tl.load(rows_ptr + offsets, mask=inside, other=0.0) * tl.load(scale_ptr)
+    tl.store(hidden_ptr + positions[:, None] * D + columns[None, :], values, mask=inside)
+
+
+INTERPRETED = not isinstance(_gather_kernel, triton.JITFunction)
+
+
+def _row_tile(width: int) -> dict[str, int]:
+    """ROWS and BLOCK_D of a tile of whole rows, and its warps."""
+    block = triton.next_power_of_2(width)
+    return {"ROWS": max(1, NORM_TILE // block), "BLOCK_D": block, "num_warps": NORM_WARPS}
+
+
+def _gather(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rows of `hidden`, `(T, D)`, at `positions`, `(M,)`; zeros at -1. Returns `(M, D)`."""
+    rows = hidden.new_empty(len(positions), hidden.shape[1])
+    tile = _row_tile(hidden.shape[1])
+    grid = (triton.cdiv(len(positions), tile["ROWS"]),)
+    _gather_kernel[grid](hidden, positions, rows, len(rows), D=hidden.shape[1], **tile)
+    return rows
+
+
+def _scatter(
+    rows: torch.Tensor, positions: torch.Tensor, scale: torch.Tensor, hidden: torch.Tensor
+) -> None:
+    """Write `scale * rows`, `(M, D)` fp32, over the rows of `hidden`, `(T, D)`, at `positions`."""
+    tile = _row_tile(rows.shape[1])
+    grid = (triton.cdiv(len(rows), tile["ROWS"]),)
+    _scatter_kernel[grid](rows, positions, scale, hidden, len(rows), D=rows.shape[1], **tile)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None
+             ) -> torch.Tensor:
+    """Matrix product with fp32 sums and an fp32 result, which 16 bit would cut to 8 or 11 bits."""
+    if out is None:
+        out = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+    if left.dtype == torch.float32:
+        return torch.mm(left, right, out=out)
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left.float(), right.float(), out=out)
+
+
+class _Transformed(NamedTuple):
+    """What the transform's backward pass reads: `u` `(M, D)`, `mean` and `rstd` `(M,)` fp32."""
+
+    u: torch.Tensor
+    mean: torch.Tensor
+    rstd: torch.Tensor
+
+
+def _transform(
+    hidden: torch.Tensor, positions: torch.Tensor, head: MaskedLMHead
+) -> tuple[torch.Tensor, _Transformed]:
+    """Gather, dense, GELU and layer norm. Returns `x`, `(M, D)`, and what backward needs."""
+    num_rows, width = len(positions), hidden.shape[1]
+    u = hidden.new_empty(num_rows, width)
+    tile = DENSE_TILES[hidden.element_size()]
+    grid = (triton.cdiv(width, tile.columns), triton.cdiv(num_rows, tile.rows))
+    _gather_dense_kernel[grid](
+        hidden, positions, head.dense_weight, head.dense_bias, u, num_rows, D=width,
+        HAS_BIAS=head.dense_bias is not None, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+        BLOCK_K=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+    )
+    x = torch.empty_like(u)
+    mean, rstd = (u.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    row_tile = _row_tile(width)
+    _activate_normalise_kernel[(triton.cdiv(num_rows, row_tile["ROWS"]),)](
+        u, head.norm_weight, head.norm_bias, x, mean, rstd, num_rows, head.norm_eps, D=width,
+        HAS_BIAS=head.norm_bias is not None, TANH=head.activation == "gelu_tanh", **row_tile,
+    )
+    return x, _Transformed(u, mean, rstd)
+
+
+def _transform_backward(
+    grad_x: torch.Tensor, saved: _Transformed, hidden: torch.Tensor, positions: torch.Tensor,
+    head: MaskedLMHead, wanted: set[str],
+) -> dict[str, torch.Tensor]:
+    """Gradients of the transform's tensors, fp32, from `grad_x`, `(M, D)` fp32."""
+    assert head.dense_weight is not None
+    num_rows, width = grad_x.shape
+    tile = _row_tile(width)
+    num_tiles = max(1, NORM_ROWS // tile["ROWS"])
+    num_programs = triton.cdiv(num_rows, tile["ROWS"] * num_tiles)
+    grad_u = torch.empty_like(saved.u)
+    partial = grad_x.new_empty(3, num_programs, width)
+    _activate_normalise_backward_kernel[(num_programs,)](
+        grad_x, saved.u, saved.mean, saved.rstd, head.norm_weight, grad_u, partial, num_rows,
+        D=width, TANH=head.activation == "gelu_tanh", NUM_TILES=num_tiles, **tile,
+    )
+    names = ("norm_weight", "norm_bias", "dense_bias")
+    gradients = dict(zip(names, partial.sum(1), strict=True))
+    if "hidden" in wanted:
+        gradients["hidden"] = _product(grad_u, head.dense_weight)
+    if "dense_weight" in wanted:
+        gradients["dense_weight"] = _product(grad_u.t(), _gather(hidden, positions))
+    return gradients
+
+
+def _decode(
+    x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, head: MaskedLMHead,
+    wanted: set[str],
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Decoder and cross entropy of rows `x`, `(M, D)`.
+
+    Returns:
+        The losses, `(M,)` fp32; the hits, `(M,)` int32; and the gradients in `wanted`, fp32, of
+        "x", "decoder_weight" and "decoder_bias".
+    """
+    weight, bias = head.decoder_weight, head.decoder_bias
+    num_rows, vocab = len(x), len(weight)
+    padded = triton.cdiv(vocab, PAD_COLUMNS) * PAD_COLUMNS
+    one_chunk = num_rows * padded * x.element_size() <= ONE_CHUNK_BYTES
+    chunk_rows = num_rows if one_chunk else min(num_rows, CHUNK_ROWS)
+
+    buffer = x.new_empty(chunk_rows, padded)
+    losses = x.new_empty(num_rows, dtype=torch.float32)
+    hits = x.new_empty(num_rows, dtype=torch.int32)
+    gradients = {}
+    if "x" in wanted:
+        gradients["x"] = x.new_empty(x.shape, dtype=torch.float32)
+    partial = None
+    if "decoder_bias" in wanted:
+        num_tiles = triton.cdiv(chunk_rows, LOSS_TILE.rows)
+        partial = x.new_empty(num_tiles, padded, dtype=torch.float32)
+
+    def add(name: str, gradient: torch.Tensor) -> None:
+        gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
+
+    for start in range(0, num_rows, chunk_rows):
+        chunk = slice(start, start + chunk_rows)
+        rows = x[chunk]
+        logits = buffer[:len(rows), :vocab]
+        torch.mm(rows, weight.t(), out=logits)
+        num_tiles = triton.cdiv(len(rows), LOSS_TILE.rows)
+        _cross_entropy_kernel[(num_tiles,)](
+            buffer, bias, positions[chunk], labels[chunk], losses[chunk], hits[chunk], partial,
+            len(rows), V=vocab, V_PAD=padded, HAS_BIAS=bias is not None,
+            WITH_GRADIENT=bool(wanted), WITH_BIAS_GRADIENT=partial is not None,
+            ROWS=LOSS_TILE.rows, BLOCK_V=LOSS_TILE.columns, STAGES=LOSS_TILE.stages,
+            num_warps=LOSS_TILE.warps,
+        )
+        if "x" in wanted:
+            _product(logits, weight, out=gradients["x"][chunk])
+        if "decoder_weight" in wanted:
+            add("decoder_weight", _product(logits.t(), rows))
+        if partial is not None:
+            add("decoder_bias", partial[:num_tiles, :vocab].sum(0))
+    return losses, hits, gradients
+
+
+def _loss_and_gradients(
+    hidden: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, head: MaskedLMHead,
+    wanted: set[str],
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses `(M,)` fp32, hits `(M,)` int32, and the gradients in `wanted` of the sum, fp32.
+
+    The gradient called "hidden" has the rows at `positions` only, `(M, D)`.
+    """
+    if len(positions) == 0:  # a grid of nothing cannot be launched
+        shapes = {name: tensor.shape for name, tensor in head.tensors().items()}
+        shapes["hidden"] = torch.Size((0, hidden.shape[1]))
+        zeros = {name: hidden.new_zeros(shapes[name], dtype=torch.float32) for name in wanted}
+        losses = hidden.new_empty(0, dtype=torch.float32)
+        return losses, losses.to(torch.int32), zeros
+    if head.dense_weight is None:
+        x, saved = _gather(hidden, positions), None
+    else:
+        x, saved = _transform(hidden, positions, head)
+    of_decoder = wanted & {"decoder_weight", "decoder_bias"}
+    below = {"x"} if wanted > of_decoder else set()
+    losses, hits, gradients = _decode(x, positions, labels, head, of_decoder | below)
+    if below:
+        grad_x = gradients.pop("x")
+        if saved is None:
+            gradients["hidden"] = grad_x
+        else:
+            gradients |= _transform_backward(grad_x, saved, hidden, positions, head, wanted)
+    return losses, hits, {name: gradients[name] for name in wanted}
+
+
+# In the order of the arguments of `_MaskedLMLoss.forward`.
+TENSORS = ("hidden", "dense_weight", "dense_bias", "norm_weight", "norm_bias", "decoder_weight",
+           "decoder_bias")
+
+
+class _MaskedLMLoss(torch.autograd.Function):
+    """The whole operation; the backward pass only scales, casts and scatters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, dense_weight: torch.Tensor | None,
+        dense_bias: torch.Tensor | None, norm_weight: torch.Tensor | None,
+        norm_bias: torch.Tensor | None, decoder_weight: torch.Tensor,
+        decoder_bias: torch.Tensor | None, positions: torch.Tensor, labels: torch.Tensor,
+        norm_eps: float, activation: Any, with_gradients: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        head = MaskedLMHead(decoder_weight, decoder_bias, dense_weight, dense_bias, norm_weight,
+                            norm_bias, norm_eps, activation)
+        needed = zip(TENSORS, ctx.needs_input_grad[:len(TENSORS)], strict=True)
+        wanted = {name for name, need in needed if need and with_gradients}
+        ctx.positions, ctx.hidden_shape, ctx.dtype = positions, hidden.shape, hidden.dtype
+        with torch.cuda.device_of(hidden):  # where Triton launches
+            losses, hits, ctx.gradients = _loss_and_gradients(
+                hidden, positions, labels, head, wanted
+            )
+        hits = hits.sum()
+        ctx.mark_non_differentiable(hits)
+        return losses.sum(), hits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("masked_lm_loss: backward runs once; compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = {}
+        if "hidden" in gradients:
+            rows = gradients.pop("hidden")
+            scaled["hidden"] = rows.new_zeros(ctx.hidden_shape, dtype=ctx.dtype)
+            if len(rows):
+                with torch.cuda.device_of(rows):
+                    _scatter(rows, ctx.positions, grad_loss, scaled["hidden"])
+        for name, gradient in gradients.items():
+            # One pass from fp32 to the dtype of the tensor; in place where that is fp32.
+            same = gradient.dtype == ctx.dtype
+            out = gradient if same else gradient.new_empty(gradient.shape, dtype=ctx.dtype)
+            scaled[name] = torch.mul(gradient, grad_loss, out=out)
+        return *(scaled.get(name) for name in TENSORS), *(None,) * 5
+
+
+def masked_lm_loss(
+    hidden: torch.Tensor,
+    masked_positions: torch.Tensor,
+    masked_labels: torch.Tensor,
+    head: MaskedLMHead,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `csrc.masked_lm_loss`; float32, float16 and bfloat16. One backward pass a call.
+
+    Raises:
+        ValueError: another dtype, a CPU tensor without the interpreter, or too wide rows.
+    """
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"implementation 'triton': hidden is {hidden.dtype}, must be float32, "
+                         "float16 or bfloat16; take 'chunked' or 'reference'")
+    if not hidden.is_cuda and not INTERPRETED:
+        raise ValueError(f"implementation 'triton': hidden is on {hidden.device}, must be on a "
+                         "GPU; take 'chunked' or 'reference'")
+    if hidden.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"implementation 'triton': hidden has {hidden.shape[-1]} columns, must "
+                         f"have at most {MAX_WIDTH}; take 'reference'")
+
+    def packed(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.contiguous()  # kernels assume it
+
+    transform = (head.dense_weight, head.dense_bias, head.norm_weight, head.norm_bias)
+    loss_sum, hits = _MaskedLMLoss.apply(
+        packed(hidden.flatten(0, -2)), *map(packed, transform), head.decoder_weight,
+        packed(head.decoder_bias), packed(masked_positions), packed(masked_labels), head.norm_eps,
+        head.activation, torch.is_grad_enabled(),
+    )
+    return loss_sum, hits

@@ -1,0 +1,542 @@
+"""`csrc/masked_lm_triton.py`: several tiles in every dimension, dtypes, memory, ahead of time.
+
+Without a GPU the kernels run in Triton's interpreter (`conftest.py`), in float32 and float16: its
+bfloat16 products are wrong. The truth is float64 on the same rounded values, and plain PyTorch's
+error in the same dtype is the measure. What all implementations share is in `test_csrc.py`.
+
+As a command, `python tests/test_csrc_triton.py 90` compiles for that capability; a test runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_csrc import cast, make_batch, make_head, outcome
+from torch.nn import functional
+
+import csrc
+from csrc import reference
+
+triton = pytest.importorskip("triton")
+from csrc import masked_lm_triton  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of discarded values
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+DTYPES = [torch.float32, torch.float16, BFLOAT16]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that little tensors span several in every dimension."""
+    set_small_tiles(monkeypatch)
+
+
+def set_small_tiles(monkeypatch) -> None:
+    tile = masked_lm_triton.DenseTile(rows=16, columns=16, inner=16, warps=4, stages=1)
+    monkeypatch.setattr(masked_lm_triton, "DENSE_TILES", {2: tile, 4: tile})
+    tile = masked_lm_triton.LossTile(rows=4, columns=32, warps=4, stages=1)
+    monkeypatch.setattr(masked_lm_triton, "LOSS_TILE", tile)
+    monkeypatch.setattr(masked_lm_triton, "NORM_TILE", 128)
+    monkeypatch.setattr(masked_lm_triton, "NORM_ROWS", 4)
+
+
+def row_losses(hidden, positions, labels, head, dtype) -> torch.Tensor:
+    """The loss of each valid row in plain PyTorch, from logits in `dtype`, float64."""
+    valid = positions >= 0
+    rows = hidden.flatten(0, -2)[positions[valid].long()].to(DEVICE, dtype)
+    with torch.no_grad():
+        scores = reference.logits(rows, cast(head, dtype, DEVICE)).double()
+    return functional.cross_entropy(scores, labels[valid].long().to(DEVICE), reduction="none")
+
+
+def compare(batch, head, dtype=torch.float32, grad_output=1.0) -> dict[str, torch.Tensor]:
+    """Hold loss and gradients to 3 times (root mean square: twice) plain PyTorch's error.
+
+    Returns the gradients.
+    """
+    head = dataclasses.replace(
+        head, **{name: t.detach().to(dtype).double() for name, t in head.tensors().items()}
+    )
+    batch = (batch[0].detach().to(dtype).double(), *batch[1:])
+    kind = {"device": DEVICE, "grad_output": grad_output}
+    truth = outcome("reference", *batch, head, dtype=torch.float64, **kind)
+    plain = outcome("reference", *batch, head, dtype=dtype, **kind)
+    ours = outcome("triton", *batch, head, dtype=dtype, **kind)
+    if dtype == torch.float32:  # 16 bits have ties that 64 have not
+        assert ours[1] == truth[1]
+    ulp = torch.finfo(torch.float32).eps  # what a sum of a few terms may be off by
+    # A sum may be right by luck; so its error is measured by those of its terms, too.
+    rows, true_rows = (row_losses(*batch, head, kind) for kind in (dtype, torch.float64))
+    usual = max((plain[0] - truth[0]).abs(), (rows - true_rows).norm())
+    allowed = 3 * usual + 2 * ulp * truth[0].abs()
+    assert (ours[0] - truth[0]).abs() <= allowed, f"loss {ours[0]}, true {truth[0]}, +-{allowed}"
+    for name, true in truth[2].items():
+        found, usual = ours[2][name] - true, plain[2][name] - true
+        size = true.abs().max() if true.numel() else 0.0
+        assert found.abs().max() <= 3 * usual.abs().max() + ulp * size, name
+        assert found.norm() <= 2 * usual.norm() + ulp * true.norm(), name
+    return ours[2]
+
+
+# ------------------------------------------------------------------------------ values, gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 127, 128, 129])
+def test_edges_of_tiles(rows, dtype):
+    """The tiles as they are: 129 rows, 136 columns and 600 ids are more than one of each."""
+    torch.manual_seed(0)
+    compare(make_batch((2, 80, 136), list(range(3, 3 + rows)), 600), make_head(136, 600), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "no transform"])
+def test_every_family_over_many_tiles(kind, biases, dtype, small_tiles):
+    torch.manual_seed(0)
+    head = make_head(40, 150, transform=kind != "no transform", biases=biases,
+                     activation="gelu_tanh" if kind == "gelu_tanh" else "gelu")
+    compare(make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5), head, dtype)
+
+
+@pytest.mark.parametrize("absent", ["dense_bias", "norm_bias", "decoder_bias"])
+def test_each_bias_may_be_absent(absent, small_tiles):
+    torch.manual_seed(0)
+    head = dataclasses.replace(make_head(40, 150), **{absent: None})
+    compare(make_batch((3, 16, 40), list(range(0, 48, 3)), 150, 5), head)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_rows", [64, 50])
+def test_several_chunks(chunk_rows, dtype, small_tiles, monkeypatch):
+    monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", 0)
+    monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", chunk_rows)  # and a smaller one at the end
+    torch.manual_seed(0)
+    compare(make_batch((2, 80, 24), list(range(129)), 100, 3), make_head(24, 100), dtype)
+
+
+@pytest.mark.parametrize("limit, chunks", [(0, 3), (20 * 256 * 4 - 1, 3), (20 * 256 * 4, 1)])
+def test_one_chunk_up_to_the_limit(limit, chunks, monkeypatch):
+    """20 rows of 130 ids, which take the room of 256."""
+    monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", limit)
+    monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", 8)
+    products, product = [], masked_lm_triton._product
+    monkeypatch.setattr(masked_lm_triton, "_product",
+                        lambda *given, **named: products.append(1) or product(*given, **named))
+    torch.manual_seed(0)
+    compare(make_batch((1, 20, 16), list(range(20)), 130), make_head(16, 130, transform=False))
+    assert len(products) == 2 * chunks
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_shifted_logits(offset, small_tiles):
+    torch.manual_seed(0)
+    compare(make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5),
+            make_head(40, 150, offset=offset))
+
+
+def test_the_loss_is_shifted(small_tiles):
+    """Whole logits near 1e4 are exact, so no digit of the loss may be lost."""
+    torch.manual_seed(0)
+    weight = torch.randint(-1, 2, (150, 16)).double()
+    head = csrc.MaskedLMHead(weight, torch.full((150,), 1e4, dtype=torch.float64))
+    hidden, positions, labels = make_batch((3, 16, 16), list(range(0, 48, 2)), 150, 5)
+    compare((hidden.round(), positions, labels), head)
+
+
+def test_far_apart_logits(small_tiles):
+    """The first tiles' sums vanish beside the last tile's, and the other way round."""
+    for bias in (torch.linspace(-1e3, 1e3, 150), torch.linspace(1e3, -1e3, 150)):
+        torch.manual_seed(0)
+        head = dataclasses.replace(make_head(40, 150), decoder_bias=bias.double())
+        compare(make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5), head)
+
+
+def test_excluded_ids(small_tiles):
+    """A bias of -inf excludes ids, be it the whole of the first tiles."""
+    torch.manual_seed(0)
+    head = make_head(40, 150)
+    head.decoder_bias[:70] = -torch.inf
+    head.decoder_bias[149] = -torch.inf
+    hidden, positions, _ = make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5)
+    labels = torch.randint(70, 149, positions.shape)
+    gradients = compare((hidden, positions, labels), head)
+    assert not gradients["decoder_weight"][:70].any() and not gradients["decoder_bias"][149]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nonsense_is_passed_on(dtype):
+    """A row of NaN makes the loss NaN and the gradients too: loss scaling looks for them."""
+    torch.manual_seed(0)
+    hidden, positions, labels = make_batch((3, 8, 16), [0, 5, 7], 37, 2)
+    for value in (torch.nan, torch.inf):
+        hidden[0, 5] = value
+        loss, _, gradients = outcome("triton", hidden, positions, labels, make_head(16, 37),
+                                     dtype=dtype, device=DEVICE)
+        assert loss.isnan()
+        for name, gradient in gradients.items():
+            assert not gradient.isfinite().all(), name
+        assert gradients["hidden"][0, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
+def test_loss_scale(dtype, small_tiles):
+    """A mean over 4,915 under a loss scale of 2^16."""
+    torch.manual_seed(0)
+    compare(make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5), make_head(40, 150), dtype,
+            grad_output=2.0**16 / 4915)
+
+
+def test_small_probabilities_survive_fp16():
+    """1e-5 / 4,915 is 0 in fp16, so the count may not meet dz before the loss scale does."""
+    torch.manual_seed(0)
+    head = make_head(16, 200)
+    head.decoder_weight.mul_(0.01)
+    head.decoder_bias.zero_()[1:199] = -11.0  # p of about 1e-5
+    batch = make_batch((2, 40, 16), list(range(64)), 200)
+    gradients = compare(batch, head, torch.float16, grad_output=2.0**16 / 4915)
+    rare = torch.ones(200, dtype=torch.bool).index_fill(0, batch[2], False)
+    rare[[0, 199]] = False
+    assert rare.sum() > 50
+    assert (gradients["decoder_bias"][rare] > 0).all()
+    assert (gradients["decoder_weight"][rare].abs().amax(1) > 0).all()
+
+
+def test_hits_with_ties_are_argmax(small_tiles):
+    """Whole numbers tie often, within a tile and across tiles; the first column wins."""
+    torch.manual_seed(0)
+    hidden = torch.randint(-1, 2, (1, 64, 16)).double()
+    weight = torch.randint(-1, 2, (150, 16)).double()
+    weight[75:] = weight[:75]
+    scores = hidden[0] @ weight.T
+    first, top = scores.argmax(1), scores.amax(1, keepdim=True)
+    last = 149 - (scores == top).flip(1).long().argmax(1)
+    assert (last > first).all()
+    expected = torch.arange(64) % 3 != 0
+    labels = torch.where(expected, first, last)
+    for dtype in (torch.float32, torch.float16):
+        _, hits, _ = outcome("triton", hidden, torch.arange(64), labels,
+                             csrc.MaskedLMHead(weight), dtype=dtype, device=DEVICE)
+        assert hits == expected.sum()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shape(data):
+    width, vocab = data.draw(st.integers(1, 40)), data.draw(st.integers(2, 200))
+    rows, slots = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
+    masked = sorted(data.draw(st.sets(st.integers(0, rows * slots - 1))))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    head = make_head(
+        width, vocab, transform=data.draw(st.booleans()), biases=data.draw(st.booleans()),
+        activation=data.draw(st.sampled_from(["gelu", "gelu_tanh"])),
+    )
+    # Narrow rows may have next to no variance, which the usual 1e-12 would blow up.
+    head = dataclasses.replace(head, norm_eps=1e-5)
+    batch = make_batch((rows, slots, width), masked, vocab, data.draw(st.integers(0, 5)))
+    index = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    batch = (batch[0], *(each.to(index) for each in batch[1:]))
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            set_small_tiles(patch)
+        patch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", data.draw(st.sampled_from([0, 2**29])))
+        patch.setattr(masked_lm_triton, "CHUNK_ROWS", data.draw(st.integers(1, 9)))
+        truth, found = (
+            outcome(name, *batch, head, dtype=dtype, device=DEVICE, grad_output=0.3)
+            for name, dtype in (("reference", torch.float64), ("triton", torch.float32))
+        )
+    assert found[1] == truth[1]
+    torch.testing.assert_close(found[0], truth[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[2], truth[2], rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- memory, repetition
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """PyTorch fills new memory with NaN, and integers with the largest."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transform", [True, False])
+@pytest.mark.parametrize("masked", [list(range(0, 48, 2)), []], ids=["some", "none"])
+def test_new_memory_is_never_read(masked, transform, dtype, small_tiles, poison, monkeypatch):
+    monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", 0)
+    monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", 10)
+    assert torch.empty(5).isnan().all() and torch.zeros(1).new_empty(5).isnan().all()
+    torch.manual_seed(0)
+    compare(make_batch((3, 16, 40), masked, 150, 5), make_head(40, 150, transform=transform), dtype)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_padding_and_unmasked_rows(index, small_tiles):
+    """Labels at padding and hidden states at other positions change no bit of anything."""
+    torch.manual_seed(0)
+    head = make_head(40, 150)
+    hidden, positions, labels = make_batch((3, 16, 40), [1, 5, 22, 46], 150, 7)
+    masked = torch.zeros(48, dtype=torch.bool).index_fill(0, positions[:4], True).view(3, 16)
+    results = []
+    for garbage, elsewhere in ((0, 0.0), (-100, torch.nan), (2**31 - 1, torch.inf)):
+        states = torch.where(masked[..., None], hidden, elsewhere)
+        labels[4:] = garbage
+        results.append(outcome("triton", states, positions.to(index), labels.to(index), head,
+                               device=DEVICE))
+        assert not results[-1][2]["hidden"][~masked].any()
+        assert results[-1][2]["hidden"][masked].all()
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_repeat_bit_for_bit(dtype, small_tiles):
+    torch.manual_seed(0)
+    head, batch = make_head(40, 150), make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5)
+    first, second = (outcome("triton", *batch, head, dtype=dtype, device=DEVICE) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_any_memory_layout():
+    """Transposed hidden states and weights."""
+    torch.manual_seed(0)
+    head = cast(make_head(16, 37), torch.float32, DEVICE)
+    hidden, positions, labels = make_batch((3, 8, 16), [0, 5, 7], 37, 2)
+    straight = outcome("triton", hidden, positions, labels, head, device=DEVICE)
+    leaves = {name: t.detach().t().contiguous().t().requires_grad_() if t.dim() == 2 else t
+              for name, t in head.tensors().items()}
+    leaves["hidden"] = hidden.float().to(DEVICE).transpose(0, 1).contiguous().transpose(0, 1)
+    leaves["hidden"].requires_grad_()
+    assert not leaves["hidden"].is_contiguous() and not leaves["dense_weight"].is_contiguous()
+    states = leaves.pop("hidden")
+    loss, _ = csrc.masked_lm_loss(states, positions.to(DEVICE), labels.to(DEVICE),
+                                  dataclasses.replace(head, **leaves), "triton")
+    leaves["hidden"] = states
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    for name, gradient in zip(leaves, found, strict=True):
+        torch.testing.assert_close(gradient.cpu().double(), straight[2][name])
+
+
+# ------------------------------------------------------------------------------ what is left out
+
+
+@pytest.mark.parametrize(
+    "trained, products",
+    [((), 0), (("hidden",), 2), (("norm_bias",), 1), (("dense_weight",), 2),
+     (("decoder_weight",), 1), (("decoder_bias",), 0), (("hidden", "decoder_weight"), 3)],
+)
+def test_products_that_nobody_wants_are_not_made(trained, products, monkeypatch):
+    """Of the four products that only gradients need."""
+    made, product = [], masked_lm_triton._product
+    monkeypatch.setattr(masked_lm_triton, "_product",
+                        lambda *given, **named: made.append(1) or product(*given, **named))
+    torch.manual_seed(0)
+    head = cast(make_head(16, 37), torch.float32, DEVICE)
+    hidden, positions, labels = (
+        each.to(DEVICE) for each in make_batch((3, 8, 16), [0, 5, 7], 37, 2)
+    )
+    hidden = hidden.float().requires_grad_("hidden" in trained)
+    for name, tensor in head.tensors().items():
+        tensor.requires_grad_(name in trained)
+    loss, _ = csrc.masked_lm_loss(hidden, positions, labels, head, "triton")
+    assert loss.requires_grad == bool(trained)
+    assert len(made) == products
+    if trained:
+        loss.backward()
+    assert len(made) == products
+    for name, tensor in {"hidden": hidden, **head.tensors()}.items():
+        assert (tensor.grad is not None) == (name in trained)
+
+
+def test_no_gradients_without_grad_mode(monkeypatch):
+    monkeypatch.setattr(masked_lm_triton, "_product", None)  # calling it fails
+    torch.manual_seed(0)
+    head = cast(make_head(16, 37), torch.float32, DEVICE)
+    hidden, positions, labels = (
+        each.to(DEVICE) for each in make_batch((3, 8, 16), [0, 5, 7], 37, 2)
+    )
+    with torch.no_grad():
+        loss, _ = csrc.masked_lm_loss(hidden.float(), positions, labels, head, "triton")
+    assert not loss.requires_grad
+
+
+def test_autocast_changes_nothing():
+    torch.manual_seed(0)
+    head, batch = make_head(16, 37), make_batch((3, 8, 16), [0, 5, 7], 37, 2)
+    plain = outcome("triton", *batch, head, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        torch.testing.assert_close(outcome("triton", *batch, head, device=DEVICE), plain,
+                                   rtol=0, atol=0)
+
+
+def test_refusals(monkeypatch):
+    batch = make_batch((3, 8, 16), [0, 5], 37)
+    with pytest.raises(ValueError, match="hidden is torch.float64, must be float32, float16 or"):
+        outcome("triton", *batch, make_head(16, 37), dtype=torch.float64, device=DEVICE)
+    wide = torch.zeros(6, 4097)
+    with pytest.raises(ValueError, match="4097 columns, must have at most 4096; take 'reference'"):
+        outcome("triton", wide, *batch[1:], csrc.MaskedLMHead(torch.zeros(37, 4097)))
+    monkeypatch.setattr(masked_lm_triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="is on cpu, must be on a GPU; take 'chunked' or 'refere"):
+        outcome("triton", *batch, make_head(16, 37))
+
+
+# --------------------------------------------------------------------------------- on a GPU only
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [30522, 50368])
+def test_full_size(vocab, dtype):
+    torch.manual_seed(0)
+    batch = make_batch((256, 128, 768), list(range(5, 5 + 6 * 4915, 6)), vocab, 61)
+    head = make_head(768, vocab)
+    compare(batch, head, dtype, grad_output=2.0**16 / 4915)
+    first, second = (outcome("triton", *batch, head, dtype=dtype, device=DEVICE) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits():
+    torch.manual_seed(0)
+    head = cast(make_head(768, 30522), torch.float16, DEVICE)
+    hidden, positions, labels = (
+        each.to(DEVICE) for each in make_batch((64, 128, 768), list(range(1200)), 30522, 80)
+    )
+    hidden = hidden.half().requires_grad_()
+    for mode in ("default", "error"):  # the first time, kernels are compiled and loaded
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss, _ = csrc.masked_lm_loss(hidden, positions, labels, head, "triton")
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_more_logits_than_32_bits_count(monkeypatch):
+    """70,400 x 30,592 is more than 2^31: offsets are 64 bit."""
+    torch.manual_seed(0)
+    batch, head = make_batch((1, 70400, 64), list(range(70400)), 30522), make_head(64, 30522)
+    chunked = outcome("triton", *batch, head, dtype=torch.float16, device=DEVICE)
+    monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", 2**40)
+    whole = outcome("triton", *batch, head, dtype=torch.float16, device=DEVICE)
+    torch.testing.assert_close(whole, chunked, rtol=1e-3, atol=1e-3)
+
+
+# --------------------------------------------------------------------------------- ahead of time
+
+
+KERNELS = {name for name, value in vars(masked_lm_triton).items() if name.endswith("_kernel")}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_ahead_of_time(capability, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__, str(capability)], text=True, capture_output=True, timeout=300,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    table = [line.split() for line in done.stdout.splitlines()[1:]]
+    for dtype in ("fp16", "bf16", "fp32"):
+        assert {row[0] for row in table if row[1] == dtype} == KERNELS
+    if capability == 90:
+        assert all(row[3] == "0" for row in table), "spilled registers"
+
+
+def launches(dtype: torch.dtype) -> list[tuple]:
+    """Every launch, `(kernel, arguments, options)`, of the operation at BERT-base's size."""
+    found = []
+
+    class Recorder:
+        def __init__(self, kernel) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *given, **options: found.append((self.kernel, given, options))
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    width, vocab = 768, 30522
+    decoder = (empty(vocab, width), empty(vocab))
+    transform = (empty(width, width), empty(width), empty(width), empty(width))
+    index = torch.empty(4915, dtype=torch.int32, device="meta")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KERNELS:
+            patch.setattr(masked_lm_triton, name, Recorder(getattr(masked_lm_triton, name)))
+        patch.setattr(masked_lm_triton, "INTERPRETED", True)  # lets tensors without data pass
+        for head in (csrc.MaskedLMHead(*decoder, *transform),
+                     csrc.MaskedLMHead(*decoder, *transform, activation="gelu_tanh"),
+                     csrc.MaskedLMHead(decoder[0])):
+            loss, _ = masked_lm_triton.masked_lm_loss(empty(32768, width), index, index, head)
+            loss.backward()
+        with torch.no_grad():
+            masked_lm_triton.masked_lm_loss(empty(32768, width), index, index, head)
+    return found
+
+
+def compile_ahead(capability: int) -> None:
+    """Print registers, spilled bytes and shared memory of every kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+             torch.int32: "i32"}
+    print(f"sm_{capability}: kernel, dtype, registers, spilled bytes, shared bytes, warps")
+    lines = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for kernel, arguments, options in launches(dtype):
+            values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+            signature, constants, attributes = {}, {}, {}
+            for number, parameter in enumerate(kernel.params):
+                value = values.pop(parameter.name)
+                if parameter.is_constexpr or value is None:
+                    signature[parameter.name], constants[parameter.name] = "constexpr", value
+                elif isinstance(value, torch.Tensor):
+                    signature[parameter.name] = "*" + types[value.dtype]
+                    attributes[number,] = [["tt.divisibility", 16]]  # as PyTorch's are
+                else:
+                    signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+            source = ASTSource(kernel, signature, constants, attributes)
+            if source.hash() in lines:
+                continue
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                                      options=values)
+            used = resource_usage(compiled.asm["cubin"])
+            lines[source.hash()] = (
+                f"{kernel.__name__} {types[dtype]} {used['REG']} {used['STACK'] + used['LOCAL']} "
+                f"{compiled.metadata.shared} {compiled.metadata.num_warps}"
+            )
+    print("\n".join(lines.values()))
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump says of a kernel. Spilled registers lie in its stack frame."""
+    path = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = triton.knobs.nvidia.cuobjdump.path
+    done = subprocess.run([tool, "--dump-resource-usage", path], text=True, check=True,
+                          capture_output=True)
+    return {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", done.stdout)}
+
+
+if __name__ == "__main__":
+    compile_ahead(int(sys.argv[1]))
