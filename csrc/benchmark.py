@@ -1,12 +1,28 @@
-"""Each implementation of an operation against its baselines, forward and backward.
+"""`masked_lm_loss` against what one would use instead, forward and backward.
 
-    python csrc/benchmark.py [--rows 256 --hidden 768]
+    python csrc/benchmark.py [--cases bert-mini-15 bert-base-15] [--logits peaked]
 
-`masked_lm_loss`: every entry of `csrc.IMPLEMENTATIONS` against `all_positions`, the head on every
-position with the unmasked ones ignored in the loss, which is what transformers' `...ForMaskedLM`
-computes. The head is BERT's: dense, GELU, layer norm, vocabulary projection with bias. They take
-turns over several rounds, each round in another order; the warm-up is dropped. Before anything is
-timed, each loss must agree with that of `all_positions`.
+The rows of a table, all with the same inputs, transform (dense, GELU, layer norm) and decoder:
+
+- `full_logits`: logits of every position, and cross entropy that ignores the unmasked ones: what
+  transformers' `BertForMaskedLM` computes. The baseline.
+- `gather_eager`: the masked rows, gathered; then plain PyTorch. Unlike `reference` of `csrc` it
+  counts no hits, which none of the others but `csrc` does.
+- `gather_compiled`: the same, decoder and cross entropy under `torch.compile`.
+- `linear_cross_entropy`: the same, with PyTorch's function of that name.
+- `liger`, `cut_cross_entropy`: the same, with these libraries' functions, where installed.
+- what `csrc.IMPLEMENTATIONS` has for the device.
+
+A row that cannot run here is left out, with a line that says why. Before anything is timed, the
+mean loss and the gradients of `hidden` and of every tensor of the head must agree with those of the
+first row. They then take turns over several rounds, each round in another order. Not counted: the
+first two calls of each row (one is compared, one measures memory) and `--warmup` more.
+
+Memory is the peak of what PyTorch's allocator gave out during a call: "extra" without the gradients
+that the call returns, "peak" with them. Buffers inside the matrix library are not in it.
+
+`gather_compiled` and `cut_cross_entropy` report their first call apart, which compiles; PyTorch
+keeps compiled code on disk, so set `TORCHINDUCTOR_CACHE_DIR` to an empty folder to time that.
 
 Letters: `B` rows, `S` slots of a row, `M` masked positions, `D` hidden size, `V` vocabulary.
 """
@@ -14,179 +30,649 @@ Letters: `B` rows, `S` slots of a row, `M` masked positions, `D` hidden size, `V
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 import csrc
+from csrc import MaskedLMHead, reference
 
+BASELINE = "full_logits"
+GATHER = "gather_eager"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BASELINE = "all_positions"
-Operation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# Largest difference from the first row, as a share of the norm. In 16 bit it is mostly rounding
+# of the logits, which moves a probability by as much.
+TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}
+# Without DeepSpeed's loss scale the gradients of single logits vanish in fp16: p / M is 7e-9.
+LOSS_SCALES = {"fp32": 1.0, "bf16": 1.0, "fp16": 2.0**16}
+FRESH_STD = 0.02  # of the decoder weight when BERT's training begins: logits of 0.3 to 0.6
+# Standard deviation of peaked logits: softmax is nearly one-hot, as after training, and its tail
+# below the smallest normal float32, which some processors are slow with.
+PEAKED_SPREAD = 12.0
+FLUSH_BYTES = 512 * 2**20  # larger than any cache of a GPU
+MIB = 2**20
 
 
-def all_positions(
-    hidden: torch.Tensor, masked_positions: torch.Tensor, masked_labels: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss with logits of every position; arguments as in `csrc.masked_lm_loss`."""
-    labels = torch.full((hidden.shape[0] * hidden.shape[1],), -100, device=hidden.device)
-    labels[masked_positions] = masked_labels
-    logits = head(hidden.flatten(0, -2)).float()
-    loss = functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
-    return loss, labels.new_zeros(())  # transformers counts no hits
+@dataclass(frozen=True)
+class Case:
+    """The shape of a batch: `rows` x `slots`, of which a share `rate` is masked."""
+
+    rows: int
+    slots: int
+    hidden: int
+    vocab: int
+    rate: float
 
 
-def operations() -> dict[str, Operation]:
-    """The baseline, then every implementation through the public function."""
-    def through(name: str) -> Operation:
-        return functools.partial(csrc.masked_lm_loss, implementation=name)
-
-    return {BASELINE: all_positions, **{name: through(name) for name in csrc.IMPLEMENTATIONS}}
-
-
-def make_inputs(arguments: argparse.Namespace) -> tuple[tuple[torch.Tensor, ...], nn.Module]:
-    """Hidden states `(B, S, D)`, masked positions and labels `(M,)`, and the head."""
-    torch.manual_seed(0)
-    width, slots = arguments.hidden, arguments.rows * arguments.slots
-    options = {"device": arguments.device, "dtype": DTYPES[arguments.dtype]}
-    head = nn.Sequential(
-        nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, arguments.vocab)
-    ).to(**options)
-    hidden = torch.randn(arguments.rows, arguments.slots, width, **options).requires_grad_()
-    num_masked = max(1, round(arguments.rate * slots))
-    positions = torch.randperm(slots)[:num_masked].sort().values.to(arguments.device)
-    labels = torch.randint(arguments.vocab, (num_masked,)).to(arguments.device)
-    return (hidden, positions, labels), head
+CASES = {
+    "bert-mini-15": Case(32, 128, 256, 30522, 0.15),
+    "bert-mini-8": Case(32, 128, 256, 30522, 0.08),
+    "bert-base-15": Case(8, 128, 768, 30522, 0.15),
+    "bert-base-8": Case(8, 128, 768, 30522, 0.08),
+    "gpu-128-15": Case(256, 128, 768, 30522, 0.15),
+    "gpu-128-8": Case(256, 128, 768, 30522, 0.08),
+    "gpu-512-15": Case(256, 512, 768, 30522, 0.15),
+    "gpu-512-8": Case(256, 512, 768, 30522, 0.08),
+}
+DEFAULT_CASES = {"cpu": [name for name in CASES if name.startswith("bert-")],
+                 "cuda": [name for name in CASES if name.startswith("gpu-")]}
 
 
-def run_once(operation: Operation, tensors: tuple[torch.Tensor, ...], head: nn.Module) -> float:
-    """Forward and backward; returns milliseconds, the device's work included."""
-    tensors[0].grad = None
-    head.zero_grad()
-    wait = torch.cuda.synchronize if tensors[0].is_cuda else (lambda: None)
-    wait()
+@dataclass(frozen=True)
+class Inputs:
+    """One batch.
+
+    Attributes:
+        hidden: output of the encoder, `(B, S, D)`.
+        positions: masked ones, flat and ascending, `(M,)` int64.
+        labels: original ids there, `(M,)` int64.
+        all_labels: the same as `(B * S,)` int64, -100 elsewhere.
+        head: with every tensor that it can have.
+    """
+
+    hidden: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    all_labels: torch.Tensor
+    head: MaskedLMHead
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """What gradients are computed for."""
+        return {"hidden": self.hidden, **self.head.tensors()}
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients, so that the next call allocates its own."""
+        for tensor in self.leaves().values():
+            tensor.grad = None
+
+
+def make_inputs(case: Case, device: str, dtype: torch.dtype, logits: str) -> Inputs:
+    """Draw a batch and a head; if `logits` is peaked, 7 labels in 10 are the likeliest ids."""
+    generator = torch.Generator().manual_seed(0)
+    options: Any = {"device": device, "dtype": dtype}
+    width, slots = case.hidden, case.rows * case.slots
+
+    def normal(*shape: int, std: float) -> torch.Tensor:
+        return (std * torch.randn(*shape, generator=generator)).to(**options)
+
+    # The layer norm gives rows of norm sqrt(D).
+    decoder_std = FRESH_STD if logits == "fresh" else PEAKED_SPREAD / width**0.5
+    head = MaskedLMHead(
+        decoder_weight=normal(case.vocab, width, std=decoder_std),
+        decoder_bias=normal(case.vocab, std=0.1),
+        dense_weight=normal(width, width, std=width**-0.5), dense_bias=normal(width, std=0.1),
+        norm_weight=1 + normal(width, std=0.1), norm_bias=normal(width, std=0.1),
+    )
+    hidden = normal(case.rows, case.slots, width, std=1.0)
+    num_masked = max(1, round(case.rate * slots))
+    positions = torch.randperm(slots, generator=generator)[:num_masked].sort().values.to(device)
+    labels = torch.randint(case.vocab, (num_masked,), generator=generator).to(device)
+    if logits == "peaked":
+        top = reference.logits(hidden.flatten(0, 1)[positions], head).argmax(1)
+        labels = torch.where(torch.arange(num_masked, device=device) % 10 < 7, top, labels)
+    all_labels = torch.full((slots,), -100, device=device)
+    all_labels[positions] = labels
+    inputs = Inputs(hidden, positions, labels, all_labels, head)
+    for tensor in inputs.leaves().values():
+        tensor.requires_grad_()
+    return inputs
+
+
+# ----------------------------------------------------------------------------------------- rows
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class LeftOut(Exception):
+    """Why a row cannot run here."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """`operation` returns the mean loss over the masked positions, a scalar."""
+
+    operation: Callable[[Inputs], torch.Tensor]
+    note: str
+    compiles: bool = False
+
+
+def after_gather(loss: Loss) -> Callable[[Inputs], torch.Tensor]:
+    """Gather the masked rows, transform them, and call `loss(rows, weight, bias, labels)`."""
+    def operation(inputs: Inputs) -> torch.Tensor:
+        head = inputs.head
+        rows = inputs.hidden.flatten(0, 1).index_select(0, inputs.positions)
+        assert head.decoder_bias is not None
+        return loss(reference.transform(rows, head), head.decoder_weight, head.decoder_bias,
+                    inputs.labels)
+
+    return operation
+
+
+def plain_loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+               ) -> torch.Tensor:
+    """Decoder and cross entropy, `(M, D)` to a scalar."""
+    return functional.cross_entropy(functional.linear(rows, weight, bias), labels)
+
+
+def library(name: str) -> ModuleType:
+    """Import what is not among the project's dependencies."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise LeftOut(f"not installed ({error})") from None
+
+
+# Each of the following makes the row of its name for a device.
+
+
+def full_logits(device: str) -> Row:
+    def operation(inputs: Inputs) -> torch.Tensor:
+        scores = reference.logits(inputs.hidden.flatten(0, 1), inputs.head)
+        return functional.cross_entropy(scores, inputs.all_labels, ignore_index=-100)
+
+    return Row(operation, "takes the bias and an ignore index")
+
+
+def gather_eager(device: str) -> Row:
+    return Row(after_gather(plain_loss), "takes the bias and an ignore index")
+
+
+def gather_compiled(device: str) -> Row:
+    compiled = torch.compile(plain_loss, dynamic=False)
+    return Row(after_gather(compiled), "takes the bias and an ignore index", compiles=True)
+
+
+def linear_cross_entropy(device: str) -> Row:
+    function = getattr(functional, "linear_cross_entropy", None)
+    if function is None:
+        raise LeftOut(f"torch {torch.__version__} lacks it; 2.13 has it")
+    # The default, `LinearCrossEntropyOptions()`, takes chunks of 1 to 4 rows at these sizes and is
+    # ten times as slow (2 cores of an AMD EPYC, torch 2.13, fp32).
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None)
+
+    def loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+             ) -> torch.Tensor:
+        return function(rows, weight, labels, linear_bias=bias, options=options)
+
+    return Row(after_gather(loss), "takes the bias and an ignore index; one chunk")
+
+
+def liger(device: str) -> Row:
+    if device != "cuda":
+        raise LeftOut("runs on GPUs only")
+    function = library("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+
+    def loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+             ) -> torch.Tensor:
+        # Not "mean": it would divide by M before it stores gradients of logits in 16 bit.
+        return function(rows, weight, labels, bias=bias, reduction="sum") / len(labels)
+
+    return Row(after_gather(loss), "takes the bias and an ignore index")
+
+
+def cut_cross_entropy(device: str) -> Row:
+    function = library("cut_cross_entropy").linear_cross_entropy
+    takes_bias = "bias" in inspect.signature(function).parameters  # since 25.1.1
+    # Its filter leaves out the gradients of small probabilities: most, when training begins.
+    options = {"filter_eps": None} if device == "cuda" else {"impl": "torch_compile"}
+
+    def loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+             ) -> torch.Tensor:
+        if takes_bias:
+            return function(rows, weight, labels, bias=bias, **options)
+        ones = functional.pad(rows.new_ones(len(rows), 1), (0, 7))  # 8, so that rows stay aligned
+        biases = functional.pad(bias[:, None], (0, 7))
+        rows, weight = torch.cat([rows, ones], 1), torch.cat([weight, biases], 1)
+        return function(rows, weight, labels, **options)
+
+    bias = "takes the bias" if takes_bias else "takes no bias: folded in, as a column"
+    how = "no filter" if device == "cuda" else "impl torch_compile"
+    return Row(after_gather(loss), f"{bias}; takes an ignore index; {how}", compiles=True)
+
+
+def implementation(name: str) -> Callable[[str], Row]:
+    """The maker of the row of an entry of `csrc.IMPLEMENTATIONS`."""
+    def make(device: str) -> Row:
+        if name == "triton" and importlib.util.find_spec("triton") is None:
+            raise LeftOut("not installed")
+
+        def operation(inputs: Inputs) -> torch.Tensor:
+            arguments = (inputs.hidden, inputs.positions, inputs.labels, inputs.head)
+            return csrc.masked_lm_loss(*arguments, implementation=name)[0] / len(inputs.labels)
+
+        return Row(operation, "takes the bias; gathers and counts hits too")
+
+    return make
+
+
+OTHERS: dict[str, Callable[[str], Row]] = {
+    BASELINE: full_logits,
+    GATHER: gather_eager,
+    "gather_compiled": gather_compiled,
+    "linear_cross_entropy": linear_cross_entropy,
+    "liger": liger,
+    "cut_cross_entropy": cut_cross_entropy,
+}
+# Of `csrc`: those that run on other devices, and the one that `gather_eager` stands for.
+NOT_MEASURED = {"cpu": {"reference", "triton"}, "cuda": {"reference", "chunked"}}
+
+
+def makers(device: str) -> dict[str, Callable[[str], Row]]:
+    """What to measure on a device, the baseline first."""
+    ours = [name for name in csrc.IMPLEMENTATIONS if name not in NOT_MEASURED[device]]
+    return OTHERS | {name: implementation(name) for name in ours}
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+@dataclass
+class Measured:
+    """What was seen of one row.
+
+    Attributes:
+        row: what ran.
+        first_call_seconds: with compilation, where there is any.
+        difference: largest from the first row, as a share of the norm.
+        extra_bytes: peak memory beyond inputs and returned gradients.
+        peak_bytes: the same with these gradients.
+        rounds: milliseconds of each counted call, by round.
+    """
+
+    row: Row
+    first_call_seconds: float
+    difference: float
+    extra_bytes: int = 0
+    peak_bytes: int = 0
+    rounds: list[list[float]] = dataclasses.field(default_factory=list)
+
+    def round_medians(self) -> torch.Tensor:
+        """`(rounds,)` milliseconds."""
+        return torch.tensor([torch.tensor(calls).median() for calls in self.rounds])
+
+
+def run(operation: Callable[[Inputs], torch.Tensor], inputs: Inputs, scale: float) -> torch.Tensor:
+    """Forward and backward; returns the mean loss. The gradients are times `scale`."""
+    loss = operation(inputs)
+    (scale * loss).backward()
+    return loss.detach()
+
+
+def time_call(operation: Callable[[Inputs], torch.Tensor], inputs: Inputs, scale: float,
+              flush: torch.Tensor | None) -> float:
+    """Milliseconds of one forward and backward; on a GPU with caches emptied by `flush`."""
+    inputs.clear_gradients()
+    if flush is None:
+        start = time.perf_counter()
+        run(operation, inputs, scale)
+        return 1000 * (time.perf_counter() - start)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    # Fills the caches with other data, and keeps the GPU busy while the host gets ahead of it, as
+    # the encoder does in training.
+    flush.zero_()
+    events[0].record()
+    run(operation, inputs, scale)
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1])
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Drop what C code writes to stderr: PyTorch's profiler greets there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def allocations(call: Callable[[], Any], device: str) -> list[tuple[int, int]]:
+    """Address and size of every block that PyTorch's allocator gave out during `call`, in order.
+
+    Sizes are bytes, negative when a block is given back. PyTorch's profiler sees all of them: in
+    autograd functions and compiled code too. Blocks from before `call` are not among them.
+    """
+    with quiet_stderr(), tempfile.TemporaryDirectory() as folder:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+            call()
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    device_type = {"cpu": 0, "cuda": 1}[device]  # c10::DeviceType
+    found = [event for event in events
+             if event["name"] == "[memory]" and event["args"]["Device Type"] == device_type]
+    found.sort(key=lambda event: event["ts"])
+    return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in found]
+
+
+def measure_memory(
+    operation: Callable[[Inputs], torch.Tensor], inputs: Inputs, scale: float
+) -> tuple[int, int]:
+    """Peak of what one call allocates, in bytes: without and with the gradients that it returns."""
+    inputs.clear_gradients()
+    events = allocations(lambda: run(operation, inputs, scale), inputs.hidden.device.type)
+    gradients = [t.grad.untyped_storage() for t in inputs.leaves().values() if t.grad is not None]
+    # An address is given out again and again; the gradient is what was there last.
+    last = {address: number for number, (address, size) in enumerate(events) if size > 0}
+    returned = {last[storage.data_ptr()] for storage in gradients}
+    extra = total = extra_peak = total_peak = 0
+    for number, (_, size) in enumerate(events):
+        total += size
+        extra += 0 if number in returned else size
+        extra_peak, total_peak = max(extra_peak, extra), max(total_peak, total)
+    return extra_peak, total_peak
+
+
+def first_call(row: Row, inputs: Inputs, scale: float) -> tuple[float, dict[str, torch.Tensor]]:
+    """Seconds of the first call of a row, and what it returns: mean loss and gradients."""
+    inputs.clear_gradients()
     start = time.perf_counter()
-    loss, _ = operation(*tensors, head)
-    loss.backward()
-    wait()
-    return 1000 * (time.perf_counter() - start)
+    results = {"loss": run(row.operation, inputs, scale)}
+    results["loss"].item()  # waits for the GPU
+    seconds = time.perf_counter() - start
+    for name, tensor in inputs.leaves().items():
+        results[name] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    return seconds, results
 
 
-def peak_memory_gib(operation: Operation, tensors: tuple[torch.Tensor, ...], head: nn.Module,
-                    ) -> float | None:
-    """GPU memory that one call needs beyond its arguments; None without a GPU."""
-    if not tensors[0].is_cuda:
-        return None
-    tensors[0].grad = None
-    head.zero_grad()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run_once(operation, tensors, head)
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+def check_agreement(
+    got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float
+) -> float:
+    """The largest difference, as a share of the norm of what is wanted.
+
+    Raises:
+        RuntimeError: it is larger than `tolerance`.
+    """
+    shares = {
+        name: float((got[name].float() - value.float()).norm() / value.float().norm())
+        for name, value in want.items()
+    }
+    wrong = [f"{name} by {share:.1e}" for name, share in shares.items() if not share <= tolerance]
+    if wrong:
+        raise RuntimeError(f"differs from the first row, as a share of the norm, in "
+                           f"{', '.join(wrong)}; allowed is {tolerance:g}")
+    return max(shares.values())
 
 
-def check_agreement(candidates: dict[str, Operation], tensors: tuple[torch.Tensor, ...],
-                    head: nn.Module) -> None:
-    """Raise RuntimeError if a loss differs from the baseline's by more than rounding."""
-    tolerance = 1e-4 if tensors[0].dtype == torch.float32 else 1e-2
-    with torch.no_grad():
-        losses = {name: call(*tensors, head)[0].item() for name, call in candidates.items()}
-    for name, loss in losses.items():
-        if not abs(loss - losses[BASELINE]) <= tolerance * abs(losses[BASELINE]):
-            raise RuntimeError(f"{name} gives loss {loss}, {BASELINE} {losses[BASELINE]}")
+def compare(inputs: Inputs, dtype: str) -> tuple[dict[str, Measured], dict[str, str]]:
+    """Call every row once and compare it with the first one that runs.
+
+    Returns:
+        The rows that run and agree, and the reason for each that does not.
+    Raises:
+        RuntimeError: an implementation of `csrc` fails or disagrees.
+    """
+    device = inputs.hidden.device.type
+    measured: dict[str, Measured] = {}
+    left_out: dict[str, str] = {}
+    want: dict[str, torch.Tensor] = {}
+    for name, make in makers(device).items():
+        try:
+            row = make(device)
+            seconds, got = first_call(row, inputs, LOSS_SCALES[dtype])
+            difference = check_agreement(got, want or got, TOLERANCES[dtype])
+        except LeftOut as reason:
+            left_out[name] = str(reason)
+        except Exception as error:
+            if name not in OTHERS:
+                raise RuntimeError(f"{name}: {error}") from error
+            # Others fail in ways of their own: no compiler, no memory, no kernel for this GPU.
+            left_out[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        else:
+            want = want or got
+            measured[name] = Measured(row, seconds, difference)
+    inputs.clear_gradients()
+    return measured, left_out
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row an operation: milliseconds of forward and backward, and memory."""
-    tensors, head = make_inputs(arguments)
-    candidates = operations()
-    check_agreement(candidates, tensors, head)
-    memory = {name: peak_memory_gib(call, tensors, head) for name, call in candidates.items()}
-    for call in candidates.values():
-        for _ in range(arguments.warmup):
-            run_once(call, tensors, head)
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
-    for number in range(arguments.rounds):
+def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Compare the rows on one case, measure their memory, then let them take turns."""
+    device, scale = options.device, LOSS_SCALES[options.dtype]
+    torch.compiler.reset()  # else `dynamic=False` counts the other cases as recompilations
+    inputs = make_inputs(case, device, DTYPES[options.dtype], options.logits)
+    measured, left_out = compare(inputs, options.dtype)
+    flush = None
+    if device == "cuda":
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    for one in measured.values():
+        one.extra_bytes, one.peak_bytes = measure_memory(one.row.operation, inputs, scale)
+    for one in measured.values():
+        for _ in range(options.warmup):
+            time_call(one.row.operation, inputs, scale, flush)
+    names = list(measured)
+    for number in range(options.rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            for _ in range(arguments.calls):
-                times[name].append(run_once(candidates[name], tensors, head))
+            one = measured[name]
+            calls = 1 if name == BASELINE else options.calls
+            one.rounds.append([
+                time_call(one.row.operation, inputs, scale, flush) for _ in range(calls)
+            ])
+    return {
+        "shape": dataclasses.asdict(case), "masked": len(inputs.labels),
+        "rows": [summarise(name, measured, len(inputs.labels)) for name in names],
+        "left_out": left_out,
+    }
+
+
+# ------------------------------------------------------------------------------------ reporting
+
+
+def spread(values: torch.Tensor) -> dict[str, float]:
+    """Median and the 20th and 80th percentile."""
     levels = torch.tensor([0.2, 0.5, 0.8])
-    quantiles = {name: torch.tensor(t).quantile(levels).tolist() for name, t in times.items()}
-    return [
-        {
-            "implementation": name,
-            "ms": dict(zip(("p20", "median", "p80"), quantiles[name], strict=True)),
-            "speedup": quantiles[BASELINE][1] / quantiles[name][1],
-            "masked_tokens_per_second": 1000 * len(tensors[1]) / quantiles[name][1],
-            "peak_memory_gib": memory[name],
-            "calls": len(times[name]),
-        }
-        for name in names
+    return dict(zip(("p20", "median", "p80"), values.quantile(levels).tolist(), strict=True))
+
+
+def summarise(name: str, measured: dict[str, Measured], num_masked: int) -> dict[str, Any]:
+    """One row of the table; ratios are of medians of one round, None without the other row."""
+    one = measured[name]
+    ms = spread(torch.tensor([ms for calls in one.rounds for ms in calls]))
+    row: dict[str, Any] = {
+        "implementation": name,
+        "ms": ms,
+        "calls": sum(len(calls) for calls in one.rounds),
+        "masked_tokens_per_second": 1000 * num_masked / ms["median"],
+        "extra_mib": one.extra_bytes / MIB,
+        "peak_mib": one.peak_bytes / MIB,
+        "first_call_seconds": one.first_call_seconds,
+        "difference": one.difference,
+        "compiles": one.row.compiles,
+        "note": one.row.note,
+    }
+    for other in (BASELINE, GATHER):
+        there = measured.get(other)
+        row[f"speed_over_{other}"] = (
+            spread(there.round_medians() / one.round_medians()) if there else None
+        )
+        row[f"memory_over_{other}"] = one.extra_bytes / there.extra_bytes if there else None
+    return row
+
+
+def format_spread(values: dict[str, float] | None, digits: int) -> str:
+    if values is None:
+        return "-"
+    median, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "p20", "p80"))
+    return f"{median} ({low}-{high})"
+
+
+def format_case(case: dict[str, Any]) -> str:
+    """One case as text."""
+    shape = case["shape"]
+    lines = [
+        f"{case['name']}: {shape['rows']} rows x {shape['slots']} slots, {case['masked']} masked, "
+        f"D {shape['hidden']}, V {shape['vocab']}",
+        f"{'implementation':<21}{'ms':>24}{'x full':>8}{'x gather':>18}{'masked/s':>10}"
+        f"{'extra MiB':>11}{'of full':>9}{'peak MiB':>10}",
     ]
+    for row in case["rows"]:
+        speed, share = row[f"speed_over_{BASELINE}"], row[f"memory_over_{BASELINE}"]
+        times = f"{speed['median']:.2f}" if speed else "-"
+        lines.append(
+            f"{row['implementation']:<21}{format_spread(row['ms'], 1):>24}"
+            f"{times:>8}{format_spread(row[f'speed_over_{GATHER}'], 2):>18}"
+            f"{row['masked_tokens_per_second']:>10,.0f}{row['extra_mib']:>11.1f}"
+            f"{f'{share:.3f}' if share else '-':>9}{row['peak_mib']:>10.1f}"
+        )
+    compiled = [f"{row['implementation']} {row['first_call_seconds']:.1f} s"
+                for row in case["rows"] if row["compiles"]]
+    if compiled:
+        lines.append(f"first call, with compilation: {', '.join(compiled)}")
+    lines += [f"left out: {name}: {reason}" for name, reason in case["left_out"].items()]
+    return "\n".join(lines)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line; wrong values end in argparse's exit 2."""
-    on_gpu = torch.cuda.is_available()
+def processor() -> str:
+    """The processor's model."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def commit() -> str | None:
+    """The checked-out commit of these sources, "+" if they differ from it, or None."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "HEAD", "--quiet"], capture_output=True)
+    except OSError:
+        return None
+    return name.stdout.strip() + "+" * bool(changed.returncode) if name.returncode == 0 else None
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Machine and versions."""
+    packages = ("torch", "triton", "liger_kernel", "cut_cross_entropy")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "platform": platform.platform(), "processor": processor(), "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "versions": versions, "commit": commit(), "command": " ".join(sys.argv),
+    }
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Case]]:
+    """Read the command line; wrong values end in argparse's exit 2.
+
+    Returns:
+        The options, and the cases to measure by name.
+    """
+    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0],
                                      allow_abbrev=False)
-    numbers = (
-        ("rows", 256 if on_gpu else 8, "rows of the batch"),
-        ("slots", 128, "token slots of a row"),
-        ("hidden", 768 if on_gpu else 256, "hidden size"),
-        ("vocab", 30522, "size of the vocabulary"),
-        ("rounds", 5, "rounds; implementations take turns in each"),
-        ("calls", 10 if on_gpu else 2, "counted calls of a turn"),
-        ("warmup", 3, "calls of each implementation that are dropped"),
-    )
-    for name, default, text in numbers:
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--rate", type=float, default=0.15, help="masked share of the slots (0.15)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if on_gpu else "fp32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
-    arguments = parser.parse_args(argv)
-    for name, _, _ in numbers:
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)}: must be 1 or more")
-    if not 0 < arguments.rate <= 1:
-        parser.error(f"--rate {arguments.rate}: must be in (0, 1]")
-    if arguments.device == "cuda" and not on_gpu:
+    parser.add_argument("--device", choices=tuple(DEFAULT_CASES), default="cuda" if gpu else "cpu")
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), metavar="CASE",
+                        help=f"of {', '.join(CASES)} (on a CPU those of bert-, else of gpu-)")
+    one = parser.add_argument_group("one case instead, like the first one but for")
+    for field in dataclasses.fields(Case):
+        one.add_argument(f"--{field.name}", type=float if field.name == "rate" else int)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="(fp32 on a CPU, bf16 on a GPU)")
+    parser.add_argument("--logits", choices=("fresh", "peaked"), default="fresh",
+                        help="as when training begins (default), or nearly one-hot")
+    numbers = (("rounds", 10, 30, "rounds; the rows of the table take turns in each"),
+               ("calls", 2, 5, f"counted calls of a turn; {BASELINE} takes 1"),
+               ("warmup", 1, 10, "calls that are dropped, beyond the first two"))
+    for name, on_cpu, on_gpu, text in numbers:
+        parser.add_argument(f"--{name}", type=int,
+                            help=f"{text} ({on_cpu} on a CPU, {on_gpu} on a GPU)")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not gpu:
         parser.error("--device cuda: there is no CUDA device; give --device cpu")
-    return arguments
+    on_cpu = options.device == "cpu"
+    options.dtype = options.dtype or ("fp32" if on_cpu else "bf16")
+    if on_cpu and options.dtype != "fp32":
+        parser.error(f"--dtype {options.dtype}: on a CPU it must be fp32")
+    for name, small, large, _ in numbers:
+        value = getattr(options, name)
+        setattr(options, name, value if value is not None else small if on_cpu else large)
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Case)
+             if getattr(options, field.name) is not None}
+    if given and options.cases:
+        parser.error(f"--cases and --{next(iter(given))}: give one or the other")
+    for name in ("rounds", "calls", "warmup", "rows", "slots", "hidden", "vocab"):
+        value = given.get(name, getattr(options, name))
+        if value is not None and value < 1:
+            parser.error(f"--{name} {value}: must be 1 or more")
+    if not 0 < given.get("rate", 1) <= 1:
+        parser.error(f"--rate {given['rate']}: must be in (0, 1]")
+    names = options.cases or DEFAULT_CASES[options.device]
+    if given:
+        return options, {"given": dataclasses.replace(CASES[names[0]], **given)}
+    return options, {name: CASES[name] for name in names}
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    arguments = parse(argv)
-    rows = measure(arguments)
-    print(f"masked_lm_loss, forward and backward: {arguments.rows} rows x {arguments.slots} slots, "
-          f"{100 * arguments.rate:g} % masked, D {arguments.hidden}, V {arguments.vocab}, "
-          f"{arguments.dtype}; dropped: {arguments.warmup} warm-up calls each")
-    print(f"{'implementation':<20}{'ms (p20-p80)':>28}{'speedup':>9}{'masked/s':>12}{'GiB':>8}")
-    for row in rows:
-        ms, memory = row["ms"], row["peak_memory_gib"]
-        timing = f"{ms['median']:.2f} ({ms['p20']:.2f}-{ms['p80']:.2f})"
-        print(f"{row['implementation']:<20}{timing:>28}{row['speedup']:>9.2f}"
-              f"{row['masked_tokens_per_second']:>12,.0f}"
-              f"{'-' if memory is None else f'{memory:.2f}':>8}")
-    gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
+    options, cases = parse(argv)
+    print(f"masked_lm_loss, forward and backward, {options.dtype}, {options.logits} logits\n"
+          f"counted: {options.rounds} rounds of {options.calls} calls ({BASELINE}: of 1); dropped: "
+          f"the first {2 + options.warmup} calls of each row\n"
+          "in brackets: 20th to 80th percentile; x full, x gather: speed over that of the row; "
+          "MiB: peak beyond\nthe inputs, without (extra) and with (peak) the returned gradients")
+    results: list[dict[str, Any]] = []
+    notes: dict[str, str] = {}
+    for name, case in cases.items():
+        results.append({"name": name, **measure(case, options)})
+        print(f"\n{format_case(results[-1])}", flush=True)
+        notes |= {row["implementation"]: row["note"] for row in results[-1]["rows"]}
+    print("\n" + "\n".join(f"{name}: {note}" for name, note in notes.items()))
+    kept = ("device", "dtype", "logits", "rounds", "calls", "warmup")
     print(json.dumps({
-        "benchmark": "masked_lm_loss", "options": vars(arguments), "gpu": gpu,
-        "platform": platform.platform(), "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "command": " ".join(sys.argv), "rows": rows,
+        "benchmark": "masked_lm_loss", **environment(options.device),
+        "options": {name: getattr(options, name) for name in kept}, "cases": results,
     }))
 
 

@@ -1,42 +1,310 @@
-"""The benchmark of `csrc`: every row is measured, and a wrong one is refused."""
+"""The benchmark of `csrc`: its rows, what it refuses, and the figures that it derives."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+import sys
+import types
 
 import pytest
+import torch
+from torch.nn import functional
 
 import csrc
 from csrc import benchmark
+from csrc.benchmark import Case, Measured, Row
 
-SMALL = "--rows 2 --slots 16 --hidden 16 --vocab 50 --rounds 2 --calls 2 --warmup 1 --device cpu"
+SMALL = ("--rows 2 --slots 16 --hidden 16 --vocab 50 --rounds 3 --calls 2 --warmup 1 "
+         "--device cpu").split()
+ROWS = ["full_logits", "gather_eager", "gather_compiled", "linear_cross_entropy", "chunked"]
+BOUND = 1e-4  # as for fp32
 
 
-def test_measures_every_implementation(capsys):
-    benchmark.main([*SMALL.split(), "--dtype", "fp32"])
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Nothing is compiled, and the optional libraries are not there."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for name in ("liger_kernel", "cut_cross_entropy"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def small_inputs(logits: str = "fresh", device: str = "cpu", **changes: int) -> benchmark.Inputs:
+    case = dataclasses.replace(Case(2, 16, 16, 50, 0.5), **changes)
+    return benchmark.make_inputs(case, device, torch.float32, logits)
+
+
+def results(row: Row, inputs: benchmark.Inputs) -> dict[str, torch.Tensor]:
+    return benchmark.first_call(row, inputs, 1.0)[1]
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def test_every_row_is_measured(capsys):
+    benchmark.main(SMALL)
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert {"platform", "processor", "cpus", "threads", "gpu", "versions", "commit", "command",
+            "options", "cases"} <= result.keys()
+    assert result["options"]["logits"] == "fresh" and "torch" in result["versions"]
+    (case,) = result["cases"]
+    assert case["shape"] == {"rows": 2, "slots": 16, "hidden": 16, "vocab": 50, "rate": 0.15}
+    assert case["masked"] == 5
+    rows = {row["implementation"]: row for row in case["rows"]}
+    assert list(rows) == ROWS
+    for name, row in rows.items():
+        assert row["calls"] == (3 if name == "full_logits" else 6)
+        assert 0 < row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+        assert row["masked_tokens_per_second"] == pytest.approx(5000 / row["ms"]["median"])
+        assert 0 < row["extra_mib"] <= row["peak_mib"]
+        assert row["difference"] < BOUND and row["first_call_seconds"] > 0
+    for name in ("full_logits", "gather_eager"):
+        assert set(rows[name][f"speed_over_{name}"].values()) == {1.0}
+        assert rows[name][f"memory_over_{name}"] == 1
+    assert rows["chunked"]["memory_over_full_logits"] < rows["gather_eager"][
+        "memory_over_full_logits"] < 0.5
+    assert set(case["left_out"]) == {"liger", "cut_cross_entropy"}
+    assert "left out: cut_cross_entropy: not installed" in out
+    assert "first call, with compilation: gather_compiled" in out
+
+
+def test_several_cases_in_one_run(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "CASES", {
+        "one": Case(2, 8, 8, 20, 0.5), "two": Case(3, 8, 8, 20, 0.25), "three": Case(1, 8, 8, 9, 1)
+    })
+    line = "--cases two one --rounds 1 --calls 1 --warmup 1 --device cpu --logits peaked"
+    benchmark.main(line.split())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    rows = {row["implementation"]: row for row in result["rows"]}
-    assert list(rows) == ["all_positions", *csrc.IMPLEMENTATIONS]
-    assert rows["all_positions"]["speedup"] == 1
-    for row in rows.values():
-        assert row["calls"] == 4
-        assert row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
-    assert {"torch", "platform", "cpus", "gpu", "command", "options"} <= result.keys()
+    assert [(case["name"], case["masked"]) for case in result["cases"]] == [("two", 6), ("one", 8)]
+    assert result["options"]["logits"] == "peaked"
 
 
-def test_refuses_a_wrong_implementation(monkeypatch):
-    def doubled(*arguments):
-        loss, hits = csrc.reference.masked_lm_loss(*arguments)
-        return 2 * loss, hits
-
-    monkeypatch.setitem(csrc.IMPLEMENTATIONS, "doubled", doubled)
-    with pytest.raises(RuntimeError, match="doubled"):
-        benchmark.main([*SMALL.split(), "--dtype", "fp32"])
+def test_default_cases_are_those_of_the_device():
+    _, cases = benchmark.parse(["--device", "cpu"])
+    assert {(case.rows, case.hidden, case.rate) for case in cases.values()} == {
+        (32, 256, 0.15), (32, 256, 0.08), (8, 768, 0.15), (8, 768, 0.08)}
+    assert {(case.slots, case.vocab) for case in cases.values()} == {(128, 30522)}
 
 
-@pytest.mark.parametrize("line", ["--rows 0", "--rate 0", "--rate 1.5", "--dtype fp64", "--row 2"])
-def test_exits_with_2(line, capsys):
+@pytest.mark.parametrize(("line", "word"), [
+    ("--rows 0", "--rows 0"), ("--calls 0", "--calls 0"), ("--rate 0", "--rate 0"),
+    ("--rate 1.5", "--rate 1.5"), ("--dtype fp64", "fp64"), ("--device cpu --dtype bf16", "fp32"),
+    ("--row 2", "--row"), ("--cases huge", "bert-mini-15"), ("--logits flat", "peaked"),
+    ("--cases bert-mini-15 --rows 2", "--rows"),
+])
+def test_bad_flags_exit_with_2(line, word, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(line.split())
     assert stopped.value.code == 2
-    assert capsys.readouterr().err
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_row_compiles(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no processes left behind
+    inputs = small_inputs()
+    row = benchmark.gather_compiled("cpu")
+    got, want = results(row, inputs), results(benchmark.full_logits("cpu"), inputs)
+    assert benchmark.check_agreement(got, want, BOUND) < BOUND
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+# -------------------------------------------------------------------------- what is not measured
+
+
+def doubled(*arguments):
+    loss, hits = csrc.reference.masked_lm_loss(*arguments)
+    return 2 * loss, hits
+
+
+def without_bias_gradient(hidden, positions, labels, head):
+    head = dataclasses.replace(head, decoder_bias=head.decoder_bias.detach())
+    return csrc.reference.masked_lm_loss(hidden, positions, labels, head)
+
+
+def not_a_number(*arguments):
+    loss, hits = csrc.reference.masked_lm_loss(*arguments)
+    return loss * float("nan"), hits
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    (doubled, "loss by 1.0e"), (without_bias_gradient, "in decoder_bias by 1.0e"),
+    (not_a_number, "loss by nan"),
+])
+def test_a_wrong_implementation_is_refused(monkeypatch, wrong, words):
+    monkeypatch.setitem(csrc.IMPLEMENTATIONS, "wrong", wrong)
+    with pytest.raises(RuntimeError, match=f"wrong: differs .*{words}"):
+        benchmark.main(SMALL)
+
+
+def test_others_that_fail_are_left_out(monkeypatch, capsys):
+    def no_compiler(function, **_):
+        raise OSError("no C++ compiler\nand more")
+
+    def wrong(rows, weight, labels, **_):
+        return rows.sum()
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(functional, "linear_cross_entropy", wrong)
+    benchmark.main(SMALL)
+    out = capsys.readouterr().out
+    assert "left out: gather_compiled: OSError: no C++ compiler\n" in out
+    assert "left out: linear_cross_entropy: RuntimeError: differs from the first row" in out
+    rows = json.loads(out.splitlines()[-1])["cases"][0]["rows"]
+    assert [row["implementation"] for row in rows] == ["full_logits", "gather_eager", "chunked"]
+
+
+def test_without_its_baseline_a_row_has_no_ratio(monkeypatch, capsys):
+    def no_memory(device):
+        raise MemoryError("full")
+
+    monkeypatch.setitem(benchmark.OTHERS, "full_logits", no_memory)
+    benchmark.main(SMALL)
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"][0]["rows"]
+    assert [row["implementation"] for row in rows] == ROWS[1:]
+    assert all(row["speed_over_full_logits"] is None for row in rows)
+
+
+# ---------------------------------------------------------------------- libraries, by their shape
+
+
+def with_bias(e, c, targets, bias=None, impl=None):
+    return functional.cross_entropy(functional.linear(e, c, bias), targets)
+
+
+def without_bias(e, c, targets, impl=None):
+    assert e.shape[1] % 8 == 0
+    return functional.cross_entropy(e @ c.t(), targets)
+
+
+@pytest.mark.parametrize(("function", "note"), [
+    (with_bias, "takes the bias"), (without_bias, "folded in"),
+])
+def test_cut_cross_entropy_with_and_without_bias(monkeypatch, function, note):
+    module = types.SimpleNamespace(linear_cross_entropy=function)
+    monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
+    inputs, row = small_inputs(), benchmark.cut_cross_entropy("cpu")
+    assert note in row.note
+    want = results(benchmark.full_logits("cpu"), inputs)
+    benchmark.check_agreement(results(row, inputs), want, BOUND)
+
+
+def test_liger_on_a_gpu_only(monkeypatch):
+    def fused(input, weight, target, bias=None, reduction="mean"):
+        return functional.cross_entropy(
+            functional.linear(input, weight, bias), target, reduction=reduction)
+
+    with pytest.raises(benchmark.LeftOut, match="GPU"):
+        benchmark.liger("cpu")
+    with pytest.raises(benchmark.LeftOut, match="not installed"):
+        benchmark.liger("cuda")
+    name = "liger_kernel.transformers.functional"
+    for parent in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    module = types.SimpleNamespace(liger_fused_linear_cross_entropy=fused)
+    monkeypatch.setitem(sys.modules, name, module)
+    inputs = small_inputs()
+    want = results(benchmark.full_logits("cpu"), inputs)
+    benchmark.check_agreement(results(benchmark.liger("cuda"), inputs), want, BOUND)
+
+
+# ---------------------------------------------------------------------------------- the figures
+
+
+class KnownMemory(torch.autograd.Function):
+    """1,000,000 bytes during the forward pass, 3,000,000 beside the gradient in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        ctx.shape = hidden.shape
+        torch.empty(250_000)
+        return hidden.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient = torch.zeros(ctx.shape)
+        torch.empty(750_000)
+        return gradient
+
+
+def test_memory_of_a_known_function():
+    inputs = small_inputs(rows=100, slots=100, hidden=50)
+    extra, peak = benchmark.measure_memory(lambda i: KnownMemory.apply(i.hidden), inputs, 1.0)
+    gradient = 100 * 100 * 50 * 4
+    assert extra == pytest.approx(3_000_000, abs=100)  # and a few scalars
+    assert peak == pytest.approx(3_000_000 + gradient, abs=100)
+
+
+def test_memory_of_eager_logits():
+    inputs = small_inputs(rows=4, slots=64, hidden=16, vocab=3000)
+    logits = len(inputs.labels) * 3000 * 4
+    for _ in range(2):  # not more the second time
+        extra, peak = benchmark.measure_memory(benchmark.gather_eager("cpu").operation, inputs, 1.0)
+        # Logits, their logarithmic softmax, and the gradient of one of them.
+        assert 2 * logits < extra < 3.3 * logits
+        assert peak >= extra  # the weight has its gradient when most logits are gone
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_is_the_allocators():
+    inputs = small_inputs(device="cuda", vocab=30522, slots=512)
+    operation = benchmark.gather_eager("cuda").operation
+    benchmark.run(operation, inputs, 1.0)
+    extra, peak = benchmark.measure_memory(operation, inputs, 1.0)
+    inputs.clear_gradients()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    benchmark.run(operation, inputs, 1.0)
+    assert peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.01)
+    assert 0 < extra < peak
+
+
+def test_figures_follow_from_the_rounds():
+    row = Row(lambda inputs: inputs.hidden, "")
+    full = Measured(row, 0, 0, 800, 900, [[10.0], [20.0], [40.0]])
+    fast = Measured(row, 0, 0, 100, 300, [[1.0, 1.0], [4.0, 4.0], [4.0, 4.0]])
+    measured = {"full_logits": full, "gather_eager": fast}
+    got = benchmark.summarise("gather_eager", measured, num_masked=8)
+    # Rounds of 10, 5 and 10 times; the ratio of the medians would be 5.
+    assert got["speed_over_full_logits"]["median"] == 10
+    assert got["speed_over_full_logits"]["p20"] == pytest.approx(7)
+    assert got["ms"]["median"] == 4 and got["calls"] == 6
+    assert got["masked_tokens_per_second"] == 2000
+    assert got["memory_over_full_logits"] == 0.125
+
+
+def test_rows_take_turns_in_another_order_each_round(monkeypatch):
+    turns = []
+
+    def note(operation, *_):
+        turns.append(operation)
+        return 1.0
+
+    monkeypatch.setattr(benchmark, "time_call", note)
+    options, cases = benchmark.parse([*SMALL, "--rounds", "5"])
+    measured = benchmark.measure(cases["given"], options)["rows"]
+    assert [row["implementation"] for row in measured] == ROWS
+    warm = turns[:5]  # one each
+    names = [ROWS[warm.index(operation)] for operation in turns[5:]]
+    assert len(names) == 5 * (1 + 4 * 2)
+    rounds = [names[start:start + 9] for start in range(0, 45, 9)]
+    assert [turn[0] for turn in rounds] == ROWS
+    for turn in rounds:
+        assert sorted(turn) == sorted(["full_logits", *(name for name in ROWS[1:] for _ in "ab")])
+
+
+def test_peaked_logits_are_nearly_one_hot():
+    for logits, low, high in (("fresh", 0.0, 0.01), ("peaked", 0.6, 1.0)):
+        inputs = small_inputs(logits, hidden=64, vocab=5000, slots=100)
+        with torch.no_grad():
+            rows = inputs.hidden.flatten(0, 1)[inputs.positions]
+            scores = csrc.reference.logits(rows, inputs.head)
+        assert low < scores.softmax(1).amax(1).mean() < high
+        hits = (scores.argmax(1) == inputs.labels).float().mean().item()
+        assert hits == pytest.approx(0.7 if logits == "peaked" else 0, abs=0.01)
+        assert (inputs.all_labels >= 0).sum() == len(inputs.labels) == 100
+        assert torch.equal(inputs.all_labels[inputs.positions], inputs.labels)
