@@ -33,6 +33,7 @@ from preprocess.store import (
     TokenStore,
     array_path,
     list_arrays,
+    lock_array,
     open_array,
     write_array,
 )
@@ -193,6 +194,7 @@ def count_masks(store: TokenStore, name: str, other: str | None = None) -> Stati
     result = Statistics(zeros, zeros.copy(), shared=None if other is None else 0)
     for shard in store.shards:
         index, _ = open_array(shard, name, "mask")
+        compared = index if other is None else open_array(shard, other, "mask")[0]
         for block in iterate_blocks(shard.sequence_offsets):
             offsets = shard.sequence_offsets[block.start : block.stop + 1]
             tokens = shard.tokens[offsets[0] : offsets[-1]]
@@ -210,7 +212,6 @@ def count_masks(store: TokenStore, name: str, other: str | None = None) -> Stati
             result.unmasked_sequences += int(np.count_nonzero(counts == 0))
             result.by_chance += float(np.sum(counts**2 / np.maximum(possible, 1)))
             if other is not None:
-                compared, _ = open_array(shard, other, "mask")
                 ends = index_bounds(compared, offsets[[0, -1]])
                 both = np.intersect1d(chosen, compared[ends[0] : ends[1]], assume_unique=True)
                 result.shared = (result.shared or 0) + len(both)
@@ -300,6 +301,18 @@ def main(argv: list[str] | None = None) -> None:
     if need:
         kind = "mask" if need == "match" else "scores"
         sources = open_inputs(store, kind, need, getattr(args, need))
+    with lock_array(store, args.name, "mask"):
+        build(args, store, words, sources)
+    statistics = count_masks(store, args.name, args.match)
+    names = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    print("\n".join(format_statistics(statistics, names, args.match)))
+
+
+def build(
+    args: argparse.Namespace, store: TokenStore, words: WordTable | None, sources: list[tuple]
+) -> None:
+    """Write the index of every shard that is not whole; `sources` is what the strategy reads."""
+    need = NEEDS.get(args.strategy)
     rate = None if args.strategy == "random_matched" else args.mlm_probability
     work = []
     for shard, (array, info) in zip(store.shards, sources, strict=True):
@@ -321,9 +334,6 @@ def main(argv: list[str] | None = None) -> None:
             all_special_ids=store.all_special_ids,
         )
         print(write_array(shard, args.name, "mask", positions, {"options": options}))
-    statistics = count_masks(store, args.name, args.match)
-    names = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-    print("\n".join(format_statistics(statistics, names, args.match)))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,18 @@ that lists the shards. No other file of ours opens a `.bin`.
 Everything is checked against file sizes before it is mapped, so a broken header allocates nothing.
 The trade-off: opening reads the index once (about 12 bytes a sequence) to hand out plain arrays.
 
+What is checked when: every JSON carries its own sha256; opening a store checks that, the sizes, the
+sha256 of the index and of the tokenizer; opening an array checks its whole content (nothing else
+would notice a moved mask). The ids, of which there are too many to hash at each start, are compared
+with the vocabulary as they are read, and hashed by `open(verify=True)`. A file that is cut short
+while it is mapped ends the process (SIGBUS): no reader of mapped files can turn that into an error.
+
 Letters: `T` tokens, `N` sequences, `D` documents, `M` masked positions.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,17 +27,21 @@ import re
 import shutil
 import socket
 import struct
+import sys
+import time
 from array import array as compact_list
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from preprocess.errors import DataError
+from preprocess.errors import ConfigError, DataError, writing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_VOCAB = 1 << 16  # ids are uint16
 MAX_SHARD_TOKENS = (1 << 32) - 1  # mask indices are uint32
 ARRAYS: dict[str, np.dtype[Any]] = {
@@ -38,6 +49,7 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "importance": np.dtype("u1"),
     "mask": np.dtype("<u4"),
 }
+JOIN_SECONDS = 10.0  # to wait for another process that joins the same shards: milliseconds
 ARRAY_MAKERS = {
     "scores": "train/score_tokens.py",
     "importance": "train/annotate.py",
@@ -50,6 +62,9 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, doc
 _DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4"), 5: np.dtype("<i8")}
 _OURS = 8
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
+_NPY_HEADER_BYTES = 128  # what numpy itself takes for one axis
 
 
 # --------------------------------------------------------------------------- small atomic writes
@@ -63,16 +78,48 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _temporary(path: Path) -> Path:
+    """The name under which this process writes `path` before it is whole."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def remove_leftovers(*paths: str | Path, mark: str = "tmp") -> None:
+    """Remove what killed writers of `paths` left behind; for the holder of their lock."""
+    for path in map(Path, paths):
+        for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+            if entry.name.startswith(f".{path.name}.{mark}-"):
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
+
+
+def _write_all(stream: Any, data: bytes) -> None:
+    """Write all of `data` to an unbuffered stream, which may take only a part at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[stream.write(rest) :]
+
+
+def _write_whole(path: Path, data: bytes, said: Path) -> None:
+    """Write and sync a file; a full disk is said of the name `said`."""
+    with writing(said, len(data)), open(path, "wb", buffering=0) as stream:
+        _write_all(stream, data)
+        os.fsync(stream.fileno())
+
+
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, never a part."""
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        DiskFullError: there is no room; the old file stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = _temporary(path)
+    with writing(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write_whole(temporary, data, path)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -80,16 +127,20 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def _json_bytes(obj: Any) -> bytes:
+    return json.dumps(obj, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
 def atomic_write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as JSON with sorted keys, atomically."""
-    text = json.dumps(obj, indent=1, sort_keys=True, allow_nan=False)
-    atomic_write_bytes(path, text.encode() + b"\n")
+    atomic_write_bytes(path, _json_bytes(obj))
 
 
-def file_sha256(path: str | Path) -> str:
-    """Return the sha256 of a file in hexadecimal."""
+def file_sha256(path: str | Path, start: int = 0) -> str:
+    """Return the sha256 of a file, from byte `start` on, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
+        stream.seek(start)
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -109,6 +160,27 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(obj, dict):
         raise DataError(f"{path}: holds a {type(obj).__name__}, not an object; make it again")
     return obj
+
+
+def seal(obj: dict[str, Any]) -> dict[str, Any]:
+    """Return `obj` with the sha256 of its content under `json_sha256`, as our JSONs carry it."""
+    plain = json.loads(json.dumps(obj))  # as it will be read: keys are strings, tuples are lists
+    plain.pop("json_sha256", None)
+    content = json.dumps(plain, sort_keys=True).encode()
+    return {**plain, "json_sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _read_sealed(path: str | Path, again: str) -> dict[str, Any]:
+    """Read a JSON that `seal` made; one that was changed since is a `DataError`."""
+    info = read_json(path)
+    if info.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {info.get('format_version')!r}; this program reads "
+            f"{FORMAT_VERSION}; {again}"
+        )
+    if seal(info) != info:
+        raise DataError(f"{path}: its content is not what was written (json_sha256); {again}")
+    return info
 
 
 # --------------------------------------------------------------------------- the tokenizer
@@ -133,7 +205,8 @@ def check_vocabulary(tokenizer: Any) -> int:
 def describe_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
     """Save a tokenizer in `folder` (must not exist) and return what `P.json` says about it."""
     vocab_size = check_vocabulary(tokenizer)
-    tokenizer.save_pretrained(str(folder))
+    with writing(folder):
+        tokenizer.save_pretrained(str(folder))
     files = {p.name: file_sha256(p) for p in sorted(Path(folder).iterdir()) if p.is_file()}
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_NAMES}
     return {
@@ -147,11 +220,13 @@ def describe_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
 
 def _install_folder(temporary: Path, folder: Path, files: dict[str, str]) -> None:
     """Move a saved tokenizer into place unless the same one is there (several shards share it)."""
+    # Nobody reads an old one, so this needs no lock.
+    remove_leftovers(folder, mark="old")
     for _ in range(3):
         if _same_files(folder, files):
             shutil.rmtree(temporary, ignore_errors=True)
             return
-        old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         try:
             if folder.exists():
                 os.rename(folder, old)
@@ -164,7 +239,7 @@ def _install_folder(temporary: Path, folder: Path, files: dict[str, str]) -> Non
     raise DataError(f"{folder}: cannot be replaced; remove it and run again")
 
 
-def _same_files(folder: Path, files: dict[str, str]) -> bool:
+def _same_files(folder: Path, files: Any) -> bool:
     try:
         return {p.name: file_sha256(p) for p in folder.iterdir() if p.is_file()} == files
     except OSError:
@@ -174,57 +249,106 @@ def _same_files(folder: Path, files: dict[str, str]) -> bool:
 # --------------------------------------------------------------------------- one writer a prefix
 
 
-def _process_start(pid: int) -> str:
-    """Return when a process started, in kernel ticks, so that a reused pid is told apart."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return "?"
+class WriterLock:
+    """The sole right to write what begins with a prefix: the file `PREFIX.lock`, until `release`.
 
+    The kernel gives the lock of a dead process free; the file that it leaves behind tells the next
+    holder that a writer was `interrupted`. It names process and host: where the hosts of a shared
+    disk do not see each other's locks, a writer of another host is respected until the file is
+    removed.
 
-def _is_alive(pid: int, start: str) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return _process_start(pid) == start
+    Args:
+        prefix: of what is written.
+        wait_seconds: how long to wait for another writer before giving up.
+    Raises:
+        ConfigError: another writer is at work.
+    """
 
+    def __init__(self, prefix: str | Path, wait_seconds: float = 0.0) -> None:
+        self.path = Path(f"{prefix}.lock")
+        self.interrupted = False
+        self._descriptor = -1
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        end = time.monotonic() + wait_seconds
+        while not self._try():
+            if time.monotonic() >= end:
+                raise ConfigError(
+                    f"{self.path}: another process writes here ({self._owner or 'just started'}); "
+                    f"wait for it, or give another name"
+                )
+            time.sleep(0.02)
 
-def _acquire(lock: Path) -> bool:
-    """Create the lock file; return True if it was taken over from a dead process of this host."""
-    mine = f"{os.getpid()} {socket.gethostname()} {_process_start(os.getpid())}\n"
-    took_over = False
-    while True:
-        try:
-            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(mine)
-            return took_over
-        except FileExistsError:
-            pass
-        try:
-            owner = lock.read_text()
-        except FileNotFoundError:
-            continue
-        pid, _, rest = owner.partition(" ")
-        host, _, start = rest.strip().rpartition(" ")
-        if not pid.isdigit() or host != socket.gethostname() or _is_alive(int(pid), start):
-            raise DataError(
-                f"{lock}: another process writes here (pid {pid or '?'} on {host or '?'}); wait "
-                f"for it, or remove this file if that process is gone"
+    def _try(self) -> bool:
+        """Take the lock if it is free; `_owner` is who holds it, or held it last."""
+        while True:
+            with writing(self.path):
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                free = _flock(descriptor, self.path)
+                self._owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                if not free:
+                    return False
+                if _is_file(descriptor, self.path):
+                    self._sign(descriptor)
+                    self._descriptor = descriptor
+                    return True
+            finally:
+                if self._descriptor != descriptor:
+                    os.close(descriptor)
+            # Its holder has removed it since it was opened: make a new one.
+
+    def _sign(self, descriptor: int) -> None:
+        host = socket.gethostname()
+        if self._owner and not self._owner.endswith(f" on {host}"):
+            raise ConfigError(
+                f"{self.path}: another process writes here ({self._owner}); wait for it, or "
+                f"remove this file if that process is gone"
             )
-        stale = lock.with_name(f"{lock.name}.stale-{os.getpid()}")
+        self.interrupted = bool(self._owner)
+        mine = f"pid {os.getpid()} on {host}\n".encode()
         try:
-            os.rename(lock, stale)
-        except FileNotFoundError:
-            continue
-        if stale.read_text() != owner:  # someone else took over in between: give it back
-            os.rename(stale, lock)
-            raise DataError(f"{lock}: another process has just started to write here; wait for it")
-        stale.unlink()
-        took_over = True
+            with writing(self.path, len(mine)):
+                os.pwrite(descriptor, mine, 0)
+        except OSError:
+            if not self.interrupted:
+                self.path.unlink()
+            raise
+        os.ftruncate(descriptor, len(mine))
+
+    def release(self) -> None:
+        """Give up the lock; a second time is harmless."""
+        if self._descriptor >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> WriterLock:
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        self.release()
+
+
+def _flock(descriptor: int, path: Path) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        print(f"{path}: this disk has no locks; let nothing else write there", file=sys.stderr)
+    return True
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 class StoreWriter:
@@ -235,9 +359,13 @@ class StoreWriter:
         tokenizer: a transformers fast tokenizer; saved beside the store.
         options: what made the ids; kept in the JSON, compared on a rerun.
         shard: `(index, count)`, or None for a store of one piece.
-        overwrite: replace what is there. The old store stays whole until `close`.
+        overwrite: replace what is there. The old store stays whole until `close` has written and
+            synced everything and only renames.
+        lock: of what is written, if the caller holds it already and goes on holding it.
     Raises:
-        DataError: a vocabulary above 65,536, another writer, or a store that is there already.
+        DataError: a vocabulary above 65,536, or a store that is there already.
+        ConfigError: another writer.
+        DiskFullError: from any method; nothing is left behind.
 
     Used as a context manager, an exception inside leaves nothing behind.
     """
@@ -249,41 +377,46 @@ class StoreWriter:
         options: dict[str, Any],
         shard: tuple[int, int] | None = None,
         overwrite: bool = False,
+        lock: WriterLock | None = None,
     ) -> None:
         if shard is not None and not 0 <= shard[0] < shard[1] <= 99999:
             raise DataError(f"shard {shard[0]} of {shard[1]}: the index counts from 0")
         self._vocab_size = check_vocabulary(tokenizer)
         self.store_prefix, self.options, self.shard = str(prefix), options, shard
         self.prefix = shard_prefix(self.store_prefix, *shard) if shard else self.store_prefix
-        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._lock = Path(self.prefix + ".lock")
-        interrupted = _acquire(self._lock)
-        self._bin_tmp = Path(self.prefix + ".bin.tmp")
-        self._idx_tmp = Path(self.prefix + ".idx.tmp")
-        self._tokenizer_tmp = Path(self.prefix + ".tokenizer.tmp")
+        self._bin, self._idx, self._json = (
+            Path(f"{self.prefix}.{ending}") for ending in ("bin", "idx", "json")
+        )
+        self._tokenizer_tmp = _temporary(Path(self.prefix + ".tokenizer"))
+        self._arrays: list[tuple[str, str, np.ndarray, dict[str, Any]]] = []
         self._stream: Any = None
         self._done = False
         self._lengths = compact_list("i")
         self._documents = compact_list("q", [0])
         self.num_tokens = 0
         self._hash = hashlib.sha256()
+        if shard is not None:  # a store of one piece under this prefix would be a second writer
+            WriterLock(self.store_prefix, wait_seconds=1.0).release()
+        self._lock = WriterLock(self.prefix) if lock is None else lock
+        self._owns_lock = lock is None
         try:
-            if not overwrite and not interrupted:
+            remove_store_leftovers(self.prefix)
+            if not overwrite and not self._lock.interrupted:
                 self._refuse_existing()
-            shutil.rmtree(self._tokenizer_tmp, ignore_errors=True)
             self._tokenizer = describe_tokenizer(tokenizer, self._tokenizer_tmp)
-            self._stream = open(self._bin_tmp, "wb", buffering=1 << 20)
+            with writing(self._bin):
+                self._stream = open(_temporary(self._bin), "wb", buffering=1 << 20)
         except BaseException:
             self.abort()
             raise
 
     def _refuse_existing(self) -> None:
-        if os.path.exists(self.prefix + ".json"):
+        if self._json.exists():
             raise DataError(
                 f"{self.prefix}.json: a token store is there already; "
                 f"give another --output, or --overwrite"
             )
-        if os.path.exists(self.prefix + ".bin"):
+        if self._bin.exists():
             raise DataError(
                 f"{self.prefix}.bin: a store without {self.prefix}.json is there; take it in with "
                 f"tokenize_corpus.py --adopt, or replace it with --overwrite"
@@ -330,44 +463,52 @@ class StoreWriter:
                 f"{self.prefix}.bin: a shard holds fewer than 2^32 tokens; give more --num_shards"
             )
         data = tokens.astype("<u2").tobytes()
-        self._stream.write(data)
+        with writing(self._bin, len(data)):
+            self._stream.write(data)
         self._hash.update(data)
         self._lengths.extend(lengths.tolist())
         self._documents.extend((self._documents[-1] + np.cumsum(documents)).tolist())
         self.num_tokens += len(tokens)
 
+    def add_array(self, name: str, kind: str, array: np.ndarray, info: dict[str, Any]) -> None:
+        """Put an array beside the store, in the moment in which that becomes whole.
+
+        Args:
+            array: as for `write_array`, of the tokens that are there when the writer is closed.
+        """
+        path = _array_path(self.prefix, name, kind)
+        remove_leftovers(path, _json_of(path))
+        self._arrays.append((name, kind, array, info))
+
     def close(self, extra_counts: dict[str, int] | None = None) -> None:
         """Put the store in place; the JSON comes last. The last shard writes `P.json` too."""
         try:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
+            with writing(self._bin, self.num_tokens * 2):
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+                self._stream.close()
             index = _pack_index(np.array(self._lengths), np.array(self._documents))
-            with open(self._idx_tmp, "wb") as stream:
-                stream.write(index)
-                stream.flush()
-                os.fsync(stream.fileno())
-            self._publish(hashlib.sha256(index).hexdigest(), extra_counts or {})
+            _write_whole(_temporary(self._idx), index, self._idx)
+            info = self._describe(hashlib.sha256(index).hexdigest(), extra_counts or {})
+            _write_whole(_temporary(self._json), _json_bytes(seal(info)), self._json)
+            arrays: list[Path] = []
+            for name, kind, array, made_by in self._arrays:
+                path = _array_path(self.prefix, name, kind)
+                arrays.append(path)
+                _stage_array(path, self.num_tokens, info["fingerprint"], name, kind, array, made_by)
+            self._publish(arrays)
         except BaseException:
             self.abort()
             raise
-        self._done = True
-        self._lock.unlink(missing_ok=True)
         if self.shard is not None:
             join_shards(self.store_prefix, self.shard[1])
+        self._end()
 
-    def _publish(self, idx_sha256: str, extra_counts: dict[str, int]) -> None:
-        # From here until the JSON is written, neither the shard nor the store counts as whole.
-        for path in {self.prefix + ".json", self.store_prefix + ".json"}:
-            Path(path).unlink(missing_ok=True)
-        folder = Path(self.store_prefix + ".tokenizer")
-        _install_folder(self._tokenizer_tmp, folder, self._tokenizer["files"])
-        os.replace(self._bin_tmp, self.prefix + ".bin")
-        os.replace(self._idx_tmp, self.prefix + ".idx")
+    def _describe(self, idx_sha256: str, extra_counts: dict[str, int]) -> dict[str, Any]:
         bin_sha256 = self._hash.hexdigest()
-        info = {
+        return {
             "format_version": FORMAT_VERSION,
-            "tokenizer": {**self._tokenizer, "folder": folder.name},
+            "tokenizer": {**self._tokenizer, "folder": f"{Path(self.store_prefix).name}.tokenizer"},
             "counts": {
                 **extra_counts,
                 "tokens": self.num_tokens,
@@ -383,20 +524,42 @@ class StoreWriter:
                 idx_sha256,
                 self._tokenizer["vocab_size"],
                 self._tokenizer["all_special_ids"],
+                sorted(self._tokenizer["files"].items()),
             ),
         }
-        atomic_write_json(self.prefix + ".json", info)
+
+    def _publish(self, arrays: list[Path]) -> None:
+        # Everything is written; from here there are only renames. Until the JSON is in place,
+        # neither the shard nor the store counts as whole.
+        for path in (self._json, Path(self.store_prefix + ".json")):
+            path.unlink(missing_ok=True)
+        folder = Path(self.store_prefix + ".tokenizer")
+        _install_folder(self._tokenizer_tmp, folder, self._tokenizer["files"])
+        for path in (self._bin, self._idx):
+            os.replace(_temporary(path), path)
+        for path in arrays:
+            _publish_array(path)
+        _sync_folder(self._json.parent)
+        os.replace(_temporary(self._json), self._json)
+        _sync_folder(self._json.parent)
 
     def abort(self) -> None:
         """Remove what was written and give up the prefix; what was there before stays."""
         if self._done:
             return
-        self._done = True
         if self._stream is not None:
-            self._stream.close()
-        for path in (self._bin_tmp, self._idx_tmp, self._lock):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # on a full disk closing tries to write once more
+                self._stream.close()
+        arrays = [_array_path(self.prefix, name, kind) for name, kind, _, _ in self._arrays]
+        for path in (self._bin, self._idx, self._json, *arrays, *map(_json_of, arrays)):
+            _temporary(path).unlink(missing_ok=True)
         shutil.rmtree(self._tokenizer_tmp, ignore_errors=True)
+        self._end()
+
+    def _end(self) -> None:
+        self._done = True
+        if self._owns_lock:
+            self._lock.release()
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -406,6 +569,20 @@ class StoreWriter:
             self.abort()
         elif not self._done:
             self.close()
+
+
+def tidy_store(prefix: str) -> None:
+    """Remove what killed writers left beside a whole store or shard, unless one is at work."""
+    with suppress(ConfigError, PermissionError):
+        with WriterLock(prefix):
+            remove_store_leftovers(prefix)
+
+
+def remove_store_leftovers(prefix: str) -> None:
+    """Remove what killed writers of a store or shard left behind; for the holder of its lock."""
+    endings = ("bin", "idx", "json", "tokenizer")
+    remove_leftovers(*(f"{prefix}.{ending}" for ending in endings))
+    remove_leftovers(f"{prefix}.tokenizer", mark="old")
 
 
 def _pack_index(lengths: np.ndarray, documents: np.ndarray) -> bytes:
@@ -428,12 +605,21 @@ def join_shards(prefix: str, count: int) -> str:
 
     While a store is replaced shard by shard, old and new shards stand side by side for a while:
     that is no error here.
+
+    Raises:
+        ConfigError: another process has been writing a store of one piece here all the while.
     """
+    with WriterLock(prefix, JOIN_SECONDS):
+        remove_leftovers(prefix + ".json")
+        return _join_shards(prefix, count)
+
+
+def _join_shards(prefix: str, count: int) -> str:
     prefixes = [shard_prefix(prefix, i, count) for i in range(count)]
     missing = [p for p in prefixes if not os.path.exists(p + ".json")]
     if missing:
         return f"{len(missing)} of {count} shards are to be made, the first is {missing[0]}"
-    infos = [read_json(p + ".json") for p in prefixes]
+    infos = [_read_store_json(p) for p in prefixes]
     for path, info in zip(prefixes, infos, strict=True):
         for key in ("tokenizer", "options"):
             if info.get(key) != infos[0].get(key):
@@ -453,7 +639,7 @@ def join_shards(prefix: str, count: int) -> str:
         ],
         "fingerprint": fingerprint_text(*prints),
     }
-    atomic_write_json(prefix + ".json", joined)
+    atomic_write_json(prefix + ".json", seal(joined))
     return ""
 
 
@@ -489,17 +675,43 @@ class Shard:
         return len(self.document_offsets) - 1
 
 
-def _map(path: str, dtype: np.dtype, count: int, offset: int = 0) -> np.ndarray:
+class _Ids(np.memmap):
+    """Mapped ids that are compared with the vocabulary as they are read.
+
+    A damaged `.bin` of the right size would otherwise hand ids to an embedding that has fewer
+    rows, or rows that mean nothing (a GPU reads past the end, a padded embedding says nothing).
+    """
+
+    vocab_size = MAX_VOCAB
+    path = ""
+
+    def __getitem__(self, where: Any) -> Any:
+        found = super().__getitem__(where)
+        if isinstance(found, np.ndarray):
+            found = found.view(np.ndarray)  # checked here, once
+        if found.size and int(found.max()) >= self.vocab_size:
+            raise DataError(
+                f"{self.path}: token id {int(found.max())} is not in the vocabulary "
+                f"(0 to {self.vocab_size - 1}); damaged, make it again"
+            )
+        return found
+
+
+def _map(path: str, dtype: np.dtype, count: int, offset: int = 0, kind: Any = np.memmap) -> Any:
     if count == 0:  # an empty file cannot be mapped
         empty = np.empty(0, dtype)
         empty.flags.writeable = False
         return empty
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+    return kind(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
-def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+def _read_index(
+    prefix: str, sha256: str | None = None
+) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """Read and check `P.idx` against its own size and the size of `P.bin`.
 
+    Args:
+        sha256: of the whole file, where it is known.
     Returns:
         dtype of the ids; lengths `(N,)` int32; first tokens `(N,)` int64; documents `(D+1,)` int64.
     """
@@ -525,9 +737,12 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
                 f"{path}: {actual:,} bytes, but its header says {expected:,}; "
                 f"cut short or damaged, make it again"
             )
-        lengths = np.fromfile(stream, "<i4", num_sequences)
-        pointers = np.fromfile(stream, "<i8", num_sequences)
-        documents = np.fromfile(stream, "<i8", num_indices)
+        content = stream.read(expected - _HEADER.size)
+    if sha256 is not None and hashlib.sha256(header + content).hexdigest() != sha256:
+        raise DataError(f"{path}: its content is not what {prefix}.json says (sha256)")
+    lengths = np.frombuffer(content, "<i4", num_sequences)
+    pointers = np.frombuffer(content, "<i8", num_sequences, 4 * num_sequences)
+    documents = np.frombuffer(content, "<i8", num_indices, 12 * num_sequences).copy()
     dtype, num_bytes = _DTYPES[code], os.path.getsize(bin_path)
     starts = pointers // dtype.itemsize
     ends = starts + lengths
@@ -559,7 +774,7 @@ def read_foreign(prefix: str) -> Iterator[list[np.ndarray]]:
 
 def _open_shard(prefix: str, info: dict[str, Any], token_start: int, verify: bool) -> Shard:
     path = prefix + ".json"
-    dtype, lengths, starts, documents = _read_index(prefix)
+    dtype, lengths, starts, documents = _read_index(prefix, info["idx_sha256"])
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:], dtype=np.int64)
     counts = info["counts"]
@@ -580,11 +795,11 @@ def _open_shard(prefix: str, info: dict[str, Any], token_start: int, verify: boo
             f"{prefix}.bin: {os.path.getsize(prefix + '.bin'):,} bytes, but {prefix}.idx says "
             f"{2 * found['tokens']:,}; cut short or damaged, make it again"
         )
-    if verify:
-        for kind in ("bin", "idx"):
-            if file_sha256(f"{prefix}.{kind}") != info[f"{kind}_sha256"]:
-                raise DataError(f"{prefix}.{kind}: its content is not what {path} says (sha256)")
-    tokens = _map(prefix + ".bin", _DTYPES[_OURS], found["tokens"])
+    if verify and file_sha256(f"{prefix}.bin") != info["bin_sha256"]:
+        raise DataError(f"{prefix}.bin: its content is not what {path} says (sha256)")
+    tokens = _map(prefix + ".bin", _DTYPES[_OURS], found["tokens"], kind=_Ids)
+    if isinstance(tokens, _Ids):
+        tokens.vocab_size, tokens.path = info["tokenizer"]["vocab_size"], f"{prefix}.bin"
     return Shard(prefix, tokens, offsets, documents, token_start, info["fingerprint"])
 
 
@@ -596,32 +811,53 @@ def _read_store_json(prefix: str) -> dict[str, Any]:
         else:
             remedy = f"make one with tokenize_corpus.py --output {prefix}"
         raise DataError(f"{path}: no whole token store here; {remedy}")
-    info = read_json(path)
-    if info.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: format version {info.get('format_version')!r}; this program reads "
-            f"{FORMAT_VERSION}; make the store again"
-        )
-    tokenizer, shards = info.get("tokenizer"), info.get("shards")
-    whole = (
-        isinstance(info.get("fingerprint"), str)
-        and isinstance(info.get("counts"), dict)
-        and isinstance(tokenizer, dict)
-        and isinstance(tokenizer.get("vocab_size"), int)
-        and isinstance(tokenizer.get("special_ids"), dict)
-        and isinstance(tokenizer.get("all_special_ids"), list)
-        and isinstance(tokenizer.get("folder"), str)
-    )
-    if whole and shards is None:
-        whole = isinstance(info.get("bin_sha256"), str) and isinstance(info.get("idx_sha256"), str)
-    elif whole:
-        whole = isinstance(shards, list) and all(
-            isinstance(s, dict) and isinstance(s.get("name"), str) and Path(s["name"]).name
-            for s in shards
-        )
-    if not whole:
+    info = _read_sealed(path, "make the store again")
+    if not _is_store_json(info):
         raise DataError(f"{path}: entries are missing or of the wrong type; make the store again")
     return info
+
+
+def _is_store_json(info: dict[str, Any]) -> bool:
+    """Whether every entry that is read later is there, of its type, and in its range."""
+    tokenizer, shards = info.get("tokenizer"), info.get("shards")
+    if not isinstance(tokenizer, dict) or not isinstance(info.get("counts"), dict):
+        return False
+    size, special = tokenizer.get("vocab_size"), tokenizer.get("special_ids")
+    everything = tokenizer.get("all_special_ids")
+    if type(size) is not int or not 0 < size <= MAX_VOCAB or not isinstance(special, dict):
+        return False
+    if not isinstance(everything, list) or not isinstance(tokenizer.get("files"), dict):
+        return False
+    if not all(type(i) is int and 0 <= i < size for i in (*special.values(), *everything)):
+        return False
+    if not isinstance(info.get("fingerprint"), str) or not _is_name(tokenizer.get("folder")):
+        return False
+    if "shards" not in info:
+        hashes = (info.get("bin_sha256"), info.get("idx_sha256"))
+        return all(isinstance(h, str) and _SHA256.fullmatch(h) for h in hashes)
+    return isinstance(shards, list) and bool(shards) and all(
+        isinstance(s, dict) and _is_name(s.get("name")) and isinstance(s.get("fingerprint"), str)
+        for s in shards
+    )
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a name stays in its folder."""
+    return isinstance(name, str) and "\0" not in name and name not in ("", ".", "..") and (
+        os.path.basename(name) == name
+    )
+
+
+def _beside(prefix: str, name: str, *endings: str) -> str:
+    """Return the path of `name`, listed in `P.json`, after a look at where links lead."""
+    folder, real = Path(prefix).parent, Path(prefix + ".json").resolve().parent
+    for ending in endings:
+        path = folder / f"{name}{ending}"
+        if path.resolve().parent != real:
+            raise DataError(
+                f"{path}: a link out of {real}, where {prefix}.json is; copy it there instead"
+            )
+    return str(folder / name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -643,7 +879,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, prefix: str | Path, verify: bool = False) -> TokenStore:
-        """Open the store `prefix`; `verify` re-hashes every file.
+        """Open the store `prefix`; `verify` hashes the ids too.
 
         Raises:
             DataError: naming the file that is absent, cut short, damaged, or of another version.
@@ -652,24 +888,26 @@ class TokenStore:
         info = _read_store_json(prefix)
         shards: list[Shard] = []
         start = 0
-        folder = Path(prefix).parent
         for entry in info.get("shards") or [None]:
             if entry is None:
                 shard_info, path = info, prefix
             else:
-                path = str(folder / Path(entry["name"]).name)
+                path = _beside(prefix, entry["name"], ".json", ".bin", ".idx")
                 shard_info = _read_store_json(path)
-                if shard_info["fingerprint"] != entry.get("fingerprint"):
+                if "shards" in shard_info or shard_info["fingerprint"] != entry["fingerprint"]:
                     raise DataError(
                         f"{path}.json: fingerprint {shard_info['fingerprint']}, but {prefix}.json "
-                        f"lists {entry.get('fingerprint')}; make the shards again"
+                        f"lists {entry['fingerprint']}; make the shards again"
                     )
             shards.append(_open_shard(path, shard_info, start, verify))
             start += shards[-1].num_tokens
         tokenizer = info["tokenizer"]
-        tokenizer_dir = folder / Path(tokenizer["folder"]).name
-        if verify and not _same_files(tokenizer_dir, tokenizer.get("files", {})):
-            raise DataError(f"{tokenizer_dir}: not the tokenizer that {prefix}.json names")
+        tokenizer_dir = _beside(prefix, tokenizer["folder"], "")
+        if not _same_files(Path(tokenizer_dir), tokenizer["files"]):
+            raise DataError(
+                f"{tokenizer_dir}: not the tokenizer that {prefix}.json names (sha256 of its "
+                f"files); make the store again"
+            )
         return cls(
             prefix=prefix,
             shards=shards,
@@ -677,7 +915,7 @@ class TokenStore:
             vocab_size=tokenizer["vocab_size"],
             special_ids=dict(tokenizer["special_ids"]),
             all_special_ids=tuple(tokenizer["all_special_ids"]),
-            tokenizer_dir=str(tokenizer_dir),
+            tokenizer_dir=tokenizer_dir,
             info=info,
         )
 
@@ -699,13 +937,33 @@ class TokenStore:
 
 def array_path(shard: Shard, name: str, kind: str) -> Path:
     """Return where the array is: `P.NAME.KIND.npy`, or `P.importance.npy` (name "")."""
+    return _array_path(shard.prefix, name, kind)
+
+
+def _array_path(prefix: str, name: str, kind: str) -> Path:
     if kind not in ARRAYS:
         raise DataError(f"array kind {kind!r}: known are {', '.join(ARRAYS)}")
     if kind == "importance" and not name:  # a store of annotated texts has one annotation
-        return Path(f"{shard.prefix}.{kind}.npy")
+        return Path(f"{prefix}.{kind}.npy")
     if not _NAME.fullmatch(name):
         raise DataError(f"array name {name!r}: letters, digits, - and _ are allowed")
-    return Path(f"{shard.prefix}.{name}.{kind}.npy")
+    return Path(f"{prefix}.{name}.{kind}.npy")
+
+
+def _json_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def lock_array(store: TokenStore, name: str, kind: str) -> WriterLock:
+    """Take the sole right to write an array beside all shards of a store, and clean up for it.
+
+    Raises:
+        ConfigError: another process writes it.
+    """
+    paths = [array_path(shard, name, kind) for shard in store.shards]
+    lock = WriterLock(_array_path(store.prefix, name, kind).with_suffix(""))
+    remove_leftovers(*paths, *map(_json_of, paths))
+    return lock
 
 
 def write_array(
@@ -715,7 +973,7 @@ def write_array(
     array: np.ndarray | Iterable[np.ndarray],
     info: dict[str, Any],
 ) -> Path:
-    """Write an array beside a shard, atomically; its JSON comes last.
+    """Write an array beside a shard, atomically; its JSON comes last. See `lock_array`.
 
     Args:
         array: `(T,)` for scores and importance, `(M,)` for mask, of the dtype in `ARRAYS`; or
@@ -723,37 +981,55 @@ def write_array(
         info: what made it; kept in the JSON with the store's fingerprint and the count.
     Raises:
         DataError: wrong dtype or length; mask positions that do not ascend or leave the shard.
+        DiskFullError: there is no room; an old array stays.
     """
     path = array_path(shard, name, kind)
+    try:
+        _stage_array(path, shard.num_tokens, shard.fingerprint, name, kind, array, info)
+        _publish_array(path)
+    except BaseException:
+        for staged in (path, _json_of(path)):
+            _temporary(staged).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+    return path
+
+
+def _stage_array(
+    path: Path,
+    num_tokens: int,
+    fingerprint: str,
+    name: str,
+    kind: str,
+    array: np.ndarray | Iterable[np.ndarray],
+    info: dict[str, Any],
+) -> None:
+    """Write and sync an array and its JSON under temporary names."""
     dtype = ARRAYS[kind]
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     count, last, digest = 0, -1, hashlib.sha256()
     blocks = [array] if isinstance(array, np.ndarray) else array
-    try:
-        with open(temporary, "wb") as stream:
-            _write_npy_header(stream, dtype, shard.num_tokens)
-            start = stream.tell()
-            for block in blocks:
-                last = _check_block(path, shard, kind, block, last)
-                data = np.ascontiguousarray(block, dtype).tobytes()
-                stream.write(data)
-                digest.update(data)
-                count += len(block)
-            if kind != "mask" and count != shard.num_tokens:
-                raise DataError(
-                    f"{path}: {count:,} values for the {shard.num_tokens:,} tokens of "
-                    f"{shard.prefix}; one a token is needed"
-                )
-            stream.seek(0)
-            _write_npy_header(stream, dtype, count)  # numpy leaves room for any other length
-            assert stream.tell() == start
-            stream.flush()
+    with open(_temporary(path), "wb", buffering=0) as stream:
+        if kind != "mask":  # its size is known: a full disk is said before the work is done
+            num_bytes = _NPY_HEADER_BYTES + num_tokens * dtype.itemsize
+            with writing(path, num_bytes):
+                _reserve(stream, num_bytes)
+        stream.seek(_NPY_HEADER_BYTES)
+        for block in blocks:
+            last = _check_block(path, num_tokens, kind, block, last)
+            data = np.ascontiguousarray(block, dtype).tobytes()
+            with writing(path, len(data)):
+                _write_all(stream, data)
+            digest.update(data)
+            count += len(block)
+        if kind != "mask" and count != num_tokens:
+            raise DataError(
+                f"{path}: {count:,} values for the {num_tokens:,} tokens of its store; one a "
+                f"token is needed"
+            )
+        stream.seek(0)
+        with writing(path, _NPY_HEADER_BYTES):
+            _write_all(stream, _npy_header(dtype, count))
             os.fsync(stream.fileno())
-        path.with_suffix(".json").unlink(missing_ok=True)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     entry = {
         **info,
         "format_version": FORMAT_VERSION,
@@ -761,18 +1037,39 @@ def write_array(
         "kind": kind,
         "count": count,
         "sha256": digest.hexdigest(),
-        "store_fingerprint": shard.fingerprint,
+        "store_fingerprint": fingerprint,
     }
-    atomic_write_json(path.with_suffix(".json"), entry)
-    return path
+    _write_whole(_temporary(_json_of(path)), _json_bytes(seal(entry)), _json_of(path))
 
 
-def _write_npy_header(stream: Any, dtype: np.dtype, count: int) -> None:
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(stream, header)
+def _reserve(stream: Any, num_bytes: int) -> None:
+    """Take the room for a file now, where the system can."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(stream.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
 
 
-def _check_block(path: Path, shard: Shard, kind: str, block: np.ndarray, last: int) -> int:
+def _publish_array(path: Path) -> None:
+    _json_of(path).unlink(missing_ok=True)
+    os.replace(_temporary(path), path)
+    os.replace(_temporary(_json_of(path)), _json_of(path))
+
+
+def _npy_header(dtype: np.dtype, count: int) -> bytes:
+    """Return the header of a `.npy` file, version 1.0: the only bytes that are accepted.
+
+    numpy writes the same ones. Since they follow from dtype and count, nothing of a file is ever
+    parsed, and no pickle can hide in one.
+    """
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
+    size = _NPY_HEADER_BYTES - len(_NPY_MAGIC) - 2
+    return _NPY_MAGIC + struct.pack("<H", size) + text.ljust(size - 1).encode() + b"\n"
+
+
+def _check_block(path: Path, num_tokens: int, kind: str, block: np.ndarray, last: int) -> int:
     if block.ndim != 1 or block.dtype != ARRAYS[kind]:
         raise DataError(f"{path}: {block.dtype} {block.shape}; one row of {ARRAYS[kind]} is needed")
     if kind != "mask" or not len(block):
@@ -780,58 +1077,95 @@ def _check_block(path: Path, shard: Shard, kind: str, block: np.ndarray, last: i
     wide = block.astype(np.int64)
     if wide[0] <= last or (np.diff(wide) <= 0).any():
         raise DataError(f"{path}: mask positions must ascend strictly")
-    if wide[-1] >= shard.num_tokens:
-        raise DataError(f"{path}: position {wide[-1]} of {shard.num_tokens} tokens")
+    if wide[-1] >= num_tokens:
+        raise DataError(f"{path}: position {wide[-1]} of {num_tokens} tokens")
     return int(wide[-1])
 
 
 def open_array(shard: Shard, name: str, kind: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Map an array beside a shard, read-only, and return it with its JSON.
 
+    Its content is hashed when it is opened first, and again only if the file has changed.
+
     Raises:
         DataError: absent (says which command makes it), made for another store, or damaged.
     """
     path = array_path(shard, name, kind)
-    json_path = path.with_suffix(".json")
+    json_path = _json_of(path)
     if not json_path.is_file() or not path.is_file():
         missing = path if json_path.is_file() else json_path
         raise DataError(f"{missing}: no whole array here; {ARRAY_MAKERS[kind]} makes it")
-    info = read_json(json_path)
     again = f"make it again with {ARRAY_MAKERS[kind]}"
+    info = _read_sealed(json_path, again)
     if info.get("store_fingerprint") != shard.fingerprint:
         raise DataError(
             f"{path}: made for the store {info.get('store_fingerprint')}, but {shard.prefix} is "
             f"{shard.fingerprint}; {again}"
         )
     count, dtype = info.get("count"), ARRAYS[kind]
-    if info.get("format_version") != FORMAT_VERSION or type(count) is not int:
-        raise DataError(f"{json_path}: of another format version or damaged; {again}")
-    try:
-        with open(path, "rb") as stream:
-            np.lib.format.read_magic(stream)
-            shape, fortran, found = np.lib.format.read_array_header_1_0(stream)
-            offset, size = stream.tell(), os.fstat(stream.fileno()).st_size
-    except ValueError as error:
-        raise DataError(f"{path}: not a numpy file ({error}); {again}") from None
-    if found != dtype or shape != (count,) or size != offset + count * dtype.itemsize:
+    if type(count) is not int or count < 0 or not isinstance(info.get("sha256"), str):
+        raise DataError(f"{json_path}: entries are missing or of the wrong type; {again}")
+    with open(path, "rb") as stream:
+        header = stream.read(_NPY_HEADER_BYTES)
+        status = os.fstat(stream.fileno())
+    size = _NPY_HEADER_BYTES + count * dtype.itemsize
+    if header != _npy_header(dtype, count) or status.st_size != size:
         raise DataError(
-            f"{path}: {found} {shape}, {size:,} bytes; {json_path} says {count} of {dtype}; {again}"
+            f"{path}: {status.st_size:,} bytes, or their header, are not those of {count:,} values "
+            f"of {dtype} that {json_path} says; {again}"
         )
     if count != shard.num_tokens and (kind != "mask" or count > shard.num_tokens):
         raise DataError(f"{path}: {count} values for {shard.num_tokens} tokens; {again}")
-    return _map(str(path), dtype, count, offset), info
+    if _content_sha256(str(path), status) != info["sha256"]:
+        raise DataError(f"{path}: its content is not what {json_path} says (sha256); {again}")
+    return _map(str(path), dtype, count, _NPY_HEADER_BYTES), info
+
+
+def _content_sha256(path: str, status: os.stat_result) -> str:
+    """Return the sha256 of an array's values; remembered while the file is as it was."""
+    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+    # A file that was written just now may change once more without a later time stamp.
+    settled = time.time_ns() - changed > 2_000_000_000
+    key = (path, status.st_dev, status.st_ino, status.st_size, changed)
+    return _hash_content(*key) if settled else _hash_content.__wrapped__(*key)
+
+
+@lru_cache(maxsize=4096)
+def _hash_content(path: str, *identity: int) -> str:
+    return file_sha256(path, _NPY_HEADER_BYTES)
+
+
+def _array_names(shard: Shard, kind: str) -> set[str]:
+    prefix, suffix = Path(shard.prefix).name + ".", f".{kind}.json"
+    names = set()
+    for path in Path(shard.prefix).parent.iterdir():
+        name = path.name[len(prefix) : -len(suffix)]
+        if path.name.startswith(prefix) and path.name.endswith(suffix):
+            if _NAME.fullmatch(name) and path.with_suffix(".npy").is_file():
+                names.add(name)
+    return names
 
 
 def list_arrays(store: TokenStore, kind: str) -> list[str]:
     """Return the sorted names of the arrays of a kind that every shard has whole."""
-    names: set[str] | None = None
+    names = [_array_names(shard, kind) for shard in store.shards]
+    return sorted(set.intersection(*names))
+
+
+def verify_store(prefix: str) -> tuple[TokenStore, int]:
+    """Hash every byte of a store and of the arrays beside it.
+
+    Returns:
+        The store, and how many arrays it has.
+    Raises:
+        DataError: naming the first file that is not as it was written.
+    """
+    store, num_arrays = TokenStore.open(prefix, verify=True), 0
     for shard in store.shards:
-        prefix, suffix = Path(shard.prefix).name + ".", f".{kind}.json"
-        here = set()
-        for path in Path(shard.prefix).parent.iterdir():
-            name = path.name[len(prefix) : -len(suffix)]
-            if path.name.startswith(prefix) and path.name.endswith(suffix):
-                if _NAME.fullmatch(name) and path.with_suffix(".npy").is_file():
-                    here.add(name)
-        names = here if names is None else names & here
-    return sorted(names or ())
+        arrays = [(name, kind) for kind in ARRAYS for name in sorted(_array_names(shard, kind))]
+        if _json_of(array_path(shard, "", "importance")).is_file():
+            arrays.append(("", "importance"))
+        for name, kind in arrays:
+            open_array(shard, name, kind)
+        num_arrays += len(arrays)
+    return store, num_arrays

@@ -6,7 +6,8 @@
 Documents are tokenized whole and then cut into sentences by character offsets, so the ids do not
 depend on the cutting. A document of nothing but spaces is dropped and counted. The number of
 shards is the user's; workers only decide how much is done at once, and the bytes are the same
-with any number of them. A rerun with the same options skips the shards that are whole.
+with any number of them. A rerun with the same options hashes the shards that are there and makes
+the others. `--verify --output P` only hashes.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from preprocess.store import (
     read_foreign,
     read_json,
     shard_prefix,
+    tidy_store,
+    verify_store,
 )
 
 BATCH_DOCUMENTS = 256
@@ -57,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", nargs="+", metavar="F", help="files, hub:NAME[:CONFIG] or pypi:... "
         "(.txt, .csv, .tsv, .jsonl, .parquet, each also .gz or .zst)")
     add("--output", required=True, metavar="P", help="prefix of the token store")
-    add("--tokenizer", required=True, metavar="T", help="folder, hub name or pypi:... folder")
+    add("--tokenizer", metavar="T", help="folder, hub name or pypi:... folder")
     add("--text_column", default="text", metavar="C", help="column of the text (default: text); "
         "a number counts from 0 in a file without a header; A+B joins two columns with '. '")
     add("--where", nargs="+", default=[], metavar="COL=VALUE", help="keep only such rows")
@@ -76,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adopt", action="store_true", help="--input (default: --output) is the prefix of a .bin "
         "and .idx made elsewhere: check them, strip special ids, cut sequences longer than "
         f"{MAX_ADOPTED_LENGTH:,} tokens, and write a whole store")
+    add("--verify", action="store_true", help="only hash every byte of --output and of the arrays "
+        "beside it")
     add("--overwrite", action="store_true", help="replace a store made with other options")
     return parser
 
@@ -84,6 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line and make the store."""
     args = build_parser().parse_args(argv)
     _check_arguments(args)
+    if args.verify:
+        store, num_arrays = verify_store(args.output)
+        print(f"{args.output}: whole; {store.num_tokens:,} tokens, {num_arrays} arrays")
+        return
     for spec in [] if args.adopt else args.input:
         _describe_input(spec)  # a wrong name is said before anything slow
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our workers are processes
@@ -96,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    if not args.adopt and not args.input:
+    if not args.verify and not args.tokenizer:
+        raise ConfigError("--tokenizer is missing: a folder, a hub name or pypi:...")
+    if not args.adopt and not args.verify and not args.input:
         raise ConfigError("--input is missing: files, hub:NAME or pypi:...")
     if args.adopt and len(args.input or [""]) != 1:
         raise ConfigError(f"--adopt takes one --input, the prefix of a store; got {args.input}")
@@ -127,7 +138,7 @@ def load_fast_tokenizer(spec: str) -> Any:
     if path.is_file():
         raise DataError(f"--tokenizer {spec}: a file; give the folder that it is in")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # OSError, ValueError and more, with pages of advice
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -267,7 +278,8 @@ def _is_made(
             )
     if not os.path.exists(f"{prefix}.json"):
         return False
-    TokenStore.open(prefix)  # a damaged one is named here, not later
+    TokenStore.open(prefix, verify=True)  # a damaged one is named here, not later
+    tidy_store(prefix)
     print(f"{prefix}: whole already, skipped", flush=True)
     return True
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import StoreWriter, TokenStore, open_array
+from preprocess.store import StoreWriter, TokenStore, open_array, seal
 from train import engine, score_tokens
 from train.inference import Runner, budget_batches, special_template
 from train.metrics import Progress
@@ -169,7 +169,7 @@ def test_scores_of_another_store_are_refused(store, scorer, one_process):
     run(store, scorer)
     path = score_tokens.array_path(store.shards[0], "mr", "scores").with_suffix(".json")
     info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "store_fingerprint": "0123"}))
+    path.write_text(json.dumps(seal({**info, "store_fingerprint": "0123"})))
     with pytest.raises(DataError, match="0123"):
         run(store, scorer)
     run(store, scorer, "--overwrite")

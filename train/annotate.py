@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.encode import encode_batch, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.masks import continuation_table, find_continuations
-from preprocess.store import StoreWriter, TokenStore, open_array, read_json, write_array
+from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array, read_json
 from train import engine
 from train.config import AnnotateConfig, parse
 from train.inference import Runner, check_trained, special_template
@@ -381,7 +382,8 @@ def check_output(output: str, overwrite: bool) -> None:
     path = Path(output + ".json")
     if overwrite or not path.exists():
         return
-    made_by = read_json(path).get("options", {})
+    options = read_json(path).get("options")
+    made_by = options if isinstance(options, dict) else {}
     try:
         for shard in TokenStore.open(output).shards:
             open_array(shard, "", "importance")
@@ -403,16 +405,20 @@ def write_annotations(
     documents: list[list[np.ndarray]],
     importance: list[list[np.ndarray]],
     made_by: dict[str, Any],
+    lock: WriterLock | None = None,
 ) -> None:
-    """Write the token store and its importance; an interruption leaves no whole annotation."""
-    for old in (f"{output}.importance.json", f"{output}.json"):
-        Path(old).unlink(missing_ok=True)
-    with StoreWriter(output, tokenizer, made_by, overwrite=True) as writer:
+    """Write the token store and its importance, both at once; an old annotation stays till then.
+
+    Args:
+        lock: of `output`, if it is held already.
+    """
+    flat = [array for sequences in importance for array in sequences]
+    with StoreWriter(output, tokenizer, made_by, overwrite=True, lock=lock) as writer:
         for sequences in documents:
             writer.add_document(sequences)
-    (shard,) = TokenStore.open(output).shards
-    flat = [array for sequences in importance for array in sequences]
-    write_array(shard, "", "importance", np.concatenate([np.empty(0, np.uint8), *flat]), made_by)
+        writer.add_array(
+            "", "importance", np.concatenate([np.empty(0, np.uint8), *flat]), made_by
+        )
 
 
 def describe(
@@ -474,27 +480,29 @@ def main(argv: list[str] | None = None) -> None:
             local_checkpoint(config.model_name_or_path), hf_config
         ),
     }
-    device = engine.start()
-    names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
-    model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code)
-    runner = Runner(model, template, tokenizer, device, config.batch_tokens)
-    started = time.monotonic()
-    found = explain_on_all_ranks(runner, queries, config)
-    importance = unite(documents, queries, found)
-    if config.drop_stop_words:
-        flat = [array for part in importance for array in part]
-        for array, stop in zip(flat, stop_words, strict=True):
-            array[stop & (array == IMPORTANT)] = NOT_IMPORTANT
-    if engine.is_main():
-        write_annotations(config.output, tokenizer, documents, importance, made_by)
-    passes, inputs, tokens = engine.all_reduce_sum(
-        runner.counts.passes, runner.counts.inputs, runner.counts.tokens
-    )
-    say(describe(importance, queries, found))
-    say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "
-        f"{time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
-        f"({device.type}): {config.output}.importance.npy")
-    engine.finish()
+    with WriterLock(config.output) if engine.is_main() else nullcontext() as lock:
+        check_output(config.output, config.overwrite)  # another one may have ended meanwhile
+        device = engine.start()
+        names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
+        model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code)
+        runner = Runner(model, template, tokenizer, device, config.batch_tokens)
+        started = time.monotonic()
+        found = explain_on_all_ranks(runner, queries, config)
+        importance = unite(documents, queries, found)
+        if config.drop_stop_words:
+            flat = [array for part in importance for array in part]
+            for array, stop in zip(flat, stop_words, strict=True):
+                array[stop & (array == IMPORTANT)] = NOT_IMPORTANT
+        if engine.is_main():
+            write_annotations(config.output, tokenizer, documents, importance, made_by, lock)
+        passes, inputs, tokens = engine.all_reduce_sum(
+            runner.counts.passes, runner.counts.inputs, runner.counts.tokens
+        )
+        say(describe(importance, queries, found))
+        say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "
+            f"{time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
+            f"({device.type}): {config.output}.importance.npy")
+        engine.finish()
 
 
 if __name__ == "__main__":

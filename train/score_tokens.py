@@ -16,12 +16,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
-from preprocess.store import Shard, TokenStore, array_path, open_array, write_array
+from preprocess.store import (
+    Shard,
+    TokenStore,
+    array_path,
+    lock_array,
+    open_array,
+    write_array,
+)
 from train import engine
 from train.config import ScoreConfig, parse
 from train.inference import Runner, check_trained, special_template
@@ -170,12 +178,20 @@ def main(argv: list[str] | None = None) -> None:
         "model_fingerprint": weights_fingerprint(folder, hf_config),
         "max_seq_length": config.max_seq_length,
     }
-    todo = [s for s in store.shards if not is_made(s, config.name, made_by, config.overwrite)]
+    writes = engine.is_main() and not config.dry_run
+    with lock_array(store, config.name, "scores") if writes else nullcontext():
+        todo = [s for s in store.shards if not is_made(s, config.name, made_by, config.overwrite)]
+        say(f"{config.tokens}: {len(store.shards) - len(todo)} of {len(store.shards)} shards are "
+            f"scored already, {sum(shard.num_tokens for shard in todo):,} tokens to score")
+        if todo and not config.dry_run:
+            score(config, todo, tokenizer, made_by)
+
+
+def score(
+    config: ScoreConfig, todo: list[Shard], tokenizer: Any, made_by: dict[str, Any]
+) -> None:
+    """Score shards one after the other and write what comes out; collective."""
     num_tokens = sum(shard.num_tokens for shard in todo)
-    say(f"{config.tokens}: {len(store.shards) - len(todo)} of {len(store.shards)} shards are "
-        f"scored already, {num_tokens:,} tokens to score")
-    if config.dry_run or not todo:
-        return
     device = engine.start()
     template = special_template(tokenizer, pair=False)
     model = load_scorer(config.model_name_or_path, 0, config.trust_remote_code)
@@ -186,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     progress = Progress(
         num_tokens, "token", config.logging_steps * config.batch_tokens, label="score"
     )
-    made_by["model"] = config.model_name_or_path
+    made_by = {**made_by, "model": config.model_name_or_path}
 
     def count(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         nonlocal num_important
