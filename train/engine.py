@@ -542,9 +542,9 @@ def _take_fp16_step(engine: Any) -> Any:
     else:
         remedy = "leave fp16 out of the DeepSpeed JSON (fp32)"
     raise NonFiniteError(
-        f"step {step}: the gradients overflow in fp16 at {where}, for {history.skipped_in_a_row} "
-        f"steps in a row; loss scale: {history}; use bf16; or lower --learning_rate or lengthen "
-        f"--warmup_ratio; or {remedy}"
+        f"step {step}: the gradients overflow in fp16 at {where} (skipped in a row: "
+        f"{history.skipped_in_a_row}); loss scale: {history}; use bf16; or lower --learning_rate "
+        f"or lengthen --warmup_ratio; or {remedy}"
     )
 
 
