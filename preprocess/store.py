@@ -127,6 +127,21 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def append_bytes(path: str | Path, data: bytes) -> None:
+    """Append all of `data` to `path`, or leave it as it was.
+
+    Raises:
+        DiskFullError: there is no room.
+    """
+    with writing(path, len(data)), open(path, "ab", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        try:
+            _write_all(stream, data)
+        except BaseException:
+            stream.truncate(size)
+            raise
+
+
 def _json_bytes(obj: Any) -> bytes:
     return json.dumps(obj, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
 

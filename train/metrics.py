@@ -3,16 +3,25 @@
 `MetricsWriter` sends each scalar to TensorBoard (`tb/`) and to `metrics.jsonl`; x is the global
 step. `Progress` is the bar on a terminal and plain lines elsewhere. Both are silent on all ranks
 but the first.
+
+Event files are written here and at once. TensorBoard's own writer has a thread for it: a full disk
+would show as that thread's traceback, and in the run only at the next flush, up to two minutes
+later.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from preprocess.errors import writing
+from preprocess.store import append_bytes, atomic_write_bytes
 
 TRAIN_LOSS = "train/loss"  # nats a masked token (pre-training) or an example
 LEARNING_RATE = "train/learning_rate"
@@ -60,6 +69,52 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+class _EventFile:
+    """One file that TensorBoard reads; each call appends whole records or fails.
+
+    Args:
+        folder: where TensorBoard looks; made if absent.
+        purge_step: what files before this one say about this step and later ones counts no more.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        # Files are read in the order of their names.
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        place = f"{socket.gethostname()}.{os.getpid()}"
+        self._path = folder / f"events.out.tfevents.{seconds}.{rest:09d}.{place}"
+        self._add(file_version="brain.Event:2")
+        if purge_step is not None:
+            from tensorboard.compat.proto.event_pb2 import SessionLog
+
+            start = SessionLog(status=SessionLog.START)
+            self._add(step=purge_step, session_log=start)
+
+    def _add(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        buffer = io.BytesIO()
+        RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        append_bytes(self._path, buffer.getvalue())
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write the point of each tag at `step`."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(step=step, summary=Summary(value=points))
+
+    def hyperparameters(self, options: dict[str, Any], results: dict[str, float]) -> None:
+        """Write a line of the HParams page."""
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(options, results):
+            self._add(summary=summary)
+        self.scalars(0, results)
+
+
 class MetricsWriter:
     """Scalars of one run, to TensorBoard and `metrics.jsonl`.
 
@@ -67,58 +122,56 @@ class MetricsWriter:
         run_dir: the run directory; `tb/` and `metrics.jsonl` are made in it.
         start_step: step from which this process goes on. What an earlier process logged after
             it (steps that were lost and will be made again) is dropped from both.
+    Raises:
+        DiskFullError: from any method; what was logged before stays readable.
     """
 
     def __init__(self, run_dir: str | Path, start_step: int = 0) -> None:
-        self._tensorboard: Any = None
+        self._events: _EventFile | None = None
         self._path = Path(run_dir) / "metrics.jsonl"
         if not _is_first_rank():
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self._drop_after(start_step)
-        self._tensorboard = SummaryWriter(
-            str(Path(run_dir) / "tb"), purge_step=start_step + 1 if start_step else None
-        )
+        self._events = _EventFile(Path(run_dir) / "tb", start_step + 1 if start_step else None)
 
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():
             return
+        content = self._path.read_bytes()
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in content.splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError):
                 continue  # the last line of a process that was killed while writing
-        self._path.write_text("".join(kept))
+        if b"".join(kept) != content:
+            atomic_write_bytes(self._path, b"".join(kept))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values` (tag -> number) at `step`."""
-        if self._tensorboard is None:
+        if self._events is None:
             return
-        for tag, value in values.items():
-            self._tensorboard.add_scalar(tag, value, step)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._events.scalars(step, values)
+        line = json.dumps({"step": step, "time": time.time(), **values}) + "\n"
+        append_bytes(self._path, line.encode())
 
     def hyperparameters(self, options: dict[str, Any], results: dict[str, float]) -> None:
         """Log the options with the final results for TensorBoard's HParams page."""
-        if self._tensorboard is None:
+        if self._events is None:
             return
         plain = {
             key: value if isinstance(value, (int, float, str, bool)) else str(value)
             for key, value in options.items()
         }
-        # run_name "." keeps the summary in this run instead of a sub-run of its own; the prefix
-        # keeps the results, which have no step, out of the curves.
-        named = {f"hparams/{tag}": value for tag, value in results.items()}
-        self._tensorboard.add_hparams(plain, named, run_name=".")
+        # The prefix keeps the results, which have no step, out of the curves.
+        self._events.hyperparameters(
+            plain, {f"hparams/{tag}": value for tag, value in results.items()}
+        )
 
     def close(self) -> None:
-        """Flush and close."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """End the log: later scalars are dropped."""
+        self._events = None
 
 
 class Progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ DEFAULTS: dict[str, Any] = {
     "general": None,
 }
 FLOORS = ("naive_bayes", "untrained")
+MAX_ENTRIES = 10_000
 REQUIRED = "???"
 
 
@@ -117,14 +119,37 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"--recipe {path}: no such file; train/recipes has {known}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {path}: expected keys such as task and finetune at the top")
+    _check_content(content, path)
     base = content.pop("extends", None)
     if base is None:
         return content
     return _merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), content)
+
+
+def _check_content(content: dict[str, Any], path: Path) -> None:
+    """Refuse what a file must not say: endless aliases, and leave to run a checkpoint's code."""
+    entries: list[Any] = [content]
+    for count in itertools.count():
+        if not entries:
+            return
+        entry = entries.pop()
+        # Few bytes of YAML name a list in a list in a list; each place counts.
+        if count > MAX_ENTRIES:
+            raise ConfigError(f"recipe {path}: more than {MAX_ENTRIES:,} entries; write fewer, "
+                              "without aliases (*name)")
+        if isinstance(entry, dict):
+            if entry.get("trust_remote_code", False) is not False:
+                raise ConfigError(
+                    f"recipe {path}: trust_remote_code cannot be given in a file; if you trust the "
+                    "checkpoint, type --set finetune.trust_remote_code=true, and so for each stage"
+                )
+            entries += entry.values()
+        elif isinstance(entry, list):
+            entries += entry
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +167,7 @@ def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
         raise ConfigError(f"--set {setting}: write key=value, as --set task_guided.max_steps=500")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         value = text
     section, _, flag = key.partition(".")
     if key in recipe["variables"]:

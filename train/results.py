@@ -85,18 +85,19 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         DataError: a line is not a JSON object.
     """
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 row = None
-            if not isinstance(row, dict):
+            # A seed names a folder, so it is a number and nothing else.
+            if not isinstance(row, dict) or type(row.get("seed", 0)) is not int:
                 raise DataError(
-                    f"{path}, line {number}: not a JSON object; the file is broken, delete it "
-                    "and run the command that wrote it again"
+                    f"{path}, line {number}: not a JSON object of ours; the file is broken, delete "
+                    "it and run the command that wrote it again"
                 )
             rows.append(row)
     return rows
