@@ -7,7 +7,6 @@ before DeepSpeed sees it: it does not know the word "auto" and ignores a misspel
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from preprocess.errors import ConfigError, NonFiniteError
+from train import ds_schema
 from train.config import TrainingConfig
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -30,28 +30,6 @@ DEFAULT_BATCH = 32
 # fp16 steps skipped in a row before a run stops; from a scale of 2^32 to 1 it takes 33.
 MAX_SKIPPED_IN_A_ROW = 50
 WARMUP_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
-# DeepSpeed's own names; any other is looked up in torch.optim (and .lr_scheduler).
-OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muon")
-SCHEDULERS = (*WARMUP_SCHEDULERS, "OneCycle", "LRRangeTest")
-# Blocks that are read here: what is written there must be an object.
-BLOCKS = (
-    "fp16", "bf16", "zero_optimization", "zero_optimization.offload_optimizer",
-    "optimizer", "optimizer.params", "scheduler", "scheduler.params",
-)
-
-# What DeepSpeed 0.19 reads at the top level, as far as an encoder needs it. DeepSpeed accepts
-# any other key in silence, so {"zero_optimizaton": ...} would train without ZeRO.
-TOP_LEVEL_KEYS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
-    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
-    "prescale_gradients", "gradient_predivide_factor", "communication_data_type",
-    "seq_parallel_communication_data_type", "disable_allgather", "activation_checkpointing",
-    "aio", "comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet",
-    "checkpoint", "data_types", "dataloader_drop_last", "use_node_local_storage", "compile",
-    "timers", "hybrid_engine", "tensor_parallel", "zenflow", "managed_gradient_accumulation",
-)
 
 
 @dataclass(frozen=True)
@@ -97,24 +75,27 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     """Read a DeepSpeed JSON; the default depends on whether there is a GPU.
 
     Raises:
-        ConfigError: no such file, not JSON, not an object, or an unknown top-level key.
+        ConfigError: no such file, not JSON, not an object, or a key or value that is not known.
     """
     default = "zero1_fp16.json" if torch.cuda.is_available() else "cpu.json"
-    file = Path(path or DS_CONFIGS / default)
+    file = Path(DS_CONFIGS / default if path is None else path)
     if not file.is_file():
         known = ", ".join(sorted(f.name for f in DS_CONFIGS.glob("*.json")))
         raise ConfigError(f"--deepspeed_config {file}: no such file; ds_configs/ has {known}")
     try:
-        config = json.loads(file.read_text(), object_pairs_hook=_refuse_duplicates)
+        config = json.loads(
+            file.read_text(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        raise ConfigError(f"--deepspeed_config {file}: not valid JSON: too deep") from None
     except ValueError as error:
         raise ConfigError(f"--deepspeed_config {file}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed_config {file}: must hold one JSON object")
-    for key in config:
-        if key not in TOP_LEVEL_KEYS:
-            near = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove it"
-            raise ConfigError(f"--deepspeed_config {file}: unknown key {key!r}; {hint}")
+    try:
+        ds_schema.check(config)
+    except ConfigError as error:
+        raise ConfigError(f"--deepspeed_config {file}: {error}") from None
     return config
 
 
@@ -127,27 +108,8 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _check_blocks(config: dict[str, Any]) -> None:
-    for path in BLOCKS:
-        *parents, key = path.split(".")
-        block = config
-        for parent in parents:
-            block = block.get(parent, {})
-        if not isinstance(block.get(key, {}), dict):
-            raise ConfigError(
-                f"{path} {block[key]!r} in the DeepSpeed JSON: must be an object in braces"
-            )
-
-
-def _check_type(block: dict[str, Any], where: str, known: tuple[str, ...], module: Any) -> None:
-    """Refuse a `type` that neither DeepSpeed nor torch has."""
-    kind = block.get("type")
-    name = kind.lower() if known is OPTIMIZERS and isinstance(kind, str) else kind
-    if name not in known and not isinstance(getattr(module, str(kind), None), type):
-        raise ConfigError(
-            f"{where}.type {kind!r} in the DeepSpeed JSON: must be {', '.join(known)}, or a class "
-            f"of {module.__name__}"
-        )
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON; write a finite one")
 
 
 def _settle(config: dict[str, Any], key: str, flag: str, given: Any, default: Any) -> Any:
@@ -199,8 +161,6 @@ def _settle_batch(config: dict[str, Any], options: TrainingConfig, world_size: i
 
 def _settle_precision(config: dict[str, Any], options: TrainingConfig) -> tuple[str, list[str]]:
     """Which precision the JSON asks for, and what this device has instead."""
-    for name in ("fp16", "bf16"):
-        _refuse_auto(config.get(name, {}), name)  # also where the block is dropped below
     wanted = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
     if len(wanted) == 2:
         raise ConfigError("the DeepSpeed JSON enables fp16 and bf16; keep one")
@@ -219,28 +179,6 @@ def _settle_precision(config: dict[str, Any], options: TrainingConfig) -> tuple[
         )
     del config[wanted[0]]
     return "fp32", [f"no {wanted[0]} on this CPU: running in fp32 (--precision auto)"]
-
-
-def _refuse_auto(value: Any, where: str) -> None:
-    if value == "auto":
-        raise ConfigError(f'the DeepSpeed JSON has "auto" at {where}, which we cannot fill; '
-                          "write a value there")
-    items: Any = value.items() if isinstance(value, dict) else ()
-    if isinstance(value, list):
-        items = enumerate(value)
-    for key, inner in items:
-        _refuse_auto(inner, f"{where}.{key}" if where else key)
-
-
-def _number(block: dict[str, Any], key: str, where: str, low: float, high: float) -> None:
-    value = block.get(key)
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        name = f"{where}.{key}" if where else key
-        raise ConfigError(
-            f"{name} {value!r} in the DeepSpeed JSON: must be a number in [{low}, {high}]"
-        )
 
 
 def resolve_ds_config(
@@ -266,17 +204,13 @@ def resolve_ds_config(
         ConfigError: a contradiction, a bad value, or an "auto" that nothing fills.
     """
     config = json.loads(json.dumps(raw))
-    _check_blocks(config)
+    ds_schema.check(config)
     micro, accumulation, train = _settle_batch(config, options, world_size, default_batch)
     _settle(config, "gradient_clipping", "max_grad_norm", options.max_grad_norm, 1.0)
-    _number(config, "gradient_clipping", "", 0, 1e6)
     optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
-    _check_type(optimizer, "optimizer", OPTIMIZERS, torch.optim)
     parameters = optimizer.setdefault("params", {})
     _settle(parameters, "lr", "learning_rate", options.learning_rate, default_learning_rate)
     _settle(parameters, "weight_decay", "weight_decay", options.weight_decay, 0.01)
-    _number(parameters, "lr", "optimizer.params", 0, 1e3)
-    _number(parameters, "weight_decay", "optimizer.params", 0, 1)
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
     if parameters.get("torch_adam") == "auto":
         # DeepSpeed's own CPU Adam is compiled at first use (minutes); torch's is as exact.
@@ -287,10 +221,7 @@ def resolve_ds_config(
         offload["pin_memory"] = False  # pinning needs a GPU
     precision, notes = _settle_precision(config, options)
     _settle_schedule(config, options, total_steps, default_warmup_ratio, parameters["lr"])
-    _refuse_auto(config, "")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero_optimization.stage {stage!r}: must be 0, 1, 2 or 3")
+    ds_schema.check_together(config, precision, torch.cuda.is_available())
     return Resolved(config, micro, accumulation, train, precision, tuple(notes))
 
 
@@ -299,7 +230,6 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
     scheduler = config.get("scheduler")
     if scheduler is None:
         scheduler = config["scheduler"] = {"type": "WarmupDecayLR", "params": {}}
-    _check_type(scheduler, "scheduler", SCHEDULERS, torch.optim.lr_scheduler)
     schedule = scheduler.setdefault("params", {})
     if scheduler["type"] not in WARMUP_SCHEDULERS:
         return
@@ -317,11 +247,9 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
         schedule.setdefault("warmup_min_lr", 0)
         # The schedule's peak is what trains; the optimizer's lr only says it once more.
         _settle(schedule, "warmup_max_lr", "learning_rate", options.learning_rate, learning_rate)
-    _number(schedule, "warmup_num_steps", "scheduler.params", 0, 1e12)
     if scheduler["type"] != "WarmupLR" and schedule.get("total_num_steps", "auto") == "auto":
         # One more than there are, so that the last step still has a rate above 0.
         schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"]) + 1
-    _number(schedule, "total_num_steps", "scheduler.params", 1, 1e12)
 
 
 def start() -> torch.device:
