@@ -39,6 +39,7 @@ import inspect
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -326,7 +327,7 @@ class Measured:
 
     def round_medians(self) -> torch.Tensor:
         """`(rounds,)` milliseconds."""
-        return torch.tensor([torch.tensor(calls).median() for calls in self.rounds])
+        return torch.tensor([statistics.median(calls) for calls in self.rounds])
 
 
 def run(operation: Callable[[Inputs], torch.Tensor], inputs: Inputs, scale: float) -> torch.Tensor:

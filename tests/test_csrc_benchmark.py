@@ -265,8 +265,8 @@ def test_memory_on_a_gpu_is_the_allocators():
 
 def test_figures_follow_from_the_rounds():
     row = Row(lambda inputs: inputs.hidden, "")
-    full = Measured(row, 0, 0, 800, 900, [[10.0], [20.0], [40.0]])
-    fast = Measured(row, 0, 0, 100, 300, [[1.0, 1.0], [4.0, 4.0], [4.0, 4.0]])
+    full = Measured(row, 0, 0, 800, 900, [[20.0], [20.0], [40.0]])
+    fast = Measured(row, 0, 0, 100, 300, [[1.0, 3.0], [4.0, 4.0], [4.0, 4.0]])
     measured = {"full_logits": full, "gather_eager": fast}
     got = benchmark.summarise("gather_eager", measured, num_masked=8)
     # Rounds of 10, 5 and 10 times; the ratio of the medians would be 5.
