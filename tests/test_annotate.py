@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from preprocess.corpus import load_task
 from preprocess.errors import ConfigError
-from preprocess.store import StoreWriter, TokenStore, open_array
+from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array
 from train import annotate, engine
 from train.annotate import CRITERIA, MEASURES, find_important
 
@@ -367,6 +367,16 @@ def test_unfinished_annotation_is_made_again(task_files, make_classifier, one_pr
     (tmp_path / "A.importance.json").unlink()
     run(task_files, folder, tmp_path / "A")
     assert read(tmp_path / "A")[0] == before
+
+
+def test_one_writer_an_annotation(task_files, make_classifier, one_process, tmp_path):
+    folder = make_classifier(["neg", "pos"])
+    with WriterLock(tmp_path / "A"):
+        with pytest.raises(ConfigError, match=r"A\.lock: another process writes here"):
+            run(task_files, folder, tmp_path / "A")
+        run(task_files, folder, tmp_path / "A", "--dry_run")
+    run(task_files, folder, tmp_path / "A")
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_other_stores_are_not_replaced(

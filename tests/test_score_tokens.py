@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import StoreWriter, TokenStore, open_array, seal
+from preprocess.store import StoreWriter, TokenStore, lock_array, open_array, seal
 from train import engine, score_tokens
 from train.inference import Runner, budget_batches, special_template
 from train.metrics import Progress
@@ -154,6 +155,16 @@ def test_whole_shards_are_skipped_and_others_refused(store, scorer, one_process,
         run(store, scorer, "--max_seq_length", "12")
     run(store, scorer, "--max_seq_length", "12", "--overwrite")
     assert json.loads(paths[0].with_suffix(".json").read_text())["max_seq_length"] == 12
+
+
+def test_one_writer_of_scores(store, scorer, one_process):
+    with lock_array(store, "mr", "scores"):
+        with pytest.raises(ConfigError, match=r"P\.mr\.scores\.lock: another process writes here"):
+            run(store, scorer)
+        run(store, scorer, "--dry_run")
+        run(store, scorer, name="other")
+    run(store, scorer)
+    assert not list(Path(store.prefix).parent.glob("*.lock"))
 
 
 def test_b14_scores_of_another_scorer_are_not_reused(store, scorer, one_process, tmp_path):
