@@ -104,11 +104,13 @@ def test_bad_flags_exit_with_2(line, word, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_row_compiles(monkeypatch):
+    import torch._inductor.config as inductor
+
     monkeypatch.undo()
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no processes left behind
     inputs = small_inputs()
     row = benchmark.gather_compiled("cpu")
-    got, want = results(row, inputs), results(benchmark.full_logits("cpu"), inputs)
+    with inductor.patch(compile_threads=1):  # no processes left behind
+        got, want = results(row, inputs), results(benchmark.full_logits("cpu"), inputs)
     assert benchmark.check_agreement(got, want, BOUND) < BOUND
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
