@@ -13,7 +13,7 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from preprocess.errors import ConfigError
 
@@ -156,9 +156,12 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions):
         _require(0 <= self.eval_fraction < 0.5, "eval_fraction", self.eval_fraction, "in [0, 0.5)")
         _require(self.eval_steps >= 0, "eval_steps", self.eval_steps, "0 or more")
         _require(self.eval_max_rows >= 1, "eval_max_rows", self.eval_max_rows, "1 or more")
-        _require(self.head_only_steps >= 0, "head_only_steps", self.head_only_steps, "0 or more")
         _require(
-            self.head_learning_rate is None or self.head_learning_rate > 0,
+            0 <= self.head_only_steps <= self.max_steps, "head_only_steps", self.head_only_steps,
+            f"between 0 and --max_steps {self.max_steps}",
+        )
+        _require(
+            self.head_learning_rate is None or 0 < self.head_learning_rate < 1e6,
             "head_learning_rate", self.head_learning_rate, "a positive number",
         )
         _require(
@@ -234,7 +237,14 @@ class FitScorerConfig(TrainingConfig):
             raise ConfigError("--annotations is missing: give the prefix that annotate.py wrote")
         if not self.model_name_or_path:
             raise ConfigError("--model_name_or_path is missing: give an hf/ folder or a hub name")
-        _require(self.positive_weight > 0, "positive_weight", self.positive_weight, "positive")
+        _require(
+            0 < self.positive_weight < 1e6, "positive_weight", self.positive_weight,
+            "a positive number",
+        )
+        _require(
+            self.per_device_eval_batch_size >= 1, "per_device_eval_batch_size",
+            self.per_device_eval_batch_size, "1 or more",
+        )
         _require(0 < self.dev_fraction < 1, "dev_fraction", self.dev_fraction, "in (0, 1)")
         _require(self.num_train_epochs >= 1, "num_train_epochs", self.num_train_epochs, "1 or more")
 
@@ -267,8 +277,13 @@ class AnnotateConfig(TaskOptions):
         if not self.output:
             raise ConfigError("--output is missing: give the prefix of the store to write")
         _require(0 < self.delta < 1, "delta", self.delta, "in (0, 1)")
+        _require(
+            self.max_train_samples is None or self.max_train_samples >= 1, "max_train_samples",
+            self.max_train_samples, "1 or more",
+        )
         _require(self.batch_tokens >= 16, "batch_tokens", self.batch_tokens, "16 or more")
         _require(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "8 or more")
+        _require(self.logging_steps >= 1, "logging_steps", self.logging_steps, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +307,7 @@ class ScoreConfig:
                 raise ConfigError(f"--{name} is missing")
         _require(self.batch_tokens >= 16, "batch_tokens", self.batch_tokens, "16 or more")
         _require(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "8 or more")
+        _require(self.logging_steps >= 1, "logging_steps", self.logging_steps, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,14 +378,19 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
     """Read the command line into `config_class`.
 
     Raises:
-        ConfigError: an unknown flag, or a value out of range. (A value of the wrong type ends in
-            argparse's own exit 2.)
+        ConfigError: an unknown flag, or a value of the wrong type or out of range.
     """
     from transformers.hf_argparser import HfArgumentParser
 
+    class Parser(HfArgumentParser):
+        """Says a mistake in one line, on one rank, instead of all flags on every rank."""
+
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"{message}; --help lists the options")
+
     description = (config_class.__doc__ or "").split("\n")[0]
     as_type: Any = config_class
-    parser = HfArgumentParser(as_type, description=description, allow_abbrev=False)
+    parser = Parser(as_type, description=description, allow_abbrev=False)
     arguments = sys.argv[1:] if argv is None else argv
     *configs, unknown = parser.parse_args_into_dataclasses(
         args=arguments, look_for_args_file=False, return_remaining_strings=True
