@@ -1,4 +1,4 @@
-"""`masked_lm_loss` for GPUs: Triton kernels around three library matrix products.
+"""`masked_lm_loss` for GPUs: Triton kernels between library matrix products.
 
 With `h` the hidden states, `p` the masked positions, `y` the labels, `W` and `b` the decoder:
 
@@ -8,8 +8,9 @@ With `h` the hidden states, `p` the masked positions, `y` the labels, `W` and `b
     dx = dz W      dW = dz^T x      db = sum of the rows of dz
     du = gelu'(u) norm'(dx)      dA = du^T h[p]      dh[p] = du A
 
-The large products are the library's; everything between them is one kernel each, so the logits
-are written by one product, read twice and overwritten once, and read by two products.
+The first product gathers its rows itself and is a kernel; the others are the library's, and what
+lies between two of them is one kernel. So the logits are written by one product, read twice and
+overwritten once by the kernel of the loss, and read by two products.
 
 - All gradients are of the plain sum, and formed in the forward pass; the backward pass multiplies
   them by the incoming scalar, which may be a loss scale or 1 / count. That scalar never meets a 16
@@ -77,11 +78,12 @@ LOSS_TILE = LossTile(8, 256, 8, 3)
 def _gelu(u, TANH: tl.constexpr):
     """GELU of fp32 `u`, and its derivative."""
     if TANH:
-        # u/2 (1 + tanh t) = u sigmoid(2t), t = sqrt(2/pi) (u + 0.044715 u^3)
+        # u/2 (1 + tanh t) = u sigmoid(2t) with 2t = 2 sqrt(2/pi) (u + 0.044715 u^3)
         share = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
         inner = 1.5957691216057308 * (1.0 + 0.134145 * u * u)
         slope = share + u * share * (1.0 - share) * inner
     else:
+        # u Phi(u), of the normal distribution: Phi(u) = (1 + erf(u / sqrt 2)) / 2
         share = 0.5 * (1.0 + tl.erf(0.7071067811865476 * u))
         slope = share + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
     return u * share, slope
