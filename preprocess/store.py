@@ -220,8 +220,7 @@ def check_vocabulary(tokenizer: Any) -> int:
 def describe_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
     """Save a tokenizer in `folder` (must not exist) and return what `P.json` says about it."""
     vocab_size = check_vocabulary(tokenizer)
-    with writing(folder):
-        tokenizer.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
     files = {p.name: file_sha256(p) for p in sorted(Path(folder).iterdir()) if p.is_file()}
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_NAMES}
     return {
@@ -418,7 +417,8 @@ class StoreWriter:
             remove_store_leftovers(self.prefix)
             if not overwrite and not self._lock.interrupted:
                 self._refuse_existing()
-            self._tokenizer = describe_tokenizer(tokenizer, self._tokenizer_tmp)
+            with writing(self.store_prefix + ".tokenizer"):
+                self._tokenizer = describe_tokenizer(tokenizer, self._tokenizer_tmp)
             with writing(self._bin):
                 self._stream = open(_temporary(self._bin), "wb", buffering=1 << 20)
         except BaseException:
@@ -512,11 +512,11 @@ class StoreWriter:
                 arrays.append(path)
                 _stage_array(path, self.num_tokens, info["fingerprint"], name, kind, array, made_by)
             self._publish(arrays)
+            if self.shard is not None:
+                join_shards(self.store_prefix, self.shard[1])
         except BaseException:
             self.abort()
             raise
-        if self.shard is not None:
-            join_shards(self.store_prefix, self.shard[1])
         self._end()
 
     def _describe(self, idx_sha256: str, extra_counts: dict[str, int]) -> dict[str, Any]:

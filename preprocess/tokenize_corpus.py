@@ -32,7 +32,7 @@ import numpy as np
 
 from preprocess.corpus import read_documents, resolve_path, source_kind
 from preprocess.encode import Encoded, encode_batch, prepare_backend
-from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.errors import ConfigError, DataError, run_command, writing
 from preprocess.store import (
     StoreWriter,
     TokenStore,
@@ -214,7 +214,7 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
         "max_documents": args.max_documents,
         "num_shards": args.num_shards,
     }
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, writing(scratch):
         files = describe_tokenizer(tokenizer, Path(scratch) / "tokenizer")["files"]
     if args.num_shards == 1:
         shards: list[tuple[int, int] | None] = [None]

@@ -1,0 +1,470 @@
+"""A full disk at every writer: exit code 3 and a sentence, what was whole stays, nothing is left.
+
+Each test is run on a real disk of a few megabytes that is filled up to the last pages, once for
+every number of pages that may be left; where such a disk cannot be mounted, and beside it, the
+largest file that a process may write stands in for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import os
+import resource
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_store import FakeTokenizer, write
+
+from preprocess import build_masks, tokenize_corpus
+from preprocess.errors import DiskFullError, run_command, writing
+from preprocess.store import (
+    StoreWriter,
+    TokenStore,
+    append_bytes,
+    atomic_write_json,
+    open_array,
+    write_array,
+)
+
+PAGE = 4096
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+
+
+def mount(folder: Path, num_bytes: int) -> bool:
+    """Mount a disk that only this process sees and that goes when it ends; False if forbidden."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWNS):
+        if libc.unshare(CLONE_NEWNS | CLONE_NEWUSER):
+            return False
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    private = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC: nothing of this reaches other processes
+    libc.mount(b"none", b"/", None, private, None)
+    options = f"size={num_bytes}".encode()
+    return libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, options) == 0
+
+
+class Disk:
+    """A folder on a small disk, and the means to fill it.
+
+    Args:
+        how: "disk", or "limit": nothing is mounted, and files may not grow beyond what is left.
+    """
+
+    def __init__(self, folder: Path, how: str, num_bytes: int = 4 << 20) -> None:
+        self.folder, self._how = folder / "disk", how
+        self.folder.mkdir(exist_ok=True)
+        self._ballast = self.folder / "ballast"
+        tempfile.tempdir = str(self.folder)
+        if how == "disk" and not mount(self.folder, num_bytes):
+            self._how = "limit"
+
+    def fill(self, left: int) -> None:
+        """Leave `left` bytes free."""
+        if self._how == "limit":
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (left, hard))
+            return
+        state = os.statvfs(self.folder)
+        with open(self._ballast, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - left)
+
+    def free(self) -> None:
+        """Take the ballast away."""
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        self._ballast.unlink(missing_ok=True)
+
+    def tree(self) -> dict[str, bytes | None]:
+        """Every folder, and every file with its bytes."""
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else None
+            for path in self.folder.rglob("*") if path != self._ballast
+        }
+
+    def fails_cleanly(self, action: Callable[[], None], most_pages: int = 60) -> int:
+        """Try with 0, 1, 2 ... pages until there is room: each failure is said and leaves nothing.
+
+        Returns:
+            How often it failed.
+        """
+        before = self.tree()
+        for pages in range(most_pages):
+            self.fill(pages * PAGE)
+            try:
+                action()
+            except DiskFullError as error:
+                check_sentence(str(error), self.folder)
+            else:
+                self.free()
+                return pages
+            self.free()
+            assert self.tree() == before, f"{pages} pages left"
+        raise AssertionError("there was never room")
+
+
+def check_sentence(text: str, folder: Path) -> None:
+    """The path, what was wanted, what is free, and what to do."""
+    assert f"{folder}/" in text and ".tmp" not in text
+    assert "cannot be written" in text and "wanted" in text and "bytes are free" in text
+    assert "make room and give the same command again" in text and "\n" not in text
+
+
+@pytest.fixture(params=["disk", "limit"])
+def small_disk(request, tmp_path):
+    """Run a check in a process of its own, on a small disk."""
+
+    def run(check: Callable[[Disk], None]) -> None:
+        told, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 1)
+                os.dup2(null, 2)
+                check(Disk(tmp_path, request.param))
+            except BaseException:
+                os.write(tell, traceback.format_exc()[-8000:].encode())
+            finally:
+                os._exit(0)
+        os.close(tell)
+        with open(told) as file:
+            failure = file.read()
+        os.waitpid(pid, 0)
+        assert not failure, failure
+
+    return run
+
+
+def ends(main: Callable[[], None]) -> tuple[int, str]:
+    """Run a command's `main` as the command line does; its exit code and what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            run_command(main)
+        except SystemExit as stop:
+            return int(stop.code or 0), said.getvalue()
+    raise AssertionError
+
+
+def as_command(main: Callable[[], None], folder: Path) -> Callable[[], None]:
+    """`main` through `run_command`; exit code 3 becomes the error again, with its sentence."""
+
+    def action() -> None:
+        code, said = ends(main)
+        if code:
+            assert code == 3 and said.count("\n") == 1 and "Traceback" not in said, said
+            raise DiskFullError(28, said.strip().partition(": ")[2])
+
+    return action
+
+
+# --------------------------------------------------------------------------- stores and arrays
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+def test_store(small_disk, old):
+    def check(disk: Disk) -> None:
+        prefix = disk.folder / "s"
+        if old:
+            write(prefix, [[[1, 2]]])
+
+        def action() -> None:
+            with StoreWriter(str(prefix), FakeTokenizer(), {}, overwrite=True) as writer:
+                for _ in range(20):
+                    writer.add_document([[7] * 700, [8] * 300])
+
+        failures = disk.fails_cleanly(action)
+        assert failures >= 9  # 40 kB of ids
+        assert TokenStore.open(prefix, verify=True).num_tokens == 20_000
+
+    small_disk(check)
+
+
+def test_a_store_that_outgrows_its_buffer(small_disk):
+    """The failure of a write while documents are added, not only at the end."""
+    def check(disk: Disk) -> None:
+        disk.fill(100 * PAGE)
+        with pytest.raises(DiskFullError, match=r"s\.bin: .* 600,000 more bytes were wanted"):
+            with StoreWriter(str(disk.folder / "s"), FakeTokenizer(), {}) as writer:
+                for _ in range(20):
+                    writer.add_document([[7] * 300_000])
+        disk.free()
+        assert disk.tree() == {}
+
+    small_disk(check)
+
+
+def test_last_shard_and_list_of_shards(small_disk):
+    def check(disk: Disk) -> None:
+        prefix = disk.folder / "s"
+        write(prefix, [[[1, 2]]], (0, 2))
+
+        def action() -> None:
+            if (disk.folder / "s-00001-of-00002.json").exists():  # only the list is missing
+                from preprocess.store import join_shards
+
+                join_shards(str(prefix), 2)
+            else:
+                write(prefix, [[[7] * 4000]], (1, 2))
+
+        before = disk.tree()
+        for pages in range(60):
+            disk.fill(pages * PAGE)
+            try:
+                action()
+            except DiskFullError as error:
+                check_sentence(str(error), disk.folder)
+            else:
+                break
+            finally:
+                disk.free()
+            whole = [name for name in disk.tree() if name not in before]
+            assert not [name for name in whole if ".tmp" in name or ".lock" in name]
+            assert not (disk.folder / "s.json").exists()
+        assert TokenStore.open(prefix, verify=True).num_tokens == 4002
+
+    small_disk(check)
+
+
+@pytest.mark.parametrize("kind", ["scores", "importance", "mask"])
+@pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
+def test_array(small_disk, kind, old):
+    dtype = {"scores": np.float16, "importance": np.uint8, "mask": np.uint32}[kind]
+
+    def check(disk: Disk) -> None:
+        write(disk.folder / "s", [[[7] * 20_000]])
+        (shard,) = TokenStore.open(disk.folder / "s").shards
+        values = np.arange(20_000).astype(dtype)
+        if old:
+            write_array(shard, "n", kind, values, {"made": "before"})
+        blocks = range(0, 20_000, 1000)
+
+        def action() -> None:
+            parts = (values[start : start + 1000] for start in blocks)
+            write_array(shard, "n", kind, parts, {"made": "now"})
+
+        assert disk.fails_cleanly(action) >= 5
+        found, info = open_array(shard, "n", kind)
+        assert info["made"] == "now" and (found == values).all()
+
+    small_disk(check)
+
+
+def test_room_for_scores_is_taken_before_they_are_computed(small_disk):
+    def check(disk: Disk) -> None:
+        write(disk.folder / "s", [[[7] * 20_000]])
+        (shard,) = TokenStore.open(disk.folder / "s").shards
+        disk.fill(4 * PAGE)
+
+        def compute() -> Iterator[np.ndarray]:
+            raise AssertionError("an hour of work")
+            yield np.zeros(1)
+
+        with pytest.raises(DiskFullError, match=r"s\.n\.scores\.npy: .* 40,128 more bytes"):
+            write_array(shard, "n", "scores", compute(), {})
+        disk.free()
+
+    small_disk(check)
+
+
+def test_annotation_with_its_store(small_disk):
+    """The old annotation stays whole until the new one is."""
+    from train.annotate import write_annotations
+
+    def check(disk: Disk) -> None:
+        prefix = str(disk.folder / "A")
+
+        def action(size: int = 3000, delta: float = 0.1) -> None:
+            ids = np.full(size, 7, np.uint16)
+            write_annotations(
+                prefix, FakeTokenizer(), [[ids], [ids]], [[np.ones(size, np.uint8)]] * 2,
+                {"command": "annotate", "delta": delta},
+            )
+
+        action(10, 0.2)
+        assert disk.fails_cleanly(action) >= 3
+        (shard,) = TokenStore.open(prefix, verify=True).shards
+        array, info = open_array(shard, "", "importance")
+        assert len(array) == 6000 and info["delta"] == 0.1
+
+    small_disk(check)
+
+
+def test_tokenize_corpus(small_disk, reviews_file, tiny_encoder):
+    def check(disk: Disk) -> None:
+        prefix = str(disk.folder / "s")
+        command = ["--input", reviews_file, "--tokenizer", tiny_encoder, "--output", prefix]
+        action = as_command(
+            lambda: tokenize_corpus.main([*command, "--num_workers", "1"]), disk.folder
+        )
+        assert disk.fails_cleanly(action) >= 2
+        assert TokenStore.open(prefix, verify=True).num_documents == 120
+
+    small_disk(check)
+
+
+def test_tokenize_corpus_in_workers(small_disk, reviews_file, tiny_encoder):
+    """The error of a worker comes through whole."""
+    def check(disk: Disk) -> None:
+        command = ["--input", reviews_file, "--tokenizer", tiny_encoder, "--num_shards", "2"]
+        disk.fill(0)
+        code, said = ends(lambda: tokenize_corpus.main(
+            [*command, "--num_workers", "2", "--output", str(disk.folder / "s")]
+        ))
+        disk.free()
+        assert code == 3
+        check_sentence(said.strip(), disk.folder)
+        assert disk.tree() == {}
+
+    small_disk(check)
+
+
+def test_build_masks(small_disk, tiny_tokenizer):
+    def check(disk: Disk) -> None:
+        prefix = str(disk.folder / "s")
+        with StoreWriter(prefix, tiny_tokenizer, {}) as writer:
+            writer.add_document([np.arange(20_000) % 40 + 5])
+        flags = ["--tokens", prefix, "--strategy", "random", "--name", "r"]
+        action = as_command(
+            lambda: build_masks.main([*flags, "--mlm_probability", "0.5"]), disk.folder
+        )
+        assert disk.fails_cleanly(action) >= 10
+        (shard,) = TokenStore.open(prefix).shards
+        assert abs(len(open_array(shard, "r", "mask")[0]) - 10_000) < 200
+
+    small_disk(check)
+
+
+# --------------------------------------------------------------------------- logs and results
+
+
+def test_metrics_and_tensorboard(small_disk):
+    """Both logs stay readable up to the step before, and the run that goes on completes them."""
+    from train.metrics import GRAD_NORM, TRAIN_LOSS, MetricsWriter
+    from train.report import read_curves
+
+    def check(disk: Disk) -> None:
+        run = disk.folder / "run"
+        run.mkdir()
+        for name in ("new", "half-way"):
+            disk.fill(3 * PAGE if name == "half-way" else 0)
+            step = 0
+            with pytest.raises(DiskFullError) as caught:
+                writer = MetricsWriter(run)
+                for step in range(1, 10_000):
+                    writer.scalars(step, {TRAIN_LOSS: float(step), GRAD_NORM: 1.0})
+            check_sentence(str(caught.value), disk.folder)
+            disk.free()
+        assert step > 20
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, step))
+        writer = MetricsWriter(run, step - 1)
+        for later in range(step, step + 5):
+            writer.scalars(later, {TRAIN_LOSS: float(later)})
+        writer.hyperparameters({"seed": 1}, {TRAIN_LOSS: 1.0})
+        writer.close()
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, step + 5))
+        (curves,), _ = read_curves([disk.folder])
+        steps, values = curves.scalars[TRAIN_LOSS]
+        assert steps == list(range(1, step + 5)) and values == [float(s) for s in steps]
+
+    small_disk(check)
+
+
+def test_a_log_is_appended_to_whole_or_not_at_all(small_disk):
+    def check(disk: Disk) -> None:
+        path = disk.folder / "log"
+        append_bytes(path, b"x" * 5000)
+        assert disk.fails_cleanly(lambda: append_bytes(path, b"y" * 9000)) >= 2
+        assert path.read_bytes() == b"x" * 5000 + b"y" * 9000
+
+    small_disk(check)
+
+
+def test_results(small_disk):
+    from preprocess.corpus import Example, Task
+    from train.finetune import write_lines
+    from train.results import finished_seeds, write_naive_bayes
+
+    examples = [Example(f"word{i % 7} " * 20, i % 2, None, str(i)) for i in range(60)]
+    task = Task("t", ("a", "b"), {"train": examples, "test": examples})
+
+    def check(disk: Disk) -> None:
+        path = disk.folder / "results.jsonl"
+        rows = [{"seed": i, "text": "x" * 500} for i in range(20)]
+        write_lines(path, rows[:3])
+        assert disk.fails_cleanly(lambda: write_lines(path, rows)) >= 2
+        assert len(path.read_text().splitlines()) == 20
+        path = disk.folder / "results.json"
+        assert disk.fails_cleanly(lambda: atomic_write_json(path, {"rows": rows})) >= 2
+        disk.fill(PAGE)
+        with pytest.raises(DiskFullError, match=r"predictions\.jsonl"):
+            write_naive_bayes(task, disk.folder / "floor")
+        disk.free()
+        assert finished_seeds(disk.folder / "floor") == []
+        write_naive_bayes(task, disk.folder / "floor")
+        assert finished_seeds(disk.folder / "floor") == [0]
+
+    small_disk(check)
+
+
+# --------------------------------------------------------------------------- how it is said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(122, "Disk quota exceeded"),
+        OSError(27, "File too large"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_every_way_to_say_it_becomes_one_sentence(tmp_path, error):
+    """The last two kinds are torch's and those of the libraries in Rust."""
+    path = tmp_path / "deep" / "er" / "file"
+    with pytest.raises(DiskFullError, match=r"1,234 more bytes were wanted, [\d,]+ bytes are free"):
+        with writing(path, 1234):
+            raise error
+
+    def main() -> None:
+        raise error
+
+    code, said = ends(main)  # one that no writer of ours has seen
+    assert code == 3 and said.count("\n") == 1
+
+
+def test_other_errors_keep_their_kind_and_get_a_name(tmp_path):
+    with pytest.raises(PermissionError) as caught:
+        with writing(tmp_path / "file"):
+            raise PermissionError(13, "Permission denied")
+    assert caught.value.filename == str(tmp_path / "file")
+    with pytest.raises(KeyError), writing(tmp_path / "file"):
+        raise KeyError("a bug")
+
+
+def test_an_error_after_the_start_is_said_by_the_rank_that_meets_it(monkeypatch):
+    from preprocess import errors
+
+    def main() -> None:
+        raise DiskFullError(28, "x.bin: cannot be written")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(errors, "_is_alone", lambda: False)
+    assert ends(main) == (3, "")
+    monkeypatch.setattr(errors, "_is_alone", lambda: True)
+    code, said = ends(main)
+    assert code == 3 and ", rank 1: x.bin: cannot be written" in said
