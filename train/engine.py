@@ -252,6 +252,15 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
         schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"]) + 1
 
 
+def supported_precisions() -> dict[str, bool]:
+    """Whether DeepSpeed takes fp16 and bf16 on this machine."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    return {"fp16": bool(device.is_fp16_supported()), "bf16": bool(device.is_bf16_supported())}
+
+
 def start() -> torch.device:
     """Join the process group (idempotent) and pick this rank's device."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

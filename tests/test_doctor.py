@@ -1,0 +1,286 @@
+"""The doctor: what it says of a machine on which something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from preprocess.errors import run_command
+from train import doctor
+
+CPU = doctor.Asked(Path("runs"), has_gpu=False)
+GPU = doctor.Asked(Path("runs"), has_gpu=True)
+
+
+def found(check, asked=CPU) -> dict[str, doctor.Finding]:
+    """The findings of one check by name; each that is not ok says what to do."""
+    findings = {finding.name: finding for finding in check(asked)}
+    for finding in findings.values():
+        assert finding.status in ("ok", "warn", "fail")
+        assert bool(finding.remedy) == (finding.status != "ok")
+        assert "\n" not in finding.found + finding.remedy
+    return findings
+
+
+def statuses(check, asked=CPU) -> dict[str, str]:
+    return {name: finding.status for name, finding in found(check, asked).items()}
+
+
+def script(folder: Path, name: str, text: str) -> None:
+    """An executable of that name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+# ------------------------------------------------------------------------------------- versions
+
+
+@pytest.mark.parametrize(
+    ("version", "limits", "fits"),
+    [
+        ("2.13.0+cpu", ">=2.10", True), ("2.9.1", ">=2.10", False), ("2.10", ">=2.10", True),
+        ("2.10.0", ">=2.10", True), ("0.19.8", ">=0.19.8,<0.20", True),
+        ("0.20.0", ">=0.19.8,<0.20", False), ("0.19.7", ">=0.19.8,<0.20", False),
+        ("5.0.0rc1", ">=5", True), ("4.57.3", ">=5", False), ("1.0", "", True),
+        ("1.2", "==1.2.0", True), ("1.2", "> 1.2", False), ("1.2", "<=1.2", True),
+    ],
+)
+def test_versions_are_compared_by_number(version, limits, fits):
+    assert doctor.satisfies(version, limits) == fits
+
+
+def test_limits_are_those_of_setup_cfg(tmp_path, monkeypatch):
+    python, packages = doctor.requirements()
+    assert python.startswith(">=3.") and "deepspeed" in packages and "torch" in packages
+    setup = tmp_path / "setup.cfg"
+    setup.write_text("[options]\npython_requires = >=9.1\ninstall_requires =\n    torch>=2.10\n"
+                     "    numpy\n    odd-name>=1,<2 ; platform_system == 'Linux'\n")
+    monkeypatch.setattr(doctor, "SETUP", setup)
+    assert doctor.requirements() == (
+        ">=9.1", {"torch": ">=2.10", "numpy": "", "odd-name": ">=1,<2"}
+    )
+    assert "needs >=9.1" in found(doctor.check_python)["python"].found
+    assert statuses(doctor.check_packages)["odd-name"] == "fail"  # not installed
+
+
+def test_an_old_package_fails(monkeypatch):
+    plain = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "0.15.0" if name == "deepspeed" else plain(name)
+    )
+    findings = found(doctor.check_packages)
+    assert findings["deepspeed"].status == "fail" and findings["torch"].status == "ok"
+    assert "0.15.0, needs >=0.19" in findings["deepspeed"].found
+    assert "constraints.txt" in findings["deepspeed"].remedy
+
+
+# ---------------------------------------------------------------------------------- torch, device
+
+
+def test_a_driver_that_torch_does_not_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path / "absent")
+    assert statuses(doctor.check_torch) == {"torch build": "ok", "GPU": "ok"}
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path)
+    assert "install a torch built for CUDA" in found(doctor.check_torch)["torch build"].remedy
+
+
+def test_precision_is_what_deepspeed_says(monkeypatch):
+    assert set(found(doctor.check_precision)) == {"fp16", "bf16"}
+    monkeypatch.setattr("train.engine.supported_precisions", lambda: {"fp16": False, "bf16": True})
+    assert found(doctor.check_precision)["fp16"].found.startswith("no; --precision auto")
+    assert found(doctor.check_precision, GPU)["bf16"].found == "yes"
+
+
+# ---------------------------------------------------------------------------------- compilers
+
+
+def test_missing_compilers(tmp_path, monkeypatch):
+    """On a CPU only some options need them; on a GPU DeepSpeed's Adam does."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CXX", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert statuses(doctor.check_compiler) == {"C++ compiler": "warn", "ninja": "warn"}
+    assert statuses(doctor.check_compiler, GPU) == {"C++ compiler": "fail", "ninja": "fail"}
+    assert statuses(doctor.check_nvcc) == {}
+    assert statuses(doctor.check_nvcc, GPU) == {"nvcc": "fail"}
+    assert statuses(doctor.check_numactl) == {"numactl": "warn"}
+    assert statuses(doctor.check_numactl, GPU) == {"numactl": "ok"}
+    script(tmp_path, "c++", "exit 1")  # there, and broken
+    script(tmp_path, "ninja", "echo 1.13")
+    script(tmp_path, "numactl", "exit 0")
+    assert statuses(doctor.check_compiler, GPU) == {"C++ compiler": "fail", "ninja": "ok"}
+    assert statuses(doctor.check_numactl) == {"numactl": "ok"}
+    script(tmp_path / "own", "mycc", "echo my compiler 3")
+    monkeypatch.setenv("CXX", str(tmp_path / "own" / "mycc"))
+    assert found(doctor.check_compiler)["C++ compiler"].found == "my compiler 3"
+
+
+def test_nvcc_of_another_cuda(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    script(tmp_path / "bin", "nvcc", "echo Cuda compilation tools, release 12.4, V12.4.131")
+    assert statuses(doctor.check_nvcc, GPU) == {"nvcc": "ok"}
+    script(tmp_path / "bin", "nvcc", "echo Cuda compilation tools, release 11.8, V11.8.89")
+    nvcc = found(doctor.check_nvcc, GPU)["nvcc"]
+    assert nvcc.status == "fail" and "11.8" in nvcc.found and "CUDA 12" in nvcc.remedy
+
+
+def test_triton_is_for_a_gpu(monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert statuses(doctor.check_triton) == {"triton": "ok"}
+    assert statuses(doctor.check_triton, GPU) == {"triton": "warn"}
+
+
+def test_a_lock_that_a_killed_build_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "absent"))
+    assert statuses(doctor.check_build_locks) == {"build lock": "ok"}
+    lock = tmp_path / "torch_extensions" / "py311_cpu" / "fused_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "torch_extensions"))
+    assert statuses(doctor.check_build_locks) == {"build lock": "warn"}  # it may be at work
+    then = time.time() - 3600
+    os.utime(lock, (then, then))
+    for name, value in (("TORCH_EXTENSIONS_DIR", lock.parent), ("XDG_CACHE_HOME", tmp_path)):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        monkeypatch.setenv(name, str(value))
+        finding = found(doctor.check_build_locks)["build lock"]
+        assert finding.status == "fail" and "60 minutes" in finding.found
+        assert finding.remedy == f"rm {lock}"
+
+
+# ---------------------------------------------------------------------------------- machine
+
+
+def test_a_port_in_use(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setattr(doctor, "DEEPSPEED_PORT", taken.getsockname()[1])
+        finding = found(doctor.check_port)["free port"]
+    assert finding.status == "warn" and "--master_port" in finding.remedy
+    assert statuses(doctor.check_port) == {"free port": "ok"}
+
+    def refused(self, address):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refused)
+    assert statuses(doctor.check_port) == {"free port": "fail"}
+
+
+def test_full_disks(tmp_path, monkeypatch):
+    def disk(free: float):
+        usage = SimpleNamespace(free=free * doctor.GIB, total=free * doctor.GIB)
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+
+    asked = doctor.Asked(tmp_path / "not" / "yet" / "made", has_gpu=True)
+    monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path)
+    for free, expected in ((100, ["ok", "ok", "ok"]), (10, ["warn", "ok", "ok"]),
+                           (0.5, ["fail", "warn", "ok"]), (0.01, ["fail", "fail", "warn"])):
+        disk(free)
+        assert list(statuses(doctor.check_disk, asked).values()) == expected
+    assert "100.0 GiB" not in found(doctor.check_disk, asked)["output_dir"].found
+    assert f"{tmp_path}:" in found(doctor.check_disk, asked)["output_dir"].found
+    assert not (tmp_path / "not").exists()
+    disk(100)
+    (tmp_path / "file").touch()
+    blocked = doctor.Asked(tmp_path / "file" / "runs", has_gpu=False)
+    assert found(doctor.check_disk, blocked)["output_dir"].remedy == "give another folder"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert statuses(doctor.check_disk, asked)["output_dir"] == "fail"
+
+
+def test_a_low_limit_of_open_files(monkeypatch):
+    import resource
+
+    for soft, expected in ((64, "fail"), (1024, "warn"), (4096, "ok"),
+                           (resource.RLIM_INFINITY, "ok")):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, soft=soft: (soft, 8192))
+        assert statuses(doctor.check_limits) == {"open files": expected}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 8192))
+    assert found(doctor.check_limits)["open files"].remedy == "ulimit -n 8192"
+
+
+def test_huge_pages(tmp_path, monkeypatch):
+    path = tmp_path / "enabled"
+    monkeypatch.setattr(doctor, "HUGE_PAGES", path)
+    assert statuses(doctor.check_huge_pages) == {}  # a system without them
+    path.write_text("always [madvise] never\n")
+    assert statuses(doctor.check_huge_pages) == {"huge pages": "ok"}
+    path.write_text("always madvise [never]\n")
+    assert statuses(doctor.check_huge_pages) == {"huge pages": "warn"}
+    assert statuses(doctor.check_huge_pages, GPU) == {"huge pages": "ok"}
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def test_a_package_that_cannot_be_imported_hides_nothing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # `import torch` raises
+    findings = {finding.name: finding for finding in doctor.examine(Path("runs"))}
+    assert findings["torch"].status == "fail" and "ModuleNotFoundError" in findings["torch"].found
+    assert {"python", "ninja", "free port", "output_dir", "open files"} <= findings.keys()
+
+
+@pytest.mark.parametrize("status", ["ok", "warn", "fail"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_table_and_exit_code(status, as_json, monkeypatch, capsys):
+    def check(asked):
+        assert asked.output_dir == Path("there")
+        yield doctor.Finding("disk", "ok", "enough")
+        yield doctor.Finding("compiler", status, "does not run", "" if status == "ok" else "get it")
+
+    monkeypatch.setattr(doctor, "CHECKS", (check,))
+    words = ["--output_dir", "there", *(["--json"] if as_json else [])]
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: doctor.main(words))
+    out, err = capsys.readouterr()
+    assert stopped.value.code == (2 if status == "fail" else 0)
+    if as_json:
+        told = json.loads(out)
+        assert told["ok"] == (status != "fail")
+        assert [one["status"] for one in told["checks"]] == ["ok", status]
+    else:
+        first, second = out.splitlines()
+        assert first == "ok    disk      enough"
+        assert second.startswith(f"{status:4}  compiler  does not run")
+        assert ("->  get it" in second) == (status != "ok")
+    assert err.count("\n") == (status == "fail")
+    if status == "fail":
+        assert "not ready to train: compiler" in err
+
+
+def test_an_unknown_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: doctor.main(["--out", "x"]))
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_command_on_this_machine(run_command_line, tmp_path):
+    started = time.monotonic()
+    done = run_command_line("-m", "train.doctor", "--json", "--output_dir", tmp_path, check=False)
+    seconds = time.monotonic() - started
+    told = json.loads(done.stdout)
+    assert done.returncode == (0 if told["ok"] else 2), done.stderr
+    names = [one["name"] for one in told["checks"]]
+    assert {"python", "deepspeed", "fp16", "C++ compiler", "build lock", "open files"} <= set(names)
+    assert all(one["remedy"] for one in told["checks"] if one["status"] != "ok")
+    assert not list(tmp_path.iterdir())
+    assert seconds < 30  # about 3 on a machine with nothing else to do
