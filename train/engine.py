@@ -485,11 +485,6 @@ def _take_fp16_step(engine: Any) -> Any:
     )
 
 
-def loss_scale(engine: Any) -> float | None:
-    """What the loss is multiplied with, in fp16; None in other precisions."""
-    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
-
-
 def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
     """All parameters and buffers in fp32 on the CPU, from ZeRO 0 to 3; collective.
 
