@@ -13,10 +13,14 @@ import io
 import json
 import os
 import resource
+import shutil
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +37,7 @@ from preprocess.store import (
     write_array,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGE = 4096
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 
@@ -61,16 +66,16 @@ class Disk:
     """
 
     def __init__(self, folder: Path, how: str, num_bytes: int = 4 << 20) -> None:
-        self.folder, self._how = folder / "disk", how
+        self.folder, self.how = folder / "disk", how
         self.folder.mkdir(exist_ok=True)
         self._ballast = self.folder / "ballast"
         tempfile.tempdir = str(self.folder)
         if how == "disk" and not mount(self.folder, num_bytes):
-            self._how = "limit"
+            self.how = "limit"
 
     def fill(self, left: int) -> None:
         """Leave `left` bytes free."""
-        if self._how == "limit":
+        if self.how == "limit":
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (left, hard))
             return
@@ -114,7 +119,7 @@ class Disk:
 
 def check_sentence(text: str, folder: Path) -> None:
     """The path, what was wanted, what is free, and what to do."""
-    assert f"{folder}/" in text and ".tmp" not in text
+    assert f"{folder}/" in text and ".tmp-" not in text
     assert "cannot be written" in text and "wanted" in text and "bytes are free" in text
     assert "make room and give the same command again" in text and "\n" not in text
 
@@ -418,6 +423,136 @@ def test_results(small_disk):
 
     small_disk(check)
 
+
+# --------------------------------------------------------------------------- training commands
+
+
+def wrap(owner: Any, name: str, call: int, disk: Disk, left: int) -> Callable[[], None]:
+    """Fill the disk just before the call number `call` of a function; returns how to undo it."""
+    plain, calls = getattr(owner, name), [0]
+
+    def filled(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            disk.fill(left)
+        return plain(*arguments, **options)
+
+    setattr(owner, name, filled)
+    return lambda: setattr(owner, name, plain)
+
+
+def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: str) -> None:
+    """What `test_training_commands` starts: one process, many runs, each meets a full disk."""
+    import torch
+    from safetensors.torch import load_file
+    from test_pretrain import arguments
+
+    from train import checkpoint, engine, finetune, metrics, pretrain, supervised
+    from train.config import PretrainConfig, parse
+
+    disk = Disk(Path(folder), how, 24 << 20)
+    shutil.copytree(Path(store).parent, disk.folder / "store")
+    prefix = str(disk.folder / "store" / Path(store).name)
+    run_dir = disk.folder / "run"
+    flags = arguments(prefix, encoder, run_dir, save_steps=1, save_total_limit=9, eval_fraction=0.1)
+
+    def train() -> None:
+        pretrain.run(parse(PretrainConfig, flags))
+
+    def weights() -> dict[str, torch.Tensor]:
+        return load_file(run_dir / "hf" / "model.safetensors")
+
+    def tested(name: str, main: Callable[[], None], undo: Callable[[], None], where: str) -> None:
+        before = disk.tree()
+        code, said = ends(main)
+        undo()
+        disk.free()
+        assert code == 3 and said.count("\n") == 1 and where in said, (name, code, said)
+        if where:
+            check_sentence(said.strip(), disk.folder)
+        after = disk.tree()
+        changed = {path for path, data in before.items() if after.get(path, b"") != data}
+        # The time of the last start, and the log of steps that are made again.
+        assert {Path(path).name for path in changed} <= {"env.json", "metrics.jsonl"}, name
+        odd = [path for path in after if ".tmp" in path or "/." in path]
+        assert not odd, f"{name} leaves {odd}"
+        for path in run_dir.glob("checkpoints/*"):
+            assert checkpoint.check_checkpoint(path) is None, f"{name}: {path}"
+
+    disk.fill(PAGE)
+    tested("row table", train, lambda: None, ".rows-")
+    train()
+    expected = weights()
+    shutil.rmtree(run_dir)
+    cases: list[tuple[str, Any, str, int, int, str]] = [
+        ("options of the run", checkpoint, "prepare_run_dir", 1, 0, "/run"),
+        ("first scalars", metrics.MetricsWriter, "scalars", 1, 0, "/run/"),
+        ("later scalars", metrics.MetricsWriter, "scalars", 3, 0, "/run/"),
+        *((f"checkpoint, {left} bytes left", checkpoint, "save_checkpoint", 2, left, "step_2")
+          for left in (0, 20 * PAGE, 50 * PAGE)),
+        ("pointer", checkpoint, "_commit", 2, 0, "step_2"),
+        ("export", pretrain, "export", 1, 0, ""),
+        ("export, nearly", pretrain, "export", 1, 20 * PAGE, ""),
+    ]
+    for name, owner, function, call, left, where in cases:
+        tested(name, train, wrap(owner, function, call, disk, left), where)
+        train()  # the same command again
+        found = weights()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert sorted(set(steps)) == [0, 1, 2, 3, 4], name
+        print(name, flush=True)
+        shutil.rmtree(run_dir)
+
+    run_dir = disk.folder / "tuned"
+    finetune_flags = [
+        "--task", "custom", "--train_file", f"{task}/train.csv", "--test_file", f"{task}/test.csv",
+        "--model_name_or_path", encoder, "--seeds", "1,2", "--num_train_epochs", "1",
+        "--max_seq_length", "32", "--output_dir", str(run_dir),
+    ]
+
+    def tune() -> None:
+        finetune.main(finetune_flags)
+
+    engine_finish, finetune.finish = finetune.finish, lambda: None
+    for name, owner, function, call, where in (
+        ("model of the second seed", finetune, "save_hf", 1, ""),
+        ("predictions", finetune, "write_lines", 1, "predictions.jsonl"),
+        ("results", finetune, "write_lines", 2, "results.jsonl"),
+        ("scalars", supervised.MetricsWriter, "scalars", 1, "/tuned/seed_2/"),
+    ):
+        if not run_dir.exists():
+            undo = wrap(finetune, "run_seed", 2, disk, 0)
+            ends(tune)  # the first seed is whole
+            undo()
+            disk.free()
+        tested(name, tune, wrap(owner, function, call, disk, 0), where)
+        rows = (run_dir / "results.jsonl").read_text().splitlines()
+        assert [json.loads(row)["seed"] for row in rows] == [1], name
+        print(name, flush=True)
+    tune()
+    rows = (run_dir / "results.jsonl").read_text().splitlines()
+    assert [json.loads(row)["seed"] for row in rows] == [1, 2]
+    engine_finish()
+    assert engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["disk"])
+def test_training_commands(tmp_path, how, reviews_store, still_encoder, labelled_files):
+    """Pre-training and fine-tuning: the same command goes on, and ends with the same weights."""
+    task = str(Path(labelled_files["train"]).parent)
+    code = (
+        "import test_disk_full\n"
+        f"test_disk_full.train_on_a_full_disk({str(tmp_path)!r}, {how!r}, {reviews_store!r}, "
+        f"{still_encoder!r}, {task!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 # --------------------------------------------------------------------------- how it is said
 
