@@ -588,7 +588,7 @@ class StoreWriter:
 
 def tidy_store(prefix: str) -> None:
     """Remove what killed writers left beside a whole store or shard, unless one is at work."""
-    with suppress(ConfigError, PermissionError):
+    with suppress(ConfigError, OSError):  # such as a disk that may only be read
         with WriterLock(prefix):
             remove_store_leftovers(prefix)
 

@@ -1,0 +1,704 @@
+"""Damage to stores and arrays, writers that are killed, and two writers at once.
+
+Every byte of every small file is changed; every length is cut to; a writer is killed before each
+of its file operations. What is opened afterwards is what was written, or a sentence. A run that
+goes on notices that its data were exchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_pretrain import pretrained
+from test_store import FakeTokenizer, write
+
+from preprocess import build_masks, store, tokenize_corpus
+from preprocess.errors import ConfigError, DataError
+from preprocess.store import (
+    StoreWriter,
+    TokenStore,
+    WriterLock,
+    lock_array,
+    open_array,
+    seal,
+    write_array,
+)
+
+SPARE_BYTES = 512 << 20  # of address space; hypothesis takes most of it for its own notes
+ALLOCATED_BYTES = 4 << 20  # by Python and numpy; files are hashed in blocks of 1 MiB
+CHANGES = st.lists(
+    st.tuples(st.integers(0, 10_000), st.integers(0, 6), st.binary(max_size=12)),
+    min_size=1, max_size=4,
+)
+DOCUMENTS = [[[1, 2], [3]], [], [[4, 50, 99], []], [[7] * 20]]
+
+
+class SmallTokenizer(FakeTokenizer):
+    """100 ids, so that most of what 16 bits can say is wrong."""
+
+    def __init__(self) -> None:
+        super().__init__(100)
+
+
+ARRAYS = (("n", "mask"), ("n", "scores"), ("", "importance"))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A file whose every byte is checked; `look` is everything that a reader can see through it."""
+
+    path: Path
+    data: bytes
+    look: Callable[[], list]
+    expected: list
+
+
+def write_everything(folder: Path) -> list[Sample]:
+    """A store of one piece with an array of each kind, and one of two shards."""
+    write(folder / "s", DOCUMENTS, tokenizer=SmallTokenizer(), made="here")
+    for i in range(2):
+        write(folder / "t", DOCUMENTS[i:], (i, 2), SmallTokenizer())
+    (shard,) = TokenStore.open(folder / "s").shards
+    values = {
+        "mask": np.arange(0, shard.num_tokens, 3, dtype=np.uint32),
+        "scores": np.linspace(-1, 1, shard.num_tokens).astype(np.float16),
+        "importance": np.ones(shard.num_tokens, np.uint8),
+    }
+    samples = []
+
+    def add(look: Callable[[], list], *names: str) -> None:
+        for name in names:
+            samples.append(Sample(folder / name, (folder / name).read_bytes(), look, look()))
+
+    def look_at_store(prefix: str) -> list:
+        opened = TokenStore.open(folder / prefix)
+        seen: list = [opened.fingerprint, opened.vocab_size, opened.special_ids, opened.info]
+        for part in opened.shards:
+            seen += [part.tokens[:].tolist(), part.sequence_offsets.tolist(),
+                     part.document_offsets.tolist(), part.token_start]
+        return seen
+
+    def look_at_array(name: str, kind: str) -> list:
+        array, info = open_array(shard, name, kind)
+        return [array.tolist(), info]
+
+    add(partial(look_at_store, "s"), "s.idx", "s.json", "s.tokenizer/tokenizer.json")
+    add(partial(look_at_store, "t"), "t.json", "t-00001-of-00002.idx", "t-00001-of-00002.json")
+    for name, kind in ARRAYS:
+        path = write_array(shard, name, kind, values[kind], {"made": "here"})
+        add(partial(look_at_array, name, kind), path.name, path.with_suffix(".json").name)
+    return samples
+
+
+def check(sample: Sample, data: bytes) -> bool:
+    """Put `data` in the file's place: an error of ours that names it, or the content as it was.
+
+    Returns:
+        Whether it was an error.
+    """
+    sample.path.write_bytes(data)
+    try:
+        seen = sample.look()
+    except DataError as error:
+        name = "tokenizer" if "tokenizer" in str(sample.path) else sample.path.name
+        assert name in str(error) and "\n" not in str(error)
+        return True
+    assert seen == sample.expected
+    return False
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    return write_everything(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture
+def little_memory():
+    """Let an allocation of more than `SPARE_BYTES` fail, which is no error of ours."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def change_every_byte(samples, flips) -> tuple[int, int]:
+    tried = refused = 0
+    for sample in samples:
+        for place in range(len(sample.data)):
+            for flip in flips(sample.path, place):
+                changed = bytearray(sample.data)
+                changed[place] ^= flip
+                refused += check(sample, bytes(changed))
+                tried += 1
+        sample.path.write_bytes(sample.data)
+    return tried, refused
+
+
+def test_every_byte_matters_or_is_white_space(samples, little_memory):
+    """One bit of each byte in turn: what is not refused is white space between JSON tokens."""
+    tried, refused = change_every_byte(samples, lambda path, place: [1 << place % 8])
+    assert tried > 3000 and refused > 0.99 * tried
+
+
+def change(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
+    """Replace bytes at some places by others; a place is (where, how many, by what)."""
+    for where, count, new in changes:
+        where %= len(data) + 1
+        data = data[:where] + new + data[where + count :]
+    return data
+
+
+def check_change(samples, number: int, changes: list[tuple[int, int, bytes]]) -> None:
+    sample = samples[number % len(samples)]
+    check(sample, change(sample.data, changes))
+    sample.path.write_bytes(sample.data)
+
+
+NO_HURRY = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=500, **NO_HURRY)
+@given(number=st.integers(0, 100), changes=CHANGES)
+def test_any_change_is_refused_or_harmless(samples, little_memory, number, changes):
+    check_change(samples, number, changes)
+
+
+def test_cut_at_any_length_is_refused_before_mapping(samples, monkeypatch):
+    for sample in samples:
+        for length in range(0, len(sample.data) - 1, 1 if len(sample.data) < 300 else 13):
+            assert check(sample, sample.data[:length])
+        # Only the line end after a JSON may be missing.
+        assert check(sample, sample.data[:-1]) != sample.data.endswith(b"}\n")
+        sample.path.write_bytes(sample.data)
+    binary = samples[0].path.with_suffix(".bin")
+    data = binary.read_bytes()
+    sample = Sample(binary, data, samples[0].look, [])
+    monkeypatch.setattr(store, "_map", None)
+    for length in [*range(len(data)), len(data) + 1, len(data) + 2]:
+        assert check(sample, (data + b"\0\0")[:length])
+    binary.write_bytes(data)
+
+
+COUNTS = (-1, 0, 1, 2, 2**31, 2**40, 2**60, 2**62, 2**63 - 1, -(2**63))
+
+
+def test_lies_that_agree_with_their_hashes(tmp_path):
+    """Whoever can write a store can write its hashes: still no crash and no large allocation."""
+    write(tmp_path / "s", DOCUMENTS)
+    paths = {ending: tmp_path / f"s.{ending}" for ending in ("idx", "bin", "json")}
+    index, ids = paths["idx"].read_bytes(), paths["bin"].read_bytes()
+    info = json.loads(paths["json"].read_text())
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    # The header's fields begin at bytes 9, 17, 18 and 26, the arrays at byte 34.
+    for place in (9, 17, 18, 26, *range(34, len(index) - 4, 4)):
+        for value in COUNTS:
+            lie = struct.pack("<q", value)
+            changed = (index[:place] + lie + index[place + 8 :])[: len(index)]
+            paths["idx"].write_bytes(changed)
+            info["idx_sha256"] = hashlib.sha256(changed).hexdigest()
+            paths["json"].write_text(json.dumps(seal(info)))
+            try:
+                (shard,) = TokenStore.open(tmp_path / "s").shards
+            except DataError as error:
+                assert "s.idx" in str(error) or "s.bin" in str(error)
+            else:  # other bounds of documents, of the same ids
+                assert shard.tokens[:].tobytes() == ids
+                assert shard.document_offsets[-1] == shard.num_sequences
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert peak < ALLOCATED_BYTES
+
+
+def test_an_id_beyond_the_vocabulary_is_never_handed_out(tmp_path):
+    """`.bin` is too large to hash at each start, so its ids are checked as they are read."""
+    from train import data, score_tokens
+
+    write(tmp_path / "s", [[[7] * 30]] * 4, tokenizer=SmallTokenizer())
+    ids = bytearray((tmp_path / "s.bin").read_bytes())
+    ids[100:102] = struct.pack("<H", 100)
+    (tmp_path / "s.bin").write_bytes(ids)
+    opened = TokenStore.open(tmp_path / "s")
+    (shard,) = opened.shards
+    assert shard.tokens[:50].tolist() == [7] * 50
+    for read in (
+        lambda: shard.tokens[40:60],
+        lambda: shard.tokens[np.array([1, 50])],
+        lambda: shard.tokens[50],
+        lambda: data.row_tables(opened, 16, 0.2),
+        lambda: list(score_tokens.score_shard(shard, None, 8, None)),
+    ):
+        with pytest.raises(DataError, match=r"s\.bin: token id 100 is not in the vocabulary"):
+            read()
+    table, _ = data.row_tables(opened, 16, 0.0)
+    batches = data.PackedData(
+        opened, table, data.drawn_masking(opened, "random", 0.15), seed=1,
+        micro_batch_size=table.num_rows,
+    )
+    with pytest.raises(DataError, match="token id 100"):
+        batches.step(0)
+    with pytest.raises(DataError, match=r"s\.bin.*sha256"):
+        TokenStore.open(tmp_path / "s", verify=True)
+
+
+def test_verify_hashes_the_store_and_its_arrays(tmp_path, capsys):
+    write_everything(tmp_path)
+    tokenize_corpus.main(["--verify", "--output", str(tmp_path / "s")])
+    assert "s: whole; 26 tokens, 3 arrays" in capsys.readouterr().out
+    path = tmp_path / "s.bin"
+    data = path.read_bytes()
+    path.write_bytes(b"\x05" + data[1:])
+    with pytest.raises(DataError, match=r"s\.bin.*sha256"):
+        tokenize_corpus.main(["--verify", "--output", str(tmp_path / "s")])
+    path.write_bytes(data)
+    path = tmp_path / "s.n.scores.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x05")
+    with pytest.raises(DataError, match=r"s\.n\.scores\.npy.*sha256"):
+        tokenize_corpus.main(["--verify", "--output", str(tmp_path / "s")])
+
+
+def test_a_settled_array_is_hashed_once_and_a_changed_one_again(tmp_path, monkeypatch):
+    write(tmp_path / "s", DOCUMENTS)
+    (shard,) = TokenStore.open(tmp_path / "s").shards
+    path = write_array(shard, "n", "mask", np.array([1, 5], np.uint32), {})
+    os.utime(path, ns=(1, 1))
+    # The time of the last change of an inode cannot be set, so the clock is put forward.
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)
+    hashed, plain = [], store.file_sha256
+
+    def counted(*arguments):
+        hashed.append(arguments)
+        return plain(*arguments)
+
+    monkeypatch.setattr(store, "file_sha256", counted)
+    for _ in range(3):
+        open_array(shard, "n", "mask")
+    assert len(hashed) == 1
+    path.write_bytes(path.read_bytes()[:-4] + struct.pack("<I", 6))
+    with pytest.raises(DataError, match="sha256"):
+        open_array(shard, "n", "mask")
+
+
+# --------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [[], [[]], [[[]]], [[[65535]]], [[list(range(65536))], [[0], [65535] * 70_000]]],
+    ids=["no document", "no sequence", "no token", "one token", "65536 ids"],
+)
+def test_round_trip_at_the_edges(tmp_path, documents):
+    write(tmp_path / "s", documents)
+    (shard,) = TokenStore.open(tmp_path / "s", verify=True).shards
+    lengths = [len(sequence) for document in documents for sequence in document]
+    assert np.diff(shard.sequence_offsets).tolist() == lengths
+    assert np.diff(shard.document_offsets).tolist() == [len(document) for document in documents]
+    flat = [i for document in documents for sequence in document for i in sequence]
+    assert shard.tokens.tolist() == flat
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8", "<u8", ">i4", ">u8"])
+@pytest.mark.parametrize("wrong", [65536, 70_000, 65536 + 5, 2**31 - 1])
+def test_no_dtype_wraps_ids(tmp_path, dtype, wrong):
+    """numpy's own `astype` would make 4464 of 70000 and say nothing."""
+    with pytest.raises(DataError, match=f"token id {wrong} is not in the vocabulary"):
+        write(tmp_path / "s", [[np.array([5, wrong], dtype)]])
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------- two writers
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Start `action` in a forked process; the exit code is that of our errors, or 1."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        action()
+        code = 0
+    except BaseException as error:
+        code = getattr(error, "exit_code", 1)
+    finally:
+        os._exit(code)
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_of_many_writers_one_writes(tmp_path):
+    """Each holds the prefix a while; the others end with exit code 2."""
+    def one_writer() -> None:
+        with StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {}) as writer:
+            time.sleep(0.3)
+            writer.add_document([[os.getpid() % 65536] * 5])
+
+    pids = [in_child(one_writer) for _ in range(6)]
+    codes = [exit_code(pid) for pid in pids]
+    assert sorted(codes) == [0, 2, 2, 2, 2, 2]
+    winner = pids[codes.index(0)]
+    assert TokenStore.open(tmp_path / "s", verify=True).shards[0].tokens[0] == winner % 65536
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"s.bin", "s.idx", "s.json", "s.tokenizer"}
+
+
+def test_a_dead_writer_frees_its_lock(tmp_path):
+    ready, told = os.pipe()
+
+    def hold() -> None:
+        WriterLock(tmp_path / "s")
+        os.write(told, b"x")
+        time.sleep(60)
+
+    pid = in_child(hold)
+    os.read(ready, 1)
+    with pytest.raises(ConfigError, match=f"pid {pid} on .*wait"):
+        WriterLock(tmp_path / "s")
+    os.kill(pid, signal.SIGKILL)
+    exit_code(pid)
+    with WriterLock(tmp_path / "s") as lock:
+        assert lock.interrupted
+    with WriterLock(tmp_path / "s") as lock:
+        assert not lock.interrupted
+    (tmp_path / "s.lock").touch()  # killed between making the file and signing it
+    WriterLock(tmp_path / "s").release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_command_writes_where_another_one_does(tmp_path, reviews_store, tiny_encoder,
+                                                  reviews_file, monkeypatch):
+    """tokenize_corpus and build_masks here; annotate and score_tokens in their own tests."""
+    prefix = str(tmp_path / "s")
+    command = ["--input", reviews_file, "--tokenizer", tiny_encoder, "--output", prefix]
+    with WriterLock(prefix):
+        for more in ([], ["--num_shards", "2"], ["--num_shards", "2", "--num_workers", "1"]):
+            with pytest.raises(ConfigError, match=r"s\.lock: another process writes here"):
+                tokenize_corpus.main([*command, *more])
+    shutil.copytree(Path(reviews_store).parent, tmp_path / "store")
+    opened = TokenStore.open(tmp_path / "store" / "reviews")
+    with lock_array(opened, "r", "mask"):
+        with pytest.raises(ConfigError, match=r"reviews\.r\.mask\.lock: another process"):
+            build_masks.main(["--tokens", opened.prefix, "--strategy", "random", "--name", "r"])
+        with lock_array(opened, "other", "mask"):
+            pass
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+# --------------------------------------------------------------------------- killed writers
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES_FILES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+
+
+def killed_at(action: Callable[[], None], folder: Path, point: int) -> bool:
+    """Run `action` in a process that kills itself before its file operation number `point`.
+
+    Returns:
+        Whether it came that far.
+    """
+    seen = -1
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event == "open":
+            if not isinstance(arguments[2], int) or not arguments[2] & WRITES:
+                return
+        elif event not in CHANGES_FILES:
+            return
+        if str(folder) in str(arguments[0]):
+            seen += 1
+            if seen == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched() -> None:
+        sys.addaudithook(hook)
+        action()
+
+    code = exit_code(in_child(watched))
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def check_tree(folder: Path, expected: dict[str, bytes]) -> None:
+    """The same files as in an unbroken run, and nothing beside them."""
+    assert tree(folder) == expected
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+
+
+def survive_kills(tmp_path: Path, prepare: Callable[[Path], None], action: Callable[[Path], None],
+                  look: Callable[[Path], None], points: Callable[[int], bool]) -> int:
+    """Kill `action` at every point in turn and run it again: the bytes of an unbroken run.
+
+    Args:
+        prepare: what is there before, in a new folder.
+        look: opens what is there after the kill; may raise a `DataError`.
+        points: which points to try.
+    Returns:
+        How many times it was killed.
+    """
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    prepare(whole)
+    action(whole)
+    expected, kills, point = tree(whole), 0, 0
+    while True:
+        folder = tmp_path / "killed"
+        folder.mkdir()
+        prepare(folder)
+        if not killed_at(lambda: action(folder), folder, point):  # noqa: B023
+            break
+        try:
+            look(folder)
+        except DataError:
+            pass
+        action(folder)
+        check_tree(folder, expected)
+        look(folder)
+        shutil.rmtree(folder)
+        kills += 1
+        point += 1
+        while not points(point) and point < 1000:
+            point += 1
+    return kills
+
+
+OLD, NEW = [[[1, 2]], [[3]]], [[[9, 8, 7]]]
+
+
+@pytest.mark.parametrize("case", ["new", "overwrite", "last shard", "annotation"])
+def test_a_killed_store_writer_leaves_nothing_wrong(tmp_path, case):
+    """Killed before each file operation: old, new or not whole; then the same bytes again."""
+    def prepare(folder: Path) -> None:
+        if case in ("overwrite", "annotation"):
+            make(folder, OLD, SmallTokenizer())
+        if case == "last shard":
+            write(folder / "s", OLD, (1, 2), SmallTokenizer())
+
+    def make(folder: Path, documents: list, tokenizer: FakeTokenizer) -> None:
+        shard = (0, 2) if case == "last shard" else None
+        writer = StoreWriter(
+            str(folder / "s"), tokenizer, {}, shard, overwrite=case in ("overwrite", "annotation")
+        )
+        with writer:
+            for document in documents:
+                writer.add_document(document)
+            if case == "annotation":
+                importance = np.arange(writer.num_tokens, dtype=np.uint8)
+                writer.add_array("", "importance", importance, {})
+
+    def action(folder: Path) -> None:
+        # A run that was killed after its last rename is whole, and its rerun is an overwrite.
+        with_json = (folder / "s.json").exists() and case in ("new", "last shard")
+        if with_json and TokenStore.open(folder / "s"):
+            store.tidy_store(str(folder / "s"))
+            for i in range(2):
+                store.tidy_store(f"{folder}/s-0000{i}-of-00002")
+            return
+        if case == "last shard" and (folder / "s-00000-of-00002.json").exists():
+            store.tidy_store(f"{folder}/s-00000-of-00002")
+            store.join_shards(str(folder / "s"), 2)
+            return
+        tokenizer = SmallTokenizer() if case == "last shard" else FakeTokenizer(200)
+        make(folder, NEW, tokenizer)
+
+    def look(folder: Path) -> None:
+        opened = TokenStore.open(folder / "s", verify=True)
+        tokens = [shard.tokens.tolist() for shard in opened.shards]
+        assert tokens in ([[1, 2, 3]], [[9, 8, 7]], [[9, 8, 7], [1, 2, 3]])
+        if case == "annotation":
+            open_array(opened.shards[0], "", "importance")
+
+    kills = survive_kills(tmp_path, prepare, action, look, lambda point: True)
+    assert kills >= 15
+
+
+def test_a_killed_mask_builder_leaves_nothing_wrong(tmp_path, reviews_store):
+    def action(folder: Path) -> None:
+        command = ["--tokens", str(folder / "store" / "reviews"), "--strategy", "random"]
+        build_masks.main([*command, "--name", "r"])
+
+    def look(folder: Path) -> None:
+        opened = TokenStore.open(folder / "store" / "reviews")
+        assert len(open_array(opened.shards[0], "r", "mask")[0])
+
+    def prepare(folder: Path) -> None:
+        shutil.copytree(Path(reviews_store).parent, folder / "store")
+
+    assert survive_kills(tmp_path, prepare, action, look, lambda point: True) >= 5
+
+
+def tokenize_again(reviews_file: str, tiny_encoder: str, *more: str) -> Callable[[Path], None]:
+    command = ["--input", reviews_file, "--tokenizer", tiny_encoder, *more]
+    return lambda folder: tokenize_corpus.main([*command, "--output", str(folder / "s")])
+
+
+@pytest.mark.parametrize("shards", ["1", "3"])
+def test_a_killed_tokenizer_run_leaves_nothing_wrong(tmp_path, reviews_file, tiny_encoder, shards):
+    action = tokenize_again(
+        reviews_file, tiny_encoder, "--num_workers", "1", "--num_shards", shards
+    )
+    step = random.Random(int(shards)).randrange(3, 6)
+    kills = survive_kills(
+        tmp_path, lambda folder: None, action, lambda folder: TokenStore.open(folder / "s"),
+        lambda point: point % step == 0,
+    )
+    assert kills >= 4
+
+
+@pytest.fixture(scope="module")
+def long_file(tmp_path_factory, reviews_file) -> str:
+    """Enough text for a run of some tenths of a second."""
+    path = tmp_path_factory.mktemp("long") / "reviews.txt"
+    path.write_text(Path(reviews_file).read_text() * 30)
+    return str(path)
+
+
+def kill_at_random(
+    tmp_path: Path, action: Callable[[Path], None], kills: int, all_at_once: bool = True
+) -> None:
+    """Kill a run after a random time and run it again: the bytes of an unbroken run, each time.
+
+    Args:
+        all_at_once: kill the workers with it, as a machine does that loses its power.
+    """
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    started = time.monotonic()
+    action(whole)
+    seconds = time.monotonic() - started
+    generator, expected = random.Random(7), tree(whole)
+    for number in range(kills):
+        folder = tmp_path / f"killed{number}"
+        folder.mkdir()
+
+        def alone() -> None:
+            os.setsid()
+            action(folder)  # noqa: B023
+
+        pid = in_child(alone)
+        time.sleep(generator.uniform(0.05, 1.0) * seconds)
+        try:
+            (os.killpg if all_at_once else os.kill)(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it has not begun, or has ended
+        exit_code(pid)
+        if not all_at_once:
+            time.sleep(2.0)  # workers look for their parent every second
+        try:
+            TokenStore.open(folder / "s", verify=True)
+        except DataError:
+            pass
+        action(folder)
+        check_tree(folder, expected)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("workers", "shards"), [("2", "1"), ("4", "3")])
+def test_workers_killed_at_random_leave_nothing_wrong(
+    tmp_path, long_file, tiny_encoder, workers, shards
+):
+    action = tokenize_again(
+        long_file, tiny_encoder, "--num_workers", workers, "--num_shards", shards
+    )
+    kill_at_random(tmp_path, action, kills=3)
+
+
+def test_workers_end_with_their_parent(tmp_path, long_file, tiny_encoder):
+    action = tokenize_again(long_file, tiny_encoder, "--num_workers", "2", "--num_shards", "4")
+    kill_at_random(tmp_path, action, kills=1, all_at_once=False)
+
+
+# --------------------------------------------------------------------------- between two runs
+
+
+def test_a_run_goes_on_only_with_the_data_it_began_with(
+    tmp_path, reviews_store, reviews_file, still_encoder, tiny_tokenizer
+):
+    """Each input is exchanged behind the back of a run that has a checkpoint."""
+    shutil.copytree(Path(reviews_store).parent, tmp_path / "store")
+    shutil.copytree(still_encoder, tmp_path / "encoder")
+    prefix, encoder = str(tmp_path / "store" / "reviews"), str(tmp_path / "encoder")
+    masks = ["--tokens", prefix, "--strategy", "random", "--name", "m", "--overwrite"]
+    build_masks.main(masks)
+
+    def go_on(**options) -> None:
+        pretrained(prefix, encoder, tmp_path / "-".join(["run", *options]), max_steps=1,
+                   eval_fraction=0.0, **options)
+        shutil.rmtree(tmp_path / "-".join(["run", *options]) / "hf", ignore_errors=True)
+
+    for options in ({}, {"mask_index": "m"}):
+        go_on(**options)
+        go_on(**options)  # from its checkpoint
+    kept = tree(tmp_path / "store")
+
+    def put_back() -> None:
+        shutil.rmtree(tmp_path / "store")
+        for name, data in kept.items():
+            path = tmp_path / "store" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+    build_masks.main([*masks, "--seed", "7"])
+    go_on()
+    with pytest.raises(ConfigError, match="made with mask_index"):
+        go_on(mask_index="m")
+
+    path = tmp_path / "store" / "reviews.m.mask.npy"
+    put_back()
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(DataError, match=r"reviews\.m\.mask\.npy.*sha256"):
+        go_on(mask_index="m")
+
+    put_back()
+    command = ["--tokenizer", encoder, "--output", prefix, "--overwrite", "--num_workers", "1"]
+    tokenize_corpus.main(["--input", reviews_file, *command, "--max_documents", "119"])
+    with pytest.raises(ConfigError, match="made with store"):
+        go_on()
+    with pytest.raises(DataError, match="made for the store"):
+        go_on(mask_index="m")
+
+    # The same ids by a tokenizer of the same vocabulary that cuts texts otherwise.
+    put_back()
+    other = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    other["normalizer"]["strip_accents"] = False
+    (tmp_path / "encoder" / "tokenizer.json").write_text(json.dumps(other))
+    tokenize_corpus.main(["--input", reviews_file, *command])
+    with pytest.raises(ConfigError, match="made with store"):
+        go_on()
+
+    put_back()
+    path = tmp_path / "store" / "reviews.tokenizer" / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(DataError, match=r"reviews\.tokenizer: not the tokenizer"):
+        go_on()
