@@ -323,11 +323,13 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
     train, dev = text_examples([0, 1, 0, 1, 1]), text_examples([1, 0])
     kept = {}
 
-    def save(engine, run_dir, step, client_state, limit):
+    def save(engine, run_dir, step, client_state, limit, extras):
+        for name, content in extras.items():
+            (run_dir / name).write_bytes(content)
         weights = engine.module.weight.detach().clone()
         kept.update(state=json.loads(json.dumps(client_state)), weights=weights, step=step)
 
-    def load(engine, path, identity):
+    def load(engine, path, identity, allow_world_size_change):
         engine.module.weight.data.copy_(kept["weights"])
         return kept["state"]
 

@@ -1,8 +1,19 @@
 """What makes a checkpoint valid, and what a run directory holds.
 
-A checkpoint is written to `checkpoints/step_N.tmp`; a manifest with the size and sha256 of each
-file follows, then the folder is renamed and `latest` is replaced. Loading takes the newest
-checkpoint whose files all agree with its manifest and says which ones it passed over.
+How one is committed, so that a kill at any moment leaves the checkpoints before it whole:
+
+1. every rank writes its files to `checkpoints/step_N.tmp`;
+2. every rank brings its files to the disk (fsync) and takes their sha256 meanwhile;
+3. rank 0 gathers the digests, writes them as `manifest.json` and syncs the folder;
+4. it renames the folder to `step_N`: from here on it counts;
+5. it replaces `latest`, for people to read (loading looks at the folders), and only then removes
+   older checkpoints, by renaming them to `.tmp` first.
+
+A rank gives its digests when its files are on the disk, so nothing is committed without every
+rank. What ends in `.tmp` never counts, and the next save removes it.
+
+Loading takes the newest checkpoint whose files all agree with its manifest, on all ranks the
+same, and says which ones it passed over and why. At another number of ranks it is converted.
 """
 
 from __future__ import annotations
@@ -11,22 +22,27 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from preprocess.errors import ConfigError, DataError
-from preprocess.store import atomic_write_bytes, atomic_write_json, file_sha256
+from preprocess.errors import ConfigError, DataError, writing
+from preprocess.store import atomic_write_bytes, atomic_write_json, file_sha256, seal
 from train import engine as ds
 from train.config import TrainingConfig, as_dict, command_line
 from train.metrics import say
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+# What a killed process may leave in a run directory, beside `checkpoints/*.tmp`: files and an
+# export that had not got their name yet.
+_LEFTOVER = re.compile(r"\.(.+\.tmp-\d+|hf(_step_\d+)?\..+)")
 
 
 # --------------------------------------------------------------------------------- run directory
@@ -35,20 +51,27 @@ MANIFEST_VERSION = 1
 def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Path:
     """Check that the run directory may be written, and record options and environment in it.
 
-    Rank 0 writes; call before the process group starts.
+    Joins the process group: rank 0 writes when every rank has looked, or a slow rank would take
+    what the first one writes for another run.
 
     Raises:
         ConfigError: it is not a run directory of ours, or holds a run under `--resume never`.
     """
     run_dir = check_run_dir(config)
+    ds.start()
+    ds.barrier()
     if not ds.is_main():
         return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(as_dict(config), sort_keys=False)
-    atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
-    if resolved is not None:
-        atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
-    atomic_write_json(run_dir / "env.json", environment())
+    for path in run_dir.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with writing(run_dir):
+        text = yaml.safe_dump(as_dict(config), sort_keys=False)
+        atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
+        if resolved is not None:
+            atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
+        atomic_write_json(run_dir / "env.json", environment())
     return run_dir
 
 
@@ -57,7 +80,8 @@ def check_run_dir(config: TrainingConfig) -> Path:
     run_dir = Path(config.output_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"--output_dir {run_dir}: is a file; give a folder")
-    entries = set(os.listdir(run_dir)) if run_dir.is_dir() else set()
+    names = os.listdir(run_dir) if run_dir.is_dir() else []
+    entries = {name for name in names if not _LEFTOVER.fullmatch(name)}
     if entries and "config.resolved.yaml" not in entries:
         raise ConfigError(
             f"--output_dir {run_dir}: not empty and not a run of ours; give another folder"
@@ -89,82 +113,202 @@ def environment() -> dict[str, Any]:
     }
 
 
-# ----------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------- saving
 
 
 def save_checkpoint(
-    engine: Any, run_dir: str | Path, step: int, client_state: dict[str, Any], limit: int
+    engine: Any,
+    run_dir: str | Path,
+    step: int,
+    client_state: dict[str, Any],
+    limit: int,
+    extras: dict[str, bytes] | None = None,
 ) -> Path:
-    """Commit a checkpoint of `step`, then remove the oldest beyond `limit`; collective."""
+    """Commit a checkpoint of `step`, then remove the oldest beyond `limit`; collective.
+
+    Args:
+        client_state: plain values to get back from `load_checkpoint`; its `identity`, if any, is
+            what must not change when the run is resumed.
+        extras: further files of the checkpoint, name -> content; those of rank 0 are written.
+    Raises:
+        DiskFullError: nothing has been committed or removed.
+    """
     folder = Path(run_dir) / "checkpoints"
     final, temporary = folder / f"step_{step}", folder / f"step_{step}.tmp"
-    if ds.is_main():
+    try:
+        with writing(final):
+            if ds.is_main():
+                _remove_debris(folder)
+                temporary.mkdir(parents=True)
+            ds.barrier()
+            written = ds.save_state(engine, temporary, {**client_state, "step": step})
+            shares = ds.gather_objects(_seal(temporary, written))
+            if ds.is_main():
+                for name, content in (extras or {}).items():
+                    (temporary / name).write_bytes(content)
+                files = {name: entry for share in shares for name, entry in share.items()}
+                # And what DeepSpeed writes without being asked, as its scripts.
+                others = [file for file in _files(temporary) if _name(temporary, file) not in files]
+                manifest = {
+                    "version": MANIFEST_VERSION, "step": step,
+                    "world_size": ds.ranks().world_size, "engine": ds.describe(engine),
+                    "identity": client_state.get("identity", {}),
+                    "files": files | _seal(temporary, others),
+                }
+                _commit(temporary, final, manifest)
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    ds.barrier()
-    ds.save_state(engine, temporary, {**client_state, "step": step})
-    ds.barrier()
+        raise
     if ds.is_main():
-        _commit(temporary, final, step)
-        _prune(folder, limit)
+        _prune(folder, step, limit)
     ds.barrier()
     return final
 
 
-def _commit(temporary: Path, final: Path, step: int) -> None:
-    """Write the manifest, rename the folder, replace `latest`."""
-    files = {}
-    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        name = path.relative_to(temporary).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    manifest = {
-        "version": MANIFEST_VERSION, "step": step, "world_size": ds.ranks().world_size,
-        "files": files,
+def _sync(path: Path) -> None:
+    """Bring a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _name(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _seal(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Bring files to the disk; return size and sha256 of each by its name in `folder`."""
+    with ThreadPoolExecutor(1) as disk:  # it waits for the disk while this thread computes
+        pending = [disk.submit(_sync, path) for path in files]
+        digests = [file_sha256(path) for path in files]
+        for sync in pending:
+            sync.result()
+    for parent in {path.parent for path in files}:
+        _sync(parent)
+    return {
+        _name(folder, path): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, digests, strict=True)
     }
-    atomic_write_json(temporary / MANIFEST, manifest)
-    shutil.rmtree(final, ignore_errors=True)
+
+
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, rename the folder, replace `latest`."""
+    atomic_write_json(temporary / MANIFEST, seal(manifest))
+    if final.exists():
+        # Damaged: a run goes on from its newest whole checkpoint, so it comes back to the step of
+        # another one only if that was passed over.
+        os.rename(final, final.with_name(f"{final.name}.old.tmp"))
     os.rename(temporary, final)
+    _sync(final.parent)
     atomic_write_bytes(final.parent.parent / "latest", f"{final.name}\n".encode())
 
 
 def _steps(folder: Path) -> list[int]:
     """Steps of the committed checkpoints, newest first."""
-    names = (p.name for p in folder.glob("step_*") if p.name[5:].isdigit())
+    names = (p.name for p in folder.glob("step_*") if p.name[5:].isdecimal())
     return sorted((int(name[5:]) for name in names), reverse=True)
 
 
-def _prune(folder: Path, limit: int) -> None:
-    """Remove the oldest checkpoints beyond `limit`; the newest was verified by writing it."""
-    for step in _steps(folder)[limit:]:
-        shutil.rmtree(folder / f"step_{step}")
+def _prune(folder: Path, step: int, limit: int) -> None:
+    """Keep the newest `limit` checkpoints up to that of `step`, which has just been committed.
+
+    Later ones are damaged: the run would have gone on from them. They do not count, or they would
+    push out the good ones. Nothing is removed unless the new one is there with all its files.
+    """
+    problem = check_checkpoint(folder / f"step_{step}", digests=False)
+    if problem:
+        say(f"warning: {problem}; older checkpoints are kept")
+        return
+    steps = _steps(folder)
+    for old in {*steps[:steps.index(step)], *steps[steps.index(step) + limit:]}:
+        path = folder / f"step_{old}"
+        os.rename(path, path.with_name(f"{path.name}.tmp"))
+    _remove_debris(folder)
 
 
-def check_checkpoint(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def _remove_debris(folder: Path) -> None:
+    """Remove what a save, a conversion or a removal left that did not come to its end."""
+    for path in folder.glob("step_*.tmp"):
+        shutil.rmtree(path)
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def check_checkpoint(
+    path: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1)
+) -> str | None:
+    """What is wrong with a checkpoint, or None.
+
+    Args:
+        digests: compare the sha256 of the files too, not only names and sizes.
+        share: `(i, n)`: take every n-th digest from the i-th on; n ranks check all of them.
+    """
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
         return f"{manifest_file} is missing"
     try:
-        files = json.loads(manifest_file.read_text())["files"]
-        for name, entry in files.items():
+        manifest = _read_manifest(path)
+        entries = manifest["files"]
+        for name, entry in entries.items():
             file = path / name
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                return f"{manifest_file} names {name}, outside the checkpoint"
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                return f"{manifest_file} names {name!r}, outside the checkpoint"
             if not file.is_file():
                 return f"{file} is missing"
+            if file.resolve() != path.resolve() / name:
+                return f"{file} is a link"
             if file.stat().st_size != entry["bytes"]:
                 return f"{file} has {file.stat().st_size} bytes, not {entry['bytes']}"
-            if file_sha256(file) != entry["sha256"]:
-                return f"{file} differs from its sha256"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{manifest_file} is damaged"
+        for file in _files(path):
+            if file.suffix == ".pt" and _name(path, file) not in entries:
+                return f"{file} is not in {manifest_file}"
+        if digests:
+            # The largest first, so that the shares are even.
+            names = sorted(entries, key=lambda name: (-entries[name]["bytes"], name))
+            for name in names[share[0]::share[1]]:
+                if file_sha256(path / name) != entries[name]["sha256"]:
+                    return f"{path / name} differs from its sha256"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{manifest_file} is damaged ({error})"
+    except OSError as error:
+        return f"{error.filename or path} cannot be read ({error.strerror})"
     return None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint `path`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is not as we write it.
+    """
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    if seal(manifest) != manifest:
+        raise ValueError("its content is not what was written")
+    if manifest["version"] != MANIFEST_VERSION:
+        raise ValueError(f"version {manifest['version']}, not {MANIFEST_VERSION}")
+    if path.name != f"step_{manifest['step']}":
+        raise ValueError(f"of step {manifest['step']}")
+    if manifest["world_size"] < 1:
+        raise ValueError(f"of {manifest['world_size']} ranks")
+    for rank in range(manifest["world_size"]):
+        if ds.GENERATORS.format(rank=rank) not in manifest["files"]:
+            raise ValueError(f"without the files of rank {rank}")
+    for key in ("engine", "identity"):
+        manifest[key].keys()
+    return manifest
 
 
 def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
     """The newest whole checkpoint of a run, or None.
+
+    In a process group it is collective: the ranks share the work and come to the same answer.
 
     Args:
         mode: auto, must or never, as `--resume`.
@@ -173,10 +317,16 @@ def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
     """
     if mode == "never":
         return None
+    together = ds.is_started()
+    where = ds.ranks()
+    share = (where.rank, where.world_size) if together else (0, 1)
     folder = Path(run_dir) / "checkpoints"
-    for step in _steps(folder) if folder.is_dir() else []:
+    steps = _steps(folder) if folder.is_dir() else []
+    for step in ds.gather_objects(steps)[0] if together else steps:
         path = folder / f"step_{step}"
-        problem = check_checkpoint(path)
+        problem = check_checkpoint(path, share=share)
+        found = ds.gather_objects(problem) if together else [problem]
+        problem = next((one for one in found if one), None)
         if problem is None:
             return path
         say(f"warning: checkpoint {path} passed over: {problem}")
@@ -188,29 +338,42 @@ def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
 
 
 def load_checkpoint(
-    engine: Any, path: Path, identity: dict[str, Any]
+    engine: Any, path: Path, identity: dict[str, Any], allow_world_size_change: bool = False
 ) -> dict[str, Any]:
-    """Load a checkpoint and check that it belongs to this run; collective.
+    """Load a checkpoint that `find_checkpoint` found; collective.
 
     Args:
         identity: what must not change between the parts of a run (fingerprints, seed, ...).
+        allow_world_size_change: whether it may come from another number of ranks; see
+            `engine.load_state` for what that changes.
+    Returns:
+        The `client_state`.
     Raises:
-        ConfigError: something of it did, or the number of ranks.
+        ConfigError: it does not belong to this run: says what differs.
+        DataError: a file of it holds what is never loaded.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
-    if manifest["world_size"] != ds.ranks().world_size:
-        raise ConfigError(
-            f"{path}: written by {manifest['world_size']} ranks, and there are "
-            f"{ds.ranks().world_size}; start as many"
-        )
-    client_state = ds.load_state(engine, path)
-    saved = client_state.get("identity", {})
-    for key, value in identity.items():
-        if saved.get(key) != value:
+    manifest = _read_manifest(path)
+    for saved, now, remedy in (
+        (manifest["identity"], identity, "give the same, or another --output_dir"),
+        (manifest["engine"], ds.describe(engine), "give the DeepSpeed JSON of then, or another "
+                                                  "--output_dir"),
+    ):
+        for key, value in now.items():
+            if saved.get(key) != value:
+                raise ConfigError(
+                    f"{path}: made with {key} {saved.get(key)}, and this run has {value}; {remedy}"
+                )
+    world_size = manifest["world_size"]
+    if world_size != ds.ranks().world_size:
+        if not allow_world_size_change:
             raise ConfigError(
-                f"{path}: made with {key} {saved.get(key)}, and this run has {value}; give the "
-                "same, or another --output_dir"
+                f"{path}: written by {world_size} ranks, and there are {ds.ranks().world_size}; "
+                "start as many, or add --allow_world_size_change"
             )
+        say(f"{path}: written by {world_size} ranks, converted for {ds.ranks().world_size}")
+    client_state = ds.load_state(engine, path, world_size)
+    if ds.is_main():
+        _remove_debris(path.parent)
     return client_state
 
 

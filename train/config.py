@@ -49,6 +49,10 @@ class TrainingConfig:
         "auto", "auto: go on from the newest whole checkpoint if there is one; must: stop if "
         "there is none; never: start anew, and refuse a directory that holds a run"
     )
+    allow_world_size_change: bool = _flag(
+        False, "go on from a checkpoint of another number of ranks: same batches, same masks, same "
+        "states shared out anew; only dropout draws other numbers"
+    )
     dry_run: bool = _flag(False, "check everything, print the plan, and exit")
     seed: int = _flag(42, "seed of order, masks, dropout and fresh weights")
     learning_rate: float | None = _flag(None, "peak learning rate")

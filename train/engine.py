@@ -7,20 +7,29 @@ before DeepSpeed sees it: it does not know the word "auto" and ignores a misspel
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import socket
+import threading
+import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
-from preprocess.errors import ConfigError, NonFiniteError
+from preprocess.errors import ConfigError, DataError, NonFiniteError, writing
 from train import ds_schema
 from train.config import TrainingConfig
 
@@ -29,6 +38,8 @@ DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_BATCH = 32
 # fp16 steps skipped in a row before a run stops; from a scale of 2^32 to 1 it takes 33.
 MAX_SKIPPED_IN_A_ROW = 50
+# DeepSpeed's launcher looks once a second whether a rank has ended.
+LAUNCHER_POLL_SECONDS = 3
 WARMUP_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
@@ -311,6 +322,11 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def is_started() -> bool:
+    """Whether this process has joined the process group."""
+    return torch.distributed.is_initialized()
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if ranks().world_size > 1:
@@ -318,29 +334,104 @@ def barrier() -> None:
 
 
 class StopSignal:
-    """Notes the first SIGTERM or Ctrl-C, so that the loop can leave a checkpoint first.
+    """Notes that somebody asked this run to stop, so that the loop can leave a checkpoint first.
 
-    A second one ends the process as usual.
+        with StopSignal() as stop:
+            for step in ...:
+                ...
+                if stop.asked_anywhere(): save, and raise StopRequested
+
+    SIGTERM and SIGUSR1, to any rank and however often, and the first Ctrl-C are requests; a second
+    Ctrl-C interrupts as usual. All ranks take the decision together, at a step boundary.
+
+    What launchers do with signals, since a request has to reach a rank to be one:
+    - Slurm (`scancel`, the end of the time limit, `--signal=TERM@60`) signals every process of a
+      job step, ranks included. SIGUSR1 has the drawback of ending the launchers below.
+    - `deepspeed`, the runner, has no handler on one node: SIGTERM ends it and leaves the ranks
+      running. Ctrl-C in a terminal reaches the ranks themselves as well.
+    - `deepspeed.launcher.launch`, its child and the parent of the ranks, answers SIGTERM and
+      Ctrl-C by SIGTERM to its ranks one after the other, gives each 30 seconds before SIGKILL, and
+      ends with code 1 whatever theirs are. It answers SIGUSR1 by its own end.
+    - When a rank has ended with an error, `launch` (within a second) and `torchrun` send the others
+      the same SIGTERM. That is no request: a step without that rank cannot be finished, and a rank
+      that waits for it on a GPU would wait for ever. So a thread of each rank looks, on SIGTERM,
+      whether a process beside it under the same launcher is gone, and ends this one if so.
+
+    Entering is collective.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._asked = self._interrupted = False
+        self._neighbours: list[tuple[int, str]] = []
+        self._previous: dict[int, Any] = {}
 
-    def _note(self, number: int, frame: Any) -> None:
-        self._asked = True
-        self.forget()
+    def __enter__(self) -> StopSignal:
+        me = _process_identity(os.getpid())
+        everyone = gather_objects((os.getpid(), me, _whereabouts()))
+        self._neighbours = [
+            (pid, identity) for pid, identity, place in everyone
+            if place == _whereabouts() and pid != os.getpid()
+        ]
+        # The byte of a signal is written at once, even while the main thread waits in C.
+        self._alarm, self._bell = os.pipe()
+        os.set_blocking(self._bell, False)
+        self._old_bell = signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(self._alarm,), daemon=True).start()
+        self._previous = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        ours = isinstance(error, NonFiniteError)
+        if isinstance(error, RuntimeError) and not ours and self._someone_is_gone():
+            # A collective failed for want of that rank. The launcher reports the first error that
+            # it finds, so leave that to the rank that had one; SIGTERM follows, and `_watch`.
+            time.sleep(LAUNCHER_POLL_SECONDS)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_bell)
+        os.close(self._bell)  # `_watch` reads the end of the pipe and returns
 
     def asked_anywhere(self) -> bool:
         """Whether any rank was asked to stop: the same answer on every rank."""
         return all_reduce_sum(float(self._asked))[0] > 0
 
-    def forget(self) -> None:
-        """Give the signals back to their former handlers."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def _note(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self._asked = True
+
+    def _watch(self, alarm: int) -> None:
+        with os.fdopen(alarm, "rb", buffering=0) as stream:
+            while numbers := stream.read(64):
+                if signal.SIGTERM in numbers and self._someone_is_gone():
+                    text = (f"rank {ranks().rank}: another rank has ended; this one ends too, "
+                            "without a checkpoint; the same command goes on from the last one\n")
+                    os.write(2, text.encode())
+                    os._exit(1)
+
+    def _someone_is_gone(self) -> bool:
+        return any(_process_identity(pid) != identity for pid, identity in self._neighbours)
+
+
+def _whereabouts() -> tuple[str, str, int]:
+    """Machine, process namespace and launcher of this process: those alike see each other."""
+    namespace = Path("/proc/self/ns/pid")
+    return (
+        socket.gethostname(), os.readlink(namespace) if namespace.exists() else "", os.getppid()
+    )
+
+
+def _process_identity(pid: int) -> str:
+    """When a process started, in kernel ticks; "" if it has ended or cannot be told."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def parameter_groups(
@@ -510,45 +601,218 @@ def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
     return state if is_main() else None
 
 
-def save_state(engine: Any, folder: str | Path, client_state: dict[str, Any]) -> None:
+GENERATORS = "generators_rank{rank}.pt"
+# Optimizers whose state is a first and a second moment, which is what DeepSpeed can convert.
+CONVERTIBLE = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "FusedLamb")
+
+
+def describe(engine: Any) -> dict[str, Any]:
+    """What of the DeepSpeed JSON decides which states there are."""
+    precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
+    return {
+        "ZeRO stage": int(engine.zero_optimization_stage()), "precision": precision,
+        "optimizer": type(engine.basic_optimizer).__name__,
+    }
+
+
+def save_state(engine: Any, folder: str | Path, client_state: dict[str, Any]) -> list[Path]:
     """Write what `load_state` needs to go on bit for bit; collective.
 
     DeepSpeed's own `latest` file is not written: it may name a checkpoint that is not whole.
+
+    Returns:
+        The files that this rank wrote. Rank 0 may find more in the folder when all are done.
     """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    written = []
+
+    class NotingEngine(TorchCheckpointEngine):
+        """DeepSpeed's file writer; synchronous, whatever the JSON asks for."""
+
+        def save(self, state_dict: Any, path: str) -> None:
+            with writing(path, _num_bytes(state_dict)):
+                torch.save(state_dict, path)
+            written.append(Path(path))
+
+    engine.checkpoint_engine = NotingEngine()
+    # The converter to other numbers of ranks asks for this entry.
     state = {**client_state, "universal_checkpoint_info": {}}
     engine.save_checkpoint(str(folder), tag="state", client_state=state, save_latest=False)
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
-    torch.save(generators, Path(folder) / f"generators_rank{ranks().rank}.pt")
+    path = Path(folder) / GENERATORS.format(rank=ranks().rank)
+    with writing(path):
+        torch.save(generators, path)
+    return [*written, path]
 
 
-def load_state(engine: Any, folder: str | Path) -> dict[str, Any]:
+def _num_bytes(state: Any) -> int:
+    """Bytes of the tensors in nested dictionaries and lists; shared memory counts once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for inner in value.values():
+                visit(inner)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                visit(inner)
+
+    visit(state)
+    return sum(storages.values())
+
+
+def load_state(engine: Any, folder: str | Path, world_size: int) -> dict[str, Any]:
     """Load what `save_state` wrote, without running anything that is pickled in it; collective.
 
+    At the same number of ranks everything goes on bit for bit. At another one parameters, moments,
+    schedule and loss scaler are those that were saved, shared out anew; so are the batches, which
+    do not depend on the ranks. Dropout differs: rank r draws from a generator seeded by the saved
+    state of rank 0, the number of ranks and r, the same each time.
+
+    Args:
+        world_size: number of ranks that wrote it.
     Returns:
         The `client_state`.
+    Raises:
+        ConfigError: an optimizer that cannot be converted to another number of ranks.
+        DataError: a file holds something other than tensors and plain values.
     """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    here = ranks()
+    folder = Path(folder)
+    with _safe_torch_load(engine):
+        if world_size == here.world_size or not engine.zero_optimization():
+            # Without ZeRO every rank has every state.
+            loaded, client_state = engine.load_checkpoint(str(folder), tag="state")
+            assert loaded is not None, f"{folder}: DeepSpeed loaded nothing"
+        else:
+            client_state = _load_converted(engine, folder)
+    same = world_size == here.world_size
+    path = folder / GENERATORS.format(rank=here.rank if same else 0)
+    with _safe_torch_load(engine):
+        generators = torch.load(path, weights_only=True)
+    torch.set_rng_state(generators["cpu"])
+    if torch.cuda.is_available() and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"])
+    if not same:
+        drawn = int(torch.randint(2**62, ()))
+        seed = np.random.SeedSequence([drawn, here.world_size, here.rank]).generate_state(1)
+        torch.manual_seed(int(seed[0]))
+    return client_state
+
+
+@contextmanager
+def _safe_torch_load(engine: Any) -> Iterator[None]:
+    """Let nothing in this process unpickle more than tensors, plain values and a few of DeepSpeed.
+
+    DeepSpeed reads its own files, and those that its converter makes of them, with
+    `weights_only=False`; a pickle can run any code. The names of parameters become paths there, so
+    names that are not of this model are refused as well.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    known = {name for name, _ in engine.module.named_parameters()}
+    known.update(name for name, _ in engine.module.named_buffers())
+    known.update(engine.module.state_dict())
+    plain = torch.load
 
-    class WeightsOnlyEngine(TorchCheckpointEngine):
-        """DeepSpeed's file reader, which would otherwise unpickle anything."""
-
-        def load(self, path: str, map_location: Any = None) -> Any:
+    def safe(file: Any, *words: Any, **names: Any) -> Any:
+        names["weights_only"] = True
+        try:
             with torch.serialization.safe_globals(allowed):
-                return torch.load(path, map_location=map_location, weights_only=True)
+                state = plain(file, *words, **names)
+        except pickle.UnpicklingError:
+            raise DataError(
+                f"{file}: holds something other than tensors and plain values, which could run "
+                "code and is never loaded; delete this checkpoint"
+            ) from None
+        strange = _parameter_names(state) - known
+        if strange:
+            raise DataError(f"{file}: names {min(strange)!r}, which is no parameter of this model")
+        return state
 
-    engine.checkpoint_engine = WeightsOnlyEngine()
-    loaded, client_state = engine.load_checkpoint(str(folder), tag="state")
-    assert loaded is not None, f"{folder}: DeepSpeed loaded nothing"
-    path = Path(folder) / f"generators_rank{ranks().rank}.pt"
-    generators = torch.load(path, weights_only=True)
-    torch.set_rng_state(generators["cpu"])
-    if torch.cuda.is_available() and "cuda" in generators:
-        torch.cuda.set_rng_state(generators["cuda"])
+    torch_module: Any = torch
+    torch_module.load = safe
+    try:
+        yield
+    finally:
+        torch_module.load = plain
+
+
+def _parameter_names(state: Any) -> set[str]:
+    """Every name of a parameter or buffer in a file of DeepSpeed's."""
+    if not isinstance(state, dict):
+        return set()
+    optimizer = state.get("optimizer_state_dict") or {}
+    groups = [state.get("module") or {}, *(state.get("param_shapes") or []),
+              *(optimizer.get("param_slice_mappings") or [])]
+    return {name for group in groups for name in group}
+
+
+def _load_converted(engine: Any, folder: Path) -> dict[str, Any]:
+    """Load the ZeRO states of another number of ranks by way of DeepSpeed's universal format.
+
+    Rank 0 makes it beside the checkpoint (12 bytes a parameter, for a while twice that) and
+    removes it when all ranks have read it.
+    """
+    kind = type(engine.basic_optimizer).__name__
+    amsgrad = any(group.get("amsgrad") for group in engine.basic_optimizer.param_groups)
+    if kind not in CONVERTIBLE or amsgrad:
+        raise ConfigError(
+            f"{folder}: the states of the optimizer {kind} cannot be shared out anew (those of "
+            f"{', '.join(CONVERTIBLE)} without amsgrad can); start as many ranks as wrote it"
+        )
+    universal = folder.with_name(f"{folder.name}.universal.tmp")
+    if is_main():
+        shutil.rmtree(universal, ignore_errors=True)
+        _convert(folder / "state", universal / "state")
+    barrier()
+    engine._config.load_universal_checkpoint = True
+    try:
+        loaded, client_state = engine.load_checkpoint(str(universal), tag="state")
+        assert loaded is not None, f"{universal}: DeepSpeed loaded nothing"
+        if engine.zero_optimization_stage() == 3:
+            # DeepSpeed gives every group the settings of the first: no decay, the encoder's rate.
+            saved = torch.load(universal / "state" / "zero" / "optimizer_state.pt",
+                               map_location="cpu", weights_only=True)
+            for group, values in zip(engine.optimizer.param_groups, saved["param_groups"],
+                                     strict=True):
+                group.update({key: value for key, value in values.items() if key != "params"})
+            # And all of them one tensor to count their steps, which each then adds to.
+            for state in engine.basic_optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+    finally:
+        engine._config.load_universal_checkpoint = False
+    barrier()
+    if is_main():
+        shutil.rmtree(universal)
     return client_state
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Run DeepSpeed's converter in this process, where `_safe_torch_load` holds."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(source), output_folder=str(target), num_extract_workers=1,
+        num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False,
+    )
+    chatter = io.StringIO()
+    with writing(target), redirect_stdout(chatter), redirect_stderr(chatter):
+        target.mkdir(parents=True)
+        try:
+            ds_to_universal.main(options)
+        except KeyError as error:
+            raise DataError(
+                f"{source}: the optimizer has no state {error} yet, so it cannot be converted; "
+                "start as many ranks as wrote it"
+            ) from None

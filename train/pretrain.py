@@ -266,16 +266,18 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     """Train, evaluate, save and export; reads downwards.
 
     Raises:
-        StopRequested: SIGTERM or Ctrl-C; a checkpoint of the last step has been committed.
+        StopRequested: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last step has been committed.
     """
     config, resolved = inputs.config, inputs.resolved
-    resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     device = ds.start()
+    resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     ranks = ds.ranks()
     engine, module = start_engine(inputs)
     totals = Totals()
     if resume_from:
-        state = checkpoint.load_checkpoint(engine, resume_from, inputs.identity)
+        state = checkpoint.load_checkpoint(
+            engine, resume_from, inputs.identity, config.allow_world_size_change
+        )
         totals = Totals(**state["totals"])
         say(f"resumed from {resume_from}")
 
@@ -295,53 +297,52 @@ def train(inputs: Inputs, run_dir: Path) -> None:
         writer.scalars(0, results)
     engine.train()
     window = _Window(totals)
-    stop = ds.StopSignal()
     clock = time.monotonic()
-    for batch in batches.steps(totals.step, config.max_steps):
-        waited = time.monotonic() - clock
-        if totals.step < config.head_only_steps:
-            freeze_encoder(engine)
-        rate = float(engine.get_lr()[0])
-        ending = totals.step + 1 == config.max_steps
-        logs = ending or (totals.step + 1) % config.logging_steps == 0
-        loss, accuracy, norm = mlm.train_step(engine, batch, device, want_norm=logs)
-        totals.step += 1
-        totals.tokens += batch.step_tokens
-        totals.masked_tokens += batch.step_masked_tokens
-        now = time.monotonic()
-        totals.seconds += now - clock
-        window.add(loss, accuracy, waited)
-        if logs:
-            epoch = totals.step * resolved.train_batch_size / inputs.train_rows.num_rows
-            scalars = {metrics.LEARNING_RATE: rate, metrics.EPOCH: epoch,
-                       **window.scalars(totals, engine)}
-            if norm is not None:
-                scalars[metrics.GRAD_NORM] = norm
-            writer.scalars(totals.step, scalars)
-            window = _Window(totals)
-        progress.update(1, f"loss {loss:.3f}")
-        if ending or (config.eval_steps and totals.step % config.eval_steps == 0):
-            results = evaluate_all(engine, inputs, device)
-            writer.scalars(totals.step, results)
-        if totals.step in config.export_steps:
-            export(engine, module, inputs, totals, run_dir / f"hf_step_{totals.step}")
-        stopping = stop.asked_anywhere()
-        due = config.save_steps and totals.step % config.save_steps == 0
-        if ending or stopping or due:
-            checkpoint.save_checkpoint(
-                engine, run_dir, totals.step,
-                {"totals": vars(totals).copy(), "identity": inputs.identity},
-                config.save_total_limit,
-            )
-        if stopping and not ending:
-            progress.close()
-            writer.close()
-            raise StopRequested(
-                f"stopped on request after step {totals.step} of {config.max_steps}; the same "
-                "command goes on from there"
-            )
-        clock = time.monotonic()
-    stop.forget()
+    with ds.StopSignal() as stop:
+        for batch in batches.steps(totals.step, config.max_steps):
+            waited = time.monotonic() - clock
+            if totals.step < config.head_only_steps:
+                freeze_encoder(engine)
+            rate = float(engine.get_lr()[0])
+            ending = totals.step + 1 == config.max_steps
+            logs = ending or (totals.step + 1) % config.logging_steps == 0
+            loss, accuracy, norm = mlm.train_step(engine, batch, device, want_norm=logs)
+            totals.step += 1
+            totals.tokens += batch.step_tokens
+            totals.masked_tokens += batch.step_masked_tokens
+            now = time.monotonic()
+            totals.seconds += now - clock
+            window.add(loss, accuracy, waited)
+            if logs:
+                epoch = totals.step * resolved.train_batch_size / inputs.train_rows.num_rows
+                scalars = {metrics.LEARNING_RATE: rate, metrics.EPOCH: epoch,
+                           **window.scalars(totals, engine)}
+                if norm is not None:
+                    scalars[metrics.GRAD_NORM] = norm
+                writer.scalars(totals.step, scalars)
+                window = _Window(totals)
+            progress.update(1, f"loss {loss:.3f}")
+            if ending or (config.eval_steps and totals.step % config.eval_steps == 0):
+                results = evaluate_all(engine, inputs, device)
+                writer.scalars(totals.step, results)
+            if totals.step in config.export_steps:
+                export(engine, module, inputs, totals, run_dir / f"hf_step_{totals.step}")
+            stopping = stop.asked_anywhere()
+            due = config.save_steps and totals.step % config.save_steps == 0
+            if ending or stopping or due:
+                checkpoint.save_checkpoint(
+                    engine, run_dir, totals.step,
+                    {"totals": vars(totals).copy(), "identity": inputs.identity},
+                    config.save_total_limit,
+                )
+            if stopping and not ending:
+                progress.close()
+                writer.close()
+                raise StopRequested(
+                    f"stopped on request after step {totals.step} of {config.max_steps}; the same "
+                    "command goes on from there"
+                )
+            clock = time.monotonic()
     progress.close()
     export(engine, module, inputs, totals, run_dir / "hf")
     writer.hyperparameters(as_dict(config), results)

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 
 from preprocess.errors import NonFiniteError, StopRequested
-from preprocess.store import atomic_write_bytes
 from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from train.config import FinetuneConfig, FitScorerConfig
 from train.engine import (
@@ -452,13 +451,13 @@ def fit(
         model.compile(dynamic=True)  # batches differ in length
     weight_decay = resolved.config["optimizer"]["params"]["weight_decay"]
     engine = build_engine(model, parameter_groups(model, weight_decay), resolved)
-    stop = StopSignal()
     try:
-        return train_and_select(
-            engine, resolved, train, dev, assess, config=config, stop=stop.asked_anywhere, **options
-        )
+        with StopSignal() as stop:
+            return train_and_select(
+                engine, resolved, train, dev, assess, config=config, stop=stop.asked_anywhere,
+                **options,
+            )
     finally:
-        stop.forget()
         engine.destroy()
         del engine
         gc.collect()
@@ -503,7 +502,7 @@ def train_and_select(
     """
     total_steps = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
     per_epoch = total_steps // config.num_train_epochs
-    found = _restore(engine, run_dir, config.resume, identity)
+    found = _restore(engine, run_dir, config, identity)
     step, first_step = found.steps, found.steps
     started = time.monotonic() - found.seconds
     writer = MetricsWriter(run_dir, step)
@@ -564,46 +563,45 @@ def _refuse_non_finite(value: float, name: str, step: int) -> None:
         )
 
 
-def _best_path(run_dir: Path, epoch: int) -> Path:
-    return run_dir / "best" / f"epoch_{epoch}.safetensors"
+BEST = "best.safetensors"
+"""File of a checkpoint: the weights of the best epoch so far."""
 
 
 def _save(
     engine: Any, run_dir: Path, found: Progressed, limit: int, identity: dict[str, Any]
 ) -> None:
-    """Write a checkpoint; the best weights so far go first, since it names them."""
+    """Write a checkpoint, with the best weights so far."""
     from safetensors.torch import save
 
-    if found.best_state is not None and not _best_path(run_dir, found.best_epoch).exists():
-        atomic_write_bytes(_best_path(run_dir, found.best_epoch), save(found.best_state))
     notes = {
         "history": found.history, "best_epoch": found.best_epoch, "seconds": found.seconds,
         "steps": found.steps, "identity": identity,
     }
-    save_checkpoint(engine, run_dir, found.steps, notes, limit)
+    extras = {} if found.best_state is None else {BEST: save(found.best_state)}
+    save_checkpoint(engine, run_dir, found.steps, notes, limit, extras)
 
 
 def remove_resume_state(run_dir: Path) -> None:
     """Remove the checkpoints of a run that is finished: they are several models large."""
-    for folder in ("checkpoints", "best"):
-        shutil.rmtree(run_dir / folder, ignore_errors=True)
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     (run_dir / "latest").unlink(missing_ok=True)
 
 
 def _restore(
-    engine: Any, run_dir: Path, resume: str, identity: dict[str, Any]
+    engine: Any, run_dir: Path, config: FinetuneConfig | FitScorerConfig, identity: dict[str, Any]
 ) -> Progressed:
-    """Load the newest whole checkpoint, if there is one and `resume` allows it."""
+    """Load the newest whole checkpoint, if there is one and `--resume` allows it."""
     from safetensors.torch import load_file
 
-    path = find_checkpoint(run_dir, "never" if resume == "never" else "auto")
+    # One seed of several may well have none: `must` is for the command to check.
+    path = find_checkpoint(run_dir, "never" if config.resume == "never" else "auto")
     if path is None:
         return Progressed()
-    notes = load_checkpoint(engine, path, identity)
+    notes = load_checkpoint(engine, path, identity, config.allow_world_size_change)
     say(f"resumed from {path}")
     best_state = None
     if notes["best_epoch"] and is_main():
-        best_state = load_file(_best_path(run_dir, notes["best_epoch"]))
+        best_state = load_file(path / BEST)
     return Progressed(
         notes["history"], notes["best_epoch"], best_state, notes["seconds"], notes["steps"]
     )
