@@ -472,8 +472,9 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
             check_sentence(said.strip(), disk.folder)
         after = disk.tree()
         changed = {path for path, data in before.items() if after.get(path, b"") != data}
-        # The time of the last start, and the log of steps that are made again.
-        assert {Path(path).name for path in changed} <= {"env.json", "metrics.jsonl"}, name
+        # The time of the last start, the log of steps that are made again, and seconds of training.
+        again = {"env.json", "metrics.jsonl", "lineage.json", "README.md"}
+        assert {Path(path).name for path in changed} <= again, (name, changed)
         odd = [path for path in after if ".tmp" in path or "/." in path]
         assert not odd, f"{name} leaves {odd}"
         for path in run_dir.glob("checkpoints/*"):
