@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: setup demo test test-quick lint clean
+.PHONY: setup demo test test-quick test-faults lint clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ test: setup
 
 test-quick: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow"
+
+# Hundreds of kills; another SELMASK_FAULT_SEED gives other moments.
+test-faults: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_faults.py -m faults -s
 
 lint: setup
 	$(BIN)/ruff check --line-length 100 --select E,F,I,B,UP,W preprocess train csrc tests

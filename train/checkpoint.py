@@ -63,7 +63,7 @@ def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Pat
     if not ds.is_main():
         return run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    for path in run_dir.iterdir():
+    for path in (*run_dir.glob(".*"), *run_dir.glob("seed_*/.*")):
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     with writing(run_dir):

@@ -1,0 +1,367 @@
+"""Kill at any moment, stop on request, a rank that dies: what is left, and how it goes on.
+
+`make test` takes a sample of the kills; `make test-faults` takes them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, free_port
+from forked_ranks import Server
+from test_pretrain import arguments, logged, write_ds_config
+from test_resume import assert_same_bits, states
+
+from train import metrics
+from train.checkpoint import check_checkpoint, find_checkpoint
+
+STEPS = 6
+LIMIT = 2
+SEED = int(os.environ.get("SELMASK_FAULT_SEED", "0"))
+"""Of the random points; another one gives another campaign."""
+
+
+# --------------------------------------------------------------------------- inside a rank
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def count_operations(run_dir: str, fatal: int) -> list[str]:
+    """Count what changes the files of a run; die before number `fatal`, from 1.
+
+    After every such operation a kill finds the disk in another state.
+    """
+    counted: list[str] = []
+    changes = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.truncate": None}
+
+    def note(name: str, path: str) -> None:
+        if path.startswith(run_dir):
+            counted.append(f"{name} {path.removeprefix(run_dir)}")
+            if len(counted) == fatal:
+                die()
+
+    def hook(event: str, words: tuple[Any, ...]) -> None:
+        if event in changes:
+            where = changes[event]
+            folder = -1 if where is None else words[where]
+            parts = [os.readlink(f"/proc/self/fd/{folder}")] if folder >= 0 else []
+            note(event, "/".join([*parts, str(words[0])]))
+        elif event == "open" and words[1] and words[1][0] in "wax":
+            note(event, str(words[0]))
+
+    plain = os.fsync
+
+    def sync(descriptor: int) -> None:
+        note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        plain(descriptor)
+
+    os.fsync = sync
+    sys.addaudithook(hook)
+    return counted
+
+
+def die_in_a_shard(fatal: int) -> None:
+    """Write half of the `fatal`-th file of `torch.save`, then die."""
+    plain, calls = torch.save, [0]
+
+    def half(content: Any, path: Any, *words: Any, **names: Any) -> None:
+        plain(content, path, *words, **names)
+        calls[0] += 1
+        if calls[0] == fatal:
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    torch.save = half
+
+
+def train(command: str, words: list[str], run_dir: str, fault: dict[str, Any]) -> None:
+    """Run a command on a rank, with a fault; note each commit, and the operations of a whole run.
+
+    Args:
+        fault: `kind` (none, operation or shard), `number` and `rank`.
+    """
+    from train import checkpoint, finetune, pretrain
+    from train import engine as ds
+    from train.config import PretrainConfig, parse
+
+    counted: list[str] = []
+    if fault.get("rank", 0) == ds.ranks().rank:
+        if fault["kind"] == "shard":
+            die_in_a_shard(fault["number"])
+        else:
+            counted = count_operations(run_dir, fault.get("number", 0))
+    plain = checkpoint._commit
+
+    def noted(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+        plain(temporary, final, manifest)
+        with open(f"{run_dir}.committed", "a") as file:
+            file.write(f"{final.name[5:]}\n")
+
+    checkpoint._commit = noted
+    if command == "finetune":
+        finetune.main(words)
+    else:
+        pretrain.run(parse(PretrainConfig, words))
+    if fault["kind"] == "none" and ds.is_main():
+        Path(f"{run_dir}.operations").write_text("\n".join(counted))
+
+
+# --------------------------------------------------------------------------- the campaign
+
+
+class Campaign:
+    """One command on a number of ranks: its unbroken run, and broken ones that must equal it."""
+
+    def __init__(self, server: Server, folder: Path, command: str, ranks: int,
+                 words: list[str]) -> None:
+        self._server, self.folder, self._ranks = server, folder, ranks
+        self._command, self._words = command, words
+        folder.mkdir()
+        self.whole = folder / "whole"
+        done = self.attempt(self.whole)
+        assert done["codes"] == [0] * ranks, (folder / "log").read_text()[-4000:]
+        done = self.attempt(folder / "timed")  # the first one may have had to import
+        self.seconds = done["seconds"]
+        operations = (folder / "whole.operations").read_text().splitlines()
+        self.operations = [line.split("tmp-")[0] for line in operations]
+        self.steps_dir = "checkpoints" if command == "pretrain" else "seed_13/checkpoints"
+
+    def attempt(self, run_dir: Path, kind: str = "none", number: int = 0, rank: int = 0,
+                **options: Any) -> dict[str, Any]:
+        """Give the command once; `kill_after` is one of the options."""
+        log = self.folder / "log"
+        log.write_text("")
+        fault = {"kind": kind, "number": number, "rank": rank}
+        return self._server.run(
+            "test_faults:train", log, self._ranks, command=self._command, fault=fault,
+            words=[*self._words, "--output_dir", str(run_dir)], run_dir=str(run_dir), **options,
+        )
+
+    def survive(self, name: str, **fault: Any) -> bool:
+        """Kill a run, look at what is left, go on until the end; whether the fault came to be."""
+        run_dir = self.folder / name
+        done = self.attempt(run_dir, **fault)
+        killed = -9 in done["codes"]
+        if not killed:
+            assert done["codes"] == [0] * self._ranks, (self.folder / "log").read_text()[-4000:]
+        self.check_what_is_left(run_dir)
+        newest = find_checkpoint((run_dir / self.steps_dir).parent, "auto")
+        done = self.attempt(run_dir)
+        said = (self.folder / "log").read_text()
+        assert done["codes"] == [0] * self._ranks, f"{name}: {said[-4000:]}"
+        assert "passed over" not in said
+        assert newest is None or f"resumed from {newest}" in said or "finished already" in said
+        self.check_the_end(run_dir)
+        shutil.rmtree(run_dir)
+        Path(f"{run_dir}.committed").unlink()
+        return killed
+
+    def check_what_is_left(self, run_dir: Path) -> None:
+        """Nothing that was committed is lost or damaged, whatever the moment."""
+        log = Path(f"{run_dir}.committed")
+        committed = [int(line) for line in log.read_text().split()] if log.exists() else []
+        folder = run_dir / self.steps_dir
+        paths = [p for p in folder.glob("step_*") if p.name[5:].isdigit()]
+        problems = [check_checkpoint(path) for path in paths]
+        assert not any(problems), problems
+        there = sorted(int(path.name[5:]) for path in paths)
+        if committed and self._command == "pretrain":  # fine-tuning removes them at its end
+            assert there[-1] >= committed[-1] and len(there) >= min(LIMIT, len(committed))
+        losses = run_dir / "metrics.jsonl"
+        if losses.exists() and self._command == "pretrain":  # it saves at every step
+            steps = len(logged(run_dir, metrics.TRAIN_LOSS)) if _is_whole(losses) else 0
+            assert steps <= 1 or there and there[-1] >= steps - 1
+
+    def check_the_end(self, run_dir: Path) -> None:
+        """The bits of the unbroken run, and nothing besides."""
+        if self._command == "pretrain":
+            last = f"checkpoints/step_{STEPS}"
+            assert_same_bits(states(run_dir / last), states(self.whole / last))
+            assert logged(run_dir, metrics.TRAIN_LOSS) == logged(self.whole, metrics.TRAIN_LOSS)
+            model = "hf/model.safetensors"
+        else:
+            for name in ("predictions.jsonl", "metrics.jsonl"):
+                ours, theirs = (
+                    [{k: v for k, v in json.loads(line).items() if k != "time"} for line in
+                     (folder / "seed_13" / name).read_text().splitlines()]
+                    for folder in (run_dir, self.whole)
+                )
+                assert ours == theirs, name
+            model = "seed_13/hf/model.safetensors"
+        assert (run_dir / model).read_bytes() == (self.whole / model).read_bytes()
+        names = {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*")}
+        expected = {path.relative_to(self.whole).as_posix() for path in self.whole.rglob("*")}
+        odd = {name for name in names ^ expected if not name.startswith(("tb/", "seed_13/tb/"))}
+        assert not odd
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the last line was written to its end."""
+    return path.read_bytes().endswith(b"\n")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def campaigns(server, tmp_path_factory, reviews_store, tiny_encoder, labelled_files) -> Any:
+    """Campaigns by name, each made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("faults")
+    made: dict[str, Campaign] = {}
+
+    def campaign(command: str, ranks: int = 1, stage: int = 0) -> Campaign:
+        name = f"{command}-{ranks}-zero{stage}"
+        if name not in made:
+            (folder / f"{name}.ds").mkdir()
+            config = write_ds_config(folder / f"{name}.ds", stage)
+            if command == "pretrain":
+                words = arguments(
+                    reviews_store, tiny_encoder, folder, max_steps=STEPS, save_steps=1,
+                    save_total_limit=LIMIT, eval_fraction=0, deepspeed_config=config,
+                )
+            else:
+                words = [
+                    "--task", "custom", "--train_file", labelled_files["train"], "--test_file",
+                    labelled_files["test"], "--model_name_or_path", tiny_encoder,
+                    "--num_train_epochs", "3", "--max_seq_length", "32", "--save_steps", "1",
+                    "--per_device_train_batch_size", "16", "--deepspeed_config", config,
+                    "--logging_steps", "1", "--save_total_limit", str(LIMIT),
+                ]
+            made[name] = Campaign(server, folder / name, command, ranks, words)
+        return made[name]
+
+    return campaign
+
+
+# Moments of the save of step 4, and of the end, by the operation before which the kill comes.
+MOMENTS = {
+    "before anything": "os.mkdir ",
+    "options not yet named": "os.rename /.config.resolved.yaml.",
+    "folder made": "os.mkdir /checkpoints/step_4.tmp/state",
+    "files not yet synced": "fsync /checkpoints/step_4.tmp/state/",
+    "before the manifest": "open /checkpoints/step_4.tmp/.manifest.json.",
+    "manifest not yet named": "os.rename /checkpoints/step_4.tmp/.manifest.json.",
+    "before the commit": "os.rename /checkpoints/step_4.tmp",
+    "after the commit": "fsync /checkpoints",
+    "before the pointer": "os.rename /.latest.",
+    "before the removal": "os.rename /checkpoints/step_2",
+    "in the removal": "os.remove /checkpoints/step_2.tmp/manifest.json",
+    "removal almost done": "os.rmdir /checkpoints/step_2.tmp",
+    "in the export": "open /.hf.",
+    "before the export is named": "os.rename /.hf.",
+}
+
+
+def number_of(campaign: Campaign, moment: str) -> int:
+    """The operation at a moment; one that every save does is taken from the third save."""
+    wanted = MOMENTS[moment]
+    found = [i for i, line in enumerate(campaign.operations, 1)
+             if line == wanted or wanted[-1] in "/." and line.startswith(wanted)]
+    return found[2] if moment in ("after the commit", "before the pointer") else found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_chosen_moment(moment, campaigns):
+    campaign = campaigns("pretrain")
+    assert campaign.survive(moment, kind="operation", number=number_of(campaign, moment))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_killed_inside_a_file(number, campaigns):
+    assert campaigns("pretrain").survive(f"shard {number}", kind="shard", number=number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_killed_at_a_random_time(share, campaigns):
+    campaign = campaigns("pretrain")
+    moment = campaign.seconds * (share + 0.1 * random.Random(f"{SEED} {share}").random())
+    campaign.survive(f"time {share}", kill_after=moment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "shard", "number": 5, "rank": 1},
+        {"kind": "operation", "number": 12, "rank": 1},
+        {"kind": "operation", "number": 150, "rank": 0},
+    ],
+    ids=lambda fault: f"{fault['kind']}-{fault['number']}-rank{fault['rank']}",
+)
+def test_one_of_two_ranks_is_killed(fault, campaigns):
+    """The other one ends too, and commits nothing."""
+    assert campaigns("pretrain", ranks=2, stage=1).survive("kill", **fault)
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_killed(campaigns):
+    campaign = campaigns("finetune")
+    assert campaign.survive("best", kind="operation", number=len(campaign.operations) // 2)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("command, ranks, stage, every", [
+    ("pretrain", 1, 0, 1), ("pretrain", 1, 3, 4), ("pretrain", 2, 1, 2), ("pretrain", 2, 2, 6),
+    ("pretrain", 2, 3, 6), ("pretrain", 4, 1, 12), ("finetune", 1, 0, 3), ("finetune", 2, 1, 12),
+])
+def test_killed_at_every_moment(command, ranks, stage, every, campaigns):
+    """Before the n-th operation on the disk, inside files, and at random times."""
+    campaign = campaigns(command, ranks, stage)
+    generator = random.Random(f"{SEED} {command} {ranks} {stage}")
+    killed = tried = 0
+    begin = time.monotonic()
+    for number in range(1 + SEED % every, len(campaign.operations) + 1, every):
+        killed += campaign.survive(f"{number}", kind="operation", number=number)
+        tried += 1
+    for number in range(1, 9):
+        rank = generator.randrange(ranks)
+        killed += campaign.survive(f"shard{number}", kind="shard", number=number, rank=rank)
+        tried += 1
+    for number in range(12):
+        moment = campaign.seconds * generator.uniform(0.1, 1.0)
+        rank = generator.choice([None, *range(ranks)])
+        killed += campaign.survive(f"time{number}", kill_after=moment, kill_rank=rank)
+        tried += 1
+    seconds = time.monotonic() - begin
+    print(f"{command}, {ranks} ranks, ZeRO {stage}: {killed} kills in {tried} runs, "
+          f"{seconds:.0f} s, all went on to the same bits")
+    assert killed > 0.6 * tried
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("number", range(8))
+def test_killed_again_and_again(number, campaigns):
+    """One run, killed at random until it gets through."""
+    campaign = campaigns("pretrain", 1 + number % 2, number % 2)
+    generator = random.Random(f"{SEED} again {number}")
+    run_dir = campaign.folder / f"again{number}"
+    for attempt in range(40):
+        moment = campaign.seconds * generator.uniform(0.3, 0.5 + attempt / 20)
+        done = campaign.attempt(run_dir, kill_after=moment)
+        campaign.check_what_is_left(run_dir)
+        if done["codes"] == [0] * len(done["codes"]):
+            break
+    campaign.check_the_end(run_dir)
+    print(f"killed {attempt} times")
