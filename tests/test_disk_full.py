@@ -540,7 +540,7 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["disk"])
+@pytest.mark.parametrize("how", ["disk", pytest.param("limit", marks=pytest.mark.faults)])
 def test_training_commands(tmp_path, how, reviews_store, still_encoder, labelled_files):
     """Pre-training and fine-tuning: the same command goes on, and ends with the same weights."""
     task = str(Path(labelled_files["train"]).parent)

@@ -159,6 +159,15 @@ def test_every_byte_matters_or_is_white_space(samples, little_memory):
     assert tried > 3000 and refused > 0.99 * tried
 
 
+@pytest.mark.faults
+def test_every_value_of_every_byte(samples, little_memory):
+    """All values in binary files, 17 of them in the longer JSONs."""
+    tried, refused = change_every_byte(
+        samples, lambda path, place: range(1, 256, 15 if path.suffix == ".json" else 1)
+    )
+    assert tried > 100_000 and refused > 0.99 * tried
+
+
 def change(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
     """Replace bytes at some places by others; a place is (where, how many, by what)."""
     for where, count, new in changes:
@@ -179,6 +188,13 @@ NO_HURRY = {"deadline": None, "suppress_health_check": [HealthCheck.function_sco
 @settings(max_examples=500, **NO_HURRY)
 @given(number=st.integers(0, 100), changes=CHANGES)
 def test_any_change_is_refused_or_harmless(samples, little_memory, number, changes):
+    check_change(samples, number, changes)
+
+
+@pytest.mark.faults
+@settings(max_examples=20_000, **NO_HURRY)
+@given(number=st.integers(0, 100), changes=CHANGES)
+def test_any_change_is_refused_or_harmless_long(samples, little_memory, number, changes):
     check_change(samples, number, changes)
 
 
@@ -576,6 +592,18 @@ def test_a_killed_tokenizer_run_leaves_nothing_wrong(tmp_path, reviews_file, tin
     assert kills >= 4
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("shards", ["1", "3"])
+def test_a_tokenizer_run_killed_at_every_point(tmp_path, reviews_file, tiny_encoder, shards):
+    action = tokenize_again(
+        reviews_file, tiny_encoder, "--num_workers", "1", "--num_shards", shards
+    )
+    survive_kills(
+        tmp_path, lambda folder: None, action, lambda folder: TokenStore.open(folder / "s"),
+        lambda point: True,
+    )
+
+
 @pytest.fixture(scope="module")
 def long_file(tmp_path_factory, reviews_file) -> str:
     """Enough text for a run of some tenths of a second."""
@@ -637,6 +665,15 @@ def test_workers_killed_at_random_leave_nothing_wrong(
 def test_workers_end_with_their_parent(tmp_path, long_file, tiny_encoder):
     action = tokenize_again(long_file, tiny_encoder, "--num_workers", "2", "--num_shards", "4")
     kill_at_random(tmp_path, action, kills=1, all_at_once=False)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("workers", "shards"), [("1", "1"), ("2", "1"), ("2", "4"), ("4", "3")])
+def test_workers_killed_at_random_long(tmp_path, long_file, tiny_encoder, workers, shards):
+    action = tokenize_again(
+        long_file, tiny_encoder, "--num_workers", workers, "--num_shards", shards
+    )
+    kill_at_random(tmp_path, action, kills=25)
 
 
 # --------------------------------------------------------------------------- between two runs
