@@ -159,6 +159,7 @@ def test_every_byte_matters_or_is_white_space(samples, little_memory):
     assert tried > 3000 and refused > 0.99 * tried
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_every_value_of_every_byte(samples, little_memory):
     """All values in binary files, 17 of them in the longer JSONs."""
@@ -191,6 +192,7 @@ def test_any_change_is_refused_or_harmless(samples, little_memory, number, chang
     check_change(samples, number, changes)
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 @settings(max_examples=20_000, **NO_HURRY)
 @given(number=st.integers(0, 100), changes=CHANGES)
@@ -592,6 +594,7 @@ def test_a_killed_tokenizer_run_leaves_nothing_wrong(tmp_path, reviews_file, tin
     assert kills >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("shards", ["1", "3"])
 def test_a_tokenizer_run_killed_at_every_point(tmp_path, reviews_file, tiny_encoder, shards):
@@ -667,6 +670,7 @@ def test_workers_end_with_their_parent(tmp_path, long_file, tiny_encoder):
     kill_at_random(tmp_path, action, kills=1, all_at_once=False)
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize(("workers", "shards"), [("1", "1"), ("2", "1"), ("2", "4"), ("4", "3")])
 def test_workers_killed_at_random_long(tmp_path, long_file, tiny_encoder, workers, shards):
