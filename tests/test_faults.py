@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from forked_ranks import Server
 from test_pretrain import arguments, logged, write_ds_config
 from test_resume import assert_same_bits, states
 
+from preprocess.errors import run_command
 from train import metrics
 from train.checkpoint import check_checkpoint, find_checkpoint
 
@@ -86,22 +88,67 @@ def die_in_a_shard(fatal: int) -> None:
     torch.save = half
 
 
+def stuck() -> None:
+    """Wait in C, as in a collective on a GPU that never returns: no handler of Python runs."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+
+def disk_full() -> None:
+    raise OSError(28, "No space left on device", "/somewhere/file")
+
+
+def ask(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+IN_STEP: dict[str, Callable[[], Any]] = {
+    "killed": die,
+    "error": disk_full,
+    "sigterm": lambda: ask(signal.SIGTERM),
+    "sigusr1": lambda: ask(signal.SIGUSR1),
+    "ctrl-c": lambda: ask(signal.SIGINT),
+    # Slurm signals all processes, and then the launcher its ranks.
+    "again and again": lambda: [ask(signal.SIGTERM) for _ in range(5)],
+}
+FAULTY_STEP = 3
+
+
+def inject(kind: str, rank: int) -> None:
+    """Let something happen to a rank in its third step, or to every rank (-1)."""
+    from train import engine as ds
+    from train import mlm
+
+    plain = mlm.train_step
+
+    def step(engine: Any, *words: Any, **names: Any) -> Any:
+        if engine.global_steps == FAULTY_STEP - 1:
+            if rank in (-1, ds.ranks().rank):
+                IN_STEP[kind.removesuffix(", others stuck")]()
+            elif kind.endswith("others stuck"):
+                stuck()
+        return plain(engine, *words, **names)
+
+    mlm.train_step = step
+
+
 def train(command: str, words: list[str], run_dir: str, fault: dict[str, Any]) -> None:
     """Run a command on a rank, with a fault; note each commit, and the operations of a whole run.
 
     Args:
-        fault: `kind` (none, operation or shard), `number` and `rank`.
+        fault: `kind` (none, operation, shard or one of `IN_STEP`), `number` and `rank`.
     """
     from train import checkpoint, finetune, pretrain
     from train import engine as ds
     from train.config import PretrainConfig, parse
 
     counted: list[str] = []
-    if fault.get("rank", 0) == ds.ranks().rank:
+    if fault["kind"].removesuffix(", others stuck") in IN_STEP:
+        inject(fault["kind"], fault["rank"])
+    elif fault["rank"] == ds.ranks().rank:
         if fault["kind"] == "shard":
             die_in_a_shard(fault["number"])
         else:
-            counted = count_operations(run_dir, fault.get("number", 0))
+            counted = count_operations(run_dir, fault["number"])
     plain = checkpoint._commit
 
     def noted(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -110,11 +157,13 @@ def train(command: str, words: list[str], run_dir: str, fault: dict[str, Any]) -
             file.write(f"{final.name[5:]}\n")
 
     checkpoint._commit = noted
-    if command == "finetune":
-        finetune.main(words)
-    else:
-        pretrain.run(parse(PretrainConfig, words))
-    if fault["kind"] == "none" and ds.is_main():
+    sys.argv = [f"{command}.py"]
+    main = {"finetune": lambda: finetune.main(words),
+            "pretrain": lambda: pretrain.run(parse(PretrainConfig, words))}[command]
+    if fault["kind"] != "none":
+        run_command(main)
+    main()
+    if ds.is_main():
         Path(f"{run_dir}.operations").write_text("\n".join(counted))
 
 
@@ -365,3 +414,53 @@ def test_killed_again_and_again(number, campaigns):
             break
     campaign.check_the_end(run_dir)
     print(f"killed {attempt} times")
+
+
+# ------------------------------------------------------------------ stop requests, dead ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, rank",
+    [("sigterm", 1), ("sigusr1", 0), ("ctrl-c", -1), ("again and again", -1)],
+)
+def test_a_request_to_any_rank_stops_all(kind, rank, campaigns):
+    """At the next step boundary, with a checkpoint and exit code 75; the run then goes on."""
+    campaign = campaigns("pretrain", ranks=2, stage=1)
+    run_dir = campaign.folder / "stopped"
+    done = campaign.attempt(run_dir, kind, rank=rank)
+    said = (campaign.folder / "log").read_text()
+    assert done["codes"] == [75, 75], said[-4000:]
+    assert done["seconds"] < 30
+    assert said.count("stopped on request after step 3 of 6; the same command goes on") == 1
+    assert "another rank has ended" not in said
+    assert find_checkpoint(run_dir, "must") == run_dir / "checkpoints" / "step_3"
+    assert not (run_dir / "hf").exists()
+    done = campaign.attempt(run_dir)
+    assert done["codes"] == [0, 0]
+    campaign.check_the_end(run_dir)
+    shutil.rmtree(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, code, ranks",
+    [("killed", -9, 2), ("killed", -9, 4), ("error", 3, 2), ("killed, others stuck", -9, 2),
+     ("error, others stuck", 3, 2)],
+)
+def test_a_dead_rank_ends_the_job(kind, code, ranks, campaigns):
+    """Soon, with its error shown; nothing is committed without it."""
+    campaign = campaigns("pretrain", ranks=ranks, stage=1)
+    run_dir = campaign.folder / "dead"
+    done = campaign.attempt(run_dir, kind, rank=1)
+    said = (campaign.folder / "log").read_text()
+    assert done["codes"][1] == code and all(done["codes"]), said[-4000:]
+    assert done["seconds"] < 15
+    if "error" in kind:
+        assert "pretrain.py, rank 1: /somewhere/file: No space left on device" in said
+    assert "another rank has ended; this one ends too, without a checkpoint" in said
+    assert find_checkpoint(run_dir, "must") == run_dir / "checkpoints" / "step_2"
+    done = campaign.attempt(run_dir)
+    assert done["codes"] == [0] * ranks
+    campaign.check_the_end(run_dir)
+    shutil.rmtree(run_dir)

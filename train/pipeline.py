@@ -43,6 +43,8 @@ from train.recipe import BUILT_ARMS, NEGATED, REPOSITORY, load_recipe, needs_dom
 from train.results import finished_seeds, write_naive_bayes
 
 HEARTBEAT_SECONDS = 10
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask for a stop: what they ended is no failure."""
 
 
 # --------------------------------------------------------------------------- the steps
@@ -551,6 +553,7 @@ def run_process(command: list[str], log_path: Path) -> int:
 
     SIGTERM and SIGINT go on to all its processes as SIGTERM (the launcher itself would die and
     leave its workers), so that a training command can write its checkpoint; a second one kills.
+    Where somebody else ends the launcher by such a signal, its workers are stopped the same way.
 
     Returns:
         The exit code; 75 if a signal asked for the stop, whatever the launcher made of it.
@@ -567,11 +570,15 @@ def run_process(command: list[str], log_path: Path) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL if len(requests) > 1 else signal.SIGTERM)
 
+    def look_after() -> None:
+        if not requests and -(process.poll() or 0) in STOPPING:
+            pass_on(signal.SIGTERM, None)
+
     handlers = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         with open(log_path, "a", encoding="utf-8") as log:  # after an earlier attempt
             log.write(shlex.join(command) + "\n")
-            for line in _lines_and_heartbeats(process.stdout):
+            for line in _lines_and_heartbeats(process.stdout, look_after):
                 log.write(line)
                 log.flush()
                 if not _LAUNCHER_CHATTER.search(line):
@@ -580,7 +587,7 @@ def run_process(command: list[str], log_path: Path) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return StopRequested.exit_code if requests else code
+    return StopRequested.exit_code if requests or -code in STOPPING else code
 
 
 _LAUNCHER_CHATTER = re.compile(
@@ -588,7 +595,7 @@ _LAUNCHER_CHATTER = re.compile(
 )
 
 
-def _lines_and_heartbeats(stream: Any) -> Iterator[str]:
+def _lines_and_heartbeats(stream: Any, every_second: Callable[[], None]) -> Iterator[str]:
     """Lines of a stream until its end; a line that says so while it is silent for long."""
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -598,15 +605,22 @@ def _lines_and_heartbeats(stream: Any) -> Iterator[str]:
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    started = time.monotonic()
+    started = said = looked = time.monotonic()
     while True:
-        try:
-            line = lines.get(timeout=HEARTBEAT_SECONDS)
-        except queue.Empty:
-            line = f"... running for {time.monotonic() - started:.0f} s\n"
+        line: str | None = ""
+        with contextlib.suppress(queue.Empty):
+            line = lines.get(timeout=min(1, HEARTBEAT_SECONDS))
+        now = time.monotonic()
+        if now - looked >= 1:
+            looked = now
+            every_second()
         if line is None:
             return
-        yield line
+        if not line and now - said >= HEARTBEAT_SECONDS:
+            line = f"... running for {now - started:.0f} s\n"
+        if line:
+            said = now
+            yield line
 
 
 def where_to_look(root: Path, steps: list[Step]) -> str:
