@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, free_port
 from forked_ranks import Server
 from test_pretrain import arguments, logged, write_ds_config
 from test_resume import assert_same_bits, states
@@ -464,3 +466,96 @@ def test_a_dead_rank_ends_the_job(kind, code, ranks, campaigns):
     assert done["codes"] == [0] * ranks
     campaign.check_the_end(run_dir)
     shutil.rmtree(run_dir)
+
+
+# ------------------------------------------------------------------------ DeepSpeed's launcher
+
+FOREVER = 10**6
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 240.0) -> Any:
+    """Poll until a condition holds; a launch spends most of its time on imports."""
+    last = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < last, "nothing happened"
+        time.sleep(0.1)
+    return found
+
+
+def processes_of(run_dir: Path, script: str) -> list[int]:
+    """Processes whose command line names this script as what they run, and this run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if str(run_dir) in words and any(word.endswith(script) for word in words[1:4]):
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+@pytest.fixture
+def launched(tmp_path, reviews_store, tiny_encoder) -> Iterator[Any]:
+    """A run of two ranks under the pipeline's hand, which takes its third step when it returns."""
+    run_dir = tmp_path / "run"
+    words = arguments(
+        reviews_store, tiny_encoder, run_dir, max_steps=FOREVER, save_steps=FOREVER,
+        eval_fraction=0, deepspeed_config=write_ds_config(tmp_path, 1), logging_steps=1,
+    )
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
+               "--master_port", str(free_port()), str(ROOT / "train" / "pretrain.py"), *words]
+    driver = (
+        "import sys; from pathlib import Path; from train import pipeline\n"
+        f"sys.exit(pipeline.run_process({command!r}, Path({str(tmp_path / 'log')!r})))"
+    )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**environment, "DS_ACCELERATOR": "cpu"}, text=True,
+    )
+    losses = run_dir / "metrics.jsonl"
+    try:
+        wait_for(lambda: losses.exists() and losses.read_text().count("\n") > 2)
+        yield process, run_dir
+    finally:
+        for script in ("launcher.runner", "launch", "pretrain.py"):
+            for pid in processes_of(run_dir, script):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+def ends_in(process: Any, seconds: float) -> tuple[int, str]:
+    """Exit code and output of a process that has so many seconds left."""
+    begin = time.monotonic()
+    output, _ = process.communicate(timeout=120)
+    taken = time.monotonic() - begin
+    assert taken < seconds, output[-4000:]
+    return process.returncode, output
+
+
+@pytest.mark.slow
+def test_launched_a_dead_rank_ends_the_job(launched):
+    process, run_dir = launched
+    ranks = processes_of(run_dir, "pretrain.py")
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    code, output = ends_in(process, 15)
+    assert code == 256 - 9
+    assert "another rank has ended" in output, output[-5000:]
+    assert not processes_of(run_dir, "pretrain.py")
+    assert find_checkpoint(run_dir, "auto") is None
+
+
+@pytest.mark.slow
+def test_launched_the_runner_alone_is_stopped(launched):
+    """SIGTERM to the runner, as a scheduler may send it: it dies, its ranks save and stop."""
+    process, run_dir = launched
+    (runner,) = processes_of(run_dir, "deepspeed.launcher.runner")
+    os.kill(runner, signal.SIGTERM)
+    code, output = ends_in(process, 30)
+    assert code == 75 and "the same command goes on from there" in output
+    assert not processes_of(run_dir, "pretrain.py")
+    assert find_checkpoint(run_dir, "must")

@@ -384,15 +384,23 @@ class StopSignal:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        ours = isinstance(error, NonFiniteError)
-        if isinstance(error, RuntimeError) and not ours and self._someone_is_gone():
-            # A collective failed for want of that rank. The launcher reports the first error that
-            # it finds, so leave that to the rank that had one; SIGTERM follows, and `_watch`.
-            time.sleep(LAUNCHER_POLL_SECONDS)
+        if isinstance(error, RuntimeError) and not isinstance(error, NonFiniteError):
+            self._wait_for_the_launcher()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_bell)
         os.close(self._bell)  # `_watch` reads the end of the pipe and returns
+
+    def _wait_for_the_launcher(self) -> None:
+        """If a collective failed because another rank has ended, wait for SIGTERM and `_watch`.
+
+        The launcher reports the first error that it finds: leave that to the rank that had one.
+        """
+        for _ in range(20 if self._neighbours else 0):
+            if self._someone_is_gone():
+                time.sleep(LAUNCHER_POLL_SECONDS)
+                return
+            time.sleep(0.05)  # a process closes its sockets a moment before it counts as ended
 
     def asked_anywhere(self) -> bool:
         """Whether any rank was asked to stop: the same answer on every rank."""
