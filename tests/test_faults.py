@@ -25,9 +25,10 @@ from forked_ranks import Server
 from test_pretrain import arguments, logged, write_ds_config
 from test_resume import assert_same_bits, states
 
-from preprocess.errors import run_command
-from train import metrics
+from preprocess.errors import StopRequested, run_command
+from train import metrics, pipeline
 from train.checkpoint import check_checkpoint, find_checkpoint
+from train.config import PipelineConfig, parse
 
 STEPS = 6
 LIMIT = 2
@@ -559,3 +560,25 @@ def test_launched_the_runner_alone_is_stopped(launched):
     assert code == 75 and "the same command goes on from there" in output
     assert not processes_of(run_dir, "pretrain.py")
     assert find_checkpoint(run_dir, "must")
+
+
+def test_a_stopped_stage_is_not_taken_for_a_finished_one(tmp_path):
+    """The pipeline ends with 75 too, and the same command goes on with that stage."""
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "started, made = pathlib.Path('started'), pathlib.Path('made')\n"
+        "if started.exists():\n    made.touch()\n    sys.exit(0)\n"
+        "started.touch()\nsys.exit(75)\n".replace("Path('", f"Path('{tmp_path}/")
+    )
+    stage = pipeline.Step(
+        "stage", [str(script)], is_whole=(tmp_path / "made").exists,
+        outputs=[str(tmp_path / "started"), str(tmp_path / "made")],
+    )
+    options = parse(PipelineConfig, ["--recipe", "x", "--output_dir", str(tmp_path)])
+    with pytest.raises(StopRequested, match="step stage stopped on request") as stopped:
+        pipeline.run_steps([stage], pipeline.Journal(tmp_path), options)
+    assert stopped.value.exit_code == 75
+    assert pipeline.Journal(tmp_path).steps["stage"]["finished"] is None
+    pipeline.run_steps([stage], pipeline.Journal(tmp_path), options)
+    assert pipeline.Journal(tmp_path).steps["stage"]["finished"] and (tmp_path / "made").exists()
