@@ -373,7 +373,7 @@ def test_of_many_writers_one_writes(tmp_path):
     """Each holds the prefix a while; the others end with exit code 2."""
     def one_writer() -> None:
         with StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {}) as writer:
-            time.sleep(0.3)
+            time.sleep(3)  # until the last of them has been started, on a busy machine too
             writer.add_document([[os.getpid() % 65536] * 5])
 
     pids = [in_child(one_writer) for _ in range(6)]
