@@ -371,4 +371,5 @@ def test_two_ranks_do_what_one_does(
     for folder in ("classifier/seed_42/hf", "scorer/hf"):
         one, two = (load_file(place / folder / "model.safetensors") for place in (root, ranks))
         for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+            # Adam turns rounding of the smallest gradients into a share of the rate.
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=5e-5)
