@@ -225,6 +225,8 @@ class Campaign:
         log = Path(f"{run_dir}.committed")
         committed = [int(line) for line in log.read_text().split()] if log.exists() else []
         folder = run_dir / self.steps_dir
+        if (run_dir / "results.jsonl").exists():
+            return  # a seed that is finished has its checkpoints removed
         paths = [p for p in folder.glob("step_*") if p.name[5:].isdigit()]
         problems = [check_checkpoint(path) for path in paths]
         assert not any(problems), problems

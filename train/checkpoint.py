@@ -3,7 +3,7 @@
 How one is committed, so that a kill at any moment leaves the checkpoints before it whole:
 
 1. every rank writes its files to `checkpoints/step_N.tmp`;
-2. every rank brings its files to the disk (fsync) and takes their sha256 meanwhile;
+2. meanwhile it brings them to the disk (fsync) and takes their sha256;
 3. rank 0 gathers the digests, writes them as `manifest.json` and syncs the folder;
 4. it renames the folder to `step_N`: from here on it counts;
 5. it replaces `latest`, for people to read (loading looks at the folders), and only then removes
@@ -24,8 +24,11 @@ import os
 import platform
 import re
 import shutil
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -141,19 +144,23 @@ def save_checkpoint(
                 _remove_debris(folder)
                 temporary.mkdir(parents=True)
             ds.barrier()
-            written = ds.save_state(engine, temporary, {**client_state, "step": step})
-            shares = ds.gather_objects(_seal(temporary, written))
+            seals = _Seals(temporary)
+            ds.save_state(engine, temporary, {**client_state, "step": step}, seals.around)
+            shares = ds.gather_objects(seals.finish())
             if ds.is_main():
                 for name, content in (extras or {}).items():
                     (temporary / name).write_bytes(content)
                 files = {name: entry for share in shares for name, entry in share.items()}
                 # And what DeepSpeed writes without being asked, as its scripts.
-                others = [file for file in _files(temporary) if _name(temporary, file) not in files]
+                for file in _files(temporary):
+                    if _name(temporary, file) not in files:
+                        with seals.around(file):
+                            pass
                 manifest = {
                     "version": MANIFEST_VERSION, "step": step,
                     "world_size": ds.ranks().world_size, "engine": ds.describe(engine),
                     "identity": client_state.get("identity", {}),
-                    "files": files | _seal(temporary, others),
+                    "files": files | seals.finish(),
                 }
                 _commit(temporary, final, manifest)
     except Exception:
@@ -182,19 +189,56 @@ def _name(folder: Path, file: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
-def _seal(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
-    """Bring files to the disk; return size and sha256 of each by its name in `folder`."""
-    with ThreadPoolExecutor(1) as disk:  # it waits for the disk while this thread computes
-        pending = [disk.submit(_sync, path) for path in files]
-        digests = [file_sha256(path) for path in files]
-        for sync in pending:
-            sync.result()
-    for parent in {path.parent for path in files}:
-        _sync(parent)
-    return {
-        _name(folder, path): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, digests, strict=True)
-    }
+class _Seals:
+    """Size and sha256 of files, taken while they are written, and brought to the disk meanwhile.
+
+    Two threads follow each file, so that on a machine with a processor to spare a save takes
+    little longer than the disk does. Files must be written from beginning to end, as `torch.save`
+    does.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def around(self, path: Path) -> Iterator[None]:
+        """Follow what the block writes to `path`; a file that is there is taken as it is."""
+        path.touch()
+        done = threading.Event()
+        with ThreadPoolExecutor(2) as pool:
+            digest = pool.submit(_follow_with_sha256, path, done)
+            synced = pool.submit(_follow_with_fsync, path, done)
+            try:
+                yield
+            finally:
+                done.set()
+        synced.result()
+        size = path.stat().st_size
+        self._entries[_name(self._folder, path)] = {"bytes": size, "sha256": digest.result()}
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of the files, by name; their folders are on the disk too."""
+        for parent in {(self._folder / name).parent for name in self._entries}:
+            _sync(parent)
+        return self._entries
+
+
+def _follow_with_sha256(path: Path, done: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while True:
+            last = done.wait(0.01)
+            while block := stream.read(1 << 20):
+                digest.update(block)
+            if last:
+                return digest.hexdigest()
+
+
+def _follow_with_fsync(path: Path, done: threading.Event) -> None:
+    while not done.wait(0.1):
+        _sync(path)
+    _sync(path)
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:

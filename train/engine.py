@@ -19,8 +19,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -623,27 +623,28 @@ def describe(engine: Any) -> dict[str, Any]:
     }
 
 
-def save_state(engine: Any, folder: str | Path, client_state: dict[str, Any]) -> list[Path]:
+def save_state(
+    engine: Any, folder: str | Path, client_state: dict[str, Any],
+    seal: Callable[[Path], AbstractContextManager[None]],
+) -> None:
     """Write what `load_state` needs to go on bit for bit; collective.
 
     DeepSpeed's own `latest` file is not written: it may name a checkpoint that is not whole.
 
-    Returns:
-        The files that this rank wrote. Rank 0 may find more in the folder when all are done.
+    Args:
+        seal: entered around the writing of each file of this rank, from its first byte to its
+            last. What DeepSpeed writes besides (scripts, offloaded tensors) does not pass it.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    written = []
-
-    class NotingEngine(TorchCheckpointEngine):
+    class SealingEngine(TorchCheckpointEngine):
         """DeepSpeed's file writer; synchronous, whatever the JSON asks for."""
 
         def save(self, state_dict: Any, path: str) -> None:
-            with writing(path, _num_bytes(state_dict)):
+            with writing(path, _num_bytes(state_dict)), seal(Path(path)):
                 torch.save(state_dict, path)
-            written.append(Path(path))
 
-    engine.checkpoint_engine = NotingEngine()
+    engine.checkpoint_engine = SealingEngine()
     # The converter to other numbers of ranks asks for this entry.
     state = {**client_state, "universal_checkpoint_info": {}}
     engine.save_checkpoint(str(folder), tag="state", client_state=state, save_latest=False)
@@ -651,9 +652,8 @@ def save_state(engine: Any, folder: str | Path, client_state: dict[str, Any]) ->
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
     path = Path(folder) / GENERATORS.format(rank=ranks().rank)
-    with writing(path):
+    with writing(path), seal(path):
         torch.save(generators, path)
-    return [*written, path]
 
 
 def _num_bytes(state: Any) -> int:

@@ -295,6 +295,8 @@ def main(argv: list[str] | None = None) -> None:
         seed_dir = run_dir / f"seed_{seed}"
         if is_whole(seed_dir, rows.get(seed)):
             say(f"seed {seed}: finished already, test accuracy {rows[seed]['test_accuracy']:.4f}")
+            if is_main():
+                remove_resume_state(seed_dir)  # a kill may have come between
             continue
         rows[seed] = row = run_seed(inputs, seed, device)
         if is_main():

@@ -253,6 +253,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
+        if is_main():
+            remove_resume_state(run_dir)  # a kill may have come between
         return
     if config.resume == "must":
         find_checkpoint(run_dir, "must")
