@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -69,3 +69,15 @@ class MaskedLMHead:
                 )
             if tensor.device != hidden.device:
                 raise ValueError(f"head.{name} is on {tensor.device}, hidden on {hidden.device}")
+
+
+def take_gradients(ctx: Any) -> Any:
+    """What a forward pass formed for its backward pass, which scales it in place: once.
+
+    Raises:
+        RuntimeError: it has been taken.
+    """
+    if ctx.gradients is None:
+        raise RuntimeError("masked_lm_loss: backward runs once; compute the loss again")
+    gradients, ctx.gradients = ctx.gradients, None
+    return gradients

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from csrc import reference
-from csrc.head import MaskedLMHead
+from csrc.head import MaskedLMHead, take_gradients
 
 CHUNK_BYTES = 256 * 2**20  # of one buffer of logits
 TILE_COLUMNS = 512
@@ -77,14 +77,17 @@ class _DecoderLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        labels: torch.Tensor,
+        labels: torch.Tensor, with_gradients: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_rows, vocab = len(rows), len(weight)
         chunk_rows = max(1, min(num_rows, CHUNK_BYTES // (vocab * rows.element_size())))
         buffer = rows.new_empty(chunk_rows, vocab)
         losses, totals = rows.new_empty(num_rows, 1), rows.new_empty(num_rows, 1)
         hits = labels.new_zeros(())
-        want_rows, want_weight, want_bias, _ = ctx.needs_input_grad
+        # `needs_input_grad` is true of a parameter under `no_grad` as well.
+        want_rows, want_weight, want_bias = (
+            need and with_gradients for need in ctx.needs_input_grad[:3]
+        )
         grad_rows = torch.empty_like(rows) if want_rows else None
         grad_weight = torch.empty_like(weight) if want_weight else None
         grad_bias = torch.zeros_like(bias) if bias is not None and want_bias else None
@@ -112,11 +115,9 @@ class _DecoderLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("masked_lm_loss: backward runs once; compute the loss again")
-        gradients, ctx.gradients = ctx.gradients, None
         # In place: a second V x D tensor would cost more time than the product.
-        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None
+        scaled = (None if g is None else g.mul_(grad_loss) for g in take_gradients(ctx))
+        return *scaled, None, None
 
 
 def masked_lm_loss(
@@ -138,6 +139,7 @@ def masked_lm_loss(
     masked_positions, masked_labels = reference.drop_padding(masked_positions, masked_labels)
     rows = reference.transform(hidden.flatten(0, -2).index_select(0, masked_positions), head)
     loss_sum, hits = _DecoderLoss.apply(
-        rows.contiguous(), head.decoder_weight, head.decoder_bias, masked_labels.long()
+        rows.contiguous(), head.decoder_weight, head.decoder_bias, masked_labels.long(),
+        torch.is_grad_enabled(),
     )
     return loss_sum, hits

@@ -35,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc.head import MaskedLMHead
+from csrc.head import MaskedLMHead, take_gradients
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 4096  # a row of the layer norm lies in the registers of one program
@@ -554,9 +554,7 @@ class _MaskedLMLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("masked_lm_loss: backward runs once; compute the loss again")
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients = take_gradients(ctx)
         scaled = {}
         if "hidden" in gradients:
             rows = gradients.pop("hidden")

@@ -70,8 +70,9 @@ _NPY_HEADER_BYTES = 128  # what numpy itself takes for one axis
 # --------------------------------------------------------------------------- small atomic writes
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -124,7 +125,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def append_bytes(path: str | Path, data: bytes) -> None:
@@ -554,9 +555,9 @@ class StoreWriter:
             os.replace(_temporary(path), path)
         for path in arrays:
             _publish_array(path)
-        _sync_folder(self._json.parent)
+        sync(self._json.parent)
         os.replace(_temporary(self._json), self._json)
-        _sync_folder(self._json.parent)
+        sync(self._json.parent)
 
     def abort(self) -> None:
         """Remove what was written and give up the prefix; what was there before stays."""
@@ -1006,7 +1007,7 @@ def write_array(
         for staged in (path, _json_of(path)):
             _temporary(staged).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
     return path
 
 

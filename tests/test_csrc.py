@@ -379,6 +379,18 @@ def test_only_what_is_wanted_is_computed(implementation):
         torch.testing.assert_close(wanted.grad.double(), whole[2][name])
 
 
+def test_an_evaluation_forms_no_gradients():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch, flops = make_batch((3, 8, 16), [0, 5, 7], 37), {}
+    head = cast(make_head(16, 37), torch.float32, "cpu")
+    for name in ("reference", "chunked"):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            csrc.masked_lm_loss(batch[0].float(), *batch[1:], head, name)
+        flops[name] = counter.get_total_flops()
+    assert 0 < flops["chunked"] <= flops["reference"]
+
+
 @pytest.mark.parametrize("implementation", ["chunked", "triton"])
 def test_a_second_backward_pass_is_refused(implementation):
     hidden, positions, labels = make_batch((3, 8, 16), [0, 5], 37)

@@ -193,6 +193,17 @@ def make_bare_step(
 # ----------------------------------------------------------------------------------- measuring
 
 
+def turns(names: list[str], rounds: int) -> Iterator[str]:
+    """Whose turn it is: every name once a round, each round begun by another one."""
+    progress = metrics.Progress(rounds * len(names), "turn", len(names), label="benchmark")
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            yield name
+            progress.update(1, name)
+    progress.close()
+
+
 def _resident_gib() -> float:
     return torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
 
@@ -258,17 +269,11 @@ def measure(inputs: Inputs) -> dict[str, Measured]:
 
     names = [BARE, *inputs.maskings]
     measured = {name: Measured() for name in names}
-    progress = metrics.Progress(config.rounds * len(names), "turn", len(names), label="benchmark")
-    for number in range(config.rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            step, foreign = (
-                (lambda _: bare_step(), engine_gib) if name == BARE
-                else (loop_step, bare_gib)
-            )
-            take_turn(inputs, measured[name], batches[name], step, foreign)
-            progress.update(1, name)
-    progress.close()
+    for name in turns(names, config.rounds):
+        step, foreign = (
+            (lambda _: bare_step(), engine_gib) if name == BARE else (loop_step, bare_gib)
+        )
+        take_turn(inputs, measured[name], batches[name], step, foreign)
     for name in names:
         everyone = ds.gather_objects(measured[name])
         # A step is over when the slowest rank has ended it.
@@ -331,15 +336,9 @@ def measure_whole_step(inputs: Inputs) -> dict[str, list[list[float]]]:
     for call in passes.values():
         for _ in range(config.warmup_steps):
             seconds(call)
-    names = list(passes)
-    times: dict[str, list[list[float]]] = {name: [] for name in names}
-    progress = metrics.Progress(config.rounds * len(names), "turn", len(names), label="benchmark")
-    for number in range(config.rounds):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
-            times[name].append([seconds(passes[name]) for _ in range(config.timed_steps)])
-            progress.update(1, name)
-    progress.close()
+    times: dict[str, list[list[float]]] = {name: [] for name in passes}
+    for name in turns(list(passes), config.rounds):
+        times[name].append([seconds(passes[name]) for _ in range(config.timed_steps)])
     return times
 
 

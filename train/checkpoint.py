@@ -36,7 +36,7 @@ from typing import Any
 import yaml
 
 from preprocess.errors import ConfigError, DataError, writing
-from preprocess.store import atomic_write_bytes, atomic_write_json, file_sha256, seal
+from preprocess.store import atomic_write_bytes, atomic_write_json, file_sha256, seal, sync
 from train import engine as ds
 from train.config import TrainingConfig, as_dict, command_line
 from train.metrics import say
@@ -172,15 +172,6 @@ def save_checkpoint(
     return final
 
 
-def _sync(path: Path) -> None:
-    """Bring a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -220,7 +211,7 @@ class _Seals:
     def finish(self) -> dict[str, dict[str, Any]]:
         """What the manifest says of the files, by name; their folders are on the disk too."""
         for parent in {(self._folder / name).parent for name in self._entries}:
-            _sync(parent)
+            sync(parent)
         return self._entries
 
 
@@ -237,8 +228,8 @@ def _follow_with_sha256(path: Path, done: threading.Event) -> str:
 
 def _follow_with_fsync(path: Path, done: threading.Event) -> None:
     while not done.wait(0.1):
-        _sync(path)
-    _sync(path)
+        sync(path)
+    sync(path)
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -249,7 +240,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
         # another one only if that was passed over.
         os.rename(final, final.with_name(f"{final.name}.old.tmp"))
     os.rename(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     atomic_write_bytes(final.parent.parent / "latest", f"{final.name}\n".encode())
 
 

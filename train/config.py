@@ -375,6 +375,13 @@ class PipelineConfig:
             )
 
 
+class OneLineMistakes:
+    """Makes a parser of argparse say a mistake in one line, instead of all flags on every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists the options")
+
+
 ConfigClass = TypeVar("ConfigClass", bound=Any)
 
 
@@ -386,11 +393,8 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
     """
     from transformers.hf_argparser import HfArgumentParser
 
-    class Parser(HfArgumentParser):
-        """Says a mistake in one line, on one rank, instead of all flags on every rank."""
-
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"{message}; --help lists the options")
+    class Parser(OneLineMistakes, HfArgumentParser):
+        pass
 
     description = (config_class.__doc__ or "").split("\n")[0]
     as_type: Any = config_class

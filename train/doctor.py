@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
 
 from preprocess.errors import ConfigError, run_command
+from train.config import OneLineMistakes
 from train.metrics import say
 
 SETUP = Path(__file__).resolve().parent.parent / "setup.cfg"
@@ -382,9 +382,8 @@ def examine(output_dir: Path) -> list[Finding]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"{message}; --help lists the options")
+    class Parser(OneLineMistakes, argparse.ArgumentParser):
+        pass
 
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)

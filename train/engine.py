@@ -693,17 +693,17 @@ def load_state(engine: Any, folder: str | Path, world_size: int) -> dict[str, An
     """
     here = ranks()
     folder = Path(folder)
+    same = world_size == here.world_size
     with _safe_torch_load(engine):
-        if world_size == here.world_size or not engine.zero_optimization():
+        if same or not engine.zero_optimization():
             # Without ZeRO every rank has every state.
             loaded, client_state = engine.load_checkpoint(str(folder), tag="state")
             assert loaded is not None, f"{folder}: DeepSpeed loaded nothing"
         else:
             client_state = _load_converted(engine, folder)
-    same = world_size == here.world_size
-    path = folder / GENERATORS.format(rank=here.rank if same else 0)
-    with _safe_torch_load(engine):
-        generators = torch.load(path, weights_only=True)
+        generators = torch.load(
+            folder / GENERATORS.format(rank=here.rank if same else 0), weights_only=True
+        )
     torch.set_rng_state(generators["cpu"])
     if torch.cuda.is_available() and "cuda" in generators:
         torch.cuda.set_rng_state(generators["cuda"])

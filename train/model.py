@@ -55,6 +55,10 @@ class Queries(NamedTuple):
     table: torch.Tensor
     places: torch.Tensor
 
+    def of(self, states: torch.Tensor) -> torch.Tensor:
+        """The states of the queries, `(B, S, D)` to `(C, D)`."""
+        return states.flatten(0, 1).index_select(0, self.slots)
+
 
 def find_queries(
     masked_positions: torch.Tensor, num_rows: int, num_slots: int, most: int | None = None
@@ -111,7 +115,7 @@ def _bert_last_layer(
     layer: Any, hidden: torch.Tensor, mask: torch.Tensor, queries: Queries, **_: Any
 ) -> torch.Tensor:
     attention = layer.attention.self
-    rows = hidden.flatten(0, 1).index_select(0, queries.slots)
+    rows = queries.of(hidden)
     context = _attend(
         queries, attention.query(rows), attention.key(hidden), attention.value(hidden), mask,
         attention.num_attention_heads, attention.dropout.p if layer.training else 0.0,
@@ -124,7 +128,7 @@ def _distilbert_last_layer(
     layer: Any, hidden: torch.Tensor, mask: torch.Tensor, queries: Queries, **_: Any
 ) -> torch.Tensor:
     attention = layer.attention
-    rows = hidden.flatten(0, 1).index_select(0, queries.slots)
+    rows = queries.of(hidden)
     context = _attend(
         queries, attention.q_lin(rows), attention.k_lin(hidden), attention.v_lin(hidden), mask,
         attention.n_heads, attention.dropout.p if layer.training else 0.0,
@@ -149,13 +153,10 @@ def _modernbert_last_layer(
     weight, bias = attention.Wqkv.weight, attention.Wqkv.bias
     bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
     normed = layer.attn_norm(hidden)
-    query = functional.linear(
-        normed.flatten(0, 1).index_select(0, queries.slots), weight[:width], bias_q
-    )
+    query = functional.linear(queries.of(normed), weight[:width], bias_q)
     key, value = functional.linear(normed, weight[width:], bias_kv).chunk(2, dim=-1)
     cos, sin = position_embeddings
-    at = [part.expand(*hidden.shape[:2], -1).flatten(0, 1).index_select(0, queries.slots)
-          for part in (cos, sin)]
+    at = [queries.of(part.expand(*hidden.shape[:2], -1)) for part in (cos, sin)]
 
     def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         by_head = states.unflatten(-1, (-1, attention.head_dim))
@@ -165,7 +166,7 @@ def _modernbert_last_layer(
         queries, rotated(query, *at), rotated(key, cos, sin), value, mask,
         width // attention.head_dim, attention.attention_dropout if layer.training else 0.0,
     )
-    rows = hidden.flatten(0, 1).index_select(0, queries.slots)
+    rows = queries.of(hidden)
     rows = rows + attention.out_drop(attention.Wo(context))
     return rows + layer.mlp(layer.mlp_norm(rows))
 
