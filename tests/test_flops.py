@@ -1,0 +1,55 @@
+"""The useful arithmetic of a step: by hand, and against PyTorch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from train import flops, model
+
+
+def masked_lm(name: str) -> model.PackedMaskedLM:
+    with torch.device("meta"):
+        return model.build_masked_lm(model.named_config(name, 30522, 0), 0)
+
+
+def test_bert_base_by_hand():
+    # 12 layers of 12 x 768^2 weights and 2 x 128 x 768 of attention; the head 768^2 + 768 x 30522.
+    counted = flops.count_flops(masked_lm("bert-base"), 128)
+    assert counted.per_token == 6 * 12 * (12 * 768**2 + 2 * 128 * 768)
+    assert counted.per_masked_token == 6 * (768**2 + 768 * 30522)
+    assert counted.of(1, 0.15) == pytest.approx(545.4e6, rel=1e-3)
+
+
+def test_agrees_with_pytorchs_count_of_a_whole_step():
+    torch.manual_seed(0)
+    config = model.named_config("bert-tiny", 500, 0)
+    module = model.build_masked_lm(config, 0)
+    module.last_layer_subset = False
+    module.head_implementation = "reference"
+    rows, slots, masked = 2, 64, 20
+    places = torch.arange(slots).expand(rows, slots)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = module(
+            torch.randint(5, 500, (rows, slots)), places, torch.zeros_like(places),
+            torch.arange(masked), torch.randint(5, 500, (masked,)),
+        )
+        loss.backward()
+    ours = flops.count_flops(module, slots).of(rows * slots, masked)
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.02)
+
+
+def test_peak_of_a_cpu_is_measured():
+    peak = flops.peak_flops(torch.device("cpu"), "fp32")
+    assert peak.flops_per_second > 1e8
+    assert "1024" in peak.source
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4", 312e12)],
+)
+def test_peak_of_a_known_gpu_is_its_data_sheets(monkeypatch, name, rate):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert flops.peak_flops(torch.device("cuda"), "bf16").flops_per_second == rate
