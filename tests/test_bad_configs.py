@@ -138,6 +138,8 @@ JSONS = {
     "nvme-nowhere": (offload("offload_param", 3, device="nvme"), "needs stage 3 and nvme_path"),
     "warmup-long": (warmup(warmup_num_steps=90, total_num_steps=9), "warmup_num_steps 90 is more "
                                                                     "than total_num_steps 9"),
+    "total-short": (warmup(warmup_num_steps=2, total_num_steps=3), "total_num_steps 3 in the "
+                    "DeepSpeed JSON ends the schedule before the 4 steps of this run"),
     "warmup-upside": (warmup(warmup_min_lr=1, warmup_max_lr=1e-3), "warmup_min_lr 1 is more than"),
     "accumulate-dtype": ({"data_types": {"grad_accum_dtype": "bf16"}}, "it must be 'fp32'"),
     "param-dtype": ({"data_types": {"param_dtype": "bf16"}}, "the run is in fp32"),

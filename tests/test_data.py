@@ -630,9 +630,9 @@ def test_b1_mask_indices_of_shards(sharded_store, tmp_path):
     generator = np.random.default_rng(9)
     masking = some_index(sharded_store, generator)
     for shard, positions in zip(sharded_store.shards, masking.index, strict=True):
-        write_array(shard, "b1", "mask", positions, {"strategy": "by hand"})
+        write_array(shard, "b1", "mask", positions, {"options": {"strategy": "by hand"}})
     opened = data.prebuilt_masking(sharded_store, "b1")
-    assert opened.info["strategy"] == "by hand"
+    assert opened.strategy == "by hand"
     table = table_of(sharded_store)
     packed = PackedData(sharded_store, table, opened, seed=0, micro_batch_size=table.num_rows)
     labels = [label for label, _ in masked_tokens_of_epoch(packed, 0).values()]
@@ -641,6 +641,18 @@ def test_b1_mask_indices_of_shards(sharded_store, tmp_path):
         for shard, positions in zip(sharded_store.shards, masking.index, strict=True)
     ])
     assert sorted(labels) == sorted(expected.tolist())
+
+
+def test_an_index_is_another_one_if_any_shard_differs(sharded_store):
+    generator = np.random.default_rng(9)
+    index = some_index(sharded_store, generator).index
+    fingerprints = set()
+    for changed in (None, *range(len(index))):
+        for number, (shard, positions) in enumerate(zip(sharded_store.shards, index, strict=True)):
+            less = positions[1:] if number == changed else positions
+            write_array(shard, "changed", "mask", less, {"options": {}})
+        fingerprints.add(data.prebuilt_masking(sharded_store, "changed").fingerprint)
+    assert len(fingerprints) == 1 + sum(len(positions) > 0 for positions in index)
 
 
 def test_b2_no_row_is_empty(sharded_store):

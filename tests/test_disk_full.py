@@ -468,8 +468,7 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
         undo()
         disk.free()
         assert code == 3 and said.count("\n") == 1 and where in said, (name, code, said)
-        if where:
-            check_sentence(said.strip(), disk.folder)
+        check_sentence(said.strip(), disk.folder)
         after = disk.tree()
         changed = {path for path, data in before.items() if after.get(path, b"") != data}
         # The time of the last start, the log of steps that are made again, and seconds of training.
@@ -492,8 +491,8 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
         *((f"checkpoint, {left} bytes left", checkpoint, "save_checkpoint", 2, left, "step_2")
           for left in (0, 20 * PAGE, 50 * PAGE)),
         ("pointer", checkpoint, "_commit", 2, 0, "step_2"),
-        ("export", pretrain, "export", 1, 0, ""),
-        ("export, nearly", pretrain, "export", 1, 20 * PAGE, ""),
+        ("export", pretrain, "export", 1, 0, "/run/hf: "),
+        ("export, nearly", pretrain, "export", 1, 20 * PAGE, "/run/hf: "),
     ]
     for name, owner, function, call, left, where in cases:
         tested(name, train, wrap(owner, function, call, disk, left), where)
@@ -518,7 +517,7 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
 
     engine_finish, finetune.finish = finetune.finish, lambda: None
     for name, owner, function, call, where in (
-        ("model of the second seed", finetune, "save_hf", 1, ""),
+        ("model of the second seed", finetune, "save_hf", 1, "/seed_2/hf: "),
         ("predictions", finetune, "write_lines", 1, "predictions.jsonl"),
         ("results", finetune, "write_lines", 2, "results.jsonl"),
         ("scalars", supervised.MetricsWriter, "scalars", 1, "/tuned/seed_2/"),

@@ -213,7 +213,7 @@ def test_what_the_json_says_stays():
     raw = {
         "optimizer": {"type": "Adam", "params": {"lr": 5e-5, "weight_decay": 0.1}},
         "scheduler": {"type": "WarmupDecayLR", "params": {
-            "warmup_num_steps": 7, "total_num_steps": 50, "warmup_max_lr": 5e-5,
+            "warmup_num_steps": 7, "total_num_steps": 500, "warmup_max_lr": 5e-5,
             "warmup_type": "log",
         }},
         "gradient_clipping": 0.25, "train_batch_size": 12, "steps_per_print": 5,

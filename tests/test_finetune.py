@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -438,6 +439,34 @@ def test_results_of_other_data_are_not_mixed(tmp_path):
     )
     with pytest.raises(ConfigError, match="weights w1, and this run has w2"):
         finetune.check_resume(inputs, tmp_path, rows)
+
+
+def test_a_run_of_seeds_keeps_its_texts_and_its_tokenizer(
+    tmp_path, labelled_files, tiny_encoder, tiny_tokenizer
+):
+    shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    for name, file in labelled_files.items():
+        shutil.copy(file, tmp_path / f"{name}.csv")
+
+    def identity() -> dict:
+        return finetune.read_inputs(FinetuneConfig(
+            task="custom", train_file=str(tmp_path / "train.csv"),
+            test_file=str(tmp_path / "test.csv"), max_seq_length=32,
+            model_name_or_path=str(tmp_path / "encoder"), output_dir=str(tmp_path / "run"),
+        )).identity
+
+    before = identity()
+    assert identity() == before
+    # The same items, labels and weights; one word of one text is another.
+    content = (tmp_path / "test.csv").read_text()
+    (tmp_path / "test.csv").write_text(content.replace(" the ", " a ", 1))
+    texts = identity()
+    assert {key for key in before if before[key] != texts[key]} >= {"tokens"}
+    tokenizer = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["good"], vocabulary["bad"] = vocabulary["bad"], vocabulary["good"]
+    (tmp_path / "encoder" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert {key for key in texts if texts[key] != identity()[key]} == {"tokens"}
 
 
 def test_b5_a_seed_counts_as_finished_only_with_row_model_and_predictions(tmp_path):

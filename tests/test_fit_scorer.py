@@ -29,6 +29,19 @@ def write_annotations(prefix, tokenizer, documents, importance) -> TokenStore:
     return store
 
 
+def test_other_tokens_or_importance_are_other_annotations(tmp_path, tiny_tokenizer):
+    found = {
+        fit_scorer.annotation_digest(
+            write_annotations(tmp_path / str(number), tiny_tokenizer, documents, importance)
+        )
+        for number, (documents, importance) in enumerate([
+            ([[[10, 11]]], [0, 1]), ([[[10, 12]]], [0, 1]), ([[[10, 11]]], [1, 0]),
+            ([[[10], [11]]], [0, 1]), ([[[10, 11]]], [0, 1]),
+        ])
+    }
+    assert len(found) == 4
+
+
 def test_only_annotated_sentences_become_examples(tmp_path, tiny_tokenizer):
     store = write_annotations(
         tmp_path / "a", tiny_tokenizer,

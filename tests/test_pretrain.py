@@ -298,7 +298,8 @@ def test_prebuilt_index_and_the_same_evaluation(tmp_path, reviews_store, still_e
     prefix = str(folder / Path(reviews_store).name)
     store = TokenStore.open(prefix)
     positions = np.arange(0, store.num_tokens, 9, dtype=np.uint32)
-    write_array(store.shards[0], "every9", "mask", positions, {"strategy": "selective"})
+    options = {"strategy": "selective"}
+    write_array(store.shards[0], "every9", "mask", positions, {"options": options})
     run_dir = pretrained(
         prefix, still_encoder, tmp_path / "run", mask_index="every9", eval_mask_index=["every9"]
     )

@@ -29,7 +29,7 @@ import torch
 
 from preprocess import masks
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import TokenStore, atomic_write_bytes, open_array
+from preprocess.store import TokenStore, atomic_write_bytes, fingerprint_text, open_array
 
 ROW_TABLE_VERSION = 1
 OPEN_ROWS = 32  # rows that are being filled at once; more of them waste less and cost more time
@@ -127,14 +127,16 @@ class Masking:
         index: mask positions of each shard, `(m,)` uint32 ascending, or None to draw.
         rate: mask rate of a drawn strategy.
         words: table for `whole_word`.
-        info: what the index's json says.
+        strategy: by which the index was built.
+        fingerprint: of the index, over all shards.
     """
 
     name: str
     index: list[np.ndarray] | None = None
     rate: float = 0.0
     words: masks.WordTable | None = None
-    info: dict[str, Any] | None = None
+    strategy: str | None = None
+    fingerprint: str | None = None
 
 
 def drawn_masking(store: TokenStore, name: str, rate: float) -> Masking:
@@ -163,14 +165,15 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
     Raises:
         DataError: absent, made for another store, or without a single position.
     """
-    index: list[np.ndarray] = []
-    info: dict[str, Any] = {}
-    for shard in store.shards:
-        positions, info = open_array(shard, name, "mask")
-        index.append(positions)
+    opened = [open_array(shard, name, "mask") for shard in store.shards]
+    index, infos = [positions for positions, _ in opened], [info for _, info in opened]
     if not any(len(positions) for positions in index):
         raise DataError(f"{store.prefix}: mask index {name} masks nothing; build another")
-    return Masking(name, index=index, info=info)
+    options = infos[0].get("options") or {}
+    return Masking(
+        name, index=index, strategy=options.get("strategy"),
+        fingerprint=fingerprint_text(*(info["sha256"] for info in infos)),
+    )
 
 
 # ------------------------------------------------------------------------------- the row table

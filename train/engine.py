@@ -258,9 +258,16 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
         schedule.setdefault("warmup_min_lr", 0)
         # The schedule's peak is what trains; the optimizer's lr only says it once more.
         _settle(schedule, "warmup_max_lr", "learning_rate", options.learning_rate, learning_rate)
-    if scheduler["type"] != "WarmupLR" and schedule.get("total_num_steps", "auto") == "auto":
+    if scheduler["type"] == "WarmupLR":
+        return
+    if schedule.get("total_num_steps", "auto") == "auto":
         # One more than there are, so that the last step still has a rate above 0.
         schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"]) + 1
+    elif schedule["total_num_steps"] < total_steps:
+        raise ConfigError(
+            f"total_num_steps {schedule['total_num_steps']} in the DeepSpeed JSON ends the "
+            f'schedule before the {total_steps} steps of this run; write "auto" there'
+        )
 
 
 def supported_precisions() -> dict[str, bool]:

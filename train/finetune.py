@@ -123,6 +123,10 @@ def read_inputs(config: FinetuneConfig) -> Inputs:
     identity = {
         "task": task.name,
         "examples": identity_digest([[e.item, e.label] for name in SPLITS for e in splits[name]]),
+        # Of the texts and of the tokenizer that read them.
+        "tokens": identity_digest(
+            [ids.tolist() for name in SPLITS for ids in encoded[name].input_ids]
+        ),
         "weights": weights_fingerprint(local_checkpoint(config.model_name_or_path), hf_config),
         "max_seq_length": config.max_seq_length,
         "num_train_epochs": config.num_train_epochs,

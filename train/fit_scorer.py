@@ -119,8 +119,9 @@ def read_annotations(store: TokenStore, limit: int) -> Annotated:
 
 
 def annotation_digest(store: TokenStore) -> str:
-    """Name the annotations: the sha256 of each shard's importance array."""
-    return identity_digest([open_array(s, "", "importance")[1]["sha256"] for s in store.shards])
+    """Name the annotations: the store with its tokenizer, and each shard's importance array."""
+    arrays = [open_array(shard, "", "importance")[1]["sha256"] for shard in store.shards]
+    return identity_digest([store.fingerprint, *arrays])
 
 
 def choose_dev(text_keys: np.ndarray, fraction: float) -> np.ndarray:

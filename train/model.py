@@ -24,8 +24,8 @@ from torch.nn import functional
 
 import csrc
 from preprocess.corpus import resolve_path
-from preprocess.errors import ConfigError, DataError
-from preprocess.store import TokenStore, file_sha256, fingerprint_text
+from preprocess.errors import ConfigError, DataError, writing
+from preprocess.store import TokenStore, file_sha256, fingerprint_text, sync
 from train.metrics import say
 
 # Layers, hidden size and heads of the published BERT sizes (Turc et al. 2019; Devlin et al. 2019).
@@ -688,19 +688,22 @@ def save_hf(
         carried: tensors added to the weights.
     """
     out = Path(out_dir)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        hf_model.save_pretrained(temporary, state_dict={**state, **(carried or {})})
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(_model_card(stages, out.name))
-        (temporary / "lineage.json").write_text(json.dumps({"stages": stages}, indent=2) + "\n")
-        for file in temporary.iterdir():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-        temporary.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    weights = {**state, **(carried or {})}
+    with writing(out, sum(tensor.nbytes for tensor in weights.values())):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            hf_model.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(_model_card(stages, out.name))
+            lineage = json.dumps({"stages": stages}, indent=2) + "\n"
+            (temporary / "lineage.json").write_text(lineage)
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)
+            temporary.chmod(0o755)
+            if out.exists():
+                shutil.rmtree(out)
+            os.rename(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync(out.parent)

@@ -81,7 +81,7 @@ def read_inputs(config: PretrainConfig) -> Inputs:
     identity = {
         "store": store.fingerprint,
         "masking": masking.name,
-        "mask_index": checkpoint.identity_digest(masking.info) if masking.info else None,
+        "mask_index": masking.fingerprint,
         "mask_rate": masking.rate,
         "seed": config.seed,
         "max_seq_length": config.max_seq_length,
@@ -217,7 +217,7 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: Inputs, totals: To
     stage = {
         "stage": "pretrain",
         "masking": inputs.masking.name,
-        "mask_strategy": (inputs.masking.info or {}).get("strategy", inputs.masking.name),
+        "mask_strategy": inputs.masking.strategy or inputs.masking.name,
         "steps": totals.step,
         "tokens": totals.tokens,
         "masked_tokens": totals.masked_tokens,
