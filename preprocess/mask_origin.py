@@ -1,4 +1,4 @@
-"""How a mask index was made, in sentences: read off the JSON beside it and those behind it.
+"""How a mask index was made, in words: read off the JSON beside it and those behind it.
 
 index -> the scores or index that it was chosen by -> the scorer's run -> its annotation. What is
 not there any more, or was made anew since, is said; nothing here is an error.
@@ -31,46 +31,51 @@ RULES = {
 
 @dataclass(frozen=True)
 class Origin:
-    """sentences: how the index was made. scores: name of the scores it was chosen by, if whole."""
+    """paragraphs: of each index and scores, by name, how it was made; what it was made from comes
+    later. scores: name of the scores that the index was chosen by, if they are whole.
+    """
 
-    sentences: list[str]
+    paragraphs: dict[str, str]
     scores: str | None
 
 
 def explain(store: TokenStore, name: str) -> Origin:
     """Say how an index was made; through `random_matched`, how the matched one was."""
-    sentences: list[str] = []
-    scores, seen = None, set()
+    paragraphs: dict[str, str] = {}
     current: str | None = name
-    while current is not None and current not in seen:
-        seen.add(current)
-        options = _options(store, current)
-        strategy = str(options.get("strategy"))
-        rate = options.get("mlm_probability")
-        texts = {
-            "rate": f"{100 * rate:g} %" if isinstance(rate, (int, float)) else "a share",
-            "seed": options.get("seed"),
-            "scores": _name_of(options.get("scores")),
-            "match": _name_of(options.get("match")),
-        }
-        rule = RULES.get(strategy, "Not recorded how.").format(**texts)
-        sentences.append(f"{current} ({strategy}): {rule}")
-        scores = texts["scores"] if options.get("scores") else None
-        current = texts["match"] if options.get("match") else None
-        for kind, behind in (("scores", scores), ("mask", current)):
-            if behind and not _is_same(store, behind, kind, options):
-                sentences.append(f"{behind} is gone, or was made anew since.")
-                return Origin(sentences, None)
-    if scores:
-        sentences += _explain_scores(store, scores)
-    return Origin(sentences, scores)
+    while current is not None and current not in paragraphs:
+        infos = [open_array(shard, current, "mask")[1] for shard in store.shards]
+        options = infos[0].get("options")  # all shards share them
+        options = options if isinstance(options, dict) else {}
+        masked = sum(info["count"] for info in infos)
+        paragraphs[current] = f"{_explain_rule(options)} {masked:,} of {store.num_tokens:,} tokens."
+        current = None
+        for kind, key in (("scores", "scores"), ("mask", "match")):
+            if key not in options:
+                continue
+            behind = _name_of(options[key])
+            if not _is_same(store, behind, kind, str(options[key])):
+                paragraphs[behind] = "Gone, or made anew since."
+            elif kind == "mask":
+                current = behind
+            else:
+                paragraphs[behind] = " ".join(_explain_scores(store, behind))
+                return Origin(paragraphs, behind)
+    return Origin(paragraphs, None)
 
 
-def _options(store: TokenStore, name: str) -> dict[str, Any]:
-    """The options of an index: those of its first shard, which all of them share."""
-    info = open_array(store.shards[0], name, "mask")[1]
-    options = info.get("options")
-    return options if isinstance(options, dict) else {}
+def _explain_rule(options: dict[str, Any]) -> str:
+    strategy = str(options.get("strategy"))
+    if strategy not in RULES:
+        return "Its file does not say how it was made."
+    rate = options.get("mlm_probability")
+    rule = RULES[strategy].format(
+        rate=f"{100 * rate:g} %" if isinstance(rate, (int, float)) else "a share",
+        seed=options.get("seed"),
+        scores=_name_of(options.get("scores")),
+        match=_name_of(options.get("match")),
+    )
+    return f"{strategy}. {rule}"
 
 
 def _name_of(recorded: Any) -> str:
@@ -78,9 +83,8 @@ def _name_of(recorded: Any) -> str:
     return str(recorded).partition(" ")[0]
 
 
-def _is_same(store: TokenStore, name: str, kind: str, options: dict[str, Any]) -> bool:
+def _is_same(store: TokenStore, name: str, kind: str, recorded: str) -> bool:
     """Whether an array that was read is still there, with the content that it had."""
-    recorded = str(options.get("scores" if kind == "scores" else "match"))
     try:
         infos = [open_array(shard, name, kind)[1] for shard in store.shards]
     except DataError:
@@ -94,9 +98,9 @@ def _explain_scores(store: TokenStore, name: str) -> list[str]:
     fingerprint = str(info.get("model_fingerprint") or "not recorded")
     file = array_path(store.shards[0], name, "scores").name
     if not made_by:
-        return [f"{name}: scores of an unknown scorer, in {file}."]
+        return [f"Scores of an unknown scorer, in {file}."]
     sentences = [
-        f"{name}: log-odds that a token is important, given by the scorer {made_by} (fingerprint "
+        f"Log-odds that a token is important, given by the scorer {made_by} (fingerprint "
         f"{fingerprint[:16]})."
     ]
     run = Path(made_by).parent
@@ -106,9 +110,8 @@ def _explain_scores(store: TokenStore, name: str) -> list[str]:
         return [*sentences, "What it learned from is not known here: that folder is gone."]
     if file_sha256(weights[0]) != fingerprint:
         return [*sentences, "The scorer in that folder was fitted anew since."]
-    found = [results.get(key) for key in ("precision", "recall")]
-    if all(isinstance(value, float) for value in found):
-        precision, recall = found
+    precision, recall = results.get("precision"), results.get("recall")
+    if isinstance(precision, float) and isinstance(recall, float):
         sentences.append(
             f"On annotated texts kept aside, {100 * precision:.0f} % of what it calls important "
             f"is, and it finds {100 * recall:.0f} % of what is."

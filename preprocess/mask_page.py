@@ -21,16 +21,17 @@ body { font: 17px/1.75 Georgia, "Times New Roman", serif; max-width: 62em; margi
 h1, h2, h3, th, nav, small, .note, .legend { font-family: system-ui, sans-serif; }
 h1 { font-size: 1.5em; line-height: 1.25; } h2 { font-size: 1.2em; margin: 2em 0 .5em; }
 h3 { font-size: 1em; margin: 1.5em 0 .25em; }
-p { margin: .4em 0; } small, .note { color: #444; font-size: .8em; }
+p { margin: .4em 0; } small, .note { color: #444; font-size: .8em; } small { white-space: nowrap; }
 .note { margin: .3em 0; max-width: 50em; line-height: 1.45; }
 .legend { border: 1px solid #888; padding: .4em .8em; margin: 1em 0; background: #fff; }
-.legend span.k { display: inline-block; margin-right: 1.5em; }
+.legend .k { display: inline-block; margin-right: 1.5em; }
+.legend .k > * { margin-right: .5em; display: inline-block; line-height: 1.3; }
 mark { color: inherit; background: none; }
 .l1, .l2, .l3 { text-decoration: underline; text-underline-offset: 3px; }
 .l1 { background: #fdf3dc; text-decoration-style: dotted; text-decoration-thickness: 1px; }
 .l2 { background: #fbd9a0; text-decoration-thickness: 1px; }
 .l3 { background: #f2ab4b; text-decoration-thickness: 3px; }
-.m { border: 2px solid #000; border-radius: 3px; padding: 0 1px; }
+.m { border: 2px solid #000; border-radius: 3px; padding: 0 1px 2px; }
 .b { border: 4px double #000; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; column-gap: 1.5em; }
 .pair > * { min-width: 0; border-top: 1px solid #ddd; padding: .3em 0; margin: 0; }
@@ -38,14 +39,14 @@ mark { color: inherit; background: none; }
 .pair p::before { content: none; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .3em 0;
   font: .8em/1.5 system-ui, sans-serif; }
-th, td { border-bottom: 1px solid #bbb; padding: .1em .7em; text-align: right; white-space: nowrap;
+th, td { border-bottom: 1px solid #bbb; padding: .1em .6em; text-align: right; white-space: nowrap;
   vertical-align: top; }
-th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 i { display: inline-block; height: .7em; background: #555; border: 1px solid #000;
   box-sizing: border-box; }
-.bar { display: inline-block; width: 6em; text-align: left; margin-left: .5em; }
-.types { display: grid; grid-template-columns: repeat(auto-fit, minmax(19em, 1fr)); gap: 0 1.5em; }
+.bar { display: inline-block; width: 4em; text-align: left; margin-left: .5em; }
+.types, .wide { display: flex; flex-wrap: wrap; gap: 0 2.5em; align-items: flex-start; }
+.types > div, .wide > div { width: min-content; min-width: min(18em, 100%); max-width: 100%; }
 .types .bar { display: none; }
 @media (max-width: 40em) {
   body { font-size: 16px; padding: 0 .6em; } .pair { grid-template-columns: 1fr; }
@@ -114,16 +115,16 @@ def _format_document(document: Document, names: list[str]) -> str:
 
 
 def _format_legend(names: list[str], scores: str | None) -> str:
-    keys = ['<mark class="m">masked</mark>']
+    lines = ['<mark class="m">masked</mark>']
     if len(names) > 1:
-        keys.append('<mark class="m b">masked in both</mark>')
+        lines[0] += ' <mark class="m b">masked in both</mark>'
     if scores:
         edges = [share_of(edge) for edge in LEVELS]
         ranges = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in
                   zip(edges[:-1], edges[1:], strict=True)), f"above {edges[-1]}"]
-        keys += [f'<span class="l{level}">{text}</span>' for level, text in enumerate(ranges)]
-        keys.append(f"how probably a token is important, by {html.escape(scores)}")
-    inner = "\n".join(f'<span class="k">{key}</span>' for key in keys)
+        keys = (f'<span class="l{level}">{text}</span>' for level, text in enumerate(ranges))
+        lines.append(f"how probably important, by {html.escape(scores)}: {' '.join(keys)}")
+    inner = "\n".join(f'<span class="k">{key}</span>' for key in lines)
     after = "Behind each sequence: how many of its tokens are masked"
     after += ", and how many are important (above 50 %)." if scores else "."
     return f'<div class="legend">{inner}<div class="note">{after}</div></div>'
@@ -150,7 +151,7 @@ def _cell(cell: str | tuple[str, float]) -> str:
 
 def format_page(
     title: str,
-    origins: list[str],
+    origins: dict[str, str],
     documents: list[Document],
     tables: list[Table],
     names: list[str],
@@ -159,24 +160,24 @@ def format_page(
     """Write the whole page.
 
     Args:
-        origins: sentences on how the indices were made.
-        tables: those of the same head stand beside each other.
+        origins: of each index and scores, by name, how it was made.
+        tables: those of one subject stand beside each other.
         names: of the shown index, and of the compared one if there is one.
     """
     links = ['<a href="#documents">documents</a>']
     links += ['<a href="#statistics">statistics</a>'] if tables else []
     parts = [f"<h1>{html.escape(title)}</h1>", f"<nav>{' | '.join(links)}</nav>",
              "<h2>How the tokens were chosen</h2>"]
-    parts += [f"<p>{html.escape(sentence)}</p>" for sentence in origins]
+    parts += [f"<p><b>{html.escape(subject)}</b>: {html.escape(text)}</p>"
+              for subject, text in origins.items()]
     parts += ['<h2 id="documents">Documents</h2>', _format_legend(names, scores)]
     parts += [_format_document(document, names) for document in documents]
     if tables:
         parts.append('<h2 id="statistics">Statistics</h2>')
-        wide = [table for table in tables if table.head[0] != "token"]
-        parts += [_format_table(table) for table in wide]
-        parts.append('<div class="types">')
-        parts += [_format_table(table) for table in tables if table not in wide]
-        parts.append("</div>")
+        for subject in dict.fromkeys(table.subject for table in tables):
+            parts.append(f'<div class="{"types" if subject else "wide"}">')
+            parts += [_format_table(table) for table in tables if table.subject == subject]
+            parts.append("</div>")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'

@@ -22,6 +22,10 @@ BLOCK_TOKENS = 1 << 20  # of which a strategy makes at most about 100 MB of keys
 RATE_EDGES = (5, 10, 15, 20, 25, 30, 50, 100)
 # Upper ends of the bins of scores (log-odds) but the last: 2 %, 12 %, 27 %, 50 %, ...
 SCORE_EDGES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
+# The bin of each of the 65,536 float16 numbers, by its bits: ten times as fast as a search.
+_SCORE_BINS = np.searchsorted(
+    SCORE_EDGES, np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+).astype(np.uint8)
 
 
 def iterate_blocks(offsets: np.ndarray, max_tokens: int = BLOCK_TOKENS) -> Iterator[slice]:
@@ -176,7 +180,7 @@ def _count_block(
         kinds = find_kinds(tokens, offsets - start, vocabulary.kinds, vocabulary.table)
         result.kind_tokens += np.bincount(kinds, minlength=len(KINDS))
     if scores is not None:
-        bins = np.searchsorted(SCORE_EDGES, scores[start:end].astype(np.float32))
+        bins = _SCORE_BINS[scores[start:end].view(np.uint16)]
         result.score_tokens += np.bincount(bins, minlength=len(SCORE_EDGES) + 1)
     result.type_tokens += np.bincount(tokens, minlength=store.vocab_size)
     result.candidates += int(before[-1])

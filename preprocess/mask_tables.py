@@ -18,17 +18,21 @@ from preprocess.mask_statistics import (
 from preprocess.words import KINDS
 
 NUM_TYPES = 15
-SHORTEST_BAR = 0.005  # of the longest; below it, none is drawn
+Row = tuple[str | tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table to show. A cell is its text, or (text, length of a bar from 0 to 1)."""
+    """A table to show. A cell is its text, or (text, length of a bar from 0 to 1).
+
+    subject: name of the index that the table is about, if it is about one.
+    """
 
     title: str
     head: tuple[str, ...]
-    rows: list[tuple[str | tuple[str, float], ...]]
+    rows: list[Row]
     note: str = ""
+    subject: str | None = None
 
 
 def percent(part: float, whole: float) -> str:
@@ -56,16 +60,13 @@ def make_tables(
 def overall_table(statistics: Statistics, names: list[str]) -> Table:
     indices = statistics.indices
 
-    def row(title: str, cells: list[str]) -> tuple[str, ...]:
-        return (title, *cells)
-
     without = [int(index.rates[0]) for index in indices]
-    rows = [
-        row("masked tokens", [f"{index.masked:,}" for index in indices]),
-        row("of those that may be", [percent(i.masked, statistics.candidates) for i in indices]),
-        row("sequences without a mask", [f"{count:,}" for count in without]),
-        row("of all sequences", [percent(count, statistics.sequences) for count in without]),
-        row("hit by chance", [percent(index.by_chance, index.masked) for index in indices]),
+    rows: list[Row] = [
+        ("masked tokens", *(f"{index.masked:,}" for index in indices)),
+        ("of those that may be", *(percent(i.masked, statistics.candidates) for i in indices)),
+        ("sequences without a mask", *(f"{count:,}" for count in without)),
+        ("of all sequences", *(percent(count, statistics.sequences) for count in without)),
+        ("hit by chance", *(percent(index.by_chance, index.masked) for index in indices)),
     ]
     note = (
         f"{statistics.tokens:,} tokens in {statistics.sequences:,} sequences, "
@@ -75,7 +76,7 @@ def overall_table(statistics: Statistics, names: list[str]) -> Table:
     )
     if len(names) > 1:
         shared = statistics.shared
-        rows.insert(4, row("in the other index too", [percent(shared, i.masked) for i in indices]))
+        rows.insert(4, ("in the other index too", *(percent(shared, i.masked) for i in indices)))
         low, high = (statistics.expected + sign * 2 * math.sqrt(statistics.variance)
                      for sign in (-1, 1))
         note += (
@@ -89,7 +90,7 @@ def overall_table(statistics: Statistics, names: list[str]) -> Table:
 def kinds_table(statistics: Statistics, names: list[str]) -> Table:
     """Shares of stop words and punctuation, in the text and among what is masked."""
     columns = [statistics.kind_tokens, *(index.kind_masked for index in statistics.indices)]
-    rows: list[tuple[str | tuple[str, float], ...]] = []
+    rows: list[Row] = []
     for kind, title in enumerate(KINDS):
         counts = [(int(column[kind]), int(column.sum())) for column in columns]
         rows.append((title, *((percent(*c), c[0] / max(c[1], 1)) for c in counts)))
@@ -102,7 +103,7 @@ def kinds_table(statistics: Statistics, names: list[str]) -> Table:
 
 def scores_table(statistics: Statistics, names: list[str]) -> Table:
     """How the share of masked tokens grows with the score."""
-    rows: list[tuple[str | tuple[str, float], ...]] = []
+    rows: list[Row] = []
     edges = [-math.inf, *SCORE_EDGES, math.inf]
     for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
         tokens = int(statistics.score_tokens[i])
@@ -127,7 +128,7 @@ def rates_table(statistics: Statistics, names: list[str]) -> Table:
     titles = ["no mask"]
     titles += [f"above {low} to {high} %" for low, high in
                zip((0, *RATE_EDGES[:-1]), RATE_EDGES, strict=True)]
-    rows: list[tuple[str | tuple[str, float], ...]] = []
+    rows: list[Row] = []
     for i, title in enumerate(titles):
         counts = [int(index.rates[i]) for index in statistics.indices]
         cells = ((percent(c, statistics.sequences), c / max(statistics.sequences, 1))
@@ -148,19 +149,24 @@ def type_tables(
     overall = index.masked / max(statistics.tokens, 1)
 
     def table(title: str, ids: np.ndarray, note: str) -> Table:
-        rows: list[tuple[str | tuple[str, float], ...]] = []
+        rows: list[Row] = []
         for i in ids.tolist():
             masked, occurs = int(index.type_masked[i]), int(statistics.type_tokens[i])
             share = (percent(masked, occurs), masked / occurs)
             rows.append((vocabulary.names[i], f"{occurs:,}", f"{masked:,}", share,
                          f"{masked / occurs / overall:.1f} x"))
         head = ("token", "occurs", "masked", "of them", "lift")
-        return Table(f"{name}: {title}", head, rows, note)
+        return Table(f"{name}: {title}", head, rows, note, name)
 
     lift = f"Lift is its rate over that of all tokens, {percent(overall, 1)}."
     at_least = f"Of tokens that occur {least:,} times or more."
+    if least:
+        # Four standard deviations of the number of masks of the rarest token that is listed: among
+        # thousands of tokens, few go beyond.
+        chance = 1 + 4 * math.sqrt((1 - overall) / (least * overall))
+        at_least += f" The rarest of them may reach a lift of {chance:.1f} by chance."
     return [
         table("masked most often", often, lift),
         table("masked above their share", most, at_least),
-        table("passed over", fewest, at_least),
+        table("passed over", fewest, f"Of tokens that occur {least:,} times or more."),
     ]

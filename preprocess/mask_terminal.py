@@ -84,7 +84,7 @@ def format_document(document: Document, names: list[str], look: Look) -> str:
     )
     if len(names) > 1:
         head += f", {{{document.num_compared}}} in {names[1]}, {document.num_shared} in both"
-    lines = [head]
+    lines = [format_paragraph(head, look)]
     if len(names) > 1 and look.side_by_side:
         assert look.width is not None
         column = (look.width - 3) // 2

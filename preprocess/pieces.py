@@ -20,6 +20,7 @@ _CLOSING = set(".,;:!?)]}%") | {"\u2019", "\u2026"}
 _OPENING = set("([{$") | {"\u201c", "\u2018"}
 _ENDINGS = {"s", "t", "re", "ve", "ll", "d", "m"}
 _JOINERS = {"-", "/"}
+INVISIBLE = "\u2423"  # stands for a token of nothing that can be seen, where it is masked
 _KEPT = {"\u200c", "\u200d"}  # shape letters and emoji; other invisible characters mislead
 
 
@@ -114,8 +115,8 @@ def _closes_up(names: list[str], i: int) -> bool:
 def printable(text: str) -> str:
     """Make control characters visible, and harmless to a terminal; drop other invisible ones.
 
-    An escape character becomes its picture (U+241B), a line end an arrow, a space alone an open
-    box. Marks that turn the direction of writing would turn that of everything behind them too.
+    An escape character becomes its picture (U+241B), a line end an arrow, nothing visible at all
+    `INVISIBLE`. Marks that turn the direction of writing would turn all that follows too.
     """
     shown = []
     for c in text:
@@ -127,7 +128,7 @@ def printable(text: str) -> str:
             shown.append(chr(0x2400 + ord(c)))
         elif c.isspace():
             shown.append(" ")
-    return ("".join(shown)).strip(" ") or "\u2423"
+    return "".join(shown).strip(" ") or INVISIBLE
 
 
 def read_sequence(
@@ -143,10 +144,14 @@ def read_sequence(
         ids: `(T,)` uint16. masked, compared: `(T,)` bool. scores: `(T,)` float16 or None.
     """
     pieces: list[Piece] = []
-    start = 0
+    start, blank = 0, False
     for num_tokens, text, space in split_text(ids.tolist(), tokenizer):
         part = slice(start, start + num_tokens)
         start += num_tokens
+        space, blank = space or blank, False
+        if text == INVISIBLE and not (masked[part] | compared[part]).any():
+            blank = space
+            continue
         score = None if scores is None else float(scores[part].max())
         piece = Piece(text, space, bool(masked[part].any()), bool(compared[part].any()), score)
         if pieces and not space and _joins(pieces[-1], piece):

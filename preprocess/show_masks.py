@@ -42,7 +42,7 @@ from preprocess.masks import (
     find_continuations,
     open_tokenizer,
 )
-from preprocess.pieces import Opened, read_documents
+from preprocess.pieces import Document, Opened, read_documents
 from preprocess.store import Shard, TokenStore, atomic_write_bytes, list_arrays, open_array
 from preprocess.words import word_table
 
@@ -177,6 +177,8 @@ def find_word(store: TokenStore, word: str, tokenizer: Any) -> Iterator[np.ndarr
     # Byte-level vocabularies write a word behind a space with other tokens.
     texts = [space + case for case in sorted(cases) for space in ("", " ")]
     unknown = store.special_ids.get("unk")
+    tokenizer.no_padding()  # published tokenizers may come with both switched on
+    tokenizer.no_truncation()
     patterns = {tuple(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)}
     patterns = {ids for ids in patterns if ids and unknown not in ids}
     table = word_table(tokenizer)
@@ -225,7 +227,7 @@ def open_arrays(store: TokenStore, flag: str, name: str, kind: str) -> list[np.n
 def check_page(path: Path) -> None:
     """Refuse a page that cannot be written before any work is done for it."""
     if path.is_dir():
-        raise ConfigError(f"--html {path} is a folder; give a file in it, such as {path}/masks.html")
+        raise ConfigError(f"--html {path} is a folder; give a file, such as {path / 'masks.html'}")
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -280,26 +282,44 @@ def main(argv: list[str] | None = None) -> None:
     numbers = choose_documents(args, store, tokenizer)
     documents = read_documents(shards, numbers, tokenizer, args.max_document_tokens)
     # What several indices have in common is said once.
-    said = list(dict.fromkeys(sentence for o in origins for sentence in o.sentences))
+    said = {subject: text for o in origins for subject, text in o.paragraphs.items()}
     if args.html:
         tables = count(args, store, names, name_of_scores, tokenizer)
         title = f"Masks of {Path(store.prefix).name}: {' beside '.join(names)}"
         page = format_page(title, said, list(documents), tables, names, name_of_scores)
         write_page(Path(args.html), page)
         return
+    try:
+        print_all(args, store, tokenizer, said, documents, names, name_of_scores)
+    except BrokenPipeError:
+        # `| head` has seen enough. What Python still holds must not fail again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_all(
+    args: argparse.Namespace,
+    store: TokenStore,
+    tokenizer: Any,
+    said: dict[str, str],
+    documents: Iterable[Document],
+    names: list[str],
+    scores: str | None,
+) -> None:
+    """Print how the tokens were chosen, the documents, and the statistics."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII alone
     terminal = sys.stdout.isatty()
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     look = Look(colour, shutil.get_terminal_size().columns if terminal else None)
-    for paragraph in [*said, format_legend(names, name_of_scores)]:
-        print(format_paragraph(paragraph, look))
-    print()
+    for subject, text in said.items():
+        print(format_paragraph(f"{subject}: {text}", look) + "\n")
+    print(format_paragraph(format_legend(names, scores), look) + "\n")
     for document in documents:
         print(format_document(document, names, look))
     sys.stdout.flush()  # read on, while the store is counted
-    for table in count(args, store, names, name_of_scores, tokenizer):
-        print(format_table(table, look))
+    for table in count(args, store, names, scores, tokenizer):
+        if table.subject in (None, names[0]):  # one index's tokens are enough for a terminal
+            print(format_table(table, look))
 
 
 if __name__ == "__main__":
