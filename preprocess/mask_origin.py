@@ -80,7 +80,7 @@ def _explain_rule(options: dict[str, Any]) -> str:
 
 def _name_of(recorded: Any) -> str:
     """The name in `NAME (sha256 0123456789abcdef)`, as build_masks.py records it."""
-    return str(recorded).partition(" ")[0]
+    return str(recorded).partition(" ")[0] if recorded else "an array that is not recorded"
 
 
 def _is_same(store: TokenStore, name: str, kind: str, recorded: str) -> bool:

@@ -16,8 +16,9 @@ import numpy as np
 LEVELS = (-2.0, 0.0, 2.0)
 IMPORTANT = 2  # level of a token that is important rather than not
 
-_CLOSING = set(".,;:!?)]}%") | {"\u2019", "\u2026"}
+_CLOSING = set(".,;:!?)]}%") | {"\u201d", "\u2026"}
 _OPENING = set("([{$") | {"\u201c", "\u2018"}
+_APOSTROPHES = {"'", "\u2019"}
 _ENDINGS = {"s", "t", "re", "ve", "ll", "d", "m"}
 _JOINERS = {"-", "/"}
 INVISIBLE = "\u2423"  # stands for a token of nothing that can be seen, where it is masked
@@ -101,7 +102,9 @@ def _closes_up(names: list[str], i: int) -> bool:
     earlier = names[i - 2] if i > 1 else ""
     if name in _CLOSING or before in _OPENING:
         return True
-    if (name == "'" and after in _ENDINGS) or (before == "'" and name in _ENDINGS and earlier):
+    if name in _APOSTROPHES and after in _ENDINGS:
+        return True
+    if before in _APOSTROPHES and name in _ENDINGS and earlier:
         return True
     if before == name == "-":
         return True
@@ -109,7 +112,7 @@ def _closes_up(names: list[str], i: int) -> bool:
         return before[-1].isalnum() and after[:1].isalnum()
     if before in _JOINERS:
         return earlier[-1:].isalnum() and name[0].isalnum()
-    return before in {".", ",", ":"} and earlier[-1:].isdigit() and name[0].isdigit()
+    return before in {".", ":"} and earlier[-1:].isdigit() and name[0].isdigit()
 
 
 def printable(text: str) -> str:

@@ -42,7 +42,7 @@ from preprocess.masks import (
     find_continuations,
     open_tokenizer,
 )
-from preprocess.pieces import Document, Opened, read_documents
+from preprocess.pieces import Document, Opened, printable, read_documents
 from preprocess.store import Shard, TokenStore, atomic_write_bytes, list_arrays, open_array
 from preprocess.words import word_table
 
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     numbers = choose_documents(args, store, tokenizer)
     documents = read_documents(shards, numbers, tokenizer, args.max_document_tokens)
     # What several indices have in common is said once.
-    said = {subject: text for o in origins for subject, text in o.paragraphs.items()}
+    said = {name: printable(text) for o in origins for name, text in o.paragraphs.items()}
     if args.html:
         tables = count(args, store, names, name_of_scores, tokenizer)
         title = f"Masks of {Path(store.prefix).name}: {' beside '.join(names)}"

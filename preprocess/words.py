@@ -12,6 +12,7 @@ import numpy as np
 
 from preprocess.errors import ConfigError
 from preprocess.masks import WordTable, continuation_table, find_continuations
+from preprocess.pieces import printable
 
 STOP_WORDS = frozenset(
     """
@@ -54,12 +55,12 @@ def type_names(tokenizer: Any, vocab_size: int) -> list[str]:
     WordPiece names stand as they are (`##ing`); of byte-level ones the text, with an open box
     (U+2423) for a leading space, which tells a word's beginning from a continuation.
     """
-    names = [tokenizer.id_to_token(i) or f"#{i}" for i in range(vocab_size)]
+    names = [printable(tokenizer.id_to_token(i) or f"#{i}") for i in range(vocab_size)]
     if type(tokenizer.model).__name__ != "WordPiece":
         texts = tokenizer.decode_batch([[i] for i in range(vocab_size)], skip_special_tokens=False)
         for i, text in enumerate(texts):
             if text.strip() and "\ufffd" not in text:
-                names[i] = text.replace(" ", "\u2423")
+                names[i] = printable(text.replace(" ", "\u2423"))
     return names
 
 

@@ -344,6 +344,12 @@ def test_statistics_by_hand(tmp_path, tokenizer, capsys):
     write_array(store.shards[0], "a", "mask", np.array([0, 3, 4], dtype=np.uint32), {})
     write_array(store.shards[0], "b", "mask", np.array([0, 2, 4], dtype=np.uint32), {})
     counted = count_masks(store, ["a", "b"])
+    index = counted.indices[0]
+    assert counted.tokens == 8 and counted.candidates == 7
+    assert counted.type_tokens[[1, 5, 6, 7, 8]].tolist() == [1, 3, 1, 1, 2]
+    assert index.type_masked[[1, 5, 6, 7, 8]].tolist() == [0, 2, 0, 1, 0]
+    assert (counted.sequences, index.rates[0], counted.shared) == (4, 2, 2)
+    assert index.by_chance == 2 * 2 / 4 + 1 * 1 / 1
     names = {5: "w0", 7: "w2"}
     lines = build_masks.format_statistics(counted, names, "b")
     assert "3  42.86 % of the 7 tokens" in lines[1]
