@@ -18,12 +18,12 @@ RULES = {
     "random": "{rate} of the tokens of each sequence, drawn at random once (seed {seed}).",
     "whole_word": "Whole words, drawn at random once (seed {seed}), up to {rate} of the tokens of "
     "each sequence.",
-    "selective": "In each sequence the tokens that {scores} calls important (log-odds above 0: "
-    "important rather than not), best first: at most {rate} of the sequence, rounded down, but one "
-    "is always allowed. A sequence without such a token gets no mask.",
-    "selective_fill": "In each sequence the tokens that {scores} calls important (log-odds above "
-    "0), best first, at most {rate} of the sequence; then others drawn at random (seed {seed}) up "
-    "to {rate}.",
+    "selective": "In each sequence the tokens that the scores {scores} call important (log-odds "
+    "above 0: important rather than not), best first: at most {rate} of the sequence, rounded "
+    "down, but one is always allowed. A sequence without such a token gets no mask.",
+    "selective_fill": "In each sequence the tokens that the scores {scores} call important "
+    "(log-odds above 0), best first, at most {rate} of the sequence; then others drawn at random "
+    "(seed {seed}) up to {rate}.",
     "random_matched": "As many tokens of each sequence as {match} masks, drawn at random once "
     "(seed {seed}): the control that knows nothing of importance.",
 }
@@ -31,8 +31,8 @@ RULES = {
 
 @dataclass(frozen=True)
 class Origin:
-    """paragraphs: of each index and scores, by name, how it was made; what it was made from comes
-    later. scores: name of the scores that the index was chosen by, if they are whole.
+    """paragraphs: how each index was made, by name, then the scores behind it (`scores NAME`).
+    scores: name of the scores that the index was chosen by, if they are whole.
     """
 
     paragraphs: dict[str, str]
@@ -45,21 +45,24 @@ def explain(store: TokenStore, name: str) -> Origin:
     current: str | None = name
     while current is not None and current not in paragraphs:
         infos = [open_array(shard, current, "mask")[1] for shard in store.shards]
-        options = infos[0].get("options")  # all shards share them
-        options = options if isinstance(options, dict) else {}
+        options: list[dict[str, Any]] = [info.get("options") or {} for info in infos]
         masked = sum(info["count"] for info in infos)
-        paragraphs[current] = f"{_explain_rule(options)} {masked:,} of {store.num_tokens:,} tokens."
+        # All shards were made alike, but for the content of what they were made from.
+        paragraphs[current] = (
+            f"{_explain_rule(options[0])} It masks {masked:,} of {store.num_tokens:,} tokens."
+        )
         current = None
-        for kind, key in (("scores", "scores"), ("mask", "match")):
-            if key not in options:
+        for kind, key, subject in (("scores", "scores", "scores {}"), ("mask", "match", "{}")):
+            if not options[0].get(key):
                 continue
-            behind = _name_of(options[key])
-            if not _is_same(store, behind, kind, str(options[key])):
-                paragraphs[behind] = "Gone, or made anew since."
+            behind = _name_of(options[0][key])
+            subject = subject.format(behind)  # scores may be named as the index is
+            if not _is_same(store, behind, kind, [str(shard.get(key)) for shard in options]):
+                paragraphs[subject] = "Gone, or made anew since."
             elif kind == "mask":
                 current = behind
             else:
-                paragraphs[behind] = " ".join(_explain_scores(store, behind))
+                paragraphs[subject] = explain_scores(store, behind)
                 return Origin(paragraphs, behind)
     return Origin(paragraphs, None)
 
@@ -80,16 +83,22 @@ def _explain_rule(options: dict[str, Any]) -> str:
 
 def _name_of(recorded: Any) -> str:
     """The name in `NAME (sha256 0123456789abcdef)`, as build_masks.py records it."""
-    return str(recorded).partition(" ")[0] if recorded else "an array that is not recorded"
+    return str(recorded).partition(" ")[0] if recorded else "(not recorded)"
 
 
-def _is_same(store: TokenStore, name: str, kind: str, recorded: str) -> bool:
-    """Whether an array that was read is still there, with the content that it had."""
+def _is_same(store: TokenStore, name: str, kind: str, recorded: list[str]) -> bool:
+    """Whether an array that was read is still there, with the content that each shard had."""
     try:
         infos = [open_array(shard, name, kind)[1] for shard in store.shards]
     except DataError:
         return False
-    return f"sha256 {infos[0]['sha256'][:16]}" in recorded
+    return all(f"sha256 {info['sha256'][:16]}" in text
+               for info, text in zip(infos, recorded, strict=True))
+
+
+def explain_scores(store: TokenStore, name: str) -> str:
+    """Say which scorer gave the scores `name`, and what it learned from."""
+    return " ".join(_explain_scores(store, name))
 
 
 def _explain_scores(store: TokenStore, name: str) -> list[str]:

@@ -104,12 +104,14 @@ class IndexCounts:
 class Statistics:
     """Counts over a store, or over evenly spaced blocks of it.
 
+    store_tokens: tokens of the store, of which `tokens` were counted.
     indices: one `IndexCounts` an index. type_tokens: occurrences of each id, `(V,)` int64.
     kind_tokens, score_tokens: tokens of each kind and bin of scores, as in `IndexCounts`.
     shared: tokens that the first two indices hold both; expected and variance: of that number, if
         the second held as many of each sequence, drawn at random.
     """
 
+    store_tokens: int
     indices: list[IndexCounts]
     type_tokens: np.ndarray
     kind_tokens: np.ndarray = field(default_factory=lambda: _zeros(len(KINDS)))
@@ -145,7 +147,9 @@ def count_masks(
         max_tokens: count about as many at most, in blocks spaced evenly over the store.
     """
     result = Statistics(
-        [IndexCounts(_zeros(store.vocab_size)) for _ in names], _zeros(store.vocab_size)
+        store.num_tokens,
+        [IndexCounts(_zeros(store.vocab_size)) for _ in names],
+        _zeros(store.vocab_size),
     )
     block_tokens = min(BLOCK_TOKENS, max_tokens or BLOCK_TOKENS)
     stride = -(-store.num_tokens // max_tokens) if max_tokens else 1

@@ -58,8 +58,8 @@ def make_tables(
 
 
 def overall_table(statistics: Statistics, names: list[str]) -> Table:
+    """How much is masked, and how much two indices share."""
     indices = statistics.indices
-
     without = [int(index.rates[0]) for index in indices]
     rows: list[Row] = [
         ("masked tokens", *(f"{index.masked:,}" for index in indices)),
@@ -70,9 +70,14 @@ def overall_table(statistics: Statistics, names: list[str]) -> Table:
     ]
     note = (
         f"{statistics.tokens:,} tokens in {statistics.sequences:,} sequences, "
-        f"{statistics.candidates:,} of which may be masked. Hit by "
-        "chance: the share of the masked tokens that a random choice of as many in each sequence "
-        "is expected to hit."
+        f"{statistics.candidates:,} of which may be masked"
+    )
+    if statistics.tokens < statistics.store_tokens:
+        part = percent(statistics.tokens, statistics.store_tokens)
+        note += f" ({part} of the store, in blocks spaced evenly)"
+    note += (
+        ". Hit by chance: the share of the masked tokens that a random choice of as many in each "
+        "sequence is expected to hit."
     )
     if len(names) > 1:
         shared = statistics.shared
@@ -125,6 +130,7 @@ def scores_table(statistics: Statistics, names: list[str]) -> Table:
 
 
 def rates_table(statistics: Statistics, names: list[str]) -> Table:
+    """How many sequences have how large a share masked."""
     titles = ["no mask"]
     titles += [f"above {low} to {high} %" for low, high in
                zip((0, *RATE_EDGES[:-1]), RATE_EDGES, strict=True)]

@@ -239,38 +239,43 @@ def _read_document(
     first, last = shard.document_offsets[local : local + 2]
     offsets = shard.sequence_offsets[first : last + 1]
     start, end = int(offsets[0]), int(offsets[-1])
-    masked = _marks(shard.mask, start, end)
-    compared = _marks(shard.compare, start, end)
+    masked, compared = _positions(shard.mask, start, end), _positions(shard.compare, start, end)
     # At least one sequence, and as many as fit.
     shown = max(int(np.searchsorted(offsets, start + max_tokens, side="right")) - 1, 1)
     sequences = []
     for a, b in zip(offsets[:shown].tolist(), offsets[1 : shown + 1].tolist(), strict=False):
-        part = slice(a - start, b - start)
+        in_mask, in_compare = _marks(shard.mask, a, b), _marks(shard.compare, a, b)
         scores = None if shard.scores is None else shard.scores[a:b]
         sequences.append(
             Sequence(
-                read_sequence(shard.tokens[a:b], tokenizer, masked[part], compared[part], scores),
+                read_sequence(shard.tokens[a:b], tokenizer, in_mask, in_compare, scores),
                 num_tokens=b - a,
-                num_masked=int(masked[part].sum()),
-                num_compared=int(compared[part].sum()),
+                num_masked=int(in_mask.sum()),
+                num_compared=int(in_compare.sum()),
                 num_important=None if scores is None else int((scores > 0).sum()),
             )
         )
     return Document(
         number=number,
         num_tokens=end - start,
-        num_masked=int(masked.sum()),
-        num_compared=int(compared.sum()),
-        num_shared=int((masked & compared).sum()),
+        num_masked=len(masked),
+        num_compared=len(compared),
+        num_shared=len(np.intersect1d(masked, compared, assume_unique=True)),
         sequences=sequences,
         num_left_out=len(offsets) - 1 - len(sequences),
     )
 
 
+def _positions(index: np.ndarray | None, start: int, end: int) -> np.ndarray:
+    """The part of an index that lies in the shard's tokens `start` to `end`: `(M,)` int64."""
+    if index is None:
+        return np.empty(0, dtype=np.int64)
+    bounds = np.searchsorted(index, np.array([start, end], dtype=np.uint32))
+    return index[bounds[0] : bounds[1]].astype(np.int64)
+
+
 def _marks(index: np.ndarray | None, start: int, end: int) -> np.ndarray:
     """True where the index holds a token of the shard's tokens `start` to `end`: bool."""
     marks = np.zeros(end - start, dtype=bool)
-    if index is not None:
-        bounds = np.searchsorted(index, np.array([start, end], dtype=np.uint32))
-        marks[index[bounds[0] : bounds[1]].astype(np.int64) - start] = True
+    marks[_positions(index, start, end) - start] = True
     return marks

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
-from preprocess.mask_origin import explain
+from preprocess.mask_origin import explain, explain_scores
 from preprocess.mask_page import format_page
 from preprocess.mask_statistics import Vocabulary, count_masks, iterate_blocks
 from preprocess.mask_tables import Table, make_tables
@@ -256,7 +257,11 @@ def count(
     if args.max_statistics_tokens == 0:
         return []
     vocabulary = Vocabulary.read(tokenizer, store.vocab_size)
+    started = time.monotonic()
     statistics = count_masks(store, names, vocabulary, scores, args.max_statistics_tokens)
+    seconds = time.monotonic() - started
+    print(f"counted {statistics.tokens:,} tokens in {seconds:.1f} s "
+          f"({statistics.tokens / max(seconds, 1e-9):,.0f} tokens/s)\n")
     return make_tables(statistics, names, vocabulary, bool(scores))
 
 
@@ -283,6 +288,10 @@ def main(argv: list[str] | None = None) -> None:
     documents = read_documents(shards, numbers, tokenizer, args.max_document_tokens)
     # What several indices have in common is said once.
     said = {name: printable(text) for o in origins for name, text in o.paragraphs.items()}
+    if name_of_scores and name_of_scores not in [origin.scores for origin in origins]:
+        subject = f"scores {name_of_scores}"
+        text = f"{said.get(subject, '')} {explain_scores(store, name_of_scores)}"
+        said[subject] = printable(text)
     if args.html:
         tables = count(args, store, names, name_of_scores, tokenizer)
         title = f"Masks of {Path(store.prefix).name}: {' beside '.join(names)}"

@@ -132,10 +132,12 @@ def test_rates_end_with_their_bin():
     assert named == {0: 2, 5: 1, 10: 0, 15: 1, 20: 1, 25: 0, 30: 0, 50: 0, 100: 1}
 
 
-def test_a_part_of_the_store_is_spread_over_it(store, monkeypatch):
+def test_a_part_of_the_store_is_spread_over_it(store, vocabulary, monkeypatch):
     monkeypatch.setattr(mask_statistics, "BLOCK_TOKENS", 30)
     part = count_masks(store, ["a"], max_tokens=store.num_tokens // 4)
     assert 0.15 < part.tokens / store.num_tokens < 0.4
+    share = f"({100 * part.tokens / store.num_tokens:.1f} % of the store"
+    assert share in make_tables(part, ["a"], vocabulary, False)[0].note
     firsts = []
     monkeypatch.setattr(mask_statistics, "_count_block",
                         lambda result, store, shard, block, *rest: firsts.append(
@@ -204,6 +206,7 @@ def test_tables_say_what_was_counted(store, vocabulary):
     assert overall["masked tokens"] == tuple(f"{m:,}" for m in masked)
     assert overall["in the other index too"][1] == f"{100 * counted.shared / masked[1]:.1f} %"
     assert f"share {counted.shared:,} tokens" in tables["Overall"].note
+    assert "of the store" not in tables["Overall"].note
     for title in ("Kinds of words", "Mask rate of each sequence"):
         for column in (1, 2):  # shares of a whole
             assert sum(row[column][1] for row in tables[title].rows) == pytest.approx(1)

@@ -89,7 +89,7 @@ def documents_of(text: str) -> list[str]:
     """The lines of the documents in what a terminal got."""
     lines = text.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("document "))
-    last = lines.index("Overall") if "Overall" in lines else len(lines)
+    last = next((i for i, line in enumerate(lines) if line.startswith("counted ")), len(lines))
     return lines[first:last]
 
 
@@ -374,7 +374,7 @@ def made(tmp_path, store, tokenizer):
 
 def test_the_origin_is_told_down_to_the_annotation(made, tmp_path):
     origin = explain(TokenStore.open(made), "control")
-    assert list(origin.paragraphs) == ["control", "chosen", "mr"] and origin.scores == "mr"
+    assert list(origin.paragraphs) == ["control", "chosen", "scores mr"] and origin.scores == "mr"
     control, chosen, scores = origin.paragraphs.values()
     assert "as chosen masks" in control and "seed 42" in control
     assert chosen.startswith("selective.") and "at most 25 %" in chosen
@@ -382,6 +382,13 @@ def test_the_origin_is_told_down_to_the_annotation(made, tmp_path):
     for told in (file_sha256(tmp_path / "scorer/hf/model.safetensors")[:16], "75 %", "50 %",
                  "task mr", "delta 0.02", "criterion strict", "stop words never"):
         assert told in scores
+
+
+def test_scores_may_be_named_as_the_index_is(made):
+    options = ["--strategy", "selective", "--scores", "mr", "--name", "mr"]
+    build_masks.main(["--tokens", made, *options])
+    paragraphs = explain(TokenStore.open(made), "mr").paragraphs
+    assert list(paragraphs) == ["mr", "scores mr"] and paragraphs["mr"].startswith("selective.")
 
 
 @pytest.mark.parametrize(
@@ -396,17 +403,20 @@ def test_the_origin_is_told_down_to_the_annotation(made, tmp_path):
 )
 def test_what_is_gone_or_new_is_said(damage, told, made, tmp_path):
     damage(tmp_path)
-    assert told in explain(TokenStore.open(made), "chosen").paragraphs["mr"]
+    assert told in explain(TokenStore.open(made), "chosen").paragraphs["scores mr"]
 
 
 def test_scores_that_were_made_anew_are_not_taken_for_the_old_ones(made, capsys):
     for shard in TokenStore.open(made).shards:
         write_array(shard, "mr", "scores", np.zeros(shard.num_tokens, dtype=np.float16), {})
     origin = explain(TokenStore.open(made), "control")
-    assert origin.scores is None and "made anew" in origin.paragraphs["mr"]
+    assert origin.scores is None and "made anew" in origin.paragraphs["scores mr"]
     capsys.readouterr()
     main(["--tokens", made, "--mask_index", "control"])
     assert "important+" not in capsys.readouterr().out  # nothing to colour by
+    main(["--tokens", made, "--mask_index", "control", "--scores", "mr"])
+    out = capsys.readouterr().out
+    assert "important+" in out and "made anew since. Scores of an unknown scorer" in out
 
 
 def test_colours_come_from_the_scores_of_the_index(made, capsys):
@@ -441,7 +451,7 @@ class Reader(HTMLParser):
 def test_page_is_escaped_whole_and_without_scripts(store, tmp_path, capsys):
     page = tmp_path / "new" / "page.html"
     show(store, "--html", str(page), "--scores", "mr", "--compare", "ctl")
-    assert capsys.readouterr().out.strip() == str(page)
+    assert capsys.readouterr().out.splitlines()[-1] == str(page)
     reader = Reader()
     reader.feed(page.read_text(encoding="utf-8"))
     reader.close()
