@@ -51,14 +51,14 @@ def explain(store: TokenStore, name: str) -> Origin:
         paragraphs[current] = (
             f"{_explain_rule(options[0])} It masks {masked:,} of {store.num_tokens:,} tokens."
         )
-        current = None
+        index, current = current, None
         for kind, key, subject in (("scores", "scores", "scores {}"), ("mask", "match", "{}")):
             if not options[0].get(key):
                 continue
             behind = _name_of(options[0][key])
             subject = subject.format(behind)  # scores may be named as the index is
             if not _is_same(store, behind, kind, [str(shard.get(key)) for shard in options]):
-                paragraphs[subject] = "Gone, or made anew since."
+                paragraphs[index] += f" Since then {subject} was removed or made anew."
             elif kind == "mask":
                 current = behind
             else:

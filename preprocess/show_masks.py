@@ -288,10 +288,9 @@ def main(argv: list[str] | None = None) -> None:
     documents = read_documents(shards, numbers, tokenizer, args.max_document_tokens)
     # What several indices have in common is said once.
     said = {name: printable(text) for o in origins for name, text in o.paragraphs.items()}
-    if name_of_scores and name_of_scores not in [origin.scores for origin in origins]:
-        subject = f"scores {name_of_scores}"
-        text = f"{said.get(subject, '')} {explain_scores(store, name_of_scores)}"
-        said[subject] = printable(text)
+    if name_of_scores:
+        told = printable(explain_scores(store, name_of_scores))
+        said.setdefault(f"scores {name_of_scores}", told)
     if args.html:
         tables = count(args, store, names, name_of_scores, tokenizer)
         title = f"Masks of {Path(store.prefix).name}: {' beside '.join(names)}"

@@ -410,13 +410,22 @@ def test_scores_that_were_made_anew_are_not_taken_for_the_old_ones(made, capsys)
     for shard in TokenStore.open(made).shards:
         write_array(shard, "mr", "scores", np.zeros(shard.num_tokens, dtype=np.float16), {})
     origin = explain(TokenStore.open(made), "control")
-    assert origin.scores is None and "made anew" in origin.paragraphs["scores mr"]
+    assert origin.scores is None and "scores mr was removed" in origin.paragraphs["chosen"]
     capsys.readouterr()
     main(["--tokens", made, "--mask_index", "control"])
     assert "important+" not in capsys.readouterr().out  # nothing to colour by
     main(["--tokens", made, "--mask_index", "control", "--scores", "mr"])
     out = capsys.readouterr().out
-    assert "important+" in out and "made anew since. Scores of an unknown scorer" in out
+    assert "important+" in out and "scores mr: Scores of an unknown scorer" in out
+
+
+def test_an_index_that_was_made_anew_is_not_taken_for_the_matched_one(made, capsys):
+    build_masks.main(["--tokens", made, "--strategy", "random", "--name", "chosen", "--overwrite"])
+    for names in (("control", "chosen"), ("chosen", "control")):
+        capsys.readouterr()
+        main(["--tokens", made, "--mask_index", names[0], "--compare", names[1]])
+        out = capsys.readouterr().out
+        assert "chosen: random. 15 %" in out and "chosen was removed or made anew" in out
 
 
 def test_colours_come_from_the_scores_of_the_index(made, capsys):
