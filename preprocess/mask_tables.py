@@ -41,7 +41,8 @@ def percent(part: float, whole: float) -> str:
 
 def share_of(log_odds: float) -> str:
     """Write log-odds as the probability that they stand for."""
-    return f"{100 / (1 + math.exp(-log_odds)):.0f} %"
+    # 1 / (1 + exp(-x)) would overflow where the scores are far below 0.
+    return f"{50 * (1 + math.tanh(log_odds / 2)):.0f} %"
 
 
 def make_tables(

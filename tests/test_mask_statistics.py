@@ -16,7 +16,7 @@ from preprocess.mask_statistics import (
     count_masks,
     rank_types,
 )
-from preprocess.mask_tables import make_tables
+from preprocess.mask_tables import make_tables, share_of
 from preprocess.masks import open_tokenizer
 from preprocess.store import StoreWriter, TokenStore, write_array
 from preprocess.words import KINDS, STOP_WORDS, find_kinds, is_stop_word, type_kinds
@@ -222,6 +222,11 @@ def test_tables_say_what_was_counted(store, vocabulary):
         rate = counted.indices[0].type_masked[i] / counted.type_tokens[i]
         assert share[1] == pytest.approx(rate)
         assert float(lift[:-2]) == pytest.approx(rate / (masked[0] / counted.tokens), abs=0.051)
+
+
+def test_log_odds_as_shares():
+    odds = (-65504.0, -np.inf, -2.0, 0.0, np.log(3), 65504.0, np.inf)
+    assert [share_of(x) for x in odds] == ["0 %", "0 %", "12 %", "50 %", "75 %", "100 %", "100 %"]
 
 
 def test_tables_of_nothing(tmp_path, tiny_tokenizer):
