@@ -19,6 +19,13 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.mask_statistics import (
+    BLOCK_TOKENS,
+    Statistics,
+    count_masks,
+    index_bounds,
+    iterate_blocks,
+)
 from preprocess.masks import (
     STRATEGIES,
     Sequences,
@@ -38,7 +45,6 @@ from preprocess.store import (
     write_array,
 )
 
-BLOCK_TOKENS = 1 << 20  # of which a strategy makes at most about 100 MB of keys and flags
 NUM_TYPES = 15
 # What each strategy reads beside the tokens.
 NEEDS = {"selective": "scores", "selective_fill": "scores", "random_matched": "match"}
@@ -87,37 +93,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------- one shard at a time
-
-
-def iterate_blocks(offsets: np.ndarray, max_tokens: int = BLOCK_TOKENS) -> Iterator[slice]:
-    """Cut a shard into runs of whole sequences of at most `max_tokens` tokens (or one sequence).
-
-    Args:
-        offsets: token offset of each sequence, and the end, `(N+1,)` int64.
-    Yields:
-        Slices of sequences that cover all of them in order.
-    """
-    first = 0
-    while first < len(offsets) - 1:
-        # The last offset that is within reach is the end of the block: offsets 0 4 9 12 and at
-        # most 10 tokens give sequences 0:2 (9 tokens), then 2:3.
-        last = int(np.searchsorted(offsets, offsets[first] + max_tokens, side="right")) - 1
-        last = max(last, first + 1)
-        yield slice(first, last)
-        first = last
-
-
-def index_bounds(index: np.ndarray, token_offsets: np.ndarray) -> np.ndarray:
-    """Say where each sequence's part of a mask index begins, and where the last one ends.
-
-    Args:
-        index: ascending positions in the shard, `(M,)` uint32.
-        token_offsets: `(B+1,)` int64; a shard has fewer than 2^32 tokens.
-    Returns:
-        Offsets into `index`, `(B+1,)` int64.
-    """
-    # uint32 keys: an int64 key would copy the whole index as int64.
-    return np.searchsorted(index, token_offsets.astype(np.uint32))
 
 
 @dataclass(frozen=True)
@@ -170,60 +145,15 @@ def choose_positions(
 # -------------------------------------------------------------------------------- statistics
 
 
-@dataclass
-class Statistics:
-    """Counts over a whole store.
-
-    type_tokens, type_masked: occurrences of each id, and those masked, `(V,)` int64.
-    by_chance: how many of the masked tokens a random choice of as many in each sequence would be
-        expected to hit; shared: how many of them the index to compare with holds, or None.
-    """
-
-    type_tokens: np.ndarray
-    type_masked: np.ndarray
-    candidates: int = 0
-    sequences: int = 0
-    unmasked_sequences: int = 0
-    by_chance: float = 0.0
-    shared: int | None = None
-
-
-def count_masks(store: TokenStore, name: str, other: str | None = None) -> Statistics:
-    """Count what a mask index holds; `other` names an index to compare it with."""
-    zeros = np.zeros(store.vocab_size, dtype=np.int64)
-    result = Statistics(zeros, zeros.copy(), shared=None if other is None else 0)
-    for shard in store.shards:
-        index, _ = open_array(shard, name, "mask")
-        compared = index if other is None else open_array(shard, other, "mask")[0]
-        for block in iterate_blocks(shard.sequence_offsets):
-            offsets = shard.sequence_offsets[block.start : block.stop + 1]
-            tokens = shard.tokens[offsets[0] : offsets[-1]]
-            bounds = index_bounds(index, offsets)
-            chosen = index[bounds[0] : bounds[-1]]
-            candidates = find_candidates(tokens, store.all_special_ids)
-            before = np.append(0, np.cumsum(candidates))
-            possible = np.diff(before[offsets - offsets[0]])
-            counts = np.diff(bounds)
-            result.type_tokens += np.bincount(tokens, minlength=store.vocab_size)
-            masked_ids = tokens[chosen.astype(np.int64) - offsets[0]]
-            result.type_masked += np.bincount(masked_ids, minlength=store.vocab_size)
-            result.candidates += int(before[-1])
-            result.sequences += len(counts)
-            result.unmasked_sequences += int(np.count_nonzero(counts == 0))
-            result.by_chance += float(np.sum(counts**2 / np.maximum(possible, 1)))
-            if other is not None:
-                ends = index_bounds(compared, offsets[[0, -1]])
-                both = np.intersect1d(chosen, compared[ends[0] : ends[1]], assume_unique=True)
-                result.shared = (result.shared or 0) + len(both)
-    return result
-
-
 def format_statistics(
     statistics: Statistics, names: dict[int, str], other: str | None = None
 ) -> list[str]:
-    """Write the counts as lines to print; `names` gives each id's token."""
-    num_tokens = int(statistics.type_tokens.sum())
-    num_masked = int(statistics.type_masked.sum())
+    """Write the counts as lines to print; `names` gives each id's token.
+
+    other: name of a second index that was counted with the first.
+    """
+    index, num_tokens = statistics.indices[0], statistics.tokens
+    num_masked, unmasked = index.masked, int(index.rates[0])
 
     def percent(part: float, whole: float) -> str:
         return f"{100 * part / whole:.2f} %" if whole else "-"
@@ -232,21 +162,21 @@ def format_statistics(
         f"tokens     {num_tokens:>14,}",
         f"masked     {num_masked:>14,}  {percent(num_masked, statistics.candidates)} of the "
         f"{statistics.candidates:,} tokens that may be masked",
-        f"sequences  {statistics.sequences:>14,}  {statistics.unmasked_sequences:,} "
-        f"({percent(statistics.unmasked_sequences, statistics.sequences)}) without a mask",
-        f"by chance  {percent(statistics.by_chance, num_masked):>14}  of the masked tokens would "
+        f"sequences  {statistics.sequences:>14,}  {unmasked:,} "
+        f"({percent(unmasked, statistics.sequences)}) without a mask",
+        f"by chance  {percent(index.by_chance, num_masked):>14}  of the masked tokens would "
         "be hit by a random choice of as many in each sequence",
     ]
-    if statistics.shared is not None:
+    if other is not None:
         lines.append(
             f"shared     {percent(statistics.shared, num_masked):>14}  of them are in {other} too"
         )
     if num_masked:
         head = f"{'token':<18} {'masked':>9} {'of its kind':>12} {'of masks':>9} {'of text':>9}"
         lines.append(head)
-    ranked = np.argsort(-statistics.type_masked, kind="stable")[:NUM_TYPES]
-    for i in ranked[statistics.type_masked[ranked] > 0].tolist():
-        masked, tokens = int(statistics.type_masked[i]), int(statistics.type_tokens[i])
+    ranked = np.argsort(-index.type_masked, kind="stable")[:NUM_TYPES]
+    for i in ranked[index.type_masked[ranked] > 0].tolist():
+        masked, tokens = int(index.type_masked[i]), int(statistics.type_tokens[i])
         lines.append(
             f"{names.get(i, f'#{i}'):<18} {masked:>9,} {percent(masked, tokens):>12} "
             f"{percent(masked, num_masked):>9} {percent(tokens, num_tokens):>9}"
@@ -303,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         sources = open_inputs(store, kind, need, getattr(args, need))
     with lock_array(store, args.name, "mask"):
         build(args, store, words, sources)
-    statistics = count_masks(store, args.name, args.match)
+    statistics = count_masks(store, [name for name in (args.name, args.match) if name])
     names = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     print("\n".join(format_statistics(statistics, names, args.match)))
 

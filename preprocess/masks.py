@@ -42,6 +42,7 @@ STREAM_MATCHED = 4
 STREAM_CORRUPTION = 5
 STREAM_REPLACEMENT = 6
 STREAM_WORD = 7
+STREAM_SHOWN = 8  # documents that show_masks.py picks
 
 
 # ------------------------------------------------------------------------------- randomness

@@ -1,403 +1,333 @@
-"""Read documents of a token store with their masked tokens marked: the quickest check of a mask.
+"""Show which tokens a mask index holds, and why: documents, how they were chosen, statistics.
 
-    python preprocess/show_masks.py --tokens P --mask_index mr-sel --compare mr-ctl --scores mr
-    python preprocess/show_masks.py --tokens P --mask_index mr-sel --num_documents 50 --html F
+    python preprocess/show_masks.py --tokens P --mask_index mr-sel --compare mr-ctl
+    python preprocess/show_masks.py --tokens P --mask_index mr-sel --random --containing waiter \\
+        --num_documents 50 --html F
 
-Masked tokens stand in [brackets], so the text reads without colours too (`NO_COLOR`, a pipe);
-those of `--compare` in {braces}. With `--scores`, the more important a token, the stronger its
-colour. The page that `--html` writes needs nothing else: no script, no other file.
+In the terminal masked tokens stand in [brackets], those of `--compare` in {braces}, so the text
+reads without colours too (`NO_COLOR`, a pipe). Tokens are coloured by the scores that the index
+was chosen by, or by those of `--scores`. The page that `--html` writes needs nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
+import io
 import os
+import re
+import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, run_command
-from preprocess.masks import open_tokenizer
+from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
+from preprocess.mask_origin import explain, explain_scores
+from preprocess.mask_page import format_page
+from preprocess.mask_statistics import Vocabulary, count_masks, iterate_blocks
+from preprocess.mask_tables import Table, make_tables
+from preprocess.mask_terminal import (
+    Look,
+    format_document,
+    format_legend,
+    format_paragraph,
+    format_table,
+)
+from preprocess.masks import (
+    STREAM_SHOWN,
+    WordTable,
+    counter_uniform,
+    find_continuations,
+    open_tokenizer,
+)
+from preprocess.pieces import Document, Opened, printable, read_documents
 from preprocess.store import Shard, TokenStore, atomic_write_bytes, list_arrays, open_array
+from preprocess.words import word_table
 
-NUM_WORDS = 15
-STRONG_SCORE = 3.0  # log-odds (95 %) from which colours are at their strongest
-_COLOURS = (229, 222, 215, 208, 202)  # of 256, pale yellow to orange
+BLOCK_DOCUMENTS = 1 << 20
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", required=True, help="prefix of the token store")
     parser.add_argument("--mask_index", required=True, help="name of the mask index to show")
-    parser.add_argument("--compare", help="name of a second mask index")
-    parser.add_argument("--scores", help="name of scores to colour by")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--documents", help="documents to show, by number from 0, such as 0,5")
-    which.add_argument(
-        "--num_documents", type=int, default=3, help="show the first N (default: %(default)s)"
+    parser.add_argument("--compare", help="name of a second mask index, to show beside it")
+    parser.add_argument(
+        "--scores", help="name of scores to colour by (default: those the index was chosen by)"
+    )
+    parser.add_argument("--documents", help="numbers of documents to show, such as 0,5,10-12")
+    parser.add_argument(
+        "--num_documents", type=int, help="how many to show otherwise (default: 3)"
+    )
+    parser.add_argument(
+        "--random", action="store_true", help="draw them from the store instead of the first ones"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of --random (default: %(default)s)")
+    parser.add_argument("--containing", metavar="WORD", help="only documents that hold this word")
+    parser.add_argument(
+        "--max_document_tokens", type=int, default=2000,
+        help="show so many tokens of each document at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_statistics_tokens", type=int,
+        help="count about so many tokens, in blocks spaced evenly over the store; 0: no statistics "
+        "(default: all)",
     )
     parser.add_argument("--html", help="write a page to this file instead of the terminal")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.num_documents < 1:
-        raise ConfigError(f"--num_documents {args.num_documents}: at least 1")
+    for name, least in (
+        ("num_documents", 1), ("max_document_tokens", 1), ("max_statistics_tokens", 0)
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: at least {least}")
+    for name in ("num_documents", "random", "containing"):
+        if args.documents is not None and getattr(args, name):
+            raise ConfigError(f"--documents and --{name} exclude each other; leave one out")
+    if args.containing is not None and not args.containing.strip():
+        raise ConfigError("--containing is empty; give a word")
+    if args.compare == args.mask_index:
+        raise ConfigError(f"--compare {args.compare} is the index itself; name another one")
+    args.num_documents = args.num_documents or 3
     return args
 
 
-# ------------------------------------------------------------------------- tokens to pieces
+# ------------------------------------------------------------------------ which documents
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some text that is marked as one: usually one token.
+def choose_documents(args: argparse.Namespace, store: TokenStore, tokenizer: Any) -> list[int]:
+    """Give the numbers of the documents that were asked for, all of them in the store.
 
-    text: what to print. space: whether a space stands before it. masked, compared: whether the
-    shown index, and the compared one, hold it. score: log-odds, or None.
+    Raises:
+        ConfigError: a number that is not in the store, or a word that no document holds.
+        DataError: a store without documents.
     """
-
-    text: str
-    space: bool
-    masked: bool = False
-    compared: bool = False
-    score: float | None = None
-
-
-def split_text(ids: list[int], tokenizer: Any) -> list[tuple[int, str, bool]]:
-    """Turn ids into text as a reader sees it.
-
-    Args:
-        ids: of one sequence.
-        tokenizer: a `tokenizers.Tokenizer`, WordPiece or byte-level BPE.
-    Returns:
-        One (number of tokens, text, whether a space stands before it) a piece. A piece has more
-        than one token where a character was cut into bytes.
-    """
-    if type(tokenizer.model).__name__ == "WordPiece":
-        return _split_wordpieces([tokenizer.id_to_token(i) or "?" for i in ids], tokenizer.model)
-    pieces, start = [], 0
-    while start < len(ids):
-        end = start + 1
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
-        # U+FFFD is half a character; no character has more than 4 bytes.
-        while "\ufffd" in text and end < min(start + 4, len(ids)):
-            end += 1
-            text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
-        pieces.append((end - start, _printable(text.strip()), text[:1].isspace()))
-        start = end
-    return pieces
-
-
-def _split_wordpieces(names: list[str], model: Any) -> list[tuple[int, str, bool]]:
-    prefix = model.continuing_subword_prefix
-    pieces: list[tuple[int, str, bool]] = []
-    for i, name in enumerate(names):
-        previous = names[i - 1] if i else ""
-        following = names[i + 1] if i + 1 < len(names) else ""
-        if name.startswith(prefix) and i:
-            pieces.append((1, _printable(name[len(prefix) :]), False))
-            continue
-        closing = name in {".", ",", ";", ":", "!", "?", ")", "%"} or previous == "("
-        endings = {"s", "t", "re", "ve", "ll", "d", "m"}
-        contracted = (name == "'" and following in endings) or (
-            previous == "'" and name in endings and i > 1
+    if not store.num_documents:
+        raise DataError(f"{store.prefix} has no documents; tokenize some text into a store")
+    if args.documents is not None:
+        return _parse_documents(args.documents, store)
+    if args.containing is None:
+        steps = range(0, store.num_documents, BLOCK_DOCUMENTS)
+        blocks: Iterable[np.ndarray] = (
+            np.arange(start, min(start + BLOCK_DOCUMENTS, store.num_documents)) for start in steps
         )
-        pieces.append((1, _printable(name), bool(i) and not closing and not contracted))
-    return pieces
-
-
-def _printable(text: str) -> str:
-    # Escape sequences in a corpus must not reach the terminal.
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def read_sequence(
-    ids: np.ndarray,
-    tokenizer: Any,
-    masked: np.ndarray,
-    compared: np.ndarray,
-    scores: np.ndarray | None,
-) -> list[Piece]:
-    """Make the pieces of one sequence; tokens of a word with equal marks become one piece.
-
-    Args:
-        ids: `(T,)` uint16. masked, compared: `(T,)` bool. scores: `(T,)` float16 or None.
-    """
-    pieces: list[Piece] = []
-    start = 0
-    for num_tokens, text, space in split_text(ids.tolist(), tokenizer):
-        part = slice(start, start + num_tokens)
-        start += num_tokens
-        score = None if scores is None else float(scores[part].max())
-        piece = Piece(text, space, bool(masked[part].any()), bool(compared[part].any()), score)
-        if pieces and not space and _joins(pieces[-1], piece):
-            last = pieces.pop()
-            score = None if score is None or last.score is None else max(score, last.score)
-            piece = Piece(last.text + text, last.space, piece.masked, piece.compared, score)
-        pieces.append(piece)
-    return pieces
-
-
-def _joins(left: Piece, right: Piece) -> bool:
-    same = (left.masked, left.compared) == (right.masked, right.compared)
-    return same and left.text[-1:].isalnum() and right.text[:1].isalnum()
-
-
-# ---------------------------------------------------------------------------- the documents
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document to show: its number in the store, counts of tokens, and pieces a sequence."""
-
-    number: int
-    num_tokens: int
-    num_masked: int
-    num_compared: int
-    num_shared: int
-    sequences: list[list[Piece]]
-
-
-def choose_documents(args: argparse.Namespace, store: TokenStore) -> list[int]:
-    """Give the numbers of the documents that were asked for, all of them in the store."""
-    if args.documents is None:
-        return list(range(min(args.num_documents, store.num_documents)))
-    try:
-        numbers = [int(part) for part in args.documents.split(",")]
-    except ValueError:
+    else:
+        blocks = find_word(store, args.containing.strip(), tokenizer)
+    if args.random:
+        numbers = draw_documents(blocks, args.num_documents, args.seed)
+    else:
+        numbers = take_documents(blocks, args.num_documents)
+    if not numbers:
         raise ConfigError(
-            f"--documents {args.documents}: numbers with commas between, such as 0,5"
-        ) from None
-    for number in numbers:
-        if not 0 <= number < store.num_documents:
-            raise ConfigError(
-                f"--documents {number}: {store.prefix} has documents 0 to {store.num_documents - 1}"
-            )
+            f"--containing {args.containing}: no document of {store.prefix} holds it as a word by "
+            "itself; give another"
+        )
     return numbers
 
 
-def read_documents(
-    store: TokenStore, numbers: list[int], args: argparse.Namespace, tokenizer: Any
-) -> Iterator[Document]:
-    """Read documents with the marks of the indices and scores that `args` names."""
-    starts = np.append(0, np.cumsum([shard.num_documents for shard in store.shards]))
-    for number in numbers:
-        # Empty shards share their start with the next one; the last of them holds the document.
-        i = int(np.searchsorted(starts, number, side="right")) - 1
-        yield _read_document(store.shards[i], number, number - int(starts[i]), args, tokenizer)
+def _parse_documents(text: str, store: TokenStore) -> list[int]:
+    numbers: dict[int, None] = {}  # in the order given, each once
+    last = store.num_documents - 1
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        bounds = [int(number) for number in found.groups() if number] if found else []
+        if not bounds or bounds[-1] > last or bounds[0] > bounds[-1]:
+            raise ConfigError(
+                f"--documents {text}: {store.prefix} has documents 0 to {last}; give numbers or "
+                f"ranges of them, such as 0,5,10-12"
+            )
+        numbers.update(dict.fromkeys(range(bounds[0], bounds[-1] + 1)))
+    return list(numbers)
 
 
-def _read_document(
-    shard: Shard, number: int, local: int, args: argparse.Namespace, tokenizer: Any
-) -> Document:
-    first, last = shard.document_offsets[local : local + 2]
-    offsets = shard.sequence_offsets[first : last + 1]
-    start, end = int(offsets[0]), int(offsets[-1])
-    masked = _marks(shard, args.mask_index, start, end)
-    compared = _marks(shard, args.compare, start, end)
-    scores = None
-    if args.scores:
-        scores = open_array(shard, args.scores, "scores")[0][start:end]
-    sequences = []
-    for a, b in zip(offsets[:-1] - start, offsets[1:] - start, strict=True):
-        of_sequence = None if scores is None else scores[a:b]
-        ids = shard.tokens[start + a : start + b]
-        sequences.append(read_sequence(ids, tokenizer, masked[a:b], compared[a:b], of_sequence))
-    return Document(
-        number=number,
-        num_tokens=end - start,
-        num_masked=int(masked.sum()),
-        num_compared=int(compared.sum()),
-        num_shared=int((masked & compared).sum()),
-        sequences=sequences,
-    )
+def take_documents(blocks: Iterable[np.ndarray], count: int) -> list[int]:
+    """Take the first `count` numbers of ascending blocks, `(n,)` int64 each; no more are read."""
+    taken: dict[int, None] = {}  # a document may lie in two blocks
+    for block in blocks:
+        taken.update(dict.fromkeys(block[: count + 1].tolist()))
+        if len(taken) >= count:
+            break
+    return list(taken)[:count]
 
 
-def _marks(shard: Shard, name: str | None, start: int, end: int) -> np.ndarray:
-    """True where the index holds a token of the shard's tokens `start` to `end`: bool."""
-    marks = np.zeros(end - start, dtype=bool)
-    if name:
-        index, _ = open_array(shard, name, "mask")
-        bounds = np.searchsorted(index, np.array([start, end], dtype=np.uint32))
-        marks[index[bounds[0] : bounds[1]].astype(np.int64) - start] = True
-    return marks
+def draw_documents(blocks: Iterable[np.ndarray], count: int, seed: int) -> list[int]:
+    """Draw `count` numbers from blocks of them, `(n,)` int64 each; each document has its draw.
+
+    So the draw does not depend on the blocks, and a document that is drawn from a store is also
+    drawn from fewer documents of it.
+    """
+    best = np.empty(0, dtype=np.int64)
+    for block in blocks:
+        best = np.union1d(best, block)
+        draws = counter_uniform(seed, 0, best, STREAM_SHOWN)
+        best = best[np.argsort(draws, kind="stable")[:count]]
+    return np.sort(best).tolist()
 
 
-def _check_names(store: TokenStore, args: argparse.Namespace) -> None:
-    for flag, kind in (("mask_index", "mask"), ("compare", "mask"), ("scores", "scores")):
-        name = getattr(args, flag)
-        try:
-            for shard in store.shards if name else ():
-                open_array(shard, name, kind)
-        except DataError as error:
-            known = ", ".join(list_arrays(store, kind)) or "none yet"
-            raise DataError(f"--{flag} {name}: {error} (there are: {known})") from None
+def find_word(store: TokenStore, word: str, tokenizer: Any) -> Iterator[np.ndarray]:
+    """Yield the numbers of the documents that hold a word, block by block, `(n,)` int64.
+
+    The word is looked for as its tokens, in lower case, capitals and as it is given; it must
+    stand by itself where the tokenizer tells words apart.
+    """
+    cases = {word, word.lower(), word.capitalize(), word.upper()}
+    # Byte-level vocabularies write a word behind a space with other tokens.
+    texts = [space + case for case in sorted(cases) for space in ("", " ")]
+    unknown = store.special_ids.get("unk")
+    tokenizer.no_padding()  # published tokenizers may come with both switched on
+    tokenizer.no_truncation()
+    patterns = {tuple(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)}
+    patterns = {ids for ids in patterns if ids and unknown not in ids}
+    table = word_table(tokenizer)
+    start = 0
+    for shard in store.shards:
+        for block in iterate_blocks(shard.sequence_offsets):
+            yield start + _find_in_block(shard, block, sorted(patterns), table)
+        start += shard.num_documents
 
 
-# -------------------------------------------------------------------------------- terminal
+def _find_in_block(
+    shard: Shard, block: slice, patterns: list[tuple[int, ...]], table: WordTable | None
+) -> np.ndarray:
+    offsets = shard.sequence_offsets[block.start : block.stop + 1]
+    tokens = shard.tokens[offsets[0] : offsets[-1]]
+    local = offsets - offsets[0]
+    begins = np.ones(len(tokens) + 1, dtype=bool)  # whether a word begins at a token
+    if table is not None:
+        begins[:-1] = ~find_continuations(tokens, local, table)
+    found: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    for pattern in patterns:
+        places = np.flatnonzero(tokens[: max(len(tokens) - len(pattern) + 1, 0)] == pattern[0])
+        for i, token in enumerate(pattern[1:], 1):
+            places = places[tokens[places + i] == token]
+        ends = places + len(pattern)
+        sequence = np.searchsorted(local, places, side="right") - 1
+        whole = (ends <= local[sequence + 1]) & begins[places] & begins[ends]
+        found.append(sequence[whole])
+    sequences = np.unique(np.concatenate(found)) + block.start
+    # An empty document shares its start with the next one; the last of them has the sequence.
+    return np.unique(np.searchsorted(shard.document_offsets, sequences, side="right") - 1)
 
 
-def percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+# ---------------------------------------------------------------------------- the command
 
 
-def _strength(score: float | None) -> float:
-    """How strong a colour is, 0 (none) to 1: nothing at or below even odds."""
-    if score is None or not score > 0:
-        return 0.0
-    return min(score / STRONG_SCORE, 1.0)
+def open_arrays(store: TokenStore, flag: str, name: str, kind: str) -> list[np.ndarray]:
+    """Open an array of every shard; an unknown name is a `DataError` that lists the known."""
+    try:
+        return [open_array(shard, name, kind)[0] for shard in store.shards]
+    except DataError as error:
+        known = ", ".join(list_arrays(store, kind)) or "none yet"
+        raise DataError(f"--{flag} {name}: {error} (there are: {known})") from None
 
 
-def format_piece(piece: Piece, colour: bool) -> str:
-    """Write a piece for the terminal, its space included."""
-    text = piece.text
-    if piece.compared:
-        text = "{" + text + "}"
-    if piece.masked:
-        text = "[" + text + "]"
-    codes = []
-    strength = _strength(piece.score)
-    if colour and piece.masked:
-        codes.append("1;7")
-    if colour and strength:
-        codes.append(f"38;5;{_COLOURS[min(int(strength * len(_COLOURS)), len(_COLOURS) - 1)]}")
-    if codes:
-        text = f"\x1b[{';'.join(codes)}m{text}\x1b[0m"
-    return (" " if piece.space else "") + text
+def check_page(path: Path) -> None:
+    """Refuse a page that cannot be written before any work is done for it."""
+    if path.is_dir():
+        raise ConfigError(f"--html {path} is a folder; give a file, such as {path / 'masks.html'}")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--html {path}: nothing can be written in {folder}; give another file")
 
 
-def format_document(document: Document, args: argparse.Namespace, colour: bool) -> str:
-    """Write a document for the terminal: a line of counts, then a line a sequence."""
-    head = (
-        f"document {document.number}: {document.num_tokens} tokens, "
-        f"[{document.num_masked}] masked ({percent(document.num_masked, document.num_tokens)})"
-    )
-    if args.compare:
-        head += f", {{{document.num_compared}}} in {args.compare}, {document.num_shared} in both"
-    lines = [head]
-    for pieces in document.sequences:
-        lines.append("  " + "".join(format_piece(piece, colour) for piece in pieces).strip())
-    return "\n".join(lines) + "\n"
+def write_page(path: Path, page: str) -> None:
+    try:
+        # A character that is no character (half a surrogate pair) has no bytes.
+        atomic_write_bytes(path, page.encode(errors="replace"))
+    except DiskFullError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"--html {path}: cannot be written ({error.strerror}); give another file"
+        ) from None
+    print(path)
 
 
-# ------------------------------------------------------------------------------------ page
-
-_STYLE = """
-body { font: 16px/1.7 Georgia, serif; max-width: 46em; margin: 2em auto; padding: 0 1em;
-       color: #000; background: #fff; print-color-adjust: exact; }
-table { border-collapse: collapse; margin: 1em 0; } td, th { border: 1px solid #999;
-       padding: 0 .6em; text-align: left; }
-td.n { text-align: right; }
-.m { border: 2px solid #000; border-radius: 3px; padding: 0 2px; text-decoration: underline; }
-.c { border-bottom: 3px dashed #00639c; }
-.m.c { border: 2px solid #000; outline: 2px dashed #00639c; outline-offset: 1px; }
-"""
-
-
-def format_html_piece(piece: Piece) -> str:
-    """Write a piece for the page, escaped, its space included."""
-    classes = " ".join(name for name, on in (("m", piece.masked), ("c", piece.compared)) if on)
-    attributes = f' class="{classes}"' if classes else ""
-    if piece.score is not None:
-        attributes += f' title="log-odds {piece.score:.2f}"'
-    if strength := _strength(piece.score):
-        attributes += f' style="background: rgba(255, 140, 0, {0.7 * strength:.2f})"'
-    text = html.escape(piece.text)
-    if attributes:
-        text = f"<span{attributes}>{text}</span>"
-    return (" " if piece.space else "") + text
-
-
-def _table(rows: list[tuple[str, ...]], head: tuple[str, ...]) -> str:
-    lines = ["<table>", "<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
-    for row in rows:
-        cells = f"<td>{html.escape(row[0])}</td>"
-        cells += "".join(f'<td class="n">{html.escape(cell)}</td>' for cell in row[1:])
-        lines.append(f"<tr>{cells}</tr>")
-    return "\n".join([*lines, "</table>"])
-
-
-def _index_rows(store: TokenStore, names: list[str]) -> list[tuple[str, ...]]:
-    """Whole-store counts of each index, as its files record them."""
-    rows: list[tuple[str, ...]] = []
-    for name in names:
-        infos = [open_array(shard, name, "mask")[1] for shard in store.shards]
-        count = sum(info["count"] for info in infos)
-        strategy = str((infos[0].get("options") or {}).get("strategy", "?") if infos else "?")
-        share = percent(count, store.num_tokens)
-        rows.append((name, strategy, f"{store.num_tokens:,}", f"{count:,}", share))
-    return rows
-
-
-def format_page(store: TokenStore, documents: list[Document], args: argparse.Namespace) -> str:
-    """Write the whole page: legend, counts, most masked words, then the documents."""
-    masked: Counter[str] = Counter()
-    all_words: Counter[str] = Counter()
-    for document in documents:
-        for pieces in document.sequences:
-            all_words.update(piece.text for piece in pieces)
-            masked.update(piece.text for piece in pieces if piece.masked)
-    names = [args.mask_index] + ([args.compare] if args.compare else [])
-    title = html.escape(f"{store.prefix}: masks {' and '.join(names)}")
-    legend = f'<span class="m">masked</span> in {html.escape(args.mask_index)}'
-    if args.compare:
-        legend += f'; <span class="c">masked</span> in {html.escape(args.compare)}'
-    if args.scores:
-        legend += f"; the more important by {html.escape(args.scores)}, the stronger its background"
-    head: tuple[str, ...] = ("document", "tokens", "masked", "share", "in the other", "in both")
-    rows: list[tuple[str, ...]] = [
-        (
-            str(d.number),
-            str(d.num_tokens),
-            str(d.num_masked),
-            percent(d.num_masked, d.num_tokens),
-            str(d.num_compared),
-            str(d.num_shared),
-        )
-        for d in documents
-    ]
-    words: list[tuple[str, ...]] = [
-        (word, str(count), str(all_words[word])) for word, count in masked.most_common(NUM_WORDS)
-    ]
-    if not args.compare:
-        head, rows = head[:4], [row[:4] for row in rows]
-    parts = [
-        f"<h1>{title}</h1>\n<p>{legend}</p>",
-        _table(_index_rows(store, names), ("index", "strategy", "tokens", "masked", "share")),
-        "<h2>Documents shown</h2>\n" + _table(rows, head),
-        "<h2>Most masked in them</h2>\n" + _table(words, ("text", "masked", "occurs")),
-    ]
-    for document in documents:
-        parts.append(f"<h2>Document {document.number}</h2>")
-        for pieces in document.sequences:
-            parts.append("<p>" + "".join(map(format_html_piece, pieces)).strip() + "</p>")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+def count(
+    args: argparse.Namespace, store: TokenStore, names: list[str], scores: str | None,
+    tokenizer: Any,
+) -> list[Table]:
+    """Count over the store, or as much of it as was asked for, and make the tables."""
+    if args.max_statistics_tokens == 0:
+        return []
+    vocabulary = Vocabulary.read(tokenizer, store.vocab_size)
+    started = time.monotonic()
+    statistics = count_masks(store, names, vocabulary, scores, args.max_statistics_tokens)
+    seconds = time.monotonic() - started
+    print(f"counted {statistics.tokens:,} tokens in {seconds:.1f} s "
+          f"({statistics.tokens / max(seconds, 1e-9):,.0f} tokens/s)\n")
+    return make_tables(statistics, names, vocabulary, bool(scores))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    store = TokenStore.open(args.tokens)
-    _check_names(store, args)
-    tokenizer = open_tokenizer(store.tokenizer_dir)
-    numbers = choose_documents(args, store)
-    documents = read_documents(store, numbers, args, tokenizer)
     if args.html:
-        page = format_page(store, list(documents), args)
-        atomic_write_bytes(args.html, page.encode())
-        print(args.html)
+        check_page(Path(args.html))
+    store = TokenStore.open(args.tokens)
+    tokenizer = open_tokenizer(store.tokenizer_dir)
+    masks = open_arrays(store, "mask_index", args.mask_index, "mask")
+    names = [args.mask_index, *([args.compare] if args.compare else [])]
+    nothing: list[Any] = [None] * len(store.shards)
+    compared = open_arrays(store, "compare", args.compare, "mask") if args.compare else nothing
+    origins = [explain(store, name) for name in names]
+    name_of_scores = args.scores or next((o.scores for o in origins if o.scores), None)
+    scores = nothing
+    if name_of_scores:
+        scores = open_arrays(store, "scores", name_of_scores, "scores")
+    shards = [
+        Opened(shard.tokens, shard.sequence_offsets, shard.document_offsets, *arrays)
+        for shard, *arrays in zip(store.shards, masks, compared, scores, strict=True)
+    ]
+    numbers = choose_documents(args, store, tokenizer)
+    documents = read_documents(shards, numbers, tokenizer, args.max_document_tokens)
+    # What several indices have in common is said once.
+    said = {name: printable(text) for o in origins for name, text in o.paragraphs.items()}
+    if name_of_scores:
+        told = printable(explain_scores(store, name_of_scores))
+        said.setdefault(f"scores {name_of_scores}", told)
+    if args.html:
+        tables = count(args, store, names, name_of_scores, tokenizer)
+        title = f"Masks of {Path(store.prefix).name}: {' beside '.join(names)}"
+        page = format_page(title, said, list(documents), tables, names, name_of_scores)
+        write_page(Path(args.html), page)
         return
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    try:
+        print_all(args, store, tokenizer, said, documents, names, name_of_scores)
+    except BrokenPipeError:
+        # `| head` has seen enough. What Python still holds must not fail again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_all(
+    args: argparse.Namespace,
+    store: TokenStore,
+    tokenizer: Any,
+    said: dict[str, str],
+    documents: Iterable[Document],
+    names: list[str],
+    scores: str | None,
+) -> None:
+    """Print how the tokens were chosen, the documents, and the statistics."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII alone
+    terminal = sys.stdout.isatty()
+    colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    look = Look(colour, shutil.get_terminal_size().columns if terminal else None)
+    for subject, text in said.items():
+        print(format_paragraph(f"{subject}: {text}", look) + "\n")
+    print(format_paragraph(format_legend(names, scores), look) + "\n")
     for document in documents:
-        print(format_document(document, args, colour))
+        print(format_document(document, names, look))
+    sys.stdout.flush()  # read on, while the store is counted
+    for table in count(args, store, names, scores, tokenizer):
+        if table.subject in (None, names[0]):  # one index's tokens are enough for a terminal
+            print(format_table(table, look))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess import build_masks
-from preprocess.build_masks import Inputs, choose_positions, count_masks, iterate_blocks, main
+from preprocess.build_masks import Inputs, choose_positions, main
 from preprocess.errors import ConfigError, DataError
+from preprocess.mask_statistics import count_masks, iterate_blocks
 from preprocess.masks import (
     STRATEGIES,
     Sequences,
@@ -342,12 +343,13 @@ def test_statistics_by_hand(tmp_path, tokenizer, capsys):
     store = TokenStore.open(str(tmp_path / "s"))
     write_array(store.shards[0], "a", "mask", np.array([0, 3, 4], dtype=np.uint32), {})
     write_array(store.shards[0], "b", "mask", np.array([0, 2, 4], dtype=np.uint32), {})
-    counted = count_masks(store, "a", "b")
-    assert int(counted.type_tokens.sum()) == 8 and counted.candidates == 7
+    counted = count_masks(store, ["a", "b"])
+    index = counted.indices[0]
+    assert counted.tokens == 8 and counted.candidates == 7
     assert counted.type_tokens[[1, 5, 6, 7, 8]].tolist() == [1, 3, 1, 1, 2]
-    assert counted.type_masked[[1, 5, 6, 7, 8]].tolist() == [0, 2, 0, 1, 0]
-    assert (counted.sequences, counted.unmasked_sequences, counted.shared) == (4, 2, 2)
-    assert counted.by_chance == 2 * 2 / 4 + 1 * 1 / 1
+    assert index.type_masked[[1, 5, 6, 7, 8]].tolist() == [0, 2, 0, 1, 0]
+    assert (counted.sequences, index.rates[0], counted.shared) == (4, 2, 2)
+    assert index.by_chance == 2 * 2 / 4 + 1 * 1 / 1
     names = {5: "w0", 7: "w2"}
     lines = build_masks.format_statistics(counted, names, "b")
     assert "3  42.86 % of the 7 tokens" in lines[1]
@@ -356,16 +358,6 @@ def test_statistics_by_hand(tmp_path, tokenizer, capsys):
     assert lines[6].split() == "w0 2 66.67 % 66.67 % 37.50 %".split()
     assert lines[7].split() == "w2 1 100.00 % 33.33 % 12.50 %".split()
     assert len(lines) == 8
-
-
-def test_statistics_do_not_depend_on_shards_or_blocks(single, sharded, monkeypatch):
-    whole = count_masks(TokenStore.open(single), "sel")
-    cut = iterate_blocks
-    monkeypatch.setattr(build_masks, "iterate_blocks", lambda offsets: cut(offsets, 50))
-    parts = count_masks(TokenStore.open(sharded), "sel")
-    assert parts.type_masked.tolist() == whole.type_masked.tolist()
-    assert parts.by_chance == pytest.approx(whole.by_chance)
-    assert parts.unmasked_sequences == whole.unmasked_sequences
 
 
 def test_an_empty_store_gets_an_empty_index(tmp_path, tokenizer, capsys):

@@ -1,9 +1,12 @@
-"""What a reader sees of a mask: brackets, joined word pieces, escaped pages, refusals."""
+"""What a reader sees of a mask: marks, joined word pieces, its origin, escaped pages, refusals."""
 
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,10 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocess import show_masks
+from preprocess import build_masks, mask_page, show_masks
 from preprocess.errors import ConfigError, DataError
-from preprocess.show_masks import Piece, format_html_piece, format_piece, main, split_text
-from preprocess.store import StoreWriter, TokenStore, write_array
+from preprocess.mask_origin import RULES, explain
+from preprocess.mask_tables import Table
+from preprocess.mask_terminal import Look, format_document, format_table, mark_piece, text_width
+from preprocess.masks import STRATEGIES
+from preprocess.pieces import Document, Piece, Sequence, printable, read_sequence, split_text
+from preprocess.show_masks import draw_documents, find_word, main, take_documents
+from preprocess.store import StoreWriter, TokenStore, file_sha256, write_array
 
 ROOT = Path(show_masks.__file__).parents[1]
 WORDS = "the film is un ##believ ##able , and I ' m glad ( very ) <b> & don t . \x1b".split(" ")
@@ -77,68 +85,37 @@ def show(prefix: str, *options: str) -> None:
     main(["--tokens", prefix, "--mask_index", "sel", *options])
 
 
-# ------------------------------------------------------------------------------------- terminal
+def documents_of(text: str) -> list[str]:
+    """The lines of the documents in what a terminal got."""
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("document "))
+    last = next((i for i, line in enumerate(lines) if line.startswith("counted ")), len(lines))
+    return lines[first:last]
 
 
-def test_terminal_marks_masked_tokens_and_joins_word_pieces(store, capsys):
-    show(store)
-    assert capsys.readouterr().out.splitlines() == [
-        "document 0: 16 tokens, [4] masked (25.0 %)",
-        "  the [film] is un[believable], and",
-        "  [I]'m glad (very).",
-        "",
-        "document 1: 0 tokens, [0] masked (-)",
-        "",
-        "document 2: 6 tokens, [2] masked (33.3 %)",
-        "  [<b>] & don't [ ]",  # an escape character never reaches the terminal
-        "",
-    ]
-
-
-def test_terminal_compares_two_indices(store, capsys):
-    show(store, "--compare", "ctl", "--num_documents", "1")
-    assert capsys.readouterr().out.splitlines()[:3] == [
-        "document 0: 16 tokens, [4] masked (25.0 %), {3} in ctl, 1 in both",
-        "  the [{film}] {is} un[believable], and",
-        "  [I]'m glad (very){.}",
-    ]
+# ---------------------------------------------------------------------------- tokens to text
 
 
 @pytest.mark.parametrize(
-    ("options", "shown"),
-    [(["--documents", "2,0"], [2, 0]), (["--num_documents", "2"], [0, 1]), ([], [0, 1, 2])],
+    "text",
+    [
+        'he said "it\'s well-made," and left.', "don't pay $5 (or 3.5) for a 10/10 [film]!",
+        "a -- b... at 10:30, 100% of it", "\u201cyes\u201d they\u2019re off",
+        "un ##believ ##able ##s",
+    ],
 )
-def test_documents_are_chosen_by_number_across_shards(options, shown, store, capsys):
-    show(store, *options)
-    numbers = re.findall(r"^document (\d+)", capsys.readouterr().out, flags=re.M)
-    assert [int(n) for n in numbers] == shown
+def test_word_pieces_stand_as_english_is_written(text):
+    """Cut into words and signs as BERT does, and put together again."""
+    from tokenizers import Tokenizer, models
+    from tokenizers.pre_tokenizers import BertPreTokenizer
 
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
-def test_colours_only_on_a_terminal_that_wants_them(no_color, coloured, store, monkeypatch, capsys):
-    monkeypatch.setenv("NO_COLOR", no_color)
-    show(store, "--scores", "mr")
-    assert "\x1b" not in capsys.readouterr().out
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    show(store, "--scores", "mr")
-    assert ("\x1b[1;7" in terminal.getvalue()) == coloured
-    assert "[film]" in terminal.getvalue() and "[I]" in terminal.getvalue()
-
-
-def test_colour_grows_with_the_score():
-    def colour_of(score):
-        found = re.search(r"38;5;(\d+)", format_piece(Piece("x", False, score=score), True))
-        return found and int(found.group(1))
-
-    scores = [None, float("nan"), -1.0, 0.0, 0.1, 1.0, 2.9, 3.0, 50.0, float("inf")]
-    expected = [None, None, None, None, 229, 222, 202, 202, 202, 202]
-    assert [colour_of(score) for score in scores] == expected
+    names = text.split() if "##" in text else [
+        word for word, _ in BertPreTokenizer().pre_tokenize_str(text)]
+    inner = Tokenizer(models.WordPiece({name: i for i, name in enumerate(dict.fromkeys(names))}))
+    pieces = split_text([inner.token_to_id(name) for name in names], inner)
+    assert [count for count, _, _ in pieces] == [1] * len(names)
+    read = "".join((" " if space else "") + piece for _, piece, space in pieces)
+    assert read == text.replace(" ##", "")
 
 
 def test_byte_level_text_keeps_spaces_and_whole_characters(byte_level):
@@ -146,19 +123,321 @@ def test_byte_level_text_keeps_spaces_and_whole_characters(byte_level):
     ids = byte_level(text)["input_ids"]
     pieces = split_text(ids, byte_level.backend_tokenizer)
     assert sum(count for count, _, _ in pieces) == len(ids)
-    assert "".join((" " if space else "") + piece for _, piece, space in pieces) == (
-        "caf\u00e9 \U0001f600 ok"
-    )
     assert (2, "\u00e9", False) in pieces and (4, "\U0001f600", False) in pieces
     # A sequence that ends inside a character is shown, with the mark for half a one.
     assert split_text(ids[:4], byte_level.backend_tokenizer)[-1] == (1, "\ufffd", False)
+
+
+def read(tokenizer, text, marked=()):
+    ids = np.array(tokenizer(text)["input_ids"], dtype=np.uint16)
+    masked = np.isin(np.arange(len(ids)), marked)
+    pieces = read_sequence(ids, tokenizer.backend_tokenizer, masked, np.zeros_like(masked), None)
+    return "".join((" " if piece.space else "") + mark_piece(piece) for piece in pieces)
+
+
+def test_a_token_of_a_space_alone_is_shown_only_where_it_is_masked(byte_level):
+    assert read(byte_level, "a  b") == "a b"
+    assert read(byte_level, "a  b", [1]) == "a [\u2423] b"
+    assert read(byte_level, "caf\u00e9s\n", [3, 4]) == "caf[\u00e9]s\u21b5"
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("\x1b[31m", "\u241b[31m"), ("a\nb", "a\u21b5b"), ("\u202eevil\u202c", "evil"),
+        ("\u200b", "\u2423"), ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),
+        ("\x7f\x9b", "\u2423"), ("<b>", "<b>"),
+    ],
+)
+def test_control_characters_are_pictures_or_gone(raw, shown):
+    assert printable(raw) == shown
+
+
+def test_tokens_of_a_word_join_only_where_they_are_marked_alike(tokenizer):
+    ids = np.array(tokenizer.convert_tokens_to_ids("un ##believ ##able".split()), dtype=np.uint16)
+    none = np.zeros(3, dtype=bool)
+
+    def pieces(masked, scores):
+        scores = np.array(scores, dtype=np.float16)
+        found = read_sequence(ids, tokenizer.backend_tokenizer, np.array(masked), none, scores)
+        return [(piece.text, piece.level) for piece in found]
+
+    assert pieces([True] * 3, [1, 1.5, 0.5]) == [("unbelievable", 2)]
+    assert pieces([False, True, True], [1, 1, 1]) == [("un", 2), ("believable", 2)]
+    assert pieces([True] * 3, [1, 3, 3]) == [("un", 2), ("believable", 3)]
+
+
+# ------------------------------------------------------------------------------------- terminal
+
+
+def test_terminal_marks_masked_tokens_and_joins_word_pieces(store, capsys):
+    show(store)
+    assert documents_of(capsys.readouterr().out) == [
+        "document 0: 16 tokens, [4] masked (25.0 %)",
+        "the [film] is un[believable], and",
+        "[I]'m glad (very).",
+        "",
+        "document 1: 0 tokens, [0] masked (-)",
+        "",
+        "document 2: 6 tokens, [2] masked (33.3 %)",
+        "[<b>] & don't [\u241b]",  # an escape character never reaches the terminal
+        "",
+    ]
+
+
+def test_terminal_compares_two_indices(store, capsys):
+    show(store, "--compare", "ctl", "--num_documents", "1")
+    assert documents_of(capsys.readouterr().out)[:3] == [
+        "document 0: 16 tokens, [4] masked (25.0 %), {3} in ctl, 1 in both",
+        "the [{film}] {is} un[believable], and",
+        "[I]'m glad (very){.}",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def show_on_terminal(monkeypatch, columns, prefix, *options):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    show(prefix, *options)
+    return sys.stdout.getvalue()
+
+
+def without_colours(text):
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+def test_a_wide_terminal_has_two_columns_and_a_narrow_one_wraps(store, monkeypatch, capsys):
+    options = ("--compare", "ctl", "--scores", "mr", "--num_documents", "1")
+    wide = documents_of(without_colours(show_on_terminal(monkeypatch, 120, store, *options)))
+    left, right = zip(*(line.split(" | ") for line in wide[1:4]), strict=True)
+    assert [text.rstrip() for text in left] == [
+        "sel", "the [{film}] is un[believable+],+ and+", "[I+]'+m++ glad++ (++very++)++.++"
+    ]
+    assert right == (
+        "ctl", "the [{film}] {is} unbelievable+,+ and+", "I+'+m++ glad++ (++very++)++{.++}"
+    )
+    assert len({len(text) for text in left}) == 1
+    narrow = without_colours(show_on_terminal(monkeypatch, 24, store, *options))
+    lines = documents_of(narrow)[:9]
+    assert "the [{film}] {is}" in lines and "  un[believable+],+ and+" in lines
+    assert all(len(line) <= 24 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "coloured"),
+    [("NO_COLOR", "", True), ("NO_COLOR", "1", False), ("TERM", "dumb", False)],
+)
+def test_colours_only_on_a_terminal_that_wants_them(
+    variable, value, coloured, store, monkeypatch, capsys
+):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(variable, value)
+    show(store, "--scores", "mr")
+    assert "\x1b" not in capsys.readouterr().out
+    text = show_on_terminal(monkeypatch, 80, store, "--scores", "mr")
+    assert ("\x1b[38;5;16;48;5;222;1;4m[I+]" in text) == coloured
+    assert "[film]" in text and ("\x1b" in text) == coloured
+
+
+def test_marks_grow_with_the_score():
+    scores = [None, float("nan"), -3.0, -1.0, 0.0, 0.1, 2.0, 2.1, 50.0, float("inf")]
+    levels = [Piece("x", False, score=score).level for score in scores]
+    assert levels == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
+    marks = [mark_piece(Piece("x", False, score=score)) for score in scores]
+    assert marks == ["x"] * 5 + ["x+"] * 2 + ["x++"] * 3
+    assert mark_piece(Piece("x", True, True, True, 1.0)) == "[{x+}]"
+
+
+def test_wide_and_combining_characters_keep_columns_straight():
+    widths = {"abc": 3, "\u65e5\u672c": 4, "e\u0301": 1, "a\u200d": 1}
+    assert {text: text_width(text) for text in widths} == widths
+    pieces = [Piece(text, True) for text in ("\u65e5\u672c" * 12, "e\u0301t", "plain")]
+    document = Document(0, 3, 0, 0, 0, [Sequence(pieces, 3, 0, 0, None)], num_left_out=4)
+    lines = format_document(document, ["a", "b"], Look(colour=False, width=100)).splitlines()
+    assert {text_width(line.split("|")[0]) for line in lines[1:-1]} == {49}
+    assert lines[-1] == "... 4 more sequences"
+
+
+def test_bars_of_a_table_only_where_there_is_room():
+    table = Table("T", ("kind", "share"), [("\u65e5\u672c", ("50.0 %", 0.5)), ("b", ("9 %", 2.0))])
+    wide = format_table(table, Look(colour=False, width=80)).splitlines()
+    assert wide[2].split() == ["\u65e5\u672c", "50.0", "%", "######"] and "#" * 12 in wide[3]
+    assert "#" not in format_table(table, Look(colour=False, width=20))
+
+
+def test_statistics_can_be_left_out_and_follow_the_documents(store, capsys):
+    show(store, "--max_statistics_tokens", "0")
+    assert "Overall" not in capsys.readouterr().out
+    show(store, "--compare", "ctl", "--scores", "mr")
+    lines = capsys.readouterr().out.splitlines()
+    table = {line[2:26].strip(): line[26:].split() for line in lines if line.startswith("  ")}
+    assert table["masked tokens"] == ["6", "4"]
+    assert table["in the other index too"] == ["33.3", "%", "50.0", "%"]
+    assert "sel: masked most often" in lines and "ctl: masked most often" not in lines
+
+
+# ----------------------------------------------------------------------------- which documents
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--documents", "2,0"], [2, 0]), (["--documents", "0,1-2,0"], [0, 1, 2]),
+        (["--num_documents", "2"], [0, 1]), ([], [0, 1, 2]), (["--containing", "DON"], [2]),
+        (["--containing", "unbelievable", "--random"], [0]), (["--containing", "believable"], None),
+        (["--containing", "I ' m"], [0]), (["--containing", "and I"], None),
+    ],
+)
+def test_documents_are_chosen_by_number_and_word_across_shards(options, shown, store, capsys):
+    if shown is None:
+        with pytest.raises(ConfigError, match="no document of .* holds it"):
+            show(store, *options)
+        return
+    show(store, *options)
+    numbers = re.findall(r"^document (\d+)", capsys.readouterr().out, flags=re.M)
+    assert [int(n) for n in numbers] == shown
+
+
+def test_drawn_documents_depend_on_the_seed_alone():
+    everything = np.arange(1000)
+    blocks = [everything[:7], everything[7:500], everything[499:]]
+    drawn = draw_documents([everything], 20, seed=1)
+    assert draw_documents(blocks, 20, seed=1) == drawn == sorted(set(drawn))
+    assert draw_documents(blocks, 20, seed=2) != drawn
+    assert draw_documents([everything[:5]], 20, seed=1) == [0, 1, 2, 3, 4]
+    counts = np.bincount(np.concatenate([
+        draw_documents([np.arange(10)], 3, seed) for seed in range(2000)
+    ]), minlength=10)
+    assert np.all(np.abs(counts - 600) < 5 * np.sqrt(600 * 0.7))  # five standard deviations
+
+
+def test_first_documents_read_no_more_blocks_than_needed():
+    def blocks():
+        yield np.array([3, 5])
+        yield np.array([5, 8])  # a document that lies in two blocks
+        raise AssertionError("read on")
+
+    assert take_documents(blocks(), 3) == [3, 5, 8]
+
+
+def test_words_are_found_in_byte_level_text(tmp_path, byte_level):
+    with StoreWriter(str(tmp_path / "b"), byte_level, {}) as writer:
+        for text in ("a caf\u00e9 here", "Caf\u00e9", "caf\u00e9s", "no"):
+            writer.add_document([byte_level(text)["input_ids"]])
+    store = TokenStore.open(str(tmp_path / "b"))
+    inner = byte_level.backend_tokenizer
+    inner.enable_padding(length=30)  # as some published tokenizers come
+    assert np.concatenate(list(find_word(store, "caf\u00e9", inner))).tolist() == [0, 1]
+
+
+def test_long_documents_are_cut_between_sequences(store, capsys):
+    show(store, "--documents", "0", "--max_document_tokens", "8")
+    lines = documents_of(capsys.readouterr().out)
+    assert lines[1] == "the [film] is un[believable], and" and lines[2] == "... 1 more sequences"
+    assert "16 tokens, [4] masked" in lines[0]  # of the whole document
+
+
+# -------------------------------------------------------------------------------------- origin
+
+
+def test_every_strategy_is_explained():
+    assert set(RULES) == set(STRATEGIES)
+
+
+@pytest.fixture
+def made(tmp_path, store, tokenizer):
+    """A store with indices made by the command, and the files that a scorer's run leaves."""
+    run = tmp_path / "scorer"
+    (run / "hf").mkdir(parents=True)
+    (run / "hf" / "model.safetensors").write_bytes(b"weights")
+    (run / "results.json").write_text(json.dumps(
+        {"precision": 0.75, "recall": 0.5, "annotations": str(tmp_path / "A")}))
+    options = {"task": "mr", "delta": 0.02, "criterion": "strict", "measure": "buffer",
+               "drop_stop_words": True}
+    (tmp_path / "A.importance.json").write_text(json.dumps(options))
+    info = {"model": str(run / "hf"),
+            "model_fingerprint": file_sha256(run / "hf" / "model.safetensors")}
+    for shard in TokenStore.open(store).shards:
+        scores = np.linspace(-1, 4, shard.num_tokens).astype(np.float16)
+        write_array(shard, "mr", "scores", scores, info)
+    for strategy, name, *more in (
+        ("selective", "chosen", "--scores", "mr", "--mlm_probability", "0.25"),
+        ("random_matched", "control", "--match", "chosen"),
+    ):
+        build_masks.main(["--tokens", store, "--strategy", strategy, "--name", name, *more])
+    return store
+
+
+def test_the_origin_is_told_down_to_the_annotation(made, tmp_path):
+    origin = explain(TokenStore.open(made), "control")
+    assert list(origin.paragraphs) == ["control", "chosen", "scores mr"] and origin.scores == "mr"
+    control, chosen, scores = origin.paragraphs.values()
+    assert "as chosen masks" in control and "seed 42" in control
+    assert chosen.startswith("selective.") and "at most 25 %" in chosen
+    assert "5 of 22 tokens" in chosen
+    for told in (file_sha256(tmp_path / "scorer/hf/model.safetensors")[:16], "75 %", "50 %",
+                 "task mr", "delta 0.02", "criterion strict", "stop words never"):
+        assert told in scores
+
+
+def test_scores_may_be_named_as_the_index_is(made):
+    options = ["--strategy", "selective", "--scores", "mr", "--name", "mr"]
+    build_masks.main(["--tokens", made, *options])
+    paragraphs = explain(TokenStore.open(made), "mr").paragraphs
+    assert list(paragraphs) == ["mr", "scores mr"] and paragraphs["mr"].startswith("selective.")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda folder: (folder / "scorer/hf/model.safetensors").write_bytes(b"others"),
+         "fitted anew since"),
+        (lambda folder: shutil.rmtree(folder / "scorer"), "that folder is gone"),
+        (lambda folder: (folder / "scorer/results.json").write_text("{"), "that folder is gone"),
+        (lambda folder: (folder / "A.importance.json").unlink(), "not there any more"),
+    ],
+)
+def test_what_is_gone_or_new_is_said(damage, told, made, tmp_path):
+    damage(tmp_path)
+    assert told in explain(TokenStore.open(made), "chosen").paragraphs["scores mr"]
+
+
+def test_scores_that_were_made_anew_are_not_taken_for_the_old_ones(made, capsys):
+    for shard in TokenStore.open(made).shards:
+        write_array(shard, "mr", "scores", np.zeros(shard.num_tokens, dtype=np.float16), {})
+    origin = explain(TokenStore.open(made), "control")
+    assert origin.scores is None and "scores mr was removed" in origin.paragraphs["chosen"]
+    capsys.readouterr()
+    main(["--tokens", made, "--mask_index", "control"])
+    assert "important+" not in capsys.readouterr().out  # nothing to colour by
+    main(["--tokens", made, "--mask_index", "control", "--scores", "mr"])
+    out = capsys.readouterr().out
+    assert "important+" in out and "scores mr: Scores of an unknown scorer" in out
+
+
+def test_an_index_that_was_made_anew_is_not_taken_for_the_matched_one(made, capsys):
+    build_masks.main(["--tokens", made, "--strategy", "random", "--name", "chosen", "--overwrite"])
+    for names in (("control", "chosen"), ("chosen", "control")):
+        capsys.readouterr()
+        main(["--tokens", made, "--mask_index", names[0], "--compare", names[1]])
+        out = capsys.readouterr().out
+        assert "chosen: random. 15 %" in out and "chosen was removed or made anew" in out
+
+
+def test_colours_come_from_the_scores_of_the_index(made, capsys):
+    main(["--tokens", made, "--mask_index", "control", "--max_statistics_tokens", "0"])
+    assert "by mr: important+" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------- page
 
 
 class Reader(HTMLParser):
-    """Collect tags, the text in masked spans, and check that every tag is closed."""
+    """Collect tags, the text in masked marks, and check that every tag is closed."""
 
     def __init__(self):
         super().__init__()
@@ -174,36 +453,69 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
-        if self.open and self.open[-1][0] == "span" and "m" in self.open[-1][1].split():
+        if self.open and self.open[-1][0] == "mark":
             self.masked.append(data)
 
 
 def test_page_is_escaped_whole_and_without_scripts(store, tmp_path, capsys):
     page = tmp_path / "new" / "page.html"
     show(store, "--html", str(page), "--scores", "mr", "--compare", "ctl")
-    assert capsys.readouterr().out.strip() == str(page)
+    assert capsys.readouterr().out.splitlines()[-1] == str(page)
     reader = Reader()
     reader.feed(page.read_text(encoding="utf-8"))
     reader.close()
     assert reader.open == []
-    assert reader.masked == ["masked", "film", "believable", "I", "<b>", " "]
+    # The legend, then of each sequence what one index masks and what the other one does.
+    assert reader.masked == [
+        "masked", "masked in both", "film", "believable", "film", "is", "I", ".", "<b>", "\u241b",
+        "<b>",
+    ]
     kinds = {tag for tag, _ in reader.tags}
-    assert "b" not in kinds and not kinds & {"script", "link", "img", "iframe"}
-    assert not any(set(a) & {"src", "href", "onclick"} for _, a in reader.tags)
+    assert not kinds & {"script", "link", "img", "iframe", "svg"}
+    for _, attributes in reader.tags:
+        assert not any(name == "src" or name.startswith("on") for name in attributes)
+        assert attributes.get("href", "#").startswith("#")
+    assert {"documents", "statistics"} <= {a.get("id") for _, a in reader.tags}
     assert "selective" in reader.text and "Document 2" in reader.text
     assert "27.3 %" in reader.text  # 6 of the 22 tokens of the store
-    style = page.read_text()
-    assert "border: 2px solid" in style and "text-decoration: underline" in style
+    assert "ctl: passed over" in reader.text
+    raw = page.read_text()
+    assert "default-src 'none'" in raw and "url(" not in raw and "@import" not in raw
+
+
+def test_what_is_masked_and_how_important_shows_without_colour():
+    """Boxes and lines below; backgrounds only repeat them."""
+    style = mask_page._STYLE
+    assert re.search(r"\.m \{ border: 2px solid", style)
+    assert re.search(r"\.b \{ border: 4px double", style)
+    assert ".l1, .l2, .l3 { text-decoration: underline" in style
+    lines = [re.search(rf"^\.l{i} {{([^}}]*)}}", style, re.MULTILINE).group(1) for i in (1, 2, 3)]
+    assert len({re.sub(r"background: [^;]*;", "", line) for line in lines}) == 3
+    # One lightness after the other, so that a grey print keeps the order; black reads on all.
+    shades = [re.search(r"#(..)(..)(..)", line).groups() for line in lines]
+    grey = [0.299 * int(r, 16) + 0.587 * int(g, 16) + 0.114 * int(b, 16) for r, g, b in shades]
+    assert 255 > grey[0] > grey[1] + 20 and grey[1] > grey[2] + 20 and grey[2] > 150
 
 
 def test_html_piece_by_hand():
-    assert format_html_piece(Piece('a"<', True)) == " a&quot;&lt;"
+    names = ["sel", "c<l"]
+    assert mask_page.format_piece(Piece('a"<', True), names) == " a&quot;&lt;"
     piece = Piece("x", False, masked=True, compared=True, score=3.0)
-    assert format_html_piece(piece) == (
-        '<span class="m c" title="log-odds 3.00" style="background: rgba(255, 140, 0, 0.70)">x'
-        "</span>"
+    assert mask_page.format_piece(piece, names) == (
+        '<mark class="m b l3" title="masked in sel and c&lt;l, log-odds 3.00 (95 %)">x</mark>'
     )
-    assert "style" not in format_html_piece(Piece("x", False, score=-1.0))
+    assert mask_page.format_piece(Piece("x", False, score=-1.0), names) == (
+        '<span class="l1" title="log-odds -1.00 (27 %)">x</span>'
+    )
+    assert mask_page.format_piece(Piece("x", False, score=-5.0), names) == "x"
+
+
+def test_page_of_one_index_has_one_column(store, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    show(store, "--html", str(page), "--max_statistics_tokens", "0")
+    text = page.read_text()
+    assert 'class="pair"' not in text and "statistics" not in text.split("</style>")[1]
+    assert text.count('dir="auto"') == 3  # a line of Arabic begins on the right
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -214,9 +526,19 @@ def test_html_piece_by_hand():
     [
         (["--documents", "3"], "documents 0 to 2"),
         (["--documents", "-1"], "documents 0 to 2"),
+        (["--documents", "1-9"], "documents 0 to 2"),
+        (["--documents", "2-1"], "documents 0 to 2"),
         (["--documents", "0,x"], "such as 0,5"),
         (["--documents", ""], "such as 0,5"),
+        (["--documents", "9" * 30], "documents 0 to 2"),
         (["--num_documents", "0"], "at least 1"),
+        (["--max_document_tokens", "0"], "at least 1"),
+        (["--max_statistics_tokens", "-1"], "at least 0"),
+        (["--documents", "0", "--random"], "exclude each other"),
+        (["--documents", "0", "--num_documents", "1"], "exclude each other"),
+        (["--containing", " "], "give a word"),
+        (["--containing", "zebra"], "give another"),
+        (["--compare", "sel"], "name another"),
     ],
 )
 def test_documents_that_do_not_exist_are_refused(options, message, store):
@@ -232,6 +554,35 @@ def test_unknown_names_list_the_known_ones(flag, known, store):
         show(store, flag, "nope")
 
 
+def test_an_index_of_another_store_is_refused(store, tmp_path, tokenizer):
+    other = str(tmp_path / "other")
+    with StoreWriter(other, tokenizer, {}) as writer:
+        writer.add_document([[5, 6, 7]])
+    write_array(TokenStore.open(other).shards[0], "sel", "mask", np.array([0], np.uint32), {})
+    for ending in ("npy", "json"):
+        shutil.copy(f"{other}.sel.mask.{ending}", f"{store}-00000-of-00003.sel.mask.{ending}")
+    with pytest.raises(DataError, match="made for the store"):
+        show(store)
+
+
+def test_an_empty_store_is_refused(tmp_path, tokenizer):
+    with StoreWriter(str(tmp_path / "e"), tokenizer, {}):
+        pass
+    shard = TokenStore.open(str(tmp_path / "e")).shards[0]
+    write_array(shard, "sel", "mask", np.empty(0, np.uint32), {})
+    with pytest.raises(DataError, match="has no documents"):
+        show(str(tmp_path / "e"))
+
+
+def test_a_page_that_cannot_be_written_is_refused_first(store, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(show_masks.TokenStore, "open", None)
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x" / "p.html",
+                                                      "nothing can be written in")):
+        with pytest.raises(ConfigError, match=message):
+            show(store, "--html", str(path))
+
+
 @pytest.mark.parametrize("how", [["preprocess/show_masks.py"], ["-m", "preprocess.show_masks"]])
 def test_command_by_path_and_by_module(how, store):
     command = [sys.executable, *how]
@@ -240,3 +591,15 @@ def test_command_by_path_and_by_module(how, store):
     options = ["--tokens", store, "--mask_index", "nope"]
     failed = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 3 and len(failed.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(store):
+    command = [sys.executable, "preprocess/show_masks.py", "--tokens", store, "--mask_index", "sel"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
+    assert shown.returncode == 0 and b"don't [?]" in shown.stdout
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert ended.returncode == 0 and ended.stderr == b""
