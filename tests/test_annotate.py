@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from preprocess.corpus import load_task
 from preprocess.errors import ConfigError
 from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array
+from preprocess.words import STOP_WORDS
 from train import annotate, engine
 from train.annotate import CRITERIA, MEASURES, find_important
 
@@ -434,7 +435,7 @@ def test_stop_words_are_whole_words_and_no_negators(tiny_tokenizer):
         [],
     ]
     negators = "no not nor never none nothing nobody neither nowhere cannot without t n't but"
-    assert not annotate.STOP_WORDS & set(negators.split())
+    assert not STOP_WORDS & set(negators.split())
 
 
 def test_dropped_stop_words_are_not_important(task_files, make_classifier, one_process, tmp_path):

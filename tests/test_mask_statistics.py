@@ -189,12 +189,6 @@ def test_a_stop_word_that_is_part_of_a_word_is_none(tiny_tokenizer):
     assert not len(find_kinds(tokens[:0], np.array([0]), vocabulary.kinds, vocabulary.table))
 
 
-def test_annotation_and_statistics_have_the_same_stop_words():
-    from train import annotate
-
-    assert annotate.STOP_WORDS == STOP_WORDS
-
-
 # ------------------------------------------------------------------------------------ tables
 
 

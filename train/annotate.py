@@ -32,6 +32,7 @@ from preprocess.encode import encode_batch, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.masks import continuation_table, find_continuations
 from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array, read_json
+from preprocess.words import is_stop_word
 from train import engine
 from train.config import AnnotateConfig, parse
 from train.inference import Runner, check_trained, special_template
@@ -142,27 +143,8 @@ MEASURES: dict[str, Callable[..., list[np.ndarray]]] = {"buffer": find_important
 
 # --------------------------------------------------------------------------- stop words
 
-STOP_WORDS = frozenset(
-    """
-    a an the this that these those
-    i me my mine myself we us our ours ourselves you your yours yourself yourselves
-    he him his himself she her hers herself it its itself they them their theirs themselves
-    who whom whose which what
-    am is are was were be been being have has had having do does did doing
-    will would shall should can could may might must
-    and or as if while because so than then
-    of at by for with about between into through during before after to from in on over under
-    here there when where how both each other some any such same
-    s ll re ve d m
-    """.split()
-)
-"""Words of English that carry no opinion by themselves. Negators and contrasts (no, not, never,
-nor, t of don't, without, but, against, few, only, too, very, ...) are left out on purpose: they
-turn an opinion round, and a usual list would forbid that they ever be important."""
-
-
 def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.ndarray]:
-    """Mark the tokens of whole words that are in `STOP_WORDS`: one bool array a sequence."""
+    """Mark the tokens that are stop words, whole ones: one bool array a sequence."""
     lengths = [len(sequence) for sequence in sequences]
     offsets = np.cumsum([0, *lengths])
     tokens = np.concatenate([np.empty(0, np.int64), *sequences]).astype(np.int64)
@@ -173,7 +155,7 @@ def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         word = tuple(tokens[start:end].tolist())
         if word not in known:
-            known[word] = tokenizer.decode(list(word)).strip().lower() in STOP_WORDS
+            known[word] = is_stop_word(tokenizer.decode(list(word)))
         marks[start:end] = known[word]
     return np.split(marks, offsets[1:-1]) if lengths else []
 
