@@ -31,11 +31,11 @@ from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.encode import encode_batch, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.masks import continuation_table, find_continuations
+from preprocess.progress import Progress, say
 from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array, read_json
 from train import engine
 from train.config import AnnotateConfig, parse
 from train.inference import Runner, check_trained, special_template
-from train.metrics import Progress, say
 from train.model import (
     check_row_length,
     load_classifier,

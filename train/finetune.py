@@ -23,11 +23,12 @@ import torch
 
 from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.progress import say
 from preprocess.store import atomic_write_bytes
 from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start
-from train.metrics import EVAL_ACCURACY, EVAL_LOSS, EVAL_MACRO_F1, say
+from train.metrics import EVAL_ACCURACY, EVAL_LOSS, EVAL_MACRO_F1
 from train.model import (
     check_row_length,
     load_classifier,

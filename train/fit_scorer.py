@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.progress import say
 from preprocess.store import TokenStore, atomic_write_json, open_array, read_json
 from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FitScorerConfig, parse
 from train.engine import barrier, finish, is_main, start
 from train.inference import Template, special_template
-from train.metrics import EVAL_F1, EVAL_LOSS, say
+from train.metrics import EVAL_F1, EVAL_LOSS
 from train.model import (
     check_row_length,
     check_same_vocabulary,

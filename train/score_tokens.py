@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
     TokenStore,
@@ -33,7 +34,6 @@ from preprocess.store import (
 from train import engine
 from train.config import ScoreConfig, parse
 from train.inference import Runner, check_trained, special_template
-from train.metrics import Progress, say
 from train.model import (
     check_row_length,
     check_same_vocabulary,

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from preprocess.errors import NonFiniteError, StopRequested
+from preprocess.progress import Progress, say
 from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from train.config import FinetuneConfig, FitScorerConfig
 from train.engine import (
@@ -46,8 +47,6 @@ from train.metrics import (
     SKIPPED_STEPS,
     TRAIN_LOSS,
     MetricsWriter,
-    Progress,
-    say,
 )
 from train.model import checkpoint_activations
 
