@@ -299,9 +299,8 @@ def explain(
         DataError: the classifier's answers are not numbers.
     """
     every = config.logging_steps * max(1, config.batch_tokens // config.max_seq_length)
-    progress = Progress(len(queries), "sequence", every, label=f"classify{who}")
-    full = predict(runner, queries, [query.tokens for query in queries], progress)
-    progress.close()
+    with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
+        full = predict(runner, queries, [query.tokens for query in queries], progress)
     if np.isnan(full).any():
         raise DataError("the classifier's logits are not numbers; fine-tune it again")
     labels = np.array([query.label for query in queries], dtype=np.int64)
@@ -316,11 +315,11 @@ def explain(
         answers = predict(runner, whose, buffers, progress)
         return answers[np.arange(len(whose)), [query.label for query in whose]]
 
-    found = MEASURES[config.measure](
-        confidence, [query.tokens for query in asked], full[right, labels[right]],
-        config.delta, config.criterion,
-    )
-    progress.close()
+    with progress:
+        found = MEASURES[config.measure](
+            confidence, [query.tokens for query in asked], full[right, labels[right]],
+            config.delta, config.criterion,
+        )
     result: list[np.ndarray | None] = [None] * len(queries)
     for i, marks in zip(right, found, strict=True):
         result[i] = marks

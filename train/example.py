@@ -43,10 +43,9 @@ def spell(ids: list[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-def mark(text: str, before: str = "", after: str = "") -> str:
-    """A token in bold brackets, its space outside."""
-    word = text.lstrip(" ")
-    return f"{' ' if word != text else ''}**&#91;{before}{escape(word)}{after}&#93;**"
+def mark(text: str, wrong: bool = False) -> str:
+    """A token in bold brackets; one that is wrong has a sign that needs no colour."""
+    return f"**&#91;{escape(text)}{' &#8800;' if wrong else ''}&#93;**"
 
 
 class Example:
@@ -96,21 +95,22 @@ class Example:
 
     def table(self, guesses: list[int]) -> str:
         """The text as written, as the model sees it, and as it fills it in, in Markdown."""
-        original, seen = (spell(ids, self._tokenizer) for ids in (self._original, self._seen))
-        filled = list(original)
+        texts = spell(self._original, self._tokenizer)
+        rows = [[escape(text) for text in texts] for _ in range(3)]
         num_right = 0
         for place, guess in zip(self._places, guesses, strict=True):
-            right = guess == self._original[place]
-            num_right += right
-            guessed = spell([*self._original[:place], guess], self._tokenizer)[-1]
-            filled[place] = mark(guessed, after="" if right else " &#8800;")
-            original[place], seen[place] = mark(original[place]), mark(seen[place])
-        places = set(self._places)
-        lines = [
-            "".join(t if i in places else escape(t) for i, t in enumerate(texts)).strip()
-            for texts in (original, seen, filled)
-        ]
-        share = f"{num_right} of {len(places)} right; the others are marked &#8800;"
+            truth = self._original[place]
+            space = " " if texts[place].startswith(" ") else ""
+            for row, token in zip(rows, (truth, self._seen[place], guess), strict=True):
+                wrong = row is rows[2] and token != truth
+                row[place] = space + mark(self._word(place, token), wrong)
+            num_right += guess == truth
+        share = f"{num_right} of {len(guesses)} right; the others are marked &#8800;"
         heads = ("original", "masked", f"prediction ({share})")
-        rows = [f"| {head} | {line} |" for head, line in zip(heads, lines, strict=True)]
-        return "\n".join(["| | one held-out text |", "|---|---|", *rows])
+        lines = [f"| {head} | {''.join(row).strip()} |"
+                 for head, row in zip(heads, rows, strict=True)]
+        return "\n".join(["| | one held-out text |", "|---|---|", *lines])
+
+    def _word(self, place: int, token: int) -> str:
+        """A token as it reads at a place of the text."""
+        return spell([*self._original[:place], token], self._tokenizer)[-1].strip()

@@ -47,6 +47,7 @@ from train.supervised import (
     best_threshold,
     describe_plan,
     fit,
+    hyperparameters,
     make_examples,
     precision_recall_f1,
     remove_resume_state,
@@ -274,6 +275,10 @@ def main(argv: list[str] | None = None) -> None:
         model, resolved, encoded["train"], encoded["dev"], assess, config=config, seed=config.seed,
         select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
         pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, identity=identity,
+        hyperparameters=hyperparameters(
+            "fit_scorer", Path(config.annotations).name, config, resolved, encoded["train"],
+            config.seed,
+        ),
     )
     results = {
         **found.best,
@@ -294,6 +299,8 @@ def main(argv: list[str] | None = None) -> None:
         save_hf(model, found.best_state, tokenizer, run_dir / "hf", stages)
         atomic_write_json(run_dir / "results.json", results)
         remove_resume_state(run_dir)
+    assert found.log is not None
+    found.log.close(finished=True)
     barrier()
     say_results(results)
     finish()

@@ -55,12 +55,13 @@ TAGS = (
 )
 
 # Columns of the HParams page, the same in every run: TensorBoard takes those of the run that it
-# happens to read first. A run leaves empty what it does not have.
+# happens to read first, sorts them by name and shows five until others are ticked. A run leaves
+# empty what it does not have.
 HYPERPARAMETERS: dict[str, type] = {
-    "command": str, "model": str, "data": str, "masking": str, "mask_rate": float, "seed": float,
-    "learning_rate": float, "warmup_steps": float, "weight_decay": float,
-    "train_batch_size": float, "max_seq_length": float, "steps": float, "epochs": float,
-    "optimizer": str, "precision": str, "zero_stage": float, "ranks": float,
+    "command": str, "data": str, "learning_rate": float, "masking": str, "max_seq_length": float,
+    "max_steps": float, "mlm_probability": float, "model": str, "num_train_epochs": float,
+    "optimizer": str, "precision": str, "ranks": float, "seed": float, "train_batch_size": float,
+    "warmup_num_steps": float, "weight_decay": float, "zero_stage": float,
 }
 FINAL_METRICS = (
     EVAL_LOSS, EVAL_PERPLEXITY, EVAL_ACCURACY, EVAL_BEST, TEST_ACCURACY, TEST_MACRO_F1,
@@ -95,7 +96,7 @@ def resolved_hyperparameters(resolved: Any) -> dict[str, Any]:
         "learning_rate": optimizer["params"]["lr"],
         "weight_decay": optimizer["params"]["weight_decay"],
         "optimizer": optimizer["type"],
-        "warmup_steps": schedule.get("warmup_num_steps"),
+        "warmup_num_steps": schedule.get("warmup_num_steps"),
         "train_batch_size": resolved.train_batch_size,
         "precision": resolved.precision,
         "zero_stage": config.get("zero_optimization", {}).get("stage", 0),

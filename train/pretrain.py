@@ -438,11 +438,12 @@ def hyperparameters(inputs: Inputs) -> dict[str, Any]:
         "model": config.model_name_or_path or config.model_config,
         "data": Path(config.tokens).name,
         "masking": masking.name,
-        "mask_rate": masking.rate or options.get("mlm_probability"),
+        "mlm_probability": masking.rate or options.get("mlm_probability"),
         "seed": config.seed,
         "max_seq_length": config.max_seq_length,
-        "steps": config.max_steps,
-        "epochs": config.max_steps * inputs.resolved.train_batch_size / inputs.train_rows.num_rows,
+        "max_steps": config.max_steps,
+        "num_train_epochs":
+            config.max_steps * inputs.resolved.train_batch_size / inputs.train_rows.num_rows,
         **metrics.resolved_hyperparameters(inputs.resolved),
     }
 

@@ -210,14 +210,14 @@ def score(
             num_important += int((block > 0).sum())
             yield block
 
-    for shard in todo:
-        blocks = count(score_shard(shard, runner, limit, progress))
-        if engine.is_main():
-            write_array(shard, config.name, "scores", blocks, made_by)
-        else:
-            for _ in blocks:
-                pass
-    progress.close()
+    with progress:
+        for shard in todo:
+            blocks = count(score_shard(shard, runner, limit, progress))
+            if engine.is_main():
+                write_array(shard, config.name, "scores", blocks, made_by)
+            else:
+                for _ in blocks:
+                    pass
     passes, tokens, slots = engine.all_reduce_sum(
         runner.counts.passes, runner.counts.tokens, runner.counts.slots
     )
