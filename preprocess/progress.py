@@ -20,11 +20,16 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _has_terminal() -> bool:
+    """Whether stderr is a terminal; one that has no width shows no bar."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
 def say(text: str) -> None:
     """Print one line on rank 0, above the bar if there is one."""
     if not is_first_rank():
         return
-    if not sys.stderr.isatty():
+    if not _has_terminal():
         print(text, flush=True)
         return
     from tqdm import tqdm
@@ -54,7 +59,7 @@ class Progress:
         self._start = self._printed_at = time.monotonic()
         self._bar: Any = None
         self._quiet = not is_first_rank()
-        if not self._quiet and sys.stderr.isatty():
+        if not self._quiet and _has_terminal():
             from tqdm import tqdm
 
             self._bar = tqdm(

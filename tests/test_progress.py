@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 from conftest import ROOT
@@ -30,9 +33,10 @@ say("the end")
 def run_in_terminal(code: str, **environment: str) -> str:
     """What a person sees: stdout and stderr of a script on one pseudo-terminal."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT,
-        env={**os.environ, "RANK": "0", "COLUMNS": "100", **environment},
+        env={**os.environ, "RANK": "0", **environment},
     )
     os.close(theirs)
     shown = b""

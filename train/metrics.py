@@ -115,17 +115,18 @@ class _EventFile:
     def __init__(self, folder: Path, purge_step: int) -> None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        is_first = not any(folder.iterdir())
         # Files are read in the order of their names.
         seconds, rest = divmod(time.time_ns(), 10**9)
         place = f"{socket.gethostname()}.{os.getpid()}"
         self._path = folder / f"events.out.tfevents.{seconds}.{rest:09d}.{place}"
-        self._add(file_version="brain.Event:2")
-        if not is_first:
-            from tensorboard.compat.proto.event_pb2 import SessionLog
+        self._start(purge_step)
 
-            start = SessionLog(status=SessionLog.START)
-            self._add(step=purge_step, session_log=start)
+    def _start(self, purge_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        self._add(file_version="brain.Event:2")
+        # The first file says so too: TensorBoard takes no notice of the first of these.
+        self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def _add(self, **fields: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
