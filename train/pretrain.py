@@ -284,6 +284,8 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     device = ds.start()
     resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     ranks = ds.ranks()
+    # Before dropout's generator is seeded or restored: measuring draws from it.
+    peak = _peak_flops(device, resolved.precision)
     engine, module = start_engine(inputs)
     totals = Totals()
     if resume_from:
@@ -299,7 +301,7 @@ def train(inputs: Inputs, run_dir: Path) -> None:
         accumulation_steps=resolved.accumulation_steps,
         world_size=ranks.world_size, rank=ranks.rank,
     )
-    log = _Log(inputs, run_dir, engine, module, device, totals)
+    log = _Log(inputs, run_dir, engine, module, device, peak, totals)
     results = log.evaluate(0) if totals.step == 0 else {}
     engine.train()
     progress = Progress(
@@ -365,11 +367,10 @@ class _Log:
 
     def __init__(
         self, inputs: Inputs, run_dir: Path, engine: Any, module: model.PackedMaskedLM,
-        device: torch.device, totals: Totals,
+        device: torch.device, peak: flops.Peak, totals: Totals,
     ) -> None:
         self._inputs, self._engine, self._device = inputs, engine, device
         world_size = ds.ranks().world_size
-        peak = _peak_flops(device, inputs.resolved.precision)
         self._flops = flops.count_flops(module, inputs.config.max_seq_length)
         self._peak = peak.flops_per_second * world_size
         self._example = None
