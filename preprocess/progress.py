@@ -89,8 +89,12 @@ class Progress:
         from tqdm import tqdm
 
         rate = (self._done - self._initial) / max(seconds, 1e-9)
-        total = "" if self._total is None else f"/{self._total:,}"
-        parts = [f"{self._unit} {self._done:,}{total}", text, f"{rate:,.3g} {self._unit}/s"]
+        if self._unit == "B":
+            done, total = (tqdm.format_sizeof(n or 0, "B") for n in (self._done, self._total))
+            parts = [f"{done}/{total}", text, f"{tqdm.format_sizeof(rate, 'B')}/s"]
+        else:
+            total = "" if self._total is None else f"/{self._total:,}"
+            parts = [f"{self._unit} {self._done:,}{total}", text, f"{rate:,.3g} {self._unit}/s"]
         if self._total is not None and rate > 0:
             left = tqdm.format_interval(max(0.0, (self._total - self._done) / rate))
             parts.append(f"{left} left")

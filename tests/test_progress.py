@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
+import datasets
 import pytest
 from conftest import ROOT
 
 from preprocess import progress
+from preprocess.corpus import num_bytes, read_documents
 from preprocess.progress import Progress, say
 
 WORK = """
@@ -110,6 +115,36 @@ def test_an_error_ends_the_bar():
     )
     assert "-c: a broken file\r\n" in shown.split("\n", 1)[1].lstrip("\r")
     assert shown.rstrip().endswith("3")
+
+
+@pytest.mark.parametrize("kind", ["txt", "gz", "csv", "parquet"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_byte_of_an_input_is_counted_once(tmp_path, reviews_file, kind, count):
+    text = Path(reviews_file).read_text()
+    path = tmp_path / f"text.{'txt.gz' if kind == 'gz' else kind}"
+    if kind == "gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif kind == "parquet":
+        datasets.Dataset.from_dict({"text": text.splitlines()}).to_parquet(path)
+    else:
+        path.write_text(("text\n" if kind == "csv" else "") + text)
+    for index in range(count):
+        passed: list[int] = []
+        documents = list(read_documents([str(path)], part=(index, count), passed=passed.append))
+        expected = num_bytes([str(path)], False, (index, count))
+        assert len(documents) == pytest.approx(120 / count, abs=20)
+        assert sum(passed) == expected
+
+
+def test_tokenizing_shows_how_much_is_left(tmp_path, reviews_file, tiny_encoder):
+    shown = run_in_terminal(
+        "from preprocess.tokenize_corpus import main\n"
+        f"main(['--input', {reviews_file!r}, '--tokenizer', {tiny_encoder!r}, '--num_shards', '2',"
+        f" '--num_workers', '2', '--output', {str(tmp_path / 'store')!r}])"
+    )
+    assert re.search(r"tokenize: 100%.*B/s, 120 documents, [\d,]+ tokens\]", shown)
+    lines = [line.split("\r")[-1] for line in shown.split("\r\n")]
+    assert sum("empty documents dropped" in line for line in lines) == 2
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
