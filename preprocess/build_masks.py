@@ -35,6 +35,7 @@ from preprocess.masks import (
     find_continuations,
     open_tokenizer,
 )
+from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
     TokenStore,
@@ -253,17 +254,30 @@ def build(
             print(f"{array_path(shard, args.name, 'mask')}: whole, made with the same options")
         else:
             work.append((shard, array, options))
-    for shard, array, options in work:
-        inputs = Inputs(words=words, **({need: array} if need else {}))
-        positions = choose_positions(
-            shard,
-            args.strategy,
-            inputs,
-            rate=args.mlm_probability,
-            seed=args.seed,
-            all_special_ids=store.all_special_ids,
-        )
-        print(write_array(shard, args.name, "mask", positions, {"options": options}))
+    total = sum(shard.num_tokens for shard, _, _ in work)
+    with Progress(total, "token", label="mask") as progress:
+        for shard, array, options in work:
+            inputs = Inputs(words=words, **({need: array} if need else {}))
+            positions = choose_positions(
+                shard,
+                args.strategy,
+                inputs,
+                rate=args.mlm_probability,
+                seed=args.seed,
+                all_special_ids=store.all_special_ids,
+            )
+            counted = _count(positions, shard, progress)
+            say(str(write_array(shard, args.name, "mask", counted, {"options": options})))
+
+
+def _count(
+    positions: Iterator[np.ndarray], shard: Shard, progress: Progress
+) -> Iterator[np.ndarray]:
+    """Pass the positions of each block on and count its tokens."""
+    offsets = shard.sequence_offsets
+    for block, chosen in zip(iterate_blocks(offsets), positions, strict=True):
+        yield chosen
+        progress.update(int(offsets[block.stop] - offsets[block.start]))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,6 +39,7 @@ from preprocess.store import file_sha256
 Row = dict[str, Any]
 
 MAX_LINE_BYTES = 1 << 26  # 64 MiB; the longest books have about 6
+LINES_BETWEEN = 256  # two reports of how far a file has been read
 MAX_EXPANSION = 500  # text comes out of gzip 3 to 10 times as long, zeros about 1000 times
 FREE_EXPANSION = 1 << 20  # bytes that may come out of any file, however small
 
@@ -151,10 +152,14 @@ def _copy_members(
 
 @dataclass(frozen=True)
 class Span:
-    """Part of a file in bytes; a line belongs to the span that its first byte is in."""
+    """Part of a file in bytes; a line belongs to the span that its first byte is in.
+
+    `passed` is told now and then how many more bytes of the file have been read.
+    """
 
     start: int = 0
     end: int | None = None
+    passed: Callable[[int], None] = lambda num_bytes: None
 
 
 def _check_file(path: Path) -> None:
@@ -164,15 +169,15 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: no such file")
 
 
-def _open_binary(path: Path) -> Any:
-    _check_file(path)
+def _decompressed(path: Path, stream: Any) -> Any:
+    """What is in the open file `path`."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return gzip.GzipFile(fileobj=stream, mode="rb")
     if path.suffix == ".zst":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
+        return io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
+    return stream
 
 
 def _largest_content(path: Path) -> int | None:
@@ -196,9 +201,10 @@ def _place(path: Path, number: int, span: Span) -> str:
 
 def _lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """Yield (line number within the span, text with its line end)."""
-    number = 0
+    number, told = 0, span.start
+    _check_file(path)
     try:
-        with _open_binary(path) as stream:
+        with open(path, "rb") as file, _decompressed(path, file) as stream:
             position, most = span.start, _largest_content(path)
             if position:
                 stream.seek(position - 1)
@@ -206,8 +212,11 @@ def _lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tuple[in
             # A line is read up to the limit and no further.
             while raw := stream.readline(MAX_LINE_BYTES + 1):
                 if span.end is not None and position >= span.end:
-                    return
+                    break
                 number += 1
+                if number % LINES_BETWEEN == 0:
+                    span.passed(file.tell() - told)
+                    told = file.tell()
                 if len(raw) > MAX_LINE_BYTES:
                     raise DataError(
                         f"{_place(path, number, span)}: longer than {MAX_LINE_BYTES:,} bytes; put "
@@ -224,6 +233,7 @@ def _lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tuple[in
                 else:
                     yield number, raw.decode(encoding)
                 position += len(raw)
+            span.passed((span.end or file.tell()) - told)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{_place(path, number, span)}: not {encoding.upper()} (byte 0x"
@@ -281,11 +291,11 @@ def read_jsonl(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
         yield row
 
 
-def _read_table(path: Path, columns: list[str], **dialect: Any) -> Iterator[Row]:
+def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> Iterator[Row]:
     # The module's limit of 131,072 characters a field is global and too small for whole books. A
     # quotation mark that is never closed makes the rest of the file one field.
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader((line for _, line in _lines(path, Span())), **dialect)
+    reader = csv.reader((line for _, line in _lines(path, span)), **dialect)
     names: list[str] | None = None
     try:
         for values in reader:
@@ -312,12 +322,12 @@ def _read_table(path: Path, columns: list[str], **dialect: Any) -> Iterator[Row]
 
 def read_csv(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
     """Comma-separated, names on the first line; a quoted field may hold line ends."""
-    return _read_table(path, columns, strict=True)
+    return _read_table(path, columns, span, strict=True)
 
 
 def read_tsv(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
     """Tab-separated, one row a line; a quotation mark is a character like any other (GLUE)."""
-    return _read_table(path, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _read_table(path, columns, span, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def read_parquet(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
@@ -331,6 +341,7 @@ def read_parquet(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
             _need(dict.fromkeys(opened.schema_arrow.names), columns, str(path))
             for batch in opened.iter_batches(batch_size=1024, columns=columns or None):
                 yield from batch.to_pylist()
+                span.passed(path.stat().st_size * len(batch) // opened.metadata.num_rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from None
 
@@ -417,6 +428,7 @@ def read_documents(
     part: tuple[int, int] = (0, 1),
     max_documents: int | None = None,
     unescape_newlines: bool = False,
+    passed: Callable[[int], None] | None = None,
 ) -> Iterator[str]:
     """Yield the documents of some sources, in order, in bounded memory.
 
@@ -428,27 +440,47 @@ def read_documents(
             to end where they are uncompressed lines; else document d in part d mod n.
         max_documents: only the first so many of the whole.
         unescape_newlines: a written `\\n` becomes a line end, as the Yelp and Amazon CSVs mean it.
+        passed: told now and then how many more bytes of the files have been read.
     Raises:
         DataError: naming the file, and the line where it is known.
     """
     if unescape_newlines:
         rest = (text_column, where, split, blank_line_documents, part, max_documents)
-        yield from (text.replace("\\n", "\n") for text in read_documents(specs, *rest))
+        plain = read_documents(specs, *rest, passed=passed)
+        yield from (text.replace("\\n", "\n") for text in plain)
         return
+    chosen, takes_turns = _choose(specs, blank_line_documents, part, max_documents)
+    documents = _all_documents(chosen, text_column, where, split, blank_line_documents, passed)
+    if takes_turns:
+        documents = itertools.islice(documents, part[0], max_documents, part[1])
+    yield from documents
+
+
+def num_bytes(
+    specs: list[str], blank_line_documents: bool, part: tuple[int, int]
+) -> int | None:
+    """Bytes of the files that `read_documents` reads for a part; None where nobody knows."""
+    if any(source_kind(spec) == "hub" for spec in specs):
+        return None
+    total = 0
+    for spec, span in _choose(specs, blank_line_documents, part, None)[0]:
+        end = span.end if span and span.end is not None else resolve_path(spec).stat().st_size
+        total += end - (span.start if span else 0)
+    return total
+
+
+def _choose(
+    specs: list[str], blank_line_documents: bool, part: tuple[int, int], max_documents: int | None
+) -> tuple[list[tuple[str, Span | None]], bool]:
+    """What a part reads, and whether it keeps only its turns of the documents in it."""
     index, count = part
     known = [s for s in specs if not s.startswith("hub:")]
     by_line = not blank_line_documents and max_documents is None and len(known) == len(specs)
-    chosen: list[tuple[str, Span | None]]
     if count > 1 and max_documents is None and len(specs) >= count:
-        chosen = [(spec, None) for spec in specs[index::count]]
-    elif count > 1 and by_line and all(_is_plain_lines(s) for s in specs):
-        chosen = list(_byte_ranges(specs, index, count))
-    else:
-        chosen = [(spec, None) for spec in specs]
-        documents = _all_documents(chosen, text_column, where, split, blank_line_documents)
-        yield from itertools.islice(documents, index, max_documents, count)
-        return
-    yield from _all_documents(chosen, text_column, where, split, blank_line_documents)
+        return [(spec, None) for spec in specs[index::count]], False
+    if count > 1 and by_line and all(_is_plain_lines(s) for s in specs):
+        return list(_byte_ranges(specs, index, count)), False
+    return [(spec, None) for spec in specs], True
 
 
 def _is_plain_lines(spec: str) -> bool:
@@ -478,12 +510,15 @@ def _all_documents(
     where: dict[str, str] | None,
     split: str,
     blank_line_documents: bool,
+    passed: Callable[[int], None] | None,
 ) -> Iterator[str]:
     for spec, span in chosen:
+        if passed is not None:
+            span = replace(span or Span(), passed=passed)
         if blank_line_documents:
             if source_kind(spec) != "text":
                 raise ConfigError(f"--blank_line_documents: {spec} is not plain text")
-            lines = (row["text"] for row in read_rows(spec, ["text"], where=where))
+            lines = (row["text"] for row in read_rows(spec, ["text"], where=where, span=span))
             for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
                 if not blank:
                     yield _join_block(spec, block)

@@ -17,7 +17,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -30,9 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.corpus import read_documents, resolve_path, source_kind
+from preprocess.corpus import num_bytes, read_documents, resolve_path, source_kind
 from preprocess.encode import Encoded, encode_batch, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command, writing
+from preprocess.progress import Progress, say
 from preprocess.store import (
     StoreWriter,
     TokenStore,
@@ -49,7 +49,6 @@ from preprocess.store import (
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20  # books: a batch stays a few megabytes
 MAX_ADOPTED_LENGTH = 1 << 16  # tokens in a sequence taken in from elsewhere; longer ones are cut
-LINE_SECONDS = 5.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -166,35 +165,27 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 # --------------------------------------------------------------------------- progress
 
 
-class Progress:
-    """A bar when stderr is a terminal, else a plain line every few seconds."""
+class _Count:
+    """What has been read and made so far, on a bar of bytes where their number is known."""
 
-    def __init__(self) -> None:
-        self.documents, self.tokens, self._start = 0, 0, time.monotonic()
-        self._next, self._bar = self._start + LINE_SECONDS, None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+    def __init__(self, args: argparse.Namespace, parts: list[tuple[int, int]]) -> None:
+        sizes: list[int | None] = [None]
+        if parts and args.max_documents is None:
+            sizes = [num_bytes(args.input, args.blank_line_documents, part) for part in parts]
+        known = [size for size in sizes if size is not None]
+        self._in_bytes = len(known) == len(sizes)
+        self._shown = 0
+        self.bar = Progress(
+            sum(known) if self._in_bytes else args.max_documents,
+            "B" if self._in_bytes else "document", label="tokenize",
+        )
 
-            self._bar = tqdm(unit=" documents", unit_scale=True)
-
-    def show(self, documents: int, tokens: int) -> None:
+    def show(self, documents: int, tokens: int, num_bytes_read: int = 0) -> None:
         """Take the totals so far."""
-        if self._bar is not None:
-            self._bar.set_postfix(tokens=f"{tokens:,}", refresh=False)
-            self._bar.update(documents - self.documents)
-        self.documents, self.tokens = documents, tokens
-        now = time.monotonic()
-        if self._bar is None and now >= self._next:
-            self._next = now + LINE_SECONDS
-            rate = tokens / (now - self._start)
-            line = f"{documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
-            print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> float:
-        """End the bar and return the seconds since the start."""
-        if self._bar is not None:
-            self._bar.close()
-        return time.monotonic() - self._start
+        done = num_bytes_read if self._in_bytes else documents
+        text = f"{documents:,} documents, {tokens:,} tokens"
+        self.bar.update(done - self._shown, text)
+        self._shown = done
 
 
 # --------------------------------------------------------------------------- shards and workers
@@ -291,17 +282,16 @@ def _make_all(
     shards: list[tuple[int, int] | None],
 ) -> float:
     """Make shards, several at once where there are several; return the seconds it took."""
-    progress = Progress()
+    progress = _Count(args, [shard or (0, 1) for shard in shards])
     num_workers = args.num_workers if len(shards) == 1 else min(args.num_workers, len(shards))
-    try:
+    started = time.monotonic()
+    with progress.bar:
         if num_workers == 1:
             _start_worker(tokenizer, args, options, None)
             _make_in_turn(args, tokenizer, options, shards, map, progress)
         else:
             _make_in_pool(num_workers, args, tokenizer, options, shards, progress)
-    finally:
-        seconds = progress.close()
-    return seconds
+    return time.monotonic() - started
 
 
 def _make_in_pool(
@@ -310,11 +300,11 @@ def _make_in_pool(
     tokenizer: Any,
     options: dict[str, Any],
     shards: list[tuple[int, int] | None],
-    progress: Progress,
+    progress: _Count,
 ) -> None:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
-    totals = context.Array("q", 3)  # documents, tokens, and 1 to stop
+    totals = context.Array("q", 4)  # documents, tokens, bytes, and 1 to stop
     pool = ProcessPoolExecutor(
         num_workers, context, _start_worker, (tokenizer, args, options, totals)
     )
@@ -331,7 +321,7 @@ def _make_in_pool(
             f"--num_workers {num_workers}, and the same command again"
         ) from None
     except BaseException:
-        totals[2] = 1  # the workers give up after the batch in hand and clean up behind them
+        totals[3] = 1  # the workers give up after the batch in hand and clean up behind them
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -343,27 +333,28 @@ def _make_in_turn(
     options: dict[str, Any],
     shards: list[tuple[int, int] | None],
     apply: Callable,
-    progress: Progress,
+    progress: _Count,
 ) -> None:
-    documents = tokens = 0
+    before: tuple[int, ...] = (0, 0, 0)
     for shard in shards:
 
-        def report(now: int, tokens_now: int, before: Any = (documents, tokens)) -> None:
-            progress.show(before[0] + now, before[1] + tokens_now)
+        def report(*now: int, before: tuple[int, ...] = before) -> None:
+            progress.show(*(a + b for a, b in zip(before, now, strict=True)))
 
-        made = _make_shard(args, tokenizer, options, shard, apply, report)
-        documents, tokens = documents + made[0], tokens + made[1]
+        sentence, made = _make_shard(args, tokenizer, options, shard, apply, report)
+        before = tuple(a + b for a, b in zip(before, made, strict=True))
+        say(sentence)
 
 
 def _make_at_once(
-    pool: ProcessPoolExecutor, shards: list[Any], totals: Any, progress: Progress
+    pool: ProcessPoolExecutor, shards: list[Any], totals: Any, progress: _Count
 ) -> None:
     left: set[Future] = {pool.submit(_make_shard_in_worker, shard) for shard in shards}
     while left:
         done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
-        progress.show(*totals[:2])
+        progress.show(*totals[:3])
         for future in done:
-            future.result()
+            say(future.result())
 
 
 def _make_shard(
@@ -372,9 +363,19 @@ def _make_shard(
     options: dict[str, Any],
     shard: tuple[int, int] | None,
     apply: Callable,
-    report: Callable[[int, int], None],
-) -> tuple[int, int]:
-    """Make one shard; `apply` is `map` or its parallel twin. Return its documents and tokens."""
+    report: Callable[[int, int, int], None],
+) -> tuple[str, tuple[int, int, int]]:
+    """Make one shard; `apply` is `map` or its parallel twin.
+
+    Returns:
+        A sentence about it, and its documents, tokens and bytes read.
+    """
+    num_read = 0
+
+    def passed(num_bytes: int) -> None:
+        nonlocal num_read
+        num_read += num_bytes
+
     documents = read_documents(
         args.input,
         args.text_column,
@@ -384,6 +385,7 @@ def _make_shard(
         part=shard or (0, 1),
         max_documents=args.max_documents,
         unescape_newlines=args.unescape_newlines,
+        passed=passed,
     )
     num_documents = num_dropped = 0
     with StoreWriter(args.output, tokenizer, options, shard, args.overwrite) as writer:
@@ -391,14 +393,13 @@ def _make_shard(
             writer.add_flat(ids, lengths, sequences)
             num_documents += len(sequences)
             num_dropped += dropped
-            report(num_documents, writer.num_tokens)
+            report(num_documents, writer.num_tokens, num_read)
         writer.close({"documents_dropped": num_dropped})
-    print(
+    sentence = (
         f"{writer.prefix}: {num_documents:,} documents, {writer.num_tokens:,} tokens, "
-        f"{num_dropped:,} empty documents dropped",
-        flush=True,
+        f"{num_dropped:,} empty documents dropped"
     )
-    return num_documents, writer.num_tokens
+    return sentence, (num_documents, writer.num_tokens, num_read)
 
 
 def _spread(pool: ProcessPoolExecutor, ahead: int) -> Callable[..., Iterator[Encoded]]:
@@ -436,19 +437,20 @@ def _encode_in_worker(texts: list[str]) -> Encoded:
     return encode_batch(_worker["backend"], texts, args.language if args.split_sentences else None)
 
 
-def _make_shard_in_worker(shard: tuple[int, int]) -> None:
-    totals, before = _worker["totals"], [0, 0]
+def _make_shard_in_worker(shard: tuple[int, int]) -> str:
+    totals, before = _worker["totals"], [0, 0, 0]
 
     def report(*now: int) -> None:
         with totals.get_lock():
-            for i in range(2):
+            for i in range(3):
                 totals[i] += now[i] - before[i]
-            stop = totals[2]
+            stop = totals[3]
         before[:] = now
         if stop:
             raise InterruptedError("another shard has failed")
 
-    _make_shard(_worker["args"], _worker["tokenizer"], _worker["options"], shard, map, report)
+    args, tokenizer, options = (_worker[name] for name in ("args", "tokenizer", "options"))
+    return _make_shard(args, tokenizer, options, shard, map, report)[0]
 
 
 # --------------------------------------------------------------------------- adoption
@@ -465,10 +467,10 @@ def adopt(args: argparse.Namespace, tokenizer: Any) -> None:
     special = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), np.int64)
     options = {"adopted": source, "max_sequence_length": MAX_ADOPTED_LENGTH}
     counts = {"special_ids_stripped": 0, "sequences_cut": 0, "documents_dropped": 0}
-    progress = Progress()
+    progress = _Count(args, [])
     documents = 0
     # In place, the writer works beside the old files and replaces them at the end.
-    with StoreWriter(args.output, tokenizer, options, overwrite=True) as writer:
+    with progress.bar, StoreWriter(args.output, tokenizer, options, overwrite=True) as writer:
         for sequences in read_foreign(source):
             kept = []
             for ids in sequences:
@@ -489,7 +491,6 @@ def adopt(args: argparse.Namespace, tokenizer: Any) -> None:
                 documents += 1
                 progress.show(documents, writer.num_tokens)
         writer.close(counts)
-    progress.close()
     said = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
     line = f"{args.output}: {documents:,} documents, {writer.num_tokens:,} tokens, {said}"
     print(line, flush=True)

@@ -248,7 +248,8 @@ class Campaign:
         else:
             for name in ("predictions.jsonl", "metrics.jsonl"):
                 ours, theirs = (
-                    [{k: v for k, v in json.loads(line).items() if k != "time"} for line in
+                    [{k: v for k, v in json.loads(line).items()
+                      if not k.startswith(("time", "throughput/", "memory/"))} for line in
                      (folder / "seed_13" / name).read_text().splitlines()]
                     for folder in (run_dir, self.whole)
                 )

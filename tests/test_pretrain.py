@@ -236,6 +236,16 @@ def test_a_stop_request_leaves_a_checkpoint(tmp_path, reviews_store, tiny_encode
     run_dir = pretrained(reviews_store, tiny_encoder, tmp_path / "run", resume="must")
     first, second = weights(whole), weights(run_dir)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    # TensorBoard shows one run, each of its steps once.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tb")).Reload()
+    assert [event.step for event in events.Scalars(metrics.TRAIN_LOSS)] == [1, 2, 3, 4]
+    assert [event.step for event in events.Tensors(metrics.EXAMPLE)] == [0, 4]
+    assert len(list((run_dir / "tb").iterdir())) == 2
+    texts = logged(run_dir, metrics.EXAMPLE)
+    assert texts == logged(whole, metrics.EXAMPLE) and "[MASK" not in texts[0]
+    assert all(0 < mfu < 1 for mfu in logged(run_dir, metrics.MFU))
 
 
 def test_finished_run_is_left_alone(plain_run, reviews_store, still_encoder, capsys):
@@ -336,6 +346,31 @@ def test_non_finite_loss_stops_before_the_update(
         pretrained(reviews_store, still_encoder, tmp_path / "run", save_steps=1)
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "message"),
+    [(0, "after step 0; .* give another checkpoint"), (2, "after step 2; lower --learning_rate")],
+)
+def test_non_finite_held_out_loss_is_not_exported(
+    tmp_path, reviews_store, still_encoder, monkeypatch, max_steps, message
+):
+    plain = csrc.masked_lm_loss
+
+    def broken_in_the_end(hidden, *arguments):
+        loss, hits = plain(hidden, *arguments)
+        ending = not hidden.requires_grad and engines[-1].global_steps == max_steps
+        return loss * (float("inf") if ending else 1.0), hits
+
+    engines, build = [], ds.build_engine
+    monkeypatch.setattr(
+        ds, "build_engine", lambda *words: engines.append(build(*words)) or engines[-1]
+    )
+    monkeypatch.setattr(csrc, "masked_lm_loss", broken_in_the_end)
+    with pytest.raises(NonFiniteError, match=f"held-out loss is inf {message}"):
+        pretrained(reviews_store, still_encoder, tmp_path / "run", max_steps=max_steps)
+    assert not (tmp_path / "run" / "hf").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(

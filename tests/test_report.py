@@ -44,7 +44,7 @@ def write_curve(path: Path, start: float, steps: int = 50, pretraining: bool = T
         writer.scalars(step, values)
     if pretraining:
         writer.scalars(steps, {EVAL_LOSS: start / 2})
-        writer.hyperparameters({"seed": 1}, {EVAL_LOSS: start / 2})
+        writer.hyperparameters({"seed": 1})
     writer.close()
 
 

@@ -31,12 +31,12 @@ from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.encode import encode_batch, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.masks import continuation_table, find_continuations
+from preprocess.progress import Progress, say
 from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array, read_json
 from preprocess.words import is_stop_word
 from train import engine
 from train.config import AnnotateConfig, parse
 from train.inference import Runner, check_trained, special_template
-from train.metrics import Progress, say
 from train.model import (
     check_row_length,
     load_classifier,
@@ -281,9 +281,8 @@ def explain(
         DataError: the classifier's answers are not numbers.
     """
     every = config.logging_steps * max(1, config.batch_tokens // config.max_seq_length)
-    progress = Progress(len(queries), "sequence", every, label=f"classify{who}")
-    full = predict(runner, queries, [query.tokens for query in queries], progress)
-    progress.close()
+    with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
+        full = predict(runner, queries, [query.tokens for query in queries], progress)
     if np.isnan(full).any():
         raise DataError("the classifier's logits are not numbers; fine-tune it again")
     labels = np.array([query.label for query in queries], dtype=np.int64)
@@ -298,11 +297,11 @@ def explain(
         answers = predict(runner, whose, buffers, progress)
         return answers[np.arange(len(whose)), [query.label for query in whose]]
 
-    found = MEASURES[config.measure](
-        confidence, [query.tokens for query in asked], full[right, labels[right]],
-        config.delta, config.criterion,
-    )
-    progress.close()
+    with progress:
+        found = MEASURES[config.measure](
+            confidence, [query.tokens for query in asked], full[right, labels[right]],
+            config.delta, config.criterion,
+        )
     result: list[np.ndarray | None] = [None] * len(queries)
     for i, marks in zip(right, found, strict=True):
         result[i] = marks

@@ -28,8 +28,8 @@ from importlib import metadata
 from pathlib import Path
 
 from preprocess.errors import ConfigError, run_command
+from preprocess.progress import say
 from train.config import OneLineMistakes
-from train.metrics import say
 
 SETUP = Path(__file__).resolve().parent.parent / "setup.cfg"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -373,6 +373,11 @@ def check_together(config: dict[str, Any], precision: str, has_gpu: bool) -> Non
         raise ConfigError(f"the DeepSpeed JSON enables torch_autocast and {precision}; keep one")
     if autocast.get("enabled") and "dtype" not in autocast:
         raise ConfigError('torch_autocast.dtype is missing: write "bfloat16"')
+    if config.get("tensorboard", {}).get("enabled"):
+        raise ConfigError(
+            "tensorboard.enabled true: the run writes its own tb/ already, and DeepSpeed would add "
+            "a second set with other tags and steps; leave the tensorboard block out"
+        )
     for name, package in (("wandb", "wandb"), ("comet", "comet_ml")):
         if config.get(name, {}).get("enabled") and find_spec(package) is None:
             raise ConfigError(f"{name} is enabled, and {package} is not installed; install it")

@@ -23,11 +23,19 @@ import torch
 
 from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.progress import say
 from preprocess.store import atomic_write_bytes
 from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start
-from train.metrics import EVAL_ACCURACY, EVAL_LOSS, EVAL_MACRO_F1, say
+from train.metrics import (
+    EVAL_ACCURACY,
+    EVAL_LOSS,
+    EVAL_MACRO_F1,
+    TEST_ACCURACY,
+    TEST_MACRO_F1,
+    MetricsWriter,
+)
 from train.model import (
     check_row_length,
     load_classifier,
@@ -44,6 +52,7 @@ from train.supervised import (
     accuracy,
     describe_plan,
     fit,
+    hyperparameters,
     macro_f1,
     make_examples,
     predict,
@@ -190,6 +199,9 @@ def train_seed(inputs: Inputs, seed: int, device: torch.device) -> Progressed:
         seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
         pad_id=inputs.tokenizer.pad_token_id, run_dir=seed_dir, device=device,
         identity=inputs.identity,
+        hyperparameters=hyperparameters(
+            "finetune", task.name, config, inputs.resolved, encoded["train"], seed
+        ),
     )
     if is_main():
         stage = {
@@ -210,7 +222,8 @@ def test_seed(inputs: Inputs, seed: int, device: torch.device) -> dict[str, floa
     seed_dir = Path(config.output_dir) / f"seed_{seed}"
     model = load_classifier(str(seed_dir / "hf"), task.labels, seed).to(device).eval()
     logits = np.stack(predict(
-        model, test, inputs.tokenizer.pad_token_id, config.per_device_eval_batch_size, device
+        model, test, inputs.tokenizer.pad_token_id, config.per_device_eval_batch_size, device,
+        label="test", part=False,
     ))
     labels, predictions = np.stack(test.targets), logits.argmax(1)
     if is_main():
@@ -228,10 +241,13 @@ def test_seed(inputs: Inputs, seed: int, device: torch.device) -> dict[str, floa
     }
 
 
-def run_seed(inputs: Inputs, seed: int, device: torch.device) -> dict[str, Any]:
-    """Train and test one seed; return its row of `results.jsonl`."""
+def run_seed(
+    inputs: Inputs, seed: int, device: torch.device
+) -> tuple[dict[str, Any], MetricsWriter]:
+    """Train and test one seed; return its row of `results.jsonl`, and its open log."""
     found = train_seed(inputs, seed, device)
-    return {
+    assert found.log is not None
+    row = {
         "seed": seed,
         "task": inputs.task.name,
         **test_seed(inputs, seed, device),
@@ -247,6 +263,7 @@ def run_seed(inputs: Inputs, seed: int, device: torch.device) -> dict[str, Any]:
         "pretraining": pretraining_cost(read_lineage(inputs.config.model_name_or_path)),
         "identity": inputs.identity,
     }
+    return row, found.log
 
 
 def check_resume(inputs: Inputs, run_dir: Path, rows: dict[int, dict[str, Any]]) -> None:
@@ -302,10 +319,15 @@ def main(argv: list[str] | None = None) -> None:
             if is_main():
                 remove_resume_state(seed_dir)  # a kill may have come between
             continue
-        rows[seed] = row = run_seed(inputs, seed, device)
+        rows[seed], log = run_seed(inputs, seed, device)
+        row = rows[seed]
         if is_main():
             write_lines(run_dir / "results.jsonl", list(rows.values()))
             remove_resume_state(seed_dir)
+        # After the row: a seed that is tested again must not have two points.
+        log.scalars(row["steps"], {TEST_ACCURACY: row["test_accuracy"],
+                                   TEST_MACRO_F1: row["test_macro_f1"]})
+        log.close(finished=True)
         barrier()
         say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}, macro F1 "
             f"{row['test_macro_f1']:.4f}, best epoch {row['best_epoch']} of {row['num_epochs']} "

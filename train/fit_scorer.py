@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.progress import say
 from preprocess.store import TokenStore, atomic_write_json, open_array, read_json
 from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FitScorerConfig, parse
 from train.engine import barrier, finish, is_main, start
 from train.inference import Template, special_template
-from train.metrics import EVAL_F1, EVAL_LOSS, say
+from train.metrics import EVAL_F1, EVAL_LOSS
 from train.model import (
     check_row_length,
     check_same_vocabulary,
@@ -46,6 +47,7 @@ from train.supervised import (
     best_threshold,
     describe_plan,
     fit,
+    hyperparameters,
     make_examples,
     precision_recall_f1,
     remove_resume_state,
@@ -274,6 +276,10 @@ def main(argv: list[str] | None = None) -> None:
         model, resolved, encoded["train"], encoded["dev"], assess, config=config, seed=config.seed,
         select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
         pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, identity=identity,
+        hyperparameters=hyperparameters(
+            "fit_scorer", Path(config.annotations).name, config, resolved, encoded["train"],
+            config.seed,
+        ),
     )
     results = {
         **found.best,
@@ -294,6 +300,8 @@ def main(argv: list[str] | None = None) -> None:
         save_hf(model, found.best_state, tokenizer, run_dir / "hf", stages)
         atomic_write_json(run_dir / "results.json", results)
         remove_resume_state(run_dir)
+    assert found.log is not None
+    found.log.close(finished=True)
     barrier()
     say_results(results)
     finish()

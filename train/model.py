@@ -23,10 +23,11 @@ from torch import nn
 from torch.nn import functional
 
 import csrc
+from csrc import reference
 from preprocess.corpus import resolve_path
 from preprocess.errors import ConfigError, DataError, writing
+from preprocess.progress import say
 from preprocess.store import TokenStore, file_sha256, fingerprint_text, sync
-from train.metrics import say
 
 # Layers, hidden size and heads of the published BERT sizes (Turc et al. 2019; Devlin et al. 2019).
 BERT_SIZES = {
@@ -390,7 +391,8 @@ class PackedMaskedLM(nn.Module):
         masked_positions: torch.Tensor,
         masked_labels: torch.Tensor,
         most_masked: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        predict: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Sum of the cross entropies over masked positions, and how many were guessed right.
 
         Args:
@@ -399,6 +401,8 @@ class PackedMaskedLM(nn.Module):
             masked_positions, masked_labels: see `csrc.masked_lm_loss`, `(M,)`.
             most_masked: masked positions of the fullest row, or more; without it they are
                 counted, for which the host waits for a GPU.
+            predict: return the likeliest id at each masked position instead, `(M,)` int64;
+                positions of the padding may be missing.
         """
         if self.last_layer_subset and len(masked_positions):
             if not masked_positions.is_cuda:  # padding is rows to compute; here it can be cut
@@ -412,6 +416,9 @@ class PackedMaskedLM(nn.Module):
             masked_positions = torch.where(masked_positions >= 0, number, -1)
         else:
             hidden = self.encode(input_ids, position_ids, document_ids)
+        if predict:
+            rows = hidden.flatten(0, -2).index_select(0, masked_positions.clamp(min=0))
+            return reference.logits(rows, self.head()).argmax(-1)
         return csrc.masked_lm_loss(
             hidden, masked_positions, masked_labels, self.head(), self.head_implementation
         )

@@ -12,21 +12,23 @@ micro batches. Held-out documents are evaluated under the same fixed masks in ev
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from preprocess.errors import ConfigError, StopRequested, run_command
+from preprocess.errors import ConfigError, NonFiniteError, StopRequested, run_command
+from preprocess.progress import Progress, say
 from preprocess.store import TokenStore, read_json
-from train import checkpoint, data, metrics, mlm, model
+from train import checkpoint, data, flops, metrics, mlm, model
 from train import engine as ds
-from train.config import PretrainConfig, as_dict, parse
-from train.metrics import say
+from train.config import PretrainConfig, parse
+from train.example import Example
 
 
 @dataclass
@@ -166,27 +168,37 @@ def evaluate(engine: Any, inputs: Inputs, device: torch.device, masking: data.Ma
     engine.eval()
     loss_sum, hits, count = 0.0, 0.0, 0
     rows = min(inputs.config.eval_max_rows, inputs.eval_rows.num_rows)
-    progress = metrics.Progress(
-        -(-rows // held.global_batch), "batch", every=10**9, label="evaluate"
-    )
-    for batch in held.in_order(rows):
-        loss, right = engine(**batch.inputs(device))
-        loss_sum, hits = loss_sum + loss.item(), hits + right.item()
-        count += batch.num_masked
-        progress.update()
-    progress.close()
+    num_batches = -(-rows // held.global_batch)
+    with Progress(num_batches, "batch", label="evaluate", part=True) as progress:
+        for batch in held.in_order(rows):
+            loss, right = engine(**batch.inputs(device))
+            loss_sum, hits = loss_sum + loss.item(), hits + right.item()
+            count += batch.num_masked
+            progress.update()
     engine.train()
     loss_sum, hits, total = ds.all_reduce_sum(loss_sum, hits, count)
     return loss_sum / max(total, 1), hits / max(total, 1)
 
 
-def evaluate_all(engine: Any, inputs: Inputs, device: torch.device) -> dict[str, float]:
-    """Evaluation scalars under the fixed random masks, and under each `--eval_mask_index`."""
+def evaluate_all(
+    engine: Any, inputs: Inputs, device: torch.device, step: int
+) -> dict[str, float]:
+    """Evaluation scalars under the fixed random masks, and under each `--eval_mask_index`.
+
+    Raises:
+        NonFiniteError: a loss is not a number, on every rank; such a model is not written.
+    """
     if inputs.eval_rows.num_rows == 0:
         return {}
     scalars = {}
     for name, masking in inputs.eval_maskings.items():
         loss, accuracy = evaluate(engine, inputs, device, masking)
+        if not math.isfinite(loss):
+            remedy = (
+                "lower --learning_rate, lengthen --warmup_ratio, or use bf16" if step
+                else "the weights that it starts from are broken; give another checkpoint"
+            )
+            raise NonFiniteError(f"the held-out loss is {loss} after step {step}; {remedy}")
         suffix = f"/{name}" if name else ""
         scalars[metrics.EVAL_LOSS + suffix] = loss
         scalars[metrics.EVAL_PERPLEXITY + suffix] = math.exp(min(loss, 700.0))
@@ -272,6 +284,8 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     device = ds.start()
     resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     ranks = ds.ranks()
+    # Before dropout's generator is seeded or restored: measuring draws from it.
+    peak = _peak_flops(device, resolved.precision)
     engine, module = start_engine(inputs)
     totals = Totals()
     if resume_from:
@@ -287,18 +301,14 @@ def train(inputs: Inputs, run_dir: Path) -> None:
         accumulation_steps=resolved.accumulation_steps,
         world_size=ranks.world_size, rank=ranks.rank,
     )
-    writer = metrics.MetricsWriter(run_dir, totals.step)
-    progress = metrics.Progress(
+    log = _Log(inputs, run_dir, engine, module, device, peak, totals)
+    results = log.evaluate(0) if totals.step == 0 else {}
+    engine.train()
+    progress = Progress(
         config.max_steps, every=config.logging_steps, initial=totals.step, label="pretrain"
     )
-    results: dict[str, float] = {}
-    if totals.step == 0:
-        results = evaluate_all(engine, inputs, device)
-        writer.scalars(0, results)
-    engine.train()
-    window = _Window(totals)
     clock = time.monotonic()
-    with ds.StopSignal() as stop:
+    with progress, ds.StopSignal() as stop:
         for batch in batches.steps(totals.step, config.max_steps):
             waited = time.monotonic() - clock
             if totals.step < config.head_only_steps:
@@ -312,19 +322,12 @@ def train(inputs: Inputs, run_dir: Path) -> None:
             totals.masked_tokens += batch.step_masked_tokens
             now = time.monotonic()
             totals.seconds += now - clock
-            window.add(loss, accuracy, waited)
+            log.add(loss, accuracy, waited)
             if logs:
-                epoch = totals.step * resolved.train_batch_size / inputs.train_rows.num_rows
-                scalars = {metrics.LEARNING_RATE: rate, metrics.EPOCH: epoch,
-                           **window.scalars(totals, engine)}
-                if norm is not None:
-                    scalars[metrics.GRAD_NORM] = norm
-                writer.scalars(totals.step, scalars)
-                window = _Window(totals)
+                log.window(totals, rate, norm)
             progress.update(1, f"loss {loss:.3f}")
             if ending or (config.eval_steps and totals.step % config.eval_steps == 0):
-                results = evaluate_all(engine, inputs, device)
-                writer.scalars(totals.step, results)
+                results = log.evaluate(totals.step)
             if totals.step in config.export_steps:
                 export(engine, module, inputs, totals, run_dir / f"hf_step_{totals.step}")
             stopping = stop.asked_anywhere()
@@ -336,34 +339,55 @@ def train(inputs: Inputs, run_dir: Path) -> None:
                     config.save_total_limit,
                 )
             if stopping and not ending:
-                progress.close()
-                writer.close()
                 raise StopRequested(
                     f"stopped on request after step {totals.step} of {config.max_steps}; the same "
                     "command goes on from there"
                 )
             clock = time.monotonic()
-    progress.close()
     export(engine, module, inputs, totals, run_dir / "hf")
-    writer.hyperparameters(as_dict(config), results)
-    writer.close()
+    log.writer.close(finished=True)
     ds.barrier()
     if results and ds.is_main():
         loss = results[metrics.EVAL_LOSS]
         floor = unigram_loss(inputs, min(config.eval_max_rows, inputs.eval_rows.num_rows))
         say(
-            f"held-out loss {loss:.4f} nats a masked token, perplexity {math.exp(loss):.1f}; "
+            f"held-out loss {loss:.4f} nats a masked token, perplexity "
+            f"{results[metrics.EVAL_PERPLEXITY]:.1f}; "
             f"without context (token frequencies) it would be {floor:.4f}"
         )
     say(f"wrote {run_dir / 'hf'}")
 
 
-class _Window:
-    """Means and speeds since the last log line."""
+# A process may train several runs; where the peak has to be measured, once is enough.
+_peak_flops = functools.cache(flops.peak_flops)
 
-    def __init__(self, totals: Totals) -> None:
-        self._tokens, self._masked = totals.tokens, totals.masked_tokens
-        self._seconds = totals.seconds
+
+class _Log:
+    """What the run tells: means and speeds of the steps since the last point, and evaluations."""
+
+    def __init__(
+        self, inputs: Inputs, run_dir: Path, engine: Any, module: model.PackedMaskedLM,
+        device: torch.device, peak: flops.Peak, totals: Totals,
+    ) -> None:
+        self._inputs, self._engine, self._device = inputs, engine, device
+        world_size = ds.ranks().world_size
+        self._flops = flops.count_flops(module, inputs.config.max_seq_length)
+        self._peak = peak.flops_per_second * world_size
+        self._example = None
+        if inputs.eval_rows.num_rows:
+            held = data.PackedData(
+                inputs.store, inputs.eval_rows, inputs.eval_maskings[""], seed=data.EVAL_SEED,
+                micro_batch_size=inputs.resolved.micro_batch_size,
+            )
+            self._example = Example(held, model.load_tokenizer(inputs.store.tokenizer_dir))
+        self.writer = metrics.MetricsWriter(run_dir, totals.step)
+        self.writer.hyperparameters(hyperparameters(inputs))
+        say(f"peak for MFU: {world_size} x {peak.flops_per_second / 1e12:.3g} TFLOP/s "
+            f"({peak.source})")
+        self._restart(totals)
+
+    def _restart(self, totals: Totals) -> None:
+        self._before = replace(totals)
         self._loss = self._accuracy = self._waited = 0.0
         self._steps = 0
 
@@ -374,24 +398,55 @@ class _Window:
         self._waited += waited
         self._steps += 1
 
-    def scalars(self, totals: Totals, engine: Any) -> dict[str, float]:
-        """The scalars of this window, by tag."""
-        seconds = max(totals.seconds - self._seconds, 1e-9)
-        tokens, masked = totals.tokens - self._tokens, totals.masked_tokens - self._masked
+    def window(self, totals: Totals, rate: float, norm: float | None) -> None:
+        """Log the steps since the last time, the last one's learning rate and gradient norm."""
+        before, rows = self._before, self._inputs.train_rows.num_rows
+        seconds = max(totals.seconds - before.seconds, 1e-9)
+        tokens, masked = totals.tokens - before.tokens, totals.masked_tokens - before.masked_tokens
         scalars = {
             metrics.TRAIN_LOSS: self._loss / self._steps,
+            metrics.LEARNING_RATE: rate,
+            metrics.EPOCH: totals.step * self._inputs.resolved.train_batch_size / rows,
             metrics.MASKED_ACCURACY: self._accuracy / self._steps,
             metrics.MASKED_FRACTION: masked / max(tokens, 1),
             metrics.TOKENS_PER_SECOND: tokens / seconds,
             metrics.MASKED_TOKENS_PER_SECOND: masked / seconds,
+            metrics.MFU: self._flops.of(tokens, masked) / seconds / self._peak,
             metrics.DATA_WAIT_FRACTION: self._waited / seconds,
-            metrics.MEMORY: metrics.peak_memory_gib(),
-            metrics.SKIPPED_STEPS: float(engine.skipped_steps),
+            **metrics.engine_scalars(self._engine),
         }
-        scale = getattr(engine.optimizer, "cur_scale", None)
-        if scale is not None:
-            scalars[metrics.LOSS_SCALE] = float(scale)
-        return scalars
+        if norm is not None:
+            scalars[metrics.GRAD_NORM] = norm
+        self.writer.scalars(totals.step, scalars)
+        self._restart(totals)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluate, log it with the example, and return the scalars; collective."""
+        results = evaluate_all(self._engine, self._inputs, self._device, step)
+        self.writer.scalars(step, results)
+        if self._example is not None:
+            guesses = self._example.predict(self._engine, self._device)
+            self.writer.text(step, metrics.EXAMPLE, self._example.table(guesses))
+        return results
+
+
+def hyperparameters(inputs: Inputs) -> dict[str, Any]:
+    """The run's row on TensorBoard's HParams page."""
+    config, masking = inputs.config, inputs.masking
+    options = (masking.info or {}).get("options") or {}
+    return {
+        "command": "pretrain",
+        "model": config.model_name_or_path or config.model_config,
+        "data": Path(config.tokens).name,
+        "masking": masking.name,
+        "mlm_probability": masking.rate or options.get("mlm_probability"),
+        "seed": config.seed,
+        "max_seq_length": config.max_seq_length,
+        "max_steps": config.max_steps,
+        "num_train_epochs":
+            config.max_steps * inputs.resolved.train_batch_size / inputs.train_rows.num_rows,
+        **metrics.resolved_hyperparameters(inputs.resolved),
+    }
 
 
 def is_finished(run_dir: Path, inputs: Inputs) -> bool:

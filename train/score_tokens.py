@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
     TokenStore,
@@ -33,7 +34,6 @@ from preprocess.store import (
 from train import engine
 from train.config import ScoreConfig, parse
 from train.inference import Runner, check_trained, special_template
-from train.metrics import Progress, say
 from train.model import (
     check_row_length,
     check_same_vocabulary,
@@ -210,14 +210,14 @@ def score(
             num_important += int((block > 0).sum())
             yield block
 
-    for shard in todo:
-        blocks = count(score_shard(shard, runner, limit, progress))
-        if engine.is_main():
-            write_array(shard, config.name, "scores", blocks, made_by)
-        else:
-            for _ in blocks:
-                pass
-    progress.close()
+    with progress:
+        for shard in todo:
+            blocks = count(score_shard(shard, runner, limit, progress))
+            if engine.is_main():
+                write_array(shard, config.name, "scores", blocks, made_by)
+            else:
+                for _ in blocks:
+                    pass
     passes, tokens, slots = engine.all_reduce_sum(
         runner.counts.passes, runner.counts.tokens, runner.counts.slots
     )

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from preprocess.errors import NonFiniteError, StopRequested
+from preprocess.progress import Progress, say
 from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from train.config import FinetuneConfig, FitScorerConfig
 from train.engine import (
@@ -42,14 +43,16 @@ from train.engine import (
 )
 from train.metrics import (
     EPOCH,
+    EVAL_BEST,
+    GRAD_NORM,
     LEARNING_RATE,
-    SKIPPED_STEPS,
+    TOKENS_PER_SECOND,
     TRAIN_LOSS,
     MetricsWriter,
-    Progress,
-    say,
+    engine_scalars,
+    resolved_hyperparameters,
 )
-from train.model import checkpoint_activations
+from train.model import checkpoint_activations, read_lineage
 
 IGNORED = -100
 """Target of a token that is left out of the loss and of the metrics."""
@@ -287,12 +290,15 @@ def predict(
     pad_id: int,
     batch_size: int,
     device: torch.device | str,
+    label: str = "evaluate",
+    part: bool = True,
 ) -> list[np.ndarray]:
     """Compute the logits of every example once; every rank does a share and gets all of them.
 
     Args:
         forward: a model or an engine in evaluation mode; returns an object with `.logits`.
         batch_size: examples of one forward pass of one rank.
+        label, part: of the bar.
     Returns:
         N arrays float32, in the order of `examples`: `(C,)` or `(L_i, C)`.
     """
@@ -300,14 +306,16 @@ def predict(
     lengths = examples.lengths
     order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once
     mine: list[tuple[int, np.ndarray]] = []
-    for start in range(0, len(examples), batch_size * where.world_size):
-        batch = order[start : start + batch_size * where.world_size]
-        (indices,), (weights,) = rank_share(batch, batch_size, 1, where.rank, where.world_size)
-        inputs, targets = collate(examples, indices, pad_id, device)
-        logits = forward(**inputs).logits.float().cpu().numpy()
-        for index, weight, row in zip(indices.tolist(), weights, logits, strict=True):
-            if weight:
-                mine.append((index, row[: lengths[index]] if targets.ndim == 2 else row))
+    with Progress(len(examples), "example", label=label, part=part) as progress:
+        for start in range(0, len(examples), batch_size * where.world_size):
+            batch = order[start : start + batch_size * where.world_size]
+            (indices,), (weights,) = rank_share(batch, batch_size, 1, where.rank, where.world_size)
+            inputs, targets = collate(examples, indices, pad_id, device)
+            logits = forward(**inputs).logits.float().cpu().numpy()
+            for index, weight, row in zip(indices.tolist(), weights, logits, strict=True):
+                if weight:
+                    mine.append((index, row[: lengths[index]] if targets.ndim == 2 else row))
+            progress.update(len(batch))
     found = dict(pair for share in gather_objects(mine) for pair in share)
     assert len(found) == len(examples)
     return [found[index] for index in range(len(examples))]
@@ -320,7 +328,7 @@ def train_step(
     batch: np.ndarray,
     pad_id: int,
     class_weights: torch.Tensor,
-) -> float:
+) -> tuple[float, Any]:
     """Take one optimizer step on a global batch.
 
     The loss is the sum over the global batch divided by the batch's mass. DeepSpeed averages over
@@ -330,7 +338,7 @@ def train_step(
     Args:
         batch: indices, `(n,)` int64.
     Returns:
-        The mean loss of the global batch.
+        The mean loss of the global batch, and the norm of its gradient as `take_step` gives it.
     Raises:
         NonFiniteError: the loss or the gradient is not a number, on any rank; nothing has been
             updated.
@@ -351,8 +359,8 @@ def train_step(
         if engine.is_gradient_accumulation_boundary():
             (mean,) = all_reduce_sum(total.item())
             _refuse_non_finite(mean, "training loss", engine.global_steps + 1)
-        take_step(engine)
-    return mean
+        norm = take_step(engine)
+    return mean, norm
 
 
 def seed_dropout(seed: int, step: int) -> None:
@@ -367,7 +375,7 @@ class Progressed:
 
     history: the dev metrics of each finished epoch. best_epoch: counts from 1; 0 before the first.
     best_state: the weights after that epoch, float32 on the CPU; None on other ranks than the
-    first. seconds: of training, over all processes that took part.
+    first. seconds: of training, over all processes that took part. log: open after training.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -375,6 +383,7 @@ class Progressed:
     best_state: dict[str, torch.Tensor] | None = None
     seconds: float = 0.0
     steps: int = 0
+    log: MetricsWriter | None = None
 
     @property
     def best(self) -> dict[str, float]:
@@ -431,6 +440,26 @@ def describe_plan(
     ]
 
 
+def hyperparameters(
+    command: str, data: str, config: FinetuneConfig | FitScorerConfig, resolved: Resolved,
+    train: Examples, seed: int,
+) -> dict[str, Any]:
+    """The row of one seed on TensorBoard's HParams page; masking is that of the encoder's stages.
+
+    Args:
+        data: what it learns from.
+    """
+    stages = read_lineage(config.model_name_or_path)
+    masked = [stage.get("masking") for stage in stages if stage.get("stage") == "pretrain"]
+    return {
+        "command": command, "model": config.model_name_or_path, "data": data,
+        "masking": masked[-1] if masked else None, "seed": seed,
+        "max_seq_length": config.max_seq_length, "num_train_epochs": config.num_train_epochs,
+        "max_steps": num_steps(len(train), resolved.train_batch_size, config.num_train_epochs),
+        **resolved_hyperparameters(resolved),
+    }
+
+
 def fit(
     model: Any,
     resolved: Resolved,
@@ -481,6 +510,7 @@ def train_and_select(
     run_dir: Path,
     device: torch.device,
     identity: dict[str, Any],
+    hyperparameters: dict[str, Any],
     stop: Callable[[], bool],
 ) -> Progressed:
     """Train for `config.num_train_epochs` and keep the weights of the best epoch.
@@ -495,7 +525,10 @@ def train_and_select(
         class_weights: `(C,)` float64.
         run_dir: folder of this seed.
         identity: what must not change while a run is resumed (fingerprints of data, weights, ...).
+        hyperparameters: the row on TensorBoard's HParams page.
         stop: whether a stop was asked for; the same answer on every rank.
+    Returns:
+        What was found, with a log that the caller closes.
     Raises:
         NonFiniteError: a loss or a gradient is not a number, on every rank at once.
         StopRequested: after a checkpoint.
@@ -505,55 +538,79 @@ def train_and_select(
     found = _restore(engine, run_dir, config, identity)
     step, first_step = found.steps, found.steps
     started = time.monotonic() - found.seconds
-    writer = MetricsWriter(run_dir, step)
+    found.log = MetricsWriter(run_dir, step)
+    found.log.hyperparameters(hyperparameters)
     progress = Progress(
         total_steps, every=config.logging_steps, initial=step, label=f"seed {seed}"
     )
     batches = global_batches(train, resolved.train_batch_size, seed, step, total_steps)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
-    running, running_steps = 0.0, 0
+    window, text = _Window(), ""
     engine.train()
-    while True:
-        if step == per_epoch * (len(found.history) + 1):
-            engine.eval()
-            logits = predict(engine, dev, pad_id, config.per_device_eval_batch_size, device)
-            engine.train()
-            scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
-            _refuse_non_finite(scores["loss"], "validation loss", step)
-            writer.scalars(step, {tag: scores[name] for name, tag in tags.items()})
-            if found.add_epoch(scores, select):
-                found.best_state = full_state_dict(engine)
-        stopping = stop()
-        due = config.save_steps and step > first_step and step % config.save_steps == 0
-        if stopping or due:
-            found.steps, found.seconds = step, time.monotonic() - started
-            _save(engine, run_dir, found, config.save_total_limit, identity)
-        if stopping:
-            raise StopRequested(
-                f"stopped at step {step} of {total_steps} of seed {seed}, with a checkpoint; the "
-                "same command goes on from there"
-            )
-        if step == total_steps:
-            break
-        learning_rate = engine.get_lr()[0]
-        seed_dropout(seed, step)
-        running += train_step(engine, resolved, train, next(batches), pad_id, weights)
-        step, running_steps = step + 1, running_steps + 1
-        text = ""
-        if step % config.logging_steps == 0 or step % per_epoch == 0:
-            loss = running / running_steps
-            writer.scalars(step, {TRAIN_LOSS: loss, LEARNING_RATE: learning_rate,
-                                  EPOCH: step / per_epoch,
-                                  SKIPPED_STEPS: float(engine.skipped_steps)})
-            text = f"loss {loss:.4f}"
-            running, running_steps = 0.0, 0
-        if found.history:
-            text += f"  best {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
-        progress.update(1, text)
-    progress.close()
-    writer.close()
+    with progress:
+        while True:
+            if step == per_epoch * (len(found.history) + 1):
+                engine.eval()
+                logits = predict(engine, dev, pad_id, config.per_device_eval_batch_size, device)
+                engine.train()
+                scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
+                _refuse_non_finite(scores["loss"], "validation loss", step)
+                if found.add_epoch(scores, select):
+                    found.best_state = full_state_dict(engine)
+                scalars = {tag: scores[name] for name, tag in tags.items()}
+                found.log.scalars(step, {**scalars, EVAL_BEST: found.best[select]})
+            stopping = stop()
+            due = config.save_steps and step > first_step and step % config.save_steps == 0
+            if stopping or due:
+                found.steps, found.seconds = step, time.monotonic() - started
+                _save(engine, run_dir, found, config.save_total_limit, identity)
+            if stopping:
+                raise StopRequested(
+                    f"stopped at step {step} of {total_steps} of seed {seed}, with a checkpoint; "
+                    "the same command goes on from there"
+                )
+            if step == total_steps:
+                break
+            learning_rate, begun = engine.get_lr()[0], time.monotonic()
+            seed_dropout(seed, step)
+            batch = next(batches)
+            loss, norm = train_step(engine, resolved, train, batch, pad_id, weights)
+            window.add(loss, int(train.lengths[batch].sum()), time.monotonic() - begun)
+            step += 1
+            if step % config.logging_steps == 0 or step % per_epoch == 0:
+                scalars = {LEARNING_RATE: learning_rate, EPOCH: step / per_epoch,
+                           **window.scalars(), **engine_scalars(engine)}
+                if norm is not None:
+                    scalars[GRAD_NORM] = float(norm)
+                found.log.scalars(step, scalars)
+                text = f"loss {scalars[TRAIN_LOSS]:.4f}"
+                window = _Window()
+            best = ""
+            if found.history:
+                best = f"  best {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
+            progress.update(1, text + best)
     found.steps, found.seconds = step, time.monotonic() - started
     return found
+
+
+@dataclass
+class _Window:
+    """Sums over the steps since the last point of the log; `tokens` are those of all ranks."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+
+    def add(self, loss: float, tokens: int, seconds: float) -> None:
+        """Count one step."""
+        self.loss, self.tokens = self.loss + loss, self.tokens + tokens
+        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
+
+    def scalars(self) -> dict[str, float]:
+        """Mean loss and speed, by tag."""
+        return {TRAIN_LOSS: self.loss / self.steps,
+                TOKENS_PER_SECOND: self.tokens / max(self.seconds, 1e-9)}
 
 
 def _refuse_non_finite(value: float, name: str, step: int) -> None:

@@ -1,0 +1,116 @@
+"""How far long work has come: a bar on a terminal, plain lines elsewhere, and lines beside both.
+
+The bar goes to stderr when that is a terminal; it shows the rate and the time left. Anywhere else
+(a pipe, a log file) plain lines go to stdout, without carriage returns. Only the first rank speaks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+LINE_SECONDS = 10.0  # the longest silence between two plain lines
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _has_terminal() -> bool:
+    """Whether stderr is a terminal; one that has no width shows no bar."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
+def say(text: str) -> None:
+    """Print one line on rank 0, above the bar if there is one."""
+    if not is_first_rank():
+        return
+    if not _has_terminal():
+        print(text, flush=True)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """A bar, or plain lines; a context manager, so that an error finds no bar in its way.
+
+    Args:
+        total: number of units of the whole work; None if nobody knows.
+        unit: what is counted, as "step"; "B" for bytes.
+        every: print a plain line after so many units; None: only after `LINE_SECONDS`.
+        initial: units done by an earlier process.
+        label: what is being done.
+        part: whether this is a part of other work with a bar of its own; it leaves no trace then.
+    """
+
+    def __init__(
+        self, total: int | None, unit: str = "step", every: int | None = None, initial: int = 0,
+        label: str = "", part: bool = False,
+    ) -> None:
+        self._total, self._unit, self._every, self._label = total, unit, every, label
+        self._done = self._printed = self._initial = initial
+        self._start = self._printed_at = time.monotonic()
+        self._bar: Any = None
+        self._quiet = not is_first_rank()
+        if not self._quiet and _has_terminal():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, initial=initial, desc=label or None, dynamic_ncols=True,
+                unit=unit if unit == "B" else f" {unit}", unit_scale=unit == "B", leave=not part,
+            )
+
+    def update(self, amount: int = 1, text: str = "") -> None:
+        """Count `amount` more units; `text` is what to show beside the count."""
+        self._done += amount
+        if self._quiet:
+            return
+        if self._bar is not None:
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(amount)
+            return
+        now, every = time.monotonic(), self._every
+        due = every is not None and (
+            self._done // every > self._printed // every or self._done == self._total
+        )
+        if due or now - self._printed_at >= LINE_SECONDS:
+            print(self._line(now - self._start, text), flush=True)
+            self._printed, self._printed_at = self._done, now
+
+    def _line(self, seconds: float, text: str) -> str:
+        from tqdm import tqdm
+
+        rate = (self._done - self._initial) / max(seconds, 1e-9)
+        if self._unit == "B":
+            done, total = (tqdm.format_sizeof(n or 0, "B") for n in (self._done, self._total))
+            parts = [f"{done}/{total}", text, f"{tqdm.format_sizeof(rate, 'B')}/s"]
+        else:
+            total = "" if self._total is None else f"/{self._total:,}"
+            parts = [f"{self._unit} {self._done:,}{total}", text, f"{rate:,.3g} {self._unit}/s"]
+        if self._total is not None and rate > 0:
+            left = tqdm.format_interval(max(0.0, (self._total - self._done) / rate))
+            parts.append(f"{left} left")
+        label = f"{self._label}: " if self._label else ""
+        return label + "  ".join(part for part in parts if part)
+
+    def close(self) -> None:
+        """End the bar where it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

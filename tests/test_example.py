@@ -1,0 +1,119 @@
+"""The held-out text that a run shows: always the same one, read as a person reads, and harmless."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from preprocess.store import StoreWriter, TokenStore
+from train import data
+from train.example import NUM_TOKENS, Example, escape, spell
+
+
+def held_out(store: TokenStore, micro_batch_size: int = 4, max_seq_length: int = 32):
+    _, table = data.row_tables(store, max_seq_length, 0.2)
+    return data.PackedData(
+        store, table, data.drawn_masking(store, "random", data.EVAL_RATE), seed=data.EVAL_SEED,
+        micro_batch_size=micro_batch_size,
+    )
+
+
+class Oracle:
+    """Guesses the original ids, or always the same one."""
+
+    def __init__(self, always: int | None = None) -> None:
+        self.always = always
+
+    def eval(self) -> None:
+        pass
+
+    train = eval
+
+    def __call__(self, masked_labels, predict, **inputs):
+        assert predict
+        return masked_labels if self.always is None else masked_labels * 0 + self.always
+
+
+def shown(example: Example, engine: Oracle) -> dict[str, str]:
+    """The rows of the table as the text page shows them, by their first word."""
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    page = markdown_to_safe_html(example.table(example.predict(engine, torch.device("cpu"))))
+    rows = re.findall(r"<tr>\s*<td>(\w+)(.*?)</td>\s*<td>(.*?)</td>\s*</tr>", page, re.DOTALL)
+    return {"said": rows[2][1], **{name: unescape(text) for name, _, text in rows}}
+
+
+def test_original_masked_and_prediction(reviews_store, tiny_tokenizer):
+    store = TokenStore.open(reviews_store)
+    example = Example(held_out(store), tiny_tokenizer)
+    right = shown(example, Oracle())
+    marks = right["original"].count("<strong>")
+    assert marks >= 1 and right["prediction"] == right["original"]
+    assert f"{marks} of {marks} right" in right["said"]
+    assert 1 <= right["masked"].count("[[MASK]]") <= marks == right["masked"].count("<strong>")
+    plain = re.sub(r"</?strong>|[\[\]]", "", right["original"])
+    documents = [
+        tiny_tokenizer.decode(store.shards[0].tokens[a:b].tolist())
+        for a, b in zip(*(store.shards[0].sequence_offsets[store.shards[0].document_offsets][part]
+                          for part in (slice(-1), slice(1, None))), strict=True)
+    ]
+    assert any(plain in document for document in documents)
+    good = tiny_tokenizer.convert_tokens_to_ids("good")
+    wrong = shown(example, Oracle(always=good))
+    assert wrong["original"] == right["original"] and wrong["masked"] == right["masked"]
+    filled = wrong["prediction"]
+    assert filled.count("[good \u2260]") + filled.count("[good]") == marks
+    assert filled.count("[good]") == right["original"].count("[good]")
+
+
+def test_the_same_text_whatever_the_batch(reviews_store, tiny_tokenizer):
+    store = TokenStore.open(reviews_store)
+    pages = {str(shown(Example(held_out(store, size), tiny_tokenizer), Oracle()))
+             for size in (1, 3, 64)}
+    assert len(pages) == 1
+
+
+def test_long_texts_are_cut(tmp_path, tiny_tokenizer):
+    prefix = str(tmp_path / "long")
+    with StoreWriter(prefix, tiny_tokenizer, {}) as writer:
+        for start in range(8):
+            writer.add_document([(np.arange(400) + start) % 40 + 5])
+    example = Example(held_out(TokenStore.open(prefix), 1, 512), tiny_tokenizer)
+    table = example.table(example.predict(Oracle(), torch.device("cpu")))
+    assert len(spell(example._original, tiny_tokenizer)) == NUM_TOKENS
+    assert 0 < table.count("**") / 6 < 40
+
+
+def test_wordpieces_read_as_words(tiny_tokenizer):
+    ids = tiny_tokenizer("an unlikely film .", add_special_tokens=False)["input_ids"]
+    texts = spell(ids, tiny_tokenizer)
+    assert "".join(texts) == tiny_tokenizer.decode(ids) and len(texts) == len(ids)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<script>alert(1)</script>", "![x](http://a.b/c.png)", "[x](javascript:alert(1))",
+     "a | b", "**bold** _it_ `code`", "&lt;b&gt;", "# head", "two\nlines | x"],
+)
+def test_text_of_a_corpus_is_only_text(text):
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    page = markdown_to_safe_html(f"| |\n|---|\n| {escape(text)} |")
+    (cell,) = re.findall(r"<td>(.*?)</td>", page, re.DOTALL)
+    assert "<" not in cell and unescape(cell) == text.replace("\n", " ")
+    assert page.count("<tr>") == 2 and "<img" not in page and "<a" not in page
+
+
+def test_a_store_of_another_place_shows_the_same(tmp_path, reviews_store, tiny_tokenizer):
+    import shutil
+
+    shutil.copytree(Path(reviews_store).parent, tmp_path / "copy")
+    copy = TokenStore.open(str(tmp_path / "copy" / Path(reviews_store).name))
+    one, two = (shown(Example(held_out(store), tiny_tokenizer), Oracle())
+                for store in (TokenStore.open(reviews_store), copy))
+    assert one == two

@@ -1,0 +1,154 @@
+"""Bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import ROOT
+
+from preprocess import progress
+from preprocess.corpus import num_bytes, read_documents
+from preprocess.progress import Progress, say
+
+WORK = """
+from preprocess.progress import Progress, say
+with Progress(40, "row", every=20, label="work") as bar:
+    for number in range(40):
+        if number == 10:
+            with Progress(3, "batch", label="inner", part=True) as part:
+                part.update(3)
+        if number == 20:
+            say("a line of news")
+        bar.update(1, f"loss {number}")
+say("the end")
+"""
+
+
+def run_in_terminal(code: str, **environment: str) -> str:
+    """What a person sees: stdout and stderr of a script on one pseudo-terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT,
+        env={**os.environ, "RANK": "0", **environment},
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 1 << 16):
+            shown += block
+    except OSError:  # how a pseudo-terminal says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0, shown.decode()
+    return shown.decode()
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left():
+    shown = run_in_terminal(WORK)
+    last = [part for part in shown.split("\r") if part.startswith("work: 100%")][-1]
+    assert "40/40" in last and " row/s" in last and "<00:00" in last and "loss 39" in last
+    assert "inner" in shown
+    # A line beside the bar has a line for itself, and so has what follows the bar.
+    lines = [line.split("\r")[-1].replace("\x1b[A", "") for line in shown.split("\r\n")]
+    assert "a line of news" in lines and "the end" in lines
+
+
+def test_a_pipe_gets_plain_lines():
+    done = subprocess.run(
+        [sys.executable, "-c", WORK], cwd=ROOT, env={**os.environ, "RANK": "0"}, text=True,
+        capture_output=True, check=True,
+    )
+    assert done.stderr == "" and "\r" not in done.stdout and "\x1b" not in done.stdout
+    first, news, second, end = done.stdout.splitlines()
+    assert first.startswith("work: row 20/40  loss 19  ") and first.endswith(" left")
+    assert "row/s" in first and second.startswith("work: row 40/40")
+    assert news == "a line of news" and end == "the end"
+
+
+def test_other_ranks_are_silent():
+    assert run_in_terminal(WORK, RANK="1") == ""
+
+
+def test_slow_work_gets_a_line_every_few_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    bar = Progress(1000, "token", initial=400)
+    for _ in range(4):
+        now[0] += 4.0
+        bar.update(20)
+    # At 12 seconds, 60 tokens later: 5 a second, and 540 to go.
+    assert capsys.readouterr().out == "token 460/1,000  5 token/s  01:48 left\n"
+
+
+def test_unknown_total_has_no_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    Progress(None, "document").update(3)
+    line = capsys.readouterr().out
+    assert line.startswith("document 3  ") and "left" not in line
+
+
+def test_an_error_ends_the_bar():
+    shown = run_in_terminal(
+        "import sys\n"
+        "from preprocess.errors import DataError, run_command\n"
+        "from preprocess.progress import Progress\n"
+        "def main():\n"
+        "    with Progress(9, label='work') as bar:\n"
+        "        bar.update()\n"
+        "        raise DataError('a broken file')\n"
+        "try:\n"
+        "    run_command(main)\n"
+        "except SystemExit as end:\n"
+        "    print(end.code)\n"
+    )
+    assert "-c: a broken file\r\n" in shown.split("\n", 1)[1].lstrip("\r")
+    assert shown.rstrip().endswith("3")
+
+
+@pytest.mark.parametrize("kind", ["txt", "gz", "csv", "parquet"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_byte_of_an_input_is_counted_once(tmp_path, reviews_file, kind, count):
+    text = Path(reviews_file).read_text()
+    path = tmp_path / f"text.{'txt.gz' if kind == 'gz' else kind}"
+    if kind == "gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif kind == "parquet":
+        datasets.Dataset.from_dict({"text": text.splitlines()}).to_parquet(path)
+    else:
+        path.write_text(("text\n" if kind == "csv" else "") + text)
+    for index in range(count):
+        passed: list[int] = []
+        documents = list(read_documents([str(path)], part=(index, count), passed=passed.append))
+        expected = num_bytes([str(path)], False, (index, count))
+        assert len(documents) == pytest.approx(120 / count, abs=20)
+        assert sum(passed) == expected
+
+
+def test_tokenizing_shows_how_much_is_left(tmp_path, reviews_file, tiny_encoder):
+    shown = run_in_terminal(
+        "from preprocess.tokenize_corpus import main\n"
+        f"main(['--input', {reviews_file!r}, '--tokenizer', {tiny_encoder!r}, '--num_shards', '2',"
+        f" '--num_workers', '2', '--output', {str(tmp_path / 'store')!r}])"
+    )
+    assert re.search(r"tokenize: 100%.*B/s, 120 documents, [\d,]+ tokens\]", shown)
+    lines = [line.split("\r")[-1] for line in shown.split("\r\n")]
+    assert sum("empty documents dropped" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_say(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    say("hello")
+    assert capsys.readouterr().out == ("hello\n" if rank == "0" else "")
