@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess import build_masks
-from preprocess.build_masks import Inputs, choose_positions, count_masks, iterate_blocks, main
+from preprocess.build_masks import count_masks, main
+from preprocess.mask_index import Inputs, choose_positions, iterate_blocks
 from preprocess.errors import ConfigError, DataError
 from preprocess.masks import (
     STRATEGIES,
