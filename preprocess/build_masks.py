@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
-from preprocess.mask_index import Inputs, choose_positions, index_bounds, iterate_blocks
+from preprocess.mask_index import NEEDS, Inputs, choose_positions, index_bounds, iterate_blocks
 from preprocess.masks import (
     STRATEGIES,
     WordTable,
@@ -37,8 +37,6 @@ from preprocess.store import (
 )
 
 NUM_TYPES = 15
-# What each strategy reads beside the tokens.
-NEEDS = {"selective": "scores", "selective_fill": "scores", "random_matched": "match"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

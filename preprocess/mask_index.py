@@ -22,6 +22,8 @@ from preprocess.masks import (
 from preprocess.store import Shard
 
 BLOCK_TOKENS = 1 << 20  # of which a strategy makes at most about 100 MB of keys and flags
+# What a strategy reads beside the tokens.
+NEEDS = {"selective": "scores", "selective_fill": "scores", "random_matched": "match"}
 
 
 def iterate_blocks(offsets: np.ndarray, max_tokens: int = BLOCK_TOKENS) -> Iterator[slice]:

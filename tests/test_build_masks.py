@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from preprocess import build_masks
 from preprocess.build_masks import count_masks, main
-from preprocess.mask_index import Inputs, choose_positions, iterate_blocks
 from preprocess.errors import ConfigError, DataError
+from preprocess.mask_index import Inputs, choose_positions, iterate_blocks
 from preprocess.masks import (
     STRATEGIES,
     Sequences,
