@@ -49,7 +49,7 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
             f"{row['rows_per_second']:.1f}", f"{row['masked_tokens_per_second']:,.0f}",
             _between(row["step_ms"], 1), f"{row['mfu_percent']:.1f} %",
             _between(row["over_random"], 2),
-            *[_between(row["over_grouped"], 2)] * grouped,
+            *[_between(row["over_grouped"], 2) for _ in range(grouped)],
         ])
     return align(cells)
 
@@ -174,10 +174,10 @@ def draw(result: dict[str, Any], path: Path) -> str:
         *axes[0, 1].get_legend_handles_labels(), ncols=len(SHARES), fontsize=8, frameon=False,
         loc="lower center", bbox_to_anchor=(0.5, 1.0),
     )
-    machine = result["gpu"] or f"{result['threads']} CPU threads"
+    machine = result["gpu"] or f"CPU, {result['threads']} threads"
     figure.suptitle(
         f"{result['options']['model_config'] or result['options']['model_name_or_path']}, "
-        f"{result['precision']}, {result['world_size']} x {machine}; bars: median, "
+        f"{result['precision']}, ranks: {result['world_size']} ({machine}); bars: median, "
         "whiskers: 20th to 80th percentile", fontsize=10,
     )
     with writing(path):

@@ -71,7 +71,7 @@ class Builder:
         Args:
             match: the index whose counts `random_matched` takes.
         """
-        counts: list[Any] = match or [None] * len(self.store.shards)
+        counts: Any = [None] * len(self.store.shards) if match is None else match
         return [
             self._choose(strategy, shard, Inputs(scores=scores, match=matched))
             for shard, scores, matched in zip(self.store.shards, self.scores, counts, strict=True)

@@ -241,9 +241,10 @@ def shares(measured: Measured) -> dict[str, float]:
              for name in (*PARTS, "head")}
     whole = max(sum(apart[part] for part in PARTS), 1e-12)
     loader = sum(measured.waited) / sum(measured.seconds)
-    rest = {name: (1 - loader) * apart[name] / whole for name in ("head", "optimizer")}
-    found = {"loader": loader, **rest}
-    found["rest"] = max(0.0, 1.0 - sum(found.values()))
+    optimizer, head = ((1 - loader) * apart[name] / whole for name in ("optimizer", "head"))
+    head = min(head, 1 - loader - optimizer)  # measured apart, it may come out longer than it was
+    rest = 1 - loader - optimizer - head
+    found = {"loader": loader, "head": head, "optimizer": optimizer, "rest": rest}
     return {name: 100 * share for name, share in found.items()}
 
 
