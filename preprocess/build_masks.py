@@ -13,28 +13,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
-from preprocess.mask_statistics import (
-    BLOCK_TOKENS,
-    Statistics,
-    count_masks,
-    index_bounds,
-    iterate_blocks,
-)
-from preprocess.masks import (
-    STRATEGIES,
-    Sequences,
-    WordTable,
-    continuation_table,
-    find_candidates,
-    find_continuations,
-    open_tokenizer,
-)
+from preprocess.mask_index import NEEDS, Inputs, choose_positions, iterate_blocks
+from preprocess.mask_statistics import Statistics, count_masks
+from preprocess.masks import STRATEGIES, WordTable, continuation_table, open_tokenizer
 from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
@@ -47,8 +33,6 @@ from preprocess.store import (
 )
 
 NUM_TYPES = 15
-# What each strategy reads beside the tokens.
-NEEDS = {"selective": "scores", "selective_fill": "scores", "random_matched": "match"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -91,56 +75,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.match == args.name:
         raise ConfigError(f"--name {args.name} is the index to match; the new one needs another")
     return args
-
-
-# ------------------------------------------------------------------------- one shard at a time
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the strategy reads of one shard beside the tokens."""
-
-    scores: np.ndarray | None = None
-    match: np.ndarray | None = None
-    words: WordTable | None = None
-
-
-def choose_positions(
-    shard: Shard,
-    strategy: str,
-    inputs: Inputs,
-    *,
-    rate: float,
-    seed: int,
-    all_special_ids: tuple[int, ...],
-    block_tokens: int = BLOCK_TOKENS,
-) -> Iterator[np.ndarray]:
-    """Yield the masked positions of a shard block by block: ascending, `(M,)` uint32."""
-    for block in iterate_blocks(shard.sequence_offsets, block_tokens):
-        offsets = shard.sequence_offsets[block.start : block.stop + 1]
-        start, end = int(offsets[0]), int(offsets[-1])
-        tokens = shard.tokens[start:end]
-        local = offsets - start
-        sequences = Sequences(
-            offsets=local,
-            positions=np.arange(shard.token_start + start, shard.token_start + end),
-            candidates=find_candidates(tokens, all_special_ids),
-            rate=rate,
-            seed=seed,
-            epoch=0,
-            scores=None if inputs.scores is None else inputs.scores[start:end],
-            continues_word=(
-                None if inputs.words is None else find_continuations(tokens, local, inputs.words)
-            ),
-            matched_counts=(
-                None if inputs.match is None else np.diff(index_bounds(inputs.match, offsets))
-            ),
-        )
-        try:
-            chosen = STRATEGIES[strategy](sequences)
-        except ValueError as error:
-            raise DataError(f"{shard.prefix}: {error}; make that array again") from None
-        yield (chosen + start).astype(np.uint32)
 
 
 # -------------------------------------------------------------------------------- statistics

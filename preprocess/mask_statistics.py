@@ -7,17 +7,16 @@ positions, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from preprocess.mask_index import BLOCK_TOKENS, index_bounds, iterate_blocks
 from preprocess.masks import WordTable, find_candidates
 from preprocess.store import Shard, TokenStore, open_array
 from preprocess.words import KINDS, find_kinds, type_kinds, type_names, word_table
 
-BLOCK_TOKENS = 1 << 20  # of which a strategy makes at most about 100 MB of keys and flags
 # Upper ends of the bins of a sequence's mask rate, in per cent; before them, one for no mask.
 RATE_EDGES = (5, 10, 15, 20, 25, 30, 50, 100)
 # Upper ends of the bins of scores (log-odds) but the last: 2 %, 12 %, 27 %, 50 %, ...
@@ -26,37 +25,6 @@ SCORE_EDGES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
 _SCORE_BINS = np.searchsorted(
     SCORE_EDGES, np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 ).astype(np.uint8)
-
-
-def iterate_blocks(offsets: np.ndarray, max_tokens: int = BLOCK_TOKENS) -> Iterator[slice]:
-    """Cut a shard into runs of whole sequences of at most `max_tokens` tokens (or one sequence).
-
-    Args:
-        offsets: token offset of each sequence, and the end, `(N+1,)` int64.
-    Yields:
-        Slices of sequences that cover all of them in order.
-    """
-    first = 0
-    while first < len(offsets) - 1:
-        # The last offset that is within reach is the end of the block: offsets 0 4 9 12 and at
-        # most 10 tokens give sequences 0:2 (9 tokens), then 2:3.
-        last = int(np.searchsorted(offsets, offsets[first] + max_tokens, side="right")) - 1
-        last = max(last, first + 1)
-        yield slice(first, last)
-        first = last
-
-
-def index_bounds(index: np.ndarray, token_offsets: np.ndarray) -> np.ndarray:
-    """Say where each sequence's part of a mask index begins, and where the last one ends.
-
-    Args:
-        index: ascending positions in the shard, `(M,)` uint32.
-        token_offsets: `(B+1,)` int64; a shard has fewer than 2^32 tokens.
-    Returns:
-        Offsets into `index`, `(B+1,)` int64.
-    """
-    # uint32 keys: an int64 key would copy the whole index as int64.
-    return np.searchsorted(index, token_offsets.astype(np.uint32))
 
 
 # -------------------------------------------------------------------------------- the counts

@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
+from preprocess.mask_index import iterate_blocks
 from preprocess.mask_origin import explain, explain_scores
 from preprocess.mask_page import format_page
-from preprocess.mask_statistics import Vocabulary, count_masks, iterate_blocks
+from preprocess.mask_statistics import Vocabulary, count_masks
 from preprocess.mask_tables import Table, make_tables
 from preprocess.mask_terminal import (
     Look,

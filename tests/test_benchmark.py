@@ -1,17 +1,32 @@
-"""The loop's benchmark: figures follow from the counts, and it is the real loop it measures."""
+"""The loop's benchmark: figures follow from counts, rivals are what they claim to be."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from preprocess import masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, write_array
-from train import benchmark, data, mlm
+from train import (
+    bare_loop,
+    baselines,
+    benchmark,
+    benchmark_report,
+    data,
+    engine,
+    flops,
+    maskings,
+    mlm,
+    model,
+    throughput,
+    whole_step,
+)
 from train.config import BenchmarkConfig
 
 RATE = 0.3
@@ -19,7 +34,7 @@ RATE = 0.3
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory, tiny_tokenizer) -> str:
-    """A store of 60 documents with the mask index `fifth`: every fifth token."""
+    """60 documents with the mask index `fifth`, every fifth token, and the scores `some`."""
     path = str(tmp_path_factory.mktemp("store") / "text")
     generator = np.random.default_rng(0)
     with StoreWriter(path, tiny_tokenizer, {}) as writer:
@@ -28,6 +43,8 @@ def prefix(tmp_path_factory, tiny_tokenizer) -> str:
     shard = TokenStore.open(path).shards[0]
     positions = np.arange(0, shard.num_tokens, 5, dtype=np.uint32)
     write_array(shard, "fifth", "mask", positions, {"strategy": "selective"})
+    scores = generator.normal(-1, 1, size=shard.num_tokens).astype(np.float16)
+    write_array(shard, "some", "scores", scores, {})
     return path
 
 
@@ -48,55 +65,114 @@ def flags(config: BenchmarkConfig) -> list[str]:
         "timed_steps", "rounds",
     )
     line = [part for name in names for part in (f"--{name}", str(getattr(config, name)))]
-    return [*line, "--strategies", *config.strategies, "--mask_indices", *config.mask_indices]
+    for name in ("strategies", "mask_indices", "baselines", "max_seq_lengths"):
+        line += [f"--{name}", *map(str, getattr(config, name))] if getattr(config, name) else []
+    line += [] if config.equal_masks else ["--no_equal_masks"]
+    return [*line, "--scores", config.scores] if config.scores else line
 
 
-@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_run_measures_every_row_and_ends_with_json(config, run_command_line, tmp_path, ranks):
-    done = run_command_line("train/benchmark.py", *flags(config), ranks=ranks)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("{", "loop / bare"))]
-    saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    assert json.loads(lines[-1]) == saved
-    assert lines[-2].startswith("loop / bare")
+ROW_KEYS = {
+    "name", "kind", "masked_rate", "masked_per_step", "tokens_per_second", "rows_per_second",
+    "masked_tokens_per_second", "step_ms", "filled_percent", "mfu_percent", "share_percent",
+    "peak_memory_gib", "over_random", "counted_steps",
+}
+
+
+# ------------------------------------------------------------------------------ whole command
+
+
+def check_result(saved: dict, config: BenchmarkConfig, ranks: int = 1) -> None:
+    """Whatever holds of every result of `config`."""
     assert {"command", "commit", "versions", "platform", "cpus", "gpu", "options", "ds_config",
-            "rows", "loop_over_bare"} <= saved.keys()
-    assert saved["world_size"] == max(ranks, 1)
-    rows = {row["strategy"]: row for row in saved["rows"]}
-    assert list(rows) == ["bare", "random", "whole_word", "fifth"]
-    for name, rate in (("random", RATE), ("whole_word", RATE), ("fifth", 0.2)):
-        assert rows[name]["masked_rate"] == pytest.approx(rate, abs=0.03)
-    for row in rows.values():
-        assert row["counted_steps"] == config.rounds * config.timed_steps
-        assert row["step_ms"]["p20"] <= row["step_ms"]["median"] <= row["step_ms"]["p80"]
-        assert 0 <= row["data_wait_percent"] < 100 and row["peak_memory_gib"] > 0
-        assert row["masked_tokens_per_second"] < row["tokens_per_second"]
-        batch_rows = 4 * 2 * max(ranks, 1)
-        assert row["rows_per_second"] == pytest.approx(1000 * batch_rows / row["step_ms"]["median"])
-    assert rows["random"]["over_random"] == 1
+            "lengths", "mask_costs", "peak"} <= saved.keys()
+    assert saved["world_size"] == ranks
+    for length in saved["lengths"]:
+        for row in length["rows"]:
+            assert row.keys() >= ROW_KEYS
+            assert row["counted_steps"] == config.rounds * config.timed_steps
+            assert row["step_ms"]["p20"] <= row["step_ms"]["median"] <= row["step_ms"]["p80"]
+            assert row["peak_memory_gib"] > 0 and row["mfu_percent"] > 0
+            assert row["masked_tokens_per_second"] < row["tokens_per_second"]
+            batch_rows = 4 * 2 * ranks
+            assert row["rows_per_second"] == pytest.approx(
+                1000 * batch_rows / row["step_ms"]["median"])
+            assert sum(row["share_percent"].values()) == pytest.approx(100)
+            assert min(row["share_percent"].values()) >= 0
+            assert row["share_percent"]["head"] > 0 and row["share_percent"]["optimizer"] > 0
 
 
-def test_dry_run_writes_nothing(config, tmp_path, capsys):
+def test_run_measures_every_strategy_and_baseline(config, run_here, tmp_path, capsys):
+    config = dataclasses.replace(
+        config, scores="some", max_seq_lengths=[32, 48], rounds=1, timed_steps=2)
+    run_here("train/benchmark.py", *flags(config))
+    out = capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert json.loads(out.splitlines()[-1]) == saved
+    check_result(saved, config)
+    assert [length["max_seq_length"] for length in saved["lengths"]] == [32, 48]
+    for length in saved["lengths"]:
+        rows = {row["name"]: row for row in length["rows"]}
+        ours = [*masks.STRATEGIES, "fifth"]
+        assert list(rows) == [*ours, *(f"{name} =" for name in ours), "bare", *baselines.BASELINES]
+        assert rows["random"]["masked_rate"] == pytest.approx(RATE, abs=0.05)
+        assert rows["fifth"]["masked_rate"] == pytest.approx(0.2, abs=0.03)
+        assert rows["random"]["over_random"]["median"] == 1
+        assert rows["random ="]["over_random"]["median"] == 1
+        assert rows["transformers-grouped"]["over_grouped"]["median"] == 1
+        assert rows["transformers-grouped"]["filled_percent"] == 100
+        assert rows["transformers-lines"]["filled_percent"] < 100
+    costs = {cost["name"]: cost for cost in saved["mask_costs"]}
+    assert list(costs) == ours
+    assert costs["selective"]["bytes_on_disk"] == 4 * costs["selective"]["masked_tokens"] + 128
+    assert costs["fifth"]["seconds"] is None and costs["random"]["bytes_on_disk"] == 0
+    assert costs["random_matched"]["masked_tokens"] == costs["selective"]["masked_tokens"]
+    assert saved["equal_masked_tokens"] == min(cost["masked_tokens"] for cost in costs.values())
+    assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    for name in rows:
+        assert name.removesuffix(" =") in out
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_the_baselines_out(config, run_command_line, tmp_path):
+    done = run_command_line("train/benchmark.py", *flags(config), ranks=2)
+    saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    check_result(saved, config, ranks=2)
+    kinds = {row["kind"] for row in saved["lengths"][0]["rows"]}
+    assert kinds == {"strategy", "equal", "bare"} and "left out on 2" in done.stdout
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path, capsys):
     benchmark.main([*flags(config), "--dry_run"])
     out = capsys.readouterr().out
     assert "4 rows x 2 micro batches x 1 ranks = 8 rows" in out
     assert "dropped: 1 warm-up steps" in out
+    # 3 strategies, once more equal, bare, 4 loops; each 1 + 2 x (2 + 2) steps.
+    assert f"{(3 * 2 + 1 + 4) * 9} steps of 8 rows" in out
     assert not (tmp_path / "out").exists()
 
 
-def test_baseline_is_added_and_comes_first(config):
-    inputs = benchmark.read_inputs(dataclasses.replace(config, strategies=["whole_word"]))
-    assert list(inputs.maskings) == ["random", "whole_word", "fifth"]
+def test_fewer_rows_on_request(config, run_here, tmp_path):
+    config = dataclasses.replace(
+        config, strategies=["whole_word"], mask_indices=[], baselines=["none"], equal_masks=False,
+        rounds=1, timed_steps=1)
+    run_here("train/benchmark.py", *flags(config))
+    saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert [row["name"] for row in saved["lengths"][0]["rows"]] == ["random", "whole_word", "bare"]
 
 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
         ({"strategies": ["spans"]}, ConfigError, "spans.*random, whole_word"),
-        ({"strategies": ["selective"]}, ConfigError, "selective.*--mask_indices"),
+        ({"strategies": ["selective"]}, ConfigError, "selective.*--scores.*--mask_indices"),
+        ({"strategies": ["whole_word"] * 2}, ConfigError, "whole_word.*twice"),
+        ({"scores": "absent"}, DataError, "absent"),
         ({"mask_indices": ["fifth", "fifth"]}, ConfigError, "fifth.*twice"),
         ({"mask_indices": ["bare"]}, ConfigError, "bare"),
+        ({"mask_indices": ["gather-lines"]}, ConfigError, "gather-lines"),
         ({"mask_indices": ["absent"]}, DataError, "absent"),
-        ({"max_seq_length": 512}, ConfigError, "512.*64 positions"),
+        ({"baselines": ["trainer"]}, ConfigError, "trainer.*transformers-grouped"),
+        ({"max_seq_lengths": [32, 512]}, ConfigError, "512.*64 positions"),
         ({"deepspeed_config": "no.json"}, ConfigError, "no.json"),
         ({"model_name_or_path": None, "model_config": "bert-huge"}, ConfigError, "bert-tiny"),
     ],
@@ -106,6 +182,21 @@ def test_bad_input_is_refused_before_anything_runs(config, change, error, words)
         benchmark.read_inputs(dataclasses.replace(config, **change))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"max_seq_lengths": [32, 32]}, "max_seq_lengths"),
+        ({"max_seq_lengths": [4]}, "max_seq_lengths"),
+        ({"max_seq_lengths": [32, 64], "whole_step": True}, "one length"),
+        ({"mlm_probability": 1.0}, "mlm_probability"),
+        ({"compare": ["a.json"]}, "two files"),
+    ],
+)
+def test_bad_options_are_refused(config, change, words):
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(config, **change)
+
+
 def test_unknown_strategy_exits_with_2(config, run_command_line):
     line = flags(dataclasses.replace(config, strategies=["spans"]))
     done = run_command_line("train/benchmark.py", *line, check=False)
@@ -113,28 +204,252 @@ def test_unknown_strategy_exits_with_2(config, run_command_line):
     assert done.stderr.count("\n") == 1 and "spans" in done.stderr
 
 
+# ------------------------------------------------------------------------------------ figures
+
+
+def made_row(name: str, kind: str = "strategy") -> throughput.Row:
+    """A row that nothing runs."""
+    return throughput.Row(name, kind, itertools.repeat(None), lambda *_: None, lambda _: None,
+                          lambda _: 0.0, "engine")
+
+
 def test_figures_follow_from_the_counts():
+    counts = [throughput.Counts(tokens, masked, text, 128, 8) for tokens, masked, text in
+              zip([90, 110, 100, 100], [15, 15, 10, 20], [75, 85, 80, 80], strict=True)]
     # Steps of 1, 1, 1, 5 s: the median holds against the slow one.
-    loop = benchmark.Measured([1.0, 1.0, 1.0, 5.0], [0.1, 0.1, 0.1, 0.5], [90, 110, 100, 100],
-                              [15, 15, 10, 20], [75, 85, 80, 80], 2.0)
-    fast = benchmark.Measured([0.5] * 4, [0.0] * 4, [100] * 4, [15] * 4, [80] * 4, 1.0)
-    row = benchmark.summarise("x", fast, batch_rows=8, baseline=loop)
-    assert row["tokens_per_second"] == 200 and row["rows_per_second"] == 16
-    assert row["over_random"] == 2 and row["masked_tokens_per_second"] == 30
-    row = benchmark.summarise("random", loop, batch_rows=8, baseline=loop)
-    assert row["tokens_per_second"] == 100 and row["step_ms"]["median"] == 1000
-    assert row["masked_rate"] == 60 / 320
-    assert row["data_wait_percent"] == pytest.approx(10)
-    # Two rounds: bare 0.5 s of 1 s, and 0.5 s of 3 s.
-    ratio = benchmark.loop_over_bare({"bare": fast, "random": loop}, rounds=2)
-    assert ratio["median"] == pytest.approx((0.5 + 0.5 / 3) / 2)
+    slow = throughput.Measured([1.0, 1.0, 1.0, 5.0], [0.1, 0.1, 0.1, 0.5], counts,
+                               [{"loader": 9.0, "forward": 2.0, "backward": 4.0, "optimizer": 2.0,
+                                 "head": 1.0}], 2.0)
+    row = throughput.summarise(made_row("random"), slow, flops.StepFlops(3.0, 20.0), 6000.0)
+    assert row["tokens_per_second"] == 100 and row["rows_per_second"] == 8
+    assert row["masked_tokens_per_second"] == 15 and row["masked_rate"] == 60 / 320
+    assert row["filled_percent"] == pytest.approx(100 * 400 / 512)
+    assert row["mfu_percent"] == pytest.approx(100 * (3 * 100 + 20 * 15) / 6000)
+    # The loader's share is that of counted steps; the parts divide what is left.
+    assert row["share_percent"] == pytest.approx(
+        {"loader": 10, "optimizer": 22.5, "head": 11.25, "rest": 56.25})
+    fast = dataclasses.replace(slow, seconds=[0.5] * 4)
+    # Two rounds: 200 tokens in 2 s and in 6 s, against 1 s.
+    assert throughput.round_rates(slow, 2) == pytest.approx([100, 200 / 6])
+    assert throughput.speed_over(fast, slow, 2)["median"] == pytest.approx((2 + 6) / 2)
+
+
+def test_laps_add_up_by_name(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 7.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    laps = throughput.Laps()
+    for part in ("forward", "backward", "forward"):
+        laps(part)
+    assert laps.seconds == {"forward": 5.0, "backward": 2.0}
+
+
+def test_a_turn_drops_its_first_step_and_takes_its_last_apart(monkeypatch):
+    monkeypatch.setattr(throughput, "reset_peak", lambda: None)
+    seen = []
+
+    def step(batch, lap):
+        seen.append((batch, lap is not throughput.no_laps))
+        lap("optimizer")
+
+    row = dataclasses.replace(made_row("x"), batches=iter(range(9)), step=step,
+                              count=lambda batch: batch, head_seconds=lambda batch: float(batch))
+    measured = throughput.Measured()
+    throughput.take_turn(row, measured, timed_steps=3, foreign_gib=0.0)
+    assert seen == [(0, False), (1, False), (2, False), (3, False), (4, True)]
+    assert measured.counts == [1, 2, 3] and measured.apart[0]["head"] == 4.0
+
+
+def test_peak_memory_is_that_of_the_turn():
+    throughput.reset_peak()
+    before = throughput.peak_gib()
+    block = torch.ones(2**26)  # 256 MiB
+    with_block = throughput.peak_gib()
+    del block
+    throughput.reset_peak()
+    assert with_block - before > 0.2
+    assert throughput.peak_gib() < with_block - 0.2
+
+
+# ----------------------------------------------------------------------------------- maskings
+
+
+def test_equal_maskings_hold_equally_many_positions(config):
+    inputs = benchmark.read_inputs(dataclasses.replace(config, scores="some"))
+    built = benchmark.build_maskings(inputs)
+    count = built.equal_tokens
+    for name, masking in built.equal.items():
+        plain = built.plain[name]
+        if masking.index is None:
+            assert 0 < masking.rate <= plain.rate
+            continue
+        (kept,), (all_of_them,) = masking.index, plain.index
+        assert len(kept) == count and (np.diff(kept.astype(np.int64)) > 0).all()
+        assert np.isin(kept, all_of_them).all()
+    # Expected draws: the rate of the whole store, as the exact ones have it.
+    drawn = {cost["name"]: cost["masked_tokens"] for cost in built.costs}["random"]
+    assert built.equal["random"].rate == pytest.approx(RATE * count / drawn)
+
+
+def test_thinning_keeps_positions_in_their_shards():
+    index = [np.array([3, 5, 9], np.uint32), np.zeros(0, np.uint32), np.array([0, 2], np.uint32)]
+    assert [part.tolist() for part in maskings._thin(index, 5, seed=1)] == [[3, 5, 9], [], [0, 2]]
+    thin = maskings._thin(index, 3, seed=1)
+    assert sum(map(len, thin)) == 3
+    assert all(set(part) <= set(whole) for part, whole in zip(thin, index, strict=True))
+
+
+def test_a_built_index_is_that_of_the_command(config, prefix, run_here):
+    run_here("preprocess/build_masks.py", "--tokens", prefix, "--strategy", "selective",
+             "--scores", "some", "--mlm_probability", str(RATE), "--name", "made")
+    store = TokenStore.open(prefix)
+    builder = maskings.Builder(store, maskings.open_scores(store, "some"), RATE, config.seed)
+    masking, _ = builder.build("selective")
+    (expected,) = data.prebuilt_masking(store, "made").index
+    np.testing.assert_array_equal(masking.index[0], expected)
+
+
+# ----------------------------------------------------------------------------------- baselines
+
+
+def documents(store: TokenStore) -> list[list[int]]:
+    (shard,) = store.shards
+    ends = shard.sequence_offsets[shard.document_offsets]
+    return [shard.tokens[a:b].tolist() for a, b in itertools.pairwise(ends)]
+
+
+def test_grouped_rows_are_all_texts_end_to_end_in_full_blocks(prefix):
+    store = TokenStore.open(prefix)
+    texts = [text.tolist() for text in baselines.draw_texts(store, seed=3)]
+    assert sorted(texts) == sorted(documents(store))
+    rows = baselines.grouped_rows(store, 32, 10_000, seed=3)
+    joined = [token for text in texts for token in (2, *text, 3)]
+    assert {len(row) for row in rows} == {32}
+    assert [token for row in rows for token in row] == joined[:len(joined) // 32 * 32]
+
+
+def test_the_remainder_of_a_map_is_dropped(prefix, monkeypatch):
+    monkeypatch.setattr(baselines, "TEXTS_A_MAP", 2)
+    store = TokenStore.open(prefix)
+    texts = [text.tolist() for text in baselines.draw_texts(store, seed=3)]
+    expected = []
+    for pair in zip(texts[::2], texts[1::2], strict=True):
+        joined = [token for text in pair for token in (2, *text, 3)]
+        expected += [joined[at:at + 32] for at in range(0, len(joined) - 31, 32)]
+    assert baselines.grouped_rows(store, 32, 10_000, seed=3) == expected
+
+
+def test_line_rows_are_texts_cut_off(prefix):
+    store = TokenStore.open(prefix)
+    rows = baselines.line_rows(store, 32, 10_000, seed=3)
+    assert sorted(rows) == sorted([2, *text[:30], 3] for text in documents(store))
+    assert len(baselines.line_rows(store, 32, 7, seed=3)) == 7
+
+
+@pytest.mark.parametrize("cut", ["grouped", "lines"])
+def test_counts_of_a_batch(prefix, cut):
+    store = TokenStore.open(prefix)
+    make = baselines.grouped_rows if cut == "grouped" else baselines.line_rows
+    rows = make(store, 32, 40, seed=3)
+    batches = baselines.make_batches(store, rows, micro_batch_size=40, accumulation_steps=1,
+                                     mlm_probability=RATE, seed=0)
+    counts = benchmark.count_texts(store, next(batches))
+    # All rows are in it, whatever was masked and replaced.
+    assert counts.rows == 40 and counts.tokens == sum(map(len, rows))
+    assert counts.text_tokens == sum(token > 4 for row in rows for token in row)
+    assert counts.slots == 40 * max(map(len, rows))
+    assert counts.masked == pytest.approx(RATE * counts.text_tokens, rel=0.2)
+
+
+@pytest.fixture
+def still_batch(prefix, still_encoder):
+    """A model without dropout and a batch of padded lines."""
+    store = TokenStore.open(prefix)
+    rows = baselines.line_rows(store, 32, 8, seed=0)
+    batches = baselines.make_batches(store, rows, micro_batch_size=4, accumulation_steps=2,
+                                     mlm_probability=RATE, seed=0)
+    return model.load_masked_lm(still_encoder, 0), next(batches)
+
+
+def test_losses_are_those_of_transformers(still_batch, still_encoder):
+    from transformers import BertForMaskedLM
+
+    module, batch = still_batch
+    theirs = BertForMaskedLM.from_pretrained(still_encoder)
+    for micro_batch in batch.micro_batches:
+        expected = theirs(**micro_batch).loss
+        expected.backward()
+        for loss_of in baselines.LOSSES.values():
+            module.zero_grad()
+            loss = loss_of(module, micro_batch)
+            loss.backward()
+            torch.testing.assert_close(loss, expected)
+            ours = {name: p.grad for name, p in module.hf.named_parameters()}
+            for name, parameter in theirs.named_parameters():
+                torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7)
+        theirs.zero_grad()
+
+
+def test_the_loop_takes_the_step_of_a_plain_trainer(config, still_batch):
+    """Mean over micro batches, clipped, AdamW, linear schedule: two steps by hand."""
+    module, batch = still_batch
+    resolved = benchmark.read_inputs(config).resolved
+    resolved.config["gradient_clipping"] = 0.05
+    resolved.config["optimizer"]["params"]["lr"] = 1e-2
+    twin = model.load_masked_lm(config.model_name_or_path, 0)
+    twin.load_state_dict(module.state_dict())
+    loop = baselines.TrainerLoop(module, resolved, torch.device("cpu"), total_steps=4)
+    twin.eval()
+    module.eval()
+    decayed = [p for p in twin.parameters() if p.ndim > 1]
+    plain = [p for p in twin.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01},
+                                   {"params": plain, "weight_decay": 0.0}], lr=1e-2, eps=1e-8)
+    for rate in (1e-2, 0.75e-2):
+        loop.step(batch, baselines.gather_loss)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sum(twin.hf(**part).loss / 2 for part in batch.micro_batches).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, ours), theirs in zip(module.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "modernbert"])
+def test_the_logits_of_each_family_are_those_of_its_head(family):
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    sizes = {"distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}}.get(
+        family, {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "intermediate_size": 32, "pad_token_id": 0})
+    hf = AutoModelForMaskedLM.from_config(AutoConfig.for_model(family, vocab_size=60, **sizes))
+    hf.eval()
+    ids, family_of = torch.arange(5, 15)[None], model.FAMILIES[family]
+    hidden = family_of.encoder(hf)(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(family_of.logits(hf, hidden), hf(input_ids=ids).logits)
+
+
+def test_time_of_the_heads_alone_leaves_no_gradients(config, still_batch):
+    module, batch = still_batch
+    inputs = benchmark.read_inputs(config)
+    loop = baselines.TrainerLoop(module, inputs.resolved, torch.device("cpu"), 1)
+    for name in baselines.LOSSES:
+        assert baselines.head_seconds(module, batch, name, loop) > 0
+    bare = bare_loop.BareLoop(mlm.build_model(config, inputs.store), inputs.resolved,
+                              torch.device("cpu"))
+    assert bare.head_seconds(loader(inputs).step(0)) > 0
+    assert all(p.grad is None for m in (module, bare.module) for p in m.parameters())
+
+
+# ------------------------------------------------------------------------------ bare, and ours
 
 
 def loader(inputs: benchmark.Inputs) -> data.PackedData:
-    return data.PackedData(
-        inputs.store, inputs.rows, inputs.maskings["random"], seed=0, micro_batch_size=4,
-        accumulation_steps=2,
-    )
+    (table,) = inputs.tables.values()
+    masking = data.drawn_masking(inputs.store, "random", RATE)
+    return data.PackedData(inputs.store, table, masking, seed=0, micro_batch_size=4,
+                           accumulation_steps=2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -142,15 +457,92 @@ def test_bare_step_trains(config, precision):
     inputs = benchmark.read_inputs(config)
     resolved = dataclasses.replace(inputs.resolved, precision=precision)
     resolved.config["optimizer"]["params"]["lr"] = 1e-2
-    inputs = dataclasses.replace(inputs, resolved=resolved)
     module, batch = mlm.build_model(inputs.config, inputs.store), loader(inputs).step(0)
-    step = benchmark.make_bare_step(inputs, module, batch, torch.device("cpu"))
+    bare = bare_loop.BareLoop(module, resolved, torch.device("cpu"))
     micro_batch = batch.micro_batches[0].inputs(torch.device("cpu"))
     before = module(**micro_batch)[0].item()
     for _ in range(5):
-        step()
+        bare.step(bare.prepare(batch))
     assert module(**micro_batch)[0].item() < 0.8 * before
-    assert {p.dtype for p in module.parameters()} == {benchmark.DTYPES[precision]}
+    assert {p.dtype for p in module.parameters()} == {bare_loop.DTYPES[precision]}
+
+
+def test_one_rank_trains_alike_without_reduction_and_with_fused_adam(config, still_encoder):
+    inputs = benchmark.read_inputs(dataclasses.replace(config, model_name_or_path=still_encoder))
+    device, batches = engine.start(), loader(inputs)
+    fused = inputs.resolved
+    assert fused.config["optimizer"]["params"]["fused"] is True
+    plain = json.loads(json.dumps(fused.config))
+    del plain["optimizer"]["params"]["fused"]
+
+    def train(config: dict, reduces: bool) -> list[torch.Tensor]:
+        module = mlm.build_model(inputs.config, inputs.store)
+        groups = engine.parameter_groups(module, 0.01)
+        built = engine.build_engine(module, groups, dataclasses.replace(fused, config=config))
+        assert not built.enable_backward_allreduce
+        built.enable_backward_allreduce = reduces
+        for number in range(3):
+            mlm.train_step(built, batches.step(number), device, want_norm=False)
+        return [p.detach().clone() for p in module.parameters()]
+
+    expected = train(fused.config, reduces=True)
+    for ours, theirs in zip(train(fused.config, reduces=False), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(train(plain, reduces=False), expected, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ compare
+
+
+def made_result(tmp_path, name: str, tokens: float, **changes) -> str:
+    """A result of one row, as `benchmark.json` holds it."""
+    row = {"name": "random", "kind": "strategy", "tokens_per_second": tokens, "mfu_percent": 10.0,
+           "masked_tokens_per_second": tokens / 10, "peak_memory_gib": 1.0, "masked_rate": 0.1,
+           "step_ms": {"median": 1e5 / tokens, "p20": 0.9e5 / tokens, "p80": 1.1e5 / tokens}}
+    result = {"benchmark": "pretrain", "lengths": [{"max_seq_length": 128, "rows": [row]}],
+              "mask_costs": [], "options": {"seed": 1, "output_dir": name}, "platform": "x",
+              "versions": {"torch": "2"}, "cpus": 2, "commit": None, **changes}
+    path = tmp_path / name
+    path.write_text(json.dumps(result))
+    return str(path)
+
+
+def test_compare_shows_ratios_and_what_differs(tmp_path, capsys):
+    first = made_result(tmp_path, "a.json", 1000)
+    second = made_result(tmp_path, "b.json", 1500, versions={"torch": "3"})
+    benchmark.main(["--compare", first, second])
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if line.startswith("random"))
+    assert line.split()[1:4] == ["1,000", "1,500", "1.500"]
+    assert "versions.torch: 2 | 3" in out and "output_dir" not in out
+    third = made_result(tmp_path, "c.json", 1050)
+    benchmark.main(["--compare", first, third])
+    out = capsys.readouterr().out
+    assert "1.050*" in out and "are the same" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        ("[1", "second"),
+        ("[]", "second"),
+        ('{"rows": []}', "measure again"),
+        ('{"benchmark": "whole_step"}', "--whole_step"),
+        ({"lengths": []}, "in common"),
+        ({"lengths": [{"max_seq_length": 128, "rows": [{"name": "random"}]}]}, "is missing"),
+        ({"lengths": 3}, "is missing"),
+    ],
+)
+def test_compare_refuses_what_is_no_result(tmp_path, content, words):
+    first = made_result(tmp_path, "first.json", 1000)
+    second = str(tmp_path / "second.json")
+    if isinstance(content, dict):
+        second = made_result(tmp_path, "second.json", 1000, **content)
+    elif content is not None:
+        (tmp_path / "second.json").write_text(content)
+    with pytest.raises((ConfigError, DataError), match=words):
+        benchmark_report.compare(first, second)
 
 
 # ------------------------------------------------------------------------------ whole step
@@ -160,15 +552,16 @@ def test_whole_step_compares_ways_to_the_same_loss(config, prefix):
     config = dataclasses.replace(config, whole_step=True, max_seq_length=64)
     inputs = benchmark.read_inputs(config)
     module = mlm.build_model(config, inputs.store).eval()
-    loader = data.PackedData(inputs.store, inputs.rows, inputs.maskings["random"], seed=1,
-                             micro_batch_size=1)
-    numbers = range(inputs.rows.num_rows)
+    (table,) = inputs.tables.values()
+    loader = data.PackedData(inputs.store, table, data.drawn_masking(inputs.store, "random", RATE),
+                             seed=1, micro_batch_size=1)
+    numbers = range(table.num_rows)
     alone = next(
         batch for batch in (loader.step(n).micro_batches[0] for n in numbers)
         if batch.document_ids.max() == 0 and batch.num_masked > 3  # nothing to keep apart
     )
     losses, gradients = {}, {}
-    passes = benchmark.whole_step_passes(module, alone, torch.device("cpu"))
+    passes = whole_step.make_passes(module, alone, torch.device("cpu"))
     for name, call in passes.items():
         module.zero_grad()
         loss = call()

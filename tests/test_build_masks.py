@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preprocess import build_masks
-from preprocess.build_masks import Inputs, choose_positions, main
+from preprocess.build_masks import main
 from preprocess.errors import ConfigError, DataError
-from preprocess.mask_statistics import count_masks, iterate_blocks
+from preprocess.mask_index import Inputs, choose_positions, iterate_blocks
+from preprocess.mask_statistics import count_masks
 from preprocess.masks import (
     STRATEGIES,
     Sequences,

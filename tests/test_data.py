@@ -632,7 +632,7 @@ def test_b1_mask_indices_of_shards(sharded_store, tmp_path):
     for shard, positions in zip(sharded_store.shards, masking.index, strict=True):
         write_array(shard, "b1", "mask", positions, {"options": {"strategy": "by hand"}})
     opened = data.prebuilt_masking(sharded_store, "b1")
-    assert opened.strategy == "by hand"
+    assert opened.options == {"strategy": "by hand"}
     table = table_of(sharded_store)
     packed = PackedData(sharded_store, table, opened, seed=0, micro_batch_size=table.num_rows)
     labels = [label for label, _ in masked_tokens_of_epoch(packed, 0).values()]

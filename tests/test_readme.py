@@ -33,7 +33,7 @@ ALSO = {
     "finetune": "--max_seq_length 32 --num_train_epochs 6 --learning_rate 3e-3",
     "fit_scorer": "--max_seq_length 32 --num_train_epochs 3 --learning_rate 3e-3",
     "annotate": "--max_seq_length 32", "score_tokens": "--max_seq_length 32",
-    "benchmark": "--max_seq_length 32 --warmup_steps 1 --timed_steps 1 --rounds 1",
+    "benchmark": "--max_seq_lengths 32 --warmup_steps 1 --timed_steps 1 --rounds 1",
     "tokenize_corpus": "--num_workers 1",
 }
 

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.progress import Progress
 from preprocess.store import StoreWriter, TokenStore, lock_array, open_array, seal
 from train import engine, score_tokens
 from train.inference import Runner, budget_batches, special_template
-from train.metrics import Progress
 from train.model import weights_fingerprint
 
 WORDS = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["film", "##s", "good", "bad"]

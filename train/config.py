@@ -318,27 +318,61 @@ class ScoreConfig:
 class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
     """Throughput of the pre-training loop for each masking strategy."""
 
-    output_dir: str = _flag("runs/benchmark", "folder for benchmark.json")
+    output_dir: str = _flag("runs/benchmark", "folder for benchmark.json and benchmark.png")
     tokens: str = _flag("", "prefix of the token store")
     model_config: str = _flag("", "fresh weights: bert-tiny ... bert-large")
-    strategies: list[str] = _flag(["random", "whole_word"], "strategies drawn on the fly")
-    mask_indices: list[str] = _flag([], "prebuilt mask indices")
-    mlm_probability: float = _flag(0.15, "mask rate of the strategies drawn on the fly")
-    warmup_steps: int = _flag(5, "steps not counted, for each strategy")
-    timed_steps: int = _flag(5, "steps of one round of one strategy")
-    rounds: int = _flag(4, "rounds; strategies take turns in each")
+    max_seq_lengths: list[int] = _flag(
+        [], "row lengths to measure, one table each; default: --max_seq_length alone"
+    )
+    strategies: list[str] = _flag(
+        [], "masking strategies; default: all, without --scores those drawn on the fly"
+    )
+    scores: str = _flag(
+        "", "scores of the store, for strategies that need them; their masks are built in memory"
+    )
+    mask_indices: list[str] = _flag([], "prebuilt mask indices to measure too")
+    mlm_probability: float = _flag(0.15, "mask rate of the strategies and the baselines")
+    equal_masks: bool = _flag(
+        True, "measure the strategies once more with equally many masked tokens"
+    )
+    baselines: list[str] = _flag(
+        ["all"], "loops of transformers, on one rank: transformers-grouped, transformers-lines, "
+        "gather-grouped, gather-lines; all or none"
+    )
+    warmup_steps: int = _flag(5, "steps not counted, for each row of the table")
+    timed_steps: int = _flag(5, "counted steps of one turn")
+    rounds: int = _flag(4, "rounds; in each, every row of the table has its turn")
     whole_step: bool = _flag(
         False, "instead: forward and backward alone, against the model as transformers computes it"
+    )
+    compare: list[str] = _flag(
+        [], "instead: show two benchmark.json side by side; nothing is measured"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.compare:
+            _require(len(self.compare) == 2, "compare", " ".join(self.compare),
+                     "two files, as runs/a/benchmark.json runs/b/benchmark.json")
+            return
         if not self.tokens:
             raise ConfigError("--tokens is missing: give the prefix of a token store")
         if bool(self.model_config) == bool(self.model_name_or_path):
             raise ConfigError("give exactly one of --model_config and --model_name_or_path")
         for name in ("warmup_steps", "timed_steps", "rounds"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _require(0 < self.mlm_probability < 1, "mlm_probability", self.mlm_probability, "in (0, 1)")
+        lengths = self.lengths()
+        _require(
+            all(8 <= length <= 65535 for length in lengths) and len(set(lengths)) == len(lengths),
+            "max_seq_lengths", lengths, "different numbers between 8 and 65535",
+        )
+        if self.whole_step and len(lengths) > 1:
+            raise ConfigError(f"--whole_step with --max_seq_lengths {lengths}: it takes one length")
+
+    def lengths(self) -> list[int]:
+        """The row lengths to measure."""
+        return self.max_seq_lengths or [self.max_seq_length]
 
 
 @dataclass(frozen=True, kw_only=True)

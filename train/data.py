@@ -19,7 +19,7 @@ import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class Masking:
         index: mask positions of each shard, `(m,)` uint32 ascending, or None to draw.
         rate: mask rate of a drawn strategy.
         words: table for `whole_word`.
-        strategy: by which the index was built.
+        options: how the index was built: its strategy, rate and seed.
         fingerprint: of the index, over all shards.
     """
 
@@ -135,7 +135,7 @@ class Masking:
     index: list[np.ndarray] | None = None
     rate: float = 0.0
     words: masks.WordTable | None = None
-    strategy: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
 
 
@@ -169,9 +169,8 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
     index, infos = [positions for positions, _ in opened], [info for _, info in opened]
     if not any(len(positions) for positions in index):
         raise DataError(f"{store.prefix}: mask index {name} masks nothing; build another")
-    options = infos[0].get("options") or {}
     return Masking(
-        name, index=index, strategy=options.get("strategy"),
+        name, index=index, options=infos[0].get("options") or {},
         fingerprint=fingerprint_text(*(info["sha256"] for info in infos)),
     )
 

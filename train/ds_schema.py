@@ -95,7 +95,7 @@ _ADAM = {
     **_RATES, "betas": Rule("two numbers in [0, 1)", _is_betas), "eps": _number(0, 1),
     "torch_adam": SWITCH, "adam_w_mode": SWITCH, "fp32_optimizer_states": SWITCH,
 }
-_TORCH_ADAM = {"amsgrad": SWITCH, "foreach": SWITCH}
+_TORCH_ADAM = {"amsgrad": SWITCH, "foreach": SWITCH, "fused": SWITCH}
 _OWN_ADAM = {"bias_correction": SWITCH}
 OPTIMIZER_PARAMS: dict[str, dict[str, Rule]] = {
     "adagrad": {**_RATES, "eps": _ADAM["eps"], "lr_decay": _number(0),

@@ -226,6 +226,8 @@ def resolve_ds_config(
     if parameters.get("torch_adam") == "auto":
         # DeepSpeed's own CPU Adam is compiled at first use (minutes); torch's is as exact.
         parameters["torch_adam"] = not torch.cuda.is_available()
+        if parameters["torch_adam"] and not parameters.get("foreach"):
+            parameters.setdefault("fused", True)  # one pass over the weights instead of seven
         if parameters["torch_adam"] and offload:
             config.setdefault("zero_force_ds_cpu_optimizer", False)
     if not torch.cuda.is_available() and offload.get("pin_memory"):
@@ -498,6 +500,9 @@ def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved
     if engine.zero_optimization_stage() == 3:
         for borrower, parameter in getattr(module, "borrowed_parameters", list)():
             deepspeed.zero.register_external_parameter(borrower, parameter)
+    if ranks().world_size == 1 and resolved.precision == "fp32" and not engine.zero_optimization():
+        # One rank has nothing to reduce, and DeepSpeed would copy all gradients there and back.
+        engine.enable_backward_allreduce = False
     if config["scheduler"]["type"] in WARMUP_SCHEDULERS:
         # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and
         # at its step 0. From here, step n of the run has the rate of the schedule's step n.

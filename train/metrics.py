@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import writing
-from preprocess.progress import Progress as Progress
 from preprocess.progress import is_first_rank
-from preprocess.progress import say as say
 from preprocess.store import append_bytes, atomic_write_bytes
 
 TRAIN_LOSS = "train/loss"  # nats a masked token (pre-training) or an example

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,13 @@ def build_model(
 
 
 def train_step(
-    engine: Any, batch: data.StepBatch, device: torch.device, want_norm: bool
+    engine: Any, batch: data.StepBatch, device: torch.device, want_norm: bool,
+    lap: Callable[[str], None] = lambda part: None,
 ) -> tuple[float, float, float | None]:
     """Take one optimizer step.
 
+    Args:
+        lap: called after each part of a micro step: "forward", "backward", "optimizer".
     Returns:
         Mean loss and accuracy over the masked tokens of the global batch, and the norm of the
         gradient if it is wanted; None too for a step that fp16 skipped.
@@ -94,6 +98,7 @@ def train_step(
     norm = None
     for micro_batch in batch.micro_batches:
         loss, right = engine(**micro_batch.inputs(device))
+        lap("forward")
         # DeepSpeed averages over micro batches and ranks; the scale turns that into the sum over
         # the global batch divided by its number of masked tokens.
         engine.backward(loss * scale)
@@ -106,7 +111,9 @@ def train_step(
                     f"the loss became {total} at step {engine.global_steps + 1}; lower "
                     "--learning_rate, lengthen --warmup_ratio, or use bf16"
                 )
+        lap("backward")
         norm = ds.take_step(engine)
+        lap("optimizer")
     count = max(batch.step_masked_tokens, 1)
     norm = float(norm) if want_norm and norm is not None else None
     return total / count, right_total / count, norm

@@ -178,6 +178,7 @@ class Family:
 
     Attributes:
         encoder: `...ForMaskedLM` -> its encoder module.
+        logits: (`...ForMaskedLM`, hidden `(..., D)`) -> `(..., V)`, its whole MLM head.
         transform: `...ForMaskedLM` -> dense layer, layer norm and activation of its MLM head; the
             activation by transformers' name.
         head_prefixes: names under which the MLM head's own parameters are stored.
@@ -191,6 +192,7 @@ class Family:
     """
 
     encoder: Callable[[Any], nn.Module]
+    logits: Callable[[Any, torch.Tensor], torch.Tensor]
     transform: Callable[[Any], tuple[nn.Linear, nn.LayerNorm, str]]
     head_prefixes: tuple[str, ...]
     first_position: Callable[[Any], int]
@@ -209,6 +211,7 @@ def _bert_transform(model: Any) -> tuple[nn.Linear, nn.LayerNorm, str]:
 FAMILIES: dict[str, Family] = {
     "bert": Family(
         encoder=lambda model: model.bert,
+        logits=lambda model, hidden: model.cls(hidden),
         transform=_bert_transform,
         head_prefixes=("cls.",),
         first_position=lambda config: 0,
@@ -219,6 +222,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "roberta": Family(
         encoder=lambda model: model.roberta,
+        logits=lambda model, hidden: model.lm_head(hidden),
         # Its head has the exact GELU, whatever `hidden_act` says.
         transform=lambda model: (model.lm_head.dense, model.lm_head.layer_norm, "gelu"),
         head_prefixes=("lm_head.",),
@@ -231,6 +235,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "distilbert": Family(
         encoder=lambda model: model.distilbert,
+        logits=lambda model, hidden: model.vocab_projector(
+            model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+        ),
         transform=lambda model: (
             model.vocab_transform, model.vocab_layer_norm, model.config.activation
         ),
@@ -243,6 +250,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "modernbert": Family(
         encoder=lambda model: model.model,
+        logits=lambda model, hidden: model.decoder(model.head(hidden)),
         transform=lambda model: (
             model.head.dense, model.head.norm, model.config.classifier_activation
         ),
@@ -404,24 +412,35 @@ class PackedMaskedLM(nn.Module):
             predict: return the likeliest id at each masked position instead, `(M,)` int64;
                 positions of the padding may be missing.
         """
-        if self.last_layer_subset and len(masked_positions):
-            if not masked_positions.is_cuda:  # padding is rows to compute; here it can be cut
-                used = max(1, int((masked_positions >= 0).sum()))
-                masked_positions = masked_positions[:used]
-                masked_labels = masked_labels[:used]
-            num_rows, num_slots = input_ids.shape
-            queries = find_queries(masked_positions, num_rows, num_slots, most_masked)
-            hidden = self.encode(input_ids, position_ids, document_ids, queries)
-            number = torch.arange(len(masked_positions), device=masked_positions.device)
-            masked_positions = torch.where(masked_positions >= 0, number, -1)
-        else:
-            hidden = self.encode(input_ids, position_ids, document_ids)
+        hidden, positions, labels = self.encode_masked(
+            input_ids, position_ids, document_ids, masked_positions, masked_labels, most_masked
+        )
         if predict:
-            rows = hidden.flatten(0, -2).index_select(0, masked_positions.clamp(min=0))
+            rows = hidden.flatten(0, -2).index_select(0, positions.clamp(min=0))
             return reference.logits(rows, self.head()).argmax(-1)
         return csrc.masked_lm_loss(
-            hidden, masked_positions, masked_labels, self.head(), self.head_implementation
+            hidden, positions, labels, self.head(), self.head_implementation
         )
+
+    def encode_masked(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor,
+        masked_positions: torch.Tensor, masked_labels: torch.Tensor, most_masked: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `csrc.masked_lm_loss` takes: hidden states, masked positions in them, labels.
+
+        The arguments are those of `forward`.
+        """
+        if not (self.last_layer_subset and len(masked_positions)):
+            hidden = self.encode(input_ids, position_ids, document_ids)
+            return hidden, masked_positions, masked_labels
+        if not masked_positions.is_cuda:  # padding is rows to compute; here it can be cut
+            used = max(1, int((masked_positions >= 0).sum()))
+            masked_positions, masked_labels = masked_positions[:used], masked_labels[:used]
+        num_rows, num_slots = input_ids.shape
+        queries = find_queries(masked_positions, num_rows, num_slots, most_masked)
+        hidden = self.encode(input_ids, position_ids, document_ids, queries)
+        number = torch.arange(len(masked_positions), device=masked_positions.device)
+        return hidden, torch.where(masked_positions >= 0, number, -1), masked_labels
 
 
 def _quiet_transformers() -> None:

@@ -229,7 +229,7 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: Inputs, totals: To
     stage = {
         "stage": "pretrain",
         "masking": inputs.masking.name,
-        "mask_strategy": inputs.masking.strategy or inputs.masking.name,
+        "mask_strategy": inputs.masking.options.get("strategy", inputs.masking.name),
         "steps": totals.step,
         "tokens": totals.tokens,
         "masked_tokens": totals.masked_tokens,
@@ -433,13 +433,12 @@ class _Log:
 def hyperparameters(inputs: Inputs) -> dict[str, Any]:
     """The run's row on TensorBoard's HParams page."""
     config, masking = inputs.config, inputs.masking
-    options = (masking.info or {}).get("options") or {}
     return {
         "command": "pretrain",
         "model": config.model_name_or_path or config.model_config,
         "data": Path(config.tokens).name,
         "masking": masking.name,
-        "mlm_probability": masking.rate or options.get("mlm_probability"),
+        "mlm_probability": masking.rate or masking.options.get("mlm_probability"),
         "seed": config.seed,
         "max_seq_length": config.max_seq_length,
         "max_steps": config.max_steps,

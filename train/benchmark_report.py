@@ -1,0 +1,325 @@
+"""What a benchmark shows: tables, a picture, and two results side by side.
+
+A result is the dictionary that `benchmark.json` holds; nothing here measures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from preprocess.errors import ConfigError, DataError, writing
+from preprocess.store import read_json
+
+SHARES = ("head", "optimizer", "loader", "rest")
+KINDS = {  # colour (Okabe and Ito 2008) and hatching of each kind of row: print needs the second
+    "strategy": ("#0072B2", ""), "bare": ("#999999", ""), "baseline": ("#E69F00", "//"),
+}
+SHARE_COLOURS = {"head": ("#D55E00", ""), "optimizer": ("#F0E442", "//"),
+                 "loader": ("#CC79A7", "xx"), "rest": ("#BBBBBB", "")}
+
+
+def _between(values: dict[str, float], digits: int) -> str:
+    """`median (p20-p80)`."""
+    median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
+    return f"{median} ({low}-{high})"
+
+
+def align(rows: list[list[str]]) -> str:
+    """Cells as text, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if number == 0 else cell.rjust(width)
+                  for number, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    )
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """How fast each row is."""
+    grouped = "over_grouped" in rows[0]
+    cells = [["", "masked", "tokens/s", "rows/s", "masked/s", "step ms (p20-p80)", "MFU",
+              "/random (p20-p80)", *["/grouped (p20-p80)"] * grouped]]
+    for row in rows:
+        cells.append([
+            row["name"], f"{100 * row['masked_rate']:.2f} %", f"{row['tokens_per_second']:,.0f}",
+            f"{row['rows_per_second']:.1f}", f"{row['masked_tokens_per_second']:,.0f}",
+            _between(row["step_ms"], 1), f"{row['mfu_percent']:.1f} %",
+            _between(row["over_random"], 2),
+            *[_between(row["over_grouped"], 2) for _ in range(grouped)],
+        ])
+    return align(cells)
+
+
+def time_table(rows: list[dict[str, Any]]) -> str:
+    """Where each row's time goes, how full its rows are, and its memory."""
+    cells = [["", "filled", "head", "optimizer", "loader", "rest", "peak GiB"]]
+    for row in rows:
+        cells.append([
+            row["name"], f"{row['filled_percent']:.1f} %",
+            *(f"{row['share_percent'][name]:.1f} %" for name in SHARES),
+            f"{row['peak_memory_gib']:.2f}",
+        ])
+    return align(cells)
+
+
+def equal_table(rows: list[dict[str, Any]]) -> str:
+    """The strategies with equally many masked tokens."""
+    cells = [["", "masked", "masked a step", "masked/s", "tokens/s", "step ms (p20-p80)",
+              "/random (p20-p80)"]]
+    for row in rows:
+        cells.append([
+            row["name"].removesuffix(" ="), f"{100 * row['masked_rate']:.2f} %",
+            f"{row['masked_per_step']:.1f}", f"{row['masked_tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second']:,.0f}", _between(row["step_ms"], 1),
+            _between(row["over_random"], 2),
+        ])
+    return align(cells)
+
+
+def cost_table(costs: list[dict[str, Any]]) -> str:
+    """What choosing the masks costs."""
+    cells = [["", "when", "seconds", "s / million tokens", "masked tokens", "bytes on disk"]]
+    for cost in costs:
+        seconds = [cost["seconds"], cost["seconds_per_million_tokens"]]
+        cells.append([
+            cost["name"], cost["when"],
+            *("-" if value is None else f"{value:.3f}" for value in seconds),
+            f"{cost['masked_tokens']:,}", f"{cost['bytes_on_disk']:,}",
+        ])
+    return align(cells)
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """All tables, with what must be known to read them."""
+    peak = result["peak"]
+    parts = []
+    for length in result["lengths"]:
+        rows = [row for row in length["rows"] if row["kind"] != "equal"]
+        equal = [row for row in length["rows"] if row["kind"] == "equal"]
+        count, ratio = length["flops"], length["loop_over_bare"]
+        parts += [
+            f"Rows of {length['max_seq_length']} slots",
+            speed_table(rows),
+            f"loop / bare: {_between(ratio, 3)}, random masks, over rounds",
+            f"MFU: {count['per_token'] / 1e6:.1f} million operations a real token and "
+            f"{count['per_masked_token'] / 1e6:.1f} a masked one in every row (train/flops.py), of "
+            f"{peak['flops_per_second'] / 1e9:,.0f} billion a second and device ({peak['source']})",
+            "",
+            f"Where the time goes, rows of {length['max_seq_length']} slots", time_table(rows),
+            "",
+        ]
+        if equal:
+            parts += [
+                f"Equally many masked tokens, rows of {length['max_seq_length']} slots: "
+                f"{result['equal_masked_tokens']:,} of the store's {result['store_tokens']:,} "
+                "tokens",
+                equal_table(equal),
+                "Equal are the rows and the number of masked tokens in the whole store, that of "
+                "the most sparing strategy:",
+                "indices lose positions at random, to exactly that number; random and whole_word "
+                "draw at a lower rate, and meet it in expectation.", "",
+            ]
+    parts += [
+        "Choosing the masks, without the scores that some need; \"each epoch\" is in the loader",
+        cost_table(result["mask_costs"]), "", *reading_aids(result),
+    ]
+    return "\n".join(parts)
+
+
+def reading_aids(result: dict[str, Any]) -> list[str]:
+    """How the figures were made."""
+    options = result["options"]
+    memory = ("peak of the GPU's allocator" if result["gpu"] else "peak of resident memory")
+    return [
+        f"Dropped: {options['warmup_steps']} warm-up steps a row, the first step of each turn "
+        "(its batch was ready) and the last.",
+        "The last is taken apart: optimizer is clipping, reduction and update; head is the MLM "
+        "head and loss, forward and",
+        "backward, measured again alone on the same rows. loader is the wait in counted steps; "
+        "rest is the encoder and all else.",
+        "tokens: not padding; filled: of all slots. transformers' rows count their special tokens "
+        "as selmask's do.",
+        f"peak GiB: {memory} in a row's turns, without the states of the other rows' models.",
+    ]
+
+
+# ------------------------------------------------------------------------------------- picture
+
+
+def draw(result: dict[str, Any], path: Path) -> str:
+    """Write the picture; the result is a line to say."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "No picture: matplotlib is not installed (pip install 'selmask[plot]')."
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lengths = result["lengths"]
+    tallest = max(len([row for row in one["rows"] if row["kind"] != "equal"]) for one in lengths)
+    figure, axes = plt.subplots(
+        len(lengths), 2, figsize=(11, 1.5 + (0.9 + 0.27 * tallest) * len(lengths)),
+        layout="constrained", squeeze=False, sharey="row",
+    )
+    for (left, right), length in zip(axes, lengths, strict=True):
+        rows = [row for row in length["rows"] if row["kind"] != "equal"]
+        _draw_speed(left, rows)
+        _draw_shares(right, rows)
+        left.set_title(f"Rows of {length['max_seq_length']} slots", loc="left", fontsize=10)
+    axes[0, 1].legend(
+        *axes[0, 1].get_legend_handles_labels(), ncols=len(SHARES), fontsize=8, frameon=False,
+        loc="lower center", bbox_to_anchor=(0.5, 1.0),
+    )
+    machine = result["gpu"] or f"CPU, {result['threads']} threads"
+    figure.suptitle(
+        f"{result['options']['model_config'] or result['options']['model_name_or_path']}, "
+        f"{result['precision']}, ranks: {result['world_size']} ({machine}); bars: median, "
+        "whiskers: 20th to 80th percentile", fontsize=10,
+    )
+    with writing(path):
+        figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return f"wrote {path}"
+
+
+def _draw_speed(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """Tokens a second, with the number at the end of each bar."""
+    longest = max(row["tokens_per_second_p80"] for row in rows)
+    for number, row in enumerate(rows):
+        colour, hatch = KINDS[row["kind"]]
+        value = row["tokens_per_second"]
+        whisker = [[value - row["tokens_per_second_p20"]], [row["tokens_per_second_p80"] - value]]
+        axis.barh(number, value, color=colour, hatch=hatch, edgecolor="white", linewidth=0,
+                  xerr=whisker, error_kw={"linewidth": 1, "capsize": 2})
+        axis.text(row["tokens_per_second_p80"] + 0.02 * longest, number, f"{value:,.0f}",
+                  va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.18 * longest)
+    axis.set_xlabel("tokens/s (without padding)", fontsize=9)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_shares(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """Where the time of a step goes."""
+    starts = [0.0] * len(rows)
+    for name in SHARES:
+        values = [row["share_percent"][name] for row in rows]
+        colour, hatch = SHARE_COLOURS[name]
+        axis.barh(range(len(rows)), values, left=starts, color=colour, hatch=hatch,
+                  edgecolor="white", linewidth=0.5, label=name)
+        starts = [start + value for start, value in zip(starts, values, strict=True)]
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("share of a step's time, %", fontsize=9)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+# ------------------------------------------------------------------------------------- compare
+
+
+def read_result(path: str) -> dict[str, Any]:
+    """A `benchmark.json` of the pre-training loop.
+
+    Raises:
+        ConfigError, DataError: no such file; not a result of this command, or of --whole_step.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "benchmark.json"
+    if not file.is_file():
+        raise ConfigError(f"--compare {path}: no such file; give two benchmark.json")
+    result = read_json(file)
+    if result.get("benchmark") == "whole_step":
+        raise DataError(f"{file}: made with --whole_step, which has one table and no rows to "
+                        "compare; give results of the whole loop")
+    needed = {"lengths", "mask_costs", "options", "versions", "platform", "cpus", "commit"}
+    if result.get("benchmark") != "pretrain" or not needed <= result.keys():
+        raise DataError(f"{file}: not a result of this train/benchmark.py; measure again")
+    return result
+
+
+def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as `a.b` -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= (flatten(value, f"{prefix}{key}.") if isinstance(value, dict)
+                 else {f"{prefix}{key}": value})
+    return flat
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """What differs between two results besides their figures, a line each."""
+    def described(result: dict[str, Any]) -> dict[str, Any]:
+        names = ("platform", "cpus", "threads", "gpu", "python", "world_size", "precision",
+                 "store", "commit", "versions", "options", "ds_config")
+        plain = flatten({name: result.get(name) for name in names})
+        return {key: value for key, value in plain.items() if key != "options.output_dir"}
+
+    one, other = described(first), described(second)
+    return [f"  {key}: {one.get(key)} | {other.get(key)}" for key in sorted(one.keys() | other)
+            if one.get(key) != other.get(key)]
+
+
+def compare(first_path: str, second_path: str) -> str:
+    """Two results side by side.
+
+    Raises:
+        ConfigError, DataError: see `read_result`; or no row is in both.
+    """
+    first, second = read_result(first_path), read_result(second_path)
+    lines = [f"A {first_path}", f"B {second_path}"]
+    try:
+        for length, rows in _pairs(first, second).items():
+            lines += [f"Rows of {length} slots", _compare_table(rows), ""]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{first_path}, {second_path}: a figure is missing ({error}); "
+                        "measure again") from None
+    if len(lines) == 2:
+        raise DataError(f"{first_path} and {second_path} have no row of one length in common; "
+                        "compare runs with the same --max_seq_lengths and strategies")
+    different = differences(first, second)
+    lines += ["Different besides the figures (A | B):" if different
+              else "Machine, versions, commit and options are the same.", *different,
+              "*: the 20th to 80th percentiles of the step time overlap; not told apart by these "
+              "two runs."]
+    return "\n".join(lines)
+
+
+def _pairs(first: dict[str, Any], second: dict[str, Any]
+           ) -> dict[int, list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Rows of one name, by length, in the order of the first result."""
+    there = {(length["max_seq_length"], row["name"]): row
+             for length in second["lengths"] for row in length["rows"]}
+    pairs: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for length in first["lengths"]:
+        for row in length["rows"]:
+            key = (length["max_seq_length"], row["name"])
+            if key in there:
+                pairs.setdefault(key[0], []).append((row, there[key]))
+    return pairs
+
+
+def _compare_table(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    cells = [["", "tokens/s A", "B", "B / A", "masked/s A", "B", "MFU A", "B", "GiB A", "B",
+              "masked A", "B"]]
+    for one, other in pairs:
+        steps = (one["step_ms"], other["step_ms"])
+        overlap = max(step["p20"] for step in steps) <= min(step["p80"] for step in steps)
+        ratio = other["tokens_per_second"] / one["tokens_per_second"]
+        cells.append([
+            one["name"],
+            *(f"{row['tokens_per_second']:,.0f}" for row in (one, other)),
+            f"{ratio:.3f}{'*' if overlap else ' '}",
+            *(f"{row['masked_tokens_per_second']:,.0f}" for row in (one, other)),
+            *(f"{row['mfu_percent']:.1f} %" for row in (one, other)),
+            *(f"{row['peak_memory_gib']:.2f}" for row in (one, other)),
+            *(f"{100 * row['masked_rate']:.2f} %" for row in (one, other)),
+        ])
+    return align(cells)
