@@ -82,7 +82,7 @@ def writing(path: str | Path, wanted_bytes: int | None = None) -> Iterator[None]
     except Exception as error:
         if _is_for_want_of_room(error):
             raise _disk_full(path, wanted_bytes, error) from error
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
 
