@@ -89,9 +89,9 @@ def as_markdown(title: str, tables: Sequence[Table], pictures: Sequence[Picture]
         lines = [table.columns, rule, *body]
         parts += [f"## {cell(table.title)}",
                   "\n".join("| " + " | ".join(line) + " |" for line in lines), cell(table.caption)]
-    parts += [f"![{cell(picture.text)}]({picture.file}.png)" for picture in pictures]
     if notes:
         parts += ["## Notes", "\n".join(f"- {cell(note)}" for note in notes)]
+    parts += [f"![{cell(picture.text)}]({picture.file}.png)" for picture in pictures]
     return "\n\n".join(parts) + "\n"
 
 
@@ -127,11 +127,11 @@ def as_html(title: str, tables: Sequence[Table], pictures: Sequence[Picture],
         f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
         f"<h1>{html.escape(title)}</h1>",
         *(_html_table(table) for table in tables),
-        *(_html_picture(picture) for picture in pictures),
     ]
     if notes:
         items = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes)
         parts.append(f"<h2>Notes</h2>\n<ul>\n{items}\n</ul>")
+    parts += [_html_picture(picture) for picture in pictures]
     return "\n".join([*parts, "</body>\n</html>\n"])
 
 

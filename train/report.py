@@ -36,6 +36,7 @@ from train.results import (
 )
 
 DRAWN = ("random", "whole_word")  # masks that cost nothing beforehand
+RESULTS = ("table", "differences")  # what matters most stands last on a terminal
 COST_COLUMNS = ("arm", "general", "masking", "task_guided", "total", "masking_share",
                 "share_of_full")
 
@@ -245,17 +246,27 @@ def _parts(arm: Arm) -> dict[str, Any]:
 
 
 def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Table], list[str]]:
-    """The tables that the data allow, the results last, and sentences about them."""
+    """The tables that the data allow, the most important first, and sentences about them."""
     tables, notes = [], []
-    runs = run_rows(curves)
-    if runs:
-        tables.append(Table(
-            "pretraining", "Pre-training runs",
-            "Losses are nats a masked token, the last ones logged; held-out losses are under the "
-            "same fixed random masks in every run. Seconds are those of training steps alone.",
-            RUN_COLUMNS, runs,
-        ))
     arms = arms_of(groups)
+    if groups:
+        tables.append(Table(
+            "table", "Results",
+            "Mean and standard deviation over all seeds, on the test split. Masked tokens, steps "
+            "and seconds are of all pre-training behind an arm.",
+            TABLE_COLUMNS, table_rows([*arms, *floors_of(groups)]),
+        ))
+    else:
+        notes.append("No fine-tuning results yet, so no table of them.")
+    differences, more = difference_rows(pairs_of(groups))
+    if differences:
+        tables.append(Table(
+            "differences", "Differences, with 95 % intervals over seeds and test items",
+            "Hierarchical paired bootstrap over pre-training seeds, fine-tuning seeds and test "
+            "items, with Student's t for few seeds. detectable: the smallest true difference that "
+            "as many seeds and items would have shown in 80 % of all repetitions.",
+            DIFFERENCE_COLUMNS, differences,
+        ))
     costs = cost_rows(arms)
     if any(row["general"] for row in costs):
         tables.append(Table(
@@ -269,22 +280,13 @@ def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list
         if any(row["masking"] == "" for row in costs):
             notes.append("What masking cost is known only for arms of train/pipeline.py, which "
                          "writes the seconds of its steps to steps.json.")
-    if not groups:
-        return tables, [*notes, "No fine-tuning results yet, so no table of them."]
-    tables.append(Table(
-        "table", "Results",
-        "Mean and standard deviation over all seeds, on the test split. Masked tokens, steps and "
-        "seconds are of all pre-training behind an arm.",
-        TABLE_COLUMNS, table_rows([*arms, *floors_of(groups)]),
-    ))
-    differences, more = difference_rows(pairs_of(groups))
-    if differences:
+    runs = run_rows(curves)
+    if runs:
         tables.append(Table(
-            "differences", "Differences, with 95 % intervals over seeds and test items",
-            "Hierarchical paired bootstrap over pre-training seeds, fine-tuning seeds and test "
-            "items, with Student's t for few seeds. detectable: the smallest true difference that "
-            "as many seeds and items would have shown in 80 % of all repetitions.",
-            DIFFERENCE_COLUMNS, differences,
+            "pretraining", "Pre-training runs",
+            "Losses are nats a masked token, the last ones logged; held-out losses are under the "
+            "same fixed random masks in every run. Seconds are those of training steps alone.",
+            RUN_COLUMNS, runs,
         ))
     return tables, notes + more + below_floors(groups)
 
@@ -369,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     names = ", ".join(dict.fromkeys(folder.resolve().name for folder in folders))
     output = Path(options.output_dir)
     written = write_report(output, f"selmask: {names}", tables, pictures, notes)
-    for table in tables:
+    for table in sorted(tables, key=lambda table: table.file in RESULTS):
         print(f"{table.title}\n{as_text(table)}\n")
     for note in notes:
         print(f"Note: {note}")
