@@ -128,6 +128,19 @@ def test_a_later_file_is_read_after_a_broken_one(tmp_path):
     assert str(path) in notes[0]
 
 
+def test_a_run_without_events_is_named_and_its_totals_shown(tmp_path):
+    for name in ("finished", "begun", "untrained"):
+        configure(tmp_path / name)
+    finish(tmp_path / "finished", 40, 40 * PER_STEP)
+    config = tmp_path / "untrained" / "config.resolved.yaml"
+    config.write_text(config.read_text().replace("max_steps: 60", "max_steps: 0"))
+    curves, notes = read_curves([tmp_path, tmp_path / "begun"])
+    assert notes == [f"{tmp_path}/{name}: no event files in it (tb/), so no curves."
+                     for name in ("begun", "finished")]
+    (row,) = run_rows(curves)
+    assert (row["steps"], row["masked_tokens"], row["held_out_loss"]) == (40, 777, "")
+
+
 def test_names_tell_runs_apart(tmp_path):
     for name in ("a/run", "b/run"):
         log(tmp_path / name, 0, 10)

@@ -37,7 +37,7 @@ class Curves:
 
     Attributes:
         name: unique in a report.
-        scalars: tag -> (steps, values), steps ascending.
+        scalars: tag -> (steps, values), steps ascending; empty where the event files are lost.
         masking: strategy of a pre-training run; empty where nothing tells.
         stage: the run's own stage in its lineage; empty as long as it is not finished.
         tokens_per_step: real tokens of a step; None where nothing tells.
@@ -53,11 +53,12 @@ class Curves:
 
     @property
     def is_pretraining(self) -> bool:
-        return MASKED_FRACTION in self.scalars or EVAL_PERPLEXITY in self.scalars
+        logged = MASKED_FRACTION in self.scalars or EVAL_PERPLEXITY in self.scalars
+        return logged or self.stage.get("stage") == "pretrain"
 
     @property
     def last_step(self) -> int:
-        return max(steps[-1] for steps, _ in self.scalars.values())
+        return max((steps[-1] for steps, _ in self.scalars.values()), default=0)
 
     def spent(self, steps: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
         """Masked tokens and seconds of training up to each step; None where nothing tells.
@@ -95,7 +96,22 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
                 notes += _state_notes(curves[-1], run)
             else:
                 notes.append(f"{path}: no loss has been logged yet.")
+        for run in without_events(folder):
+            if run.resolve() in seen:
+                continue
+            seen.add(run.resolve())
+            notes.append(f"{run}: no event files in it (tb/), so no curves.")
+            found = _with_lineage(short_name(run, folders), {}, run)
+            if found.is_pretraining:
+                curves.append(found)
     return curves, notes
+
+
+def without_events(folder: Path) -> list[Path]:
+    """Run directories below this one, or itself, that trained and have no event file."""
+    runs = [path.parent for path in sorted(folder.rglob("config.resolved.yaml"))]
+    return [run for run in runs if not any(run.rglob(PATTERN))
+            and _read_config(run / "config.resolved.yaml").get("max_steps") != 0]
 
 
 def event_folders(folder: Path) -> list[Path]:

@@ -21,7 +21,15 @@ from typing import Any
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
 from preprocess.store import atomic_write_bytes
-from train.curves import RUN_COLUMNS, Curves, event_folders, read_curves, run_rows, short_name
+from train.curves import (
+    RUN_COLUMNS,
+    Curves,
+    event_folders,
+    read_curves,
+    run_rows,
+    short_name,
+    without_events,
+)
 from train.page import Picture, Table, as_csv, as_html, as_markdown, as_text
 from train.results import (
     DIFFERENCE_COLUMNS,
@@ -67,7 +75,8 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
         for path in found:
             if not any(path.resolve().is_relative_to(root) for root in pipelines):
                 loose.setdefault(path.resolve(), path)
-        if not found and not event_folders(folder) and folder.resolve() not in pipelines:
+        trained = event_folders(folder) or without_events(folder)
+        if not found and not trained and folder.resolve() not in pipelines:
             notes.append(f"{folder}: no run in it (no results.jsonl and no tb/).")
     alone = len(pipelines) == 1 and not loose
     for path in pipelines.values():
