@@ -135,6 +135,20 @@ def test_the_table_compares_the_arms_and_the_floors(finished):
         ("random_matched", "none"), ("selective", "none"), ("selective", "random_matched")}
 
 
+def test_what_an_arm_cost_is_recorded(finished):
+    root, _ = finished
+    listed = {arm["name"]: arm["masking"] for arm in json.loads((root / "arms.json").read_text())}
+    chain = ["classifier", "annotate", "scorer", "score", "masks-selective"]
+    assert listed["none"] == listed["naive_bayes"] == []
+    assert listed["selective"] == chain
+    assert listed["random_matched"] == [*chain, "masks-random_matched"]
+    steps = json.loads((root / "steps.json").read_text())
+    costs = {row["arm"]: row for row in read_csv(root / "report" / "costs.csv")}
+    assert float(costs["selective"]["masking"]) == pytest.approx(
+        sum(steps[name]["seconds"] for name in chain), abs=0.51)
+    assert costs["none"]["masking"] == "0" and float(costs["selective"]["total"]) > 0
+
+
 def test_every_arm_answered_the_same_test_sentences(finished, labelled_files):
     with open(labelled_files["test"], newline="") as file:
         expected = Counter(row["label"] for row in csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""`train/report.py` on small made-up runs: tables, figures, and what it says is missing."""
+"""`train/report.py` on small made-up runs: tables, figures, page, and what it says is missing."""
 
 from __future__ import annotations
 
@@ -9,25 +9,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocess.errors import DataError
+from preprocess.errors import ConfigError, DataError
 from train import report
 from train.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
 
 
+def pretrain_stage(strategy: str, seed: int, steps: int, seconds: float) -> dict:
+    """A pre-training stage in a lineage."""
+    return {"stage": "pretrain", "mask_strategy": strategy, "seed": seed, "steps": steps,
+            "seconds": seconds, "weights": f"before-{seconds}", "started_from": "elsewhere"}
+
+
 def write_finetune(path: Path, accuracy: float, *, steps: int = 0, seeds=(13, 43, 83),
-                   items: int = 60) -> None:
+                   items: int = 60, task: str = "mr", stages: tuple[dict, ...] = ()) -> None:
     """A fine-tuning directory with about that accuracy."""
     generator = np.random.default_rng([*path.name.encode(), steps])
     path.mkdir(parents=True)
     rows = []
     for seed in seeds:
         right = generator.random(items) < accuracy
-        (path / f"seed_{seed}").mkdir()
+        (path / f"seed_{seed}" / "hf").mkdir(parents=True)
+        (path / f"seed_{seed}" / "hf" / "lineage.json").write_text(
+            json.dumps({"stages": [*stages, {"stage": "finetune"}]}))
         answers = [{"item": str(n), "label": 1, "prediction": int(ok)}
                    for n, ok in enumerate(right)]
         (path / f"seed_{seed}" / "predictions.jsonl").write_text(
             "".join(json.dumps(answer) + "\n" for answer in answers))
-        rows.append({"seed": seed, "task": "mr", "test_accuracy": float(right.mean()),
+        rows.append({"seed": seed, "task": task, "test_accuracy": float(right.mean()),
                      "test_macro_f1": float(right.mean()),
                      "pretraining": {"steps": steps, "masked_tokens": 19 * steps, "seconds": 1}})
     (path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,16 +67,32 @@ def write_pipeline(root: Path, lengths=(None,), pretrain_seeds=(1, 2)) -> Path:
             runs = [f"{folder}finetune/{arm}" + (f"-seed{s}" if s else "") for s in seeds]
             for run in runs:
                 accuracy = 0.5 + 0.15 * number + 0.0003 * base
-                write_finetune(root / run, accuracy, steps=base + (50 if number else 0))
-            arms.append({"name": arm + tag, "runs": runs, "floor": False})
+                stages = [pretrain_stage("random", 42, base, 2.0 * base)]
+                if number:
+                    seed = int(run[-1])
+                    stages.append(pretrain_stage(arm, seed, 50, 100.0 + 10 * seed))
+                write_finetune(root / run, accuracy, steps=base + (50 if number else 0),
+                               stages=stages)
+            masking = ["scorer", f"masks-{arm}"] if number else []
+            arms.append({"name": arm + tag, "runs": runs, "floor": False, "masking": masking})
     write_finetune(root / "floors" / "naive_bayes", 0.7, seeds=(0,))
-    arms.append({"name": "naive_bayes", "runs": ["floors/naive_bayes"], "floor": True})
+    arms.append({"name": "naive_bayes", "runs": ["floors/naive_bayes"], "floor": True,
+                 "masking": []})
     (root / "arms.json").write_text(json.dumps(arms))
+    seconds = {"scorer": 30.0, "masks-selective": 5.0, "masks-random_matched": 7.0}
+    (root / "steps.json").write_text(json.dumps(
+        {name: {"finished": 1, "seconds": spent} for name, spent in seconds.items()}))
     write_curve(root / "stage1", 9.0, 100)
     for arm in ("random_matched", "selective"):
         write_curve(root / "task_guided" / f"{arm}-seed1", 5.0)
     write_curve(root / "scorer", 0.7, pretraining=False)
     return root
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Spare a test the seconds of figures that it does not look at."""
+    monkeypatch.setattr(report, "draw", lambda groups, curves: ([], []))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -92,6 +116,13 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     assert accuracy["selective"]["seeds"] == "6" and accuracy["none"]["seeds"] == "3"
     assert accuracy["selective"]["steps"] == "150"
     assert accuracy["naive_bayes"]["sd"] == ""
+    costs = {row["arm"]: row for row in read_csv(output / "costs.csv")}
+    assert costs["none"] == {
+        "arm": "none", "general": "200", "masking": "0", "task_guided": "0", "total": "200",
+        "masking_share": "0.000", "share_of_full": ""}  # one length: there is no fuller one
+    assert costs["selective"] == {
+        "arm": "selective", "general": "200", "masking": "35", "task_guided": "115",
+        "total": "350", "masking_share": "0.100", "share_of_full": ""}
     differences = read_csv(output / "differences.csv")
     assert [(row["arm"], row["against"]) for row in differences] == [
         ("random_matched", "none"), ("selective", "none"), ("selective", "random_matched")]
@@ -99,7 +130,12 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     assert not (output / "steps.png").exists()
     out = capsys.readouterr().out
     assert f"none ({accuracy['none']['mean']}) is not above the floor naive_bayes" in out
-    assert "95 % intervals" in out
+    assert "95 % intervals" in out and "start from one stage-1 checkpoint" in out
+    assert out.index("Pre-training runs") < out.index("Results") < out.index("Differences")
+    page = (output / "report.html").read_text()
+    assert all(part in page for part in ("Results", "Differences", "Notes", "random_matched"))
+    assert page.count("data:image/png") == 3 and "http" not in page.replace("http-equiv", "")
+    assert "![" in (output / "report.md").read_text()
 
 
 def test_several_stage_1_lengths_are_compared_each_for_itself(tmp_path):
@@ -110,6 +146,9 @@ def test_several_stage_1_lengths_are_compared_each_for_itself(tmp_path):
     assert len(differences) == 9
     assert all(row["arm"].split("@")[1] == row["against"].split("@")[1] for row in differences)
     assert is_png(output / "steps.png")
+    costs = {row["arm"]: row["share_of_full"] for row in read_csv(output / "costs.csv")}
+    assert costs["none@300"] == "1.000" and costs["none@100"] == "0.333"
+    assert costs["selective@100"] == f"{350 / 600:.3f}"
     assert len([r for r in read_csv(output / "table.csv") if r["arm"] == "naive_bayes"]) == 2
 
 
@@ -126,7 +165,7 @@ def test_any_runs_without_a_pipeline(tmp_path, capsys):
     assert not any(path.name == "steps.png" for path in output.iterdir())
 
 
-def test_unfinished_arms_are_named_and_the_rest_is_shown(tmp_path, capsys):
+def test_unfinished_arms_are_named_and_the_rest_is_shown(tmp_path, capsys, no_figures):
     root, output = write_pipeline(tmp_path / "R"), tmp_path / "out"
     (root / "finetune" / "selective-seed2" / "results.jsonl").unlink()
     (root / "finetune" / "none" / "results.jsonl").unlink()
@@ -143,7 +182,8 @@ def test_runs_that_still_train_give_curves_and_no_table(tmp_path, capsys):
     output = tmp_path / "out"
     report.main([str(tmp_path / "run"), "--output_dir", str(output)])
     assert "No fine-tuning results yet" in capsys.readouterr().out
-    assert [path.name for path in output.iterdir()] == ["loss.png"]
+    assert {path.name for path in output.iterdir()} == {
+        "loss.png", "pretraining.csv", "report.html", "report.md"}
 
 
 def test_no_run_at_all_is_an_error(tmp_path):
@@ -161,14 +201,104 @@ def test_without_matplotlib_there_is_a_table_and_a_sentence(tmp_path, capsys, mo
     output = tmp_path / "out"
     report.main([str(tmp_path / "a"), "--output_dir", str(output)])
     assert "matplotlib is not installed" in capsys.readouterr().out
-    assert {path.name for path in output.iterdir()} == {"table.csv", "differences.csv"}
+    assert {path.name for path in output.iterdir()} == {"table.csv", "report.html", "report.md"}
 
 
-def test_curves_are_those_that_were_logged(tmp_path):
-    write_curve(tmp_path / "run", 6.0)
-    (curves,), notes = report.read_curves([tmp_path / "run"])
-    steps, values = curves.scalars[TRAIN_LOSS]
-    assert notes == [] and curves.name == "run" and curves.is_pretraining
-    assert steps == [10, 20, 30, 40, 50]
-    assert curves.scalars[EVAL_LOSS] == ([50], [3.0])
-    assert values == pytest.approx([6 / (1 + step / 50) for step in steps])
+def test_runs_of_different_tasks_are_kept_apart(tmp_path, capsys, no_figures):
+    for name, task in (("a", "mr"), ("b", "sst2"), ("c", "mr"), ("d", "sst2")):
+        write_finetune(tmp_path / "R" / name, 0.7, task=task)
+    output = tmp_path / "out"
+    report.main([str(tmp_path / "R"), "--output_dir", str(output)])
+    assert [(row["arm"], row["against"]) for row in read_csv(output / "differences.csv")] == [
+        ("c", "a"), ("d", "b")]
+    arms = [{"name": "mixed", "runs": ["a", "b"], "floor": False}]
+    (tmp_path / "R" / "arms.json").write_text(json.dumps(arms))
+    report.main([str(tmp_path / "R"), "--output_dir", str(output)])
+    (row,) = [r for r in read_csv(output / "table.csv") if r["metric"] == "accuracy"]
+    assert (row["arm"], row["task"], row["seeds"]) == ("mixed", "mr", "3")
+    assert "R/b is of task sst2, the runs before it of mr; it is left out." in (
+        capsys.readouterr().out)
+
+
+def test_runs_that_differ_in_the_seed_alone_become_one_arm(tmp_path, capsys, no_figures):
+    for seed in (1, 2):
+        for arm in ("selective", "random"):
+            write_finetune(tmp_path / "R" / f"{arm}-seed{seed}", 0.7,
+                           stages=(pretrain_stage(arm, seed, 50, 60.0 + seed),))
+    write_finetune(tmp_path / "R" / "again", 0.7,
+                   stages=(pretrain_stage("selective", 1, 80, 60.0),))
+    output = tmp_path / "out"
+    report.main([str(tmp_path / "R"), "--output_dir", str(output)])
+    seeds = {row["arm"]: row["seeds"] for row in read_csv(output / "table.csv")}
+    assert seeds == {"again": "3", "random": "6", "selective": "6"}
+    assert "R/random-seed1" not in seeds and "taken as the pre-training seeds of one arm, random" \
+        in capsys.readouterr().out
+    costs = {row["arm"]: row for row in read_csv(output / "costs.csv")}
+    assert costs["random"]["masking"] == "0" and costs["selective"]["masking"] == ""
+
+
+def test_runs_of_one_name_and_one_run_twice(tmp_path, no_figures):
+    for name in ("x/tuned", "y/tuned"):
+        write_finetune(tmp_path / name, 0.7)
+    output = tmp_path / "out"
+    folders = [tmp_path / "x" / "tuned", tmp_path / "y" / "tuned", tmp_path / "x"]
+    report.main([*map(str, folders), "--output_dir", str(output)])
+    arms = [row["arm"] for row in read_csv(output / "table.csv") if row["metric"] == "accuracy"]
+    assert arms == ["x/tuned", "y/tuned"]
+
+
+def test_two_pipelines_of_one_name(tmp_path, no_figures):
+    for name in ("x", "y"):
+        write_pipeline(tmp_path / name / "demo")
+    output = tmp_path / "out"
+    report.main([str(tmp_path / "x" / "demo"), str(tmp_path / "y" / "demo"), "--output_dir",
+                 str(output)])
+    rows = read_csv(output / "table.csv")
+    assert {row["arm"].rpartition("/")[0] for row in rows} == {"x/demo", "y/demo"}
+    for row in read_csv(output / "differences.csv"):
+        assert row["arm"].partition("/")[0] == row["against"].partition("/")[0]
+
+
+def test_results_cut_in_the_middle(tmp_path, capsys, no_figures):
+    write_finetune(tmp_path / "a", 0.7)
+    path = tmp_path / "a" / "results.jsonl"
+    path.write_text(path.read_text()[:-30])
+    output = tmp_path / "out"
+    report.main([str(tmp_path / "a"), "--output_dir", str(output)])
+    assert read_csv(output / "table.csv")[0]["seeds"] == "2"
+    assert f"{path}, line 3: not a JSON object of ours, left out." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', '[{"name": "x"}]', "3"])
+def test_a_broken_list_of_arms_is_refused(tmp_path, content):
+    write_pipeline(tmp_path / "R")
+    (tmp_path / "R" / "arms.json").write_text(content)
+    with pytest.raises(DataError, match="arms.json: not a list of arms; run train/pipeline.py"):
+        report.main([str(tmp_path / "R"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_costs_without_recorded_seconds_stay_empty(tmp_path, capsys, no_figures):
+    root, output = write_pipeline(tmp_path / "R"), tmp_path / "out"
+    for content in ("{", "[]", '{"scorer": {"finished": null, "seconds": 3}}'):
+        (root / "steps.json").write_text(content)
+        report.main([str(root), "--output_dir", str(output)])
+        costs = {row["arm"]: row for row in read_csv(output / "costs.csv")}
+        assert costs["selective"]["masking"] == costs["selective"]["total"] == ""
+        assert costs["none"]["total"] == "200"
+        assert "What masking cost is known only" in capsys.readouterr().out
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path, no_figures):
+    write_finetune(tmp_path / "a", 0.7)
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match="cannot be written .*; give another folder"):
+            report.main([str(tmp_path / "a"), "--output_dir", str(output)])
+
+
+def test_names_from_outside_are_text_in_the_page(tmp_path, no_figures):
+    write_finetune(tmp_path / "R" / "<img src=x onerror=alert(1)>", 0.7)
+    output = tmp_path / "out"
+    report.main([str(tmp_path / "R"), "--output_dir", str(output)])
+    page = (output / "report.html").read_text()
+    assert "<img src=x" not in page and "&lt;img src=x" in page

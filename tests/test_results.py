@@ -1,4 +1,4 @@
-"""Means, paired intervals and the naive Bayes floor of `train/results.py`."""
+"""Means, differences and the naive Bayes floor of `train/results.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from train import results
 
 
 def write_run(
-    path: Path, correct: np.ndarray, *, seeds=None, items=None, cost: dict | None = None
+    path: Path, correct: np.ndarray, *, seeds=None, items=None, cost: dict | None = None,
+    task: str = "mr", weights: str = "", stages: list[dict] | None = None,
 ) -> Path:
     """A fine-tuning directory whose answers are right where `correct` (S, N) says so."""
     seeds = seeds or list(range(13, 13 + len(correct)))
@@ -22,81 +23,18 @@ def write_run(
     path.mkdir(parents=True)
     with open(path / "results.jsonl", "w") as file:
         for seed, right in zip(seeds, correct, strict=True):
-            row = {"seed": seed, "task": "mr", "test_accuracy": float(right.mean()),
-                   "test_macro_f1": 0.5, "pretraining": cost or {}}
+            row = {"seed": seed, "task": task, "test_accuracy": float(right.mean()),
+                   "test_macro_f1": 0.5, "pretraining": cost or {},
+                   "identity": {"weights": weights}}
             file.write(json.dumps(row) + "\n")
-            (path / f"seed_{seed}").mkdir()
+            (path / f"seed_{seed}" / "hf").mkdir(parents=True)
+            lineage = {"stages": [*(stages or []), {"stage": "finetune", "seed": seed}]}
+            (path / f"seed_{seed}" / "hf" / "lineage.json").write_text(json.dumps(lineage))
             with open(path / f"seed_{seed}" / "predictions.jsonl", "w") as predictions:
                 for item, ok in zip(items, right, strict=True):
                     answer = {"item": item, "label": 1, "prediction": int(ok)}
                     predictions.write(json.dumps(answer) + "\n")
     return path
-
-
-def bootstrap_sd(delta: np.ndarray) -> float:
-    """Standard deviation that the interval of a difference stands for."""
-    _, low, high = results.paired_interval(
-        delta, np.zeros_like(delta), confidence=0.6827, num_resamples=4000
-    )
-    return (high - low) / 2
-
-
-def test_interval_of_items_alone_is_the_standard_error_of_a_mean():
-    delta = np.random.default_rng(1).normal(0.3, 2.0, size=(1, 1, 400))
-    expected = delta.std(ddof=1) / math.sqrt(400)
-    assert bootstrap_sd(delta) == pytest.approx(expected, rel=0.06)
-
-
-def test_interval_of_seeds_alone_is_unbiased_for_few_seeds():
-    # Every item of a seed differs by the same amount: only seeds vary. Three draws of three
-    # would give an sd sqrt(2/3) times too small.
-    by_seed = np.random.default_rng(2).normal(size=5)
-    delta = np.broadcast_to(by_seed[None, :, None], (1, 5, 50))
-    assert bootstrap_sd(delta) == pytest.approx(by_seed.std(ddof=1) / math.sqrt(5), rel=0.1)
-
-
-def test_interval_of_pretraining_seeds_alone():
-    by_pretraining = np.random.default_rng(3).normal(size=8)
-    delta = np.broadcast_to(by_pretraining[:, None, None], (8, 3, 20))
-    expected = by_pretraining.std(ddof=1) / math.sqrt(8)
-    assert bootstrap_sd(delta) == pytest.approx(expected, rel=0.08)
-
-
-def test_interval_is_paired():
-    # Two arms that are right about nearly the same hard half of the items: the pairing must
-    # remove the large variance that items have in common.
-    generator = np.random.default_rng(4)
-    first = np.broadcast_to(generator.random((1, 1, 500)) < 0.5, (1, 3, 500))
-    second = first.copy()
-    second[0, :, :5] = ~second[0, :, :5]
-    _, low, high = results.paired_interval(first, second)
-    assert high - low < 0.04
-    assert results.paired_interval(first, first) == (0.0, 0.0, 0.0)
-
-
-def test_interval_covers_the_difference_at_its_rate():
-    # Independent items, one seed: the plain case, where a 95 % interval must cover 95 %.
-    generator = np.random.default_rng(5)
-    hits = 0
-    for trial in range(200):
-        first = generator.random((1, 1, 150)) < 0.8
-        second = generator.random((1, 1, 150)) < 0.7
-        _, low, high = results.paired_interval(first, second, num_resamples=400, seed=trial)
-        hits += low <= 0.1 <= high
-    assert 0.90 <= hits / 200 <= 0.99
-
-
-def test_interval_sign_seed_and_refusals():
-    first, second = np.ones((1, 2, 9)), np.zeros((1, 2, 9))
-    assert results.paired_interval(first, second) == (1.0, 1.0, 1.0)
-    delta = np.random.default_rng(6).normal(size=(2, 3, 30))
-    zero = np.zeros_like(delta)
-    assert results.paired_interval(delta, zero) == results.paired_interval(delta, zero)
-    forward, low, high = results.paired_interval(delta, zero)
-    back, back_low, back_high = results.paired_interval(zero, delta)
-    assert (back, back_low, back_high) == pytest.approx((-forward, -high, -low))
-    with pytest.raises(ValueError, match="one shape"):
-        results.paired_interval(first, second[:, :, :8])
 
 
 def test_mean_and_sd():
@@ -165,11 +103,13 @@ def test_differences_with_several_pretraining_seeds(tmp_path):
         for p in range(2)
     ])
     ((row,), notes) = results.difference_rows([(selective, none)])
-    assert notes == [] and tuple(row) == results.DIFFERENCE_COLUMNS
+    assert tuple(row) == results.DIFFERENCE_COLUMNS
+    assert len(notes) == 1 and "One pre-training seed lies behind none:" in notes[0]
     expected = selective.correct().mean() - none.correct().mean()
     assert row["difference"] == f"{expected:+.4f}"
-    assert row["seeds"] == 6 and row["items"] == 40
+    assert (row["pretrain_seeds"], row["finetune_seeds"], row["items"]) == (2, 3, 40)
     assert float(row["low"]) < expected < float(row["high"])
+    assert float(row["detectable"]) > float(row["high"]) - expected  # 80 % power takes more
 
 
 def test_arms_that_cannot_be_compared_are_named(tmp_path):
@@ -185,36 +125,83 @@ def test_arms_that_cannot_be_compared_are_named(tmp_path):
     without = arm("without")
     (tmp_path / "without" / "seed_13" / "predictions.jsonl").unlink()
     without = results.Arm("without", [results.read_finetune_run(tmp_path / "without")])
+    other_task = arm("other_task", task="sst2")
     rows, notes = results.difference_rows(
-        [(base, other_items), (base, other_seeds), (base, without), (base, base)]
+        [(base, other_items), (base, other_seeds), (base, without), (base, other_task)]
     )
-    assert len(rows) == 1
+    assert rows == []
     assert [note.split(" are not compared: ")[1] for note in notes] == [
         "they were tested on different items.",
         "they have different fine-tuning seeds.",
         "predictions.jsonl of some seed is missing, or their runs have different seeds.",
+        "they are of different tasks (mr and sst2).",
     ]
 
 
-def test_broken_runs_are_refused(tmp_path):
+def test_chance_that_is_not_counted_is_said(tmp_path):
+    generator = np.random.default_rng(9)
+    general = {"stage": "pretrain", "mask_strategy": "random", "seed": 42, "steps": 100}
+
+    def arm(name: str, weights: list[str], shape=(3, 30)) -> results.Arm:
+        runs = []
+        for seed, given in enumerate(weights):
+            guided = {"stage": "pretrain", "mask_strategy": name, "seed": seed, "steps": 20}
+            path = write_run(tmp_path / f"{name}{seed}", generator.random(shape) < 0.7,
+                             weights=given, stages=[general, guided])
+            runs.append(results.read_finetune_run(path))
+        return results.Arm(name, runs)
+
+    sound, copied = arm("sound", ["a", "b"]), arm("copied", ["c", "c"])
+    (_,), notes = results.difference_rows([(copied, sound)])
+    assert sound.runs[0].strategy == "sound"
+    assert [note.split(":")[0] for note in notes] == [
+        "The pre-training seeds of copied, sound are of stage 2 and start from one stage-1 "
+        "checkpoint", "copied"]
+    assert "one and the same checkpoint" in notes[1]
+    one_seed = arm("one_seed", ["d", "e"], (1, 30))
+    _, notes = results.difference_rows([(one_seed, sound)])
+    assert any("One fine-tuning seed lies behind one_seed" in note for note in notes)
+
+
+def test_equal_answers_have_no_detectable_difference(tmp_path):
+    constant = np.array([[True, False] * 10] * 2)
+    arms = [results.Arm(name, [results.read_finetune_run(write_run(tmp_path / name, constant))])
+            for name in ("a", "b")]
+    ((row,), notes) = results.difference_rows([tuple(arms)])
+    assert row["detectable"] == "" and row["difference"] == "+0.0000"
+    assert "An interval without width says nothing: a and b" in notes[0]
+
+
+def test_a_broken_run_shows_what_is_left(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no finished seed"):
         results.read_finetune_run(tmp_path / "empty")
-    run = write_run(tmp_path / "run", np.ones((2, 2), dtype=bool))
-    (run / "seed_14" / "predictions.jsonl").write_text(
-        '{"item": "other", "label": 0, "prediction": 0}\n')
+    path = write_run(tmp_path / "run", np.ones((2, 5), dtype=bool))
+    predictions = path / "seed_14" / "predictions.jsonl"
+    whole = predictions.read_text()
+    predictions.write_text(whole[:-20])
+    run = results.read_finetune_run(path)
+    assert run.seeds == [13, 14] and run.correct is None
+    assert run.notes == [f"{predictions}: cut off or broken, so this run is not compared"]
+    predictions.write_text(whole.replace("item3", "other"))
     with pytest.raises(DataError, match="other test items"):
-        results.read_finetune_run(run)
-    (run / "results.jsonl").write_text('{"seed": 13}\n{"seed"')
-    with pytest.raises(DataError, match="line 2"):
-        results.read_finetune_run(run)
+        results.read_finetune_run(path)
+    predictions.write_text(whole)
+    lines = (path / "results.jsonl").read_text().splitlines(keepends=True)
+    (path / "results.jsonl").write_text(lines[0] + lines[1][:30])
+    run = results.read_finetune_run(path)
+    assert run.seeds == [13] and run.correct.shape == (1, 5)
+    assert "results.jsonl, line 2: not a JSON object of ours" in run.notes[0]
+    with pytest.raises(DataError, match="line 2"):  # the pipeline does not build on it
+        results.finished_seeds(path)
+    (path / "results.jsonl").write_text('{"seed": 13, "test_accuracy": "high"}\n[1]\n')
+    with pytest.raises(DataError, match="no finished seed"):
+        results.read_finetune_run(path)
 
 
-def test_format_table_aligns_numbers_to_the_right():
-    rows = [{"arm": "none", "mean": "0.5"}, {"arm": "selective", "mean": "12.25"}]
-    assert results.format_table(rows, ("arm", "mean")).split("\n") == [
-        "arm         mean",
-        "---------  -----",
-        "none         0.5",
-        "selective  12.25",
-    ]
+def test_lineages_that_are_of_no_use_are_left_alone(tmp_path):
+    path = write_run(tmp_path / "run", np.ones((1, 2), dtype=bool))
+    for content in ("{", "[]", '{"stages": 3}', '{"stages": ["x", {"stage": "finetune"}]}'):
+        (path / "seed_13" / "hf" / "lineage.json").write_text(content)
+        run = results.read_finetune_run(path)
+        assert run.stages == [] and run.strategy == "none"

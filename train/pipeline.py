@@ -132,7 +132,8 @@ def plan(recipe: dict[str, Any], output_dir: str | Path) -> tuple[list[Step], li
 
     Returns:
         `(steps, arms)`; `arms` is what `train/report.py` reads from `arms.json`: name, runs (one
-        folder a pre-training seed, relative to the output folder) and whether it is a floor.
+        folder a pre-training seed, relative to the output folder), whether it is a floor, and the
+        steps that made its masks, whose seconds are in `steps.json`.
     """
     return _Planner(recipe, Path(output_dir)).build()
 
@@ -162,7 +163,7 @@ class _Planner:
         if recipe["floors"].get("untrained"):
             floors.append(self.untrained())
         for run in floors:
-            self.arm(run.name, [run], floor=True)
+            self.arm(run.name, [run], [], floor=True)
         self.report()
         return self.steps, self.arms
 
@@ -226,12 +227,11 @@ class _Planner:
             if arm == "none":
                 run = root / "finetune" / "none"
                 self.finetune(f"finetune-none{tag}", "finetune", run, base, after)
-                self.arm(label, [run])
+                self.arm(label, [run], [])
                 continue
-            self.arm(label, [
-                self.one_arm(arm, seed, root, tag, base, after)
-                for seed in recipe["pretrain_seeds"]
-            ])
+            runs = [self.one_arm(arm, seed, root, tag, base, after)
+                    for seed in recipe["pretrain_seeds"]]
+            self.arm(label, runs, self.behind_masks(f"masks-{arm}{tag}"))
 
     def choose_masks(self, root: Path, tag: str, base: str | Path, after: list[str]) -> None:
         """Classifier, annotation, scorer, scores, and the mask indices of the arms."""
@@ -296,9 +296,19 @@ class _Planner:
         self.finetune(f"finetune-{arm}-seed{seed}{tag}", "finetune", target, run / "hf", [name])
         return target
 
-    def arm(self, name: str, runs: list[Path], floor: bool = False) -> None:
+    def behind_masks(self, name: str) -> list[str]:
+        """The step `name` and what it reads, and so on, up to general pre-training and the text."""
+        for step in self.steps:
+            if step.name == name:
+                needs = [need for need in step.needs
+                         if need != "stage1" and not need.startswith("tokenize-")]
+                earlier = [found for need in needs for found in self.behind_masks(need)]
+                return list(dict.fromkeys([*earlier, name]))
+        return []  # masks that are drawn on the fly
+
+    def arm(self, name: str, runs: list[Path], masking: list[str], floor: bool = False) -> None:
         relative = [str(run.relative_to(self.root)) for run in runs]
-        self.arms.append({"name": name, "runs": relative, "floor": floor})
+        self.arms.append({"name": name, "runs": relative, "floor": floor, "masking": masking})
 
     def naive_bayes(self) -> Path:
         """A floor: word counts."""
@@ -375,7 +385,11 @@ def _naive_bayes(recipe: dict[str, Any], run: Path) -> None:
 
 
 class Journal:
-    """`steps.json`: what each step was run with, and in which order steps were finished."""
+    """`steps.json`: what each step was run with, its seconds, and the order of finishing.
+
+    Seconds are those of the whole process, its start included, summed over attempts that went on
+    from each other; an attempt that died with the pipeline itself is not in them.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / "steps.json"
@@ -423,7 +437,15 @@ class Journal:
         return None
 
     def start(self, step: Step) -> None:
+        earlier = self.steps.get(step.name, {}).get("seconds") if any(_files_of(step)) else None
         self.steps[step.name] = {"made_with": self.describe(step), "finished": None}
+        if earlier is not None:
+            self.steps[step.name]["seconds"] = earlier
+        atomic_write_json(self.path, self.steps)
+
+    def count(self, step: Step, seconds: float) -> None:
+        record = self.steps[step.name]
+        record["seconds"] = round(record.get("seconds", 0.0) + seconds, 1)
         atomic_write_json(self.path, self.steps)
 
     def finish(self, step: Step) -> None:
@@ -482,11 +504,14 @@ def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> N
         print(f"{title}\n  {shown(step, options)}", flush=True)
         started = time.monotonic()
         journal.start(step)
-        if step.compute is not None:
-            step.compute()
-        else:
-            log = journal.root / "logs" / f"{number:02d}-{step.name}.log"
-            _check_exit(run_process(started_as(step, options), log), step, log, options)
+        try:
+            if step.compute is not None:
+                step.compute()
+            else:
+                log = journal.root / "logs" / f"{number:02d}-{step.name}.log"
+                _check_exit(run_process(started_as(step, options), log), step, log, options)
+        finally:
+            journal.count(step, time.monotonic() - started)
         journal.finish(step)
         now = time.monotonic()
         print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in all", flush=True)

@@ -1,60 +1,57 @@
-"""A table and figures of finished and running runs.
+"""Tables, figures and a page of finished and running runs.
 
     python train/report.py runs/demo [MORE...] [--output_dir report]
 
 It reads TensorBoard event files, `results.jsonl` and predictions of any number of run directories
 or output folders of `train/pipeline.py`, and nothing else: no printed text is parsed. What is
-missing is said in a sentence; what can be shown is shown. Figures need matplotlib (`pip install
-selmask[plot]`); the table does not.
+missing is said in a sentence; what can be shown is shown. Everything is in `report.html`, one file
+without scripts or anything from the network; the tables are also CSV and Markdown, the figures
+PNG. Figures need matplotlib (`pip install selmask[plot]`); the tables do not.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preprocess.errors import DataError, run_command
-from train.metrics import EVAL_LOSS, EVAL_PERPLEXITY, MASKED_FRACTION, TRAIN_LOSS
+from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
+from preprocess.store import atomic_write_bytes
+from train.curves import (
+    RUN_COLUMNS,
+    Curves,
+    event_folders,
+    read_curves,
+    run_rows,
+    short_name,
+    without_events,
+)
+from train.page import Picture, Table, as_csv, as_html, as_markdown, as_text
 from train.results import (
     DIFFERENCE_COLUMNS,
     TABLE_COLUMNS,
     Arm,
+    FinetuneRun,
     difference_rows,
-    format_table,
     mean_and_sd,
+    number,
     read_finetune_run,
     table_rows,
 )
 
-MAX_LINES = 12  # curves in one panel; more cannot be told apart
-# Distinct under the common colour-vision deficiencies (Okabe and Ito), and in grey by marker.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-
-
-@dataclass(frozen=True)
-class Curves:
-    """The scalars of one training run: tag -> (steps, values)."""
-
-    name: str
-    scalars: dict[str, tuple[list[int], list[float]]]
-
-    @property
-    def is_pretraining(self) -> bool:
-        return MASKED_FRACTION in self.scalars or EVAL_PERPLEXITY in self.scalars
+DRAWN = ("random", "whole_word")  # masks that cost nothing beforehand
+RESULTS = ("table", "differences")  # what matters most stands last on a terminal
+COST_COLUMNS = ("arm", "general", "masking", "task_guided", "total", "masking_share",
+                "share_of_full")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Arms that are compared with each other: of one pipeline folder and stage-1 length."""
+    """Arms that are compared with each other: of one task, pipeline folder and stage-1 length."""
 
     name: str
     arms: list[Arm]
@@ -67,100 +64,116 @@ class Group:
 def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
     """All fine-tuning results below the folders, and a sentence for what cannot be read."""
     groups: list[Group] = []
-    loose: list[Arm] = []
     notes: list[str] = []
+    pipelines: dict[Path, Path] = {}
+    loose: dict[Path, Path] = {}
     for folder in folders:
-        if (folder / "arms.json").is_file():
-            groups += _pipeline_groups(folder, len(folders) > 1, notes)
-            continue
-        found = _finetune_folders(folder)
+        for path in sorted(folder.rglob("arms.json")):
+            pipelines.setdefault(path.parent.resolve(), path.parent)
+    for folder in folders:
+        found = sorted(path.parent for path in folder.rglob("results.jsonl"))
         for path in found:
-            arm = _read_arm(_short_name(path, folders), [path], notes)
-            if arm is not None:
-                loose.append(arm)
-        if not found and not _event_folders(folder):
+            if not any(path.resolve().is_relative_to(root) for root in pipelines):
+                loose.setdefault(path.resolve(), path)
+        trained = event_folders(folder) or without_events(folder)
+        if not found and not trained and folder.resolve() not in pipelines:
             notes.append(f"{folder}: no run in it (no results.jsonl and no tb/).")
-    if loose:
-        groups.append(Group("", loose, []))
+    alone = len(pipelines) == 1 and not loose
+    for path in pipelines.values():
+        groups += _pipeline_groups(path, "" if alone else f"{short_name(path, folders)}/", notes)
+    arms = _loose_arms([(short_name(path, folders), path) for path in loose.values()], notes)
+    for task in dict.fromkeys(arm.task for arm in arms):
+        groups.append(Group(task, [arm for arm in arms if arm.task == task], []))
     return groups, notes
 
 
-def _pipeline_groups(folder: Path, several: bool, notes: list[str]) -> list[Group]:
+def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]:
     try:
         listed = json.loads((folder / "arms.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        raise DataError(f"{folder}/arms.json: not JSON; run train/pipeline.py again") from None
-    prefix = f"{folder.name}/" if several else ""
+        entries = [(str(entry["name"]), [folder / str(run) for run in entry["runs"]],
+                    bool(entry["floor"]), entry.get("masking")) for entry in listed]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DataError(
+            f"{folder}/arms.json: not a list of arms; run train/pipeline.py again"
+        ) from None
+    seconds = _step_seconds(folder)
     groups: dict[str, Group] = {}
     floors = []
-    for entry in listed:
-        runs = [folder / run for run in entry["runs"]]
-        arm = _read_arm(prefix + entry["name"], runs, notes)
-        if arm is None:
+    for name, paths, is_floor, steps in entries:
+        runs = list(_read_runs(prefix + name, paths, notes))
+        if not runs:
             continue
-        if entry["floor"]:
+        line, _, length = name.partition("@")
+        spent = None
+        if isinstance(steps, list) and all(str(step) in seconds for step in steps):
+            spent = sum(seconds[str(step)] for step in steps)
+        arm = Arm(prefix + name, runs, prefix + line, spent)
+        if is_floor:
             floors.append(arm)
-            continue
-        _, _, length = entry["name"].partition("@")
-        groups.setdefault(length, Group(prefix + length, [], floors)).arms.append(arm)
+        else:
+            groups.setdefault(length, Group(prefix + length, [], floors)).arms.append(arm)
     return list(groups.values()) or ([Group(prefix, [], floors)] if floors else [])
 
 
-def _read_arm(name: str, paths: list[Path], notes: list[str]) -> Arm | None:
-    runs = []
+def _step_seconds(folder: Path) -> dict[str, float]:
+    """Seconds of the pipeline's finished steps, where they are recorded."""
+    try:
+        steps = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
+        return {name: seconds for name, step in steps.items()
+                if step["finished"] and (seconds := number(step.get("seconds"))) is not None}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _read_runs(name: str, paths: Iterable[Path], notes: list[str]) -> Iterator[FinetuneRun]:
+    """The runs of an arm that can be read, of the task of the first."""
+    task = None
     for path in paths:
         try:
-            runs.append(read_finetune_run(path))
-        except DataError as error:
+            run = read_finetune_run(path)
+        except (DataError, OSError) as error:
             notes.append(f"{name}: {error}.")
-    return Arm(name, runs) if runs else None
+            continue
+        notes += [f"{note}." for note in run.notes]
+        if task not in (None, run.task):
+            notes.append(f"{name}: {path} is of task {run.task}, the runs before it of {task}; "
+                         "it is left out.")
+            continue
+        task = run.task
+        yield run
 
 
-def _finetune_folders(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.rglob("results.jsonl"))
+def _loose_arms(found: Sequence[tuple[str, Path]], notes: list[str]) -> list[Arm]:
+    """Arms of fine-tuning folders; those that differ only in the pre-training seed become one."""
+    alike: dict[str, list[tuple[str, FinetuneRun]]] = {}
+    for name, path in found:
+        for run in _read_runs(name, [path], notes):
+            alike.setdefault(_without_seeds(run), []).append((name, run))
+    arms = []
+    for members in alike.values():
+        seeds = [tuple(str(stage.get("seed")) for stage in run.stages) for _, run in members]
+        if len(set(seeds)) == len(seeds) > 1:
+            names = [name for name, _ in members]
+            arm = re.sub(r"[-_.]?seed[-_]?\d+$", "", names[0])
+            notes.append(f"{', '.join(names)} are taken as the pre-training seeds of one arm, "
+                         f"{arm}: their lineages differ in nothing else.")
+            runs = [run for _, run in members]
+            arms.append(Arm(arm, runs, runs[0].strategy, _drawn_seconds(runs[0])))
+        else:
+            arms += [Arm(name, [run], run.strategy, _drawn_seconds(run)) for name, run in members]
+    return arms
 
 
-def _event_folders(folder: Path) -> list[Path]:
-    return sorted({path.parent for path in folder.rglob("events.out.tfevents.*")})
+def _without_seeds(run: FinetuneRun) -> str:
+    """What the runs of one arm share."""
+    varying = {"seed", "seconds", "tokens", "masked_tokens", "weights", "started_from"}
+    stages = [{key: value for key, value in stage.items() if key not in varying}
+              for stage in run.stages]
+    return json.dumps([run.task, run.seeds, stages], sort_keys=True)
 
 
-def _short_name(path: Path, folders: Sequence[Path]) -> str:
-    """The part of a path that tells it from the others."""
-    common = os.path.commonpath([str(f.resolve().parent) for f in folders])
-    return os.path.relpath(path.resolve(), common)
-
-
-def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
-    """Training curves of all runs below the folders; empty event files are named."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    curves, notes = [], []
-    for folder in folders:
-        for path in _event_folders(folder):
-            events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-            events.Reload()
-            scalars = {}
-            for tag in (TRAIN_LOSS, EVAL_LOSS, EVAL_PERPLEXITY, MASKED_FRACTION):
-                if tag in events.Tags()["scalars"]:
-                    scalars[tag] = _ascending(events.Scalars(tag))
-            run = path.parent if path.name == "tb" else path
-            name = str(run.relative_to(folder)) if len(folders) == 1 else _short_name(run, folders)
-            if scalars:
-                curves.append(Curves(folder.name if name == "." else name, scalars))
-            else:
-                notes.append(f"{path}: no loss has been logged yet.")
-    return curves, notes
-
-
-def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:
-    """Steps and values, without what the HParams page adds at step 0 when a run ends."""
-    steps: list[int] = []
-    values: list[float] = []
-    for point in points:
-        if not steps or point.step > steps[-1]:
-            steps.append(point.step)
-            values.append(point.value)
-    return steps, values
+def _drawn_seconds(run: FinetuneRun) -> float | None:
+    return 0.0 if run.strategy in (*DRAWN, "none") else None
 
 
 # --------------------------------------------------------------------------- tables
@@ -174,21 +187,14 @@ def pairs_of(groups: Sequence[Group]) -> Iterator[tuple[Arm, Arm]]:
                 yield first, second
 
 
-def all_arms(groups: Sequence[Group]) -> list[Arm]:
-    """Arms of all groups, floors last and once."""
-    arms = [arm for group in groups for arm in group.arms]
-    floors: list[Arm] = []
-    for group in groups:
-        floors += [floor for floor in group.floors if all(floor is not f for f in floors)]
-    return arms + floors
+def floors_of(groups: Sequence[Group]) -> list[Arm]:
+    """The floors of all groups, each once."""
+    return list({id(floor): floor for group in groups for floor in group.floors}.values())
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows with a header line."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(rows)
+def arms_of(groups: Sequence[Group]) -> list[Arm]:
+    """The arms of all groups, without the floors."""
+    return [arm for group in groups for arm in group.arms]
 
 
 def below_floors(groups: Sequence[Group]) -> list[str]:
@@ -204,114 +210,116 @@ def below_floors(groups: Sequence[Group]) -> list[str]:
     return sentences
 
 
-# --------------------------------------------------------------------------- figures
+def cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Seconds of each arm before fine-tuning, keys as in `COST_COLUMNS`; empty where unknown."""
+    parts = {arm.name: _parts(arm) for arm in arms}
+    full: dict[str, set[float]] = {}  # lengths of general pre-training of each family of arms
+    for arm in arms:
+        if parts[arm.name]["general"] is not None:
+            full.setdefault(_family(arm), set()).add(parts[arm.name]["general"])
+    rows = []
+    for arm in arms:
+        part = parts[arm.name]
+        lengths = full.get(_family(arm), set())
+        known = [value for value in part.values() if value is not None]
+        total = sum(known) if len(known) == 3 else None
+        rows.append({
+            "arm": arm.name,
+            **{key: "" if value is None else f"{value:.0f}" for key, value in part.items()},
+            "total": "" if total is None else f"{total:.0f}",
+            "masking_share": f"{part['masking'] / total:.3f}" if total else "",
+            "share_of_full": f"{total / max(lengths):.3f}" if total and len(lengths) > 1 else "",
+        })
+    return rows
 
 
-def plot_loss(curves: Sequence[Curves], path: Path) -> str | None:
-    """Loss against steps, a panel for each kind of loss; returns a note if some are left out."""
-    import matplotlib.pyplot as plt
-
-    panels = [
-        ("Pre-training: training loss", TRAIN_LOSS, [c for c in curves if c.is_pretraining]),
-        ("Pre-training: held-out loss, same masks", EVAL_LOSS,
-         [c for c in curves if c.is_pretraining]),
-        ("Classifiers and scorer: training loss", TRAIN_LOSS,
-         [c for c in curves if not c.is_pretraining]),
-    ]
-    panels = [
-        (title, tag, runs) for title, tag, lines in panels
-        if (runs := [c for c in lines if tag in c.scalars])
-    ]
-    if not panels:
-        return None
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(8, 3.4 * len(panels)), layout="constrained", squeeze=False
-    )
-    omitted = 0
-    for axis, (title, tag, runs) in zip(axes[:, 0], panels, strict=True):
-        omitted = max(omitted, len(runs) - MAX_LINES)
-        for number, run in enumerate(runs[:MAX_LINES]):
-            steps, values = run.scalars[tag]
-            axis.plot(
-                steps, values, color=COLOURS[number % len(COLOURS)], linewidth=1.2,
-                linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
-                marker=MARKERS[number % len(MARKERS)] if len(steps) < 8 else None,
-                markersize=4, label=run.name,
-            )
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_ylabel("nats")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    axes[-1, 0].set_xlabel("step")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return f"{path.name} leaves out {omitted} runs." if omitted > 0 else None
+def _family(arm: Arm) -> str:
+    """Arms whose costs may be set against each other: of one folder and task."""
+    return f"{arm.task} {arm.name.rpartition('/')[0]}"
 
 
-def plot_accuracy(groups: Sequence[Group], path: Path) -> None:
-    """Test accuracy of each arm: every seed a dot, the mean with its standard deviation."""
-    import matplotlib.pyplot as plt
-
-    arms = all_arms(groups)
-    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.45 * len(arms)), layout="constrained")
-    floors = {id(floor) for group in groups for floor in group.floors}
-    for row, arm in enumerate(arms):
-        values = [100 * value for value in arm.values("accuracy")]
-        mean, sd = mean_and_sd(values)
-        colour = "#777777" if id(arm) in floors else COLOURS[0]
-        axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.35, markersize=5)
-        axis.errorbar(mean, row, xerr=None if math.isnan(sd) else sd, fmt="D", color=colour,
-                      capsize=4, markersize=6)
-        axis.annotate(f"{mean:.2f}", (mean, row), textcoords="offset points", xytext=(0, 9),
-                      ha="center", fontsize=8)
-    axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
-    axis.set_ylim(len(arms) - 0.5, -0.7)
-    axis.set_xlabel("test accuracy, % (dots: seeds; bar: standard deviation)")
-    axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def _parts(arm: Arm) -> dict[str, Any]:
+    """Mean seconds of the parts of an arm over its pre-training seeds."""
+    stages = arm.runs[0].stages
+    if not stages:
+        return {"general": None, "masking": None, "task_guided": None}
+    only_general = arm.line.rpartition("/")[2] == "none"
+    guided = [number(run.stages[-1].get("seconds")) for run in arm.runs if run.stages]
+    known = [value for value in guided if value is not None]
+    before = [number(stage.get("seconds")) or 0.0 for stage in stages]
+    return {
+        "general": sum(before) if only_general else sum(before[:-1]),
+        "masking": arm.masking_seconds,
+        "task_guided": 0.0 if only_general else sum(known) / len(known) if known else None,
+    }
 
 
-def plot_steps(groups: Sequence[Group], path: Path) -> None:
-    """Accuracy against all pre-training steps of an arm, one line for each kind of arm."""
-    import matplotlib.pyplot as plt
+def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Table], list[str]]:
+    """The tables that the data allow, the most important first, and sentences about them."""
+    tables, notes = [], []
+    arms = arms_of(groups)
+    if groups:
+        tables.append(Table(
+            "table", "Results",
+            "Mean and standard deviation over all seeds, on the test split. Masked tokens, steps "
+            "and seconds are of all pre-training behind an arm.",
+            TABLE_COLUMNS, table_rows([*arms, *floors_of(groups)]),
+        ))
+    else:
+        notes.append("No fine-tuning results yet, so no table of them.")
+    differences, more = difference_rows(pairs_of(groups))
+    if differences:
+        tables.append(Table(
+            "differences", "Differences, with 95 % intervals over seeds and test items",
+            "Hierarchical paired bootstrap over pre-training seeds, fine-tuning seeds and test "
+            "items, with Student's t for few seeds. detectable: the smallest true difference that "
+            "as many seeds and items would have shown in 80 % of all repetitions.",
+            DIFFERENCE_COLUMNS, differences,
+        ))
+    costs = cost_rows(arms)
+    if any(row["general"] for row in costs):
+        tables.append(Table(
+            "costs", "Seconds before fine-tuning",
+            "General pre-training (stage 1), masking (classifier, annotation, scorer, scores and "
+            "mask indices) and task-guided pre-training (stage 2, mean over its seeds). Both "
+            "stages count training steps alone, masking whole processes with their start. "
+            "masking_share is of the total; share_of_full is the total over the longest stage 1.",
+            COST_COLUMNS, costs,
+        ))
+        if any(row["masking"] == "" for row in costs):
+            notes.append("What masking cost is known only for arms of train/pipeline.py, which "
+                         "writes the seconds of its steps to steps.json.")
+    runs = run_rows(curves)
+    if runs:
+        tables.append(Table(
+            "pretraining", "Pre-training runs",
+            "Losses are nats a masked token, the last ones logged; held-out losses are under the "
+            "same fixed random masks in every run. Seconds are those of training steps alone.",
+            RUN_COLUMNS, runs,
+        ))
+    return tables, notes + more + below_floors(groups)
 
-    kinds: dict[str, list[tuple[float, float, float]]] = {}
-    for arm in (arm for group in groups for arm in group.arms):
-        steps = [run.cost["steps"] for run in arm.runs if "steps" in run.cost]
-        if not steps:
-            continue
-        mean, sd = mean_and_sd([100 * value for value in arm.values("accuracy")])
-        point = (sum(steps) / len(steps), mean, 0.0 if math.isnan(sd) else sd)
-        kinds.setdefault(re.sub(r"@\d+$", "", arm.name), []).append(point)
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for number, (kind, points) in enumerate(kinds.items()):
-        places, means, sds = zip(*sorted(points), strict=True)
-        axis.errorbar(places, means, yerr=sds, label=kind, color=COLOURS[number % len(COLOURS)],
-                      marker=MARKERS[number % len(MARKERS)], capsize=3, linewidth=1.2)
-    axis.set_xlabel("pre-training steps in all (stage 1 and stage 2)")
-    axis.set_ylabel("test accuracy, %")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
-
-def draw(groups: Sequence[Group], curves: Sequence[Curves], output: Path) -> list[str]:
-    """Write the figures that the data allow; return sentences about what is missing."""
+def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Picture], list[str]]:
+    """The figures that the data allow, and a sentence if there can be none."""
     try:
         import matplotlib
     except ImportError:
-        return ["No figures: matplotlib is not installed (pip install 'selmask[plot]')."]
+        return [], ["No figures: matplotlib is not installed (pip install 'selmask[plot]')."]
+    from train import figures
+
     matplotlib.use("Agg")
-    notes = []
-    if curves:
-        notes.append(plot_loss(curves, output / "loss.png"))
-    if groups:
-        plot_accuracy(groups, output / "accuracy.png")
-    if len({arm.runs[0].cost.get("steps") for group in groups for arm in group.arms}) > 2:
-        plot_steps(groups, output / "steps.png")
-    return [note for note in notes if note]
+    drawn = [
+        ("accuracy", "Test accuracy: every seed a dot, the mean with its standard deviation.",
+         figures.accuracy_figure(arms_of(groups), floors_of(groups))),
+        ("steps", "Test accuracy against all steps of pre-training: mean and standard deviation "
+         "over seeds, a line for each masking.", figures.steps_figure(arms_of(groups))),
+        ("loss", "Pre-training: loss against steps, masked tokens and seconds of training.",
+         figures.loss_figure(curves)),
+        ("supervised", "Classifiers and scorers: loss against steps.",
+         figures.supervised_figure(curves)),
+    ]
+    return [Picture(name, text, png) for name, text, png in drawn if png is not None], []
 
 
 # --------------------------------------------------------------------------- the command
@@ -323,8 +331,33 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="R",
                         help="run directories, or output folders of train/pipeline.py")
     parser.add_argument("--output_dir", default="report",
-                        help="folder for table.csv, differences.csv and the figures")
+                        help="folder for report.html, report.md, the CSV files and the figures")
     return parser.parse_args(argv)
+
+
+def write_report(output: Path, title: str, tables: Sequence[Table], pictures: Sequence[Picture],
+                 notes: Sequence[str]) -> list[str]:
+    """Write all files of a report; return their names.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    files = {
+        "report.html": as_html(title, tables, pictures, notes).encode(),
+        "report.md": as_markdown(title, tables, pictures, notes).encode(),
+        **{f"{table.file}.csv": as_csv(table).encode() for table in tables},
+        **{f"{picture.file}.png": picture.png for picture in pictures},
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            atomic_write_bytes(output / name, content)
+    except DiskFullError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output}: cannot be written ({error.strerror}); give "
+                          "another folder") from None
+    return sorted(files)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -341,26 +374,17 @@ def main(argv: list[str] | None = None) -> None:
             f"no run in {', '.join(options.runs)}: expected results.jsonl of train/finetune.py or "
             "tb/ of a training command; name their folders"
         )
+    tables, table_notes = make_tables(groups, curves)
+    pictures, figure_notes = draw(groups, curves)
+    notes = [*notes, *curve_notes, *table_notes, *figure_notes]
+    names = ", ".join(dict.fromkeys(folder.resolve().name for folder in folders))
     output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    if groups:
-        rows = table_rows(all_arms(groups))
-        differences, pair_notes = difference_rows(pairs_of(groups))
-        write_csv(output / "table.csv", rows, TABLE_COLUMNS)
-        write_csv(output / "differences.csv", differences, DIFFERENCE_COLUMNS)
-        print(format_table(rows, TABLE_COLUMNS))
-        if differences:
-            print("\nDifferences, with 95 % intervals over seeds and test sentences "
-                  "(paired bootstrap)")
-            print(format_table(differences, DIFFERENCE_COLUMNS))
-        notes += pair_notes + below_floors(groups)
-    else:
-        notes.append("No fine-tuning results yet, so no table.")
-    notes += curve_notes + draw(groups, curves, output)
-    print()
+    written = write_report(output, f"selmask: {names}", tables, pictures, notes)
+    for table in sorted(tables, key=lambda table: table.file in RESULTS):
+        print(f"{table.title}\n{as_text(table)}\n")
     for note in notes:
         print(f"Note: {note}")
-    print(f"Written to {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
+    print(f"Written to {output}: {', '.join(written)}")
 
 
 if __name__ == "__main__":

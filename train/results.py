@@ -1,8 +1,8 @@
-"""Reads what fine-tuning left behind: means, paired intervals and floors.
+"""Reads what fine-tuning left behind: means, differences between arms, and floors.
 
-It owns the shape of `results.jsonl` and `predictions.jsonl` as seen by a reader, the interval
-of a difference between two arms, and the naive Bayes floor. It runs no network and draws no
-figure; `train/report.py` and `train/pipeline.py` share it.
+It owns the shape of `results.jsonl` and `predictions.jsonl` as seen by a reader, what may be
+compared with what, and the naive Bayes floor. It runs no network and draws no figure;
+`train/report.py` and `train/pipeline.py` share it.
 
 Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
 """
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preprocess.errors import DataError
+from train.intervals import paired_difference
 
 if TYPE_CHECKING:
     from preprocess.corpus import Task
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 METRICS = {"accuracy": "test_accuracy", "macro_f1": "test_macro_f1"}
 TABLE_COLUMNS = ("arm", "task", "metric", "mean", "sd", "seeds", "masked_tokens", "steps",
                  "seconds")
-DIFFERENCE_COLUMNS = ("arm", "against", "metric", "difference", "low", "high", "seeds", "items")
-RESAMPLES = 10_000
+DIFFERENCE_COLUMNS = ("arm", "against", "metric", "difference", "low", "high", "detectable",
+                      "pretrain_seeds", "finetune_seeds", "items")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class FinetuneRun:
         items: ids of the test items, in the order of the test split; empty without predictions.
         correct: whether seed s is right about item n, `(S, N)` bool; None without predictions.
         cost: masked_tokens, steps and seconds of all pre-training behind the run.
+        stages: the pre-training stages behind it, oldest first; empty where nothing tells.
+        notes: a sentence for everything that could not be read.
     """
 
     path: Path
@@ -48,6 +51,8 @@ class FinetuneRun:
     items: tuple[str, ...]
     correct: np.ndarray | None
     cost: dict[str, float]
+    stages: list[dict[str, Any]]
+    notes: list[str]
 
     @property
     def task(self) -> str:
@@ -57,18 +62,47 @@ class FinetuneRun:
     def seeds(self) -> list[int]:
         return [int(row["seed"]) for row in self.rows]
 
+    @property
+    def weights(self) -> str | None:
+        """Fingerprint of the checkpoint that was fine-tuned, where the rows tell it."""
+        identity = self.rows[0].get("identity")
+        return str(identity["weights"]) if isinstance(identity, dict) and identity.get(
+            "weights") else None
+
+    @property
+    def strategy(self) -> str:
+        """Masking of the last pre-training; `none` where only stage 1 from scratch lies behind."""
+        if not self.stages:
+            return "none"
+        last = self.stages[-1]
+        scratch = last.get("weights") in ("fresh", last.get("started_from"))
+        return "none" if len(self.stages) == 1 and scratch else strategy_of(last)
+
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: one arm, with one fine-tuning run for each pre-training seed."""
+    """What is compared: one arm, with one fine-tuning run for each pre-training seed.
+
+    Attributes:
+        name: unique in a report.
+        runs: the fine-tuning runs, all of one task.
+        line: the arms of one line of a figure: the same masking after other lengths of stage 1.
+        masking_seconds: what choosing its masks cost; None where nothing tells.
+    """
 
     name: str
     runs: list[FinetuneRun]
+    line: str = ""
+    masking_seconds: float | None = None
+
+    @property
+    def task(self) -> str:
+        return self.runs[0].task
 
     def values(self, metric: str) -> list[float]:
         """All values of a metric, pre-training seeds one after the other."""
-        key = METRICS[metric]
-        return [float(row[key]) for run in self.runs for row in run.rows if key in row]
+        found = [number(row.get(METRICS[metric])) for run in self.runs for row in run.rows]
+        return [value for value in found if value is not None]
 
     def correct(self) -> np.ndarray | None:
         """`(P, S, N)` bool, or None if predictions or seeds are missing somewhere."""
@@ -78,9 +112,11 @@ class Arm:
         return np.stack(arrays)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line.
 
+    Args:
+        broken: where to put a sentence for every bad line, instead of an error.
     Raises:
         DataError: a line is not a JSON object.
     """
@@ -95,12 +131,34 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
                 row = None
             # A seed names a folder, so it is a number and nothing else.
             if not isinstance(row, dict) or type(row.get("seed", 0)) is not int:
-                raise DataError(
-                    f"{path}, line {number}: not a JSON object of ours; the file is broken, delete "
-                    "it and run the command that wrote it again"
-                )
+                where = f"{path}, line {number}: not a JSON object of ours"
+                if broken is None:
+                    raise DataError(f"{where}; the file is broken, delete it and run the command "
+                                    "that wrote it again")
+                broken.append(f"{where}, left out")
+                continue
             rows.append(row)
     return rows
+
+
+def read_stages(folder: Path) -> list[dict[str, Any]]:
+    """Stages in the `lineage.json` of an `hf/` folder, oldest first; empty if it is of no use."""
+    try:
+        stages = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))["stages"]
+        return [stage for stage in stages if isinstance(stage, dict)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def strategy_of(stage: dict[str, Any]) -> str:
+    """The masking of a pre-training stage, without the mark of `export_steps` in an index name."""
+    return re.sub(r"-step_\d+$", "", str(stage.get("mask_strategy") or ""))
+
+
+def number(value: Any) -> float | None:
+    """A finite number from a file, or None."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if plain and math.isfinite(value) else None
 
 
 def finished_seeds(run_dir: Path) -> list[int]:
@@ -113,42 +171,64 @@ def finished_seeds(run_dir: Path) -> list[int]:
 
 
 def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
-    """Read results and predictions of a fine-tuning directory.
+    """Read results and predictions of a fine-tuning directory; what is broken becomes a note.
 
     Raises:
         DataError: no result in it, or its seeds were tested on different items.
     """
     run_dir = Path(run_dir)
     path = run_dir / "results.jsonl"
-    rows = [row for row in read_json_lines(path) if "seed" in row] if path.is_file() else []
+    notes: list[str] = []
+    by_seed = {}
+    for row in read_json_lines(path, notes) if path.is_file() else []:
+        if "seed" in row and number(row.get(METRICS["accuracy"])) is not None:
+            by_seed[row["seed"]] = row
+    rows = list(by_seed.values())
     if not rows:
         raise DataError(
-            f"{run_dir}: holds no finished seed (results.jsonl is absent or empty); run "
+            f"{run_dir}: holds no finished seed (results.jsonl is absent, empty or broken); run "
             "train/finetune.py there first"
         )
-    items: tuple[str, ...] | None = None
-    correct: list[list[bool]] = []
-    for row in rows:
-        predictions_path = run_dir / f"seed_{row['seed']}" / "predictions.jsonl"
-        if not predictions_path.is_file():
-            items, correct = (), []
-            break
-        predictions = read_json_lines(predictions_path)
-        these = tuple(str(p["item"]) for p in predictions)
-        if items is not None and these != items:
+    answers = [read_predictions(run_dir / f"seed_{row['seed']}" / "predictions.jsonl", notes)
+               for row in rows]
+    known = [answer for answer in answers if answer is not None]
+    for items, _ in known[1:]:
+        if items != known[0][0]:
             raise DataError(
-                f"{predictions_path}: other test items than the seeds before it; the seeds of "
-                "one directory must share one test split: delete it and run train/finetune.py again"
+                f"{run_dir}: its seeds have other test items than each other; the seeds of one "
+                "directory must share one test split: delete it and run train/finetune.py again"
             )
-        items = these
-        correct.append([p["prediction"] == p["label"] for p in predictions])
+    whole = len(known) == len(rows)
+    cost = rows[0].get("pretraining")
+    lineage = read_stages(run_dir / f"seed_{rows[0]['seed']}" / "hf")
     return FinetuneRun(
         path=run_dir,
         rows=rows,
-        items=items or (),
-        correct=np.array(correct, dtype=bool) if correct else None,
-        cost=dict(rows[0].get("pretraining") or {}),
+        items=known[0][0] if whole else (),
+        correct=np.array([right for _, right in known], dtype=bool) if whole else None,
+        cost={key: value for key, given in (cost if isinstance(cost, dict) else {}).items()
+              if (value := number(given)) is not None},
+        stages=[stage for stage in lineage if stage.get("stage") == "pretrain"],
+        notes=notes,
     )
+
+
+def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], list[bool]] | None:
+    """Items of one seed's test split, and whether each answer is right; None if not all are there.
+
+    Args:
+        notes: where to put a sentence about what is missing.
+    """
+    if not path.is_file():
+        notes.append(f"{path}: absent, so this run is not compared")
+        return None
+    broken: list[str] = []
+    answers = read_json_lines(path, broken)
+    if broken or any(key not in a for a in answers for key in ("item", "label", "prediction")):
+        notes.append(f"{path}: cut off or broken, so this run is not compared")
+        return None
+    return (tuple(str(a["item"]) for a in answers),
+            [a["prediction"] == a["label"] for a in answers])
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
@@ -157,62 +237,6 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
         raise ValueError("mean_and_sd needs at least one value")
     array = np.asarray(values, dtype=np.float64)
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan
-
-
-def paired_interval(
-    first: np.ndarray,
-    second: np.ndarray,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Difference of two arms' accuracies, with a paired bootstrap interval.
-
-    Pre-training seeds, fine-tuning seeds and test items are each resampled with replacement; the
-    two arms stay paired throughout (seed s with seed s, item n with item n). Of `k` units `k-1`
-    are drawn: with `k` draws the bootstrap's variance of a mean is `(k-1)/k` times too small, a
-    third for three seeds. What varies with seed and item together is counted once for each of
-    them, so the interval errs on the wide side: in simulations with three seeds and 500 items it
-    was 1.2 to 1.7 times as wide as the exact one, and covered 93 to 100 %.
-
-    Args:
-        first, second: whether each answer is right, `(P, S, N)` bool or float.
-        confidence: coverage of the interval, in (0, 1).
-        num_resamples: bootstrap samples.
-        seed: of the resampling; equal arguments give equal intervals.
-    Returns:
-        `(difference, low, high)`, first minus second.
-    Raises:
-        ValueError: the arms differ in shape, or there is nothing to compare.
-    """
-    if first.shape != second.shape or first.ndim != 3 or 0 in first.shape:
-        raise ValueError(
-            f"paired arms need one shape (P, S, N) without empty axes: got {first.shape} and "
-            f"{second.shape}"
-        )
-    delta = first.astype(np.float64) - second.astype(np.float64)
-    num_pretrain, num_seeds, num_items = delta.shape
-    by_run = delta.reshape(num_pretrain * num_seeds, num_items)
-    generator = np.random.default_rng(seed)
-    samples = np.empty(num_resamples)
-    block = max(1, 2_000_000 // num_items)
-    for start in range(0, num_resamples, block):
-        size = min(block, num_resamples - start)
-        pretrain_weights = _resampled(generator, size, num_pretrain)
-        seed_weights = _resampled(generator, size, num_seeds)
-        run_weights = (pretrain_weights[:, :, None] * seed_weights[:, None, :]).reshape(size, -1)
-        item_weights = _resampled(generator, size, num_items)
-        samples[start : start + size] = ((run_weights @ by_run) * item_weights).sum(axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail])
-    return float(delta.mean()), float(low), float(high)
-
-
-def _resampled(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """Weights of `count` units in each of `size` samples of `count - 1` draws; rows sum to 1."""
-    draws = max(count - 1, 1)
-    return generator.multinomial(draws, np.full(count, 1 / count), size=size) / draws
 
 
 def table_rows(arms: Iterable[Arm]) -> list[dict[str, Any]]:
@@ -246,9 +270,10 @@ def difference_rows(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[dict[str, An
     run is then compared with each of them.
 
     Returns:
-        `(rows, notes)`; a note is a sentence about a pair that cannot be compared, and why.
+        `(rows, notes)`; a note is a sentence about a pair that cannot be compared, and why, or
+        about chance that an interval cannot count.
     """
-    rows, notes = [], []
+    rows, notes, compared, alike = [], [], [], []
     for first, second in pairs:
         one, two = first.correct(), second.correct()
         reason = _not_comparable(first, second)
@@ -256,17 +281,65 @@ def difference_rows(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[dict[str, An
             notes.append(f"{first.name} and {second.name} are not compared: {reason}.")
             continue
         one, two = np.broadcast_arrays(one, two)
-        difference, low, high = paired_interval(one, two)
+        found = paired_difference(one, two)
+        if found.standard_error == 0:
+            alike.append(f"{first.name} and {second.name}")
         rows.append({
             "arm": first.name, "against": second.name, "metric": "accuracy",
-            "difference": f"{difference:+.4f}", "low": f"{low:+.4f}", "high": f"{high:+.4f}",
-            "seeds": one.shape[0] * one.shape[1], "items": one.shape[2],
+            "difference": f"{found.mean:+.4f}", "low": f"{found.low:+.4f}",
+            "high": f"{found.high:+.4f}",
+            "detectable": f"{found.detectable:.4f}" if found.standard_error else "",
+            "pretrain_seeds": one.shape[0], "finetune_seeds": one.shape[1], "items": one.shape[2],
         })
-    return rows, notes
+        compared.append((first, second))
+    if alike:
+        notes.append(f"An interval without width says nothing: {', '.join(alike)} differ by the "
+                     "same at every seed and item.")
+    return rows, notes + uncounted_chance(compared)
+
+
+def uncounted_chance(pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:
+    """Sentences about sources of chance that the intervals of these pairs leave out."""
+    arms = list({arm.name: arm for pair in pairs for arm in pair}.values())
+
+    def named(chosen: Iterable[Arm]) -> str:
+        return ", ".join(dict.fromkeys(arm.name for arm in chosen))
+
+    notes = []
+    single = [arm for arm in arms if len(arm.runs) == 1]
+    if single:
+        notes.append(
+            f"One pre-training seed lies behind {named(single)}: the intervals of their "
+            "differences cannot count the chance of that pre-training, and are too narrow. Seeds "
+            "of fine-tuning that share one checkpoint are no independent evidence."
+        )
+    if any(arm.correct().shape[1] == 1 for arm in arms):  # type: ignore[union-attr]
+        few = [arm for arm in arms if len(arm.runs[0].seeds) == 1]
+        notes.append(f"One fine-tuning seed lies behind {named(few)}: the chance of fine-tuning "
+                     "is not counted there.")
+    shared = [arm for arm in arms if len(arm.runs) > 1 and _shares_stage_1(arm)]
+    if shared:
+        notes.append(
+            f"The pre-training seeds of {named(shared)} are of stage 2 and start from one stage-1 "
+            "checkpoint: the chance of stage 1 is not counted."
+        )
+    for arm in arms:
+        prints = [run.weights for run in arm.runs if run.weights]
+        if len(set(prints)) < len(prints):
+            notes.append(f"{arm.name}: some of its runs were fine-tuned from one and the same "
+                         "checkpoint, so they are no separate pre-training seeds.")
+    return notes
+
+
+def _shares_stage_1(arm: Arm) -> bool:
+    before = {json.dumps(run.stages[:-1], sort_keys=True) for run in arm.runs}
+    return len(before) == 1 and len(arm.runs[0].stages) > 1
 
 
 def _not_comparable(first: Arm, second: Arm) -> str | None:
     one, two = first.correct(), second.correct()
+    if first.task != second.task:
+        return f"they are of different tasks ({first.task} and {second.task})"
     if one is None or two is None:
         return "predictions.jsonl of some seed is missing, or their runs have different seeds"
     runs = [*first.runs, *second.runs]
@@ -278,24 +351,6 @@ def _not_comparable(first: Arm, second: Arm) -> str | None:
     if one.shape[0] != two.shape[0] and 1 not in (one.shape[0], two.shape[0]):
         return "they have different numbers of pre-training seeds"
     return None
-
-
-def format_table(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as aligned text: words to the left, numbers to the right."""
-    cells = [[str(row[column]) for column in columns] for row in rows]
-    widths = [max([len(c), *(len(row[i]) for row in cells)]) for i, c in enumerate(columns)]
-    numeric = [
-        all(re.fullmatch(r"[+-]?[\d.]*", row[i]) for row in cells) for i in range(len(columns))
-    ]
-    lines = []
-    for row in [list(columns), *cells]:
-        parts = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(parts).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 def split_words(text: str) -> list[str]:

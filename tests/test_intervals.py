@@ -1,0 +1,126 @@
+"""Intervals of differences: against resampling, against scipy, and in simulations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from train.intervals import paired_difference, student_quantiles
+
+
+def simulated(generator, shape, pretrain=0.0, finetune=0.0, item=1.0, mean=0.0) -> np.ndarray:
+    """Differences `(P, S, N)` with standard deviations of pre-training, fine-tuning and items."""
+    num_pretrain, num_seeds, num_items = shape
+    return (
+        mean
+        + generator.normal(0, pretrain, (num_pretrain, 1, 1))
+        + generator.normal(0, finetune, (num_pretrain, num_seeds, 1))
+        + generator.normal(0, item, (1, 1, num_items))
+        + generator.normal(0, item / 2, shape)
+    )
+
+
+def difference(delta: np.ndarray, **options):
+    return paired_difference(delta, np.zeros_like(delta), **options)
+
+
+def test_standard_error_is_that_of_the_paired_bootstrap():
+    delta = simulated(np.random.default_rng(1), (4, 3, 60), 0.2, 0.3)
+    generator = np.random.default_rng(2)
+    samples = np.full(20_000, delta.mean())
+    for axis, count in enumerate(delta.shape):
+        others = tuple(other for other in range(3) if other != axis)
+        drawn = generator.integers(count, size=(len(samples), count - 1))
+        samples += delta.mean(axis=others)[drawn].mean(axis=1) - delta.mean()
+    assert difference(delta).standard_error == pytest.approx(samples.std(), rel=0.02)
+
+
+@pytest.mark.parametrize("shape, axis", [((1, 1, 400), 2), ((1, 5, 50), 1), ((8, 3, 20), 0)])
+def test_one_source_alone_gives_the_textbook_interval(shape, axis):
+    units = np.random.default_rng(3).normal(0.3, 2.0, size=shape[axis])
+    delta = np.broadcast_to(np.expand_dims(units, [i for i in range(3) if i != axis]), shape)
+    found = difference(delta)
+    assert found.freedom == pytest.approx(len(units) - 1)
+    assert found.standard_error == pytest.approx(units.std(ddof=1) / math.sqrt(len(units)))
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.ttest_1samp(units, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-4)
+
+
+def test_arms_are_paired():
+    # Two arms that are right about nearly the same half of the items: the pairing removes the
+    # large variance that items have in common.
+    generator = np.random.default_rng(4)
+    first = np.broadcast_to(generator.random((1, 1, 500)) < 0.5, (1, 3, 500))
+    second = first.copy()
+    second[0, :, :5] = ~second[0, :, :5]
+    found = paired_difference(first, second)
+    assert found.high - found.low < 0.04
+    same = paired_difference(first, first)
+    assert (same.mean, same.low, same.high, same.detectable) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("shape, spread", [
+    ((1, 1, 200), (0, 0, 1)), ((3, 3, 200), (0, 0, 1)), ((3, 3, 200), (0.3, 0.1, 1)),
+    ((3, 3, 200), (0, 0.4, 1)), ((5, 1, 200), (0.3, 0, 1)), ((1, 3, 200), (0, 0.3, 1)),
+])
+def test_a_95_percent_interval_covers_the_truth(shape, spread):
+    generator = np.random.default_rng(5)
+    hits = 0
+    for _ in range(400):
+        found = difference(simulated(generator, shape, *spread, mean=0.1))
+        hits += found.low <= 0.1 <= found.high
+    assert hits / 400 > 0.88  # 91 to 97 % expected; see train/intervals.py
+
+
+def test_one_pretraining_seed_cannot_count_its_chance():
+    # Why a table must say it: the truth lies far outside in most repetitions.
+    generator = np.random.default_rng(6)
+    hits = 0
+    for _ in range(200):
+        found = difference(simulated(generator, (1, 3, 200), pretrain=0.5))
+        hits += found.low <= 0 <= found.high
+    assert hits / 200 < 0.6
+
+
+@pytest.mark.parametrize("shape, spread", [
+    ((1, 1, 200), (0, 0, 1)), ((8, 1, 200), (0.3, 0, 0.1)), ((1, 6, 100), (0, 0.3, 0.1)),
+])
+def test_a_detectable_difference_is_detected_at_its_rate(shape, spread):
+    generator = np.random.default_rng(7)
+    guesses = [difference(simulated(generator, shape, *spread)).detectable for _ in range(200)]
+    truth = math.sqrt(np.mean(np.square(guesses)))  # the mean variance is the true one
+    found = [difference(simulated(generator, shape, *spread, mean=truth)) for _ in range(600)]
+    assert np.mean([d.low > 0 for d in found]) == pytest.approx(0.8, abs=0.06)
+
+
+def test_more_power_and_confidence_need_larger_differences():
+    delta = simulated(np.random.default_rng(8), (2, 3, 100), 0.1)
+    usual = difference(delta)
+    assert difference(delta, power=0.9).detectable > usual.detectable
+    stricter = difference(delta, confidence=0.99)
+    assert stricter.detectable > usual.detectable and stricter.low < usual.low
+
+
+def test_sign_and_refusals():
+    delta = np.random.default_rng(9).normal(size=(2, 3, 30))
+    zero = np.zeros_like(delta)
+    forward, back = paired_difference(delta, zero), paired_difference(zero, delta)
+    assert (back.mean, back.low, back.high) == pytest.approx(
+        (-forward.mean, -forward.high, -forward.low))
+    with pytest.raises(ValueError, match="one shape"):
+        paired_difference(delta, zero[:, :, :8])
+    with pytest.raises(ValueError, match="one shape"):
+        paired_difference(delta[:, :, :0], zero[:, :, :0])
+
+
+@pytest.mark.parametrize("freedom", [1, 1.7, 2, 5.5, 40, 200, 3000, math.inf])
+def test_quantiles_equal_scipy(freedom):
+    stats = pytest.importorskip("scipy.stats")
+    probabilities = [0.005, 0.2, 0.5, 0.8, 0.975, 0.995]
+    np.testing.assert_allclose(
+        student_quantiles(probabilities, freedom), stats.t.ppf(probabilities, freedom),
+        rtol=1e-3, atol=1e-6,
+    )
