@@ -203,13 +203,18 @@ def estimate(inputs: Inputs, num_strategies: int) -> str:
 
 @dataclass(frozen=True)
 class Loops:
-    """The models that train: DeepSpeed's engine, `bare`, and that of transformers, if any."""
+    """The models that train: DeepSpeed's engine, `bare`, and that of transformers, if any.
+
+    `standing_gib` is the memory of each, by the name in `Row.standing`: weights, and what the first
+    warm-up adds.
+    """
 
     inputs: Inputs
     device: torch.device
     engine: Any
     bare: BareLoop
     trainer: baselines.TrainerLoop | None
+    standing_gib: dict[str, float]
 
     def strategy_row(self, name: str, masking: data.Masking, table: data.RowTable) -> speed.Row:
         """A masking, trained by DeepSpeed."""
@@ -219,7 +224,7 @@ class Loops:
             name, "equal" if equal else "strategy",
             batches=self.loader(masking, table).steps(0, steps),
             step=lambda batch, lap: mlm.train_step(
-                self.engine, batch, self.device, want_norm=False, lap=lap) and None,
+                self.engine, batch, self.device, want_norm=False, lap=lap),
             count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
             standing="engine",
         )
@@ -288,34 +293,33 @@ def count_texts(store: TokenStore, batch: baselines.TextBatch) -> speed.Counts:
 
 def build_loops(inputs: Inputs) -> Loops:
     """Start the process group and build each model; collective."""
-    device = ds.start()
+    device, levels = ds.start(), [speed.resident_gib()]
     module = mlm.build_model(inputs.config, inputs.store)
     decay = inputs.resolved.config["optimizer"]["params"]["weight_decay"]
     groups = ds.parameter_groups(module, decay, module.head_prefixes)
     torch.manual_seed(inputs.config.seed + ds.ranks().rank)
     engine = ds.build_engine(module, groups, inputs.resolved)
     engine.train()
+    levels.append(speed.resident_gib())
     bare = BareLoop(mlm.build_model(inputs.config, inputs.store), inputs.resolved, device)
+    levels.append(speed.resident_gib())
     trainer = None
     if inputs.baselines:
         steps = steps_of_a_row(inputs.config) * len(inputs.baselines) * len(inputs.tables)
         trainer = baselines.TrainerLoop(
             mlm.build_model(inputs.config, inputs.store), inputs.resolved, device, steps)
-    return Loops(inputs, device, engine, bare, trainer)
+    levels.append(speed.resident_gib())
+    standing = dict(zip(("engine", "bare", "transformers"), np.diff(levels).tolist(), strict=True))
+    return Loops(inputs, device, engine, bare, trainer, standing)
 
 
 # ----------------------------------------------------------------------------------- measuring
 
 
 def measure_length(
-    loops: Loops, built: Maskings, max_seq_length: int, peak: flops.Peak,
-    standing_gib: dict[str, float],
+    loops: Loops, built: Maskings, max_seq_length: int, peak: flops.Peak
 ) -> dict[str, Any]:
-    """Measure every row at one length; collective.
-
-    Args:
-        standing_gib: memory of each model, filled as the models take their first steps.
-    """
+    """Measure every row at one length; collective."""
     inputs = loops.inputs
     config, table = inputs.config, inputs.tables[max_seq_length]
     rows = [loops.strategy_row(name, masking, table) for name, masking in built.plain.items()]
@@ -323,10 +327,13 @@ def measure_length(
              for name, masking in built.equal.items()]
     rows.append(loops.bare_row(built.plain[maskings.BASELINE], table))
     rows += [loops.baseline_row(name, max_seq_length) for name in inputs.baselines]
+    cold = set(loops.standing_gib) if max_seq_length == config.lengths()[0] else set()
     for row in rows:
         grown = speed.warm_up(row, config.warmup_steps)
-        standing_gib.setdefault(row.standing, grown)
-    found = speed.measure(rows, config.rounds, config.timed_steps, standing_gib)
+        if row.standing in cold:  # gradients and optimizer states have come into being
+            loops.standing_gib[row.standing] += grown
+            cold.remove(row.standing)
+    found = speed.measure(rows, config.rounds, config.timed_steps, loops.standing_gib)
     count = flops.count_flops(loops.bare.module, max_seq_length)
     everyone = peak.flops_per_second * ds.ranks().world_size
     result = []
@@ -351,14 +358,13 @@ def measure(inputs: Inputs) -> dict[str, Any]:
     built = build_maskings(inputs)
     loops = build_loops(inputs)
     peak = flops.peak_flops(loops.device, inputs.resolved.precision)
-    standing_gib: dict[str, float] = {}
-    lengths = [measure_length(loops, built, length, peak, standing_gib)
-               for length in inputs.tables]
+    lengths = [measure_length(loops, built, length, peak) for length in inputs.tables]
     ds.finish()
     return {
         "benchmark": "pretrain", "lengths": lengths, "mask_costs": built.costs,
         "equal_masked_tokens": built.equal_tokens, "store_tokens": inputs.store.num_tokens,
         "peak": {"flops_per_second": peak.flops_per_second, "source": peak.source},
+        "memory_of_each_row": speed.reset_peak(),
     }
 
 

@@ -143,7 +143,10 @@ def reading_aids(result: dict[str, Any]) -> list[str]:
         "rest is the encoder and all else.",
         "tokens: not padding; filled: of all slots. transformers' rows count their special tokens "
         "as selmask's do.",
-        f"peak GiB: {memory} in a row's turns, without the states of the other rows' models.",
+        f"peak GiB: {memory} in a row's turns, without the states of the other rows' models."
+        if result["memory_of_each_row"] else
+        "peak GiB: that of the whole process so far; this machine does not let it be measured anew "
+        "for each row.",
     ]
 
 

@@ -58,7 +58,7 @@ class Row:
     name: str
     kind: str
     batches: Iterator[Any]
-    step: Callable[[Any, Callable[[str], None]], None]
+    step: Callable[[Any, Callable[[str], None]], Any]
     count: Callable[[Any], Counts]
     head_seconds: Callable[[Any], float]
     standing: str
@@ -117,15 +117,16 @@ def resident_gib() -> float:
     return _status_gib("VmRSS")
 
 
-def reset_peak() -> None:
-    """Let `peak_gib` begin anew; without a GPU, where the kernel allows it."""
+def reset_peak() -> bool:
+    """Let `peak_gib` begin anew; False where the kernel of a machine without GPU refuses that."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        return
+        return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # then it is the peak since the process began
+        return False
+    return True
 
 
 def peak_gib() -> float:
