@@ -233,7 +233,7 @@ def _lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tuple[in
                 else:
                     yield number, raw.decode(encoding)
                 position += len(raw)
-            span.passed((span.end or file.tell()) - told)
+            span.passed((file.tell() if span.end is None else span.end) - told)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{_place(path, number, span)}: not {encoding.upper()} (byte 0x"

@@ -185,7 +185,7 @@ class FakeEngine:
     def __init__(self, accumulation_steps: int = 1) -> None:
         self.module = torch.nn.Embedding(10, 2)
         torch.nn.init.zeros_(self.module.weight)
-        self._optimizer = torch.optim.SGD(self.module.parameters(), lr=0.5)
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.5)
         self._accumulation_steps, self._micro_steps = accumulation_steps, 0
         self.global_steps = self.skipped_steps = 0
         self.seen: list[list[list[int]]] = []
@@ -222,8 +222,8 @@ class FakeEngine:
         self._micro_steps += 1
         if self._micro_steps % self._accumulation_steps == 0:
             self.global_steps += 1
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def get_lr(self):
         return [0.5]
@@ -249,7 +249,7 @@ def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, asse
     return supervised.train_and_select(
         engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", tags={},
         class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
-        identity={}, stop=stop,
+        identity={}, hyperparameters={}, stop=stop,
     )
 
 
@@ -527,8 +527,11 @@ def check_seed(seed_dir, row):
     assert model.config.id2label == {0: "neg", 1: "pos"} == dict(enumerate(row["labels"]))
     assert AutoTokenizer.from_pretrained(seed_dir / "hf").mask_token == "[MASK]"
     events = EventAccumulator(str(seed_dir / "tb")).Reload()
-    tags = {"train/loss", "train/learning_rate", "eval/loss", "eval/accuracy"}
+    tags = {"train/loss", "train/learning_rate", "train/grad_norm", "throughput/tokens_per_sec",
+            "memory/max_allocated_gib", "eval/loss", "eval/accuracy", "eval/best"}
     assert tags <= set(events.Tags()["scalars"])
+    (tested,) = events.Scalars("test/accuracy")
+    assert tested.step == 6 and tested.value == pytest.approx(row["test_accuracy"])
     assert [event.step for event in events.Scalars("eval/accuracy")] == [3, 6]
 
 
