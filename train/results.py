@@ -151,8 +151,8 @@ def read_stages(folder: Path) -> list[dict[str, Any]]:
 
 
 def strategy_of(stage: dict[str, Any]) -> str:
-    """The masking of a pre-training stage, without the mark of `export_steps` in an index name."""
-    return re.sub(r"-step_\d+$", "", str(stage.get("mask_strategy") or ""))
+    """The masking strategy of a pre-training stage; "" if it does not say."""
+    return str(stage.get("mask_strategy") or "")
 
 
 def number(value: Any) -> float | None:
