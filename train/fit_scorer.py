@@ -28,7 +28,7 @@ from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, pr
 from train.config import FitScorerConfig, parse
 from train.engine import barrier, finish, is_main, start
 from train.inference import Template, special_template
-from train.metrics import EVAL_F1, EVAL_LOSS
+from train.metrics import EVAL_F1, EVAL_LOSS, short_path
 from train.model import (
     check_row_length,
     check_same_vocabulary,
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
         select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
         pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, identity=identity,
         hyperparameters=hyperparameters(
-            "fit_scorer", Path(config.annotations).name, config, resolved, encoded["train"],
+            "fit_scorer", short_path(config.annotations), config, resolved, encoded["train"],
             config.seed,
         ),
     )

@@ -102,6 +102,11 @@ def resolved_hyperparameters(resolved: Any) -> dict[str, Any]:
     }
 
 
+def short_path(path: str) -> str:
+    """A name for the HParams page: the last two parts, since many stores are called alike."""
+    return "/".join(Path(path).parts[-2:])
+
+
 class _EventFile:
     """One file that TensorBoard reads; each call appends whole records or fails.
 

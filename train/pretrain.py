@@ -436,7 +436,7 @@ def hyperparameters(inputs: Inputs) -> dict[str, Any]:
     return {
         "command": "pretrain",
         "model": config.model_name_or_path or config.model_config,
-        "data": Path(config.tokens).name,
+        "data": metrics.short_path(config.tokens),
         "masking": masking.name,
         "mlm_probability": masking.rate or masking.options.get("mlm_probability"),
         "seed": config.seed,
