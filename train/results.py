@@ -185,9 +185,9 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
             by_seed[row["seed"]] = row
     rows = list(by_seed.values())
     if not rows:
+        reason = "; ".join(notes) or "results.jsonl is absent or empty"
         raise DataError(
-            f"{run_dir}: holds no finished seed (results.jsonl is absent, empty or broken); run "
-            "train/finetune.py there first"
+            f"{run_dir}: holds no finished seed ({reason}); run train/finetune.py there first"
         )
     answers = [read_predictions(run_dir / f"seed_{row['seed']}" / "predictions.jsonl", notes)
                for row in rows]
