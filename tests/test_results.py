@@ -107,7 +107,7 @@ def test_differences_with_several_pretraining_seeds(tmp_path):
     assert len(notes) == 1 and "One pre-training seed lies behind none:" in notes[0]
     expected = selective.correct().mean() - none.correct().mean()
     assert row["difference"] == f"{expected:+.4f}"
-    assert (row["pretrain_seeds"], row["finetune_seeds"], row["items"]) == (2, 3, 40)
+    assert (row["seeds"], row["items"]) == ("2x3", 40)
     assert float(row["low"]) < expected < float(row["high"])
     assert float(row["detectable"]) > float(row["high"]) - expected  # 80 % power takes more
 

@@ -66,7 +66,7 @@ def _styles(curves: Sequence[Curves]) -> list[dict[str, Any]]:
 
 def loss_figure(curves: Sequence[Curves]) -> bytes | None:
     """Training and held-out loss of pre-training against steps, masked tokens and seconds."""
-    runs = [run for run in curves if run.is_pretraining]
+    runs = [run for run in curves if run.is_pretraining and run.last_step]
     return _losses(runs, ("training loss", "held-out loss, same masks"),
                    ("step", "masked tokens", "seconds of training"))
 

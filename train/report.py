@@ -270,10 +270,11 @@ def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list
     differences, more = difference_rows(pairs_of(groups))
     if differences:
         tables.append(Table(
-            "differences", "Differences, with 95 % intervals over seeds and test items",
-            "Hierarchical paired bootstrap over pre-training seeds, fine-tuning seeds and test "
-            "items, with Student's t for few seeds. detectable: the smallest true difference that "
-            "as many seeds and items would have shown in 80 % of all repetitions.",
+            "differences", "Differences in accuracy, with 95 % intervals over seeds and test items",
+            "seeds: of pre-training x of fine-tuning. The intervals are those of a hierarchical "
+            "paired bootstrap over both and the test items, with Student's t for few seeds. "
+            "detectable: the smallest true difference that as many seeds and items would have "
+            "shown in 80 % of all repetitions.",
             DIFFERENCE_COLUMNS, differences,
         ))
     costs = cost_rows(arms)

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 METRICS = {"accuracy": "test_accuracy", "macro_f1": "test_macro_f1"}
 TABLE_COLUMNS = ("arm", "task", "metric", "mean", "sd", "seeds", "masked_tokens", "steps",
                  "seconds")
-DIFFERENCE_COLUMNS = ("arm", "against", "metric", "difference", "low", "high", "detectable",
-                      "pretrain_seeds", "finetune_seeds", "items")
+DIFFERENCE_COLUMNS = ("arm", "against", "difference", "low", "high", "detectable", "seeds", "items")
 
 
 @dataclass(frozen=True)
@@ -285,11 +284,11 @@ def difference_rows(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[dict[str, An
         if found.standard_error == 0:
             alike.append(f"{first.name} and {second.name}")
         rows.append({
-            "arm": first.name, "against": second.name, "metric": "accuracy",
+            "arm": first.name, "against": second.name,
             "difference": f"{found.mean:+.4f}", "low": f"{found.low:+.4f}",
             "high": f"{found.high:+.4f}",
             "detectable": f"{found.detectable:.4f}" if found.standard_error else "",
-            "pretrain_seeds": one.shape[0], "finetune_seeds": one.shape[1], "items": one.shape[2],
+            "seeds": f"{one.shape[0]}x{one.shape[1]}", "items": one.shape[2],
         })
         compared.append((first, second))
     if alike:
