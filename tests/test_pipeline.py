@@ -52,6 +52,9 @@ def settings(encoder: str, text: str, files: dict[str, str]) -> list[str]:
     ]
 
 
+pytestmark = pytest.mark.slow  # all of them look at one run of all stages
+
+
 @pytest.fixture(scope="session")
 def run_pipeline(run_here, still_encoder, reviews_file, labelled_files):
     """Run the recipe into a folder; its processes are calls here, which saves their imports.

@@ -124,6 +124,7 @@ def run_as_shown(text: str, run_here, inputs: dict[str, str], runs: Path) -> Non
         run_here(ROOT / script, *flags, *ALSO.get(Path(script).stem, "").split())
 
 
+@pytest.mark.slow
 def test_the_commands_run_as_shown(
     run_here, tmp_path, tiny_encoder, reviews_file, labelled_files, monkeypatch, capsys
 ):

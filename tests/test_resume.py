@@ -120,7 +120,10 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlm, "train_step", noted)
 
 
-@pytest.mark.parametrize(("precision", "stage"), SETTINGS)
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    [pytest.param(*one, marks=() if one[0] == "fp32" else pytest.mark.slow) for one in SETTINGS],
+)
 def test_stopped_and_resumed_equals_straight(
     precision, stage, tmp_path, reviews_store, tiny_encoder, all_precisions, batches_seen,
     monkeypatch,
