@@ -30,6 +30,7 @@ from torch.nn import functional
 from preprocess.store import TokenStore
 from train import engine as ds
 from train.model import PackedMaskedLM
+from train.throughput import synchronize
 
 BASELINES = ("transformers-grouped", "transformers-lines", "gather-grouped", "gather-lines")
 TEXTS_A_MAP = 1000  # texts that `datasets` hands to `group_texts` at once
@@ -185,7 +186,7 @@ def head_seconds(
                 input_ids=micro_batch["input_ids"], attention_mask=micro_batch["attention_mask"]
             ).last_hidden_state.flatten(0, 1)
         hidden.requires_grad_()
-        loop.wait()
+        synchronize()
         start = time.perf_counter()
         with loop.autocast():
             if loss_name == "gather":
@@ -195,7 +196,7 @@ def head_seconds(
                 logits = family.logits(hf, hidden)
             loss = functional.cross_entropy(logits, labels)
         torch.autograd.grad(loss, [hidden, *head_parameters(module)])
-        loop.wait()
+        synchronize()
         total += time.perf_counter() - start
     return total
 
@@ -248,11 +249,6 @@ class TrainerLoop:
 
     def on_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-
-    def wait(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def step(
         self, batch: TextBatch, loss_of: LossFunction, lap: Callable[[str], None] = lambda _: None

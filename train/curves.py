@@ -154,7 +154,7 @@ def _read_events(folder: Path, notes: list[str]) -> dict[str, tuple[list[int], l
 
 
 def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:
-    """Steps and values, without what the HParams page adds at step 0 when a run ends."""
+    """Steps and values; of several points of one step the first counts."""
     steps: list[int] = []
     values: list[float] = []
     for point in points:

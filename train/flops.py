@@ -86,7 +86,7 @@ def peak_flops(device: torch.device, precision: str) -> Peak:
 
 def _measure_matmul(size: int, device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of the fastest of a few square products."""
-    first = torch.ones(size, size, device=device, dtype=dtype).normal_()
+    first = torch.randn(size, size, device=device, dtype=dtype)
     out = torch.empty_like(first)
     best = float("inf")
     for _ in range(4):
