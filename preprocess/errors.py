@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +104,10 @@ def _disk_full(path: str | Path, wanted_bytes: int | None, error: Exception) -> 
     )
 
 
+# The imports of one rank may take so much longer than those of another on a busy machine.
+_GRACE_SECONDS = 15
+
+
 def _is_alone() -> bool:
     """Whether this process may be the only one of a job to have met an error.
 
@@ -115,8 +121,9 @@ def _is_alone() -> bool:
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main`, turn our errors into one line and an exit code, and exit.
 
-    Under a launcher every rank takes the same decision; only rank 0 says it. An error of data
-    or disk that one rank has met after the start is said by that rank.
+    Under a launcher the ranks of a node take the same decision; the first of them says it, and the
+    others let it go first: a launcher kills all ranks when it sees one end. An error of data or
+    disk that one rank has met after the start is said by that rank.
     """
     code, message, shared = 0, "", True
     try:
@@ -135,7 +142,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             where = f"{error.filename}: " if error.filename else ""
             message = f"{where}{error.strerror or error}"
     rank = os.environ.get("RANK", "0")
-    if code and (rank == "0" or not shared):
+    first_here = os.environ.get("LOCAL_RANK", rank) == "0"
+    if code and (first_here or not shared):
         name = os.path.basename(sys.argv[0]) + ("" if rank == "0" else f", rank {rank}")
-        print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    elif code and not _is_alone():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_GRACE_SECONDS)
     sys.exit(code)

@@ -300,6 +300,25 @@ def test_two_ranks_say_it_once(tmp_path, run_command_line, reviews_store, still_
     assert not (tmp_path / "run").exists()
 
 
+def test_each_node_says_it_once_and_first(monkeypatch, capsys):
+    """A launcher ends all ranks when one ends: a faster rank must not take the sentence away."""
+    waited: list[float] = []
+    monkeypatch.setattr("preprocess.errors.time.sleep", waited.append)
+    monkeypatch.setattr("preprocess.errors.signal.signal", lambda *_: None)
+
+    def main():
+        raise ConfigError("--tokens x: not here")
+
+    for rank, local_rank, said in ((0, 0, True), (1, 1, False), (2, 0, True), (3, 1, False)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        waited.clear()
+        with pytest.raises(SystemExit):
+            run_command(main)
+        assert ("--tokens x: not here" in capsys.readouterr().err) == said
+        assert bool(waited) != said
+
+
 # ----------------------------------------------------------- what is right passes, and stays right
 
 
