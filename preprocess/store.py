@@ -440,7 +440,7 @@ class StoreWriter:
                 f"{self.prefix}.json: a token store is there already; "
                 f"give another --output, or --overwrite"
             )
-        if self._bin.exists():
+        if self._bin.exists() and self.shard is None:  # a shard is ours, and was not finished
             raise DataError(
                 f"{self.prefix}.bin: a store without {self.prefix}.json is there; take it in with "
                 f"tokenize_corpus.py --adopt, or replace it with --overwrite"
