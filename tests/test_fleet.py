@@ -6,6 +6,9 @@ parallel; only file names and the number of shards are made small.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import multiprocessing
 import os
 import re
@@ -233,6 +236,7 @@ def slurm(tmp_path_factory, programs, texts, tiny_encoder) -> dict[str, str]:
     script.write_text(rendered(readme_block("SLURM_ARRAY_TASK_ID"), folder, texts, tiny_encoder))
     jobs = rendered(readme_block("sbatch", "shard.sh"), folder, texts, tiny_encoder)
     jobs = jobs.replace("shard.sh", str(script)).replace("runs/scorer/hf", f"{folder}/scorer")
+    jobs = jobs.replace("--name task", "--name task --max_seq_length 32")
     lines = jobs.replace("\\\n", " ").splitlines()
     found = {word: line for line in lines for word in line.split() if word.endswith(".py")}
     assert len(found) == 3
@@ -284,10 +288,13 @@ def test_what_is_whole_is_left_and_another_number_refused(slurm, slurm_store, te
     assert stamps(slurm_store) == before and TokenStore.open(slurm_store).num_documents == 120
 
 
-def has_shards(module: str) -> bool:
-    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, text=True,
-                          capture_output=True, env=launch_environment())
-    return "--shard_index" in done.stdout
+def has_shards(script: str) -> bool:
+    """Whether a command takes `--shard_index`, by its `--help`."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        module.main(["--help"])
+    return "--shard_index" in out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -307,9 +314,9 @@ def scorer(slurm, tiny_encoder) -> str:
 @pytest.mark.slow
 def test_slurm_scores_and_builds_masks(slurm, slurm_store, scorer, programs, tmp_path, run_here):
     """Shard by shard, in processes of their own: the arrays that one process makes."""
-    for module in ("train.score_tokens", "preprocess.build_masks"):
-        if not has_shards(module):
-            pytest.skip(f"{module} has no --shard_index yet")
+    for script in ("train/score_tokens.py", "preprocess/build_masks.py"):
+        if not has_shards(script):
+            pytest.skip(f"{script} has no --shard_index yet")
     data = stamps(slurm_store, (".bin", ".idx"))
     shutil.copytree(slurm["folder"], tmp_path / "one")
     steps = (("train/score_tokens.py", "scores", "task"),
