@@ -515,7 +515,10 @@ def on_two_nodes(recipe: str, flags: list[str], folder: Path) -> subprocess.Comp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["--no_ssh", "srun bash"])
+@pytest.mark.parametrize(
+    # The second launch, for `torchrun`, is left to the long campaign.
+    "recipe", ["--no_ssh", pytest.param("srun bash", marks=pytest.mark.faults)]
+)
 def test_two_nodes_give_the_losses_of_one(recipe, tmp_path, two_ranks, reviews_store,
                                           still_encoder):
     """Two launchers, each with one rank and an address of its own."""
