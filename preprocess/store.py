@@ -49,7 +49,8 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "importance": np.dtype("u1"),
     "mask": np.dtype("<u4"),
 }
-JOIN_SECONDS = 10.0  # to wait for another process that joins the same shards: milliseconds
+# To wait for others that join the same shards. Each takes milliseconds, but they may be thousands.
+JOIN_SECONDS = 60.0
 ARRAY_MAKERS = {
     "scores": "train/score_tokens.py",
     "importance": "train/annotate.py",
@@ -270,7 +271,7 @@ class WriterLock:
     The kernel gives the lock of a dead process free; the file that it leaves behind tells the next
     holder that a writer was `interrupted`. It names process and host: where the hosts of a shared
     disk do not see each other's locks, a writer of another host is respected until the file is
-    removed.
+    gone, which it removes itself unless it was killed.
 
     Args:
         prefix: of what is written.
@@ -288,9 +289,13 @@ class WriterLock:
         end = time.monotonic() + wait_seconds
         while not self._try():
             if time.monotonic() >= end:
+                remedy = (
+                    "remove this file if that process is gone" if self._is_of_another_host()
+                    else "give another name"
+                )
                 raise ConfigError(
                     f"{self.path}: another process writes here ({self._owner or 'just started'}); "
-                    f"wait for it, or give another name"
+                    f"wait for it, or {remedy}"
                 )
             time.sleep(0.02)
 
@@ -305,6 +310,8 @@ class WriterLock:
                 if not free:
                     return False
                 if _is_file(descriptor, self.path):
+                    if self._is_of_another_host():
+                        return False
                     self._sign(descriptor)
                     self._descriptor = descriptor
                     return True
@@ -313,15 +320,12 @@ class WriterLock:
                     os.close(descriptor)
             # Its holder has removed it since it was opened: make a new one.
 
+    def _is_of_another_host(self) -> bool:
+        return bool(self._owner) and not self._owner.endswith(f" on {socket.gethostname()}")
+
     def _sign(self, descriptor: int) -> None:
-        host = socket.gethostname()
-        if self._owner and not self._owner.endswith(f" on {host}"):
-            raise ConfigError(
-                f"{self.path}: another process writes here ({self._owner}); wait for it, or "
-                f"remove this file if that process is gone"
-            )
         self.interrupted = bool(self._owner)
-        mine = f"pid {os.getpid()} on {host}\n".encode()
+        mine = f"pid {os.getpid()} on {socket.gethostname()}\n".encode()
         try:
             with writing(self.path, len(mine)):
                 os.pwrite(descriptor, mine, 0)
@@ -410,7 +414,11 @@ class StoreWriter:
         self._documents = compact_list("q", [0])
         self.num_tokens = 0
         self._hash = hashlib.sha256()
-        if shard is not None:  # a store of one piece under this prefix would be a second writer
+        if not overwrite:
+            _refuse_other_counts(self.store_prefix, shard[1] if shard else 1)
+        # A store of one piece under this prefix would be a second writer. Nothing is locked for
+        # this look unless somebody is there: a thousand shards may start at once.
+        if shard is not None and os.path.exists(f"{self.store_prefix}.lock"):
             WriterLock(self.store_prefix, wait_seconds=1.0).release()
         self._lock = WriterLock(self.prefix) if lock is None else lock
         self._owns_lock = lock is None
@@ -432,7 +440,7 @@ class StoreWriter:
                 f"{self.prefix}.json: a token store is there already; "
                 f"give another --output, or --overwrite"
             )
-        if self._bin.exists():
+        if self._bin.exists() and self.shard is None:  # a shard is ours, and was not finished
             raise DataError(
                 f"{self.prefix}.bin: a store without {self.prefix}.json is there; take it in with "
                 f"tokenize_corpus.py --adopt, or replace it with --overwrite"
@@ -514,7 +522,7 @@ class StoreWriter:
                 _stage_array(path, self.num_tokens, info["fingerprint"], name, kind, array, made_by)
             self._publish(arrays)
             if self.shard is not None:
-                join_shards(self.store_prefix, self.shard[1])
+                join_shards(self.store_prefix, self.shard[1], (self.prefix, info["fingerprint"]))
         except BaseException:
             self.abort()
             raise
@@ -587,6 +595,24 @@ class StoreWriter:
             self.close()
 
 
+def _refuse_other_counts(prefix: str, count: int) -> None:
+    """Refuse to begin a store of `count` shards where there are some of another number.
+
+    `P.json` says how many there are; before it is written, any shard does.
+    """
+    if os.path.exists(prefix + ".json"):
+        return  # and what is refused then is the caller's to say
+    folder, name = Path(prefix).parent, re.escape(Path(prefix).name)
+    shard = re.compile(name + r"-\d{5}-of-(\d{5})\.json")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found = shard.fullmatch(path.name)
+        if found and int(found[1]) != count:
+            raise ConfigError(
+                f"{path}: one of {int(found[1])} shards, and this is to be one of {count}; type "
+                f"--num_shards {int(found[1])}, give another --output, or remove the old shards"
+            )
+
+
 def tidy_store(prefix: str) -> None:
     """Remove what killed writers left beside a whole store or shard, unless one is at work."""
     with suppress(ConfigError, OSError):  # such as a disk that may only be read
@@ -616,36 +642,70 @@ def _pack_index(lengths: np.ndarray, documents: np.ndarray) -> bytes:
     )
 
 
-def join_shards(prefix: str, count: int) -> str:
+def join_shards(prefix: str, count: int, made: tuple[str, str] | None = None) -> str:
     """Write `P.json` if all `count` shards are whole and alike; else return what it waits for.
 
-    While a store is replaced shard by shard, old and new shards stand side by side for a while:
-    that is no error here.
+    No shard is read beyond its JSON. Any number of processes may do this at once: each comes after
+    its own shard is whole, so the last of them finds all. While a store is replaced shard by shard,
+    old and new shards stand side by side for a while: that is no error here.
 
+    Args:
+        made: prefix and fingerprint of the shard that the caller has just made, whose part in a
+            `P.json` of another process is all that it must see to.
     Raises:
         ConfigError: another process has been writing a store of one piece here all the while.
     """
+    waiting, joined = _describe_shards(prefix, count)
+    if waiting or _has_content(prefix, joined):
+        return waiting  # most of them only look, and lock nothing
     with WriterLock(prefix, JOIN_SECONDS):
+        if made is not None and _is_joined(prefix, *made):
+            return ""
         remove_leftovers(prefix + ".json")
-        return _join_shards(prefix, count)
+        waiting, joined = _describe_shards(prefix, count)
+        if not waiting:
+            atomic_write_json(prefix + ".json", joined)
+        return waiting
 
 
-def _join_shards(prefix: str, count: int) -> str:
+def _has_content(prefix: str, info: dict[str, Any]) -> bool:
+    with suppress(DataError, FileNotFoundError):
+        return _read_store_json(prefix) == info
+    return False
+
+
+def _is_joined(prefix: str, shard: str, fingerprint: str) -> bool:
+    with suppress(DataError, FileNotFoundError):
+        shards = _read_store_json(prefix).get("shards", [])
+        return {"name": Path(shard).name, "fingerprint": fingerprint} in shards
+    return False
+
+
+def _describe_shards(prefix: str, count: int) -> tuple[str, dict[str, Any]]:
+    """Return what a store of shards waits for, or "" and what its `P.json` is to hold."""
     prefixes = [shard_prefix(prefix, i, count) for i in range(count)]
     missing = [p for p in prefixes if not os.path.exists(p + ".json")]
+    infos = []
+    for path in prefixes if not missing else ():
+        try:
+            infos.append(_read_store_json(path))
+        except (DataError, FileNotFoundError):
+            if os.path.exists(path + ".json"):
+                raise
+            missing = [path]  # another process has just begun to replace it
+            break
     if missing:
-        return f"{len(missing)} of {count} shards are to be made, the first is {missing[0]}"
-    infos = [_read_store_json(p) for p in prefixes]
+        return f"{len(missing)} of {count} shards are to be made, the first is {missing[0]}", {}
     for path, info in zip(prefixes, infos, strict=True):
         for key in ("tokenizer", "options"):
             if info.get(key) != infos[0].get(key):
-                return f"{path} was made with other {key} than {prefixes[0]}"
+                return f"{path} was made with other {key} than {prefixes[0]}", {}
     counts: dict[str, int] = {}
     for info in infos:
         for key, value in info["counts"].items():
             counts[key] = counts.get(key, 0) + value
     prints = [info["fingerprint"] for info in infos]
-    joined = {
+    return "", seal({
         "format_version": FORMAT_VERSION,
         "tokenizer": infos[0]["tokenizer"],
         "options": infos[0]["options"],
@@ -654,9 +714,7 @@ def _join_shards(prefix: str, count: int) -> str:
             {"name": Path(p).name, "fingerprint": f} for p, f in zip(prefixes, prints, strict=True)
         ],
         "fingerprint": fingerprint_text(*prints),
-    }
-    atomic_write_json(prefix + ".json", seal(joined))
-    return ""
+    })
 
 
 # --------------------------------------------------------------------------- reading
