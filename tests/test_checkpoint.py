@@ -337,6 +337,7 @@ def test_a_kill_before_the_options_were_written_is_no_other_run(tmp_path):
 # ------------------------------------------------------------------- what belongs to this run
 
 
+@pytest.mark.slow
 def test_another_set_up_is_refused(broken, tmp_path, reviews_store, still_encoder, options):
     for stage in (0, 2):
         options = {**options, "deepspeed_config": write_ds_config(tmp_path, stage)}

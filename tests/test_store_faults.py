@@ -514,6 +514,7 @@ def survive_kills(tmp_path: Path, prepare: Callable[[Path], None], action: Calla
 OLD, NEW = [[[1, 2]], [[3]]], [[[9, 8, 7]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["new", "overwrite", "last shard", "annotation"])
 def test_a_killed_store_writer_leaves_nothing_wrong(tmp_path, case):
     """Killed before each file operation: old, new or not whole; then the same bytes again."""
@@ -581,6 +582,7 @@ def tokenize_again(reviews_file: str, tiny_encoder: str, *more: str) -> Callable
     return lambda folder: tokenize_corpus.main([*command, "--output", str(folder / "s")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", ["1", "3"])
 def test_a_killed_tokenizer_run_leaves_nothing_wrong(tmp_path, reviews_file, tiny_encoder, shards):
     action = tokenize_again(
@@ -655,6 +657,7 @@ def kill_at_random(
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "shards"), [("2", "1"), ("4", "3")])
 def test_workers_killed_at_random_leave_nothing_wrong(
     tmp_path, long_file, tiny_encoder, workers, shards

@@ -327,6 +327,7 @@ def test_wrong_vocabulary_options(tmp_path, corpus_file, monkeypatch, more, erro
 # --------------------------------------------------------------------------- as commands
 
 
+@pytest.mark.slow
 def test_command_line_exit_codes(tmp_path, corpus_file, tokenizers):
     run = ["--tokenizer", tokenizers["bpe"], "--output", str(tmp_path / "s"), "--input"]
     for command in (["preprocess/tokenize_corpus.py"], ["-m", "preprocess.tokenize_corpus"]):
