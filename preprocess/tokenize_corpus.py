@@ -42,7 +42,7 @@ from preprocess.corpus import (
     resolve_path,
     source_kind,
 )
-from preprocess.encode import Encoded, prepare_backend
+from preprocess.encode import Encoded, join_encoded, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command, writing
 from preprocess.progress import Progress, say
 from preprocess.store import (
@@ -57,10 +57,10 @@ from preprocess.store import (
     tidy_store,
     verify_store,
 )
-from preprocess.word_cache import WordCache, join_encoded
+from preprocess.word_cache import WordCache
 
 BATCH_DOCUMENTS = 4096
-BATCH_CHARACTERS = 1 << 20  # a batch stays a few megabytes
+BATCH_CHARACTERS = 1 << 19  # of which a tokenizer makes 90 MB
 MAX_ADOPTED_LENGTH = 1 << 16  # tokens in a sequence taken in from elsewhere; longer ones are cut
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.encode import Encoded, encode_batch, valid_unicode
+from preprocess.encode import BLOCK_CHARACTERS, Encoded, encode_batch, join_encoded, valid_unicode
 
 MAX_CACHE_BYTES = 1 << 27  # of remembered words, about; then all are forgotten
 ENTRY_BYTES = 200  # a word and its ids in a dictionary of Python, beside their content
@@ -66,7 +66,9 @@ class WordCache:
     def _split(self, text: str, language: str | None) -> list[list[str]] | None:
         """Return the words of each sentence, or None where the text must be taken as a whole."""
         bert = self._kind == "bert"
-        if text.isspace() or not bert and len(text.split()) != text.count(" ") + 1:
+        if len(text) > BLOCK_CHARACTERS or text.isspace():
+            return None
+        if not bert and len(text.split()) != text.count(" ") + 1:
             return None
         pieces = [text]
         if language is not None:
@@ -145,17 +147,3 @@ def _kind_of(backend: Any) -> str:
     if kinds in (("BPE", "ByteLevel", None), ("BPE", "ByteLevel", "NFC")) and by_pattern:
         return "bytes"
     return ""
-
-
-def join_encoded(parts: list[Encoded]) -> Encoded:
-    """Lay what was encoded in several calls end to end."""
-    if len(parts) == 1:
-        return parts[0]
-    empty = np.empty(0, np.int64)
-    ids, lengths, documents, dropped = zip(*parts, strict=True) if parts else ([], [], [], [])
-    return (
-        np.concatenate([np.empty(0, np.uint16), *ids]),
-        np.concatenate([empty, *lengths]),
-        np.concatenate([empty, *documents]),
-        sum(dropped),
-    )
