@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
 import signal
 import sys
@@ -121,9 +122,9 @@ def _is_alone() -> bool:
 def _end_where_nobody_reads(error: Exception) -> None:
     """Exit in silence after `| head` and the like: whoever read has what they wanted."""
     if isinstance(error, BrokenPipeError):
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
+        stdout = select.poll()
+        stdout.register(sys.stdout, 0)
+        if stdout.poll(0):  # it is this pipe that has no reader, and not one to a worker
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
 
