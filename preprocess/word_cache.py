@@ -68,7 +68,7 @@ class WordCache:
         bert = self._kind == "bert"
         if len(text) > BLOCK_CHARACTERS or text.isspace():
             return None
-        if not bert and len(text.split()) != text.count(" ") + 1:
+        if not bert and text.split() != text.split(" "):
             return None
         pieces = [text]
         if language is not None:
@@ -139,9 +139,8 @@ def _kind_of(backend: Any) -> str:
         parts[name] or {} for name in ("model", "pre_tokenizer", "normalizer")
     )
     kinds = tuple(part.get("type") for part in (model, splitter, normalizer))
-    if kinds in (
-        ("WordPiece", "BertPreTokenizer", "BertNormalizer"), ("WordPiece", "BertPreTokenizer", None)
-    ):
+    # What Python calls a space then has no ids, so no sentence is made of it.
+    if kinds == ("WordPiece", "BertPreTokenizer", "BertNormalizer") and normalizer["clean_text"]:
         return "bert"
     by_pattern = splitter.get("use_regex", True) and not model.get("dropout")
     if kinds in (("BPE", "ByteLevel", None), ("BPE", "ByteLevel", "NFC")) and by_pattern:
