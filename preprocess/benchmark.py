@@ -13,8 +13,8 @@ The rows of the table, each in processes of its own, which take turns over sever
 
 All have the same tokenizer, without threads, and the input in the page cache. Seconds are those of
 the whole command, less the median over rounds of those of the same command on one line of text (its
-start: imports, and the tokenizer). Tokens are those of the text, for all rows; the baseline adds two a line and drops the
-rest of each thousand lines. Peak memory is that of the largest process of a command.
+start: imports, and the tokenizer). Tokens are those of the text, for all rows; the baseline adds
+two a line and drops the rest of each thousand lines. Peak memory is that of the largest process.
 
 `--repeat_to` makes a file of that size by repetition, tokenizes it once, and removes it whatever
 happens: what is shown is memory. Repeated text is read faster than other text, for no word is new.
@@ -52,7 +52,10 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Run:
-    """One command: seconds from start to end, peak of its largest process, bytes it has left."""
+    """One command: seconds from start to end, peak of its largest process, bytes it has left.
+
+    A process counts what its parent had when it was forked, so this program has to stay small.
+    """
 
     seconds: float
     peak_bytes: int

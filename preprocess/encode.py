@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 BLOCK_CHARACTERS = 1 << 19
+BORDER = re.compile(r"(?<=\S)(?= \S)")  # before a single space between two words
 # (ids uint16 (T,), tokens of each sequence int64 (N,), sequences of each document int64 (D,),
 # documents dropped)
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, int]
@@ -76,16 +77,13 @@ def _encode_long(backend: Any, text: str, language: str | None) -> Encoded:
     return ids, lengths, documents, 1 - len(documents)
 
 
-_BORDER = re.compile(r"(?<=\S)(?= \S)")
-
-
 def cut_blocks(text: str) -> Iterator[str]:
     """Cut a text into blocks of at most `BLOCK_CHARACTERS`; without a border, anywhere."""
     start = 0
     while len(text) - start > BLOCK_CHARACTERS:
         end = start + BLOCK_CHARACTERS
         # Of the last tenth, which is long enough for a word, the last border.
-        borders = _BORDER.finditer(text, end - BLOCK_CHARACTERS // 10, end)
+        borders = BORDER.finditer(text, end - BLOCK_CHARACTERS // 10, end)
         for border in borders:
             end = border.start()
         yield text[start:end]

@@ -4,8 +4,8 @@ Words of a text repeat, and the tokenizer's work on one does not depend on its n
 
 - WordPiece comes after BERT's own splitting: then any space, line end or ASCII punctuation mark
   parts a text into pieces whose ids are those of the text;
-- or byte-level BPE comes after GPT-2's pattern, and the text has single spaces and no other white
-  space: then every space, which belongs to the word after it, does.
+- or byte-level BPE comes after GPT-2's pattern: then every single space does that has no other
+  white space beside it; it belongs to the word after it.
 
 Texts and tokenizers of other kinds go to `encode_batch` of `preprocess/encode.py`, which is also
 the slow twin: ids and boundaries are the same. Only what the library says is remembered.
@@ -21,7 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.encode import BLOCK_CHARACTERS, Encoded, encode_batch, join_encoded, valid_unicode
+from preprocess.encode import (
+    BLOCK_CHARACTERS,
+    BORDER,
+    Encoded,
+    encode_batch,
+    join_encoded,
+    valid_unicode,
+)
 
 MAX_CACHE_BYTES = 1 << 27  # of remembered words, about; then all are forgotten
 ENTRY_BYTES = 200  # a word and its ids in a dictionary of Python, beside their content
@@ -65,32 +72,26 @@ class WordCache:
 
     def _split(self, text: str, language: str | None) -> list[list[str]] | None:
         """Return the words of each sentence, or None where the text must be taken as a whole."""
-        bert = self._kind == "bert"
         if len(text) > BLOCK_CHARACTERS or text.isspace():
-            return None
-        if not bert and text.split() != text.split(" "):
             return None
         pieces = [text]
         if language is not None:
             import sentencex
 
             pieces = [piece for piece in sentencex.segment(language, text) if piece]
-            borders = _BERT_BORDERS if bert else " "
-            for left, right in itertools.pairwise(pieces):
-                if left[-1] not in borders and right[0] not in borders:
-                    return None
-        if bert:
-            return [piece.replace("\n", " ").split(" ") for piece in pieces]
-        words = [piece.split() for piece in pieces]
-        first = next(filter(None, words))
-        first[0] += " "  # no space before it: another word, under a key that no other word has
-        return words
-
-    def _chunk(self, key: str) -> str:
-        """The characters that a key stands for."""
         if self._kind == "bert":
-            return key
-        return key[:-1] if key.endswith(" ") else " " + key
+            for left, right in itertools.pairwise(pieces):
+                if left[-1] not in _BERT_BORDERS and right[0] not in _BERT_BORDERS:
+                    return None
+            return [piece.replace("\n", " ").split(" ") for piece in pieces]
+        for i, piece in enumerate(pieces[:-1]):
+            if piece[-1] == " ":  # it belongs to the word after it
+                pieces[i], pieces[i + 1] = piece[:-1], " " + pieces[i + 1]
+        if not all(BORDER.match(a[-1:] + b[:2], 1) for a, b in itertools.pairwise(pieces)):
+            return None
+        if text.split() == text.split(" "):  # no other white space: the quicker way
+            return [piece.replace(" ", "\n ").split("\n") for piece in pieces]
+        return [BORDER.split(piece) for piece in pieces]
 
     def _learn(self, keys: set[str]) -> None:
         """Take the ids of words that are not known yet."""
@@ -98,9 +99,7 @@ class WordCache:
         parts = [_PARTS.findall(key) if self._kind == "bert" else [key] for key in missing]
         new = list(set(itertools.chain.from_iterable(parts)).difference(self._ids))
         # One call for all of them; `word_ids` tells whose a token is.
-        encoding = self.backend.encode(
-            [self._chunk(key) for key in new], is_pretokenized=True, add_special_tokens=False
-        )
+        encoding = self.backend.encode(new, is_pretokenized=True, add_special_tokens=False)
         ids = np.array(encoding.ids, "<u2").tobytes()
         counts = np.bincount(np.array(encoding.word_ids, np.int64), minlength=len(new))
         ends = 2 * np.cumsum(counts)
