@@ -251,11 +251,14 @@ def format_table(rows: list[dict[str, Any]], num_tokens: int) -> str:
 
 def repeat(source: Path, target: Path, num_bytes: int) -> None:
     """Write `source` again and again, whole each time, until there are `num_bytes`."""
-    with writing(target, num_bytes), open(target, "wb") as sink:
+    with open(source, "rb") as stream, writing(target, num_bytes), open(target, "wb") as sink:
         while sink.tell() < num_bytes:
-            with open(source, "rb") as stream:
-                shutil.copyfileobj(stream, sink, MIB)
-            sink.write(b"\n")
+            stream.seek(0)
+            last = b""
+            while block := stream.read(MIB):
+                sink.write(block)
+                last = block[-1:]
+            sink.write(b"" if last == b"\n" else b"\n")
 
 
 def measure_large(

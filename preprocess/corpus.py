@@ -536,20 +536,26 @@ def _choose(
     return [(spec, None) for spec in specs], True
 
 
-def num_ranges(
-    specs: list[str], blank_line_documents: bool, max_documents: int | None
-) -> int | None:
-    """How many parts of about `RANGE_BYTES` there are; None where no byte range can be read alone.
+def cut_part(
+    specs: list[str], blank_line_documents: bool, part: tuple[int, int], max_documents: int | None
+) -> list[tuple[list[str], tuple[int, int]]] | None:
+    """Cut a part into smaller ones of about `RANGE_BYTES`, for `read_documents`.
 
-    In their order, the documents of the parts are those of the whole.
+    Returns:
+        Sources and part of each; their documents, in order, are those of the whole part. None
+        where byte ranges cannot be read alone.
     """
+    index, count = part
     if blank_line_documents or max_documents is not None:
         return None
     if any(source_kind(spec) == "hub" or not _is_plain_lines(spec) for spec in specs):
         return None
-    total = sum(resolve_path(spec).stat().st_size for spec in specs)
-    # More than there are files, or a part would be some whole files, out of order.
-    return max(len(specs) + 1, -(-total // RANGE_BYTES))
+    if len(specs) >= count > 1:
+        specs, index, count = specs[index::count], 0, 1
+    num_bytes = sum(resolve_path(spec).stat().st_size for spec in specs) // count
+    # So many that all together they outnumber the files, or a part would be some whole files.
+    pieces = max(-(-num_bytes // RANGE_BYTES), len(specs) // count + 1)
+    return [(specs, (index * pieces + i, count * pieces)) for i in range(pieces)]
 
 
 def _is_plain_lines(spec: str) -> bool:

@@ -36,8 +36,8 @@ import numpy as np
 
 from preprocess.corpus import (
     check_file,
+    cut_part,
     num_bytes,
-    num_ranges,
     read_documents,
     resolve_path,
     source_kind,
@@ -281,12 +281,12 @@ def _make_all(
 ) -> float:
     """Make shards, several at once where there are several; return the seconds it took."""
     progress = _Count(args, [shard or (0, 1) for shard in shards])
-    num_workers = args.num_workers if shards == [None] else min(args.num_workers, len(shards))
+    num_workers = args.num_workers if len(shards) == 1 else min(args.num_workers, len(shards))
     started = time.monotonic()
     with progress.bar:
         if num_workers == 1:
             _start_worker(tokenizer, args, options, None)
-            _make_in_turn(shards, progress)
+            _make_in_turn(args, shards, progress)
         else:
             _make_in_pool(num_workers, args, tokenizer, options, shards, progress)
     return time.monotonic() - started
@@ -308,10 +308,10 @@ def _make_in_pool(
     )
     try:
         pool.submit(int).result()  # fork now, before a reader starts threads
-        if shards == [None]:
+        if len(shards) == 1:
             _worker.update(tokenizer=tokenizer, args=args, options=options)
-            blocks = _encode_in_pool(pool, args, 3 * num_workers)
-            say(_make_shard(None, blocks, progress.show)[0])
+            blocks = _encode_in_pool(pool, args, shards[0] or (0, 1), 3 * num_workers)
+            say(_make_shard(shards[0], blocks, progress.show)[0])
         else:
             _make_at_once(pool, shards, totals, progress)
     except BrokenProcessPool:
@@ -326,14 +326,16 @@ def _make_in_pool(
         pool.shutdown(cancel_futures=True)
 
 
-def _make_in_turn(shards: list[tuple[int, int] | None], progress: _Count) -> None:
+def _make_in_turn(
+    args: argparse.Namespace, shards: list[tuple[int, int] | None], progress: _Count
+) -> None:
     before: tuple[int, ...] = (0, 0, 0)
     for shard in shards:
 
         def report(*now: int, before: tuple[int, ...] = before) -> None:
             progress.show(*(a + b for a, b in zip(before, now, strict=True)))
 
-        sentence, made = _make_shard(shard, _encode_part(shard or (0, 1)), report)
+        sentence, made = _make_shard(shard, _encode_part(args.input, shard or (0, 1)), report)
         before = tuple(a + b for a, b in zip(before, made, strict=True))
         say(sentence)
 
@@ -408,7 +410,9 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _batches(args: argparse.Namespace, part: tuple[int, int]) -> Iterator[tuple[list[str], int]]:
+def _batches(
+    args: argparse.Namespace, specs: list[str], part: tuple[int, int]
+) -> Iterator[tuple[list[str], int]]:
     """Yield the documents of a part in lists, with the bytes read since the list before."""
     num_read = 0
 
@@ -417,7 +421,7 @@ def _batches(args: argparse.Namespace, part: tuple[int, int]) -> Iterator[tuple[
         num_read += num_bytes
 
     documents = read_documents(
-        args.input,
+        specs,
         args.text_column,
         args.where,
         args.split,
@@ -448,28 +452,26 @@ def _encode(job: tuple[list[str], int]) -> _Block:
     return _Block(_worker["cache"].encode(texts, language), with_nul, num_read)
 
 
-def _encode_part(part: tuple[int, int]) -> Iterator[_Block]:
+def _encode_part(specs: list[str], part: tuple[int, int]) -> Iterator[_Block]:
     totals = _worker["totals"]
-    for job in _batches(_worker["args"], part):
+    for job in _batches(_worker["args"], specs, part):
         if totals is not None and totals[3]:
             raise InterruptedError("another process has failed")
         yield _encode(job)
 
 
-def _encode_range(part: tuple[int, int]) -> _Block:
-    encoded, with_nul, num_read = zip(*_encode_part(part), strict=True)
+def _encode_range(job: tuple[list[str], tuple[int, int]]) -> _Block:
+    encoded, with_nul, num_read = zip(*_encode_part(*job), strict=True)
     return _Block(join_encoded(list(encoded)), sum(with_nul), sum(num_read))
 
 
 def _encode_in_pool(
-    pool: ProcessPoolExecutor, args: argparse.Namespace, ahead: int
+    pool: ProcessPoolExecutor, args: argparse.Namespace, part: tuple[int, int], ahead: int
 ) -> Iterator[_Block]:
-    """Encode everything in order, by byte ranges where there are any, and only a little ahead."""
-    count = num_ranges(args.input, args.blank_line_documents, args.max_documents)
-    function: Callable[[Any], _Block] = _encode_range if count else _encode
-    jobs: Iterator[Any] = (
-        iter([(i, count) for i in range(count)]) if count else _batches(args, (0, 1))
-    )
+    """Encode a part in order, by byte ranges where there are any, and only a little ahead."""
+    ranges = cut_part(args.input, args.blank_line_documents, part, args.max_documents)
+    function: Callable[[Any], _Block] = _encode if ranges is None else _encode_range
+    jobs: Iterator[Any] = _batches(args, args.input, part) if ranges is None else iter(ranges)
     waiting = deque(pool.submit(function, job) for job in itertools.islice(jobs, ahead))
     while waiting:
         yield waiting.popleft().result()
@@ -485,7 +487,8 @@ def _make_shard_in_worker(shard: tuple[int, int]) -> str:
                 totals[i] += now[i] - before[i]
         before[:] = now
 
-    return _make_shard(shard, _encode_part(shard), report)[0]
+    blocks = _encode_part(_worker["args"].input, shard)
+    return _make_shard(shard, blocks, report)[0]
 
 
 # --------------------------------------------------------------------------- adoption

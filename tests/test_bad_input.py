@@ -129,7 +129,7 @@ def test_a_hundred_megabytes_in_a_line(tmp_path):
         for _ in range(100):
             stream.write(b"word " * 200_000)
     assert "a.txt, line 2: longer than 16,777,216 bytes" in refusal(path)
-    assert corpus.num_ranges([str(path)], False, None) == 24
+    assert len(corpus.cut_part([str(path)], False, (0, 1), None)) == 24
 
 
 def test_a_long_line_takes_little_memory(tmp_path, tiny_encoder):
@@ -186,7 +186,7 @@ def test_quoted_line_ends_survive_any_number_of_shards(tmp_path, tokenize, count
     texts = [f'a good film {"," * i}\n"the plot",1\nwas number {i}' for i in range(9)]
     quoted = [text.replace('"', '""') for text in texts]
     path.write_text("text,b\n" + "".join(f'"{text}",{i}\n' for i, text in enumerate(quoted)))
-    assert corpus.num_ranges([str(path)], False, None) is None
+    assert corpus.cut_part([str(path)], False, (0, count), None) is None
     parts = [documents(path, part=(i, count)) for i in range(count)]
     assert parts == [texts[i::count] for i in range(count)]
     store = tokenize(path, "--num_shards", str(count))

@@ -87,8 +87,9 @@ def test_numbers_of_the_table():
     ]
 
 
-def test_repetition_keeps_lines_whole(tmp_path):
-    (tmp_path / "a").write_text("one\ntwo")
+@pytest.mark.parametrize("text", ["one\ntwo", "one\ntwo\n"])
+def test_repetition_keeps_lines_whole(tmp_path, text):
+    (tmp_path / "a").write_text(text)
     repeat(tmp_path / "a", tmp_path / "b", 30)
     assert (tmp_path / "b").read_text() == "one\ntwo\n" * 4
 
