@@ -29,7 +29,6 @@ import socket
 import struct
 import sys
 import time
-from array import array as compact_list
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,6 +64,7 @@ _OURS = 8
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
+_BLOCK_SEQUENCES = 1 << 18  # of an index, at a time
 _NPY_HEADER_BYTES = 128  # what numpy itself takes for one axis
 
 
@@ -410,8 +410,7 @@ class StoreWriter:
         self._arrays: list[tuple[str, str, np.ndarray, dict[str, Any]]] = []
         self._stream: Any = None
         self._done = False
-        self._lengths = compact_list("i")
-        self._documents = compact_list("q", [0])
+        self._index: _IndexWriter | None = None
         self.num_tokens = 0
         self._hash = hashlib.sha256()
         if not overwrite:
@@ -430,6 +429,7 @@ class StoreWriter:
                 self._tokenizer = describe_tokenizer(tokenizer, self._tokenizer_tmp)
             with writing(self._bin):
                 self._stream = open(_temporary(self._bin), "wb", buffering=1 << 20)
+            self._index = _IndexWriter(self._idx)
         except BaseException:
             self.abort()
             raise
@@ -490,8 +490,8 @@ class StoreWriter:
         with writing(self._bin, len(data)):
             self._stream.write(data)
         self._hash.update(data)
-        self._lengths.extend(lengths.tolist())
-        self._documents.extend((self._documents[-1] + np.cumsum(documents)).tolist())
+        assert self._index is not None
+        self._index.add(lengths, documents)
         self.num_tokens += len(tokens)
 
     def add_array(self, name: str, kind: str, array: np.ndarray, info: dict[str, Any]) -> None:
@@ -511,9 +511,8 @@ class StoreWriter:
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
                 self._stream.close()
-            index = _pack_index(np.array(self._lengths), np.array(self._documents))
-            _write_whole(_temporary(self._idx), index, self._idx)
-            info = self._describe(hashlib.sha256(index).hexdigest(), extra_counts or {})
+            assert self._index is not None
+            info = self._describe(self._index.close(), extra_counts or {})
             _write_whole(_temporary(self._json), _json_bytes(seal(info)), self._json)
             arrays: list[Path] = []
             for name, kind, array, made_by in self._arrays:
@@ -530,14 +529,15 @@ class StoreWriter:
 
     def _describe(self, idx_sha256: str, extra_counts: dict[str, int]) -> dict[str, Any]:
         bin_sha256 = self._hash.hexdigest()
+        assert self._index is not None
         return {
             "format_version": FORMAT_VERSION,
             "tokenizer": {**self._tokenizer, "folder": f"{Path(self.store_prefix).name}.tokenizer"},
             "counts": {
                 **extra_counts,
                 "tokens": self.num_tokens,
-                "sequences": len(self._lengths),
-                "documents": len(self._documents) - 1,
+                "sequences": self._index.num_sequences,
+                "documents": self._index.num_documents,
             },
             "options": self.options,
             "bin_sha256": bin_sha256,
@@ -574,6 +574,8 @@ class StoreWriter:
         if self._stream is not None:
             with suppress(OSError):  # on a full disk closing tries to write once more
                 self._stream.close()
+        if self._index is not None:
+            self._index.abort()
         arrays = [_array_path(self.prefix, name, kind) for name, kind, _, _ in self._arrays]
         for path in (self._bin, self._idx, self._json, *arrays, *map(_json_of, arrays)):
             _temporary(path).unlink(missing_ok=True)
@@ -627,19 +629,65 @@ def remove_store_leftovers(prefix: str) -> None:
     remove_leftovers(f"{prefix}.tokenizer", mark="old")
 
 
-def _pack_index(lengths: np.ndarray, documents: np.ndarray) -> bytes:
-    pointers = np.zeros(len(lengths), np.int64)
-    if len(lengths):
-        np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
-    header = _HEADER.pack(_MAGIC, 1, _OURS, len(lengths), len(documents))
-    return b"".join(
-        (
-            header,
-            lengths.astype("<i4").tobytes(),
-            (pointers * 2).astype("<i8").tobytes(),
-            documents.astype("<i8").tobytes(),
-        )
-    )
+class _IndexWriter:
+    """Write `P.idx` under its temporary name, in little memory: a long text has 10^8 sequences.
+
+    Lengths go straight to their place behind the header, documents to a file beside it until the
+    number of sequences is known. Both begin with the name that `remove_leftovers` knows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, _temporary(path)
+        self._side = self._temporary.with_name(f"{self._temporary.name}-documents")
+        self.num_sequences = self.num_documents = 0
+        self._streams: list[Any] = []
+        with writing(path):
+            for name in (self._temporary, self._side):
+                self._streams.append(open(name, "w+b", buffering=1 << 20))
+        self._lengths, self._documents = self._streams
+        self._lengths.write(bytes(_HEADER.size))
+        self._documents.write(bytes(8))
+
+    def add(self, lengths: np.ndarray, documents: np.ndarray) -> None:
+        """Append tokens of each sequence, `(N,)` int64, and sequences of each document, `(D,)`."""
+        ends = self.num_sequences + np.cumsum(documents)
+        with writing(self._path, 4 * len(lengths) + 8 * len(ends)):
+            self._lengths.write(lengths.astype("<i4").tobytes())
+            self._documents.write(ends.astype("<i8").tobytes())
+        self.num_sequences += len(lengths)
+        self.num_documents += len(documents)
+
+    def close(self) -> str:
+        """Write what is missing and sync the file; return its sha256."""
+        with writing(self._path, 8 * (self.num_sequences + self.num_documents + 1)):
+            start = 0
+            for number in range(0, self.num_sequences, _BLOCK_SEQUENCES):
+                count = min(_BLOCK_SEQUENCES, self.num_sequences - number)
+                self._lengths.seek(_HEADER.size + 4 * number)
+                lengths = np.frombuffer(self._lengths.read(4 * count), "<i4").astype(np.int64)
+                ends = start + np.cumsum(lengths)
+                self._lengths.seek(_HEADER.size + 4 * self.num_sequences + 8 * number)
+                self._lengths.write((2 * (ends - lengths)).astype("<i8").tobytes())
+                start = int(ends[-1])
+            self._lengths.seek(_HEADER.size + 12 * self.num_sequences)
+            self._documents.seek(0)
+            shutil.copyfileobj(self._documents, self._lengths, 1 << 20)
+            self._lengths.seek(0)
+            counts = (self.num_sequences, self.num_documents + 1)
+            self._lengths.write(_HEADER.pack(_MAGIC, 1, _OURS, *counts))
+            self._lengths.flush()
+            os.fsync(self._lengths.fileno())
+        self.abort(keep=True)
+        return file_sha256(self._temporary)
+
+    def abort(self, keep: bool = False) -> None:
+        """Close the files, and remove them but for one that is to be kept."""
+        for stream in self._streams:
+            with suppress(OSError):  # on a full disk closing tries to write once more
+                stream.close()
+        self._side.unlink(missing_ok=True)
+        if not keep:
+            self._temporary.unlink(missing_ok=True)
 
 
 def join_shards(prefix: str, count: int, made: tuple[str, str] | None = None) -> str:

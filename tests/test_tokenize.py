@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -135,8 +136,8 @@ def test_shards_made_one_by_one_and_all_together(tmp_path, corpus_file, tokenize
     together = tokenize(corpus_file, tokenizers["bpe"], tmp_path / "a" / "s", "--num_shards", 3)
     command = ["--input", corpus_file, "--tokenizer", tokenizers["bpe"], "--num_shards", "3"]
     command += ["--output", str(tmp_path / "b" / "s"), "--num_workers", "1"]
-    for index in (2, 0):
-        tokenize_corpus.main([*command, "--shard_index", str(index)])
+    for index, workers in ((2, "1"), (0, "2")):
+        tokenize_corpus.main([*command, "--shard_index", str(index), "--num_workers", workers])
         assert not (tmp_path / "b" / "s.json").exists()
     assert "not written yet" in capsys.readouterr().out
     tokenize_corpus.main([*command, "--shard_index", "1"])
@@ -172,6 +173,27 @@ def test_rerun_skips_refuses_and_replaces(tmp_path, corpus_file, tokenizers, cap
         tokenize(corpus_file, tokenizers["wordpiece"], prefix, "--num_shards", 2)
     os.remove(f"{prefix}.json")  # a run that died between the last shard and the list
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2)
+
+
+def test_only_unfinished_shards_are_made_again(tmp_path, corpus_file, tokenizers):
+    """A run that was killed has left some shards whole, and of others anything but the JSON."""
+    prefix = tmp_path / "s"
+    tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 3)
+    before = files(prefix)
+
+    def made() -> dict[str, int]:
+        return {p.name: p.stat().st_ino for p in tmp_path.glob("s-*.bin")}
+
+    first = made()
+    os.remove(f"{prefix}.json")
+    os.remove(f"{prefix}-00001-of-00003.json")
+    os.truncate(f"{prefix}-00001-of-00003.bin", 10)
+    mark = f"pid 1 on {socket.gethostname()}\n"
+    Path(f"{prefix}-00001-of-00003.lock").write_text(mark)
+    tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 3, "--num_workers", 2)
+    assert files(prefix) == before
+    again = made()
+    assert {name for name in first if first[name] != again[name]} == {"s-00001-of-00003.bin"}
 
 
 def test_rows_of_a_table(tmp_path, tokenizers):
