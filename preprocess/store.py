@@ -31,7 +31,7 @@ import sys
 import time
 from array import array as compact_list
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -970,16 +970,33 @@ def _json_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def lock_array(store: TokenStore, name: str, kind: str) -> WriterLock:
-    """Take the sole right to write an array beside all shards of a store, and clean up for it.
+def lock_array(
+    store: TokenStore, name: str, kind: str, shard_index: int | None = None
+) -> ExitStack:
+    """Take the sole right to write an array beside one shard of a store, and clean up for it.
 
+    Args:
+        shard_index: which shard, from 0, so that processes may work at several of them at once;
+            None takes all of them.
+    Returns:
+        The locks, as a context manager.
     Raises:
-        ConfigError: another process writes it.
+        ConfigError: another process writes it, or there are more shards than files may be open.
     """
-    paths = [array_path(shard, name, kind) for shard in store.shards]
-    lock = WriterLock(_array_path(store.prefix, name, kind).with_suffix(""))
-    remove_leftovers(*paths, *map(_json_of, paths))
-    return lock
+    shards = store.shards if shard_index is None else [store.shards[shard_index]]
+    with ExitStack() as locks:
+        for path in (array_path(shard, name, kind) for shard in shards):
+            try:
+                locks.enter_context(WriterLock(path.with_suffix("")))
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                raise ConfigError(
+                    f"{store.prefix}: {len(shards):,} shards are too many to lock at once "
+                    f"({error.strerror}); give --shard_index, or raise `ulimit -n`"
+                ) from None
+            remove_leftovers(path, _json_of(path))
+        return locks.pop_all()
 
 
 def write_array(

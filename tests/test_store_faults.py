@@ -7,6 +7,7 @@ goes on notices that its data were exchanged.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -425,6 +426,32 @@ def test_no_command_writes_where_another_one_does(tmp_path, reviews_store, tiny_
         with lock_array(opened, "other", "mask"):
             pass
     assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_each_shard_of_an_array_has_its_own_lock(tmp_path, monkeypatch):
+    for i in range(2):
+        write(tmp_path / "t", DOCUMENTS[i:], (i, 2), SmallTokenizer())
+    opened = TokenStore.open(tmp_path / "t")
+    other = r"t-00001-of-00002\.n\.mask\.lock: another process writes here"
+    with lock_array(opened, "n", "mask", 1):
+        with lock_array(opened, "n", "mask", 0):
+            pass
+        for index in (1, None):
+            with pytest.raises(ConfigError, match=other):
+                lock_array(opened, "n", "mask", index)
+        with lock_array(opened, "n", "mask", 0):  # the one that failed holds nothing
+            pass
+    with lock_array(opened, "n", "mask"), pytest.raises(ConfigError, match=other):
+        lock_array(opened, "n", "mask", 1)
+    assert not list(tmp_path.rglob("*.lock"))
+    # More shards than a process may have files open.
+    monkeypatch.setattr(store, "WriterLock", refuse_to_open)
+    with pytest.raises(ConfigError, match="2 shards are too many.*give --shard_index"):
+        lock_array(opened, "n", "mask")
+
+
+def refuse_to_open(prefix: Path) -> None:
+    raise OSError(errno.EMFILE, "Too many open files", f"{prefix}.lock")
 
 
 # --------------------------------------------------------------------------- killed writers
