@@ -93,8 +93,8 @@ def write_everything(folder: Path) -> list[Sample]:
         opened = TokenStore.open(folder / prefix)
         seen: list = [opened.fingerprint, opened.vocab_size, opened.special_ids, opened.info]
         for part in opened.shards:
-            seen += [part.tokens[:].tolist(), part.sequence_offsets.tolist(),
-                     part.document_offsets.tolist(), part.token_start]
+            seen += [part.tokens[:].tolist(), part.sequence_offsets[:].tolist(),
+                     part.document_offsets[:].tolist(), part.token_start]
         return seen
 
     def look_at_array(name: str, kind: str) -> list:
@@ -302,7 +302,7 @@ def test_a_settled_array_is_hashed_once_and_a_changed_one_again(tmp_path, monkey
     os.utime(path, ns=(1, 1))
     # The time of the last change of an inode cannot be set, so the clock is put forward.
     now = time.time_ns
-    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 2 * store.SETTLED_NS)
     hashed, plain = [], store.file_sha256
 
     def counted(*arguments):
