@@ -951,7 +951,8 @@ def _check_offsets(
     for first in range(0, len(lengths), _CHECK_BLOCK):
         block = np.array(lengths[first : first + _CHECK_BLOCK], dtype=np.int64)
         ends = end + np.cumsum(block)
-        if (block < 0).any() or (pointers[first : first + _CHECK_BLOCK] != 2 * (ends - block)).any():
+        gaps = pointers[first : first + _CHECK_BLOCK] != 2 * (ends - block)
+        if (block < 0).any() or gaps.any():
             raise DataError(f"{prefix}.idx: not an index of ours; take it in with --adopt")
         end = int(ends[-1])
     if end != num_tokens:
@@ -1080,6 +1081,31 @@ class TokenStore:
             tokenizer_dir=tokenizer_dir,
             info=info,
         )
+
+    def read_pieces(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Read runs of tokens, each inside one shard.
+
+        Args:
+            starts, lengths: of each run, in tokens of the whole store, `(P,)` integers.
+        Returns:
+            Their ids, one run after the other, uint16.
+        Raises:
+            DataError: an id that is not in the vocabulary.
+        """
+        begins = np.array([shard.token_start for shard in self.shards])
+        shard_of = np.searchsorted(begins, starts, side="right") - 1
+        local = starts - begins[shard_of]
+        spans = list(zip(
+            shard_of.tolist(), local.tolist(), (local + lengths).tolist(), strict=True
+        ))
+        # Plain arrays, compared with the vocabulary at once: run by run is several times slower.
+        plain = {s: self.shards[s].tokens.view(np.ndarray) for s in set(shard_of.tolist())}
+        parts = [plain[s][a:b] for s, a, b in spans]
+        ids = np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        if ids.size and int(ids.max()) >= self.vocab_size:
+            for s, a, b in spans:  # the one that holds it says so
+                self.shards[s].tokens[a:b]
+        return ids
 
     @property
     def num_tokens(self) -> int:
@@ -1336,3 +1362,101 @@ def verify_store(prefix: str) -> tuple[TokenStore, int]:
             open_array(shard, name, kind, verify=True)
         num_arrays += len(arrays)
     return store, num_arrays
+
+
+# --------------------------------------------------------------------------- tables beside a store
+
+
+class TableWriter:
+    """Write several columns that are made block by block: `P.COLUMN.npy`, and `P.json` last.
+
+    A cache of what follows from a store: `open_table` gives None for anything odd. As a context
+    manager it closes, or leaves nothing behind after an exception.
+
+    Args:
+        prefix: of the table; the caller holds its lock.
+        columns: dtype of each column.
+        key: all that the table follows from.
+    """
+
+    def __init__(self, prefix: str, columns: dict[str, np.dtype], key: str) -> None:
+        self._json, self._key, self._columns = Path(prefix + ".json"), key, columns
+        self._paths = {name: Path(f"{prefix}.{name}.npy") for name in columns}
+        self._counts = dict.fromkeys(columns, 0)
+        self._hashes = {name: hashlib.sha256() for name in columns}
+        self._streams: dict[str, Any] = {}
+        try:
+            remove_leftovers(self._json, *self._paths.values())
+            for name, path in self._paths.items():
+                with writing(path):
+                    self._streams[name] = open(_temporary(path), "wb", buffering=0)
+                self._streams[name].seek(_NPY_HEADER_BYTES)
+        except BaseException:
+            self._abort()
+            raise
+
+    def add(self, name: str, block: np.ndarray) -> None:
+        """Append to a column."""
+        data = np.ascontiguousarray(block, self._columns[name]).tobytes()
+        with writing(self._paths[name], len(data)):
+            _write_all(self._streams[name], data)
+        self._hashes[name].update(data)
+        self._counts[name] += len(block)
+
+    def _close(self) -> None:
+        for name, path in self._paths.items():
+            with writing(path, _NPY_HEADER_BYTES), self._streams[name] as stream:
+                stream.seek(0)
+                _write_all(stream, _npy_header(self._columns[name], self._counts[name]))
+                os.fsync(stream.fileno())
+        columns = {
+            name: {"count": self._counts[name], "sha256": self._hashes[name].hexdigest()}
+            for name in self._columns
+        }
+        entry = {"format_version": FORMAT_VERSION, "key": self._key, "columns": columns}
+        _write_whole(_temporary(self._json), _json_bytes(seal(entry)), self._json)
+        self._json.unlink(missing_ok=True)
+        for path in (*self._paths.values(), self._json):
+            os.replace(_temporary(path), path)
+        sync(self._json.parent)
+
+    def _abort(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        for path in (*self._paths.values(), self._json):
+            _temporary(path).unlink(missing_ok=True)
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._close()
+        finally:
+            self._abort()
+
+
+def open_table(
+    store: TokenStore, prefix: str, columns: dict[str, np.dtype], key: str
+) -> dict[str, np.ndarray] | None:
+    """Map the columns that a `TableWriter` wrote, or give None if they are not as it wrote them."""
+    try:
+        info = _read_sealed(prefix + ".json", "")
+        if info["key"] != key:
+            return None
+        found = {}
+        for name, dtype in columns.items():
+            path, count = Path(f"{prefix}.{name}.npy"), info["columns"][name]["count"]
+            with open(path, "rb") as stream:
+                header, size = stream.read(_NPY_HEADER_BYTES), os.fstat(stream.fileno()).st_size
+            if header != _npy_header(dtype, count) or (
+                size != _NPY_HEADER_BYTES + count * dtype.itemsize
+            ):
+                return None
+            sha256 = info["columns"][name]["sha256"]
+            _check_content(store.prefix, path, _NPY_HEADER_BYTES, sha256, verify=False)
+            found[name] = np.asarray(_map(str(path), dtype, count, _NPY_HEADER_BYTES))
+        return found
+    except (OSError, DataError, KeyError, TypeError):
+        return None
