@@ -238,7 +238,7 @@ class PackedData:
         bounds = np.stack([starts, starts + lengths]) - self._shard_starts[shard_of]
         order = np.argsort(shard_of, kind="stable")
         shards, firsts = np.unique(shard_of[order], return_index=True)
-        for s, mine in zip(shards, np.split(order, firsts[1:]), strict=True):
+        for s, mine in zip(shards, np.split(order, firsts)[1:], strict=True):
             index = self._index[s]
             # Keys of another dtype would make searchsorted copy the whole index.
             bounds[:, mine] = np.searchsorted(index, bounds[:, mine].astype(index.dtype))
