@@ -320,12 +320,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse_arguments(argv)
-    # So that a request to stop removes the stores as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".stores-") as folder:
-        result = measure(args, Path(folder))
+    # So that a request to stop removes the stores as well.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with tempfile.TemporaryDirectory(dir=output, prefix=".stores-") as folder:
+            result = measure(args, Path(folder))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     result = {"benchmark": "data", **environment(), "options": vars(args), **result}
     atomic_write_json(output / "benchmark_data.json", result)
     say(f"wrote {output / 'benchmark_data.json'}")
