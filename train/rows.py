@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError
-from preprocess.progress import Progress
+from preprocess.progress import Progress, say
 from preprocess.store import Shard, TableWriter, TokenStore, WriterLock, open_table
 
 ROW_TABLE_VERSION = 2
@@ -326,8 +326,8 @@ def row_tables(
                         for column, block in _columns(packed()):
                             writer.add(column, block)
             columns = columns or open_table(store, prefix, COLUMNS, key)
-        except ConfigError:  # a writer of another host, on a disk without locks between hosts
-            pass
+        except ConfigError as error:  # of another host, which locks of this disk do not reach
+            say(f"{error}; until then every rank packs the rows in its own memory")
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
