@@ -78,7 +78,7 @@ def make_tokenizer() -> Any:
 
 
 def make_store(prefix: str, num_tokens: int) -> None:
-    """Write a store of random ids with scores and a mask index beside it."""
+    """Write a store of random ids, and a mask index of every seventh token."""
     generator = np.random.default_rng(SEED)
     with StoreWriter(prefix, make_tokenizer(), {"made_by": "benchmark_data"}) as writer:
         for start in range(0, num_tokens, BLOCK):
@@ -91,16 +91,22 @@ def make_store(prefix: str, num_tokens: int) -> None:
             documents[-1] = len(lengths) - DOCUMENT * (len(documents) - 1)
             writer.add_flat((ranks + len(SPECIAL) - 1).astype(np.uint16), lengths, documents)
     (shard,) = TokenStore.open(prefix).shards
-
-    def scores() -> Iterator[np.ndarray]:
-        for start in range(0, num_tokens, BLOCK):
-            size = min(BLOCK, num_tokens - start)
-            yield (generator.standard_normal(size, np.float32) * 2 - 3).astype(np.float16)
-
-    write_array(shard, "scores", "scores", scores(), {})
     blocks = (np.arange(start, min(start + 7 * BLOCK, num_tokens), 7, dtype=np.uint32)
               for start in range(0, num_tokens, 7 * BLOCK))
     write_array(shard, "seventh", "mask", blocks, {"options": {}})
+
+
+def add_scores(store: TokenStore) -> None:
+    """Write random scores beside a store; 7 % are above 0."""
+    generator = np.random.default_rng(SEED)
+    (shard,) = store.shards
+
+    def scores() -> Iterator[np.ndarray]:
+        for start in range(0, shard.num_tokens, BLOCK):
+            size = min(BLOCK, shard.num_tokens - start)
+            yield (generator.standard_normal(size, np.float32) * 2 - 3).astype(np.float16)
+
+    write_array(shard, "scores", "scores", scores(), {})
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -290,6 +296,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         prefix = str(folder / "speed")
         make_store(prefix, args.speed_tokens)
         store = TokenStore.open(prefix)
+        add_scores(store)
         result["masks"] = measure_masks(store, args.rounds)
         show("Building masks", f"{store.num_tokens:,} tokens, {args.rounds} rounds, one process: "
              "choosing, hashing, writing and counting.", result["masks"])
