@@ -14,7 +14,6 @@ tenth and all of so many tokens, each looked at by a process of its own.
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
 import signal
 import sys
@@ -57,6 +56,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 RATE, SEED = 0.15, 42
 EVAL_FRACTION = 0.01
 ORDER_ROWS = 100_000_000
+SCALE_LENGTH = 128
 STEP_SLOTS = 1 << 15  # of a micro batch: 256 rows of 128
 
 
@@ -230,38 +230,40 @@ def own_peak_mib(action: Callable[[], Any]) -> tuple[float, Any]:
     return max(peak, resident_mib()["own"]) - before, result
 
 
-def measure_scale(prefix: str, num_tokens: int, max_seq_length: int, steps: int) -> dict[str, Any]:
-    """Everything that might grow with the corpus; in a process of its own."""
+def open_store(prefix: str) -> tuple[TokenStore, data.Masking]:
+    """The store and its mask index."""
+    store = TokenStore.open(prefix)
+    return store, data.prebuilt_masking(store, "seventh")
+
+
+def open_loader(store: TokenStore, masking: data.Masking) -> data.PackedData:
+    """The row table and the loader."""
+    table, _ = row_tables(store, SCALE_LENGTH, EVAL_FRACTION)
+    return data.PackedData(
+        store, table, masking, seed=SEED, micro_batch_size=STEP_SLOTS // SCALE_LENGTH)
+
+
+def measure_first(prefix: str, num_tokens: int) -> dict[str, Any]:
+    """What only the first run on a store has to do; in a process of its own."""
     make_store(prefix, num_tokens)
     # What was written just now is hashed again each time; of older files this is remembered.
     stores.SETTLED_NS = 0
-    gc.collect()
-    before = resident_mib()
-    result: dict[str, Any] = {"tokens": f"{num_tokens:,}"}
-
-    def open_all() -> tuple[TokenStore, data.Masking]:
-        opened = TokenStore.open(prefix)
-        return opened, data.prebuilt_masking(opened, "seventh")
-
-    result["first_open_s"], _ = timed(open_all)
-    result["open_s"], (store, masking) = timed(open_all)
+    first_open, (store, masking) = timed(partial(open_store, prefix))
     seconds, (peak, (table, _)) = timed(
-        lambda: own_peak_mib(lambda: row_tables(store, max_seq_length, EVAL_FRACTION)))
-    result |= {"rows": f"{table.num_rows:,}", "row_table_s": seconds, "row_table_MiB": peak}
-    del table
+        lambda: own_peak_mib(lambda: row_tables(store, SCALE_LENGTH, EVAL_FRACTION)))
+    first_loader, _ = timed(partial(open_loader, store, masking))
+    return {"tokens": f"{num_tokens:,}", "rows": f"{table.num_rows:,}", "first_open_s": first_open,
+            "row_table_s": seconds, "row_table_MiB": peak, "first_loader_s": first_loader}
 
-    def open_loader() -> data.PackedData:
-        again = row_tables(store, max_seq_length, EVAL_FRACTION)[0]
-        return data.PackedData(
-            store, again, masking, seed=SEED, micro_batch_size=STEP_SLOTS // max_seq_length)
 
-    result["first_loader_s"], _ = timed(open_loader)
-    result["loader_s"], loader = timed(open_loader)
+def measure_later(prefix: str, steps: int) -> dict[str, Any]:
+    """What every process has to do and to hold; in a process of its own."""
+    before = resident_mib()
+    opening, (store, masking) = timed(partial(open_store, prefix))
+    making, loader = timed(partial(open_loader, store, masking))
     seconds, tokens = timed(partial(load, loader, range(steps)))
-    result["Mtokens_per_s"] = tokens / seconds / 1e6
-    result |= {f"{name}_MiB": value - before[name] for name, value in resident_mib().items()}
-    return {key: value if isinstance(value, str) else f"{value:.3g}"
-            for key, value in result.items()}
+    return {"open_s": opening, "loader_s": making, "Mtokens_per_s": tokens / seconds / 1e6,
+            **{f"{name}_MiB": value - before[name] for name, value in resident_mib().items()}}
 
 
 def measure_order(num_rows: int) -> dict[str, Any]:
@@ -335,14 +337,19 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         result["scale"] = []
         for size in (args.num_tokens // 1000, args.num_tokens // 10, args.num_tokens):
             with tempfile.TemporaryDirectory(dir=folder) as part:
-                with ProcessPoolExecutor(1, spawn) as pool:
-                    task = pool.submit(measure_scale, f"{part}/s", max(size, 1000), 128,
-                                       10 * args.steps)
-                    result["scale"].append(task.result())
-        show("What grows with the corpus", "open: store and mask index (first: hashed); loader: "
-             "row table and capacity (first: worked out); row_table_MiB: peak while it is "
-             f"built; own and mapped: memory that all of it and {10 * args.steps} steps added, and "
-             "files in memory, which the kernel takes back.", result["scale"])
+                row: dict[str, Any] = {}
+                for task, number in ((measure_first, size), (measure_later, 10 * args.steps)):
+                    with ProcessPoolExecutor(1, spawn) as pool:
+                        row |= pool.submit(task, f"{part}/s", number).result()
+                result["scale"].append({
+                    key: value if isinstance(value, str) else f"{value:.3g}"
+                    for key, value in row.items()
+                })
+        show("What grows with the corpus", "first_open: of store and mask index, hashed; "
+             "row_table: built, and its peak of memory; first_loader: with its capacity worked "
+             "out. Then, in another process: opening both again, and the memory that this and "
+             f"{10 * args.steps} steps add: its own, and files, which the kernel takes back.",
+             result["scale"])
     return result
 
 
