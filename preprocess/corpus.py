@@ -38,10 +38,12 @@ from preprocess.store import file_sha256
 
 Row = dict[str, Any]
 
-MAX_LINE_BYTES = 1 << 26  # 64 MiB; the longest books have about 6
+MAX_LINE_BYTES = 1 << 24  # 16 MiB; the longest books have about 6
 LINES_BETWEEN = 256  # two reports of how far a file has been read
 MAX_EXPANSION = 500  # text comes out of gzip 3 to 10 times as long, zeros about 1000 times
 FREE_EXPANSION = 1 << 20  # bytes that may come out of any file, however small
+PARQUET_ROWS = 128
+RANGE_BYTES = 1 << 22  # of one big file, for one process at a time
 
 _PYPI = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)"
@@ -162,11 +164,14 @@ class Span:
     passed: Callable[[int], None] = lambda num_bytes: None
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Refuse what is no file."""
     if path.is_dir():
         raise DataError(f"{path}: a folder; name the files in it, for example {path}/*.txt")
     if not path.exists():
         raise DataError(f"{path}: no such file")
+    if not path.is_file():
+        raise DataError(f"{path}: a pipe or device, which cannot be read twice; give a file")
 
 
 def _decompressed(path: Path, stream: Any) -> Any:
@@ -202,7 +207,7 @@ def _place(path: Path, number: int, span: Span) -> str:
 def _lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
     """Yield (line number within the span, text with its line end)."""
     number, told = 0, span.start
-    _check_file(path)
+    check_file(path)
     try:
         with open(path, "rb") as file, _decompressed(path, file) as stream:
             position, most = span.start, _largest_content(path)
@@ -265,8 +270,17 @@ def _need(row: Row, columns: Iterable[str], place: str) -> Row:
     return row
 
 
-def read_text(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
-    """One row a line, with the one column `text`."""
+def _not_text(place: str, column: str, kind: str) -> DataError:
+    return DataError(
+        f"{place}: column {column!r} holds {kind}, not text; --text_column chooses another"
+    )
+
+
+# Each reader takes the columns that a row must have, and those of them that must be text.
+
+
+def read_text(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
+    """One row a line, with the one column `text`; a lone carriage return ends no line."""
     for column in columns:
         if column != "text":
             raise _missing(f"{path} (plain text)", column, ["text"])
@@ -274,8 +288,13 @@ def read_text(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
         yield {"text": line.rstrip("\r\n")}
 
 
-def read_jsonl(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
-    """One JSON object a line."""
+_JSON_KINDS = {
+    int: "number", float: "number", bool: "true or false", list: "array", dict: "object",
+}
+
+
+def read_jsonl(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
+    """One JSON object a line; null is an empty text."""
     for number, line in _lines(path, span):
         if not line.strip():
             continue
@@ -288,6 +307,10 @@ def read_jsonl(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
         for column in columns:
             if column not in row:
                 raise _missing(_place(path, number, span), column, row)
+        for column in texts:
+            if not isinstance(row[column], str | None):
+                kind = f"a JSON {_JSON_KINDS[type(row[column])]}"
+                raise _not_text(_place(path, number, span), column, kind)
         yield row
 
 
@@ -297,6 +320,7 @@ def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> I
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in _lines(path, span)), **dialect)
     names: list[str] | None = None
+    first = 1  # line of a row
     try:
         for values in reader:
             if names is None:
@@ -304,57 +328,82 @@ def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> I
                 bare = bool(columns) and all(c.isdigit() for c in columns)
                 names = [str(i) for i in range(len(values))] if bare else values
                 _need(dict.fromkeys(names), columns, f"{path}, line 1")
-                if not bare:
-                    continue
-            if not values:
-                continue
-            if len(values) != len(names):
+            if values and len(values) != len(names):
                 raise DataError(
-                    f"{path}, line {reader.line_num}: {len(values)} columns, but the first line "
-                    f"has {len(names)}"
+                    f"{path}, line {first}: {len(values)} columns, but the first line has "
+                    f"{len(names)}"
                 )
-            yield dict(zip(names, values, strict=True))
+            if values and (bare or first > 1):
+                yield dict(zip(names, values, strict=True))
+            first = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+        raise DataError(
+            f"{path}, line {first}: the row that begins there cannot be read ({error}); close its "
+            f"quotation marks, and double those inside a field"
+        ) from None
     if names is None:
         raise DataError(f"{path}: empty; a first line with the names of the columns is needed")
 
 
-def read_csv(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
+def read_csv(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
     """Comma-separated, names on the first line; a quoted field may hold line ends."""
     return _read_table(path, columns, span, strict=True)
 
 
-def read_tsv(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
+def read_tsv(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
     """Tab-separated, one row a line; a quotation mark is a character like any other (GLUE)."""
     return _read_table(path, columns, span, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def read_parquet(path: Path, columns: list[str], span: Span) -> Iterator[Row]:
+def read_parquet(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
     """Rows of a parquet file; only the columns that are asked for are read."""
     import pyarrow
     import pyarrow.parquet
 
-    _check_file(path)
+    check_file(path)
+    done = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as opened:
-            _need(dict.fromkeys(opened.schema_arrow.names), columns, str(path))
-            for batch in opened.iter_batches(batch_size=1024, columns=columns or None):
-                yield from batch.to_pylist()
+        # With a buffer, the pages of a column come one by one and not a whole row group at once.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as opened:
+            schema = opened.schema_arrow
+            _need(dict.fromkeys(schema.names), columns, str(path))
+            for column in texts:
+                kind = schema.field(column).type
+                kind = getattr(kind, "value_type", kind) if _is_dictionary(kind) else kind
+                if str(kind) not in ("string", "large_string", "string_view", "null"):
+                    raise _not_text(str(path), column, str(kind))
+            for batch in opened.iter_batches(PARQUET_ROWS, columns=columns or None):
+                rows = batch.to_pylist()
+                done += len(rows)
+                yield from rows
                 span.passed(path.stat().st_size * len(batch) // opened.metadata.num_rows)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 in rows {done + 1} to {done + PARQUET_ROWS} ({error.reason}); "
+            f"write it again from its source"
+        ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from None
 
 
-def read_hub(name: str, columns: list[str], split: str) -> Iterator[Row]:
+def _is_dictionary(kind: Any) -> bool:
+    return str(kind).startswith("dictionary<")
+
+
+def read_hub(name: str, columns: list[str], texts: list[str], split: str) -> Iterator[Row]:
     """Rows of a data set of the hub, or of a local folder, `NAME[:CONFIG]`, streamed."""
     import datasets
 
     name, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
-        for row in rows:
-            yield _need(row, columns, f"hub:{name}, split {split}")
+        for number, row in enumerate(rows, 1):
+            place = f"hub:{name}, split {split}, row {number}"
+            _need(row, columns, place)
+            for column in texts:
+                if not isinstance(row[column], str | None):
+                    raise _not_text(place, column, f"a {type(row[column]).__name__}")
+            yield row
     except DataError:
         raise
     except Exception as error:  # the library raises a dozen kinds for a wrong name or no network
@@ -399,14 +448,18 @@ def read_rows(
     split: str = "train",
     where: dict[str, str] | None = None,
     span: Span | None = None,
+    texts: list[str] | None = None,
 ) -> Iterator[Row]:
-    """Yield the rows of one source whose columns equal `where`; all of `columns` exist in each."""
+    """Yield the rows of one source whose columns equal `where`; all of `columns` exist in each.
+
+    What is in `texts`, of these columns, is text or None in each.
+    """
     kind = source_kind(spec)
     wanted = list(dict.fromkeys([*columns, *(where or {})]))
     if kind == "hub":
-        rows = read_hub(spec.removeprefix("hub:"), wanted, split)
+        rows = read_hub(spec.removeprefix("hub:"), wanted, texts or [], split)
     else:
-        rows = SOURCES[kind](resolve_path(spec), wanted, span or Span())
+        rows = SOURCES[kind](resolve_path(spec), wanted, texts or [], span or Span())
     for row in rows:
         if all(_as_text(row[c]) == value for c, value in (where or {}).items()):
             yield row
@@ -483,6 +536,28 @@ def _choose(
     return [(spec, None) for spec in specs], True
 
 
+def cut_part(
+    specs: list[str], blank_line_documents: bool, part: tuple[int, int], max_documents: int | None
+) -> list[tuple[list[str], tuple[int, int]]] | None:
+    """Cut a part into smaller ones of about `RANGE_BYTES`, for `read_documents`.
+
+    Returns:
+        Sources and part of each; their documents, in order, are those of the whole part. None
+        where byte ranges cannot be read alone.
+    """
+    index, count = part
+    if blank_line_documents or max_documents is not None:
+        return None
+    if any(source_kind(spec) == "hub" or not _is_plain_lines(spec) for spec in specs):
+        return None
+    if len(specs) >= count > 1:
+        specs, index, count = specs[index::count], 0, 1
+    num_bytes = sum(resolve_path(spec).stat().st_size for spec in specs) // count
+    # So many that all together they outnumber the files, or a part would be some whole files.
+    pieces = max(-(-num_bytes // RANGE_BYTES), len(specs) // count + 1)
+    return [(specs, (index * pieces + i, count * pieces)) for i in range(pieces)]
+
+
 def _is_plain_lines(spec: str) -> bool:
     return source_kind(spec) in SPLITTABLE and resolve_path(spec).suffix not in (".gz", ".zst")
 
@@ -491,7 +566,7 @@ def _byte_ranges(specs: list[str], index: int, count: int) -> list[tuple[str, Sp
     sizes = []
     for spec in specs:
         path = resolve_path(spec)
-        _check_file(path)
+        check_file(path)
         sizes.append(path.stat().st_size)
     total = sum(sizes)
     start, end = total * index // count, total * (index + 1) // count
@@ -524,7 +599,7 @@ def _all_documents(
                     yield _join_block(spec, block)
             continue
         columns = text_column.split("+")
-        for row in read_rows(spec, columns, split, where, span):
+        for row in read_rows(spec, columns, split, where, span, columns):
             yield ". ".join(_as_text(row[c]) for c in columns)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
 import signal
 import sys
@@ -118,6 +119,16 @@ def _is_alone() -> bool:
     return bool(distributed and distributed.is_available() and distributed.is_initialized())
 
 
+def _end_where_nobody_reads(error: Exception) -> None:
+    """Exit in silence after `| head` and the like: whoever read has what they wanted."""
+    if isinstance(error, BrokenPipeError):
+        stdout = select.poll()
+        stdout.register(sys.stdout, 0)
+        if stdout.poll(0):  # it is this pipe that has no reader, and not one to a worker
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main`, turn our errors into one line and an exit code, and exit.
 
@@ -135,6 +146,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except Exception as error:
+        _end_where_nobody_reads(error)
         if not isinstance(error, OSError) and not _is_for_want_of_room(error):
             raise
         code, message, shared = DataError.exit_code, str(error), not _is_alone()

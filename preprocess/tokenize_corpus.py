@@ -4,10 +4,15 @@
         --tokenizer bert-base-uncased --output data/reviews
 
 Documents are tokenized whole and then cut into sentences by character offsets, so the ids do not
-depend on the cutting. A document of nothing but spaces is dropped and counted. The number of
-shards is the user's; workers only decide how much is done at once, and the bytes are the same
-with any number of them. A rerun with the same options hashes the shards that are there and makes
-the others. `--verify --output P` only hashes.
+depend on the cutting. A document of nothing but spaces is dropped, NUL characters are taken out,
+and both are counted. The number of shards is the user's; workers only decide how much is done at
+once, and the bytes are the same with any number of them. A rerun with the same options hashes the
+shards that are there and makes the others. `--verify --output P` only hashes.
+
+Each of several shards is one process's from file to file. A single shard of uncompressed lines is
+encoded by all workers, each reading byte ranges, and what they return (2 bytes a token) is written
+in order. Other single shards are read by one process, which hands out the texts: for a large CSV or
+compressed file, give more shards. No process holds more than a few batches.
 """
 
 from __future__ import annotations
@@ -26,12 +31,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from preprocess.corpus import num_bytes, read_documents, resolve_path, source_kind
-from preprocess.encode import Encoded, encode_batch, prepare_backend
+from preprocess.corpus import (
+    check_file,
+    cut_part,
+    num_bytes,
+    read_documents,
+    resolve_path,
+    source_kind,
+)
+from preprocess.encode import Encoded, join_encoded, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command, writing
 from preprocess.progress import Progress, say
 from preprocess.store import (
@@ -46,9 +58,10 @@ from preprocess.store import (
     tidy_store,
     verify_store,
 )
+from preprocess.word_cache import WordCache
 
-BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 1 << 20  # books: a batch stays a few megabytes
+BATCH_DOCUMENTS = 4096
+BATCH_CHARACTERS = 1 << 19  # of which a tokenizer makes 90 MB
 MAX_ADOPTED_LENGTH = 1 << 16  # tokens in a sequence taken in from elsewhere; longer ones are cut
 
 
@@ -157,19 +170,6 @@ def load_fast_tokenizer(spec: str) -> Any:
     return tokenizer
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 # --------------------------------------------------------------------------- progress
 
 
@@ -230,11 +230,11 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
     if missing:
         print(f"{args.output}.json: not written yet; {missing}", flush=True)
     elif to_make:
-        store = TokenStore.open(args.output)
-        rate = store.num_tokens / seconds
+        counts = read_json(f"{args.output}.json")["counts"]  # opening it would read the index
+        rate = counts["tokens"] / seconds
         print(
-            f"{args.output}: {store.num_documents:,} documents, {store.num_sequences:,} sequences, "
-            f"{store.num_tokens:,} tokens; {seconds:.1f} s, {rate:,.0f} tokens/s",
+            f"{args.output}: {counts['documents']:,} documents, {counts['sequences']:,} sequences, "
+            f"{counts['tokens']:,} tokens; {seconds:.1f} s, {rate:,.0f} tokens/s",
             flush=True,
         )
 
@@ -243,9 +243,7 @@ def _describe_input(spec: str) -> dict[str, Any]:
     if source_kind(spec) == "hub":
         return {"name": spec}
     path = resolve_path(spec)
-    if path.is_dir() or not path.exists():
-        problem = "a folder; name the files in it" if path.is_dir() else "no such file"
-        raise DataError(f"--input {spec}: {problem}")
+    check_file(path)
     return {"name": spec, "bytes": path.stat().st_size}
 
 
@@ -296,7 +294,7 @@ def _make_all(
     with progress.bar:
         if num_workers == 1:
             _start_worker(tokenizer, args, options, None)
-            _make_in_turn(args, tokenizer, options, shards, map, progress)
+            _make_in_turn(args, shards, progress)
         else:
             _make_in_pool(num_workers, args, tokenizer, options, shards, progress)
     return time.monotonic() - started
@@ -319,8 +317,9 @@ def _make_in_pool(
     try:
         pool.submit(int).result()  # fork now, before a reader starts threads
         if len(shards) == 1:
-            spread = _spread(pool, 3 * num_workers)
-            _make_in_turn(args, tokenizer, options, shards, spread, progress)
+            _worker.update(tokenizer=tokenizer, args=args, options=options)
+            blocks = _encode_in_pool(pool, args, shards[0] or (0, 1), 3 * num_workers)
+            say(_make_shard(shards[0], blocks, progress.show)[0])
         else:
             _make_at_once(pool, shards, totals, progress)
     except BrokenProcessPool:
@@ -336,12 +335,7 @@ def _make_in_pool(
 
 
 def _make_in_turn(
-    args: argparse.Namespace,
-    tokenizer: Any,
-    options: dict[str, Any],
-    shards: list[tuple[int, int] | None],
-    apply: Callable,
-    progress: _Count,
+    args: argparse.Namespace, shards: list[tuple[int, int] | None], progress: _Count
 ) -> None:
     before: tuple[int, ...] = (0, 0, 0)
     for shard in shards:
@@ -349,7 +343,7 @@ def _make_in_turn(
         def report(*now: int, before: tuple[int, ...] = before) -> None:
             progress.show(*(a + b for a, b in zip(before, now, strict=True)))
 
-        sentence, made = _make_shard(args, tokenizer, options, shard, apply, report)
+        sentence, made = _make_shard(shard, _encode_part(args.input, shard or (0, 1)), report)
         before = tuple(a + b for a, b in zip(before, made, strict=True))
         say(sentence)
 
@@ -365,69 +359,53 @@ def _make_at_once(
             say(future.result())
 
 
+class _Block(NamedTuple):
+    """Some documents, encoded; `num_read` is how many more bytes of the input they took."""
+
+    encoded: Encoded
+    with_nul: int
+    num_read: int
+
+
 def _make_shard(
-    args: argparse.Namespace,
-    tokenizer: Any,
-    options: dict[str, Any],
     shard: tuple[int, int] | None,
-    apply: Callable,
+    blocks: Iterable[_Block],
     report: Callable[[int, int, int], None],
 ) -> tuple[str, tuple[int, int, int]]:
-    """Make one shard; `apply` is `map` or its parallel twin.
+    """Write one shard, or the whole store, from what is in it.
 
     Returns:
         A sentence about it, and its documents, tokens and bytes read.
     """
-    num_read = 0
-
-    def passed(num_bytes: int) -> None:
-        nonlocal num_read
-        num_read += num_bytes
-
-    documents = read_documents(
-        args.input,
-        args.text_column,
-        args.where,
-        args.split,
-        args.blank_line_documents,
-        part=shard or (0, 1),
-        max_documents=args.max_documents,
-        unescape_newlines=args.unescape_newlines,
-        passed=passed,
-    )
-    num_documents = num_dropped = 0
+    args, tokenizer, options = (_worker[name] for name in ("args", "tokenizer", "options"))
+    num_documents = num_read = 0
+    counts = {"documents_dropped": 0, "documents_with_nul": 0}
     with StoreWriter(args.output, tokenizer, options, shard, args.overwrite) as writer:
-        for ids, lengths, sequences, dropped in apply(_encode_in_worker, _batches(documents)):
+        for (ids, lengths, sequences, dropped), with_nul, read in blocks:
             writer.add_flat(ids, lengths, sequences)
             num_documents += len(sequences)
-            num_dropped += dropped
+            num_read += read
+            counts["documents_dropped"] += dropped
+            counts["documents_with_nul"] += with_nul
             report(num_documents, writer.num_tokens, num_read)
-        writer.close({"documents_dropped": num_dropped})
+        writer.close(counts)
     sentence = (
         f"{writer.prefix}: {num_documents:,} documents, {writer.num_tokens:,} tokens, "
-        f"{num_dropped:,} empty documents dropped"
+        f"{counts['documents_dropped']:,} empty documents dropped"
     )
+    if counts["documents_with_nul"]:
+        sentence += f", NUL characters taken out of {counts['documents_with_nul']:,}"
     return sentence, (num_documents, writer.num_tokens, num_read)
 
 
-def _spread(pool: ProcessPoolExecutor, ahead: int) -> Callable[..., Iterator[Encoded]]:
-    """Return a `map` over the pool that keeps order and reads only a little ahead."""
-
-    def apply(function: Callable, batches: Iterator[list[str]]) -> Iterator[Encoded]:
-        waiting = deque(pool.submit(function, b) for b in itertools.islice(batches, ahead))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(function, b) for b in itertools.islice(batches, 1))
-
-    return apply
-
+# --------------------------------------------------------------------------- encoding
 
 _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer: Any, args: argparse.Namespace, options: Any, totals: Any) -> None:
     _worker.update(tokenizer=tokenizer, args=args, options=options, totals=totals)
-    _worker["backend"] = prepare_backend(tokenizer)
+    _worker["cache"] = WordCache(prepare_backend(tokenizer))
     if totals is not None:  # a process of its own: the parent decides what an interrupt means
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -440,9 +418,72 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _encode_in_worker(texts: list[str]) -> Encoded:
+def _batches(
+    args: argparse.Namespace, specs: list[str], part: tuple[int, int]
+) -> Iterator[tuple[list[str], int]]:
+    """Yield the documents of a part in lists, with the bytes read since the list before."""
+    num_read = 0
+
+    def passed(num_bytes: int) -> None:
+        nonlocal num_read
+        num_read += num_bytes
+
+    documents = read_documents(
+        specs,
+        args.text_column,
+        args.where,
+        args.split,
+        args.blank_line_documents,
+        part,
+        args.max_documents,
+        args.unescape_newlines,
+        passed,
+    )
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch, num_read
+            batch, characters, num_read = [], 0, 0
+    yield batch, num_read
+
+
+def _encode(job: tuple[list[str], int]) -> _Block:
+    texts, num_read = job
     args = _worker["args"]
-    return encode_batch(_worker["backend"], texts, args.language if args.split_sentences else None)
+    with_nul = sum("\0" in text for text in texts)
+    if with_nul:
+        texts = [text.replace("\0", "") for text in texts]
+    language = args.language if args.split_sentences else None
+    return _Block(_worker["cache"].encode(texts, language), with_nul, num_read)
+
+
+def _encode_part(specs: list[str], part: tuple[int, int]) -> Iterator[_Block]:
+    totals = _worker["totals"]
+    for job in _batches(_worker["args"], specs, part):
+        if totals is not None and totals[3]:
+            raise InterruptedError("another process has failed")
+        yield _encode(job)
+
+
+def _encode_range(job: tuple[list[str], tuple[int, int]]) -> _Block:
+    encoded, with_nul, num_read = zip(*_encode_part(*job), strict=True)
+    return _Block(join_encoded(list(encoded)), sum(with_nul), sum(num_read))
+
+
+def _encode_in_pool(
+    pool: ProcessPoolExecutor, args: argparse.Namespace, part: tuple[int, int], ahead: int
+) -> Iterator[_Block]:
+    """Encode a part in order, by byte ranges where there are any, and only a little ahead."""
+    ranges = cut_part(args.input, args.blank_line_documents, part, args.max_documents)
+    function: Callable[[Any], _Block] = _encode if ranges is None else _encode_range
+    jobs: Iterator[Any] = _batches(args, args.input, part) if ranges is None else iter(ranges)
+    waiting = deque(pool.submit(function, job) for job in itertools.islice(jobs, ahead))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(pool.submit(function, job) for job in itertools.islice(jobs, 1))
 
 
 def _make_shard_in_worker(shard: tuple[int, int]) -> str:
@@ -452,13 +493,10 @@ def _make_shard_in_worker(shard: tuple[int, int]) -> str:
         with totals.get_lock():
             for i in range(3):
                 totals[i] += now[i] - before[i]
-            stop = totals[3]
         before[:] = now
-        if stop:
-            raise InterruptedError("another shard has failed")
 
-    args, tokenizer, options = (_worker[name] for name in ("args", "tokenizer", "options"))
-    return _make_shard(args, tokenizer, options, shard, map, report)[0]
+    blocks = _encode_part(_worker["args"].input, shard)
+    return _make_shard(shard, blocks, report)[0]
 
 
 # --------------------------------------------------------------------------- adoption

@@ -101,6 +101,7 @@ def check_result(saved: dict, config: BenchmarkConfig, ranks: int = 1) -> None:
             assert row["share_percent"]["head"] > 0 and row["share_percent"]["optimizer"] > 0
 
 
+@pytest.mark.slow
 def test_run_measures_every_strategy_and_baseline(config, run_here, tmp_path, capsys):
     config = dataclasses.replace(
         config, scores="some", max_seq_lengths=[32, 48], rounds=1, timed_steps=2)

@@ -411,6 +411,7 @@ def test_tasks_of_srun_without_ranks_do_not_train_alone(tmp_path, monkeypatch):
 # ------------------------------------------------------------------- what belongs to this run
 
 
+@pytest.mark.slow
 def test_another_set_up_is_refused(broken, tmp_path, reviews_store, still_encoder, options):
     for stage in (0, 2):
         options = {**options, "deepspeed_config": write_ds_config(tmp_path, stage)}

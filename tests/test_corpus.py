@@ -179,6 +179,25 @@ def test_parts_together_are_the_whole(tmp_path_factory, contents, count, blocks,
         assert [d for part in parts for d in part] == whole
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_part_is_cut_into_smaller_ones(tmp_path, monkeypatch, count):
+    """Whole files, some of them empty, or byte ranges over all of them; order is kept."""
+    monkeypatch.setattr(corpus, "RANGE_BYTES", 7)
+    specs = []
+    for i in range(4):
+        path = tmp_path / f"{i}.txt"
+        path.write_text("".join(f"line {i}{j} {'x' * (j % 9)}\n" for j in range(9 * (i != 2))))
+        specs.append(str(path))
+    for index in range(count):
+        pieces = corpus.cut_part(specs, False, (index, count), None)
+        assert len(pieces) > 1
+        found = [text for files, part in pieces for text in documents(files, part=part)]
+        assert found == documents(specs, part=(index, count))
+    assert corpus.cut_part(specs, True, (0, count), None) is None
+    assert corpus.cut_part(specs, False, (0, count), 5) is None
+    assert corpus.cut_part([*specs, "a.csv"], False, (0, count), None) is None
+
+
 # --------------------------------------------------------------------------- inside packages
 
 

@@ -100,6 +100,7 @@ def test_edges_of_tiles(rows, dtype):
     compare(make_batch((2, 80, 136), list(range(3, 3 + rows)), 600), make_head(136, 600), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "no transform"])
@@ -117,6 +118,7 @@ def test_each_bias_may_be_absent(absent, small_tiles):
     compare(make_batch((3, 16, 40), list(range(0, 48, 3)), 150, 5), head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk_rows", [64, 50])
 def test_several_chunks(chunk_rows, dtype, small_tiles, monkeypatch):
@@ -155,6 +157,7 @@ def test_the_loss_is_shifted(small_tiles):
     compare((hidden.round(), positions, labels), head)
 
 
+@pytest.mark.slow
 def test_far_apart_logits(small_tiles):
     """The first tiles' sums vanish beside the last tile's, and the other way round."""
     for bias in (torch.linspace(-1e3, 1e3, 150), torch.linspace(1e3, -1e3, 150)):
@@ -231,6 +234,7 @@ def test_hits_with_ties_are_argmax(small_tiles):
         assert hits == expected.sum()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_shape(data):
@@ -274,6 +278,7 @@ def poison(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", [True, False])
 @pytest.mark.parametrize("masked", [list(range(0, 48, 2)), []], ids=["some", "none"])
@@ -445,6 +450,7 @@ def test_more_logits_than_32_bits_count(monkeypatch):
 KERNELS = {name for name, value in vars(masked_lm_triton).items() if name.endswith("_kernel")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_compiles_ahead_of_time(capability, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -117,6 +117,22 @@ def test_an_error_ends_the_bar():
     assert shown.rstrip().endswith("3")
 
 
+def test_a_reader_that_leaves_is_no_error():
+    program = (
+        "from preprocess.errors import run_command\n"
+        "def main():\n"
+        "    while True:\n"
+        "        print('a line', flush=True)\n"
+        "run_command(main)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout.readline() == "a line\n"
+        writer.stdout.close()
+        assert writer.wait(timeout=60) == 141 and writer.stderr.read() == ""
+
+
 @pytest.mark.parametrize("kind", ["txt", "gz", "csv", "parquet"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_every_byte_of_an_input_is_counted_once(tmp_path, reviews_file, kind, count):

@@ -1,0 +1,357 @@
+"""Tokenizing against `datasets.map` as `run_mlm.py` of transformers does it, and its memory.
+
+    python preprocess/benchmark.py --input reviews.txt --tokenizer bert-base-uncased
+    python preprocess/benchmark.py --input reviews.txt --tokenizer bert-base-uncased \\
+        --repeat_to 5GB
+
+The rows of the table, each in processes of its own, which take turns over several rounds:
+
+- `datasets.map`: `load_dataset("text")`, tokenizing with `batched=True`, then grouping into blocks:
+  the baseline, with `--num_workers` processes and an empty cache folder each time.
+- `1 worker`, `N workers`: `tokenize_corpus.py`, sentences as sequences.
+- `N workers, documents`: the same with `--no-split_sentences`, which is nearer to the baseline.
+
+All have the same tokenizer, without threads, and the input in the page cache. Seconds are those of
+the whole command, less the median over rounds of those of the same command on one line of text (its
+start: imports, and the tokenizer). Tokens are those of the text, for all rows; the baseline adds
+two a line and drops the rest of each thousand lines. Peak memory is that of the largest process.
+
+`--repeat_to` makes a file of that size by repetition, tokenizes it once, and removes it whatever
+happens: what is shown is memory. Repeated text is read faster than other text, for no word is new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from preprocess.corpus import check_file, resolve_path, source_kind
+from preprocess.errors import ConfigError, DataError, run_command, writing
+from preprocess.store import file_sha256, read_json
+
+BASELINE = "datasets.map"
+MIB = 1 << 20
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+BLOCK_SIZE = 1024  # `run_mlm.py` groups into the tokenizer's longest, at most so many
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command: seconds from start to end, peak of its largest process, bytes it has left.
+
+    A process counts what its parent had when it was forked, so this program has to stay small.
+    """
+
+    seconds: float
+    peak_bytes: int
+    disk_bytes: int
+
+
+@dataclass
+class Row:
+    """A way to tokenize.
+
+    Attributes:
+        num_workers: processes.
+        flags: of `tokenize_corpus.py`, beside input, tokenizer and output; None: the baseline.
+        starts: seconds of the command on one line of text, in each round.
+        runs: on the input, in each round.
+    """
+
+    num_workers: int
+    flags: list[str] | None
+    starts: list[float] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+    def seconds(self) -> list[float]:
+        """Of each round, without the start; 0 or less says that the input is too small."""
+        return [run.seconds - statistics.median(self.starts) for run in self.runs]
+
+
+def make_rows(num_workers: int) -> dict[str, Row]:
+    """The rows of the table, the baseline first."""
+    rows = {BASELINE: Row(num_workers, None), "1 worker": Row(1, [])}
+    rows[f"{num_workers} workers"] = Row(num_workers, [])
+    rows[f"{num_workers} workers, documents"] = Row(num_workers, ["--no-split_sentences"])
+    return rows
+
+
+# ------------------------------------------------------------------------------------ the baseline
+
+
+def run_mlm_way(file: str, tokenizer_path: str, cache: str, num_proc: int) -> None:
+    """Tokenize lines of text and group them into blocks, as `run_mlm.py` does."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    size = min(tokenizer.model_max_length, BLOCK_SIZE)
+
+    def tokenize(rows: dict[str, list[str]]) -> Any:
+        return tokenizer(rows["text"], return_special_tokens_mask=True)
+
+    def group(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        flat = {name: [value for row in column for value in row] for name, column in rows.items()}
+        total = len(flat["input_ids"]) // size * size
+        return {
+            name: [values[start : start + size] for start in range(0, total, size)]
+            for name, values in flat.items()
+        }
+
+    lines = datasets.load_dataset("text", data_files={"train": file}, cache_dir=cache)
+    ids = lines.map(tokenize, batched=True, num_proc=num_proc, remove_columns=["text"])
+    ids.map(group, batched=True, num_proc=num_proc)
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def run(command: list[str], output: Path) -> Run:
+    """Run a command, which writes into the empty folder `output`."""
+    output.mkdir()
+    environment = {
+        **os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": str(output / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    with tempfile.TemporaryFile() as said:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=said, cwd=HERE.parent,
+            start_new_session=True,
+        )
+        try:
+            # Of the process and those that it has waited for, the largest.
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            said.seek(0)
+            lines = said.read().decode(errors="replace").split("\n")
+            last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+            raise DataError(f"{' '.join(command[:3])} ... ended with {process.returncode}: {last}")
+    disk = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    tokenizer = output / "s.tokenizer"  # of fixed size
+    if tokenizer.is_dir():
+        disk -= sum(path.stat().st_size for path in tokenizer.iterdir())
+    return Run(seconds, usage.ru_maxrss * 1024, disk)
+
+
+def command_of(row: Row, file: Path, tokenizer: Path, output: Path) -> list[str]:
+    """The command line of a row."""
+    if row.flags is None:
+        call = (str(file), str(tokenizer), str(output / "hf"), row.num_workers)
+        program = f"from preprocess.benchmark import run_mlm_way; run_mlm_way(*{call!r})"
+        return [sys.executable, "-c", program]
+    return [
+        sys.executable, str(HERE / "tokenize_corpus.py"), "--input", str(file), "--tokenizer",
+        str(tokenizer), "--output", str(output / "s"), "--num_workers", str(row.num_workers),
+        *row.flags,
+    ]
+
+
+def turn(row: Row, file: Path, tokenizer: Path, scratch: Path) -> tuple[Run, dict[str, Any]]:
+    """Run a row once; return what was measured, and `P.json` of what it made, if it made one."""
+    output = scratch / "output"
+    try:
+        made = run(command_of(row, file, tokenizer, output), output)
+        info = {} if row.flags is None else read_json(output / "s.json")
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+    return made, info
+
+
+def compare(args: argparse.Namespace, file: Path, tokenizer: Path, scratch: Path) -> dict[str, Any]:
+    """Let the rows take turns, and print their table."""
+    rows = make_rows(args.num_workers)
+    line = scratch / "line.txt"
+    line.write_text("A line of text.\n")
+    file_sha256(file)  # into the page cache
+    fingerprints: set[str] = set()
+    num_tokens = 0
+    names = list(rows)
+    for number in range(args.rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = turn(rows[name], line, tokenizer, scratch)[0].seconds
+            made, info = turn(rows[name], file, tokenizer, scratch)
+            rows[name].starts.append(start)
+            rows[name].runs.append(made)
+            print(
+                f"round {number + 1}, {name}: {made.seconds:.1f} s, with {start:.1f} s of start",
+                flush=True,
+            )
+            if rows[name].flags == []:
+                fingerprints.add(info["fingerprint"])
+                num_tokens = info["counts"]["tokens"]
+    assert len(fingerprints) == 1, "the bytes must not depend on the number of workers"
+    if any(min(row.seconds()) <= 0 for row in rows.values()):
+        raise DataError(f"{file}: too small, a command takes longer to start than to read it")
+    found = summarize(rows, num_tokens)
+    print(f"\n{format_table(found, num_tokens)}", flush=True)
+    return {"tokens": num_tokens, "rounds": args.rounds, "rows": found}
+
+
+def summarize(rows: dict[str, Row], num_tokens: int) -> list[dict[str, Any]]:
+    """Numbers of each row; ratios are medians over rounds of runs of the same round."""
+    base, one = rows[BASELINE].seconds(), rows["1 worker"].seconds()
+
+    def ratio(others: list[float], seconds: list[float]) -> float:
+        return statistics.median(b / s for b, s in zip(others, seconds, strict=True))
+
+    return [
+        {
+            "row": name, "seconds": (seconds := row.seconds()), "start_seconds": row.starts,
+            "whole_seconds": [made.seconds for made in row.runs],
+            "tokens_per_second": num_tokens / statistics.median(seconds),
+            "over_baseline": ratio(base, seconds), "over_one_worker": ratio(one, seconds),
+            "peak_bytes": max(made.peak_bytes for made in row.runs),
+            "bytes_per_token": row.runs[0].disk_bytes / num_tokens,
+        }
+        for name, row in rows.items()
+    ]
+
+
+def format_table(rows: list[dict[str, Any]], num_tokens: int) -> str:
+    """The table as text."""
+    lines = [
+        f"{num_tokens:,} tokens; seconds without the start, in brackets the fastest and the "
+        f"slowest round",
+        f"{'':<22}{'seconds':>22}{'tokens/s':>13}{'x map':>8}{'x 1':>7}{'peak MiB':>10}"
+        f"{'bytes/token':>13}",
+    ]
+    for row in rows:
+        seconds = row["seconds"]
+        spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f}-{max(seconds):.1f})"
+        lines.append(
+            f"{row['row']:<22}{spread:>22}{row['tokens_per_second']:>13,.0f}"
+            f"{row['over_baseline']:>8.2f}{row['over_one_worker']:>7.2f}"
+            f"{row['peak_bytes'] / MIB:>10,.0f}{row['bytes_per_token']:>13.2f}"
+        )
+    return "\n".join(lines)
+
+
+def repeat(source: Path, target: Path, num_bytes: int) -> None:
+    """Write `source` again and again, whole each time, until there are `num_bytes`."""
+    with open(source, "rb") as stream, writing(target, num_bytes), open(target, "wb") as sink:
+        while sink.tell() < num_bytes:
+            stream.seek(0)
+            last = b""
+            while block := stream.read(MIB):
+                sink.write(block)
+                last = block[-1:]
+            sink.write(b"" if last == b"\n" else b"\n")
+
+
+def measure_large(
+    args: argparse.Namespace, file: Path, tokenizer: Path, scratch: Path
+) -> dict[str, Any]:
+    """Tokenize a file made by repetition, and print its memory."""
+    free, wanted = shutil.disk_usage(scratch).free, 2 * args.repeat_to
+    if free < wanted:
+        raise DataError(
+            f"{scratch}: {free:,} bytes are free, {wanted:,} are needed; give a smaller "
+            f"--repeat_to or another --scratch"
+        )
+    large = scratch / "large.txt"
+    repeat(file, large, args.repeat_to)
+    num_bytes = large.stat().st_size
+    print(f"\n{num_bytes:,} bytes made by repetition", flush=True)
+    made, info = turn(Row(args.num_workers, []), large, tokenizer, scratch)
+    counts = info["counts"]
+    rate = counts["tokens"] / made.seconds
+    print(
+        f"{args.num_workers} workers: {counts['tokens']:,} tokens, {counts['sequences']:,} "
+        f"sequences, {made.seconds:.0f} s with the start, {rate:,.0f} tokens/s; the largest "
+        f"process took {made.peak_bytes / MIB:,.0f} MiB", flush=True,
+    )
+    return {
+        "bytes": num_bytes, **counts, "seconds": made.seconds, "tokens_per_second": rate,
+        "peak_bytes": made.peak_bytes, "bytes_per_token": made.disk_bytes / counts["tokens"],
+    }
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", required=True, metavar="F", help="a plain text file, a document a line")
+    add("--tokenizer", required=True, metavar="T", help="folder, hub name or pypi:... folder")
+    add("--num_workers", type=int, default=2, metavar="N", help="processes (default: 2)")
+    add("--rounds", type=int, default=3, metavar="R", help="rounds; 0: none (default: 3)")
+    add("--repeat_to", metavar="SIZE", help="tokenize a file of this size too, for example 5GB")
+    add("--scratch", metavar="DIR", help="folder for what is written for a while (default: /tmp)")
+    args = parser.parse_args(argv)
+    if args.num_workers < 2 or args.rounds < 0:
+        raise ConfigError(
+            f"--num_workers {args.num_workers} --rounds {args.rounds}: at least 2 and 0 are needed"
+        )
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?B|)", args.repeat_to or "0")
+    if not size or args.repeat_to is None and not args.rounds:
+        raise ConfigError(f"--repeat_to {args.repeat_to}: write a size such as 300MB or 5GB")
+    args.repeat_to = int(float(size[1]) * UNITS["" if size[2] == "B" else size[2]])
+    if source_kind(args.input) != "text":
+        raise ConfigError(f"--input {args.input}: give a .txt file, which the baseline reads too")
+    return args
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+    names = ("tokenizers", "transformers", "datasets", "numpy")
+    return {
+        "processor": model, "cpus": os.cpu_count(), "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "command": " ".join(sys.argv),
+    }
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(argv)
+    file, tokenizer = resolve_path(args.input).resolve(), resolve_path(args.tokenizer)
+    check_file(file)
+    if tokenizer.exists():
+        tokenizer = tokenizer.resolve()
+    signal.signal(signal.SIGTERM, _terminated)  # so that what was written is removed
+    result: dict[str, Any] = {"benchmark": "tokenize_corpus", **environment()}
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        if args.rounds:
+            result["compared"] = compare(args, file, tokenizer, Path(scratch))
+        if args.repeat_to:
+            result["large"] = measure_large(args, file, tokenizer, Path(scratch))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_command(main)

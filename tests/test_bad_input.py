@@ -1,0 +1,318 @@
+"""Input that is broken or odd: a rule for each, as the README's table has it.
+
+Kept, skipped and counted, or refused with the file and the line.
+"""
+
+from __future__ import annotations
+
+import builtins
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from preprocess import corpus, tokenize_corpus
+from preprocess.corpus import read_documents
+from preprocess.errors import DataError, run_command
+from preprocess.store import TokenStore
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def documents(path, **options) -> list[str]:
+    return list(read_documents([str(path)], **options))
+
+
+def refusal(path, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        documents(path, **options)
+    return str(caught.value)
+
+
+@pytest.fixture
+def tokenize(tmp_path, tiny_encoder):
+    """Run the command on a file and open what it made."""
+
+    def run(path, *more) -> TokenStore:
+        prefix = str(tmp_path / "store" / "s")
+        tokenize_corpus.main([
+            "--input", str(path), "--tokenizer", tiny_encoder, "--output", prefix,
+            "--overwrite", "--num_workers", "1", *more,
+        ])
+        return TokenStore.open(prefix, verify=True)
+
+    return run
+
+
+def words(store: TokenStore) -> list[str]:
+    """The text of each document as the tokenizer spells it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir)
+    found = []
+    for shard in store.shards:
+        ends = shard.sequence_offsets[shard.document_offsets]
+        pieces = np.split(shard.tokens, ends[1:-1])
+        found += [tokenizer.decode(piece.tolist()) for piece in pieces]
+    return found
+
+
+# --------------------------------------------------------------------------- bytes and lines
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_line_ends_and_marks(tmp_path, count, end):
+    """A byte range may begin inside a line, a character or a Windows line end."""
+    path = tmp_path / "a.txt"
+    kept = ["caf\u00e9 \u65e5\u672c", "", "old\rMac", "one\u2028line\u2029still\x0b\x0c\x85", "end"]
+    path.write_bytes(b"\xef\xbb\xbf" + end.join(kept).encode())
+    found = [documents(path, part=(i, count)) for i in range(count)]
+    assert sum(found, []) == kept
+    assert documents(path, blank_line_documents=True) == [kept[0], "\n".join(kept[2:])]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_marks_and_windows_line_ends_in_tables(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    rows = {
+        "csv": 'text,b\r\n"one\r\ntwo",1\r\nthree,2\r\n',
+        "tsv": "text\tb\r\none\u2028two\t1\r\nthree\t2",
+        "jsonl": '{"text": "one\u2028two"}\r\n\r\n{"text": "three"}\r\n',
+    }
+    path.write_bytes(b"\xef\xbb\xbf" + rows[ending].encode())
+    assert documents(path) == [{"csv": "one\r\ntwo"}.get(ending, "one\u2028two"), "three"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_invalid_utf8_names_the_line_in_every_part(tmp_path, count):
+    path = tmp_path / "a.txt"
+    for data, line in (
+        (b"fine\n" * 30 + b"caf\xe9\n" + b"fine\n" * 9, 31),
+        (b"fine\n" * 39 + "\u65e5".encode()[:2], 40),  # ends inside a character
+        ("\ufefffine\nno\n".encode("utf-16"), 1),
+    ):
+        path.write_bytes(data)
+        said = []
+        for index in range(count):
+            try:
+                documents(path, part=(index, count))
+            except DataError as error:
+                said.append(str(error))
+        assert len(said) == 1 and f"a.txt, line {line}: not UTF-8" in said[0] and "iconv" in said[0]
+
+
+def test_nul_characters_are_taken_out_and_counted(tmp_path, tokenize, capsys):
+    path = tmp_path / "a.jsonl"
+    rows = ["a go\0od film", "\0", "a bad one", "\0dull\0"]
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
+    store = tokenize(path)
+    assert words(store) == ["a good film", "a bad one", "dull"]
+    assert store.info["counts"]["documents_with_nul"] == 3
+    assert store.info["counts"]["documents_dropped"] == 1
+    assert "1 empty documents dropped, NUL characters taken out of 3" in capsys.readouterr().out
+    text = tmp_path / "a.txt"
+    text.write_bytes("\n".join(rows).encode())
+    assert words(tokenize(text)) == ["a good film", "a bad one", "dull"]
+
+
+def test_a_hundred_megabytes_in_a_line(tmp_path):
+    path = tmp_path / "a.txt"
+    with open(path, "wb") as stream:
+        stream.write(b"fine\n")
+        for _ in range(100):
+            stream.write(b"word " * 200_000)
+    assert "a.txt, line 2: longer than 16,777,216 bytes" in refusal(path)
+    assert len(corpus.cut_part([str(path)], False, (0, 1), None)) == 24
+
+
+def test_a_long_line_takes_little_memory(tmp_path, tiny_encoder):
+    """Also where the tokenizer sees texts as they are: it takes 170 times the size of each."""
+    path = tmp_path / "a.txt"
+    path.write_bytes((b"a good  film " * (1 << 17))[:-1])
+    # From a small process: a child counts what its parent had when it was forked.
+    program = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    command = [
+        sys.executable, "preprocess/tokenize_corpus.py", "--input", str(path), "--output",
+        str(tmp_path / "s"), "--tokenizer", tiny_encoder, "--num_workers", "1",
+        "--no-split_sentences",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=ROOT, check=True, capture_output=True,
+        text=True,
+    )
+    assert int(done.stdout) < 450 << 10
+    store = TokenStore.open(tmp_path / "s", verify=True)
+    assert store.num_documents == store.num_sequences == 1 and store.num_tokens == 3 << 17
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "txt.gz", "jsonl.zst"])
+def test_an_empty_file_has_no_documents(tmp_path, ending, tokenize):
+    import pyarrow
+
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes({
+        "gz": gzip.compress(b""), "zst": pyarrow.compress(b"", codec="zstd", asbytes=True),
+    }.get(ending.rpartition(".")[2], b""))
+    assert documents(path) == []
+    if ending == "txt":
+        assert tokenize(path).num_documents == 0
+
+
+def test_an_empty_table_is_refused(tmp_path):
+    for ending, complaint in (("csv", "empty; a first line"), ("tsv", "empty; a first line"),
+                              ("parquet", "not a readable parquet file")):
+        (tmp_path / f"a.{ending}").write_bytes(b"")
+        assert f"a.{ending}: {complaint}" in refusal(tmp_path / f"a.{ending}")
+
+
+# --------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_quoted_line_ends_survive_any_number_of_shards(tmp_path, tokenize, count):
+    """A CSV is never cut into byte ranges: a quoted field may hold what looks like a row."""
+    path = tmp_path / "a.csv"
+    texts = [f'a good film {"," * i}\n"the plot",1\nwas number {i}' for i in range(9)]
+    quoted = [text.replace('"', '""') for text in texts]
+    path.write_text("text,b\n" + "".join(f'"{text}",{i}\n' for i, text in enumerate(quoted)))
+    assert corpus.cut_part([str(path)], False, (0, count), None) is None
+    parts = [documents(path, part=(i, count)) for i in range(count)]
+    assert parts == [texts[i::count] for i in range(count)]
+    store = tokenize(path, "--num_shards", str(count))
+    assert store.num_documents == 9 and len(store.shards) == count
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b'text,b\n"one\ntwo",1\n"open,2\nfine,3\n', 4),
+        (b'text,b\nfine,1\n"one"two,2\n', 3),
+        (b'text,b\n"two\nlines",1,2\nfine,3\n', 2),
+        (b'text,b\nfine,1\n"two\nlines"\n', 3),
+    ],
+)
+def test_a_broken_row_is_named_by_its_first_line(tmp_path, data, line):
+    path = tmp_path / "a.csv"
+    path.write_bytes(data)
+    assert refusal(path).startswith(f"{path}, line {line}: ")
+
+
+def test_old_mac_line_ends_in_a_table_are_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text,b\rone,1\r")
+    assert "a.csv, line 1: " in refusal(path)
+
+
+JSON_VALUES = [("5", "number"), ("1.5", "number"), ("true", "true or false"), ('["a"]', "array"),
+               ('{"a": 1}', "object")]
+
+
+@pytest.mark.parametrize(("value", "kind"), JSON_VALUES)
+def test_a_json_column_that_is_not_text(tmp_path, value, kind):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine", "n": 1}\n\n' + f'{{"text": {value}, "n": 2}}\n')
+    said = refusal(path)
+    assert f"a.jsonl, line 3: column 'text' holds a JSON {kind}, not text" in said
+    assert "--text_column" in said
+    assert f"line 3: column 'text' holds a JSON {kind}" in refusal(path, part=(1, 2))
+    assert documents(path, where={"n": "1"}, text_column="text", max_documents=1) == ["fine"]
+
+
+def test_null_is_an_empty_document(tmp_path, tokenize):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": null}\n{"text": "a good film"}\n{"text": ""}\n{"text": " "}\n')
+    store = tokenize(path)
+    assert words(store) == ["a good film"] and store.info["counts"]["documents_dropped"] == 3
+    for name, kind in (("a", pyarrow.string()), ("b", pyarrow.large_string())):
+        table = pyarrow.table({"text": pyarrow.array([None, "fine"], kind)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        assert documents(tmp_path / f"{name}.parquet") == ["", "fine"]
+
+
+def test_a_parquet_column_that_is_not_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    columns = {"text": pyarrow.array(["a", "b", "a"]).dictionary_encode(), "number": [1, 2, 3],
+               "list": [["a"], [], ["b"]], "bytes": [b"a", b"b", b"c"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert documents(path) == ["a", "b", "a"]
+    assert documents(path, where={"number": "2"}) == ["b"]
+    for column, kind in (("number", "int64"), ("list", "list<"), ("bytes", "binary")):
+        said = refusal(path, text_column=column)
+        assert f"a.parquet: column {column!r} holds {kind}" in said and "not text" in said
+
+
+def test_invalid_utf8_in_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    texts = [b"fine"] * 200 + [b"caf\xe9"]
+    text = pyarrow.Array.from_buffers(
+        pyarrow.string(), len(texts), pyarrow.array(texts, pyarrow.binary()).buffers()
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), path)
+    assert re.search(r"a\.parquet: not UTF-8 in rows 129 to 256", refusal(path))
+
+
+# --------------------------------------------------------------------------- what is no file
+
+
+def exit_of(main, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_no_permission(tmp_path, tiny_encoder, monkeypatch, capsys, workers):
+    """Whoever runs the tests may be allowed to read anything, so opening itself is replaced."""
+    path = tmp_path / "secret.txt"
+    path.write_text("a good film\n")
+    real = builtins.open
+
+    def refuse(name, *arguments, **options):
+        if str(name) == str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    code, said = exit_of(
+        lambda: tokenize_corpus.main([
+            "--input", str(path), "--tokenizer", tiny_encoder, "--output", str(tmp_path / "s"),
+            "--num_workers", workers,
+        ]), capsys,
+    )
+    assert code == 3 and said.endswith("secret.txt: Permission denied\n") and said.count("\n") == 1
+    assert not list(tmp_path.glob("*s.*"))
+
+
+def test_a_folder_a_pipe_and_a_device(tmp_path, tiny_encoder, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for name, complaint in ((tmp_path, "a folder; name the files in it"),
+                            (tmp_path / "pipe", "a pipe or device"),
+                            ("/dev/zero", "a pipe or device"),
+                            (tmp_path / "absent", "no such file")):
+        code, said = exit_of(
+            lambda name=name: tokenize_corpus.main([
+                "--input", str(name), "--tokenizer", tiny_encoder, "--output",
+                str(tmp_path / "s"),
+            ]), capsys,
+        )
+        assert code == 3 and f"{name}: {complaint}" in said and said.count("\n") == 1
