@@ -98,7 +98,7 @@ def test_several_stores_become_shards_in_their_order(tmp_path, tiny_encoder):
     adopt(sorted(map(str, tmp_path.glob("x*.bin"))), tiny_encoder, tmp_path / "s")
     store = TokenStore.open(tmp_path / "s", verify=True)
     assert [shard.tokens.tolist() for shard in store.shards] == [[40, 41, 42], [30, 31], []]
-    assert store.shards[0].document_offsets.tolist() == [0, 2]
+    assert store.shards[0].document_offsets[:].tolist() == [0, 2]
     with pytest.raises(ConfigError, match="a whole store is there already"):
         adopt([str(tmp_path / "x0")], tiny_encoder, tmp_path / "s")
 
@@ -108,8 +108,8 @@ def test_megatron_reads_a_store_of_ours(reviews_store):
     indexed = needed("megatron.core.datasets.indexed_dataset")
     opened = indexed.IndexedDataset(reviews_store)
     (shard,) = TokenStore.open(reviews_store).shards
-    bounds = shard.sequence_offsets.tolist()
+    bounds = shard.sequence_offsets[:].tolist()
     assert len(opened) == shard.num_sequences > shard.num_documents
     for i, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         assert opened[i].tolist() == shard.tokens[first:end].tolist()
-    assert opened.document_indices.tolist() == shard.document_offsets.tolist()
+    assert opened.document_indices.tolist() == shard.document_offsets[:].tolist()
