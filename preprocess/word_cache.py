@@ -27,7 +27,6 @@ from preprocess.encode import (
     Encoded,
     encode_batch,
     encode_in_blocks,
-    join_encoded,
     sentence_of,
     split_sentences,
 )
@@ -69,19 +68,13 @@ class WordCache:
 
     def _encode_short(self, texts: list[str], language: str | None) -> Encoded:
         split = [self._split(text, language) for text in texts]
-        self._learn(set(itertools.chain.from_iterable(itertools.chain(*filter(None, split)))))
-        made = []
-        for plain, run in itertools.groupby(zip(texts, split, strict=True), lambda p: p[1] is None):
-            if plain:
-                made.append(encode_batch(self.backend, [text for text, _ in run], language))
-            else:
-                made.append(self._look_up([words for _, words in run if words is not None]))
-        return join_encoded(made)
+        self._learn(set(itertools.chain.from_iterable(itertools.chain.from_iterable(split))))
+        return self._look_up(split)
 
-    def _split(self, text: str, language: str | None) -> list[list[Key]] | None:
-        """Return the words of each sentence, or None where the text must be taken as a whole."""
+    def _split(self, text: str, language: str | None) -> list[list[Key]]:
+        """Return the words of each sentence; none of a text that is to be dropped."""
         if not text or text.isspace():
-            return None
+            return []
         pieces = [text] if language is None else split_sentences(text, language)
         if self._kind == "bert":
             words: list[list[Any]] = [piece.replace("\n", " ").split(" ") for piece in pieces]
@@ -110,7 +103,7 @@ class WordCache:
     def _remember(self, key: Key, ids: bytes) -> None:
         if key not in self._ids:
             self._ids[key] = ids
-            self._num_bytes += ENTRY_BYTES + len(ids) + len(key if isinstance(key, str) else str(key))
+            self._num_bytes += ENTRY_BYTES + len(ids) + len(str(key))
 
     def _learn(self, keys: set[Key]) -> None:
         """Take the ids of what is not known yet."""

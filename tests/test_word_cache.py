@@ -76,7 +76,7 @@ def check_equal(found, expected) -> None:
         np.testing.assert_array_equal(ours, plain)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(TEXTS, st.sampled_from(["en", None]))
 def test_the_ids_are_those_of_whole_texts(remembering, texts, language):
     for cache in remembering.values():
