@@ -13,7 +13,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,plot]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,plot,engines]'
 	touch $@
 
 demo: setup

@@ -21,6 +21,7 @@ import argparse
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -89,8 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_shards", type=int, default=1, metavar="N", help="shards of the store (default: 1)")
     add("--shard_index", type=int, metavar="i", help="make only shard i, counted from 0")
     add("--adopt", action="store_true", help="--input (default: --output) is the prefix of a .bin "
-        "and .idx made elsewhere: check them, strip special ids, cut sequences longer than "
-        f"{MAX_ADOPTED_LENGTH:,} tokens, and write a whole store")
+        "and .idx made elsewhere, or several, each to be a shard: check them, strip special ids, "
+        f"cut sequences longer than {MAX_ADOPTED_LENGTH:,} tokens, and write a whole store")
     add("--verify", action="store_true", help="only hash every byte of --output and of the arrays "
         "beside it")
     add("--overwrite", action="store_true", help="replace a store made with other options")
@@ -121,8 +122,15 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--tokenizer is missing: a folder, a hub name or pypi:...")
     if not args.adopt and not args.verify and not args.input:
         raise ConfigError("--input is missing: files, hub:NAME or pypi:...")
-    if args.adopt and len(args.input or [""]) != 1:
-        raise ConfigError(f"--adopt takes one --input, the prefix of a store; got {args.input}")
+    if args.adopt:
+        # A shell's `*.bin` names the stores of a folder.
+        args.input = [re.sub(r"\.(bin|idx)$", "", name) for name in args.input or [args.output]]
+        if args.num_shards not in (1, len(args.input)):
+            raise ConfigError(
+                f"--num_shards {args.num_shards}: --adopt makes one shard of each --input, and "
+                f"there are {len(args.input)}"
+            )
+        args.num_shards = len(args.input)
     if args.num_workers is None:
         args.num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     for flag in ("num_workers", "num_shards", "max_documents"):
@@ -495,20 +503,37 @@ def _make_shard_in_worker(shard: tuple[int, int]) -> str:
 
 
 def adopt(args: argparse.Namespace, tokenizer: Any) -> None:
-    """Take in a `.bin` and `.idx` made elsewhere, in place or under another prefix."""
-    source = args.input[0] if args.input else args.output
+    """Take in each `.bin` and `.idx` made elsewhere; a single one may stay in its place."""
+    sources = args.input
     if os.path.exists(args.output + ".json") and not args.overwrite:
         raise ConfigError(f"{args.output}.json: a whole store is there already; see --overwrite")
-    if source != args.output and os.path.exists(args.output + ".bin") and not args.overwrite:
+    in_place = sources == [args.output]
+    if not in_place and os.path.exists(args.output + ".bin") and not args.overwrite:
         raise ConfigError(f"{args.output}.bin: there already; give another --output or --overwrite")
+    options = {
+        "adopted": sources if len(sources) > 1 else sources[0],
+        "max_sequence_length": MAX_ADOPTED_LENGTH,
+    }
+    for i, source in enumerate(sources):
+        if args.shard_index in (None, i):
+            shard = (i, len(sources)) if len(sources) > 1 else None
+            _adopt_one(args, tokenizer, source, shard, options)
+
+
+def _adopt_one(
+    args: argparse.Namespace,
+    tokenizer: Any,
+    source: str,
+    shard: tuple[int, int] | None,
+    options: dict[str, Any],
+) -> None:
     vocab_size = check_vocabulary(tokenizer)
     special = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), np.int64)
-    options = {"adopted": source, "max_sequence_length": MAX_ADOPTED_LENGTH}
     counts = {"special_ids_stripped": 0, "sequences_cut": 0, "documents_dropped": 0}
     progress = _Count(args, [])
     documents = 0
     # In place, the writer works beside the old files and replaces them at the end.
-    with progress.bar, StoreWriter(args.output, tokenizer, options, overwrite=True) as writer:
+    with progress.bar, StoreWriter(args.output, tokenizer, options, shard, True) as writer:
         for sequences in read_foreign(source):
             kept = []
             for ids in sequences:
@@ -530,7 +555,7 @@ def adopt(args: argparse.Namespace, tokenizer: Any) -> None:
                 progress.show(documents, writer.num_tokens)
         writer.close(counts)
     said = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
-    line = f"{args.output}: {documents:,} documents, {writer.num_tokens:,} tokens, {said}"
+    line = f"{writer.prefix}: {documents:,} documents, {writer.num_tokens:,} tokens, {said}"
     print(line, flush=True)
 
 

@@ -156,6 +156,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def launch_environment() -> dict[str, str]:
+    """What a command started by a test sees."""
+    # A test that trains in this process leaves its rank and port in the environment.
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
 def run(*command: str, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
     """Run a command of ours: with `python`, or under `deepspeed` on `ranks` ranks."""
     launcher = [sys.executable]
@@ -164,12 +172,8 @@ def run(*command: str, ranks: int = 0, check: bool = True) -> subprocess.Complet
             sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks),
             "--master_port", str(free_port()),
         ]
-    # A test that trains in this process leaves its rank and port in the environment.
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in ours}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True,
+        [*launcher, *map(str, command)], cwd=ROOT, env=launch_environment(), text=True,
         capture_output=True, timeout=600,
     )
     if check and done.returncode:

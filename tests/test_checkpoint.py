@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +334,78 @@ def test_a_kill_before_the_options_were_written_is_no_other_run(tmp_path):
     (tmp_path / "thesis.txt").write_text("not ours")
     with pytest.raises(ConfigError, match="not a run of ours"):
         checkpoint.check_run_dir(config)
+
+
+# ------------------------------------------------------------------------------- several nodes
+
+
+@pytest.fixture
+def on_two_nodes(monkeypatch) -> Callable[..., list[Any]]:
+    """Call a function on two ranks of two hosts, here threads: what it returned or raised."""
+    here, gate, shared = threading.local(), threading.Barrier(2), [None, None]
+
+    def gather(value: Any) -> list[Any]:
+        gate.wait()
+        shared[here.rank] = value
+        gate.wait()
+        return list(shared)
+
+    monkeypatch.setattr(ds, "start", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ds, "barrier", gate.wait)
+    monkeypatch.setattr(ds, "gather_objects", gather)
+    monkeypatch.setattr(ds, "ranks", lambda: ds.Ranks(here.rank, 2, 0))
+    monkeypatch.setattr(ds.socket, "gethostname", lambda: f"node{here.rank + 1}")
+
+    def call(function: Callable, *arguments: Any) -> list[Any]:
+        def as_rank(rank: int) -> Any:
+            here.rank = rank
+            try:
+                return function(arguments[rank])
+            except ConfigError as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(as_rank, range(2)))
+
+    return call
+
+
+def test_a_run_directory_that_not_all_nodes_see_is_refused(tmp_path, on_two_nodes, monkeypatch):
+    def prepare(folder: str) -> Path:
+        return checkpoint.prepare_run_dir(TrainingConfig(output_dir=str(tmp_path / folder)), None)
+
+    assert on_two_nodes(prepare, "shared", "shared") == [tmp_path / "shared"] * 2
+    names = sorted(os.listdir(tmp_path / "shared"))
+    assert names == ["config.resolved.yaml", "env.json"]
+    monkeypatch.setattr(ds, "SHARED_DISK_SECONDS", 0.0)
+    found = on_two_nodes(prepare, "first", "second")  # as where each node has a disk of its own
+    for error, folder in zip(found, ("first", "second"), strict=True):
+        assert f"{folder}: node2 cannot see" in str(error) and "node1" not in str(error)
+    assert not (tmp_path / "second").exists()
+    assert sorted(os.listdir(tmp_path / "first")) == names
+
+
+def test_a_network_disk_may_show_a_file_late(tmp_path, on_two_nodes, monkeypatch):
+    plain, looked = Path.exists, []
+
+    def late(path: Path) -> bool:
+        looked.append(path)
+        return len(looked) > 4 and plain(path)
+
+    monkeypatch.setattr(Path, "exists", late)
+    monkeypatch.setattr(ds.time, "sleep", lambda seconds: None)
+    assert on_two_nodes(ds.nodes_without, tmp_path, tmp_path) == [[], []]
+    assert len(looked) > 4 and os.listdir(tmp_path) == []
+
+
+def test_tasks_of_srun_without_ranks_do_not_train_alone(tmp_path, monkeypatch):
+    config = TrainingConfig(output_dir=str(tmp_path / "run"))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ConfigError, match="8 tasks that have no RANK.*torchrun"):
+        checkpoint.check_run_dir(config)
+    monkeypatch.setenv("RANK", "0")  # a launcher's child
+    assert checkpoint.check_run_dir(config) == tmp_path / "run"
 
 
 # ------------------------------------------------------------------- what belongs to this run

@@ -487,3 +487,19 @@ def test_ranks_come_from_the_launcher(monkeypatch):
     engine.finish()  # no group to leave
     monkeypatch.setattr(os, "environ", {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
     assert engine.ranks() == engine.Ranks(5, 8, 1) and not engine.is_main()
+
+
+def test_ranks_that_do_not_find_each_other_say_where_they_looked(monkeypatch):
+    import deepspeed
+
+    def alone(**options) -> None:
+        raise torch.distributed.DistStoreError("Timed out; 1/2 clients joined.\nframe #0: a trace")
+
+    monkeypatch.setattr(deepspeed, "init_distributed", alone)
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    wanted = r"rank 0 of 2 .* node1:29500 \(Timed out; 1/2 .*\)"
+    with pytest.raises(ConfigError, match=wanted) as error:
+        engine.start()
+    assert "\n" not in str(error.value)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import free_port, launch_environment
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -419,28 +423,32 @@ engine.finish()
 """
 
 
-@pytest.mark.slow
-def test_two_ranks_give_the_same_loss(
-    plain_run, tmp_path, reviews_store, still_encoder, run_command_line
-):
-    """One launch, ZeRO 0 to 3: the global mean does not depend on the number of ranks."""
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory, reviews_store, still_encoder, run_command_line) -> list[Path]:
+    """Run directories of ZeRO 0 to 3 on two ranks of one node, in one launch."""
+    folder = tmp_path_factory.mktemp("ranks")
     runs = [
         arguments(
-            reviews_store, still_encoder, tmp_path / f"zero{stage}",
+            reviews_store, still_encoder, folder / f"zero{stage}",
             # Nothing is small enough to stay whole: borrowed parameters must be gathered.
             deepspeed_config=write_ds_config(
-                tmp_path, stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+                folder, stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
             ),
             per_device_train_batch_size=2 if stage % 2 else 4,
         )
         for stage in range(4)
     ]
-    (tmp_path / "driver.py").write_text(DRIVER)
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    run_command_line(tmp_path / "driver.py", tmp_path / "runs.json", ranks=2)
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "runs.json").write_text(json.dumps(runs))
+    run_command_line(folder / "driver.py", folder / "runs.json", ranks=2)
+    return [folder / f"zero{stage}" for stage in range(4)]
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_loss(plain_run, two_ranks):
+    """ZeRO 0 to 3: the global mean does not depend on the number of ranks."""
     expected = weights(plain_run)
-    for stage in range(4):
-        run_dir = tmp_path / f"zero{stage}"
+    for run_dir in two_ranks:
         losses = logged(run_dir, metrics.TRAIN_LOSS)
         np.testing.assert_allclose(losses[0], logged(plain_run, metrics.TRAIN_LOSS)[0], rtol=1e-6)
         np.testing.assert_allclose(losses, logged(plain_run, metrics.TRAIN_LOSS), rtol=1e-5)
@@ -450,6 +458,78 @@ def test_two_ranks_give_the_same_loss(
         )
         for name, value in weights(run_dir).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5)
+
+
+# --------------------------------------------------------------------------- two nodes
+
+
+# `srun` and `scontrol` of a job on two nodes of one task each.
+SRUN = """#!/bin/bash
+for node in 0 1; do SLURM_NODEID=$node "$@" & tasks="$tasks $!"; done
+code=0
+for task in $tasks; do wait $task || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/bin/sh
+printf '127.0.0.1\\n127.0.0.2\\n'
+"""
+
+
+def readme_block(*parts: str) -> str:
+    """The one block of commands in the README that has all these parts."""
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(), re.DOTALL)
+    (found,) = [block for block in blocks if all(part in block for part in parts)]
+    return found
+
+
+def on_two_nodes(recipe: str, flags: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Type a recipe of the README for two nodes, with one rank on each and these flags."""
+    port = str(free_port())
+    hostfile = folder / "hostfile"
+    hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    block = readme_block(recipe, "train/pretrain.py")
+    for shown, here in (
+        (r"train/pretrain\.py [^']*", f"train/pretrain.py {shlex.join(flags)}\n"),
+        (r"--hostfile hostfile", f"--hostfile {hostfile}"), (r"\bnode1\b", "127.0.0.1"),
+        (r"\b29500\b", port), (r"nproc_per_node 8", "nproc_per_node 1"),
+    ):
+        block = re.sub(shown, lambda _, here=here: here, block)
+    if "--no_ssh" in block:  # to be typed on every node, with its own number
+        block = f"({block.replace('--node_rank 0', '--node_rank 1')}) &\n{block}\nwait $!\n"
+    programs = {
+        "deepspeed": f'#!/bin/sh\nexec {sys.executable} -m deepspeed.launcher.runner "$@"\n',
+        "torchrun": f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n',
+        "srun": SRUN, "scontrol": SCONTROL,
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    environment = launch_environment()
+    environment |= {"PATH": f"{folder}{os.pathsep}{environment['PATH']}", "SLURM_NNODES": "2",
+                    "SLURM_JOB_NODELIST": "127.0.0.[1-2]"}
+    return subprocess.run(
+        ["bash", "-e", "-c", block], cwd=Path(__file__).resolve().parent.parent, env=environment,
+        text=True, capture_output=True, timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["--no_ssh", "srun bash"])
+def test_two_nodes_give_the_losses_of_one(recipe, tmp_path, two_ranks, reviews_store,
+                                          still_encoder):
+    """Two launchers, each with one rank and an address of its own."""
+    flags = arguments(
+        reviews_store, still_encoder, tmp_path / "run", per_device_train_batch_size=2,
+        deepspeed_config=write_ds_config(tmp_path, 1),
+    )
+    done = on_two_nodes(recipe, flags, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["world_size"] == 2
+    for tag in (metrics.TRAIN_LOSS, metrics.EVAL_LOSS):
+        assert logged(tmp_path / "run", tag) == logged(two_ranks[1], tag)
+    assert all(torch.equal(value, weights(two_ranks[1])[name])
+               for name, value in weights(tmp_path / "run").items())
 
 
 @pytest.mark.slow

@@ -22,7 +22,9 @@ BLOCKS = re.findall(r"(<!-- runnable -->\n)?```bash\n(.*?)```", README, re.DOTAL
 # Flags of the launchers themselves, before the name of a script of ours.
 LAUNCHERS = ("--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
              "--num_gpus", "--nnodes", "--nproc_per_node", "--logdir", "--nodes",
-             "--ntasks-per-node", "--gpus-per-node")
+             "--ntasks-per-node", "--gpus-per-node", "--array", "--cpus-per-task", "--parsable",
+             "--dependency", "--gpus", "--jobs", "--halt", "--sshloginfile", "--workdir",
+             "--launcher", "--env")
 # What makes a command small; everything else runs as the README shows it.
 SMALL = {
     "--max_steps": "3", "--train_batch_size": "8", "--save_steps": "2", "--vocab_size": "90",

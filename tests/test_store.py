@@ -112,7 +112,10 @@ def test_index_bytes_by_hand(tmp_path):
 
 
 def test_megatron_reads_our_store(tmp_path):
-    dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    dataset = pytest.importorskip(
+        "megatron.core.datasets.indexed_dataset",
+        reason="megatron-core is not installed: pip install -e '.[engines]' -c constraints.txt",
+    )
     documents = [[[5, 6], [65535]], [[8, 0, 1]]]
     write(tmp_path / "s", documents)
     opened = dataset.IndexedDataset(str(tmp_path / "s"))

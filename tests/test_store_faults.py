@@ -7,6 +7,7 @@ goes on notices that its data were exchanged.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -41,6 +42,7 @@ from preprocess.store import (
     seal,
     write_array,
 )
+from train import data as train_data
 
 SPARE_BYTES = 512 << 20  # of address space; hypothesis takes most of it for its own notes
 ALLOCATED_BYTES = 4 << 20  # by Python and numpy; files are hashed in blocks of 1 MiB
@@ -92,8 +94,8 @@ def write_everything(folder: Path) -> list[Sample]:
         opened = TokenStore.open(folder / prefix)
         seen: list = [opened.fingerprint, opened.vocab_size, opened.special_ids, opened.info]
         for part in opened.shards:
-            seen += [part.tokens[:].tolist(), part.sequence_offsets.tolist(),
-                     part.document_offsets.tolist(), part.token_start]
+            seen += [part.tokens[:].tolist(), part.sequence_offsets[:].tolist(),
+                     part.document_offsets[:].tolist(), part.token_start]
         return seen
 
     def look_at_array(name: str, kind: str) -> list:
@@ -250,6 +252,7 @@ def test_lies_that_agree_with_their_hashes(tmp_path):
 def test_an_id_beyond_the_vocabulary_is_never_handed_out(tmp_path):
     """`.bin` is too large to hash at each start, so its ids are checked as they are read."""
     from train import data, score_tokens
+    from train.rows import row_tables
 
     write(tmp_path / "s", [[[7] * 30]] * 4, tokenizer=SmallTokenizer())
     ids = bytearray((tmp_path / "s.bin").read_bytes())
@@ -262,12 +265,12 @@ def test_an_id_beyond_the_vocabulary_is_never_handed_out(tmp_path):
         lambda: shard.tokens[40:60],
         lambda: shard.tokens[np.array([1, 50])],
         lambda: shard.tokens[50],
-        lambda: data.row_tables(opened, 16, 0.2),
+        lambda: row_tables(opened, 16, 0.2),
         lambda: list(score_tokens.score_shard(shard, None, 8, None)),
     ):
         with pytest.raises(DataError, match=r"s\.bin: token id 100 is not in the vocabulary"):
             read()
-    table, _ = data.row_tables(opened, 16, 0.0)
+    table, _ = row_tables(opened, 16, 0.0)
     batches = data.PackedData(
         opened, table, data.drawn_masking(opened, "random", 0.15), seed=1,
         micro_batch_size=table.num_rows,
@@ -294,27 +297,87 @@ def test_verify_hashes_the_store_and_its_arrays(tmp_path, capsys):
         tokenize_corpus.main(["--verify", "--output", str(tmp_path / "s")])
 
 
-def test_a_settled_array_is_hashed_once_and_a_changed_one_again(tmp_path, monkeypatch):
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """Names of the files that are hashed, on a clock far ahead of what the tests write."""
+    # The time of the last change of an inode cannot be set, so the clock is put forward.
+    now, names, plain = time.time_ns, [], store.file_sha256
+
+    def counted(path, start=0):
+        names.append(Path(path).name)
+        return plain(path, start)
+
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 2 * store.SETTLED_NS)
+    monkeypatch.setattr(store, "file_sha256", counted)
+    return names
+
+
+def test_a_settled_array_is_hashed_once_and_a_changed_one_again(tmp_path, hashed):
     write(tmp_path / "s", DOCUMENTS)
     (shard,) = TokenStore.open(tmp_path / "s").shards
     path = write_array(shard, "n", "mask", np.array([1, 5], np.uint32), {})
-    os.utime(path, ns=(1, 1))
-    # The time of the last change of an inode cannot be set, so the clock is put forward.
-    now = time.time_ns
-    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)
-    hashed, plain = [], store.file_sha256
-
-    def counted(*arguments):
-        hashed.append(arguments)
-        return plain(*arguments)
-
-    monkeypatch.setattr(store, "file_sha256", counted)
+    hashed.clear()
     for _ in range(3):
         open_array(shard, "n", "mask")
-    assert len(hashed) == 1
+    assert hashed == ["s.n.mask.npy"]
+    open_array(shard, "n", "mask", verify=True)
+    assert len(hashed) == 2
+    times = path.stat()
     path.write_bytes(path.read_bytes()[:-4] + struct.pack("<I", 6))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # the inode still tells
     with pytest.raises(DataError, match="sha256"):
         open_array(shard, "n", "mask")
+    path.write_bytes(path.read_bytes()[:-4] + struct.pack("<I", 5))
+    open_array(shard, "n", "mask")
+    assert len(hashed) == 4
+
+
+def test_a_settled_index_is_hashed_once_and_a_changed_one_again(tmp_path, hashed):
+    for i in range(2):
+        write(tmp_path / "t", DOCUMENTS[i:], (i, 2))
+    hashed.clear()
+
+    def indices(**options) -> list[str]:
+        hashed.clear()
+        TokenStore.open(tmp_path / "t", **options)
+        return [name[:7] for name in hashed if name.endswith(".idx")]
+
+    first, second = "t-00000", "t-00001"
+    assert indices() == [first, second]
+    assert indices() == []
+    assert indices(verify=True) == [first, second]
+    # A memo that is broken, absent or of another shard is one that knows nothing.
+    memos = [tmp_path / f"{name}-of-00002.memo.json" for name in (first, second)]
+    for content in (b"", b"junk", memos[0].read_bytes().replace(b"1", b"2"), memos[1].read_bytes()):
+        memos[0].write_bytes(content)
+        assert indices() == [first]
+        assert indices() == []
+    memos[1].unlink()
+    assert indices() == [second]
+    path = tmp_path / "t-00001-of-00002.idx"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DataError, match=r"t-00001-of-00002\.idx.*sha256"):
+        TokenStore.open(tmp_path / "t")
+
+
+def test_what_was_written_just_now_is_hashed_each_time(tmp_path):
+    write(tmp_path / "s", DOCUMENTS)
+    TokenStore.open(tmp_path / "s")
+    assert not (tmp_path / "s.memo.json").exists()
+
+
+def test_nothing_is_remembered_where_nothing_may_be_written(tmp_path, hashed, monkeypatch):
+    write(tmp_path / "s", DOCUMENTS)
+
+    def refuse(*arguments):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    for _ in range(2):
+        hashed.clear()
+        TokenStore.open(tmp_path / "s")
+        assert "s.idx" in hashed
+    assert not list(tmp_path.glob("*memo*")) and not list(tmp_path.glob(".*"))
 
 
 # --------------------------------------------------------------------------- round trips
@@ -425,6 +488,32 @@ def test_no_command_writes_where_another_one_does(tmp_path, reviews_store, tiny_
         with lock_array(opened, "other", "mask"):
             pass
     assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_each_shard_of_an_array_has_its_own_lock(tmp_path, monkeypatch):
+    for i in range(2):
+        write(tmp_path / "t", DOCUMENTS[i:], (i, 2), SmallTokenizer())
+    opened = TokenStore.open(tmp_path / "t")
+    other = r"t-00001-of-00002\.n\.mask\.lock: another process writes here"
+    with lock_array(opened, "n", "mask", 1):
+        with lock_array(opened, "n", "mask", 0):
+            pass
+        for index in (1, None):
+            with pytest.raises(ConfigError, match=other):
+                lock_array(opened, "n", "mask", index)
+        with lock_array(opened, "n", "mask", 0):  # the one that failed holds nothing
+            pass
+    with lock_array(opened, "n", "mask"), pytest.raises(ConfigError, match=other):
+        lock_array(opened, "n", "mask", 1)
+    assert not list(tmp_path.rglob("*.lock"))
+    # More shards than a process may have files open.
+    monkeypatch.setattr(store, "WriterLock", refuse_to_open)
+    with pytest.raises(ConfigError, match="2 shards are too many.*give --shard_index"):
+        lock_array(opened, "n", "mask")
+
+
+def refuse_to_open(prefix: Path) -> None:
+    raise OSError(errno.EMFILE, "Too many open files", f"{prefix}.lock")
 
 
 # --------------------------------------------------------------------------- killed writers
@@ -687,7 +776,7 @@ def test_workers_killed_at_random_long(tmp_path, long_file, tiny_encoder, worker
 
 
 def test_a_run_goes_on_only_with_the_data_it_began_with(
-    tmp_path, reviews_store, reviews_file, still_encoder, tiny_tokenizer
+    tmp_path, reviews_store, reviews_file, still_encoder, tiny_tokenizer, monkeypatch
 ):
     """Each input is exchanged behind the back of a run that has a checkpoint."""
     shutil.copytree(Path(reviews_store).parent, tmp_path / "store")
@@ -712,6 +801,11 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(
             path = tmp_path / "store" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+
+    with monkeypatch.context() as patch:  # rows in the order of another version
+        patch.setattr(train_data, "ORDER_VERSION", 1)
+        with pytest.raises(ConfigError, match="made with order 2, and this run has 1; .*another"):
+            go_on()
 
     build_masks.main([*masks, "--seed", "7"])
     go_on()

@@ -58,13 +58,27 @@ def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Pat
     what the first one writes for another run.
 
     Raises:
-        ConfigError: it is not a run directory of ours, or holds a run under `--resume never`.
+        ConfigError: it is not a run directory of ours, or holds a run under `--resume never`, or
+            is not the same one on all nodes.
     """
     run_dir = check_run_dir(config)
     ds.start()
     ds.barrier()
-    if not ds.is_main():
-        return run_dir
+    if ds.is_main():
+        _write_run_dir(run_dir, config, resolved)
+    # Checkpoints are written by all ranks into one folder: better said now than at the first save.
+    blind = ds.nodes_without(run_dir)
+    if blind:
+        raise ConfigError(
+            f"--output_dir {run_dir}: {', '.join(blind)} cannot see what the first node wrote "
+            f"there; give a folder on a disk that all nodes share"
+        )
+    return run_dir
+
+
+def _write_run_dir(
+    run_dir: Path, config: TrainingConfig, resolved: ds.Resolved | None
+) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     for path in (*run_dir.glob(".*"), *run_dir.glob("seed_*/.*")):
         if _LEFTOVER.fullmatch(path.name):
@@ -75,7 +89,6 @@ def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Pat
         if resolved is not None:
             atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
         atomic_write_json(run_dir / "env.json", environment())
-    return run_dir
 
 
 def check_run_dir(config: TrainingConfig) -> Path:
@@ -83,6 +96,7 @@ def check_run_dir(config: TrainingConfig) -> Path:
     run_dir = Path(config.output_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"--output_dir {run_dir}: is a file; give a folder")
+    _refuse_tasks_without_ranks()
     names = os.listdir(run_dir) if run_dir.is_dir() else []
     entries = {name for name in names if not _LEFTOVER.fullmatch(name)}
     if entries and "config.resolved.yaml" not in entries:
@@ -95,6 +109,16 @@ def check_run_dir(config: TrainingConfig) -> Path:
             "folder, or --resume auto to go on"
         )
     return run_dir
+
+
+def _refuse_tasks_without_ranks() -> None:
+    """Refuse `srun -n 8 python train/...`: eight runs, each of one rank, in one run directory."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        raise ConfigError(
+            f"srun has started {tasks} tasks that have no RANK, and each would train alone; let "
+            f"srun start one launcher a node (deepspeed --no_ssh or torchrun), as the README shows"
+        )
 
 
 def environment() -> dict[str, Any]:

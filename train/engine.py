@@ -40,6 +40,8 @@ DEFAULT_BATCH = 32
 MAX_SKIPPED_IN_A_ROW = 50
 # DeepSpeed's launcher looks once a second whether a rank has ended.
 LAUNCHER_POLL_SECONDS = 3
+# Within it a node sees what another one wrote: NFS keeps what it knows of a folder for up to 60 s.
+SHARED_DISK_SECONDS = 90.0
 WARMUP_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
@@ -282,7 +284,11 @@ def supported_precisions() -> dict[str, bool]:
 
 
 def start() -> torch.device:
-    """Join the process group (idempotent) and pick this rank's device."""
+    """Join the process group (idempotent) and pick this rank's device.
+
+    Raises:
+        ConfigError: the others did not come within DeepSpeed's 10 minutes, or the port is taken.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
@@ -298,7 +304,16 @@ def start() -> torch.device:
         # On a CPU DeepSpeed would compile a shared-memory all-reduce here (a minute, and a
         # compiler) that only its inference engine uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except torch.distributed.DistError as error:
+        here, first = ranks(), (str(error).splitlines() or [type(error).__name__])[0]
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"rank {here.rank} of {here.world_size} found no process group at {where} ({first}); "
+            f"look at what the other nodes said, and give a --master_addr that they reach and a "
+            f"free --master_port"
+        ) from None
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks().local_rank)
         torch.cuda.set_device(device)
@@ -329,6 +344,30 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * ranks().world_size
     torch.distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def nodes_without(folder: Path) -> list[str]:
+    """Return the hosts that do not see what rank 0 writes to `folder`; collective.
+
+    A network disk may show a new file late, so a host that misses it looks for a while.
+    """
+    if ranks().world_size == 1:
+        return []
+    # A new name: a network disk also remembers for a while that there was no such file.
+    name = gather_objects(f".seen-{time.time_ns()}.tmp-{os.getpid()}")[0]
+    path = folder / name
+    if is_main():
+        with writing(folder):
+            path.touch()
+    barrier()
+    end = time.monotonic() + SHARED_DISK_SECONDS
+    first_here = ranks().local_rank == 0
+    while first_here and not path.exists() and time.monotonic() < end:
+        time.sleep(0.5)
+    found = gather_objects((socket.gethostname(), path.exists() or not first_here))
+    if is_main():
+        path.unlink()
+    return sorted({host for host, seen in found if not seen})
 
 
 def is_started() -> bool:

@@ -15,7 +15,7 @@ from train import data, model
 from train import engine as ds
 from train.config import BenchmarkConfig, PretrainConfig
 
-UNIGRAM_TOKENS = 10_000_000  # tokens of a shard that are counted
+UNIGRAM_TOKENS = 10_000_000  # tokens that are counted, of all shards together
 
 
 def check_vocabulary(
@@ -35,10 +35,11 @@ def check_vocabulary(
 
 
 def token_frequencies(store: TokenStore) -> np.ndarray:
-    """Log-probability of each id under a unigram model of the store's beginning, `(V,)` float64."""
+    """Log-probability of each id by how often the shards' beginnings hold it, `(V,)` float64."""
     counts = np.ones(store.vocab_size)
+    share = -(-UNIGRAM_TOKENS // len(store.shards))
     for shard in store.shards:
-        counts += np.bincount(shard.tokens[:UNIGRAM_TOKENS], minlength=store.vocab_size)
+        counts += np.bincount(shard.tokens[:share], minlength=store.vocab_size)
     return np.log(counts / counts.sum())
 
 
