@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,18 +32,31 @@ def encode_batch(backend: Any, texts: list[str], language: str | None) -> Encode
         backend: a `tokenizers.Tokenizer` from `prepare_backend`.
         language: of the sentences; None keeps a document in one sequence.
     """
+    return encode_in_blocks(texts, language, partial(_encode_whole, backend))
+
+
+Encoder = Callable[[list[str], str | None], Encoded]
+
+
+def encode_in_blocks(texts: list[str], language: str | None, encode: Encoder) -> Encoded:
+    """Encode texts, those that are long block by block, with a function that takes no long ones."""
     made: list[Encoded] = []
-    runs = itertools.groupby(texts, lambda text: len(text) > BLOCK_CHARACTERS)
-    for long, run in runs:
-        if long:
-            made += [_encode_long(backend, text, language) for text in run]
-        else:
-            made.append(_encode_whole(backend, list(run), language))
+    texts = [valid_unicode(text) for text in texts]
+    for long, run in itertools.groupby(texts, lambda text: len(text) > BLOCK_CHARACTERS):
+        if not long:
+            made.append(encode(list(run), language))
+            continue
+        for text in run:
+            blocks = [encode([block], language) for block in cut_blocks(text)]
+            ids, lengths, _, _ = join_encoded(blocks)
+            if language is None and len(ids):
+                lengths = np.array([len(ids)])
+            documents = np.array([len(lengths)] if len(ids) else [], np.int64)
+            made.append((ids, lengths, documents, 1 - len(documents)))
     return join_encoded(made)
 
 
 def _encode_whole(backend: Any, texts: list[str], language: str | None) -> Encoded:
-    texts = [valid_unicode(t) for t in texts]
     ids: list[int] = []
     lengths: list[int] = []
     documents: list[int] = []
@@ -65,16 +79,6 @@ def _encode_whole(backend: Any, texts: list[str], language: str | None) -> Encod
         np.array(documents, np.int64),
         len(texts) - len(documents),
     )
-
-
-def _encode_long(backend: Any, text: str, language: str | None) -> Encoded:
-    """Encode one document block by block."""
-    blocks = (_encode_whole(backend, [block], language) for block in cut_blocks(text))
-    ids, lengths, _, _ = join_encoded(list(blocks))
-    if language is None and len(ids):
-        lengths = np.array([len(ids)])
-    documents = np.array([len(lengths)] if len(ids) else [], np.int64)
-    return ids, lengths, documents, 1 - len(documents)
 
 
 def cut_blocks(text: str) -> Iterator[str]:
@@ -111,24 +115,42 @@ def cut_sentences(text: str, offsets: list[tuple[int, int]], language: str) -> l
     Args:
         offsets: first character and end of each token.
     """
+    ends = np.cumsum([len(piece) for piece in split_sentences(text, language)])
+    counts = np.bincount(sentence_of(offsets, ends))
+    return counts[counts > 0].tolist()
+
+
+def split_sentences(text: str, language: str) -> list[str]:
+    """Cut a text into sentences that cover it.
+
+    White space alone is no sentence: it goes with the one before it, at the start with the next.
+    """
     import sentencex
 
-    pieces = sentencex.segment(language, text)
-    if len(pieces) < 2:
-        return [len(offsets)]
-    ends = np.cumsum([len(piece) for piece in pieces])
-    assert ends[-1] == len(text), "sentences must cover the text"
-    # White space alone is no sentence: it goes with the one before it, at the start with the next.
-    spaces = np.array([piece.isspace() for piece in pieces])
-    keep = np.append(~spaces[1:], True)
-    keep[0] &= not spaces[0]
-    ends = ends[keep]
-    spans = np.array(offsets, np.int64)
-    # By its last character: a byte-level token may begin with the space before its sentence.
+    sentences: list[str] = []
+    for piece in sentencex.segment(language, text):
+        if sentences and (piece.isspace() or sentences[-1].isspace()):
+            sentences[-1] += piece
+        else:
+            sentences.append(piece)
+    assert sum(map(len, sentences)) == len(text), "sentences must cover the text"
+    return sentences
+
+
+def sentence_of(offsets: list[tuple[int, int]], ends: np.ndarray) -> np.ndarray:
+    """Return the sentence of each token, `(T,)` int64, ascending.
+
+    By its last character: a byte-level token may begin with the space before its sentence.
+
+    Args:
+        offsets: first character and end of each token.
+        ends: of the sentences, in characters, `(N,)` int64.
+    """
+    spans = np.array(offsets, np.int64).reshape(-1, 2)
     last = np.maximum(spans[:, 1] - 1, spans[:, 0])
-    sentence = np.minimum(np.searchsorted(ends, last, side="right"), len(ends) - 1)
-    counts = np.bincount(np.maximum.accumulate(sentence))
-    return counts[counts > 0].tolist()
+    return np.maximum.accumulate(
+        np.minimum(np.searchsorted(ends, last, side="right"), len(ends) - 1)
+    )
 
 
 def prepare_backend(tokenizer: Any) -> Any:

@@ -7,8 +7,9 @@ Words of a text repeat, and the tokenizer's work on one does not depend on its n
 - or byte-level BPE comes after GPT-2's pattern: then every single space does that has no other
   white space beside it; it belongs to the word after it.
 
-Texts and tokenizers of other kinds go to `encode_batch` of `preprocess/encode.py`, which is also
-the slow twin: ids and boundaries are the same. Only what the library says is remembered.
+A sentence that ends inside such a word is told by the offsets of its tokens. Tokenizers of other
+kinds go to `encode_batch` of `preprocess/encode.py`, which is also the slow twin: ids and
+boundaries are the same. Only what the library says is remembered.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from preprocess.encode import (
-    BLOCK_CHARACTERS,
     BORDER,
     Encoded,
     encode_batch,
-    join_encoded,
-    valid_unicode,
+    encode_in_blocks,
+    sentence_of,
+    split_sentences,
 )
 
 MAX_CACHE_BYTES = 1 << 27  # of remembered words, about; then all are forgotten
@@ -40,6 +41,10 @@ _BERT_BORDERS = frozenset(" \n\r\t" + _ASCII_MARKS + _WIDE_MARKS)
 _PARTS = re.compile(f"[{re.escape(_ASCII_MARKS)}]|[^{re.escape(_ASCII_MARKS)}]+")
 
 
+# A word; or the parts of one that sentences end in, and the number of the part that is meant.
+Key = str | tuple[tuple[str, ...], int]
+
+
 class WordCache:
     """Encode texts, remembering the ids of words.
 
@@ -50,7 +55,7 @@ class WordCache:
     def __init__(self, backend: Any) -> None:
         self.backend = backend
         self._kind = _kind_of(backend)
-        self._ids: dict[str, bytes] = {}
+        self._ids: dict[Key, bytes] = {}
         self._num_bytes = MAX_CACHE_BYTES + 1
 
     def encode(self, texts: list[str], language: str | None) -> Encoded:
@@ -59,43 +64,54 @@ class WordCache:
             return encode_batch(self.backend, texts, language)
         if self._num_bytes > MAX_CACHE_BYTES:
             self._ids, self._num_bytes = {"": b""}, 0
-        texts = [valid_unicode(text) for text in texts]
+        return encode_in_blocks(texts, language, self._encode_short)
+
+    def _encode_short(self, texts: list[str], language: str | None) -> Encoded:
         split = [self._split(text, language) for text in texts]
-        self._learn(set(itertools.chain.from_iterable(itertools.chain(*filter(None, split)))))
-        made = []
-        for plain, run in itertools.groupby(zip(texts, split, strict=True), lambda p: p[1] is None):
-            if plain:
-                made.append(encode_batch(self.backend, [text for text, _ in run], language))
-            else:
-                made.append(self._look_up([words for _, words in run if words is not None]))
-        return join_encoded(made)
+        self._learn(set(itertools.chain.from_iterable(itertools.chain.from_iterable(split))))
+        return self._look_up(split)
 
-    def _split(self, text: str, language: str | None) -> list[list[str]] | None:
-        """Return the words of each sentence, or None where the text must be taken as a whole."""
-        if len(text) > BLOCK_CHARACTERS or text.isspace():
-            return None
-        pieces = [text]
-        if language is not None:
-            import sentencex
-
-            pieces = [piece for piece in sentencex.segment(language, text) if piece]
+    def _split(self, text: str, language: str | None) -> list[list[Key]]:
+        """Return the words of each sentence; none of a text that is to be dropped."""
+        if not text or text.isspace():
+            return []
+        pieces = [text] if language is None else split_sentences(text, language)
         if self._kind == "bert":
-            for left, right in itertools.pairwise(pieces):
-                if left[-1] not in _BERT_BORDERS and right[0] not in _BERT_BORDERS:
-                    return None
-            return [piece.replace("\n", " ").split(" ") for piece in pieces]
-        for i, piece in enumerate(pieces[:-1]):
-            if piece[-1] == " ":  # it belongs to the word after it
-                pieces[i], pieces[i + 1] = piece[:-1], " " + pieces[i + 1]
-        if not all(BORDER.match(a[-1:] + b[:2], 1) for a, b in itertools.pairwise(pieces)):
-            return None
-        if text.split() == text.split(" "):  # no other white space: the quicker way
-            return [piece.replace(" ", "\n ").split("\n") for piece in pieces]
-        return [BORDER.split(piece) for piece in pieces]
+            words: list[list[Any]] = [piece.replace("\n", " ").split(" ") for piece in pieces]
+        else:
+            for i in range(len(pieces) - 1):
+                if BORDER.match(pieces[i][-2:] + pieces[i + 1][:1], 1):
+                    pieces[i], pieces[i + 1] = pieces[i][:-1], " " + pieces[i + 1]
+            if text.split() == text.split(" "):  # no other white space: the quicker way
+                words = [piece.replace(" ", "\n ").split("\n") for piece in pieces]
+            else:
+                words = [BORDER.split(piece) for piece in pieces]
+        for i, (left, right) in enumerate(itertools.pairwise(pieces)):
+            if not self._is_border(left, right):
+                head, tail = words[i][-1], words[i + 1][0]
+                parts = (head, tail) if isinstance(head, str) else (*head[0], tail)
+                for number in range(len(parts)):
+                    sentence = words[i + 2 - len(parts) + number]
+                    sentence[0 if number else -1] = (parts, number)
+        return words
 
-    def _learn(self, keys: set[str]) -> None:
-        """Take the ids of words that are not known yet."""
-        missing = list(keys.difference(self._ids))
+    def _is_border(self, left: str, right: str) -> bool:
+        if self._kind == "bert":
+            return left[-1] in _BERT_BORDERS or right[0] in _BERT_BORDERS
+        return BORDER.match(left[-1:] + right[:2], 1) is not None
+
+    def _remember(self, key: Key, ids: bytes) -> None:
+        if key not in self._ids:
+            self._ids[key] = ids
+            self._num_bytes += ENTRY_BYTES + len(ids) + len(str(key))
+
+    def _learn(self, keys: set[Key]) -> None:
+        """Take the ids of what is not known yet."""
+        unknown = keys.difference(self._ids)
+        for key in unknown:
+            if not isinstance(key, str):
+                self._learn_parts(key[0])
+        missing = [key for key in unknown if isinstance(key, str)]
         parts = [_PARTS.findall(key) if self._kind == "bert" else [key] for key in missing]
         new = list(set(itertools.chain.from_iterable(parts)).difference(self._ids))
         # One call for all of them; `word_ids` tells whose a token is.
@@ -104,14 +120,19 @@ class WordCache:
         counts = np.bincount(np.array(encoding.word_ids, np.int64), minlength=len(new))
         ends = 2 * np.cumsum(counts)
         for key, count, end in zip(new, (2 * counts).tolist(), ends.tolist(), strict=True):
-            self._ids[key] = ids[end - count : end]
+            self._remember(key, ids[end - count : end])
         for key, words in zip(missing, parts, strict=True):
             if len(words) > 1:
-                self._ids[key] = b"".join(map(self._ids.__getitem__, words))
-        sizes = (ENTRY_BYTES + len(key) + len(self._ids[key]) for key in {*missing, *new})
-        self._num_bytes += sum(sizes)
+                self._remember(key, b"".join(map(self._ids.__getitem__, words)))
 
-    def _look_up(self, texts: list[list[list[str]]]) -> Encoded:
+    def _learn_parts(self, parts: tuple[str, ...]) -> None:
+        encoding = self.backend.encode("".join(parts), add_special_tokens=False)
+        owners = sentence_of(encoding.offsets, np.cumsum([len(part) for part in parts]))
+        cuts = np.searchsorted(owners, np.arange(len(parts) + 1))
+        for number, (first, last) in enumerate(itertools.pairwise(cuts.tolist())):
+            self._remember((parts, number), np.array(encoding.ids[first:last], "<u2").tobytes())
+
+    def _look_up(self, texts: list[list[list[Key]]]) -> Encoded:
         """Join the ids of known words; what has none is no sentence, and no document."""
         known = self._ids.__getitem__
         sentences: list[bytes] = []
