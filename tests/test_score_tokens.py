@@ -22,7 +22,7 @@ from transformers import (
 from preprocess.errors import ConfigError, DataError
 from preprocess.progress import Progress
 from preprocess.store import StoreWriter, TokenStore, lock_array, open_array, seal
-from train import engine, score_tokens
+from train import engine, score_tokens, scoring
 from train.inference import Runner, budget_batches, special_template
 from train.model import weights_fingerprint
 
@@ -108,7 +108,7 @@ def score_alone(model, tokens, offsets, limit):
 
 @pytest.mark.parametrize("batch_tokens", [16, 40, 8192])
 def test_equals_one_sentence_at_a_time(store, scorer, one_process, batch_tokens, monkeypatch):
-    monkeypatch.setattr(score_tokens, "BLOCK_TOKENS", 20)
+    monkeypatch.setattr(scoring, "BLOCK_TOKENS", 20)
     run(store, scorer, "--batch_tokens", str(batch_tokens))
     model = BertForTokenClassification.from_pretrained(scorer[0]).eval()
     for shard in store.shards:
@@ -129,7 +129,7 @@ def test_ranks_share_the_work(store, scorer, monkeypatch):
         monkeypatch.setattr(engine, "gather_objects", gather)
         template = special_template(scorer[1], pair=False)
         runner = Runner(model, template, scorer[1], torch.device("cpu"), 32)
-        blocks = score_tokens.score_shard(shard, runner, 14, Progress(99), 1000)
+        blocks = scoring.score_shard(shard, runner, 14, Progress(99), 1000)
         return np.concatenate(list(blocks)), runner.counts.passes
 
     whole, num_passes = score(0, 1, lambda mine: [mine])
@@ -159,7 +159,7 @@ def test_whole_shards_are_skipped_and_others_refused(store, scorer, one_process,
 
 def test_one_writer_of_scores(store, scorer, one_process):
     with lock_array(store, "mr", "scores"):
-        with pytest.raises(ConfigError, match=r"P\S*\.mr\.scores\.lock: another process writes here"):
+        with pytest.raises(ConfigError, match=r"P\S*\.scores\.lock: another process writes here"):
             run(store, scorer)
         run(store, scorer, "--dry_run")
         run(store, scorer, name="other")
@@ -215,7 +215,7 @@ def test_dry_run_writes_nothing(store, scorer, one_process):
 
 def test_log_odds_stay_finite_in_float16():
     logits = np.array([[0.0, 1.5], [1e30, 0.0], [0.0, 1e30]], np.float32)
-    odds = score_tokens.to_log_odds(logits)
+    odds = scoring.to_log_odds(logits)
     assert odds.dtype == np.float16
     assert odds.tolist() == [1.5, -65504.0, 65504.0]
 
@@ -231,7 +231,7 @@ def test_scores_that_are_not_numbers_are_refused(store, scorer, one_process, tmp
 
 
 def test_windows_by_hand():
-    starts, ends = score_tokens.cut_windows(np.array([0, 10, 10, 13]), 4)
+    starts, ends = scoring.cut_windows(np.array([0, 10, 10, 13]), 4)
     assert starts.tolist() == [0, 3, 6, 10] and ends.tolist() == [3, 6, 10, 13]
 
 
@@ -239,11 +239,11 @@ def test_windows_by_hand():
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 9), st.integers(1, 50))
 def test_windows_and_blocks_cover_every_token_once(lengths, limit, block_tokens):
     offsets = np.cumsum([0, *lengths])
-    starts, ends = score_tokens.cut_windows(offsets, limit)
+    starts, ends = scoring.cut_windows(offsets, limit)
     assert [*starts, offsets[-1]] == [0, *ends]
     assert (ends > starts).all() and (ends - starts <= limit).all()
     assert set(offsets.tolist()) <= {0, *ends.tolist()}, "no window crosses a sentence"
-    blocks = list(score_tokens.cut_blocks(offsets, block_tokens))
+    blocks = list(scoring.cut_blocks(offsets, block_tokens))
     assert [i for a, b in blocks for i in range(a, b)] == list(range(len(lengths)))
     assert all(offsets[b] - offsets[a] <= block_tokens or b == a + 1 for a, b in blocks)
 
