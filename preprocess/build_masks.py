@@ -4,6 +4,9 @@
     python preprocess/build_masks.py --tokens P --strategy random_matched --match mr-sel \\
         --name mr-ctl
 
+Shards are independent: `--shard_index i --num_shards N` makes one of them, so that machines can
+share the work; what is whole is kept by later runs, with or without these flags.
+
 Writes `P.NAME.mask.npy` beside every shard, in blocks of whole sequences, so that memory does not
 grow with the store. Every draw belongs to a token's place in the store, so neither the blocks nor
 the shards change the result.
@@ -33,6 +36,7 @@ from preprocess.store import (
 )
 
 NUM_TYPES = 15
+MAX_COUNTED = 10**9  # tokens whose statistics are printed; half a minute
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -55,6 +59,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an index made with other options"
     )
+    parser.add_argument("--shard_index", type=int, help="make the index of one shard only, from 0")
+    parser.add_argument("--num_shards", type=int, help="shards of the store; with --shard_index")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     needed = NEEDS.get(args.strategy)
@@ -71,6 +77,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not 0 < args.mlm_probability <= 1:
         raise ConfigError(
             f"--mlm_probability {args.mlm_probability}: above 0 and at most 1, such as 0.15"
+        )
+    if (args.shard_index is None) != (args.num_shards is None):
+        raise ConfigError("--shard_index and --num_shards belong together; give both or neither")
+    if args.num_shards is not None and not 0 <= args.shard_index < args.num_shards:
+        raise ConfigError(
+            f"--shard_index {args.shard_index} --num_shards {args.num_shards}: the index counts "
+            f"from 0 to {args.num_shards - 1}"
         )
     if args.match == args.name:
         raise ConfigError(f"--name {args.name} is the index to match; the new one needs another")
@@ -122,10 +135,12 @@ def format_statistics(
 # ----------------------------------------------------------------------------------- command
 
 
-def open_inputs(store: TokenStore, kind: str, flag: str, name: str) -> list[tuple]:
-    """Open array `name` of every shard; an unknown name is a `DataError` that lists the known."""
+def open_inputs(
+    store: TokenStore, shards: list[Shard], kind: str, flag: str, name: str
+) -> list[tuple]:
+    """Open array `name` of some shards; an unknown name is a `DataError` that lists the known."""
     try:
-        return [open_array(shard, name, kind) for shard in store.shards]
+        return [open_array(shard, name, kind) for shard in shards]
     except DataError as error:
         known = ", ".join(list_arrays(store, kind)) or "none yet"
         raise DataError(f"--{flag} {name}: {error} (there are: {known})") from None
@@ -156,31 +171,56 @@ def is_whole(shard: Shard, name: str, options: dict[str, Any], overwrite: bool) 
     )
 
 
+def choose_shards(args: argparse.Namespace, store: TokenStore) -> list[Shard]:
+    """The shards to make: all, or the one that `--shard_index` names."""
+    if args.shard_index is None:
+        return store.shards
+    if args.num_shards != len(store.shards):
+        raise ConfigError(
+            f"--num_shards {args.num_shards}: {store.prefix} has {len(store.shards)} shards; give "
+            f"--num_shards {len(store.shards)}, or neither flag to make all"
+        )
+    return [store.shards[args.shard_index]]
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     store = TokenStore.open(args.tokens)
+    shards = choose_shards(args, store)
     tokenizer = open_tokenizer(store.tokenizer_dir)
     words = continuation_table(tokenizer) if args.strategy == "whole_word" else None
     need = NEEDS.get(args.strategy)
-    sources: list[tuple] = [(None, {})] * len(store.shards)
+    sources: list[tuple] = [(None, {})] * len(shards)
     if need:
         kind = "mask" if need == "match" else "scores"
-        sources = open_inputs(store, kind, need, getattr(args, need))
-    with lock_array(store, args.name, "mask"):
-        build(args, store, words, sources)
-    statistics = count_masks(store, [name for name in (args.name, args.match) if name])
+        sources = open_inputs(store, shards, kind, need, getattr(args, need))
+    with lock_array(store, args.name, "mask", args.shard_index):
+        build(args, store, words, list(zip(shards, sources, strict=True)))
+    missing = [
+        path for shard in store.shards
+        if not (path := array_path(shard, args.name, "mask").with_suffix(".json")).is_file()
+    ]
+    if missing:
+        print(f"{len(missing)} of {len(store.shards)} shards are to be made, the first: "
+              f"{missing[0].with_suffix('.npy')}")
+        return
+    counted = [name for name in (args.name, args.match) if name]
+    statistics = count_masks(store, counted, max_tokens=MAX_COUNTED)
+    if statistics.tokens < store.num_tokens:
+        print(f"counted in blocks spaced evenly over the {store.num_tokens:,} tokens:")
     names = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     print("\n".join(format_statistics(statistics, names, args.match)))
 
 
 def build(
-    args: argparse.Namespace, store: TokenStore, words: WordTable | None, sources: list[tuple]
+    args: argparse.Namespace, store: TokenStore, words: WordTable | None,
+    shards: list[tuple[Shard, tuple]],
 ) -> None:
-    """Write the index of every shard that is not whole; `sources` is what the strategy reads."""
+    """Write the index of every shard that is not whole; with each, what the strategy reads."""
     need = NEEDS.get(args.strategy)
     rate = None if args.strategy == "random_matched" else args.mlm_probability
     work = []
-    for shard, (array, info) in zip(store.shards, sources, strict=True):
+    for shard, (array, info) in shards:
         options = {"strategy": args.strategy, "mlm_probability": rate, "seed": args.seed}
         if need:  # the content, so that scores made anew under an old name are noticed
             options[need] = f"{getattr(args, need)} (sha256 {info['sha256'][:16]})"

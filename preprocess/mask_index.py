@@ -19,18 +19,20 @@ from preprocess.masks import (
     find_candidates,
     find_continuations,
 )
-from preprocess.store import Shard
+from preprocess.store import Offsets, Shard
 
 BLOCK_TOKENS = 1 << 20  # of which a strategy makes at most about 100 MB of keys and flags
 # What a strategy reads beside the tokens.
 NEEDS = {"selective": "scores", "selective_fill": "scores", "random_matched": "match"}
 
 
-def iterate_blocks(offsets: np.ndarray, max_tokens: int = BLOCK_TOKENS) -> Iterator[slice]:
+def iterate_blocks(
+    offsets: Offsets | np.ndarray, max_tokens: int = BLOCK_TOKENS
+) -> Iterator[slice]:
     """Cut a shard into runs of whole sequences of at most `max_tokens` tokens (or one sequence).
 
     Args:
-        offsets: token offset of each sequence, and the end, `(N+1,)` int64.
+        offsets: token offset of each sequence, and the end, `(N+1,)`.
     Yields:
         Slices of sequences that cover all of them in order.
     """

@@ -232,6 +232,7 @@ def selective_limit(num_candidates: np.ndarray, rate: float) -> np.ndarray:
 _MAX_SEQUENCES = 1 << 24
 _SEQUENCE_SHIFT = np.uint64(40)
 _IMPORTANCE_SHIFT = np.uint64(24)
+_INFINITY = 0x7C00  # as float16; above it are the numbers that are none
 
 
 def _draw_keys(
@@ -363,12 +364,13 @@ def choose_selective(sequences: Sequences) -> np.ndarray:
 
 
 def _choose_selective(sequences: Sequences, found: _Candidates) -> np.ndarray:
-    scores = np.asarray(_need(sequences, "scores"), dtype=np.float16)[found.index]
-    important = scores > 0
+    scores = np.asarray(_need(sequences, "scores"), dtype=np.float16)[found.index].view(np.uint16)
+    # Positive float16 numbers are ordered as their bits are, from 1 to those of infinity; numpy
+    # compares whole numbers ten times as fast.
+    important = (scores > 0) & (scores <= _INFINITY)
     index = found.index[important]
     sequence = found.sequence[important]
-    # Positive float16 numbers are ordered as their bits are, so this puts the best one first.
-    worst_first = scores[important].view(np.uint16)
+    worst_first = scores[important]
     keys = _draw_keys(sequences, index, sequence, STREAM_TIES, 0x7FFF - worst_first)
     limits = selective_limit(found.counts, sequences.rate)
     return index[_take_first(keys, sequence, limits)]

@@ -6,13 +6,15 @@ means whole) and `P.tokenizer/`. A sharded store is `P-00003-of-00008.{bin,idx,j
 that lists the shards. No other file of ours opens a `.bin`.
 
 Everything is checked against file sizes before it is mapped, so a broken header allocates nothing.
-The trade-off: opening reads the index once (about 12 bytes a sequence) to hand out plain arrays.
+Opening maps the index too: memory does not grow with the store.
 
 What is checked when: every JSON carries its own sha256; opening a store checks that, the sizes, the
-sha256 of the index and of the tokenizer; opening an array checks its whole content (nothing else
-would notice a moved mask). The ids, of which there are too many to hash at each start, are compared
-with the vocabulary as they are read, and hashed by `open(verify=True)`. A file that is cut short
-while it is mapped ends the process (SIGBUS): no reader of mapped files can turn that into an error.
+sha256 of the tokenizer and of the index; opening an array checks its whole content (nothing else
+would notice a moved mask). Index and arrays are hashed once: `P.memo.json` keeps size, times and
+inode of what was found right, and a file that has changed since is hashed again. The ids, of which
+there are too many to hash, are compared with the vocabulary as they are read. `verify` hashes every
+byte. A file that is cut short while it is mapped ends the process (SIGBUS): no reader of mapped
+files can turn that into an error.
 
 Letters: `T` tokens, `N` sequences, `D` documents, `M` masked positions.
 """
@@ -30,10 +32,9 @@ import struct
 import sys
 import time
 from array import array as compact_list
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "importance": np.dtype("u1"),
     "mask": np.dtype("<u4"),
 }
+SETTLED_NS = 60 * 10**9
 JOIN_SECONDS = 10.0  # to wait for another process that joins the same shards: milliseconds
 ARRAY_MAKERS = {
     "scores": "train/score_tokens.py",
@@ -63,6 +65,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4"), 5: 
 _OURS = 8
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHECK_BLOCK = 1 << 20  # entries of an index
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_HEADER_BYTES = 128  # what numpy itself takes for one axis
 
@@ -197,6 +200,64 @@ def _read_sealed(path: str | Path, again: str) -> dict[str, Any]:
     if seal(info) != info:
         raise DataError(f"{path}: its content is not what was written (json_sha256); {again}")
     return info
+
+
+# --------------------------------------------------------------------------- what is known already
+
+
+def recall(prefix: str, key: str) -> Any:
+    """Return what `remember` kept under `key`, or None."""
+    try:
+        return _read_sealed(f"{prefix}.memo.json", "").get(key)
+    except (OSError, DataError):
+        return None
+
+
+def remember(prefix: str, key: str, value: Any) -> None:
+    """Keep in `P.memo.json` what took time to work out.
+
+    A cache: a disk that may only be read, or another process that writes at the same moment, loses
+    it. Nothing is brought to the disk by force, or opening many shards would wait for it.
+    """
+    path = Path(f"{prefix}.memo.json")
+    temporary = _temporary(path)
+    try:
+        known = _read_sealed(path, "") if path.exists() else {}
+    except DataError:
+        known = {}
+    try:
+        entry = {**known, key: value, "format_version": FORMAT_VERSION}
+        temporary.write_bytes(_json_bytes(seal(entry)))
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _check_content(
+    prefix: str, path: Path, start: int, sha256: str, verify: bool,
+    check: Callable[[], None] = lambda: None, again: str = "make it again",
+) -> None:
+    """Hash a file from byte `start` on, unless that was done since it changed last.
+
+    Args:
+        prefix: of the store or shard that remembers it.
+        verify: hash it in any case.
+        check: what else is to be looked at before the content may be trusted.
+    Raises:
+        DataError: the content is not what was written.
+    """
+    status = os.stat(path)
+    identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, sha256]
+    if not verify and recall(prefix, path.name) == identity:
+        return
+    if file_sha256(path, start) != sha256:
+        raise DataError(f"{path}: its content is not what {path.stem}.json says (sha256); {again}")
+    check()
+    # What was written just now may change once more without a later time stamp; and the clock of
+    # a file server may be another one.
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS:
+        remember(prefix, path.name, identity)
 
 
 # --------------------------------------------------------------------------- the tokenizer
@@ -596,7 +657,7 @@ def tidy_store(prefix: str) -> None:
 
 def remove_store_leftovers(prefix: str) -> None:
     """Remove what killed writers of a store or shard left behind; for the holder of its lock."""
-    endings = ("bin", "idx", "json", "tokenizer")
+    endings = ("bin", "idx", "json", "tokenizer", "memo.json")
     remove_leftovers(*(f"{prefix}.{ending}" for ending in endings))
     remove_leftovers(f"{prefix}.tokenizer", mark="old")
 
@@ -666,15 +727,15 @@ def _join_shards(prefix: str, count: int) -> str:
 class Shard:
     """One mapped shard.
 
-    tokens: `(T,)` uint16, read-only. sequence_offsets: `(N+1,)` int64, first token of each
-    sequence, and the end. document_offsets: `(D+1,)` int64, first sequence of each document, and
-    the end. token_start: tokens of the store before this shard.
+    tokens: `(T,)` uint16, read-only. sequence_offsets: `(N+1,)`, first token of each sequence, and
+    the end. document_offsets: `(D+1,)`, first sequence of each document, and the end; both are
+    `Offsets` or arrays. token_start: tokens of the store before this shard.
     """
 
     prefix: str
     tokens: np.ndarray
-    sequence_offsets: np.ndarray
-    document_offsets: np.ndarray
+    sequence_offsets: Any
+    document_offsets: Any
     token_start: int
     fingerprint: str
 
@@ -721,15 +782,11 @@ def _map(path: str, dtype: np.dtype, count: int, offset: int = 0, kind: Any = np
     return kind(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
-def _read_index(
-    prefix: str, sha256: str | None = None
-) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Read and check `P.idx` against its own size and the size of `P.bin`.
+def _read_header(prefix: str) -> tuple[np.dtype, int, int]:
+    """Check the header of `P.idx` against the file's size; allocates nothing.
 
-    Args:
-        sha256: of the whole file, where it is known.
     Returns:
-        dtype of the ids; lengths `(N,)` int32; first tokens `(N,)` int64; documents `(D+1,)` int64.
+        dtype of the ids, number of sequences, number of entries in the list of documents.
     """
     path, bin_path = prefix + ".idx", prefix + ".bin"
     for needed in (path, bin_path):
@@ -737,29 +794,47 @@ def _read_index(
             raise DataError(f"{needed}: no such file; the token store is not whole, make it again")
     with open(path, "rb") as stream:
         header = stream.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise DataError(f"{path}: not a Megatron-Core index (wrong header); make it again")
-        _, version, code, num_sequences, num_indices = _HEADER.unpack(header)
-        if version != 1 or code not in _DTYPES:
-            raise DataError(
-                f"{path}: index version {version}, dtype code {code}; "
-                f"allowed are version 1, codes {sorted(_DTYPES)}"
-            )
-        expected = _HEADER.size + 12 * num_sequences + 8 * num_indices
         actual = os.fstat(stream.fileno()).st_size
-        # A multimodal index has one more byte a sequence; nobody here has such a store.
-        if actual != expected or num_indices < 1:
-            raise DataError(
-                f"{path}: {actual:,} bytes, but its header says {expected:,}; "
-                f"cut short or damaged, make it again"
-            )
-        content = stream.read(expected - _HEADER.size)
-    if sha256 is not None and hashlib.sha256(header + content).hexdigest() != sha256:
-        raise DataError(f"{path}: its content is not what {prefix}.json says (sha256)")
-    lengths = np.frombuffer(content, "<i4", num_sequences)
-    pointers = np.frombuffer(content, "<i8", num_sequences, 4 * num_sequences)
-    documents = np.frombuffer(content, "<i8", num_indices, 12 * num_sequences).copy()
-    dtype, num_bytes = _DTYPES[code], os.path.getsize(bin_path)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise DataError(f"{path}: not a Megatron-Core index (wrong header); make it again")
+    _, version, code, num_sequences, num_indices = _HEADER.unpack(header)
+    if version != 1 or code not in _DTYPES:
+        raise DataError(
+            f"{path}: index version {version}, dtype code {code}; "
+            f"allowed are version 1, codes {sorted(_DTYPES)}"
+        )
+    expected = _HEADER.size + 12 * num_sequences + 8 * num_indices
+    # A multimodal index has one more byte a sequence; nobody here has such a store.
+    if actual != expected or num_indices < 1:
+        raise DataError(
+            f"{path}: {actual:,} bytes, but its header says {expected:,}; "
+            f"cut short or damaged, make it again"
+        )
+    return _DTYPES[code], num_sequences, num_indices
+
+
+def _map_index(
+    prefix: str, num_sequences: int, num_indices: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Map `P.idx`: lengths `(N,)` int32, first bytes `(N,)` int64, documents `(D+1,)` int64."""
+    path, start = prefix + ".idx", _HEADER.size
+    return (
+        _map(path, np.dtype("<i4"), num_sequences, start),
+        _map(path, np.dtype("<i8"), num_sequences, start + 4 * num_sequences),
+        _map(path, np.dtype("<i8"), num_indices, start + 12 * num_sequences),
+    )
+
+
+def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """Read and check the index of any Megatron-Core store against the size of `P.bin`.
+
+    Returns:
+        dtype of the ids; lengths `(N,)` int32; first tokens `(N,)` int64; documents `(D+1,)` int64.
+    """
+    path, bin_path = prefix + ".idx", prefix + ".bin"
+    dtype, num_sequences, num_indices = _read_header(prefix)
+    lengths, pointers, documents = map(np.array, _map_index(prefix, num_sequences, num_indices))
+    num_bytes = os.path.getsize(bin_path)
     starts = pointers // dtype.itemsize
     ends = starts + lengths
     if (
@@ -778,6 +853,52 @@ def _read_index(
     return dtype, lengths, starts, documents
 
 
+class Offsets:
+    """Where each sequence or document begins, and where the last one ends: left on the disk.
+
+    Slices, numbers and arrays of numbers give int64; numpy's functions read all of it, but for
+    `np.searchsorted`.
+
+    Args:
+        starts: mapped, `(n,)` int64, `unit` times what is given out.
+        end: the last value.
+    """
+
+    def __init__(self, starts: np.ndarray, unit: int, end: int) -> None:
+        self._starts, self._unit, self._end = starts, unit, end
+
+    def __len__(self) -> int:
+        return len(self._starts) + 1
+
+    def __getitem__(self, where: Any) -> Any:
+        if not isinstance(where, slice):
+            numbers = np.asarray(where)
+            numbers = np.where(numbers < 0, numbers + len(self), numbers)
+            found = np.full(np.shape(numbers), self._end, dtype=np.int64)
+            inside = numbers < len(self._starts)
+            found[inside] = self._starts[numbers[inside]] // self._unit
+            return found if found.ndim else found[()]
+        first, last, step = where.indices(len(self))
+        if step != 1:
+            return np.asarray(self)[where]
+        found = np.array(self._starts[first:last]) // self._unit
+        return np.append(found, self._end) if first < last == len(self) else found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or np.int64, copy=False)
+
+    def searchsorted(self, values: Any, side: str = "left", sorter: None = None) -> Any:
+        """What `np.searchsorted` calls: that of numpy would read all of it."""
+        values = np.asarray(values)
+        low, high = np.zeros(values.shape, np.int64), np.full(values.shape, len(self), np.int64)
+        for _ in range(len(self).bit_length()):
+            middle = (low + high) // 2
+            found = self[np.minimum(middle, len(self) - 1)]
+            before = (found <= values if side == "right" else found < values) & (low < high)
+            low, high = np.where(before, middle + 1, low), np.where(before, high, middle)
+        return low if low.ndim else low[()]
+
+
 def read_foreign(prefix: str) -> Iterator[list[np.ndarray]]:
     """Yield the documents of any Megatron-Core store: the ids of each sequence, int64."""
     dtype, lengths, starts, documents = _read_index(prefix)
@@ -790,33 +911,59 @@ def read_foreign(prefix: str) -> Iterator[list[np.ndarray]]:
 
 def _open_shard(prefix: str, info: dict[str, Any], token_start: int, verify: bool) -> Shard:
     path = prefix + ".json"
-    dtype, lengths, starts, documents = _read_index(prefix, info["idx_sha256"])
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:], dtype=np.int64)
-    counts = info["counts"]
-    found = {
-        "tokens": int(offsets[-1]),
-        "sequences": len(lengths),
-        "documents": len(documents) - 1,
-    }
-    if dtype != _DTYPES[_OURS] or (starts != offsets[:-1]).any():
+    dtype, num_sequences, num_indices = _read_header(prefix)
+    if dtype != _DTYPES[_OURS]:
         raise DataError(f"{prefix}.idx: not an index of ours; take it in with --adopt")
-    for key, value in found.items():
+    counts = info["counts"]
+    for key, value in (("sequences", num_sequences), ("documents", num_indices - 1)):
         if counts.get(key) != value:
             raise DataError(
                 f"{prefix}.idx: {value} {key}, but {path} says {counts.get(key)}; make it again"
             )
-    if os.path.getsize(prefix + ".bin") != 2 * found["tokens"]:
+    num_tokens, num_bytes = counts.get("tokens"), os.path.getsize(prefix + ".bin")
+    if type(num_tokens) is not int or num_bytes != 2 * num_tokens:
         raise DataError(
-            f"{prefix}.bin: {os.path.getsize(prefix + '.bin'):,} bytes, but {prefix}.idx says "
-            f"{2 * found['tokens']:,}; cut short or damaged, make it again"
+            f"{prefix}.bin: {num_bytes:,} bytes, but {path} says {num_tokens} tokens of two bytes; "
+            f"cut short or damaged, make it again"
         )
+    lengths, pointers, documents = _map_index(prefix, num_sequences, num_indices)
+
+    def check_index() -> None:
+        _check_offsets(prefix, lengths, pointers, documents, num_tokens)
+
+    _check_content(prefix, Path(prefix + ".idx"), 0, info["idx_sha256"], verify, check_index)
     if verify and file_sha256(f"{prefix}.bin") != info["bin_sha256"]:
         raise DataError(f"{prefix}.bin: its content is not what {path} says (sha256)")
-    tokens = _map(prefix + ".bin", _DTYPES[_OURS], found["tokens"], kind=_Ids)
+    tokens = _map(prefix + ".bin", _DTYPES[_OURS], num_tokens, kind=_Ids)
     if isinstance(tokens, _Ids):
         tokens.vocab_size, tokens.path = info["tokenizer"]["vocab_size"], f"{prefix}.bin"
-    return Shard(prefix, tokens, offsets, documents, token_start, info["fingerprint"])
+    return Shard(
+        prefix, tokens, Offsets(pointers, 2, num_tokens), Offsets(documents[:-1], 1, num_sequences),
+        token_start, info["fingerprint"],
+    )
+
+
+def _check_offsets(
+    prefix: str, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, num_tokens: int
+) -> None:
+    """Check that sequences follow each other without gaps, and documents cover them, in blocks."""
+    end = 0
+    for first in range(0, len(lengths), _CHECK_BLOCK):
+        block = np.array(lengths[first : first + _CHECK_BLOCK], dtype=np.int64)
+        ends = end + np.cumsum(block)
+        gaps = pointers[first : first + _CHECK_BLOCK] != 2 * (ends - block)
+        if (block < 0).any() or gaps.any():
+            raise DataError(f"{prefix}.idx: not an index of ours; take it in with --adopt")
+        end = int(ends[-1])
+    if end != num_tokens:
+        raise DataError(
+            f"{prefix}.idx: {end} tokens, but {prefix}.json says {num_tokens}; make it again"
+        )
+    wrong = documents[0] != 0 or documents[-1] != len(lengths)
+    for first in range(0, len(documents), _CHECK_BLOCK):
+        wrong |= bool((np.diff(documents[first : first + _CHECK_BLOCK + 1]) < 0).any())
+    if wrong:
+        raise DataError(f"{prefix}.idx: the documents do not cover the sequences; make it again")
 
 
 def _read_store_json(prefix: str) -> dict[str, Any]:
@@ -934,6 +1081,31 @@ class TokenStore:
             tokenizer_dir=tokenizer_dir,
             info=info,
         )
+
+    def read_pieces(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Read runs of tokens, each inside one shard.
+
+        Args:
+            starts, lengths: of each run, in tokens of the whole store, `(P,)` integers.
+        Returns:
+            Their ids, one run after the other, uint16.
+        Raises:
+            DataError: an id that is not in the vocabulary.
+        """
+        begins = np.array([shard.token_start for shard in self.shards])
+        shard_of = np.searchsorted(begins, starts, side="right") - 1
+        local = starts - begins[shard_of]
+        spans = list(zip(
+            shard_of.tolist(), local.tolist(), (local + lengths).tolist(), strict=True
+        ))
+        # Plain arrays, compared with the vocabulary at once: run by run is several times slower.
+        plain = {s: self.shards[s].tokens.view(np.ndarray) for s in set(shard_of.tolist())}
+        parts = [plain[s][a:b] for s, a, b in spans]
+        ids = np.concatenate(parts) if parts else np.empty(0, np.uint16)
+        if ids.size and int(ids.max()) >= self.vocab_size:
+            for s, a, b in spans:  # the one that holds it says so
+                self.shards[s].tokens[a:b]
+        return ids
 
     @property
     def num_tokens(self) -> int:
@@ -1115,10 +1287,13 @@ def _check_block(path: Path, num_tokens: int, kind: str, block: np.ndarray, last
     return int(wide[-1])
 
 
-def open_array(shard: Shard, name: str, kind: str) -> tuple[np.ndarray, dict[str, Any]]:
+def open_array(
+    shard: Shard, name: str, kind: str, verify: bool = False
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Map an array beside a shard, read-only, and return it with its JSON.
 
-    Its content is hashed when it is opened first, and again only if the file has changed.
+    Its content is hashed when it is opened first, and again only if the file has changed; with
+    `verify` in any case.
 
     Raises:
         DataError: absent (says which command makes it), made for another store, or damaged.
@@ -1149,23 +1324,8 @@ def open_array(shard: Shard, name: str, kind: str) -> tuple[np.ndarray, dict[str
         )
     if count != shard.num_tokens and (kind != "mask" or count > shard.num_tokens):
         raise DataError(f"{path}: {count} values for {shard.num_tokens} tokens; {again}")
-    if _content_sha256(str(path), status) != info["sha256"]:
-        raise DataError(f"{path}: its content is not what {json_path} says (sha256); {again}")
+    _check_content(shard.prefix, path, _NPY_HEADER_BYTES, info["sha256"], verify, again=again)
     return _map(str(path), dtype, count, _NPY_HEADER_BYTES), info
-
-
-def _content_sha256(path: str, status: os.stat_result) -> str:
-    """Return the sha256 of an array's values; remembered while the file is as it was."""
-    changed = max(status.st_mtime_ns, status.st_ctime_ns)
-    # A file that was written just now may change once more without a later time stamp.
-    settled = time.time_ns() - changed > 2_000_000_000
-    key = (path, status.st_dev, status.st_ino, status.st_size, changed)
-    return _hash_content(*key) if settled else _hash_content.__wrapped__(*key)
-
-
-@lru_cache(maxsize=4096)
-def _hash_content(path: str, *identity: int) -> str:
-    return file_sha256(path, _NPY_HEADER_BYTES)
 
 
 def _array_names(shard: Shard, kind: str) -> set[str]:
@@ -1199,6 +1359,104 @@ def verify_store(prefix: str) -> tuple[TokenStore, int]:
         if _json_of(array_path(shard, "", "importance")).is_file():
             arrays.append(("", "importance"))
         for name, kind in arrays:
-            open_array(shard, name, kind)
+            open_array(shard, name, kind, verify=True)
         num_arrays += len(arrays)
     return store, num_arrays
+
+
+# --------------------------------------------------------------------------- tables beside a store
+
+
+class TableWriter:
+    """Write several columns that are made block by block: `P.COLUMN.npy`, and `P.json` last.
+
+    A cache of what follows from a store: `open_table` gives None for anything odd. As a context
+    manager it closes, or leaves nothing behind after an exception.
+
+    Args:
+        prefix: of the table; the caller holds its lock.
+        columns: dtype of each column.
+        key: all that the table follows from.
+    """
+
+    def __init__(self, prefix: str, columns: dict[str, np.dtype], key: str) -> None:
+        self._json, self._key, self._columns = Path(prefix + ".json"), key, columns
+        self._paths = {name: Path(f"{prefix}.{name}.npy") for name in columns}
+        self._counts = dict.fromkeys(columns, 0)
+        self._hashes = {name: hashlib.sha256() for name in columns}
+        self._streams: dict[str, Any] = {}
+        try:
+            remove_leftovers(self._json, *self._paths.values())
+            for name, path in self._paths.items():
+                with writing(path):
+                    self._streams[name] = open(_temporary(path), "wb", buffering=0)
+                self._streams[name].seek(_NPY_HEADER_BYTES)
+        except BaseException:
+            self._abort()
+            raise
+
+    def add(self, name: str, block: np.ndarray) -> None:
+        """Append to a column."""
+        data = np.ascontiguousarray(block, self._columns[name]).tobytes()
+        with writing(self._paths[name], len(data)):
+            _write_all(self._streams[name], data)
+        self._hashes[name].update(data)
+        self._counts[name] += len(block)
+
+    def _close(self) -> None:
+        for name, path in self._paths.items():
+            with writing(path, _NPY_HEADER_BYTES), self._streams[name] as stream:
+                stream.seek(0)
+                _write_all(stream, _npy_header(self._columns[name], self._counts[name]))
+                os.fsync(stream.fileno())
+        columns = {
+            name: {"count": self._counts[name], "sha256": self._hashes[name].hexdigest()}
+            for name in self._columns
+        }
+        entry = {"format_version": FORMAT_VERSION, "key": self._key, "columns": columns}
+        _write_whole(_temporary(self._json), _json_bytes(seal(entry)), self._json)
+        self._json.unlink(missing_ok=True)
+        for path in (*self._paths.values(), self._json):
+            os.replace(_temporary(path), path)
+        sync(self._json.parent)
+
+    def _abort(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        for path in (*self._paths.values(), self._json):
+            _temporary(path).unlink(missing_ok=True)
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._close()
+        finally:
+            self._abort()
+
+
+def open_table(
+    store: TokenStore, prefix: str, columns: dict[str, np.dtype], key: str
+) -> dict[str, np.ndarray] | None:
+    """Map the columns that a `TableWriter` wrote, or give None if they are not as it wrote them."""
+    try:
+        info = _read_sealed(prefix + ".json", "")
+        if info["key"] != key:
+            return None
+        found = {}
+        for name, dtype in columns.items():
+            path, count = Path(f"{prefix}.{name}.npy"), info["columns"][name]["count"]
+            with open(path, "rb") as stream:
+                header, size = stream.read(_NPY_HEADER_BYTES), os.fstat(stream.fileno()).st_size
+            if header != _npy_header(dtype, count) or (
+                size != _NPY_HEADER_BYTES + count * dtype.itemsize
+            ):
+                return None
+            sha256 = info["columns"][name]["sha256"]
+            _check_content(store.prefix, path, _NPY_HEADER_BYTES, sha256, verify=False)
+            found[name] = np.asarray(_map(str(path), dtype, count, _NPY_HEADER_BYTES))
+        return found
+    except (OSError, DataError, KeyError, TypeError):
+        return None

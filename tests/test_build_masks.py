@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,14 @@ from preprocess.masks import (
     find_candidates,
     find_continuations,
 )
-from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
+from preprocess.store import (
+    StoreWriter,
+    TokenStore,
+    array_path,
+    lock_array,
+    open_array,
+    write_array,
+)
 
 ALL = sorted(STRATEGIES)
 OPTIONS = {"selective": ["--scores", "mr"], "selective_fill": ["--scores", "mr"]}
@@ -243,6 +251,79 @@ def test_one_missing_shard_is_made_and_the_others_are_kept(sharded):
     assert read_index(sharded, "sel").tolist() == expected
 
 
+SHARDS = ["--num_shards", "4", "--shard_index"]
+
+
+def test_shards_are_made_one_by_one(sharded, capsys):
+    expected = read_index(sharded, "sel").tolist()
+    store, command = TokenStore.open(sharded), ["selective", "new", "--scores", "mr"]
+    paths = [array_path(shard, "new", "mask") for shard in store.shards]
+    # While another process makes shard 3, all others can be made, in any order.
+    with lock_array(store, "new", "mask", 3):
+        for done, index in enumerate((2, 0, 1), 1):
+            capsys.readouterr()
+            build(sharded, *command, *SHARDS, str(index))
+            assert sum(path.exists() for path in paths) == done and paths[index].exists()
+            printed = capsys.readouterr().out
+            assert f"{4 - done} of 4 shards are to be made" in printed
+            assert "by chance" not in printed
+        for more in ([*SHARDS, "3"], []):
+            with pytest.raises(ConfigError, match=r"00003-of-00004\.new\.mask\.lock: another"):
+                build(sharded, *command, *more)
+    before = [path.stat().st_mtime_ns for path in paths[:3]]
+    capsys.readouterr()
+    build(sharded, *command)  # without flags: the rest
+    assert [path.stat().st_mtime_ns for path in paths[:3]] == before
+    printed = capsys.readouterr().out
+    assert printed.count("whole, made with the same options") == 3 and "by chance" in printed
+    assert read_index(sharded, "new").tolist() == expected
+    build(sharded, *command, *SHARDS, "1")
+    assert "whole, made with" in (printed := capsys.readouterr().out) and "by chance" in printed
+    with pytest.raises(DataError, match="made with other options"):
+        build(sharded, *command, *SHARDS, "2", "--mlm_probability", "0.3")
+
+
+def test_processes_make_shards_at_once(sharded):
+    fork = multiprocessing.get_context("fork")
+    processes = [
+        fork.Process(target=build, args=(sharded, "random", "new", *SHARDS, str(index)))
+        for index in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    build(sharded, "random", "alone")
+    assert read_index(sharded, "new").tolist() == read_index(sharded, "alone").tolist()
+    assert not list(Path(sharded).parent.glob("*.lock"))
+
+
+def test_only_the_shard_that_is_made_needs_scores(sharded):
+    shards = TokenStore.open(sharded).shards
+    for index in (0, 1, 3):
+        array_path(shards[index], "mr", "scores").with_suffix(".json").unlink()
+    build(sharded, "selective", "new", "--scores", "mr", *SHARDS, "2")
+    assert array_path(shards[2], "new", "mask").exists()
+    with pytest.raises(DataError, match="--scores mr"):
+        build(sharded, "selective", "new", "--scores", "mr", *SHARDS, "3")
+
+
+def test_another_number_of_shards_is_refused(sharded, single):
+    with pytest.raises(ConfigError, match="--num_shards 3: .* has 4 shards; give --num_shards 4"):
+        build(sharded, "random", "new", "--num_shards", "3", "--shard_index", "0")
+    with pytest.raises(ConfigError, match="--num_shards 2: .* has 1 shards; give --num_shards 1"):
+        build(single, "random", "new", "--num_shards", "2", "--shard_index", "0")
+    build(single, "random", "new", "--num_shards", "1", "--shard_index", "0")
+
+
+def test_large_stores_are_counted_in_part(sharded, monkeypatch, capsys):
+    monkeypatch.setattr(build_masks, "MAX_COUNTED", 200)
+    build(sharded, "selective", "sel", "--scores", "mr")
+    total = TokenStore.open(sharded).num_tokens
+    assert f"spaced evenly over the {total:,} tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "more", [["--seed", "1"], ["--mlm_probability", "0.3"], ["--scores", "other"]]
 )
@@ -322,6 +403,10 @@ def test_a_match_with_special_tokens_is_refused(single):
         (["--strategy", "random", "--mlm_probability", "1.5"], "--mlm_probability 1.5"),
         (["--strategy", "random", "--mlm_probability", "nan"], "--mlm_probability nan"),
         (["--strategy", "random_matched", "--match", "out"], "--name out"),
+        (["--strategy", "random", "--shard_index", "0"], "belong together"),
+        (["--strategy", "random", "--num_shards", "2"], "belong together"),
+        (["--strategy", "random", "--num_shards", "2", "--shard_index", "2"], "from 0 to 1"),
+        (["--strategy", "random", "--num_shards", "2", "--shard_index", "-1"], "from 0 to 1"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
@@ -17,7 +19,10 @@ from preprocess import masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import Shard, StoreWriter, TokenStore, write_array
 from train import data
-from train.data import Masking, PackedData, RowTable, pack_rows, row_tables
+from train import rows as packing
+from train.data import Masking, PackedData
+from train.order import permute
+from train.rows import RowTable, make_tables, row_tables
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # of `tiny_tokenizer`
 FIRST_WORD = 5
@@ -70,6 +75,15 @@ def all_tokens(store: TokenStore) -> np.ndarray:
     return np.concatenate([shard.tokens for shard in store.shards]).astype(np.int64)
 
 
+def pack_rows(store: TokenStore, documents: list[np.ndarray], slots: int) -> RowTable:
+    """The rows of the chosen documents of each shard, `(D,)` bool each."""
+    chosen = {id(shard): flags for shard, flags in zip(store.shards, documents, strict=True)}
+    packed = packing.pack_rows(
+        store, slots, lambda shard, block, bounds: ~chosen[id(shard)][block]
+    )
+    return make_tables(packed, slots)[0]
+
+
 def table_of(store: TokenStore, slots: int = 32) -> RowTable:
     return pack_rows(store, [np.ones(s.num_documents, bool) for s in store.shards], slots)
 
@@ -114,17 +128,17 @@ stores_of_lengths = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(
     lengths=stores_of_lengths, slots=st.integers(8, 40), picks=st.integers(0, EVERY),
-    open_rows=st.sampled_from([1, 2, 5, 32]),
+    open_rows=st.sampled_from([1, 2, 5, 32]), block=st.sampled_from([1, 30, 10**6]),
 )
 # A first version never ended on these.
-@example(lengths=[[[1, 14]]], slots=16, picks=EVERY, open_rows=1)
-@example(lengths=[[[1, 14]] * 40], slots=16, picks=EVERY, open_rows=32)
-@example(lengths=[[[8]] * 40 + [[9], [1, 14]]], slots=16, picks=EVERY, open_rows=32)
-@example(lengths=[[[1, 6, 1, 6]] * 40], slots=8, picks=EVERY, open_rows=32)
-@example(lengths=[[[0], [], [0, 0, 3, 0]], [], [[]]], slots=8, picks=EVERY, open_rows=32)
-@example(lengths=[[[100, 1, 100]]], slots=8, picks=EVERY, open_rows=2)
-def test_packer_places_every_token_once(lengths, slots, picks, open_rows):
-    with mock.patch.object(data, "OPEN_ROWS", open_rows):
+@example(lengths=[[[1, 14]]], slots=16, picks=EVERY, open_rows=1, block=1)
+@example(lengths=[[[1, 14]] * 40], slots=16, picks=EVERY, open_rows=32, block=1)
+@example(lengths=[[[8]] * 40 + [[9], [1, 14]]], slots=16, picks=EVERY, open_rows=32, block=1)
+@example(lengths=[[[1, 6, 1, 6]] * 40], slots=8, picks=EVERY, open_rows=32, block=1)
+@example(lengths=[[[0], [], [0, 0, 3, 0]], [], [[]]], slots=8, picks=EVERY, open_rows=32, block=1)
+@example(lengths=[[[100, 1, 100]]], slots=8, picks=EVERY, open_rows=2, block=1)
+def test_packer_places_every_token_once(lengths, slots, picks, open_rows, block):
+    with mock.patch.multiple(packing, OPEN_ROWS=open_rows, BLOCK_TOKENS=block):
         check_packing(lengths, slots, picks)
 
 
@@ -230,34 +244,71 @@ def same_tables(left, right) -> bool:
 def test_row_tables_are_kept(tmp_path, tiny_tokenizer, monkeypatch):
     documents = random_documents(np.random.default_rng(2), 30, FIRST_WORD, 40)
     store = write_store(tmp_path / "p", tiny_tokenizer, [documents])
-    built = row_tables(store, 32, 0.2)
-    (path,) = tmp_path.glob("p.rows-*.npz")
-    whole = path.read_bytes()
+    mapped = row_tables(store, 32, 0.2)
+    assert all(isinstance(table.row_offsets.base, np.memmap) for table in mapped)
+    # The files are changed below, so only a copy keeps what was in them.
+    built = [
+        RowTable(*map(np.array, (t.piece_starts, t.piece_lengths, t.row_offsets)), 32)
+        for t in mapped
+    ]
+    del mapped
+    in_memory = packing.pack_rows(
+        store, 32, lambda *block: packing.hold_out(*block, fraction=0.2)
+    )
+    assert same_tables(make_tables(in_memory, 32), built)
+    files = {path: path.read_bytes() for path in tmp_path.glob("p.rows-*")}
+    assert len(files) == 7 and not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.lock"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "pack_rows", None)
+        patch.setattr(packing, "pack_rows", None)
         assert same_tables(row_tables(store, 32, 0.2), built)
 
-    # Anything odd about the file means building it again, and leaves it whole.
+    # Anything odd about a file means building it again, and leaves it whole.
     generator = np.random.default_rng(0)
-    broken = [b"", b"junk", whole[:-1], whole[: len(whole) // 2], whole[:10], whole + b"x" * 70000]
-    for _ in range(60):
-        flipped = bytearray(whole)
-        flipped[int(generator.integers(len(whole)))] ^= 1 << int(generator.integers(8))
-        broken.append(bytes(flipped))
-    for content in broken:
-        path.write_bytes(content)
-        assert same_tables(row_tables(store, 32, 0.2), built)
+    for path, whole in files.items():
+        broken = [b"", whole[:-1], whole + b"x"]
+        for _ in range(3):
+            flipped = bytearray(whole)
+            flipped[int(generator.integers(len(whole)))] ^= 1 << int(generator.integers(8))
+            broken.append(bytes(flipped))
+        for content in broken:
+            path.write_bytes(content)
+            assert same_tables(row_tables(store, 32, 0.2), built)
+        path.unlink()
+        assert same_tables(row_tables(store, 32, 0.2), built) and path.read_bytes() == whole
 
     # Another length, another fraction: other tables under other names.
     row_tables(store, 16, 0.2)
     row_tables(store, 32, 0.1)
-    assert len(list(tmp_path.glob("p.rows-*.npz"))) == 3
+    assert len(list(tmp_path.glob("p.rows-*.json"))) == 3
 
     # The name is a short hash; the key inside decides.
-    other = next(p for p in tmp_path.glob("p.rows-*.npz") if p != path)
+    (path,) = (path for path in files if path.suffix == ".json")
+    other = next(p for p in tmp_path.glob("p.rows-*.json") if p != path)
     path.write_bytes(other.read_bytes())
     assert same_tables(row_tables(store, 32, 0.2), built)
+
+
+def test_of_several_ranks_one_builds_the_table(tmp_path, tiny_tokenizer, monkeypatch):
+    documents = random_documents(np.random.default_rng(2), 30, FIRST_WORD, 40)
+    store = write_store(tmp_path / "p", tiny_tokenizer, [documents])
+    made, found, plain = [], [], packing.pack_rows
+
+    def counted(*arguments):
+        made.append(arguments)
+        time.sleep(0.2)  # the others come to the lock meanwhile, or find the table
+        return plain(*arguments)
+
+    monkeypatch.setattr(packing, "pack_rows", counted)
+    threads = [
+        threading.Thread(target=lambda: found.append(row_tables(store, 32, 0.2))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and len(found) == 4
+    assert all(same_tables(tables, found[0]) for tables in found)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
@@ -265,10 +316,10 @@ def test_a_read_only_store_can_be_read(tmp_path, tiny_tokenizer, monkeypatch, nu
     documents = random_documents(np.random.default_rng(2), 30, FIRST_WORD, 40)
     store = write_store(tmp_path / "p", tiny_tokenizer, [documents])
 
-    def refuse(path, content):
-        raise OSError(number, "no", str(path))
+    def refuse(prefix, **options):
+        raise OSError(number, "no", str(prefix))
 
-    monkeypatch.setattr(data, "atomic_write_bytes", refuse)
+    monkeypatch.setattr(packing, "WriterLock", refuse)
     train, _ = row_tables(store, 32, 0.0)
     assert train.num_tokens == store.num_tokens and not list(tmp_path.glob("p.rows-*"))
 
@@ -276,12 +327,13 @@ def test_a_read_only_store_can_be_read(tmp_path, tiny_tokenizer, monkeypatch, nu
 def test_a_full_disk_is_said(tmp_path, tiny_tokenizer, monkeypatch):
     store = write_store(tmp_path / "p", tiny_tokenizer, [[[[5, 6]]]])
 
-    def refuse(path, content):
-        raise OSError(errno.ENOSPC, "no space left", str(path))
+    def refuse(self, name, block):
+        raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(data, "atomic_write_bytes", refuse)
+    monkeypatch.setattr(packing.TableWriter, "add", refuse)
     with pytest.raises(OSError, match="no space"):
         row_tables(store, 32, 0.0)
+    assert not list(tmp_path.glob("*rows-*"))
 
 
 @pytest.mark.parametrize("documents", [[], [[]], [[[], []]]])
@@ -308,7 +360,7 @@ def test_batch_layout(tmp_path, tiny_tokenizer, monkeypatch):
         masks, "corrupt", lambda original, positions, *, mask_id, **_: original * 0 + mask_id
     )
     packed = PackedData(store, table, masking, seed=0, micro_batch_size=3)
-    monkeypatch.setattr(packed, "_order", lambda epoch: np.array([0, 1, 2]))
+    monkeypatch.setattr(packed, "_order", lambda epoch, places: places)
     step = packed.step(0)
     (batch,) = step.micro_batches
 
@@ -484,7 +536,7 @@ def test_labels_are_the_originals_and_only_masked_slots_change(sharded_store):
 
 
 def global_rows(store, table, masking, number, *, world, accumulation, micro, seed=11):
-    """Unpacked rows of global batch `number` in its order, and the sums that each rank gives."""
+    """Unpacked rows of global batch `number` in its order, their numbers, and sums over ranks."""
     steps = [
         PackedData(
             store, table, masking, seed=seed, micro_batch_size=micro,
@@ -499,12 +551,18 @@ def global_rows(store, table, masking, number, *, world, accumulation, micro, se
         for row in unpack(steps[rank].micro_batches[m])
     ]
     assert all(len(step.micro_batches) == accumulation for step in steps)
-    sums = {(step.step_tokens, step.step_masked_tokens, step.epoch) for step in steps}
-    assert len(sums) == 1 and all(np.array_equal(step.rows, steps[0].rows) for step in steps)
-    assert sum(len(row.masked) for row in rows) == steps[0].step_masked_tokens
-    tokens = sum(b.num_tokens for step in steps for b in step.micro_batches)
-    assert tokens == steps[0].step_tokens
-    return rows, steps[0].rows.tolist(), sums
+    assert len({step.epoch for step in steps}) == 1
+    numbers = np.concatenate([
+        step.rows.reshape(accumulation, micro)[m] for m in range(accumulation) for step in steps
+    ])
+    names = ("step_rows", "step_pieces", "step_tokens", "step_masked_tokens")
+    sums = [sum(getattr(step, name) for step in steps) for name in names]
+    assert sums == [
+        len(rows), sum(len(set(row.pieces) - {-1}) for row in rows),
+        sum(piece >= 0 for row in rows for piece in row.pieces),
+        sum(len(row.masked) for row in rows),
+    ]
+    return rows, numbers.tolist(), (*sums, steps[0].epoch)
 
 
 @pytest.mark.parametrize("which", ["random", "whole_word", "index"])
@@ -542,6 +600,25 @@ def test_every_row_once_an_epoch(size, plain_store):
     assert len({tuple(order) for order in orders}) == epochs
     other = PackedData(plain_store, table, masking, seed=2, micro_batch_size=size)
     assert other.step(0).rows.tolist() != rows[:size] or size == 1
+
+
+def test_counts_are_summed_over_the_ranks_when_a_step_is_asked_for(plain_store):
+    table, masking = table_of(plain_store), maskings(plain_store)["random"]
+    packed = PackedData(plain_store, table, masking, seed=0, micro_batch_size=2, world_size=3)
+    asked = []
+
+    def sum_over_ranks(*values):
+        asked.append(values)
+        return [float(10 * value) for value in values]
+
+    for number, step in enumerate(packed.steps(0, 3, sum_over_ranks)):
+        alone = packed.step(number)
+        assert len(asked) == number + 1
+        assert asked[-1] == (
+            2, alone.step_pieces, alone.step_tokens, alone.step_masked_tokens
+        )
+        assert (step.step_rows, step.step_masked_tokens) == (20, 10 * alone.step_masked_tokens)
+        assert np.array_equal(step.rows, alone.rows)
 
 
 def test_a_batch_larger_than_the_store(plain_store):
@@ -602,6 +679,57 @@ def test_drawn_masks_are_redrawn_and_prebuilt_ones_only_corrupted_anew(plain_sto
         assert any(first[key][1] != second[key][1] for key in shared)
         again = masked_tokens_of_epoch(packed, 0)
         assert again == first
+
+
+# ----------------------------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 9, 64, 65, 257, 1009, 65537, 100_003])
+def test_an_order_holds_every_row_once(size):
+    orders = [permute(np.arange(size), size, 1, epoch, "store") for epoch in range(3)]
+    for order in orders:
+        assert (np.bincount(order, minlength=size) == 1).all()
+    if size > 5:
+        assert len({order.tobytes() for order in orders}) == 3
+    for key in ((2, 0, "store"), (1, 0, "other")):
+        assert size < 6 or not np.array_equal(permute(np.arange(size), size, *key), orders[0])
+    # Any places in any order: the number at a place is a function of the place.
+    places = np.random.default_rng(0).integers(size, size=(7, 5))
+    assert np.array_equal(permute(places, size, 1, 0, "store"), orders[0][places])
+
+
+def test_large_orders_are_worked_out_in_place():
+    places = np.array([0, 1, 2, 10**15 // 2, 10**15 - 1])
+    found = permute(places, 10**15, 1, 0, "store")
+    assert len(set(found.tolist())) == 5 and (found >= 0).all() and (found < 10**15).all()
+
+
+@pytest.mark.parametrize("size", [1000, 4096, 50_021])
+def test_an_order_is_as_good_as_drawn(size):
+    """Over 30 epochs: blocks of places against blocks of rows, and neighbours."""
+    blocks, excess, correlations, successors = 10, [], [], 0
+    place = np.arange(size)
+    for epoch in range(30):
+        order = permute(place, size, 5, epoch, "store")
+        found = np.histogram2d(place, order, bins=blocks)[0]
+        expected = np.histogram(place, bins=blocks)[0]
+        expected = np.outer(expected, expected) / size
+        freedom = (blocks - 1) ** 2
+        excess.append((((found - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
+        correlations.append(np.corrcoef(order[:-1], order[1:])[0, 1] * size**0.5)
+        successors += int((np.diff(order) == 1).sum())
+    # Of numbers with mean 0 and variance 1, and a count with mean and variance 30.
+    assert abs(np.mean(excess)) < 1 and max(excess) < 5
+    assert abs(np.mean(correlations)) < 1 and np.max(np.abs(correlations)) < 5
+    assert abs(successors - 30) < 5 * 30**0.5
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_all_orders_of_few_rows_are_as_frequent(size):
+    orders = [tuple(permute(np.arange(size), size, seed, 0, "s").tolist()) for seed in range(1200)]
+    counts = [orders.count(order) for order in set(orders)]
+    assert len(counts) == {3: 6, 4: 24}[size]
+    assert min(counts) > 0.5 * 1200 / len(counts) and max(counts) < 1.6 * 1200 / len(counts)
 
 
 # ---------------------------------------------------------------------------------- shards

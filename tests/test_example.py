@@ -13,10 +13,11 @@ import torch
 from preprocess.store import StoreWriter, TokenStore
 from train import data
 from train.example import NUM_TOKENS, Example, escape, spell
+from train.rows import row_tables
 
 
 def held_out(store: TokenStore, micro_batch_size: int = 4, max_seq_length: int = 32):
-    _, table = data.row_tables(store, max_seq_length, 0.2)
+    _, table = row_tables(store, max_seq_length, 0.2)
     return data.PackedData(
         store, table, data.drawn_masking(store, "random", data.EVAL_RATE), seed=data.EVAL_SEED,
         micro_batch_size=micro_batch_size,

@@ -62,7 +62,7 @@ def slow_counts(store, names, vocabulary):
     for shard in store.shards:
         held = [set(mask_statistics.open_array(shard, n, "mask")[0].tolist()) for n in names]
         scores = mask_statistics.open_array(shard, "mr", "scores")[0]
-        offsets = shard.sequence_offsets.tolist()
+        offsets = shard.sequence_offsets[:].tolist()
         for start, end in zip(offsets[:-1], offsets[1:], strict=True):
             words = [vocabulary.names[i] for i in shard.tokens[start:end].tolist()]
             possible = sum(word != "[UNK]" for word in words)

@@ -19,6 +19,7 @@ from preprocess.store import TokenStore, open_array
 from train import data, metrics, pipeline
 from train.recipe import load_recipe
 from train.results import DIFFERENCE_COLUMNS, TABLE_COLUMNS
+from train.rows import RowTable, row_tables
 
 RECIPE = pipeline.REPOSITORY / "train" / "recipes" / "custom.yaml"
 ARMS = {"none": "none", "random_matched": "random_matched-seed42", "selective": "selective-seed42"}
@@ -225,7 +226,7 @@ def test_selective_masks_what_matters_and_the_control_as_many_tokens(finished, t
         assert seen[0][key] == seen[1][key], key
 
 
-def epoch_pieces(store: TokenStore, table: data.RowTable, masking: data.Masking) -> list[tuple]:
+def epoch_pieces(store: TokenStore, table: RowTable, masking: data.Masking) -> list[tuple]:
     """The pieces that a model sees in one epoch, with the original ids under the masks."""
     batches = data.PackedData(store, table, masking, seed=42, micro_batch_size=1)
     found = []
@@ -242,7 +243,7 @@ def test_b1_b2_an_epoch_shows_every_document_of_the_domain_once(finished, review
     store = domain(finished[0])
     lines = Path(reviews_file).read_text().splitlines()
     assert store.num_documents == len(lines) == len(set(lines))
-    train, held = data.row_tables(store, SLOTS, EVAL_FRACTION)
+    train, held = row_tables(store, SLOTS, EVAL_FRACTION)
     pieces = epoch_pieces(store, train, data.prebuilt_masking(store, "selective"))
     pieces += epoch_pieces(store, held, data.drawn_masking(store, "random", 0.15))
     cls, sep = store.special_ids["cls"], store.special_ids["sep"]
@@ -267,7 +268,7 @@ def test_b3_the_held_out_loss_is_that_of_held_out_documents(finished):
     logged = [line[metrics.EVAL_LOSS] for line in lines if metrics.EVAL_LOSS in line]
     assert len(logged) == 2 and logged[0] != logged[1]
     store = domain(root)
-    _, held = data.row_tables(store, SLOTS, EVAL_FRACTION)
+    _, held = row_tables(store, SLOTS, EVAL_FRACTION)
     masking = data.drawn_masking(store, "random", data.EVAL_RATE)
     batches = data.PackedData(store, held, masking, seed=data.EVAL_SEED, micro_batch_size=1)
     for folder, expected in ((root / "stage1", logged[0]), (run, logged[1])):

@@ -159,7 +159,7 @@ def test_whole_shards_are_skipped_and_others_refused(store, scorer, one_process,
 
 def test_one_writer_of_scores(store, scorer, one_process):
     with lock_array(store, "mr", "scores"):
-        with pytest.raises(ConfigError, match=r"P\S*\.scores\.lock: another process writes here"):
+        with pytest.raises(ConfigError, match=r"P\S*\.mr\.scores\.lock: another process"):
             run(store, scorer)
         run(store, scorer, "--dry_run")
         run(store, scorer, name="other")

@@ -93,8 +93,8 @@ def write_everything(folder: Path) -> list[Sample]:
         opened = TokenStore.open(folder / prefix)
         seen: list = [opened.fingerprint, opened.vocab_size, opened.special_ids, opened.info]
         for part in opened.shards:
-            seen += [part.tokens[:].tolist(), part.sequence_offsets.tolist(),
-                     part.document_offsets.tolist(), part.token_start]
+            seen += [part.tokens[:].tolist(), part.sequence_offsets[:].tolist(),
+                     part.document_offsets[:].tolist(), part.token_start]
         return seen
 
     def look_at_array(name: str, kind: str) -> list:
@@ -251,6 +251,7 @@ def test_lies_that_agree_with_their_hashes(tmp_path):
 def test_an_id_beyond_the_vocabulary_is_never_handed_out(tmp_path):
     """`.bin` is too large to hash at each start, so its ids are checked as they are read."""
     from train import data, score_tokens
+    from train.rows import row_tables
 
     write(tmp_path / "s", [[[7] * 30]] * 4, tokenizer=SmallTokenizer())
     ids = bytearray((tmp_path / "s.bin").read_bytes())
@@ -263,12 +264,12 @@ def test_an_id_beyond_the_vocabulary_is_never_handed_out(tmp_path):
         lambda: shard.tokens[40:60],
         lambda: shard.tokens[np.array([1, 50])],
         lambda: shard.tokens[50],
-        lambda: data.row_tables(opened, 16, 0.2),
+        lambda: row_tables(opened, 16, 0.2),
         lambda: list(score_tokens.score_shard(shard, None, 8, None)),
     ):
         with pytest.raises(DataError, match=r"s\.bin: token id 100 is not in the vocabulary"):
             read()
-    table, _ = data.row_tables(opened, 16, 0.0)
+    table, _ = row_tables(opened, 16, 0.0)
     batches = data.PackedData(
         opened, table, data.drawn_masking(opened, "random", 0.15), seed=1,
         micro_batch_size=table.num_rows,
@@ -302,7 +303,7 @@ def test_a_settled_array_is_hashed_once_and_a_changed_one_again(tmp_path, monkey
     os.utime(path, ns=(1, 1))
     # The time of the last change of an inode cannot be set, so the clock is put forward.
     now = time.time_ns
-    monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 2 * store.SETTLED_NS)
     hashed, plain = [], store.file_sha256
 
     def counted(*arguments):

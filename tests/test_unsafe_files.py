@@ -7,13 +7,13 @@ anything proves nothing.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
 import tracemalloc
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ from preprocess import corpus, tokenize_corpus
 from preprocess.corpus import Span, load_task, read_documents
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore, atomic_write_json, open_array, seal, write_array
-from train import data, model, recipe, results
+from train import model, recipe, results
+from train.rows import row_tables
 
 SNOOP = """
 import os
@@ -81,8 +82,6 @@ def test_arrays_are_never_unpickled(tmp_path, canary, kind):
     info = json.loads(path.with_suffix(".json").read_text())
     np.load(io.BytesIO(pickled_array(canary)), allow_pickle=True)
     assert sprung(canary)
-    import hashlib
-
     honest = path.read_bytes()[:128].decode("latin-1")
     for evil in (pickled_array(canary), pickled_array(canary, honest)):
         path.write_bytes(evil)
@@ -96,23 +95,22 @@ def test_arrays_are_never_unpickled(tmp_path, canary, kind):
 def test_a_table_of_rows_is_never_unpickled(canary, reviews_store, tmp_path):
     # Other tests have left tables beside the shared store.
     shutil.copytree(Path(reviews_store).parent, tmp_path / "store",
-                    ignore=shutil.ignore_patterns("*.npz"))
+                    ignore=shutil.ignore_patterns("*.rows-*"))
     store = TokenStore.open(tmp_path / "store" / "reviews")
-    expected, _ = data.row_tables(store, 32, 0.1)
-    (path,) = (tmp_path / "store").glob("*.npz")
-    with np.load(path) as kept:
-        arrays = {name: kept[name] for name in kept.files}
-    with zipfile.ZipFile(path, "w") as file:
-        for name, array in arrays.items():
-            buffer = io.BytesIO()
-            np.save(buffer, array, allow_pickle=False)
-            evil = name == "train_piece_starts"
-            file.writestr(f"{name}.npy", pickled_array(canary) if evil else buffer.getvalue())
-    with np.load(path, allow_pickle=True) as file:
-        file["train_piece_starts"]
+    expected = np.array(row_tables(store, 32, 0.1)[0].piece_starts)
+    (path,) = (tmp_path / "store").glob("*.train_starts.npy")
+    (said,) = (tmp_path / "store").glob("*.rows-*.json")
+    honest, info = path.read_bytes()[:128].decode("latin-1"), json.loads(said.read_text())
+    np.load(io.BytesIO(pickled_array(canary)), allow_pickle=True)
     assert sprung(canary)
-    found, _ = data.row_tables(store, 32, 0.1)  # built again
-    assert (found.piece_starts == expected.piece_starts).all()
+    for evil in (pickled_array(canary), pickled_array(canary, honest)):
+        path.write_bytes(evil)
+        info["columns"]["train_starts"] = {
+            "count": 1, "sha256": hashlib.sha256(evil[128:]).hexdigest()
+        }
+        atomic_write_json(said, seal(info))
+        found, _ = row_tables(store, 32, 0.1)  # built again
+        assert (found.piece_starts == expected).all()
 
 
 # --------------------------------------------------------------------------- names in lists

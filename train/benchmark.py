@@ -37,6 +37,7 @@ from train import throughput as speed
 from train import whole_step as whole
 from train.bare_loop import DTYPES, BareLoop
 from train.config import BenchmarkConfig, as_dict, parse
+from train.rows import RowTable, row_tables
 
 BARE = "bare"
 EQUAL = " ="  # ends the names of the rows with equally many masked tokens
@@ -54,7 +55,7 @@ class Inputs:
 
     config: BenchmarkConfig
     store: TokenStore
-    tables: dict[int, data.RowTable]
+    tables: dict[int, RowTable]
     strategies: list[str]
     baselines: list[str]
     scores: list[np.ndarray | None]
@@ -96,7 +97,7 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
         model.check_row_length(hf_config, length)
     if config.model_name_or_path:
         mlm.check_vocabulary(store, hf_config, config)
-    tables = {length: data.row_tables(store, length, eval_fraction=0.0)[0]
+    tables = {length: row_tables(store, length, eval_fraction=0.0)[0]
               for length in config.lengths()}
     steps = steps_of_a_row(config) * len(tables)
     resolved = ds.resolve_ds_config(
@@ -216,20 +217,20 @@ class Loops:
     trainer: baselines.TrainerLoop | None
     standing_gib: dict[str, float]
 
-    def strategy_row(self, name: str, masking: data.Masking, table: data.RowTable) -> speed.Row:
+    def strategy_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
         """A masking, trained by DeepSpeed."""
         equal = name.endswith(EQUAL)
         steps = steps_of_a_row(self.inputs.config)
         return speed.Row(
             name, "equal" if equal else "strategy",
-            batches=self.loader(masking, table).steps(0, steps),
+            batches=self.loader(masking, table).steps(0, steps, ds.all_reduce_sum),
             step=lambda batch, lap: mlm.train_step(
                 self.engine, batch, self.device, want_norm=False, lap=lap),
             count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
             standing="engine",
         )
 
-    def loader(self, masking: data.Masking, table: data.RowTable) -> data.PackedData:
+    def loader(self, masking: data.Masking, table: RowTable) -> data.PackedData:
         """The loader of `pretrain.py`."""
         resolved, ranks = self.inputs.resolved, ds.ranks()
         return data.PackedData(
@@ -239,9 +240,9 @@ class Loops:
             world_size=ranks.world_size, rank=ranks.rank,
         )
 
-    def bare_row(self, masking: data.Masking, table: data.RowTable) -> speed.Row:
+    def bare_row(self, masking: data.Masking, table: RowTable) -> speed.Row:
         """One batch, again and again."""
-        batch = self.loader(masking, table).step(0)
+        batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
         prepared = self.bare.prepare(batch)
         return speed.Row(
             BARE, "bare", batches=itertools.repeat(batch),
@@ -272,13 +273,12 @@ class Loops:
         )
 
 
-def count_packed(table: data.RowTable, batch: data.StepBatch) -> speed.Counts:
+def count_packed(table: RowTable, batch: data.StepBatch) -> speed.Counts:
     """What a batch of ours holds, over all ranks."""
-    pieces = int((table.row_offsets[batch.rows + 1] - table.row_offsets[batch.rows]).sum())
     return speed.Counts(
         tokens=batch.step_tokens, masked=batch.step_masked_tokens,
-        text_tokens=batch.step_tokens - 2 * pieces,
-        slots=len(batch.rows) * table.max_seq_length, rows=len(batch.rows),
+        text_tokens=batch.step_tokens - 2 * batch.step_pieces,
+        slots=batch.step_rows * table.max_seq_length, rows=batch.step_rows,
     )
 
 

@@ -1,27 +1,19 @@
-"""A token store and masks become packed batches: packing, order, sharding over ranks.
+"""A token store and masks become packed batches: order, sharding over ranks, masks, layout.
 
-A *piece* is a run of consecutive sequences of one document, at most `max_seq_length - 2` tokens;
-a *row* holds several pieces, each as `[CLS] ... [SEP]`. The row table is built once for a store
-and a length, without randomness, and kept beside the store. An epoch is a permutation of the
-rows, and the global batch b of a run is the same set of rows with the same masks at any number
-of ranks: every rank draws the masks of the whole global batch (so that the count of its masked
-tokens is known before the first micro batch, without communication) and keeps its own rows.
+An epoch is a permutation of the rows of `train/rows.py`, and the global batch b of a run is the
+same set of rows with the same masks at any number of ranks. A rank works out its own rows alone;
+the counts of the global batch, of which the number of masked tokens must be known before the first
+micro batch, are summed over the ranks once a step.
 
-Letters: `R` rows, `P` pieces, `B` rows of a micro batch, `S` slots of a row, `M` masked positions.
+Letters: `P` pieces, `B` rows of a micro batch, `S` slots of a row, `M` masked positions.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import io
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,46 +21,15 @@ import torch
 
 from preprocess import masks
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import TokenStore, atomic_write_bytes, fingerprint_text, open_array
+from preprocess.store import TokenStore, fingerprint_text, open_array, recall, remember
+from train.order import permute
+from train.rows import RowTable
 
-ROW_TABLE_VERSION = 1
-OPEN_ROWS = 32  # rows that are being filled at once; more of them waste less and cost more time
-SHORTEST_PIECE = 1 / 8  # of a row; shorter pieces are made only of what is left of a document
 LONGEST_WORD = 16  # tokens; only sizes the arrays of `whole_word`, which may grow
 EVAL_SEED = 20201116  # masks of the held-out rows: the same for every run and every arm
 EVAL_RATE = 0.15
-
-
-@dataclass(frozen=True)
-class RowTable:
-    """Which tokens make up which row.
-
-    Attributes:
-        piece_starts: first token of each piece in the whole store, `(P,)` int64.
-        piece_lengths: tokens of each piece, `(P,)` int32.
-        row_offsets: first piece of each row, and the end, `(R+1,)` int64.
-        max_seq_length: slots of a row, two of them taken by each piece's special tokens.
-    """
-
-    piece_starts: np.ndarray
-    piece_lengths: np.ndarray
-    row_offsets: np.ndarray
-    max_seq_length: int
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.row_offsets) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the store that are in a row, without special ones."""
-        return int(self.piece_lengths.sum(dtype=np.int64))
-
-    @property
-    def efficiency(self) -> float:
-        """Filled slots over all slots, special tokens counted as filled."""
-        slots = self.num_rows * self.max_seq_length
-        return (self.num_tokens + 2 * len(self.piece_starts)) / slots if slots else 1.0
+ORDER_VERSION = 2  # of rows and their order: a run does not go on under another one
+_BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -108,12 +69,18 @@ class PackedBatch:
 class StepBatch:
     """One optimizer step of one rank: its micro batches, and counts over the global batch.
 
-    `rows` are the rows of the global batch in order, `(G,)` int64.
+    Attributes:
+        rows: this rank's rows in order, `(micro batches x B,)` int64.
+        epoch: of the first row of the global batch.
+        step_rows, step_pieces, step_tokens, step_masked_tokens: of all ranks as `PackedData.steps`
+            gives them, of this rank as `PackedData.step` does. Tokens count special ones too.
     """
 
     micro_batches: list[PackedBatch]
     rows: np.ndarray
     epoch: int
+    step_rows: int
+    step_pieces: int
     step_tokens: int
     step_masked_tokens: int
 
@@ -175,167 +142,6 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
     )
 
 
-# ------------------------------------------------------------------------------- the row table
-
-
-def _held_out(store: TokenStore, fraction: float) -> list[np.ndarray]:
-    """Which documents of each shard are held out, by a hash of their ids, `(D,)` bool each."""
-    held = []
-    limit = int(fraction * 2**64)
-    for shard in store.shards:
-        tokens = shard.sequence_offsets[shard.document_offsets]
-        flags = np.zeros(shard.num_documents, dtype=bool)
-        if limit:
-            for d in range(shard.num_documents):
-                content = shard.tokens[tokens[d]:tokens[d + 1]].tobytes()
-                digest = hashlib.blake2b(content, digest_size=8).digest()
-                flags[d] = int.from_bytes(digest, "little") < limit
-        held.append(flags)
-    return held
-
-
-def _cut_points(offsets: np.ndarray, longest: int) -> np.ndarray:
-    """Ends of sequences, and cuts inside those longer than `longest`, ascending.
-
-    # offsets 0 3 10, longest 4 -> 0 3 7 10
-    """
-    lengths = np.diff(offsets)
-    if len(lengths) == 0 or lengths.max() <= longest:
-        return offsets
-    parts = [
-        np.arange(start, end, longest) if end - start > longest else np.array([start])
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
-    return np.concatenate([*parts, offsets[-1:]])
-
-
-class _Packer:
-    """Fill rows with pieces, keeping `OPEN_ROWS` open and wasting as little as possible."""
-
-    def __init__(self, max_seq_length: int) -> None:
-        self._slots = max_seq_length
-        self._shortest = max(1, int(SHORTEST_PIECE * max_seq_length))
-        self._room = np.full(OPEN_ROWS, max_seq_length - 2)  # tokens that one more piece may have
-        self._open: list[list[tuple[int, int]]] = [[] for _ in range(OPEN_ROWS)]
-        self.rows: list[list[tuple[int, int]]] = []
-
-    def add_document(self, cuts: np.ndarray) -> None:
-        """Place a document given by the tokens at which it may be cut, ascending."""
-        cuts = cuts[np.concatenate([[True], np.diff(cuts) > 0])]  # empty sequences hold nothing
-        at, last = 0, len(cuts) - 1
-        while at < last:
-            ends = np.searchsorted(cuts, cuts[at] + self._room, side="right") - 1
-            lengths = cuts[np.maximum(ends, at)] - cuts[at]
-            usable = (lengths >= self._shortest) | (ends >= last)
-            waste = np.where(usable, self._room - lengths, self._slots)
-            row = int(waste.argmin())
-            if not usable[row]:
-                # No open row fits: empty the fullest and take all that an empty row holds.
-                row = int(self._room.argmin())
-                self._close(row)
-                ends[row] = np.searchsorted(cuts, cuts[at] + self._room[row], side="right") - 1
-            end = int(min(ends[row], last))
-            self._open[row].append((int(cuts[at]), int(cuts[end] - cuts[at])))
-            self._room[row] -= cuts[end] - cuts[at] + 2
-            if self._room[row] < 2:
-                self._close(row)
-            at = end
-
-    def _close(self, row: int) -> None:
-        if self._open[row]:
-            self.rows.append(self._open[row])
-        self._open[row] = []
-        self._room[row] = self._slots - 2
-
-    def finish(self) -> None:
-        """Close every open row."""
-        for row in range(OPEN_ROWS):
-            self._close(row)
-
-
-def pack_rows(store: TokenStore, documents: list[np.ndarray], max_seq_length: int) -> RowTable:
-    """Pack documents into rows; a row never crosses shards.
-
-    Args:
-        documents: which documents of each shard to pack, `(D,)` bool each.
-    """
-    rows: list[list[tuple[int, int]]] = []
-    for shard, chosen in zip(store.shards, documents, strict=True):
-        packer = _Packer(max_seq_length)
-        for d in np.flatnonzero(chosen):
-            first, end = shard.document_offsets[d], shard.document_offsets[d + 1]
-            cuts = _cut_points(shard.sequence_offsets[first:end + 1], max_seq_length - 2)
-            packer.add_document(np.asarray(cuts, dtype=np.int64) + shard.token_start)
-        packer.finish()
-        rows += packer.rows
-    pieces = np.array([piece for row in rows for piece in row], dtype=np.int64).reshape(-1, 2)
-    counts = np.array([len(row) for row in rows], dtype=np.int64)
-    return RowTable(
-        piece_starts=pieces[:, 0].copy(),
-        piece_lengths=pieces[:, 1].astype(np.int32),
-        row_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        max_seq_length=max_seq_length,
-    )
-
-
-def row_tables(
-    store: TokenStore, max_seq_length: int, eval_fraction: float
-) -> tuple[RowTable, RowTable]:
-    """The rows to train on and the rows held out, read from beside the store or built and kept.
-
-    Raises:
-        DataError: nothing is left to train on.
-    """
-    key = json.dumps(
-        [ROW_TABLE_VERSION, store.fingerprint, max_seq_length, eval_fraction], sort_keys=True
-    )
-    path = Path(f"{store.prefix}.rows-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz")
-    tables = _read_tables(path, key, max_seq_length)
-    if tables is None:
-        held = _held_out(store, eval_fraction)
-        tables = (
-            pack_rows(store, [~flags for flags in held], max_seq_length),
-            pack_rows(store, held, max_seq_length),
-        )
-        buffer = io.BytesIO()
-        arrays = {
-            f"{side}_{name}": getattr(table, name)
-            for side, table in zip(("train", "eval"), tables, strict=True)
-            for name in ("piece_starts", "piece_lengths", "row_offsets")
-        }
-        np.savez(buffer, key=np.array(key), **arrays)
-        try:
-            atomic_write_bytes(path, buffer.getvalue())
-        except OSError as error:
-            # A read-only store: the table is built again next time.
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-    if tables[0].num_rows == 0:
-        raise DataError(f"{store.prefix}: no tokens to train on; tokenize a larger corpus")
-    return tables
-
-
-def _read_tables(
-    path: Path, key: str, max_seq_length: int
-) -> tuple[RowTable, RowTable] | None:
-    if not path.exists():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) != key:
-                return None
-            train, held = (
-                RowTable(
-                    file[f"{side}_piece_starts"], file[f"{side}_piece_lengths"],
-                    file[f"{side}_row_offsets"], max_seq_length,
-                )
-                for side in ("train", "eval")
-            )
-            return train, held
-    except Exception:  # a damaged archive raises almost anything
-        return None  # a cache: anything odd about it means building it again
-
-
 # ------------------------------------------------------------------------------------- batches
 
 
@@ -353,14 +159,16 @@ class _Pieces:
     """The pieces of some rows and their masked tokens, flat.
 
     row: row of each piece in the batch, `(p,)`; slot: its [CLS] in that row, `(p,)`; start,
-    length: its tokens, `(p,)`. masked: masked tokens in the whole store, ascending within a
-    piece, `(m,)`; masked_counts: how many of them each piece has, `(p,)`.
+    length: its tokens, `(p,)`; tokens: their ids, one piece after the other, uint16. masked: masked
+    tokens in the whole store, ascending within a piece, `(m,)`; masked_counts: how many of them
+    each piece has, `(p,)`.
     """
 
     row: np.ndarray
     slot: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    tokens: np.ndarray
     masked: np.ndarray
     masked_counts: np.ndarray
 
@@ -386,89 +194,87 @@ class PackedData:
         self.world_size, self.rank = world_size, rank
         self.global_batch = micro_batch_size * accumulation_steps * world_size
         self._shard_starts = np.array([shard.token_start for shard in store.shards])
-        self._order = lru_cache(maxsize=2)(self._make_order)
+        # As plain arrays: numpy's class for mapped files makes each slice several times slower.
+        self._index = masking.index and [np.asarray(positions) for positions in masking.index]
         self.capacity = max(1, micro_batch_size * self._largest_row())
 
     def _largest_row(self) -> int:
         """An upper bound on the masked positions of a row."""
-        if self.table.num_rows == 0:
-            return 0
-        if self.masking.index is not None:
-            counts = self._index_bounds(self.table.piece_starts, self.table.piece_lengths)
-            per_piece = counts[1] - counts[0]
-        else:
-            per_piece = np.ceil(self.masking.rate * self.table.piece_lengths).astype(np.int64)
-            if self.masking.name == "whole_word":
-                per_piece = np.minimum(per_piece + LONGEST_WORD, self.table.piece_lengths)
-        return int(np.add.reduceat(per_piece, self.table.row_offsets[:-1]).max())
+        key = (
+            f"largest row, {self.table.fingerprint}, {self.masking.name}, {self.masking.rate}, "
+            f"{self.masking.fingerprint}"
+        )
+        kept = bool(self.table.fingerprint) and (
+            self._index is None or self.masking.fingerprint is not None
+        )
+        largest = recall(self.store.prefix, key) if kept else None
+        if type(largest) is not int:
+            firsts = range(0, self.table.num_rows, _BLOCK_ROWS)
+            largest = max((self._largest_of(first) for first in firsts), default=0)
+            if kept:
+                remember(self.store.prefix, key, largest)
+        return largest
 
-    def _make_order(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch: a function of seed, epoch and store."""
-        fingerprint = int.from_bytes(
-            hashlib.sha256(self.store.fingerprint.encode()).digest()[:8], "little"
-        )
-        generator = np.random.Generator(
-            np.random.Philox(np.random.SeedSequence([self.seed, epoch, fingerprint]))
-        )
-        return generator.permutation(self.table.num_rows)
+    def _largest_of(self, first: int) -> int:
+        """The same for the rows of one block."""
+        offsets = np.array(self.table.row_offsets[first:first + _BLOCK_ROWS + 1])
+        lengths = self.table.piece_lengths[offsets[0]:offsets[-1]]
+        if self._index is not None:
+            starts = self.table.piece_starts[offsets[0]:offsets[-1]]
+            low, high, _ = self._index_bounds(starts, lengths)
+            per_piece = high - low
+        else:
+            per_piece = np.ceil(self.masking.rate * lengths).astype(np.int64)
+            if self.masking.name == "whole_word":
+                per_piece = np.minimum(per_piece + LONGEST_WORD, lengths)
+        return int(np.add.reduceat(per_piece, offsets[:-1] - offsets[0]).max())
 
     def _index_bounds(
         self, starts: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where each piece's positions begin and end in its shard's mask index, and the shard."""
-        assert self.masking.index is not None
+        assert self._index is not None
         shard_of = np.searchsorted(self._shard_starts, starts, side="right") - 1
-        low, high = np.zeros((2, len(starts)), dtype=np.int64)
-        for s in np.unique(shard_of):
-            mine = shard_of == s
-            local = starts[mine] - self._shard_starts[s]
-            index = self.masking.index[s]
+        bounds = np.stack([starts, starts + lengths]) - self._shard_starts[shard_of]
+        order = np.argsort(shard_of, kind="stable")
+        shards, firsts = np.unique(shard_of[order], return_index=True)
+        for s, mine in zip(shards, np.split(order, firsts)[1:], strict=True):
+            index = self._index[s]
             # Keys of another dtype would make searchsorted copy the whole index.
-            low[mine] = np.searchsorted(index, local.astype(index.dtype))
-            high[mine] = np.searchsorted(index, (local + lengths[mine]).astype(index.dtype))
-        return low, high, shard_of
-
-    def _tokens(self, positions: np.ndarray) -> np.ndarray:
-        """Ids at positions of the whole store, `(n,)` uint16."""
-        if len(self.store.shards) == 1:
-            return self.store.shards[0].tokens[positions]
-        shard_of = np.searchsorted(self._shard_starts, positions, side="right") - 1
-        ids = np.empty(len(positions), dtype=np.uint16)
-        for s in np.unique(shard_of):
-            mine = shard_of == s
-            ids[mine] = self.store.shards[s].tokens[positions[mine] - self._shard_starts[s]]
-        return ids
+            bounds[:, mine] = np.searchsorted(index, bounds[:, mine].astype(index.dtype))
+        return bounds[0], bounds[1], shard_of
 
     def _pieces(self, rows: np.ndarray, epoch: int) -> _Pieces:
         """Pieces of `rows` (-1: an empty row) and their masks in `epoch`."""
         table = self.table
         real = np.maximum(rows, 0)
-        counts = np.where(rows >= 0, table.row_offsets[real + 1] - table.row_offsets[real], 0)
-        pieces = _ranges(table.row_offsets[real], counts)
+        first = np.asarray(table.row_offsets[real])
+        counts = np.where(rows >= 0, table.row_offsets[real + 1] - first, 0)
+        pieces = _ranges(first, counts)
         row = np.repeat(np.arange(len(rows)), counts)
-        start = table.piece_starts[pieces]
+        start = np.asarray(table.piece_starts[pieces])
         length = table.piece_lengths[pieces].astype(np.int64)
         # slot of a piece = slots of the pieces before it in its row
         # lengths 3 5 | 4 (two rows) -> taken 5 7 6, before 0 5 12, row starts 0 12 -> 0 5 0
         before = np.cumsum(length + 2) - (length + 2)
         first_of_row = np.cumsum(counts) - counts
         slot = before - np.repeat(before[first_of_row[counts > 0]], counts[counts > 0])
-        masked, masked_counts = self._choose(start, length, epoch)
-        return _Pieces(row, slot, start, length, masked, masked_counts)
+        tokens = self.store.read_pieces(start, length)
+        masked, masked_counts = self._choose(start, length, tokens, epoch)
+        return _Pieces(row, slot, start, length, tokens, masked, masked_counts)
 
     def _choose(
-        self, start: np.ndarray, length: np.ndarray, epoch: int
+        self, start: np.ndarray, length: np.ndarray, tokens: np.ndarray, epoch: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Masked tokens (in the whole store) of pieces, and how many each piece has."""
-        if self.masking.index is not None:
+        if self._index is not None:
             low, high, shard_of = self._index_bounds(start, length)
-            parts = [
-                self.masking.index[s][a:b].astype(np.int64) + self._shard_starts[s]
-                for s, a, b in zip(shard_of, low, high, strict=True)
-            ]
-            return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64), high - low
+            spans = zip(shard_of.tolist(), low.tolist(), high.tolist(), strict=True)
+            parts = [self._index[s][a:b] for s, a, b in spans]
+            flat = np.concatenate(parts) if parts else np.zeros(0)
+            counts = high - low
+            return flat.astype(np.int64) + np.repeat(self._shard_starts[shard_of], counts), counts
         positions = _ranges(start, length)
-        tokens = self._tokens(positions)
         offsets = np.concatenate([[0], np.cumsum(length)])
         words = self.masking.words
         chosen = masks.STRATEGIES[self.masking.name](
@@ -499,14 +305,15 @@ class PackedData:
         input_ids = np.full(num_rows * slots, special["pad"], dtype=np.int64)
         position_ids = np.zeros(num_rows * slots, dtype=np.int64)
         document_ids = np.full(num_rows * slots, -1, dtype=np.int64)
-        input_ids[_ranges(cls + 1, length)] = self._tokens(_ranges(pieces.start[mine], length))
+        before = pieces.length[:mine.start].sum()
+        input_ids[_ranges(cls + 1, length)] = pieces.tokens[before:before + length.sum()]
         input_ids[cls], input_ids[cls + length + 1] = special["cls"], special["sep"]
-        position_ids[filled] = _ranges(np.zeros_like(length), length + 2)
+        position_ids[filled] = filled - np.repeat(cls, length + 2)
         document_ids[filled] = np.repeat(np.arange(len(length)), length + 2)
 
-        bounds = np.concatenate([[0], np.cumsum(pieces.masked_counts)])
         counts = pieces.masked_counts[mine]
-        masked = pieces.masked[bounds[mine.start]:bounds[mine.stop]]
+        before = pieces.masked_counts[:mine.start].sum()
+        masked = pieces.masked[before:before + counts.sum()]
         positions = masked + np.repeat(cls + 1 - pieces.start[mine], counts)
         labels = input_ids[positions]
         input_ids[positions] = masks.corrupt(
@@ -529,6 +336,10 @@ class PackedData:
             num_masked=len(positions),
         )
 
+    def _order(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The rows at some places of an epoch: a function of seed, epoch and store."""
+        return permute(places, self.table.num_rows, self.seed, epoch, self.store.fingerprint)
+
     def step(self, step: int) -> StepBatch:
         """This rank's micro batches of optimizer step `step`, counted from 0.
 
@@ -536,35 +347,42 @@ class PackedData:
         and the beginning of the next; nothing is dropped. Micro batch m of rank r holds rows
         `(m * world_size + r) * micro_batch_size ...` of the global batch.
         """
-        numbers = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
-        epochs = numbers // self.table.num_rows
-        rows = np.concatenate([
-            self._order(int(epoch))[numbers[epochs == epoch] % self.table.num_rows]
-            for epoch in np.unique(epochs)
-        ])
-        micro_batches, tokens, masked = [], 0, 0
+        size, first = self.micro_batch_size, step * self.global_batch
+        turns = np.arange(self.accumulation_steps) * self.world_size + self.rank
+        numbers = (first + turns[:, None] * size + np.arange(size)).ravel()
+        epochs, places = numbers // self.table.num_rows, numbers % self.table.num_rows
+        rows = np.empty_like(numbers)
         # Epochs differ in their masks, so pieces are drawn for one epoch at a time; a micro
         # batch that straddles two is joined from both.
-        parts = [
-            (int(epoch), np.flatnonzero(epochs == epoch)) for epoch in np.unique(epochs)
-        ]
-        drawn = [(epoch, where, self._pieces(rows[where], epoch)) for epoch, where in parts]
-        for _, _, pieces in drawn:
-            tokens += int(pieces.length.sum() + 2 * len(pieces.length))
-            masked += int(pieces.masked_counts.sum())
-        for m in range(self.accumulation_steps):
-            first = (m * self.world_size + self.rank) * self.micro_batch_size
-            last = first + self.micro_batch_size
+        drawn = []
+        for epoch in np.unique(epochs).tolist():
+            low, high = np.searchsorted(epochs, [epoch, epoch + 1]).tolist()
+            rows[low:high] = self._order(epoch, places[low:high])
+            drawn.append((epoch, low, high, self._pieces(rows[low:high], epoch)))
+        micro_batches = []
+        for start in range(0, len(numbers), size):
             layout = []
-            for epoch, where, pieces in drawn:
-                low, high = np.clip([first, last], where[0], where[-1] + 1) - where[0]
-                if high > low:
-                    layout.append(self._assemble(pieces, slice(int(low), int(high)), epoch))
+            for epoch, low, high, pieces in drawn:
+                here = slice(max(start, low) - low, min(start + size, high) - low)
+                if here.stop > here.start:
+                    layout.append(self._assemble(pieces, here, epoch))
             micro_batches.append(layout[0] if len(layout) == 1 else _join(layout))
-        return StepBatch(micro_batches, rows, int(epochs[0]), tokens, masked)
+        return StepBatch(
+            micro_batches, rows, epoch=first // self.table.num_rows, step_rows=len(rows),
+            step_pieces=sum(len(pieces.row) for *_, pieces in drawn),
+            step_tokens=sum(batch.num_tokens for batch in micro_batches),
+            step_masked_tokens=sum(batch.num_masked for batch in micro_batches),
+        )
 
-    def steps(self, first: int, end: int) -> Iterator[StepBatch]:
-        """Steps `first` to `end - 1`, the next one made while the last is used."""
+    def steps(
+        self, first: int, end: int, sum_over_ranks: Callable[..., list[float]] | None = None
+    ) -> Iterator[StepBatch]:
+        """Steps `first` to `end - 1`, the next one made while the last is used.
+
+        Args:
+            sum_over_ranks: sums each of its numbers over all ranks; collective, and called when a
+                step is asked for. Without one, counts are those of this rank.
+        """
         if first >= end:
             return
         with ThreadPoolExecutor(1) as pool:
@@ -573,6 +391,15 @@ class PackedData:
                 batch = following.result()
                 if step + 1 < end:
                     following = pool.submit(self.step, step + 1)
+                if sum_over_ranks is not None:
+                    rows, pieces, tokens, masked = map(int, sum_over_ranks(
+                        batch.step_rows, batch.step_pieces, batch.step_tokens,
+                        batch.step_masked_tokens,
+                    ))
+                    batch = replace(
+                        batch, step_rows=rows, step_pieces=pieces, step_tokens=tokens,
+                        step_masked_tokens=masked,
+                    )
                 yield batch
 
     def in_order(self, max_rows: int) -> Iterator[PackedBatch]:

@@ -29,6 +29,7 @@ from train import checkpoint, data, flops, metrics, mlm, model
 from train import engine as ds
 from train.config import PretrainConfig, parse
 from train.example import Example
+from train.rows import RowTable, row_tables
 
 
 @dataclass
@@ -47,8 +48,8 @@ class Inputs:
 
     config: PretrainConfig
     store: TokenStore
-    train_rows: data.RowTable
-    eval_rows: data.RowTable
+    train_rows: RowTable
+    eval_rows: RowTable
     masking: data.Masking
     eval_maskings: dict[str, data.Masking]
     resolved: ds.Resolved
@@ -74,13 +75,14 @@ def read_inputs(config: PretrainConfig) -> Inputs:
     eval_maskings = {"": data.drawn_masking(store, "random", data.EVAL_RATE)}
     for name in config.eval_mask_index:
         eval_maskings[name] = data.prebuilt_masking(store, name)
-    train_rows, eval_rows = data.row_tables(store, config.max_seq_length, config.eval_fraction)
+    train_rows, eval_rows = row_tables(store, config.max_seq_length, config.eval_fraction)
     world_size = ds.ranks().world_size
     resolved = ds.resolve_ds_config(
         ds.read_ds_config(config.deepspeed_config), config,
         total_steps=max(1, config.max_steps), world_size=world_size,
     )
     identity = {
+        "order": data.ORDER_VERSION,
         "store": store.fingerprint,
         "masking": masking.name,
         "mask_index": masking.fingerprint,
@@ -309,7 +311,7 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     )
     clock = time.monotonic()
     with progress, ds.StopSignal() as stop:
-        for batch in batches.steps(totals.step, config.max_steps):
+        for batch in batches.steps(totals.step, config.max_steps, ds.all_reduce_sum):
             waited = time.monotonic() - clock
             if totals.step < config.head_only_steps:
                 freeze_encoder(engine)

@@ -1,0 +1,338 @@
+"""How fast masks are built and rows are loaded, and what grows with the corpus.
+
+    python train/benchmark_data.py --output_dir runs/benchmark_data
+    python train/benchmark_data.py --num_tokens 1000000000 --output_dir runs/benchmark_data
+
+Works on stores of random ids that it makes in a temporary folder and removes: sentences of 22
+tokens on average, documents of 8 sentences, ids as frequent as words are. The first tables are
+those of one store of `--speed_tokens`: each building of a mask index is the work of
+`build_masks.py` (choose, hash, write, count), and each round of the loader so many steps of
+`PackedData.step` in one thread. With `--num_tokens` a third table has stores of a thousandth, a
+tenth and all of so many tokens, each looked at by a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess import store as stores
+from preprocess.errors import ConfigError, run_command
+from preprocess.mask_index import NEEDS, Inputs, choose_positions
+from preprocess.mask_statistics import count_masks
+from preprocess.masks import STRATEGIES, continuation_table, open_tokenizer
+from preprocess.progress import say
+from preprocess.store import (
+    StoreWriter,
+    TokenStore,
+    array_path,
+    atomic_write_json,
+    open_array,
+    write_array,
+)
+from train import data
+from train.checkpoint import environment
+from train.order import permute
+from train.page import Table, as_text
+from train.rows import row_tables
+from train.throughput import peak_gib, reset_peak, spread
+
+BLOCK = 1 << 20  # tokens made at once
+VOCAB_SIZE = 30_000
+SENTENCE, DOCUMENT = 22, 8  # mean tokens of a sentence; sentences of a document
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+RATE, SEED = 0.15, 42
+EVAL_FRACTION = 0.01
+ORDER_ROWS = 100_000_000
+STEP_SLOTS = 1 << 15  # of a micro batch: 256 rows of 128
+
+
+# ------------------------------------------------------------------------------------ a store
+
+
+def make_tokenizer() -> Any:
+    """A WordPiece tokenizer of `VOCAB_SIZE` ids; every fifth one continues a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"##x{i}" if i % 5 == 0 else f"w{i}" for i in range(VOCAB_SIZE - len(SPECIAL))]
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, **dict(zip(names, SPECIAL, strict=True))
+    )
+
+
+def make_store(prefix: str, num_tokens: int) -> None:
+    """Write a store of random ids with scores and a mask index beside it."""
+    generator = np.random.default_rng(SEED)
+    with StoreWriter(prefix, make_tokenizer(), {"made_by": "benchmark_data"}) as writer:
+        for start in range(0, num_tokens, BLOCK):
+            size = min(BLOCK, num_tokens - start)
+            # Log-uniform ranks: the share of the id at rank r is about 1 / r, as of words.
+            ranks = np.exp(generator.random(size, dtype=np.float32) * np.log(VOCAB_SIZE - 5))
+            cuts = np.flatnonzero(generator.random(size, dtype=np.float32) < 1 / SENTENCE)
+            lengths = np.diff(np.concatenate([[0], cuts[cuts > 0], [size]]))
+            documents = np.full(-(-len(lengths) // DOCUMENT), DOCUMENT)
+            documents[-1] = len(lengths) - DOCUMENT * (len(documents) - 1)
+            writer.add_flat((ranks + len(SPECIAL) - 1).astype(np.uint16), lengths, documents)
+    (shard,) = TokenStore.open(prefix).shards
+
+    def scores() -> Iterator[np.ndarray]:
+        for start in range(0, num_tokens, BLOCK):
+            size = min(BLOCK, num_tokens - start)
+            yield (generator.standard_normal(size, np.float32) * 2 - 3).astype(np.float16)
+
+    write_array(shard, "scores", "scores", scores(), {})
+    blocks = (np.arange(start, min(start + 7 * BLOCK, num_tokens), 7, dtype=np.uint32)
+              for start in range(0, num_tokens, 7 * BLOCK))
+    write_array(shard, "seventh", "mask", blocks, {"options": {}})
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned."""
+    start = time.perf_counter()
+    result = action()
+    return time.perf_counter() - start, result
+
+
+def rates(counts: list[tuple[int, float]]) -> dict[str, Any]:
+    """Millions a second over rounds of (count, seconds): median, 20th and 80th percentile."""
+    found = spread([count / seconds / 1e6 for count, seconds in counts])
+    return {"million_tokens_per_second": f"{found['median']:.2f}",
+            "p20": f"{found['p20']:.2f}", "p80": f"{found['p80']:.2f}"}
+
+
+# -------------------------------------------------------------------------------------- speed
+
+
+def build_index(store: TokenStore, strategy: str) -> None:
+    """What `build_masks.py` does for a store of one piece, but for its output."""
+    (shard,) = store.shards
+    words = None
+    if strategy == "whole_word":
+        words = continuation_table(open_tokenizer(store.tokenizer_dir))
+    need = NEEDS.get(strategy)
+    sources = {
+        "scores": lambda: {"scores": open_array(shard, "scores", "scores")[0]},
+        "match": lambda: {"match": open_array(shard, "selective", "mask")[0]},
+    }
+    inputs = Inputs(words=words, **(sources[need]() if need else {}))
+    positions = choose_positions(
+        shard, strategy, inputs, rate=RATE, seed=SEED, all_special_ids=store.all_special_ids
+    )
+    write_array(shard, strategy, "mask", positions, {"options": {"strategy": strategy}})
+    count_masks(store, [strategy, *(["selective"] if need == "match" else [])])
+
+
+def measure_masks(store: TokenStore, rounds: int) -> list[dict[str, Any]]:
+    """Tokens a second of each strategy; the strategies take turns."""
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in STRATEGIES}
+    build_index(store, "selective")  # whose counts `random_matched` takes
+    for _ in range(rounds):
+        for name in found:
+            seconds, _ = timed(partial(build_index, store, name))
+            found[name].append((store.num_tokens, seconds))
+    (shard,) = store.shards
+    return [
+        {"strategy": name, **rates(counts),
+         "file_MB": f"{array_path(shard, name, 'mask').stat().st_size / 1e6:.1f}"}
+        for name, counts in found.items()
+    ]
+
+
+def load(loader: data.PackedData, numbers: range) -> int:
+    """Make some steps and count their tokens."""
+    return sum(loader.step(number).step_tokens for number in numbers)
+
+
+def measure_loader(store: TokenStore, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Tokens a second of one rank alone, and of one rank of 64; the rows take turns."""
+    found = []
+    maskings = [data.prebuilt_masking(store, "selective")]
+    maskings += [data.drawn_masking(store, name, RATE) for name in ("random", "whole_word")]
+    for length in (128, 512):
+        table, _ = row_tables(store, length, EVAL_FRACTION)
+        loaders = {
+            (masking.name, ranks): data.PackedData(
+                store, table, masking, seed=SEED, micro_batch_size=STEP_SLOTS // length,
+                world_size=ranks, rank=ranks - 1,
+            )
+            for masking in maskings for ranks in (1, 64)
+        }
+        counts: dict[Any, list[tuple[int, float]]] = {key: [] for key in loaders}
+        for turn in range(rounds + 1):
+            for key, loader in loaders.items():
+                numbers = range(turn * steps, (turn + 1) * steps)
+                seconds, tokens = timed(partial(load, loader, numbers))
+                if turn:  # the first one only warms up
+                    counts[key].append((tokens, seconds))
+        found += [
+            {"S": length, "masking": name, "ranks": ranks, **rates(counts[name, ranks]),
+             "filled_percent": f"{100 * table.efficiency:.1f}"}
+            for name, ranks in loaders
+        ]
+    return found
+
+
+# -------------------------------------------------------------------------------------- scale
+
+
+def resident_mib() -> dict[str, float]:
+    """Memory of this process now: its own, and mapped files, which the kernel takes back."""
+    names = {"RssAnon": "own", "RssFile": "mapped"}
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if "Rss" in line}
+    return {name: found[key] for key, name in names.items()}
+
+
+def measure_scale(prefix: str, num_tokens: int, max_seq_length: int, steps: int) -> dict[str, Any]:
+    """Everything that might grow with the corpus; in a process of its own."""
+    make_store(prefix, num_tokens)
+    # What was written just now is hashed again each time; of older files this is remembered.
+    stores.SETTLED_NS = 0
+    gc.collect()
+    before = resident_mib()
+    result: dict[str, Any] = {"tokens": f"{num_tokens:,}"}
+
+    def open_all() -> tuple[TokenStore, data.Masking]:
+        opened = TokenStore.open(prefix)
+        return opened, data.prebuilt_masking(opened, "seventh")
+
+    result["first_open_s"], _ = timed(open_all)
+    result["open_s"], (store, masking) = timed(open_all)
+    reset_peak()
+    start_gib = peak_gib()
+    result["row_table_s"], (table, _) = timed(
+        lambda: row_tables(store, max_seq_length, EVAL_FRACTION))
+    result["row_table_peak_MiB"] = 1024 * (peak_gib() - start_gib)
+    result["rows"] = f"{table.num_rows:,}"
+    del table
+
+    def open_loader() -> data.PackedData:
+        again = row_tables(store, max_seq_length, EVAL_FRACTION)[0]
+        return data.PackedData(
+            store, again, masking, seed=SEED, micro_batch_size=STEP_SLOTS // max_seq_length)
+
+    result["first_loader_s"], _ = timed(open_loader)
+    result["loader_s"], loader = timed(open_loader)
+    seconds, tokens = timed(partial(load, loader, range(steps)))
+    result["Mtokens_per_s"] = tokens / seconds / 1e6
+    result |= {f"{name}_MiB": value - before[name] for name, value in resident_mib().items()}
+    return {key: value if isinstance(value, str) else f"{value:.3g}"
+            for key, value in result.items()}
+
+
+def measure_order(num_rows: int) -> dict[str, Any]:
+    """Time and memory of a whole epoch's order, block by block, and of one step's rows."""
+    def work_out() -> None:
+        for start in range(0, num_rows, BLOCK):
+            places = np.arange(start, min(start + BLOCK, num_rows))
+            permute(places, num_rows, SEED, 0, "store")
+
+    reset_peak()
+    before = peak_gib()
+    seconds, _ = timed(work_out)
+    return {"rows": f"{num_rows:,}", "seconds": f"{seconds:.1f}",
+            "peak_MiB": f"{1024 * (peak_gib() - before):.0f}"}
+
+
+# ------------------------------------------------------------------------------------ command
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--output_dir", required=True, help="folder for benchmark_data.json")
+    numbers = (
+        ("speed_tokens", 20_000_000, "tokens of the store that speed is measured on; 0: none"),
+        ("num_tokens", 0, "tokens of the largest store whose scale is measured; 0: none"),
+        ("order_rows", ORDER_ROWS, "rows of the epoch whose order is worked out; 0: none"),
+        ("rounds", 5, "counted rounds of each row"),
+        ("steps", 20, "steps of the loader in a round; ten times as many at each scale"),
+    )
+    for name, default, text in numbers:
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for name, least in (("speed_tokens", 0), ("num_tokens", 0), ("order_rows", 0), ("rounds", 1),
+                        ("steps", 1)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)}: at least {least}")
+    for name in ("speed_tokens", "num_tokens"):
+        if 0 < getattr(args, name) < 100_000 or getattr(args, name) > stores.MAX_SHARD_TOKENS:
+            raise ConfigError(f"--{name} {getattr(args, name)}: 0, or from 100,000 to 2^32 - 1")
+    return args
+
+
+def show(title: str, caption: str, rows: list[dict[str, Any]]) -> None:
+    """Print one table."""
+    say(f"\n{title}\n{as_text(Table('', title, caption, list(rows[0]), rows))}\n{caption}")
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every table that is asked for, printed as soon as it is there."""
+    result: dict[str, Any] = {}
+    if args.speed_tokens:
+        prefix = str(folder / "speed")
+        make_store(prefix, args.speed_tokens)
+        store = TokenStore.open(prefix)
+        result["masks"] = measure_masks(store, args.rounds)
+        show("Building masks", f"{store.num_tokens:,} tokens, {args.rounds} rounds, one process: "
+             "choosing, hashing, writing and counting.", result["masks"])
+        result["loader"] = measure_loader(store, args.rounds, args.steps)
+        show("The loader", f"One thread; {args.rounds} rounds of {args.steps} steps of "
+             f"{STEP_SLOTS:,} slots a rank; tokens of this rank, [CLS] and [SEP] too.",
+             result["loader"])
+    spawn = multiprocessing.get_context("spawn")
+    if args.order_rows:
+        with ProcessPoolExecutor(1, spawn) as pool:
+            result["order"] = [pool.submit(measure_order, args.order_rows).result()]
+        show("The order of one epoch", "Worked out in blocks; a run works out its own rows only.",
+             result["order"])
+    if args.num_tokens:
+        result["scale"] = []
+        for size in (args.num_tokens // 1000, args.num_tokens // 10, args.num_tokens):
+            with tempfile.TemporaryDirectory(dir=folder) as part:
+                with ProcessPoolExecutor(1, spawn) as pool:
+                    task = pool.submit(measure_scale, f"{part}/s", max(size, 1000), 128,
+                                       10 * args.steps)
+                    result["scale"].append(task.result())
+        show("What grows with the corpus", "open: store and mask index (first: hashed); loader: "
+             "row table and capacity (first: worked out); own and mapped: memory that opening and "
+             f"{10 * args.steps} steps added.", result["scale"])
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse_arguments(argv)
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    # So that a request to stop removes the stores as well.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with tempfile.TemporaryDirectory(dir=output, prefix=".stores-") as folder:
+            result = measure(args, Path(folder))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    result = {"benchmark": "data", **environment(), "options": vars(args), **result}
+    atomic_write_json(output / "benchmark_data.json", result)
+    say(f"wrote {output / 'benchmark_data.json'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

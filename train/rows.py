@@ -1,0 +1,340 @@
+"""Which tokens of a store make up which row: packing, and the table that is kept of it.
+
+A *piece* is a run of consecutive sequences of one document, at most `max_seq_length - 2` tokens;
+a *row* holds several pieces, each as `[CLS] ... [SEP]`. The table is built once for a store and a
+length, without randomness, and lies beside the store: no rank keeps it in memory.
+
+Letters: `R` rows, `P` pieces, `D` documents.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+from array import array as compact_list
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from preprocess.errors import ConfigError, DataError
+from preprocess.progress import Progress
+from preprocess.store import Shard, TableWriter, TokenStore, WriterLock, open_table
+
+ROW_TABLE_VERSION = 2
+OPEN_ROWS = 32  # rows that are being filled at once; more of them waste less and cost more time
+SHORTEST_PIECE = 1 / 8  # of a row; shorter pieces are made only of what is left of a document
+BLOCK_TOKENS = 1 << 20  # read and packed at once, or one document
+SIDES = ("train", "held")
+COLUMNS = {
+    f"{side}_{name}": np.dtype(kind)
+    for side in SIDES
+    for name, kind in (("starts", "<i8"), ("lengths", "<i4"), ("rows", "<i8"))
+}
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Which tokens make up which row; mapped from files, or in memory.
+
+    Attributes:
+        piece_starts: first token of each piece in the whole store, `(P,)` int64.
+        piece_lengths: tokens of each piece, `(P,)` int32.
+        row_offsets: first piece of each row, and the end, `(R+1,)` int64.
+        max_seq_length: slots of a row, two of them taken by each piece's special tokens.
+        fingerprint: of all that the table follows from; empty for one that is not kept.
+    """
+
+    piece_starts: np.ndarray
+    piece_lengths: np.ndarray
+    row_offsets: np.ndarray
+    max_seq_length: int
+    fingerprint: str = ""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the store that are in a row, without special ones."""
+        return int(self.piece_lengths.sum(dtype=np.int64))
+
+    @property
+    def efficiency(self) -> float:
+        """Filled slots over all slots, special tokens counted as filled."""
+        slots = self.num_rows * self.max_seq_length
+        return (self.num_tokens + 2 * len(self.piece_starts)) / slots if slots else 1.0
+
+
+@dataclass
+class _Rows:
+    """Rows that are full: starts and lengths of their pieces, and pieces of each row."""
+
+    starts: compact_list = field(default_factory=lambda: compact_list("q"))
+    lengths: compact_list = field(default_factory=lambda: compact_list("i"))
+    counts: compact_list = field(default_factory=lambda: compact_list("i"))
+
+
+class _Packer:
+    """Fill rows with pieces, keeping `OPEN_ROWS` open and wasting as little as possible.
+
+    Which rooms there are is told by the bits of one whole number, so the smallest room that holds
+    a piece is found at once: in plain Python this is several times faster than numpy on 32 rows.
+    """
+
+    def __init__(self, max_seq_length: int) -> None:
+        self._longest = max_seq_length - 2
+        self._shortest = max(1, int(SHORTEST_PIECE * max_seq_length))
+        # Open rows by the tokens that one more piece may have; a row is start, length, start, ...
+        self._by_room: list[list[list[int]]] = [[] for _ in range(self._longest + 1)]
+        self._by_room[self._longest] = [[] for _ in range(OPEN_ROWS)]
+        self._rooms = 1 << self._longest  # bit r is set where a row has room r
+        self.full = _Rows()
+
+    def add_document(self, cuts: list[int]) -> None:
+        """Place a document given by the tokens at which it may be cut, ascending strictly."""
+        at, last = 0, len(cuts) - 1
+        while at < last:
+            start = cuts[at]
+            reach = bisect_right(cuts, start + self._longest, at + 1, last + 1) - 1
+            end, room = self._best_fit(cuts, at, reach, last)
+            if room < 0:
+                # No open row fits: empty the fullest and take all that an empty row holds.
+                self._close((self._rooms & -self._rooms).bit_length() - 1)
+                end, room = reach, self._longest
+            row = self._take(room)
+            row += (start, cuts[end] - start)
+            room -= cuts[end] - start + 2
+            if room < 2:
+                self._end_row(row)
+                row, room = [], self._longest
+            self._by_room[room].append(row)
+            self._rooms |= 1 << room
+            at = end
+
+    def _best_fit(self, cuts: list[int], at: int, reach: int, last: int) -> tuple[int, int]:
+        """The cut and the room that leave least; room -1 if no row has any for a piece."""
+        start, least, best, best_room = cuts[at], self._longest + 1, reach, -1
+        for end in range(reach, at, -1):
+            length = cuts[end] - start
+            if length < self._shortest and end < last:
+                break
+            fitting = self._rooms >> length
+            waste = (fitting & -fitting).bit_length() - 1
+            if fitting and waste < least:
+                least, best, best_room = waste, end, length + waste
+                if not waste:
+                    break
+        return best, best_room
+
+    def _take(self, room: int) -> list[int]:
+        rows = self._by_room[room]
+        row = rows.pop()
+        if not rows:
+            self._rooms &= ~(1 << room)
+        return row
+
+    def _end_row(self, row: list[int]) -> None:
+        self.full.starts.extend(row[0::2])
+        self.full.lengths.extend(row[1::2])
+        self.full.counts.append(len(row) // 2)
+
+    def _close(self, room: int) -> None:
+        row = self._take(room)
+        if row:
+            self._end_row(row)
+        self._by_room[self._longest].append([])
+        self._rooms |= 1 << self._longest
+
+    def finish(self) -> None:
+        """Close every open row."""
+        for rows in self._by_room:
+            for row in filter(None, rows):
+                self._end_row(row)
+
+    def take_full(self) -> _Rows:
+        """Give out the rows that are full, once."""
+        full, self.full = self.full, _Rows()
+        return full
+
+
+# ------------------------------------------------------------------------------ a whole store
+
+
+def hold_out(shard: Shard, documents: slice, bounds: np.ndarray, fraction: float) -> np.ndarray:
+    """Tell which documents are held out, by a hash of their ids.
+
+    Args:
+        bounds: first token of each of the documents, and the end, `(D+1,)` int64.
+    Returns:
+        `(D,)` bool.
+    """
+    limit = int(fraction * 2**64)
+    if not limit:
+        return np.zeros(len(bounds) - 1, dtype=bool)
+    content = memoryview(shard.tokens[bounds[0]:bounds[-1]].tobytes())
+    edges = (2 * (bounds - bounds[0])).tolist()
+    return np.array([
+        int.from_bytes(hashlib.blake2b(content[a:b], digest_size=8).digest(), "little") < limit
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ], dtype=bool)
+
+
+def _document_blocks(shard: Shard) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Runs of documents of about `BLOCK_TOKENS`, or one.
+
+    Yields:
+        Which documents; first sequence of each in the block, and the end, `(D+1,)` int64; offset
+        of each sequence, and the end, `(N+1,)` int64.
+    """
+    first, count = 0, shard.num_documents
+    while first < count:
+        start = shard.sequence_offsets[shard.document_offsets[first]]
+        # The sequence, then the document, that ends within reach.
+        sequence = np.searchsorted(shard.sequence_offsets, start + BLOCK_TOKENS, side="right") - 1
+        last = int(np.searchsorted(shard.document_offsets, sequence, side="right")) - 1
+        last = min(max(last, first + 1), count)
+        documents = shard.document_offsets[first:last + 1]
+        offsets = shard.sequence_offsets[documents[0]:documents[-1] + 1]
+        yield slice(first, last), documents - documents[0], offsets
+        first = last
+
+
+def _cut_points(offsets: np.ndarray, longest: int) -> list[int]:
+    """Ends of sequences, and cuts inside those longer than `longest`, ascending strictly.
+
+    # offsets 0 3 3 10, longest 4 -> 0 3 7 10
+    """
+    cuts = [
+        cut for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+        for cut in range(start, end, longest)
+    ]
+    return [*cuts, int(offsets[-1])]
+
+
+def pack_rows(
+    store: TokenStore, max_seq_length: int,
+    held_out: Callable[[Shard, slice, np.ndarray], np.ndarray],
+) -> Iterator[tuple[str, _Rows]]:
+    """Pack documents into rows; a row never crosses shards.
+
+    Args:
+        held_out: which documents go to the other side, as `hold_out` tells it.
+    Yields:
+        A side and rows of it, in order.
+    """
+    longest = max_seq_length - 2
+    total = sum(len(shard.tokens) for shard in store.shards)
+    with Progress(total, "token", label="pack", part=True) as progress:
+        for shard in store.shards:
+            packers = [_Packer(max_seq_length) for _ in SIDES]
+            for documents, sequences, offsets in _document_blocks(shard):
+                held = held_out(shard, documents, offsets[sequences])
+                lengths = np.diff(offsets)
+                odd = np.append(0, np.cumsum((lengths == 0) | (lengths > longest)))[sequences]
+                cuts = (offsets + shard.token_start).tolist()
+                edges, odd, sides = sequences.tolist(), np.diff(odd).tolist(), held.tolist()
+                for d, side in enumerate(sides):
+                    first, end = edges[d], edges[d + 1]
+                    if odd[d]:
+                        places = offsets[first:end + 1] + shard.token_start
+                        packers[side].add_document(_cut_points(places, longest))
+                    else:
+                        packers[side].add_document(cuts[first:end + 1])
+                for side, packer in zip(SIDES, packers, strict=True):
+                    yield side, packer.take_full()
+                progress.update(int(offsets[-1] - offsets[0]))
+            for side, packer in zip(SIDES, packers, strict=True):
+                packer.finish()
+                yield side, packer.take_full()
+
+
+def _columns(packed: Iterator[tuple[str, _Rows]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Blocks of the columns of a table."""
+    ends = dict.fromkeys(SIDES, 0)
+    for side in SIDES:
+        yield f"{side}_rows", np.zeros(1, np.int64)
+    for side, rows in packed:
+        offsets = ends[side] + np.cumsum(np.array(rows.counts, dtype=np.int64))
+        ends[side] += len(rows.starts)
+        yield f"{side}_starts", np.array(rows.starts, dtype=np.int64)
+        yield f"{side}_lengths", np.array(rows.lengths, dtype=np.int32)
+        yield f"{side}_rows", offsets
+
+
+def make_tables(
+    packed: Iterator[tuple[str, _Rows]], max_seq_length: int
+) -> tuple[RowTable, RowTable]:
+    """The rows to train on and the rows held out, in memory."""
+    blocks: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+    for name, block in _columns(packed):
+        blocks[name].append(block)
+    found = {
+        name: np.concatenate([np.empty(0, COLUMNS[name]), *parts])
+        for name, parts in blocks.items()
+    }
+    return _as_tables(found, max_seq_length, "")
+
+
+def _as_tables(
+    columns: dict[str, np.ndarray], max_seq_length: int, fingerprint: str
+) -> tuple[RowTable, RowTable]:
+    train, held = (
+        RowTable(
+            columns[f"{side}_starts"], columns[f"{side}_lengths"], columns[f"{side}_rows"],
+            max_seq_length, fingerprint and f"{side} {fingerprint}",
+        )
+        for side in SIDES
+    )
+    return train, held
+
+
+def row_tables(
+    store: TokenStore, max_seq_length: int, eval_fraction: float
+) -> tuple[RowTable, RowTable]:
+    """The rows to train on and the rows held out, mapped from beside the store.
+
+    Of several ranks that find no table one builds it, and the others wait. Where nothing can be
+    written it is built in memory, by every rank and every time.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    key = json.dumps(
+        [ROW_TABLE_VERSION, store.fingerprint, max_seq_length, eval_fraction], sort_keys=True
+    )
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    prefix = f"{store.prefix}.rows-{name}"
+
+    def packed() -> Iterator[tuple[str, _Rows]]:
+        return pack_rows(
+            store, max_seq_length,
+            lambda shard, documents, bounds: hold_out(shard, documents, bounds, eval_fraction),
+        )
+
+    columns = open_table(store, prefix, COLUMNS, key)
+    if columns is None:
+        try:
+            with WriterLock(prefix, wait_seconds=math.inf):
+                columns = open_table(store, prefix, COLUMNS, key)
+                if columns is None:
+                    with TableWriter(prefix, COLUMNS, key) as writer:
+                        for column, block in _columns(packed()):
+                            writer.add(column, block)
+            columns = columns or open_table(store, prefix, COLUMNS, key)
+        except ConfigError:  # a writer of another host, on a disk without locks between hosts
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+    tables = (
+        make_tables(packed(), max_seq_length) if columns is None
+        else _as_tables(columns, max_seq_length, name)
+    )
+    if tables[0].num_rows == 0:
+        raise DataError(f"{store.prefix}: no tokens to train on; tokenize a larger corpus")
+    return tables
