@@ -29,9 +29,9 @@ from preprocess.corpus import Example, Task
 from preprocess.encode import encode_batch, prepare_backend
 from preprocess.errors import ConfigError, DataError
 from preprocess.progress import Progress
-from train.inference import Runner, Sequences, one_by_one
+from train.inference import IdLists, Runner, one_by_one
 
-Confidence = Callable[[Sequences, list[int]], "np.ndarray | Sequence[float]"]
+Confidence = Callable[[IdLists, list[int]], "np.ndarray | Sequence[float]"]
 
 EDGE = 1e-5
 """Of a probability. What a batch does to one in fp32 was at most 2e-7 (4 and 6 layers)."""
@@ -82,7 +82,7 @@ def find_important(
     Args:
         confidence: `confidence(buffers, owners)` returns P(right label) of each buffer, one float
             each; `owners[i]` is the index in `sequences` that buffer i came from. Called once a
-            step with the buffers of all unfinished sequences, which are `Sequences`: they can be
+            step with the buffers of all unfinished sequences, which are `IdLists`: they can be
             read one by one as lists of ids. Under `strict` the first call asks for the empty
             buffers.
         sequences: token ids; may be empty, then the result is empty.
@@ -96,7 +96,7 @@ def find_important(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion {criterion!r}: must be one of {', '.join(CRITERIA)}")
-    whole = Sequences.of(sequences).packed()
+    whole = IdLists.of(sequences).packed()
     full = np.asarray(full_confidence, dtype=np.float64).reshape(-1)
     if len(full) != len(whole):
         raise ValueError(f"{len(full)} full confidences for {len(whole)} sequences")
@@ -106,7 +106,7 @@ def find_important(
     important = np.zeros(len(kept), dtype=bool)
 
     def ask(active: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        buffers = Sequences(kept, whole.starts[active], lengths)
+        buffers = IdLists(kept, whole.starts[active], lengths)
         part = np.asarray(confidence(buffers, active.tolist()), dtype=np.float64).reshape(-1)
         assert len(part) == len(buffers), "one confidence a buffer"
         return close(full[active], part, delta)
@@ -244,12 +244,12 @@ class Classifier:
         self.runner = runner
         self._alone = replace(runner, cut=one_by_one, min_width=0)  # with the same counts
         self.num_alone = 0
-        self.texts = Sequences.of([query.tokens for query in queries])
+        self.texts = IdLists.of([query.tokens for query in queries])
         self.labels = np.array([query.label for query in queries], dtype=np.int64)
-        self._aspects = Sequences.of([query.aspect for query in queries])
+        self._aspects = IdLists.of([query.aspect for query in queries])
 
     def classes(
-        self, which: np.ndarray, texts: Sequences, progress: Progress | None = None,
+        self, which: np.ndarray, texts: IdLists, progress: Progress | None = None,
         alone: bool = False,
     ) -> np.ndarray:
         """P of every class, `(B, C)` float64.
@@ -270,7 +270,7 @@ class Classifier:
         return found
 
     def confidence(
-        self, which: np.ndarray, texts: Sequences, progress: Progress | None = None,
+        self, which: np.ndarray, texts: IdLists, progress: Progress | None = None,
         alone: bool = False,
     ) -> np.ndarray:
         """P of the right class, `(B,)` float64; see `classes`."""
@@ -326,7 +326,7 @@ def explain(
     num_buffers = int(ask.texts.lengths[right].sum())
     num_buffers += len(right) * CRITERIA[criterion].test_empty
 
-    def confidence(buffers: Sequences, owners: list[int]) -> np.ndarray:
+    def confidence(buffers: IdLists, owners: list[int]) -> np.ndarray:
         which = right[owners]
         part = ask.confidence(which, buffers, progress)
         near = np.flatnonzero(np.abs(np.abs(full[which] - part) - delta) < edge)

@@ -1,6 +1,6 @@
 """Forward passes over many short sequences of ids: batches, special tokens, logits.
 
-What annotation and scoring share. Sequences lie one after the other in one array; they are sorted
+What annotation and scoring share. IdLists lie one after the other in one array; they are sorted
 by length and cut into batches of equal lengths, or nearly so, by a budget of token slots. So
 padding is little, most batches need no attention mask, no Python code runs for each sequence, and
 the order of the answers is the order of the questions.
@@ -76,8 +76,8 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Sequences(Sequence[list[int]]):
-    """Sequences of ids that lie in one array; item i is the list of the ids of sequence i.
+class IdLists(Sequence[list[int]]):
+    """IdLists of ids that lie in one array; item i is the list of the ids of sequence i.
 
     Attributes:
         flat: ids, any integer type; what lies between the sequences is not looked at.
@@ -89,9 +89,9 @@ class Sequences(Sequence[list[int]]):
     lengths: np.ndarray
 
     @classmethod
-    def of(cls, lists: Iterable[Sequence[int] | np.ndarray]) -> Sequences:
+    def of(cls, lists: Iterable[Sequence[int] | np.ndarray]) -> IdLists:
         """Copy sequences of any kind, one after the other."""
-        if isinstance(lists, Sequences):
+        if isinstance(lists, IdLists):
             return lists
         arrays = [np.asarray(ids, dtype=np.int64) for ids in lists]
         lengths = np.array([len(ids) for ids in arrays], dtype=np.int64)
@@ -104,17 +104,17 @@ class Sequences(Sequence[list[int]]):
     def __getitem__(self, i: Any) -> Any:
         return self.flat[self.starts[i] : self.starts[i] + self.lengths[i]].tolist()
 
-    def take(self, which: np.ndarray) -> Sequences:
+    def take(self, which: np.ndarray) -> IdLists:
         """The sequences of these numbers, `(M,)` int64; their ids stay where they are."""
-        return Sequences(self.flat, self.starts[which], self.lengths[which])
+        return IdLists(self.flat, self.starts[which], self.lengths[which])
 
     def tokens(self) -> np.ndarray:
         """The ids of all sequences without gaps, `(T,)`."""
         return self.flat[ranges(self.starts, self.lengths)]
 
-    def packed(self) -> Sequences:
+    def packed(self) -> IdLists:
         """A copy without gaps."""
-        return Sequences(self.tokens(), np.cumsum(self.lengths) - self.lengths, self.lengths)
+        return IdLists(self.tokens(), np.cumsum(self.lengths) - self.lengths, self.lengths)
 
 
 PASS_SLOTS = 128
@@ -215,8 +215,8 @@ class Runner:
             Indices in `sequences`, `(B,)` int64; logits, `(B, C)` or `(B, L, C)` float32; slot of
             each sequence's first token, `(B,)` int64.
         """
-        seconds = Sequences.of(sequences)
-        heads = None if firsts is None else Sequences.of(firsts)
+        seconds = IdLists.of(sequences)
+        heads = None if firsts is None else IdLists.of(firsts)
         lengths = seconds.lengths + self.template.num_special
         if heads is not None:
             lengths = lengths + heads.lengths
@@ -237,7 +237,7 @@ class Runner:
             yield waiting[0], waiting[1].float().cpu().numpy(), waiting[2]
 
     def _assemble(
-        self, seconds: Sequences, firsts: Sequences | None
+        self, seconds: IdLists, firsts: IdLists | None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The inputs of one batch, and the slot of each sequence's first token."""
         before, between, after, second_type = self.template

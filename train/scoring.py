@@ -19,7 +19,7 @@ from preprocess.errors import DataError
 from preprocess.progress import Progress
 from preprocess.store import Shard
 from train import engine
-from train.inference import Runner, Sequences, ranges
+from train.inference import IdLists, Runner, ranges
 
 BLOCK_TOKENS = 1 << 20
 """Tokens scored between two writes: enough to find sentences of like length."""
@@ -81,7 +81,7 @@ def score_block(
     done = np.zeros(len(tokens), bool)
     shown = 0
     for batch, logits, slots in runner.run(
-        Sequences(tokens, starts, lengths), share=(where.rank, where.world_size)
+        IdLists(tokens, starts, lengths), share=(where.rank, where.world_size)
     ):
         odds = to_log_odds(logits)
         place = ranges(starts[batch], lengths[batch])
