@@ -76,6 +76,7 @@ def take_turns(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[
             "passes": count.passes,
             "inputs": count.inputs,
             "tokens": count.tokens,
+            "tokens_per_second": round(count.tokens / one["median"]),
             "padding_percent": f"{100 * (1 - count.tokens / max(count.slots, 1)):.1f}",
         })
     return found, rows
@@ -169,6 +170,8 @@ def first_sentences(store: TokenStore, max_tokens: int) -> tuple[np.ndarray, np.
         tokens.append(np.asarray(shard.tokens[: offsets[count]]))
         lengths.append(np.diff(offsets[: count + 1]))
         room -= len(tokens[-1])
+        if count < shard.num_sequences:
+            break
     return np.concatenate(tokens), np.cumsum(np.concatenate([[0], *lengths]))
 
 
@@ -200,8 +203,6 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
 
     found, rows = take_turns(
         {PUBLISHED: way(cut=in_order, min_width=length), OURS: way()}, args.rounds)
-    for row in rows:
-        row["tokens_per_second"] = round(len(tokens) / float(row["seconds"] or 1))
     ours, published = (found[way].astype(np.float64) for way in (OURS, PUBLISHED))
     # Half a step of float16 is 5e-4 of a number.
     difference = float((np.abs(ours - published) / np.maximum(1, np.abs(published))).max())

@@ -141,12 +141,12 @@ def budget_batches(
     while start < len(order):
         longest = max(1, int(descending[start]))
         most = descending[start : start + max(1, batch_tokens // longest)]
-        padding = np.cumsum(longest - most)
+        padding = np.cumsum(most[0] - most)
         size = int(np.searchsorted(padding, pass_slots, side="right"))
-        if 0 < size < len(most):  # leave those of one length together
+        if size < len(most):  # leave those of one length together
             size -= int(np.count_nonzero(most[:size] == most[size]))
-        batches.append(order[start : start + max(1, size)])
-        start += len(batches[-1])
+        batches.append(order[start : start + size])
+        start += size
     return batches
 
 
