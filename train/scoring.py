@@ -1,10 +1,14 @@
 """Log-odds of a store's tokens by a scorer: windows, blocks, and how ranks share them.
 
-One that is longer than the limit is cut into windows of about equal length, which do not see each
-other. The store is streamed in blocks of whole sentences, so memory does not grow with it. A
-block has so many sentences that batches of one length are full: about 1 % of the slots are padding.
-Packing several sentences into a row would save that, but rows of a block-diagonal mask compute the
-attention between sentences only to throw it away: on a CPU that costs more than it saves.
+Each sentence is scored alone; one that is longer than the limit is cut into windows of about equal
+length, which do not see each other. The store is streamed in blocks of whole sentences, so memory
+does not grow with it.
+
+Sentences are packed by length, not into rows: a block has so many that those of one length fill
+their batches. Padding, measured on Yelp and Amazon reviews: 0.2 % of the slots in blocks of 2^20
+tokens, 1 % in 200,000, 5 % in 20,000. Rows of several sentences under a block-diagonal mask compute
+attention between sentences only to drop it; on a CPU they took 1.1 to 1.4 times as long even on
+20,000 tokens (BERT-mini, rows of 128, 256 and 512 slots).
 
 Letters: `T` tokens, `N` sequences.
 """
