@@ -11,8 +11,8 @@ list: the kept tokens of a sequence stand at the front of its own room in one ar
 The last digits of a confidence depend on what else is in its batch (about 1e-7 in fp32), and could
 turn a decision that hangs on them. So what comes within `EDGE` of turning is asked again, each
 input alone in its pass, and decided by that: the answers are those of one query at a time, whatever
-the batches and the number of ranks. (Rounding would not help: where a rounded
-number turns is another edge.)
+the batches and the number of ranks. (Rounding would not help: it only moves the edge to where a
+rounded number turns.)
 
 Letters: `N` sequences, `B` inputs, `C` classes.
 """
@@ -221,17 +221,6 @@ def plan_queries(
 
 
 # --------------------------------------------------------------------------- asking
-
-
-class Answers(NamedTuple):
-    """What `explain` found.
-
-    important: one bool array a query, as long as its tokens; None where the classifier is wrong.
-    num_alone: decisions that were within `EDGE` of turning and asked for again.
-    """
-
-    important: list[np.ndarray | None]
-    num_alone: int
 
 
 class Classifier:

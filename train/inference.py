@@ -1,6 +1,6 @@
 """Forward passes over many short sequences of ids: batches, special tokens, logits.
 
-What annotation and scoring share. IdLists lie one after the other in one array; they are sorted
+What annotation and scoring share. Sequences lie one after the other in one array; they are sorted
 by length and cut into batches of equal lengths, or nearly so, by a budget of token slots. So
 padding is little, most batches need no attention mask, no Python code runs for each sequence, and
 the order of the answers is the order of the questions.
@@ -77,7 +77,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class IdLists(Sequence[list[int]]):
-    """IdLists of ids that lie in one array; item i is the list of the ids of sequence i.
+    """Sequences of ids that lie in one array; item i is the list of the ids of sequence i.
 
     Attributes:
         flat: ids, any integer type; what lies between the sequences is not looked at.
