@@ -19,6 +19,7 @@ from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array
 from preprocess.words import STOP_WORDS
 from train import annotate, engine
 from train.annotate import CRITERIA, MEASURES, find_important
+from train.importance import cut_to_fit
 
 
 def brute_force(confidence_of, sequence, full, delta, criterion):
@@ -147,7 +148,7 @@ def test_owners_name_the_sequence():
     seen = []
 
     def confidence(buffers, owners):
-        seen.append((buffers, owners))
+        seen.append((list(buffers), owners))
         return [0.0] * len(buffers)
 
     find_important(confidence, [[1], [], [5, 6]], [0.9, 0.9, 0.9], 0.01)
@@ -392,7 +393,7 @@ def test_other_stores_are_not_replaced(
 @pytest.mark.parametrize("num_aspect", [0, 3, 7, 40])
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 40])
 def test_b21_long_aspect_and_long_text_fit(num_aspect, num_tokens):
-    aspect, tokens = annotate.cut_to_fit([1] * num_aspect, [2] * num_tokens, 13)
+    aspect, tokens = cut_to_fit([1] * num_aspect, [2] * num_tokens, 13)
     assert len(aspect) + len(tokens) == min(13, num_aspect + num_tokens)
     assert len(tokens) >= min(num_tokens, 7)
 

@@ -13,7 +13,7 @@ ALLOWED = {"preprocess": {"preprocess"}, "train": {"train", "preprocess", "csrc"
 COMMANDS = {
     "preprocess": {"tokenize_corpus", "train_tokenizer", "build_masks", "show_masks", "benchmark"},
     "train": {"pretrain", "finetune", "annotate", "fit_scorer", "score_tokens", "benchmark",
-              "benchmark_data", "report", "pipeline", "doctor"},
+              "benchmark_data", "benchmark_inference", "report", "pipeline", "doctor"},
     "csrc": {"benchmark"},
 }
 # Slow to import, or not there on every machine: only inside the function that needs them.

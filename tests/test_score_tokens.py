@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.masks import Sequences, choose_selective
 from preprocess.progress import Progress
 from preprocess.store import StoreWriter, TokenStore, lock_array, open_array, seal
-from train import engine, score_tokens
-from train.inference import Runner, budget_batches, special_template
+from train import engine, score_tokens, scoring
+from train.inference import Runner, budget_batches, one_by_one, special_template
 from train.model import weights_fingerprint
 
 WORDS = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["film", "##s", "good", "bad"]
@@ -108,7 +109,7 @@ def score_alone(model, tokens, offsets, limit):
 
 @pytest.mark.parametrize("batch_tokens", [16, 40, 8192])
 def test_equals_one_sentence_at_a_time(store, scorer, one_process, batch_tokens, monkeypatch):
-    monkeypatch.setattr(score_tokens, "BLOCK_TOKENS", 20)
+    monkeypatch.setattr(scoring, "BLOCK_TOKENS", 20)
     run(store, scorer, "--batch_tokens", str(batch_tokens))
     model = BertForTokenClassification.from_pretrained(scorer[0]).eval()
     for shard in store.shards:
@@ -129,7 +130,7 @@ def test_ranks_share_the_work(store, scorer, monkeypatch):
         monkeypatch.setattr(engine, "gather_objects", gather)
         template = special_template(scorer[1], pair=False)
         runner = Runner(model, template, scorer[1], torch.device("cpu"), 32)
-        blocks = score_tokens.score_shard(shard, runner, 14, Progress(99), 1000)
+        blocks = scoring.score_shard(shard, runner, 14, Progress(99), 1000)
         return np.concatenate(list(blocks)), runner.counts.passes
 
     whole, num_passes = score(0, 1, lambda mine: [mine])
@@ -215,7 +216,7 @@ def test_dry_run_writes_nothing(store, scorer, one_process):
 
 def test_log_odds_stay_finite_in_float16():
     logits = np.array([[0.0, 1.5], [1e30, 0.0], [0.0, 1e30]], np.float32)
-    odds = score_tokens.to_log_odds(logits)
+    odds = scoring.to_log_odds(logits)
     assert odds.dtype == np.float16
     assert odds.tolist() == [1.5, -65504.0, 65504.0]
 
@@ -231,7 +232,7 @@ def test_scores_that_are_not_numbers_are_refused(store, scorer, one_process, tmp
 
 
 def test_windows_by_hand():
-    starts, ends = score_tokens.cut_windows(np.array([0, 10, 10, 13]), 4)
+    starts, ends = scoring.cut_windows(np.array([0, 10, 10, 13]), 4)
     assert starts.tolist() == [0, 3, 6, 10] and ends.tolist() == [3, 6, 10, 13]
 
 
@@ -239,11 +240,11 @@ def test_windows_by_hand():
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 9), st.integers(1, 50))
 def test_windows_and_blocks_cover_every_token_once(lengths, limit, block_tokens):
     offsets = np.cumsum([0, *lengths])
-    starts, ends = score_tokens.cut_windows(offsets, limit)
+    starts, ends = scoring.cut_windows(offsets, limit)
     assert [*starts, offsets[-1]] == [0, *ends]
     assert (ends > starts).all() and (ends - starts <= limit).all()
     assert set(offsets.tolist()) <= {0, *ends.tolist()}, "no window crosses a sentence"
-    blocks = list(score_tokens.cut_blocks(offsets, block_tokens))
+    blocks = list(scoring.cut_blocks(offsets, block_tokens))
     assert [i for a, b in blocks for i in range(a, b)] == list(range(len(lengths)))
     assert all(offsets[b] - offsets[a] <= block_tokens or b == a + 1 for a, b in blocks)
 
@@ -302,3 +303,66 @@ def test_inputs_equal_the_tokenizers(scorer):
 def test_fingerprint_of_a_folder_without_weights(tmp_path):
     with pytest.raises(DataError, match="no .safetensors"):
         weights_fingerprint(tmp_path, None)
+
+
+# ------------------------------------------------------------------ one shard of many
+
+
+SECOND = ("--shard_index", "1", "--num_shards", "2")
+
+
+def test_one_shard_at_a_time_gives_the_same_scores(store, scorer, one_process, capsys):
+    run(store, scorer, name="whole")
+    paths = [score_tokens.array_path(shard, "mr", "scores") for shard in store.shards]
+    with lock_array(store, "mr", "scores", 0):  # another process is at the first shard
+        run(store, scorer, *SECOND)
+    said = capsys.readouterr().out
+    assert f"1 of 2 shards are to be scored, the first: {paths[0]}" in said
+    assert not paths[0].exists() and paths[1].with_suffix(".json").exists()
+    with pytest.raises(DataError, match="P-00000-of-00002.mr.scores.*score_tokens.py makes it"):
+        open_array(store.shards[0], "mr", "scores")
+    before = paths[1].stat().st_mtime_ns
+    run(store, scorer)
+    assert paths[1].stat().st_mtime_ns == before, "what is whole is skipped"
+    assert "1 of 2 shards are scored already" in capsys.readouterr().out
+    for shard in store.shards:
+        whole, mine = (open_array(shard, name, "scores")[0] for name in ("whole", "mr"))
+        assert np.array_equal(whole, mine)
+
+
+def test_two_writers_of_one_shard_are_refused(store, scorer, one_process):
+    with lock_array(store, "mr", "scores", 1):
+        for options in (SECOND, ()):
+            with pytest.raises(ConfigError, match=r"00001-of-00002\.mr\.scores\.lock: another"):
+                run(store, scorer, *options)
+
+
+def test_another_number_of_shards_is_refused(store, scorer, one_process):
+    with pytest.raises(ConfigError, match="--num_shards 3: .*has 2 shards; type --num_shards 2"):
+        run(store, scorer, "--shard_index", "1", "--num_shards", "3")
+    with pytest.raises(ConfigError, match="shard_index 2.*0 to 1"):
+        run(store, scorer, "--shard_index", "2", "--num_shards", "2")
+    with pytest.raises(ConfigError, match="go together"):
+        run(store, scorer, "--shard_index", "0")
+
+
+def test_masks_do_not_depend_on_the_batches(scorer):
+    """One sentence a pass and large batches: the same scores to 1e-3, 99.9 % of the masks."""
+    rng = np.random.default_rng(3)
+    offsets = np.cumsum([0, *rng.integers(1, 30, 700)])
+    tokens = rng.integers(5, 35, offsets[-1]).astype(np.uint16)
+    model = BertForTokenClassification.from_pretrained(scorer[0])
+    model.classifier.bias.data[0] = 1.0  # fewer tokens above 0, so that some sentences have none
+    masks, scores = [], []
+    for options in ({"cut": one_by_one}, {}):
+        runner = Runner(model, special_template(scorer[1], pair=False), scorer[1],
+                        torch.device("cpu"), 8192, **options)
+        scores.append(scoring.score_block(tokens, offsets, runner, 14, Progress(len(tokens))))
+        chosen = choose_selective(Sequences(
+            offsets=offsets, positions=np.arange(len(tokens)),
+            candidates=np.ones(len(tokens), bool), rate=0.15, seed=0, epoch=0, scores=scores[-1]))
+        masks.append(np.isin(np.arange(len(tokens)), chosen))
+    np.testing.assert_allclose(*(s.astype(float) for s in scores), rtol=1e-3, atol=1e-3)
+    assert 0.01 < masks[0].mean() < 0.15
+    assert (masks[0] == masks[1]).mean() >= 0.999
+    assert (masks[0] & masks[1]).sum() >= 0.999 * (masks[0] | masks[1]).sum()

@@ -7,8 +7,7 @@ sequence is important, and leaves the buffer again. Only sequences that the clas
 say anything; the tokens of the others are marked 255, "not annotated", and so are tokens beyond
 the length limit.
 
-One forward pass a token would be slow one sequence at a time, so all sequences advance together:
-step t asks for the confidence of every buffer that holds its t-th token, sorted by length.
+`train/importance.py` finds the tokens; here are the task, the texts and what is written.
 
     deepspeed train/annotate.py --task mr --data_dir D --model_name_or_path RC/seed_13/hf \
         --delta 0.01 --criterion signed --output A
@@ -19,26 +18,36 @@ writes the token store `A` (one document a text) and `A.importance.npy`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from preprocess.corpus import Example, Task, load_task, take_fixed
-from preprocess.encode import encode_batch, prepare_backend
+from preprocess.corpus import load_task, take_fixed
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.masks import continuation_table, find_continuations
-from preprocess.progress import Progress, say
+from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array, read_json
 from preprocess.words import is_stop_word
 from train import engine
 from train.config import AnnotateConfig, parse
+from train.importance import (
+    CRITERIA,
+    MEASURES,
+    Query,
+    encode_texts,
+    explain,
+    group_by_text,
+    match_labels,
+    plan_queries,
+)
+from train.importance import find_important as find_important  # where its callers look for it
 from train.inference import Runner, check_trained, special_template
 from train.model import (
     check_row_length,
+    first_slot_only,
     load_classifier,
     load_config,
     load_tokenizer,
@@ -47,99 +56,6 @@ from train.model import (
 )
 
 NOT_IMPORTANT, IMPORTANT, NOT_ANNOTATED = 0, 1, 255
-
-Confidence = Callable[[list[list[int]], list[int]], np.ndarray]
-
-
-class Criterion(NamedTuple):
-    """When a buffer counts as close to its whole sequence.
-
-    `close(full, part, delta)` compares confidences, `(B,)` float64 each, and returns `(B,)` bool.
-    With `test_empty`, a sequence whose empty buffer is close already has no important token: the
-    label is explained by nothing at all, as it happens with a majority class.
-    """
-
-    close: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
-    test_empty: bool
-
-
-def _close_signed(full: np.ndarray, part: np.ndarray, delta: float) -> np.ndarray:
-    """Also close where the part is more confident than the whole."""
-    return full - part < delta
-
-
-def _close_absolute(full: np.ndarray, part: np.ndarray, delta: float) -> np.ndarray:
-    return np.abs(full - part) < delta
-
-
-CRITERIA: dict[str, Criterion] = {
-    "signed": Criterion(_close_signed, test_empty=False),
-    "absolute": Criterion(_close_absolute, test_empty=False),
-    "strict": Criterion(_close_signed, test_empty=True),
-}
-
-
-def find_important(
-    confidence: Confidence,
-    sequences: Sequence[Sequence[int]],
-    full_confidence: Sequence[float] | np.ndarray,
-    delta: float,
-    criterion: str = "signed",
-) -> list[np.ndarray]:
-    """Find the important tokens of each sequence by the buffer heuristic.
-
-    At token t the buffer holds the unimportant tokens before t. If the buffer with token t is
-    close to the whole sequence, token t is important and is taken out again; else it stays.
-    Worked example, delta 0.01, full confidence 0.9, P of a buffer by its contents:
-    `[a]` 0.5, stays; `[a b]` 0.9, so b is important; `[a c]` 0.6, stays. Result: `[F, T, F]`.
-
-    Args:
-        confidence: `confidence(buffers, owners)` returns P(right label) of each buffer, one float
-            each; `owners[i]` is the index in `sequences` that buffer i came from. Called once a
-            step with the buffers of all unfinished sequences. Under `strict` the first call asks
-            for the empty buffers.
-        sequences: token ids; may be empty, then the result is empty.
-        full_confidence: P(right label) of the whole sequences, one float each.
-        delta: largest difference in probability, exclusive.
-        criterion: a name in `CRITERIA`.
-    Returns:
-        One array a sequence, as long as it, bool: True where the token is important.
-    Raises:
-        ValueError: unknown criterion, or not one full confidence a sequence.
-    """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion {criterion!r}: must be one of {', '.join(CRITERIA)}")
-    full = np.asarray(full_confidence, dtype=np.float64).reshape(-1)
-    if len(full) != len(sequences):
-        raise ValueError(f"{len(full)} full confidences for {len(sequences)} sequences")
-    close, test_empty = CRITERIA[criterion]
-    important = [np.zeros(len(sequence), dtype=bool) for sequence in sequences]
-    kept: list[list[int]] = [[] for _ in sequences]
-
-    def ask(buffers: list[list[int]], owners: list[int]) -> np.ndarray:
-        part = np.asarray(confidence(buffers, owners), dtype=np.float64).reshape(-1)
-        assert len(part) == len(buffers), "one confidence a buffer"
-        return close(full[owners], part, delta)
-
-    active = [i for i, sequence in enumerate(sequences) if len(sequence)]
-    if test_empty and active:
-        empty_is_close = ask([[] for _ in active], list(active))
-        active = [i for i, is_close in zip(active, empty_is_close, strict=True) if not is_close]
-    step = 0
-    while active:
-        buffers = [[*kept[i], int(sequences[i][step])] for i in active]
-        for i, is_close in zip(active, ask(buffers, list(active)), strict=True):
-            if is_close:
-                important[i][step] = True
-            else:
-                kept[i].append(int(sequences[i][step]))
-        step += 1
-        active = [i for i in active if len(sequences[i]) > step]
-    return important
-
-
-MEASURES: dict[str, Callable[..., list[np.ndarray]]] = {"buffer": find_important}
-
 
 # --------------------------------------------------------------------------- stop words
 
@@ -158,154 +74,6 @@ def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.
             known[word] = is_stop_word(tokenizer.decode(list(word)))
         marks[start:end] = known[word]
     return np.split(marks, offsets[1:-1]) if lengths else []
-
-
-# --------------------------------------------------------------------------- from texts to queries
-
-
-@dataclass(frozen=True)
-class Query:
-    """One sequence to be explained.
-
-    document, sequence: where it stands in the store. label: the classifier's class.
-    aspect, tokens: ids as the classifier sees them, cut to the length limit.
-    """
-
-    document: int
-    sequence: int
-    label: int
-    aspect: list[int]
-    tokens: list[int]
-
-
-def match_labels(task: Task, hf_config: Any, model_name: str) -> list[int]:
-    """The classifier's class for each label of the task, by name.
-
-    Raises:
-        ConfigError: the classifier knows other labels.
-    """
-    classes = {str(name): int(number) for number, name in hf_config.id2label.items()}
-    if set(classes) != set(task.labels) or len(classes) != hf_config.num_labels:
-        raise ConfigError(
-            f"--model_name_or_path {model_name} tells {', '.join(classes)} apart, but --task "
-            f"{task.name} has {', '.join(task.labels)}; give a classifier fine-tuned on this task"
-        )
-    return [classes[label] for label in task.labels]
-
-
-def group_by_text(examples: Iterable[Example]) -> dict[str, list[Example]]:
-    """The different (aspect, label) examples of each text, in order of first appearance."""
-    groups: dict[str, dict[Example, None]] = {}
-    for example in examples:
-        groups.setdefault(example.text, {})[example] = None
-    return {text: list(group) for text, group in groups.items()}
-
-
-def encode_texts(tokenizer: Any, texts: list[str], language: str | None) -> list[list[np.ndarray]]:
-    """Ids of each text's sentences, uint16, cut as `tokenize_corpus.py` cuts them.
-
-    Args:
-        language: of the sentences; None keeps a text in one sequence.
-    Returns:
-        A list of sequences for each text, empty for a text without a token.
-    """
-    backend = prepare_backend(tokenizer)
-    documents = []
-    for text in texts:
-        ids, lengths, _, _ = encode_batch(backend, [text], language)
-        documents.append(np.split(ids, np.cumsum(lengths)[:-1]) if len(ids) else [])
-    return documents
-
-
-def cut_to_fit(aspect: list[int], tokens: list[int], limit: int) -> tuple[list[int], list[int]]:
-    """Cut aspect and text so that both fit into `limit` tokens; the text keeps at least half."""
-    aspect = aspect[: max(limit - len(tokens), limit // 2)]
-    return aspect, tokens[: limit - len(aspect)]
-
-
-def plan_queries(
-    groups: list[list[Example]],
-    documents: list[list[np.ndarray]],
-    classes: list[int],
-    tokenizer: Any,
-    limit: int,
-) -> list[Query]:
-    """List what to ask the classifier: every sequence of every text, once for each aspect.
-
-    Args:
-        groups: the examples of each document's text.
-        documents: ids of its sequences.
-        classes: the classifier's class of each label.
-        limit: tokens that an input holds beside its special tokens.
-    """
-    backend = prepare_backend(tokenizer)
-    queries = []
-    for number, (group, sequences) in enumerate(zip(groups, documents, strict=True)):
-        for example in group:
-            aspect = []
-            if example.aspect:
-                aspect = encode_batch(backend, [example.aspect], None)[0].tolist()
-            for position, sequence in enumerate(sequences):
-                if len(sequence):
-                    parts = cut_to_fit(aspect, sequence.tolist(), limit)
-                    queries.append(Query(number, position, classes[example.label], *parts))
-    return queries
-
-
-# --------------------------------------------------------------------------- asking
-
-
-def predict(
-    runner: Runner, queries: list[Query], buffers: list[list[int]], progress: Progress
-) -> np.ndarray:
-    """Probabilities of the classes, `(B, C)` float64, with each buffer in place of the text."""
-    firsts = [query.aspect for query in queries] if runner.template.between else None
-    found = np.zeros((len(queries), runner.model.config.num_labels))
-    for batch, logits, _ in runner.run(buffers, firsts):
-        powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-        found[batch] = powers / powers.sum(1, keepdims=True)
-        progress.update(len(batch))
-    return found
-
-
-def explain(
-    runner: Runner, queries: list[Query], config: AnnotateConfig, who: str = ""
-) -> list[np.ndarray | None]:
-    """Find the important tokens of this process's queries.
-
-    Args:
-        who: which process this is, for the lines of progress.
-    Returns:
-        One bool array a query, as long as its tokens; None where the classifier is wrong.
-    Raises:
-        DataError: the classifier's answers are not numbers.
-    """
-    every = config.logging_steps * max(1, config.batch_tokens // config.max_seq_length)
-    with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
-        full = predict(runner, queries, [query.tokens for query in queries], progress)
-    if np.isnan(full).any():
-        raise DataError("the classifier's logits are not numbers; fine-tune it again")
-    labels = np.array([query.label for query in queries], dtype=np.int64)
-    right = np.flatnonzero(full.argmax(1) == labels)
-    asked = [queries[i] for i in right]
-    num_buffers = sum(len(query.tokens) for query in asked)
-    num_buffers += len(asked) * CRITERIA[config.criterion].test_empty
-    progress = Progress(num_buffers, "buffer", every, label=f"annotate{who}")
-
-    def confidence(buffers: list[list[int]], owners: list[int]) -> np.ndarray:
-        whose = [asked[i] for i in owners]
-        answers = predict(runner, whose, buffers, progress)
-        return answers[np.arange(len(whose)), [query.label for query in whose]]
-
-    with progress:
-        found = MEASURES[config.measure](
-            confidence, [query.tokens for query in asked], full[right, labels[right]],
-            config.delta, config.criterion,
-        )
-    result: list[np.ndarray | None] = [None] * len(queries)
-    for i, marks in zip(right, found, strict=True):
-        result[i] = marks
-    return result
 
 
 def unite(
@@ -331,18 +99,21 @@ def unite(
 
 def explain_on_all_ranks(
     runner: Runner, queries: list[Query], config: AnnotateConfig
-) -> list[np.ndarray | None]:
+) -> tuple[list[np.ndarray | None], int]:
     """Share the queries among the ranks, longest first in turns, and gather the answers."""
     where = engine.ranks()
     order = sorted(range(len(queries)), key=lambda i: -len(queries[i].tokens))
     mine = order[where.rank :: where.world_size]
     who = "" if where.world_size == 1 else f" (1 of {where.world_size} ranks)"
-    answers = explain(runner, [queries[i] for i in mine], config, who)
+    answers, num_alone = explain(
+        runner, [queries[i] for i in mine], config.delta, config.criterion, config.measure,
+        who=who, every=config.logging_steps * max(1, config.batch_tokens // config.max_seq_length),
+    )
     found: list[np.ndarray | None] = [None] * len(queries)
     for share in engine.gather_objects(list(zip(mine, answers, strict=True))):
         for i, marks in share:
             found[i] = marks
-    return found
+    return found, int(engine.all_reduce_sum(num_alone)[0])
 
 
 # --------------------------------------------------------------------------- the command
@@ -387,18 +158,21 @@ def write_annotations(
     importance: list[list[np.ndarray]],
     made_by: dict[str, Any],
     lock: WriterLock | None = None,
+    seconds: float = 0.0,
 ) -> None:
     """Write the token store and its importance, both at once; an old annotation stays till then.
 
     Args:
         lock: of `output`, if it is held already.
+        seconds: that finding the importance took, to be kept with it.
     """
     flat = [array for sequences in importance for array in sequences]
     with StoreWriter(output, tokenizer, made_by, overwrite=True, lock=lock) as writer:
         for sequences in documents:
             writer.add_document(sequences)
         writer.add_array(
-            "", "importance", np.concatenate([np.empty(0, np.uint8), *flat]), made_by
+            "", "importance", np.concatenate([np.empty(0, np.uint8), *flat]),
+            {**made_by, "seconds": round(seconds, 1)},
         )
 
 
@@ -466,22 +240,26 @@ def main(argv: list[str] | None = None) -> None:
         device = engine.start()
         names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
         model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code)
+        first_slot_only(model)
         runner = Runner(model, template, tokenizer, device, config.batch_tokens)
         started = time.monotonic()
-        found = explain_on_all_ranks(runner, queries, config)
+        found, num_alone = explain_on_all_ranks(runner, queries, config)
         importance = unite(documents, queries, found)
         if config.drop_stop_words:
             flat = [array for part in importance for array in part]
             for array, stop in zip(flat, stop_words, strict=True):
                 array[stop & (array == IMPORTANT)] = NOT_IMPORTANT
         if engine.is_main():
-            write_annotations(config.output, tokenizer, documents, importance, made_by, lock)
-        passes, inputs, tokens = engine.all_reduce_sum(
-            runner.counts.passes, runner.counts.inputs, runner.counts.tokens
+            write_annotations(config.output, tokenizer, documents, importance, made_by, lock,
+                              time.monotonic() - started)
+        counts = runner.counts
+        passes, inputs, tokens, slots = engine.all_reduce_sum(
+            counts.passes, counts.inputs, counts.tokens, counts.slots
         )
         say(describe(importance, queries, found))
         say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "
-            f"{time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
+            f"{1 - tokens / max(slots, 1):.1%} padding, {num_alone:,} of them asked alone to be "
+            f"sure; {time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
             f"({device.type}): {config.output}.importance.npy")
         engine.finish()
 

@@ -299,6 +299,8 @@ class ScoreConfig:
     name: str = _flag("", "name of the scores: writes P.NAME.scores.npy")
     batch_tokens: int = _flag(8192, "token slots of one forward pass")
     max_seq_length: int = _flag(256, "longest window in tokens, special tokens included")
+    shard_index: int | None = _flag(None, "score only shard i, counted from 0; with --num_shards")
+    num_shards: int | None = _flag(None, "shards that the store has; with --shard_index")
     overwrite: bool = _flag(False, "replace scores of that name made otherwise")
     dry_run: bool = _flag(False, "check everything, print the plan, and exit")
     logging_steps: int = _flag(50, "forward passes between log lines")
@@ -309,6 +311,12 @@ class ScoreConfig:
         for name in ("model_name_or_path", "tokens", "name"):
             if not getattr(self, name):
                 raise ConfigError(f"--{name} is missing")
+        if (self.shard_index is None) != (self.num_shards is None):
+            raise ConfigError("--shard_index i and --num_shards N go together: give both or none")
+        if self.num_shards is not None and self.shard_index is not None:
+            _require(self.num_shards >= 1, "num_shards", self.num_shards, "1 or more")
+            _require(0 <= self.shard_index < self.num_shards, "shard_index", self.shard_index,
+                     f"0 to {self.num_shards - 1} with --num_shards {self.num_shards}")
         _require(self.batch_tokens >= 16, "batch_tokens", self.batch_tokens, "16 or more")
         _require(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "8 or more")
         _require(self.logging_steps >= 1, "logging_steps", self.logging_steps, "1 or more")

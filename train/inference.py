@@ -1,15 +1,17 @@
 """Forward passes over many short sequences of ids: batches, special tokens, logits.
 
-What annotation and scoring share. Sequences are sorted by length and cut into batches by a budget
-of token slots, so padding is little and the order of the answers is the order of the questions.
+What annotation and scoring share. Sequences lie one after the other in one array; they are sorted
+by length and cut into batches of equal lengths, or nearly so, by a budget of token slots. So
+padding is little, most batches need no attention mask, no Python code runs for each sequence, and
+the order of the answers is the order of the questions.
 
-Letters: `B` sequences of a batch, `L` padded length, `C` classes.
+Letters: `N` sequences, `T` tokens of all, `B` sequences of a batch, `L` padded length, `C` classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,22 +63,99 @@ def check_trained(config: Any, suffix: str, name: str, remedy: str) -> None:
         )
 
 
-def budget_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+# --------------------------------------------------------------------------- many sequences
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenate `arange(start, start + length)`.
+
+    # starts 5 0, lengths 2 3 -> 5 6 0 1 2
+    """
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class IdLists(Sequence[list[int]]):
+    """Sequences of ids that lie in one array; item i is the list of the ids of sequence i.
+
+    Attributes:
+        flat: ids, any integer type; what lies between the sequences is not looked at.
+        starts, lengths: of each sequence in `flat`, `(N,)` int64.
+    """
+
+    flat: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, lists: Iterable[Sequence[int] | np.ndarray]) -> IdLists:
+        """Copy sequences of any kind, one after the other."""
+        if isinstance(lists, IdLists):
+            return lists
+        arrays = [np.asarray(ids, dtype=np.int64) for ids in lists]
+        lengths = np.array([len(ids) for ids in arrays], dtype=np.int64)
+        flat = np.concatenate([np.empty(0, np.int64), *arrays])
+        return cls(flat, np.cumsum(lengths) - lengths, lengths)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.flat[self.starts[i] : self.starts[i] + self.lengths[i]].tolist()
+
+    def take(self, which: np.ndarray) -> IdLists:
+        """The sequences of these numbers, `(M,)` int64; their ids stay where they are."""
+        return IdLists(self.flat, self.starts[which], self.lengths[which])
+
+    def tokens(self) -> np.ndarray:
+        """The ids of all sequences without gaps, `(T,)`."""
+        return self.flat[ranges(self.starts, self.lengths)]
+
+    def packed(self) -> IdLists:
+        """A copy without gaps."""
+        return IdLists(self.tokens(), np.cumsum(self.lengths) - self.lengths, self.lengths)
+
+
+PASS_SLOTS = 128
+"""Token slots in whose time a CPU could make one more pass."""
+
+
+def budget_batches(
+    lengths: Sequence[int] | np.ndarray, batch_tokens: int, pass_slots: int = PASS_SLOTS
+) -> list[np.ndarray]:
     """Group inputs of like length so that `B * L <= batch_tokens`, at least one to a batch.
 
-    Worked example: lengths [5, 2, 6, 2], budget 8: [[2], [0], [1, 3]].
+    A batch ends where the length changes, unless it and the padding of what comes next stay
+    within `pass_slots`: then padding costs less than one more pass.
+    Worked example: lengths [5, 2, 6, 2, 2], budget 9: [[2], [0], [1, 3, 4]]; with room for two
+    slots of padding, budget 15: [[2, 0], [1, 3, 4]].
 
     Returns:
         Arrays of indices, int64, longest inputs first: the first batch needs the most memory.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
+    descending = lengths[order]
     batches, start = [], 0
     while start < len(order):
-        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        longest = max(1, int(descending[start]))
+        most = descending[start : start + max(1, batch_tokens // longest)]
+        padding = np.cumsum(most[0] - most)
+        size = int(np.searchsorted(padding, pass_slots, side="right"))
+        if size < len(most):  # leave those of one length together
+            size -= int(np.count_nonzero(most[:size] == most[size]))
         batches.append(order[start : start + size])
         start += size
     return batches
+
+
+def one_by_one(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """A batch for each input."""
+    return list(np.arange(len(lengths))[:, None])
+
+
+# --------------------------------------------------------------------------- the passes
 
 
 @dataclass
@@ -89,13 +168,19 @@ class Counts:
     slots: int = 0
 
 
+Cut = Callable[[np.ndarray, int], list[np.ndarray]]
+
+
 @dataclass
 class Runner:
     """A model without dropout and gradients, and how its inputs are made.
 
-    model: a transformers model; called with `input_ids`, `attention_mask` and, if it knows
-        segments, `token_type_ids`, `(B, L)` int64 each; returns an object with `logits`.
+    model: a transformers model; called with `input_ids`, if it knows segments `token_type_ids`,
+        and where there is padding `attention_mask`, `(B, L)` int64 each; returns an object with
+        `logits`.
     half: compute in fp16 where it pays (a GPU).
+    cut: lengths `(N,)` and budget of slots -> indices of the inputs of each batch.
+    min_width: slots that every input is padded to at least; with it comes a mask.
     """
 
     model: Any
@@ -104,17 +189,19 @@ class Runner:
     device: torch.device
     batch_tokens: int
     half: bool = False
+    cut: Cut = budget_batches
+    min_width: int = 0
+    counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
         self._pad_id = self.tokenizer.pad_token_id
         self._segments = getattr(self.model.config, "type_vocab_size", 0) > 1
-        self.counts = Counts()
 
     def run(
         self,
-        sequences: Sequence[Sequence[int] | np.ndarray],
-        firsts: Sequence[Sequence[int] | np.ndarray] | None = None,
+        sequences: Iterable[Sequence[int] | np.ndarray],
+        firsts: Iterable[Sequence[int] | np.ndarray] | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield the logits of each batch.
@@ -128,35 +215,59 @@ class Runner:
             Indices in `sequences`, `(B,)` int64; logits, `(B, C)` or `(B, L, C)` float32; slot of
             each sequence's first token, `(B,)` int64.
         """
-        template, num_special = self.template, self.template.num_special
-        lengths = np.array([len(s) for s in sequences], dtype=np.int64) + num_special
-        starts = np.full(len(sequences), num_special - len(template.after), dtype=np.int64)
-        if firsts is not None:
-            first_lengths = np.array([len(f) for f in firsts], dtype=np.int64)
-            lengths, starts = lengths + first_lengths, starts + first_lengths
-        for batch in budget_batches(lengths, self.batch_tokens)[share[0] :: share[1]]:
-            shape = (len(batch), int(lengths[batch[0]]))
-            ids = np.full(shape, self._pad_id, dtype=np.int64)
-            types = np.zeros(shape, dtype=np.int64)
-            for row, i in enumerate(batch):
-                first = () if firsts is None else (*firsts[i], *template.between)
-                ids[row, : starts[i]] = (*template.before, *first)
-                end = starts[i] + len(sequences[i])
-                ids[row, starts[i] : end] = sequences[i]
-                ids[row, end : lengths[i]] = template.after
-                types[row, starts[i] : lengths[i]] = template.second_type
-            mask = (np.arange(shape[1]) < lengths[batch, None]).astype(np.int64)
+        seconds = IdLists.of(sequences)
+        heads = None if firsts is None else IdLists.of(firsts)
+        lengths = seconds.lengths + self.template.num_special
+        if heads is not None:
+            lengths = lengths + heads.lengths
+        waiting = None
+        for batch in self.cut(lengths, self.batch_tokens)[share[0] :: share[1]]:
+            inputs, starts = self._assemble(
+                seconds.take(batch), None if heads is None else heads.take(batch))
             self.counts.passes += 1
             self.counts.inputs += len(batch)
             self.counts.tokens += int(lengths[batch].sum())
-            self.counts.slots += ids.size
-            yield batch, self._logits(ids, mask, types), starts[batch]
+            self.counts.slots += inputs["input_ids"].size
+            # A GPU works at this batch while the next one is assembled and the last one is used.
+            started = batch, self._start(inputs), starts
+            if waiting is not None:
+                yield waiting[0], waiting[1].float().cpu().numpy(), waiting[2]
+            waiting = started
+        if waiting is not None:
+            yield waiting[0], waiting[1].float().cpu().numpy(), waiting[2]
 
-    def _logits(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray) -> np.ndarray:
-        inputs = {"input_ids": ids, "attention_mask": mask}
+    def _assemble(
+        self, seconds: IdLists, firsts: IdLists | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The inputs of one batch, and the slot of each sequence's first token."""
+        before, between, after, second_type = self.template
+        num_rows = len(seconds)
+        starts = np.full(num_rows, len(before) + len(between))
+        if firsts is not None:
+            starts += firsts.lengths
+        ends = starts + seconds.lengths
+        lengths = ends + len(after)
+        width = max(self.min_width, int(lengths.max()))
+        row, slot = np.arange(num_rows), np.arange(width)
+        ids = np.full((num_rows, width), self._pad_id, dtype=np.int64)
+        ids[:, : len(before)] = before
+        if firsts is not None:
+            ids.reshape(-1)[ranges(row * width + len(before), firsts.lengths)] = firsts.tokens()
+        for i, token in enumerate(between):
+            ids[row, starts - len(between) + i] = token
+        ids.reshape(-1)[ranges(row * width + starts, seconds.lengths)] = seconds.tokens()
+        for i, token in enumerate(after):
+            ids[row, ends + i] = token
+        inputs = {"input_ids": ids}
+        filled = slot < lengths[:, None]
+        if self.min_width or not filled.all():
+            inputs["attention_mask"] = filled.astype(np.int64)
         if self._segments:
-            inputs["token_type_ids"] = types
+            inputs["token_type_ids"] = np.where(filled & (slot >= starts[:, None]), second_type, 0)
+        return inputs, starts
+
+    def _start(self, inputs: dict[str, np.ndarray]) -> torch.Tensor:
         tensors = {k: torch.from_numpy(v).to(self.device) for k, v in inputs.items()}
         half = self.half and self.device.type == "cuda"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.float16, enabled=half):
-            return self.model(**tensors).logits.float().cpu().numpy()
+            return self.model(**tensors).logits

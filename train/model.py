@@ -623,6 +623,28 @@ def load_classifier(
     )
 
 
+def first_slot_only(classifier: Any) -> None:
+    """Let the last layer of a sequence classifier compute the first slot alone, for inference.
+
+    Nothing else is read by its top, so the logits stay the same. One that reads more (mean
+    pooling), or of a family not known here, is left as it is.
+    """
+    family = FAMILIES.get(classifier.config.model_type)
+    if family is None or getattr(classifier.config, "classifier_pooling", "cls") != "cls":
+        return
+    layer: Any = family.layers(family.encoder(classifier))[-1]
+
+    def forward(hidden: torch.Tensor, attention_mask: Any = None, *_: Any, **options: Any) -> Any:
+        num_rows, num_slots = hidden.shape[:2]
+        row = torch.arange(num_rows, device=hidden.device)
+        if attention_mask is None:
+            attention_mask = hidden.new_zeros(()).expand(num_rows, 1, num_slots, num_slots)
+        queries = Queries(row * num_slots, row[:, None], row)
+        return family.last_layer(layer, hidden, attention_mask, queries, **options)[:, None]
+
+    layer.forward = forward
+
+
 def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
     """A token classifier (0 not important, 1 important); its top is drawn from `seed` if absent."""
     from transformers import AutoModelForTokenClassification

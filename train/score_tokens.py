@@ -1,15 +1,13 @@
 """How much each token of a domain's text matters to the task, by the scorer: log-odds, one a token.
 
-Each sentence is scored alone, as the scorer was fitted; one that is longer than the limit is cut
-into windows of about equal length, which do not see each other. The store is streamed in blocks
-of whole sentences, so memory does not grow with it. Log-odds are kept in float16, because
-probabilities would tie the best tokens at 1.
+Each sentence is scored alone, as the scorer was fitted (`train/scoring.py`). Log-odds are kept in
+float16, because probabilities would tie the best tokens at 1.
 
     deepspeed train/score_tokens.py --model_name_or_path RS/hf --tokens P2 --name mr
 
-writes `P2.mr.scores.npy`, shard by shard; shards that are whole already are skipped.
-
-Letters: `T` tokens, `N` sequences.
+writes `P2.mr.scores.npy`, shard by shard; shards that are whole already are skipped. With
+`--shard_index i --num_shards N` it makes those of one shard, so that N processes, on any machines,
+share a store without knowing of each other.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from preprocess.store import (
     open_array,
     write_array,
 )
-from train import engine
+from train import engine, scoring
 from train.config import ScoreConfig, parse
 from train.inference import Runner, check_trained, special_template
 from train.model import (
@@ -43,94 +41,6 @@ from train.model import (
     local_checkpoint,
     weights_fingerprint,
 )
-
-BLOCK_TOKENS = 1 << 20
-"""Tokens scored between two writes: enough to find sentences of like length."""
-
-
-def cut_windows(offsets: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut sequences longer than `limit` into windows of about equal length.
-
-    Worked example: offsets [0, 10, 10, 13], limit 4: the first has 3 windows, the second none.
-    starts [0, 3, 6, 10], ends [3, 6, 10, 13].
-
-    Args:
-        offsets: first token of each sequence, and the end, `(N+1,)` int64.
-    Returns:
-        First and past-the-last token of each window, int64 each; together they cover all tokens.
-    """
-    lengths = np.diff(offsets)
-    counts = -(-lengths // limit)
-    owner = np.repeat(np.arange(len(lengths)), counts)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    first, length, count = offsets[:-1][owner], lengths[owner], counts[owner]
-    return first + number * length // count, first + (number + 1) * length // count
-
-
-def cut_blocks(offsets: np.ndarray, block_tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of sequences that hold about `block_tokens` tokens, at least one sequence."""
-    start = 0
-    while start < len(offsets) - 1:
-        end = int(np.searchsorted(offsets, offsets[start] + block_tokens, side="right")) - 1
-        end = max(end, start + 1)
-        yield start, end
-        start = end
-
-
-def to_log_odds(logits: np.ndarray) -> np.ndarray:
-    """Log-odds of class 1 from logits `(..., 2)`, as float16, clipped to finite values."""
-    odds = logits[..., 1].astype(np.float32) - logits[..., 0]
-    limit = np.finfo(np.float16).max
-    return np.clip(odds, -limit, limit).astype(np.float16)
-
-
-def score_block(
-    tokens: np.ndarray, offsets: np.ndarray, runner: Runner, limit: int, progress: Progress
-) -> np.ndarray:
-    """Score whole sequences; the ranks share the work, and every rank gets all of it.
-
-    Args:
-        tokens: ids of the block, `(T,)` uint16.
-        offsets: of its sequences, from 0 to T, `(N+1,)` int64.
-    Returns:
-        Log-odds, `(T,)` float16.
-    Raises:
-        DataError: the scorer's logits are not numbers.
-    """
-    starts, ends = cut_windows(offsets, limit)
-    windows = [tokens[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-    where = engine.ranks()
-    positions: list[np.ndarray] = [np.empty(0, np.int64)]
-    scores: list[np.ndarray] = [np.empty(0, np.float16)]
-    shown = 0
-    for batch, logits, first_slots in runner.run(windows, share=(where.rank, where.world_size)):
-        odds = to_log_odds(logits)
-        for i, row, slot in zip(batch.tolist(), odds, first_slots.tolist(), strict=True):
-            positions.append(np.arange(starts[i], ends[i]))
-            scores.append(row[slot : slot + ends[i] - starts[i]])
-        amount = int((ends - starts)[batch].sum()) * where.world_size  # the others are as far
-        amount = min(amount, len(tokens) - shown)
-        shown += amount
-        progress.update(amount)
-    found = np.zeros(len(tokens), np.float16)
-    mine = (np.concatenate(positions), np.concatenate(scores))
-    for place, values in engine.gather_objects(mine):
-        found[place] = values
-    if shown < len(tokens):
-        progress.update(len(tokens) - shown)
-    if np.isnan(found).any():
-        raise DataError("the scorer's logits are not numbers; fit it again")
-    return found
-
-
-def score_shard(
-    shard: Shard, runner: Runner, limit: int, progress: Progress, block_tokens: int = BLOCK_TOKENS
-) -> Iterator[np.ndarray]:
-    """Yield the log-odds of a shard block by block, float16, on every rank."""
-    for first, last in cut_blocks(shard.sequence_offsets, block_tokens):
-        start, end = shard.sequence_offsets[first], shard.sequence_offsets[last]
-        offsets = shard.sequence_offsets[first : last + 1] - start
-        yield score_block(shard.tokens[start:end], offsets, runner, limit, progress)
 
 
 def is_made(shard: Shard, name: str, made_by: dict[str, Any], overwrite: bool) -> bool:
@@ -159,6 +69,22 @@ def is_made(shard: Shard, name: str, made_by: dict[str, Any], overwrite: bool) -
     return not different
 
 
+def choose_shards(config: ScoreConfig, store: TokenStore) -> list[Shard]:
+    """The shards to score: all, or the one that `--shard_index` names.
+
+    Raises:
+        ConfigError: the store has another number of shards.
+    """
+    if config.shard_index is None:
+        return store.shards
+    if config.num_shards != len(store.shards):
+        raise ConfigError(
+            f"--num_shards {config.num_shards}: {store.prefix} has {len(store.shards)} shards; "
+            f"type --num_shards {len(store.shards)}, or neither flag to score all"
+        )
+    return [store.shards[config.shard_index]]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Score every token of a store."""
     config = parse(ScoreConfig, argv)
@@ -178,13 +104,19 @@ def main(argv: list[str] | None = None) -> None:
         "model_fingerprint": weights_fingerprint(folder, hf_config),
         "max_seq_length": config.max_seq_length,
     }
+    shards = choose_shards(config, store)
     writes = engine.is_main() and not config.dry_run
-    with lock_array(store, config.name, "scores") if writes else nullcontext():
-        todo = [s for s in store.shards if not is_made(s, config.name, made_by, config.overwrite)]
-        say(f"{config.tokens}: {len(store.shards) - len(todo)} of {len(store.shards)} shards are "
+    with (lock_array(store, config.name, "scores", config.shard_index) if writes
+          else nullcontext()):
+        todo = [s for s in shards if not is_made(s, config.name, made_by, config.overwrite)]
+        say(f"{config.tokens}: {len(shards) - len(todo)} of {len(shards)} shards are "
             f"scored already, {sum(shard.num_tokens for shard in todo):,} tokens to score")
         if todo and not config.dry_run:
             score(config, todo, tokenizer, made_by)
+    paths = [array_path(shard, config.name, "scores") for shard in store.shards]
+    missing = [path for path in paths if not path.with_suffix(".json").exists()]
+    if missing and writes:
+        say(f"{len(missing)} of {len(paths)} shards are to be scored, the first: {missing[0]}")
 
 
 def score(
@@ -212,7 +144,8 @@ def score(
 
     with progress:
         for shard in todo:
-            blocks = count(score_shard(shard, runner, limit, progress))
+            blocks = count(scoring.score_shard(
+                shard, runner, limit, progress, scoring.BLOCK_TOKENS))
             if engine.is_main():
                 write_array(shard, config.name, "scores", blocks, made_by)
             else:

@@ -1,0 +1,286 @@
+"""How fast tokens are annotated and a domain is scored, beside the published way.
+
+    python train/benchmark_inference.py --classifier RC/seed_42/hf --task mr --data_dir D \
+        --scorer RS/hf --tokens P2 --output_dir runs/benchmark_inference
+
+The published way pads every input to one width (128 for buffers, 256 for sentences to be scored)
+and takes 32 at a time, in the order in which they come; it is spared the published code's lists.
+Annotation stands beside one buffer a pass as well, without padding, which says what is right. All
+ways take turns over rounds, on the same queries and the same sentences, in one process; the table
+is of medians. What came out is compared in the same run: it has to be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from preprocess import corpus
+from preprocess.errors import ConfigError, run_command
+from preprocess.masks import Sequences, choose_selective, find_candidates
+from preprocess.progress import Progress, say
+from preprocess.store import TokenStore, atomic_write_json
+from train import engine, importance, model, scoring
+from train.checkpoint import environment
+from train.inference import Counts, Runner, check_trained, one_by_one, special_template
+from train.page import Table, as_text
+from train.throughput import spread, synchronize, turns
+
+PUBLISHED, ALONE, OURS = "published", "one a pass", "selmask"
+PUBLISHED_ROWS = 32
+WARMUP_INPUTS = 64
+
+Way = Callable[[], tuple[Any, Counts]]
+
+
+def in_order(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Batches of `PUBLISHED_ROWS` inputs as they come."""
+    return np.split(np.arange(len(lengths)), range(PUBLISHED_ROWS, len(lengths), PUBLISHED_ROWS))
+
+
+def take_turns(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Let the ways take turns.
+
+    Returns:
+        What each found the last time; and a row of the table for each.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, Any] = {}
+    counts: dict[str, Counts] = {}
+    for name in turns(list(ways), rounds):
+        synchronize()
+        started = time.perf_counter()
+        with redirect_stdout(io.StringIO()):  # lines of progress within a turn
+            found[name], counts[name] = ways[name]()
+        synchronize()
+        seconds[name].append(time.perf_counter() - started)
+    rows = []
+    for name, count in counts.items():
+        one = spread(seconds[name])
+        ratio = spread(np.divide(seconds[PUBLISHED], seconds[name]))
+        rows.append({
+            "way": name,
+            "seconds": f"{one['median']:.2f}",
+            "p20-p80": f"{one['p20']:.2f}-{one['p80']:.2f}",
+            "over_published": f"{ratio['median']:.2f}",
+            "passes": count.passes,
+            "inputs": count.inputs,
+            "tokens": count.tokens,
+            "tokens_per_second": round(count.tokens / one["median"]),
+            "padding_percent": f"{100 * (1 - count.tokens / max(count.slots, 1)):.1f}",
+        })
+    return found, rows
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print one table."""
+    say(f"\n{title}\n{as_text(Table('', title, '', list(rows[0]), rows))}")
+
+
+# --------------------------------------------------------------------------- annotating
+
+
+def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Annotate training texts of a task in each way."""
+    name = args.classifier
+    config = model.load_config(name)
+    check_trained(config, "ForSequenceClassification", name, "give seed_N/hf of train/finetune.py")
+    model.check_row_length(config, args.annotate_length)
+    tokenizer = model.load_tokenizer(name)
+    task = corpus.load_task(args.task, data_dir=args.data_dir)
+    classes = importance.match_labels(task, config, name)
+    groups = importance.group_by_text(corpus.take_fixed(task.splits["train"], args.max_samples))
+    has_aspects = any(example.aspect for group in groups.values() for example in group)
+    template = special_template(tokenizer, pair=has_aspects)
+    documents = importance.encode_texts(tokenizer, list(groups), None if has_aspects else "en")
+    queries = importance.plan_queries(
+        list(groups.values()), documents, classes, tokenizer,
+        args.annotate_length - template.num_special)
+    labels = tuple(config.id2label[i] for i in range(config.num_labels))
+    plain = model.load_classifier(name, labels, 0)
+    subset = deepcopy(plain)
+    model.first_slot_only(subset)
+    make = partial(Runner, template=template, tokenizer=tokenizer, device=device,
+                   batch_tokens=args.batch_tokens)
+
+    def way(module: Any, edge: float, **options: Any) -> Way:
+        def work() -> tuple[Any, Counts]:
+            runner = make(module, **options)
+            marks, num_alone = importance.explain(
+                runner, queries, args.delta, args.criterion, edge=edge)
+            again.append(num_alone)
+            return marks, runner.counts
+
+        with redirect_stdout(io.StringIO()):
+            importance.explain(make(module, **options), queries[:WARMUP_INPUTS], args.delta)
+        return work
+
+    again: list[int] = []
+    found, rows = take_turns({
+        PUBLISHED: way(plain, 0.0, cut=in_order, min_width=args.annotate_length),
+        ALONE: way(plain, 0.0, cut=one_by_one),
+        OURS: way(subset, importance.EDGE),
+    }, args.rounds)
+    num_tokens = sum(len(query.tokens) for query in queries)
+    differ = {name: count_differences(found[name], found[ALONE]) for name in (PUBLISHED, OURS)}
+    show(f"Annotating {len(queries):,} sequences of {num_tokens:,} tokens", rows)
+    say(f"tokens annotated otherwise than one a pass: {differ[OURS]} by selmask ({max(again)} of "
+        f"its inputs asked alone), {differ[PUBLISHED]} by the published way")
+    return {"rows": rows, "sequences": len(queries), "tokens": num_tokens, "differ": differ,
+            "asked_alone": max(again)}
+
+
+def count_differences(one: list[np.ndarray | None], other: list[np.ndarray | None]) -> int:
+    """Tokens that are annotated otherwise, or by one of the two only."""
+    count = 0
+    for a, b in zip(one, other, strict=True):
+        if a is None or b is None:
+            count += sum(len(marks) for marks in (a, b) if marks is not None)
+        else:
+            count += int((a != b).sum())
+    return count
+
+
+# --------------------------------------------------------------------------- scoring
+
+
+def first_sentences(store: TokenStore, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole sentences from the beginning of a store, at least one.
+
+    Returns:
+        Their ids, `(T,)` uint16, and offsets, `(N+1,)` int64.
+    """
+    tokens: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    room = max_tokens
+    for shard in store.shards:
+        offsets = shard.sequence_offsets
+        count = max(int(np.searchsorted(offsets, room, side="right")) - 1, not tokens)
+        count = min(count, shard.num_sequences)
+        tokens.append(np.asarray(shard.tokens[: offsets[count]]))
+        lengths.append(np.diff(offsets[: count + 1]))
+        room -= len(tokens[-1])
+        if count < shard.num_sequences:
+            break
+    return np.concatenate(tokens), np.cumsum(np.concatenate([[0], *lengths]))
+
+
+def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[str, Any]:
+    """Score the first sentences of a store in each way."""
+    name, length = args.scorer, args.score_length
+    config = model.load_config(name)
+    check_trained(config, "ForTokenClassification", name, "give the hf/ of train/fit_scorer.py")
+    model.check_row_length(config, length)
+    store, tokenizer = TokenStore.open(prefix), model.load_tokenizer(name)
+    model.check_same_vocabulary(store, tokenizer, name, f"tokenize with --tokenizer {name}")
+    tokens, offsets = first_sentences(store, args.max_tokens)
+    template = special_template(tokenizer, pair=False)
+    scorer = model.load_scorer(name, 0)
+    make = partial(Runner, scorer, template, tokenizer, device, args.batch_tokens, half=True)
+
+    def way(**options: Any) -> Way:
+        def work(last: int = len(offsets) - 1) -> tuple[Any, Counts]:
+            runner, end = make(**options), int(offsets[last])
+            with Progress(end, "token", label="score") as progress:
+                found = scoring.score_block(
+                    tokens[:end], offsets[: last + 1], runner, length - template.num_special,
+                    progress)
+            return found, runner.counts
+
+        with redirect_stdout(io.StringIO()):
+            work(min(WARMUP_INPUTS, len(offsets) - 1))
+        return work
+
+    found, rows = take_turns(
+        {PUBLISHED: way(cut=in_order, min_width=length), OURS: way()}, args.rounds)
+    ours, published = (found[way].astype(np.float64) for way in (OURS, PUBLISHED))
+    # Half a step of float16 is 5e-4 of a number.
+    difference = float((np.abs(ours - published) / np.maximum(1, np.abs(published))).max())
+    same, either = compare_masks(store, tokens, offsets, found[OURS], found[PUBLISHED])
+    show(f"Scoring {len(offsets) - 1:,} sentences of {len(tokens):,} tokens of {prefix}", rows)
+    say(f"log-odds differ by at most {difference:.1e} (relative, above 1); {same:,} of {either:,} "
+        "tokens that either would mask (selective, 15 %) are masked by both")
+    return {"rows": rows, "store": prefix, "tokens": len(tokens), "sentences": len(offsets) - 1,
+            "difference": difference, "masked_by_both": same, "masked_by_either": either}
+
+
+def compare_masks(
+    store: TokenStore, tokens: np.ndarray, offsets: np.ndarray, *scores: np.ndarray
+) -> tuple[int, int]:
+    """How many tokens `selective` masks by both scores, and by either."""
+    masks = [
+        set(choose_selective(Sequences(
+            offsets=offsets, positions=np.arange(len(tokens)),
+            candidates=find_candidates(tokens, store.all_special_ids),
+            rate=0.15, seed=0, epoch=0, scores=one)).tolist())
+        for one in scores
+    ]
+    return len(masks[0] & masks[1]), len(masks[0] | masks[1])
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--output_dir", required=True, help="folder for benchmark_inference.json")
+    add("--classifier", default="", help="fine-tuned classifier, to measure annotating")
+    add("--task", default="mr", help="task whose training texts are annotated (mr)")
+    add("--data_dir", help="folder of the task's files")
+    add("--criterion", default="signed", choices=[*importance.CRITERIA], help="(signed)")
+    add("--delta", type=float, default=0.01, help="as of annotate.py (0.01)")
+    add("--scorer", default="", help="token scorer, to measure scoring")
+    add("--tokens", nargs="+", default=[], help="token stores to score; a table for each")
+    numbers = (
+        ("max_samples", 500, "training examples to annotate"),
+        ("max_tokens", 200_000, "tokens to score: whole sentences from the start of a store"),
+        ("annotate_length", 128, "longest buffer; the published way pads to it"),
+        ("score_length", 256, "longest sentence to score; the published way pads to it"),
+        ("batch_tokens", 8192, "token slots of one forward pass, the published way's apart"),
+        ("rounds", 3, "rounds; in each, every way has its turn"),
+    )
+    for name, default, text in numbers:
+        add(f"--{name}", type=int, default=default, help=f"{text} ({default})")
+    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for name, _, _ in numbers:
+        least = 8 if name.endswith("length") else 1
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)}: must be {least} or more")
+    if bool(args.scorer) != bool(args.tokens):
+        raise ConfigError("--scorer and --tokens go together: give both or neither")
+    if not args.classifier and not args.scorer:
+        raise ConfigError("nothing to measure: give --classifier (with --task and --data_dir), or "
+                          "--scorer and --tokens, or all")
+    if engine.ranks().world_size > 1:
+        raise ConfigError(f"{engine.ranks().world_size} ranks: it is measured on one; start one "
+                          "process")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse_arguments(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result: dict[str, Any] = {"benchmark": "inference", **environment(), "options": vars(args)}
+    if args.classifier:
+        result["annotating"] = annotate(args, device)
+    result["scoring"] = [score(args, prefix, device) for prefix in args.tokens]
+    file = Path(args.output_dir) / "benchmark_inference.json"
+    atomic_write_json(file, result)
+    say(f"\nwrote {file}")
+
+
+if __name__ == "__main__":
+    run_command(main)
