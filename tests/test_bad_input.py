@@ -10,9 +10,6 @@ import gzip
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +18,6 @@ from preprocess import corpus, tokenize_corpus
 from preprocess.corpus import read_documents
 from preprocess.errors import DataError, run_command
 from preprocess.store import TokenStore
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def documents(path, **options) -> list[str]:
@@ -130,30 +125,6 @@ def test_a_hundred_megabytes_in_a_line(tmp_path):
             stream.write(b"word " * 200_000)
     assert "a.txt, line 2: longer than 16,777,216 bytes" in refusal(path)
     assert len(corpus.cut_part([str(path)], False, (0, 1), None)) == 24
-
-
-def test_a_long_line_takes_little_memory(tmp_path, tiny_encoder):
-    """Also where the tokenizer sees texts as they are: it takes 170 times the size of each."""
-    path = tmp_path / "a.txt"
-    path.write_bytes((b"a good  film " * (1 << 17))[:-1])
-    # From a small process: a child counts what its parent had when it was forked.
-    program = (
-        "import resource, subprocess, sys\n"
-        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
-    )
-    command = [
-        sys.executable, "preprocess/tokenize_corpus.py", "--input", str(path), "--output",
-        str(tmp_path / "s"), "--tokenizer", tiny_encoder, "--num_workers", "1",
-        "--no-split_sentences",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command], cwd=ROOT, check=True, capture_output=True,
-        text=True,
-    )
-    assert int(done.stdout) < 450 << 10
-    store = TokenStore.open(tmp_path / "s", verify=True)
-    assert store.num_documents == store.num_sequences == 1 and store.num_tokens == 3 << 17
 
 
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "txt.gz", "jsonl.zst"])
