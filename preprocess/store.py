@@ -958,6 +958,15 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
     return dtype, lengths, starts, documents
 
 
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Concatenate `arange(start, start + length)`.
+
+    # starts 5 0, lengths 2 3 -> 5 6 0 1 2
+    """
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
 class Offsets:
     """Where each sequence or document begins, and where the last one ends: left on the disk.
 

@@ -18,8 +18,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from preprocess.store import ranges
 from train.importance import EDGE, Query, explain
-from train.inference import IdLists, Runner, Template, budget_batches, one_by_one, ranges
+from train.inference import IdLists, Runner, Template, budget_batches, one_by_one
 from train.model import first_slot_only
 
 

@@ -21,7 +21,14 @@ import torch
 
 from preprocess import masks
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import TokenStore, fingerprint_text, open_array, recall, remember
+from preprocess.store import (
+    TokenStore,
+    fingerprint_text,
+    open_array,
+    ranges,
+    recall,
+    remember,
+)
 from train.order import permute
 from train.rows import RowTable
 
@@ -145,15 +152,6 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
 # ------------------------------------------------------------------------------------- batches
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenate `arange(start, start + length)`.
-
-    # starts 5 0, lengths 2 3 -> 5 6 0 1 2
-    """
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-
-
 @dataclass(frozen=True)
 class _Pieces:
     """The pieces of some rows and their masked tokens, flat.
@@ -250,7 +248,7 @@ class PackedData:
         real = np.maximum(rows, 0)
         first = np.asarray(table.row_offsets[real])
         counts = np.where(rows >= 0, table.row_offsets[real + 1] - first, 0)
-        pieces = _ranges(first, counts)
+        pieces = ranges(first, counts)
         row = np.repeat(np.arange(len(rows)), counts)
         start = np.asarray(table.piece_starts[pieces])
         length = table.piece_lengths[pieces].astype(np.int64)
@@ -274,7 +272,7 @@ class PackedData:
             flat = np.concatenate(parts) if parts else np.zeros(0)
             counts = high - low
             return flat.astype(np.int64) + np.repeat(self._shard_starts[shard_of], counts), counts
-        positions = _ranges(start, length)
+        positions = ranges(start, length)
         offsets = np.concatenate([[0], np.cumsum(length)])
         words = self.masking.words
         chosen = masks.STRATEGIES[self.masking.name](
@@ -301,12 +299,12 @@ class PackedData:
         mine = slice(*np.searchsorted(pieces.row, [rows.start, rows.stop]))
         row, length = pieces.row[mine] - rows.start, pieces.length[mine]
         cls = row * slots + pieces.slot[mine]  # flat slot of each piece's [CLS]
-        filled = _ranges(cls, length + 2)
+        filled = ranges(cls, length + 2)
         input_ids = np.full(num_rows * slots, special["pad"], dtype=np.int64)
         position_ids = np.zeros(num_rows * slots, dtype=np.int64)
         document_ids = np.full(num_rows * slots, -1, dtype=np.int64)
         before = pieces.length[:mine.start].sum()
-        input_ids[_ranges(cls + 1, length)] = pieces.tokens[before:before + length.sum()]
+        input_ids[ranges(cls + 1, length)] = pieces.tokens[before:before + length.sum()]
         input_ids[cls], input_ids[cls + length + 1] = special["cls"], special["sep"]
         position_ids[filled] = filled - np.repeat(cls, length + 2)
         document_ids[filled] = np.repeat(np.arange(len(length)), length + 2)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from preprocess.errors import ConfigError
+from preprocess.store import ranges
 
 
 class Template(NamedTuple):
@@ -64,15 +65,6 @@ def check_trained(config: Any, suffix: str, name: str, remedy: str) -> None:
 
 
 # --------------------------------------------------------------------------- many sequences
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Concatenate `arange(start, start + length)`.
-
-    # starts 5 0, lengths 2 3 -> 5 6 0 1 2
-    """
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,9 +21,9 @@ import numpy as np
 
 from preprocess.errors import DataError
 from preprocess.progress import Progress
-from preprocess.store import Shard
+from preprocess.store import Shard, ranges
 from train import engine
-from train.inference import IdLists, Runner, ranges
+from train.inference import IdLists, Runner
 
 BLOCK_TOKENS = 1 << 20
 """Tokens scored between two writes: enough to find sentences of like length."""
