@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -287,6 +289,32 @@ def test_row_tables_are_kept(tmp_path, tiny_tokenizer, monkeypatch):
     other = next(p for p in tmp_path.glob("p.rows-*.json") if p != path)
     path.write_bytes(other.read_bytes())
     assert same_tables(row_tables(store, 32, 0.2), built)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_shards_packed_at_once_give_the_same_rows(sharded_store, num_workers):
+    assert len(sharded_store.shards) > num_workers  # some must wait for their turn
+
+    def held_out(*block):
+        return packing.hold_out(*block, fraction=0.3)
+
+    alone, at_once = (
+        make_tables(packing.pack_rows(sharded_store, 32, held_out, n), 32)
+        for n in (1, num_workers)
+    )
+    assert same_tables(alone, at_once) and alone[1].num_rows
+
+
+def test_a_killed_packer_is_said(sharded_store):
+    parent = os.getpid()
+
+    def held_out(*block):
+        if os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return packing.hold_out(*block, fraction=0.3)
+
+    with pytest.raises(DataError, match="killed, perhaps for want of memory"):
+        list(packing.pack_rows(sharded_store, 32, held_out, 2))
 
 
 def test_of_several_ranks_one_builds_the_table(tmp_path, tiny_tokenizer, monkeypatch):

@@ -11,12 +11,19 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import math
+import multiprocessing
+import os
 from array import array as compact_list
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -216,41 +223,92 @@ def _cut_points(offsets: np.ndarray, longest: int) -> list[int]:
     return [*cuts, int(offsets[-1])]
 
 
+HeldOut = Callable[[Shard, slice, np.ndarray], np.ndarray]
+_Packed = tuple[str, _Rows, int]  # a side, rows of it, and the tokens that were read for them
+
+
 def pack_rows(
-    store: TokenStore, max_seq_length: int,
-    held_out: Callable[[Shard, slice, np.ndarray], np.ndarray],
+    store: TokenStore, max_seq_length: int, held_out: HeldOut, num_workers: int = 1
 ) -> Iterator[tuple[str, _Rows]]:
     """Pack documents into rows; a row never crosses shards.
 
     Args:
         held_out: which documents go to the other side, as `hold_out` tells it.
+        num_workers: shards packed at once, each by a process; they change nothing else.
     Yields:
         A side and rows of it, in order.
     """
-    longest = max_seq_length - 2
     total = sum(len(shard.tokens) for shard in store.shards)
+    num_workers = min(num_workers, len(store.shards))
     with Progress(total, "token", label="pack", part=True) as progress:
-        for shard in store.shards:
-            packers = [_Packer(max_seq_length) for _ in SIDES]
-            for documents, sequences, offsets in _document_blocks(shard):
-                held = held_out(shard, documents, offsets[sequences])
-                lengths = np.diff(offsets)
-                odd = np.append(0, np.cumsum((lengths == 0) | (lengths > longest)))[sequences]
-                cuts = (offsets + shard.token_start).tolist()
-                edges, odd, sides = sequences.tolist(), np.diff(odd).tolist(), held.tolist()
-                for d, side in enumerate(sides):
-                    first, end = edges[d], edges[d + 1]
-                    if odd[d]:
-                        places = offsets[first:end + 1] + shard.token_start
-                        packers[side].add_document(_cut_points(places, longest))
-                    else:
-                        packers[side].add_document(cuts[first:end + 1])
-                for side, packer in zip(SIDES, packers, strict=True):
-                    yield side, packer.take_full()
-                progress.update(int(offsets[-1] - offsets[0]))
-            for side, packer in zip(SIDES, packers, strict=True):
-                packer.finish()
-                yield side, packer.take_full()
+        if num_workers > 1:
+            packed = _pack_at_once(store, max_seq_length, held_out, num_workers)
+        else:
+            packed = itertools.chain.from_iterable(
+                _pack_shard(shard, max_seq_length, held_out) for shard in store.shards
+            )
+        for side, rows, num_read in packed:
+            progress.update(num_read)
+            yield side, rows
+
+
+def _pack_shard(shard: Shard, max_seq_length: int, held_out: HeldOut) -> Iterator[_Packed]:
+    longest = max_seq_length - 2
+    packers = [_Packer(max_seq_length) for _ in SIDES]
+    for documents, sequences, offsets in _document_blocks(shard):
+        held = held_out(shard, documents, offsets[sequences])
+        lengths = np.diff(offsets)
+        odd = np.append(0, np.cumsum((lengths == 0) | (lengths > longest)))[sequences]
+        cuts = (offsets + shard.token_start).tolist()
+        edges, odd, sides = sequences.tolist(), np.diff(odd).tolist(), held.tolist()
+        for d, side in enumerate(sides):
+            first, end = edges[d], edges[d + 1]
+            if odd[d]:
+                places = offsets[first:end + 1] + shard.token_start
+                packers[side].add_document(_cut_points(places, longest))
+            else:
+                packers[side].add_document(cuts[first:end + 1])
+        num_read = int(offsets[-1] - offsets[0])
+        for side, packer in zip(SIDES, packers, strict=True):
+            yield side, packer.take_full(), num_read if side == SIDES[0] else 0
+    for side, packer in zip(SIDES, packers, strict=True):
+        packer.finish()
+        yield side, packer.take_full(), 0
+
+
+_forked: dict[str, Any] = {}  # what the workers below are born with
+
+
+def _pack_at_once(
+    store: TokenStore, max_seq_length: int, held_out: HeldOut, num_workers: int
+) -> Iterator[_Packed]:
+    """The same in order, a worker a shard, and no more of them ahead than there are workers."""
+    _forked.update(shards=store.shards, length=max_seq_length, held_out=held_out)
+    numbers = iter(range(len(store.shards)))
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork")) as pool:
+        waiting = deque(
+            pool.submit(_pack_numbered, i) for i in itertools.islice(numbers, num_workers)
+        )
+        while waiting:
+            try:
+                yield from waiting.popleft().result()
+            except BrokenProcessPool:
+                raise DataError(
+                    f"{store.prefix}: a process that packs rows was killed, perhaps for want of "
+                    "memory; give the same command fewer cores (taskset)"
+                ) from None
+            waiting.extend(pool.submit(_pack_numbered, i) for i in itertools.islice(numbers, 1))
+
+
+def _pack_numbered(number: int) -> list[_Packed]:
+    return list(_pack_shard(_forked["shards"][number], _forked["length"], _forked["held_out"]))
+
+
+def _num_cores() -> int:
+    """Processes that may pack at once; 1 where they cannot inherit the mapped store."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def _columns(packed: Iterator[tuple[str, _Rows]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -310,10 +368,11 @@ def row_tables(
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     prefix = f"{store.prefix}.rows-{name}"
 
-    def packed() -> Iterator[tuple[str, _Rows]]:
+    def packed(num_workers: int) -> Iterator[tuple[str, _Rows]]:
         return pack_rows(
             store, max_seq_length,
             lambda shard, documents, bounds: hold_out(shard, documents, bounds, eval_fraction),
+            num_workers,
         )
 
     columns = open_table(store, prefix, COLUMNS, key)
@@ -323,7 +382,7 @@ def row_tables(
                 columns = open_table(store, prefix, COLUMNS, key)
                 if columns is None:
                     with TableWriter(prefix, COLUMNS, key) as writer:
-                        for column, block in _columns(packed()):
+                        for column, block in _columns(packed(_num_cores())):
                             writer.add(column, block)
             columns = columns or open_table(store, prefix, COLUMNS, key)
         except ConfigError as error:  # of another host, which locks of this disk do not reach
@@ -332,7 +391,7 @@ def row_tables(
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
     tables = (
-        make_tables(packed(), max_seq_length) if columns is None
+        make_tables(packed(1), max_seq_length) if columns is None
         else _as_tables(columns, max_seq_length, name)
     )
     if tables[0].num_rows == 0:
