@@ -171,22 +171,10 @@ def is_whole(shard: Shard, name: str, options: dict[str, Any], overwrite: bool) 
     )
 
 
-def choose_shards(args: argparse.Namespace, store: TokenStore) -> list[Shard]:
-    """The shards to make: all, or the one that `--shard_index` names."""
-    if args.shard_index is None:
-        return store.shards
-    if args.num_shards != len(store.shards):
-        raise ConfigError(
-            f"--num_shards {args.num_shards}: {store.prefix} has {len(store.shards)} shards; give "
-            f"--num_shards {len(store.shards)}, or neither flag to make all"
-        )
-    return [store.shards[args.shard_index]]
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     store = TokenStore.open(args.tokens)
-    shards = choose_shards(args, store)
+    shards = store.choose_shards(args.shard_index, args.num_shards)
     tokenizer = open_tokenizer(store.tokenizer_dir)
     words = continuation_table(tokenizer) if args.strategy == "whole_word" else None
     need = NEEDS.get(args.strategy)

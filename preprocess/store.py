@@ -1196,6 +1196,21 @@ class TokenStore:
             info=info,
         )
 
+    def choose_shards(self, index: int | None, count: int | None) -> list[Shard]:
+        """The shards to work on: all, or the one that `--shard_index` names.
+
+        Raises:
+            ConfigError: the store has another number of shards than `--num_shards` says.
+        """
+        if index is None:
+            return self.shards
+        if count != len(self.shards):
+            raise ConfigError(
+                f"--num_shards {count}: {self.prefix} has {len(self.shards)} shards; give "
+                f"--num_shards {len(self.shards)}, or neither flag to make all"
+            )
+        return [self.shards[index]]
+
     def read_pieces(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Read runs of tokens, each inside one shard.
 

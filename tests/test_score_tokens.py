@@ -338,7 +338,7 @@ def test_two_writers_of_one_shard_are_refused(store, scorer, one_process):
 
 
 def test_another_number_of_shards_is_refused(store, scorer, one_process):
-    with pytest.raises(ConfigError, match="--num_shards 3: .*has 2 shards; type --num_shards 2"):
+    with pytest.raises(ConfigError, match="--num_shards 3: .*has 2 shards; give --num_shards 2"):
         run(store, scorer, "--shard_index", "1", "--num_shards", "3")
     with pytest.raises(ConfigError, match="shard_index 2.*0 to 1"):
         run(store, scorer, "--shard_index", "2", "--num_shards", "2")

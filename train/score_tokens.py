@@ -69,22 +69,6 @@ def is_made(shard: Shard, name: str, made_by: dict[str, Any], overwrite: bool) -
     return not different
 
 
-def choose_shards(config: ScoreConfig, store: TokenStore) -> list[Shard]:
-    """The shards to score: all, or the one that `--shard_index` names.
-
-    Raises:
-        ConfigError: the store has another number of shards.
-    """
-    if config.shard_index is None:
-        return store.shards
-    if config.num_shards != len(store.shards):
-        raise ConfigError(
-            f"--num_shards {config.num_shards}: {store.prefix} has {len(store.shards)} shards; "
-            f"type --num_shards {len(store.shards)}, or neither flag to score all"
-        )
-    return [store.shards[config.shard_index]]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Score every token of a store."""
     config = parse(ScoreConfig, argv)
@@ -104,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         "model_fingerprint": weights_fingerprint(folder, hf_config),
         "max_seq_length": config.max_seq_length,
     }
-    shards = choose_shards(config, store)
+    shards = store.choose_shards(config.shard_index, config.num_shards)
     writes = engine.is_main() and not config.dry_run
     with (lock_array(store, config.name, "scores", config.shard_index) if writes
           else nullcontext()):
