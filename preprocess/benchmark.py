@@ -41,7 +41,7 @@ from typing import Any, NoReturn
 
 from preprocess.corpus import check_file, resolve_path, source_kind
 from preprocess.errors import ConfigError, DataError, run_command, writing
-from preprocess.store import file_sha256, read_json
+from preprocess.files import file_sha256, read_json
 
 BASELINE = "datasets.map"
 MIB = 1 << 20

@@ -34,7 +34,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, writing
-from preprocess.store import file_sha256
+from preprocess.files import file_sha256
 
 Row = dict[str, Any]
 

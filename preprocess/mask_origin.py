@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import DataError
-from preprocess.store import TokenStore, array_path, file_sha256, open_array, read_json
+from preprocess.files import file_sha256, read_json
+from preprocess.store import TokenStore, array_path, open_array
 
 # How each strategy of `STRATEGIES` chooses, with the options that an index records.
 RULES = {

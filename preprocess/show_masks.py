@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
+from preprocess.files import atomic_write_bytes
 from preprocess.mask_index import iterate_blocks
 from preprocess.mask_origin import explain, explain_scores
 from preprocess.mask_page import format_page
@@ -45,7 +46,7 @@ from preprocess.masks import (
     open_tokenizer,
 )
 from preprocess.pieces import Document, Opened, printable, read_documents
-from preprocess.store import Shard, TokenStore, atomic_write_bytes, list_arrays, open_array
+from preprocess.store import Shard, TokenStore, list_arrays, open_array
 from preprocess.words import word_table
 
 BLOCK_DOCUMENTS = 1 << 20

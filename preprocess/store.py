@@ -23,13 +23,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
-import socket
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -40,6 +37,20 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, writing
+from preprocess.files import (
+    WriterLock,
+    atomic_write_json,
+    file_sha256,
+    fingerprint_text,
+    json_bytes,
+    read_json,
+    remove_leftovers,
+    seal,
+    sync,
+    temporary_path,
+    write_all,
+    write_whole,
+)
 
 FORMAT_VERSION = 2
 MAX_VOCAB = 1 << 16  # ids are uint16
@@ -70,123 +81,7 @@ _BLOCK_ENTRIES = 1 << 18  # of an index, at a time
 _NPY_HEADER_BYTES = 128  # what numpy itself takes for one axis
 
 
-# --------------------------------------------------------------------------- small atomic writes
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _temporary(path: Path) -> Path:
-    """The name under which this process writes `path` before it is whole."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
-
-
-def remove_leftovers(*paths: str | Path, mark: str = "tmp") -> None:
-    """Remove what killed writers of `paths` left behind; for the holder of their lock."""
-    for path in map(Path, paths):
-        for entry in path.parent.iterdir() if path.parent.is_dir() else ():
-            if entry.name.startswith(f".{path.name}.{mark}-"):
-                if entry.is_dir():
-                    shutil.rmtree(entry, ignore_errors=True)
-                else:
-                    entry.unlink(missing_ok=True)
-
-
-def _write_all(stream: Any, data: bytes) -> None:
-    """Write all of `data` to an unbuffered stream, which may take only a part at a time."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[stream.write(rest) :]
-
-
-def _write_whole(path: Path, data: bytes, said: Path) -> None:
-    """Write and sync a file; a full disk is said of the name `said`."""
-    with writing(said, len(data)), open(path, "wb", buffering=0) as stream:
-        _write_all(stream, data)
-        os.fsync(stream.fileno())
-
-
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
-
-    Raises:
-        DiskFullError: there is no room; the old file stays.
-    """
-    path = Path(path)
-    temporary = _temporary(path)
-    with writing(path, len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_whole(temporary, data, path)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def append_bytes(path: str | Path, data: bytes) -> None:
-    """Append all of `data` to `path`, or leave it as it was.
-
-    Raises:
-        DiskFullError: there is no room.
-    """
-    with writing(path, len(data)), open(path, "ab", buffering=0) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        try:
-            _write_all(stream, data)
-        except BaseException:
-            stream.truncate(size)
-            raise
-
-
-def _json_bytes(obj: Any) -> bytes:
-    return json.dumps(obj, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
-
-
-def atomic_write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as JSON with sorted keys, atomically."""
-    atomic_write_bytes(path, _json_bytes(obj))
-
-
-def file_sha256(path: str | Path, start: int = 0) -> str:
-    """Return the sha256 of a file, from byte `start` on, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        stream.seek(start)
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fingerprint_text(*parts: object) -> str:
-    """Return 16 hexadecimal digits that change when any part changes."""
-    return hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()[:16]
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read one of our JSON files; a broken one is a `DataError` that names it."""
-    try:
-        obj = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); make it again") from None
-    if not isinstance(obj, dict):
-        raise DataError(f"{path}: holds a {type(obj).__name__}, not an object; make it again")
-    return obj
-
-
-def seal(obj: dict[str, Any]) -> dict[str, Any]:
-    """Return `obj` with the sha256 of its content under `json_sha256`, as our JSONs carry it."""
-    plain = json.loads(json.dumps(obj))  # as it will be read: keys are strings, tuples are lists
-    plain.pop("json_sha256", None)
-    content = json.dumps(plain, sort_keys=True).encode()
-    return {**plain, "json_sha256": hashlib.sha256(content).hexdigest()}
+# --------------------------------------------------------------------------- what is known already
 
 
 def _read_sealed(path: str | Path, again: str) -> dict[str, Any]:
@@ -200,9 +95,6 @@ def _read_sealed(path: str | Path, again: str) -> dict[str, Any]:
     if seal(info) != info:
         raise DataError(f"{path}: its content is not what was written (json_sha256); {again}")
     return info
-
-
-# --------------------------------------------------------------------------- what is known already
 
 
 def recall(prefix: str, key: str) -> Any:
@@ -220,14 +112,14 @@ def remember(prefix: str, key: str, value: Any) -> None:
     it. Nothing is brought to the disk by force, or opening many shards would wait for it.
     """
     path = Path(f"{prefix}.memo.json")
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     try:
         known = _read_sealed(path, "") if path.exists() else {}
     except DataError:
         known = {}
     try:
         entry = {**known, key: value, "format_version": FORMAT_VERSION}
-        temporary.write_bytes(_json_bytes(seal(entry)))
+        temporary.write_bytes(json_bytes(seal(entry)))
         os.replace(temporary, path)
     except OSError:
         with suppress(OSError):
@@ -325,111 +217,6 @@ def _same_files(folder: Path, files: Any) -> bool:
 # --------------------------------------------------------------------------- one writer a prefix
 
 
-class WriterLock:
-    """The sole right to write what begins with a prefix: the file `PREFIX.lock`, until `release`.
-
-    The kernel gives the lock of a dead process free; the file that it leaves behind tells the next
-    holder that a writer was `interrupted`. It names process and host: where the hosts of a shared
-    disk do not see each other's locks, a writer of another host is respected until the file is
-    gone, which it removes itself unless it was killed.
-
-    Args:
-        prefix: of what is written.
-        wait_seconds: how long to wait for another writer before giving up.
-    Raises:
-        ConfigError: another writer is at work.
-    """
-
-    def __init__(self, prefix: str | Path, wait_seconds: float = 0.0) -> None:
-        self.path = Path(f"{prefix}.lock")
-        self.interrupted = False
-        self._descriptor = -1
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        end = time.monotonic() + wait_seconds
-        while not self._try():
-            if time.monotonic() >= end:
-                remedy = (
-                    "remove this file if that process is gone" if self._is_of_another_host()
-                    else "give another name"
-                )
-                raise ConfigError(
-                    f"{self.path}: another process writes here ({self._owner or 'just started'}); "
-                    f"wait for it, or {remedy}"
-                )
-            time.sleep(0.02)
-
-    def _try(self) -> bool:
-        """Take the lock if it is free; `_owner` is who holds it, or held it last."""
-        while True:
-            with writing(self.path):
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                free = _flock(descriptor, self.path)
-                self._owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                if not free:
-                    return False
-                if _is_file(descriptor, self.path):
-                    if self._is_of_another_host():
-                        return False
-                    self._sign(descriptor)
-                    self._descriptor = descriptor
-                    return True
-            finally:
-                if self._descriptor != descriptor:
-                    os.close(descriptor)
-            # Its holder has removed it since it was opened: make a new one.
-
-    def _is_of_another_host(self) -> bool:
-        return bool(self._owner) and not self._owner.endswith(f" on {socket.gethostname()}")
-
-    def _sign(self, descriptor: int) -> None:
-        self.interrupted = bool(self._owner)
-        mine = f"pid {os.getpid()} on {socket.gethostname()}\n".encode()
-        try:
-            with writing(self.path, len(mine)):
-                os.pwrite(descriptor, mine, 0)
-        except OSError:
-            if not self.interrupted:
-                self.path.unlink()
-            raise
-        os.ftruncate(descriptor, len(mine))
-
-    def release(self) -> None:
-        """Give up the lock; a second time is harmless."""
-        if self._descriptor >= 0:
-            self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> WriterLock:
-        return self
-
-    def __exit__(self, *rest: object) -> None:
-        self.release()
-
-
-def _flock(descriptor: int, path: Path) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-        print(f"{path}: this disk has no locks; let nothing else write there", file=sys.stderr)
-    return True
-
-
-def _is_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 class StoreWriter:
     """Write one store, or one shard of a store, atomically.
 
@@ -466,7 +253,7 @@ class StoreWriter:
         self._bin, self._idx, self._json = (
             Path(f"{self.prefix}.{ending}") for ending in ("bin", "idx", "json")
         )
-        self._tokenizer_tmp = _temporary(Path(self.prefix + ".tokenizer"))
+        self._tokenizer_tmp = temporary_path(Path(self.prefix + ".tokenizer"))
         self._arrays: list[tuple[str, str, np.ndarray, dict[str, Any]]] = []
         self._stream: Any = None
         self._done = False
@@ -488,7 +275,7 @@ class StoreWriter:
             with writing(self.store_prefix + ".tokenizer"):
                 self._tokenizer = describe_tokenizer(tokenizer, self._tokenizer_tmp)
             with writing(self._bin):
-                self._stream = open(_temporary(self._bin), "wb", buffering=1 << 20)
+                self._stream = open(temporary_path(self._bin), "wb", buffering=1 << 20)
             self._index = _IndexWriter(self._idx)
         except BaseException:
             self.abort()
@@ -573,7 +360,7 @@ class StoreWriter:
                 self._stream.close()
             assert self._index is not None
             info = self._describe(self._index.close(), extra_counts or {})
-            _write_whole(_temporary(self._json), _json_bytes(seal(info)), self._json)
+            write_whole(temporary_path(self._json), json_bytes(seal(info)), self._json)
             arrays: list[Path] = []
             for name, kind, array, made_by in self._arrays:
                 path = _array_path(self.prefix, name, kind)
@@ -620,11 +407,11 @@ class StoreWriter:
         folder = Path(self.store_prefix + ".tokenizer")
         _install_folder(self._tokenizer_tmp, folder, self._tokenizer["files"])
         for path in (self._bin, self._idx):
-            os.replace(_temporary(path), path)
+            os.replace(temporary_path(path), path)
         for path in arrays:
             _publish_array(path)
         sync(self._json.parent)
-        os.replace(_temporary(self._json), self._json)
+        os.replace(temporary_path(self._json), self._json)
         sync(self._json.parent)
 
     def abort(self) -> None:
@@ -638,7 +425,7 @@ class StoreWriter:
             self._index.abort()
         arrays = [_array_path(self.prefix, name, kind) for name, kind, _, _ in self._arrays]
         for path in (self._bin, self._idx, self._json, *arrays, *map(_json_of, arrays)):
-            _temporary(path).unlink(missing_ok=True)
+            temporary_path(path).unlink(missing_ok=True)
         shutil.rmtree(self._tokenizer_tmp, ignore_errors=True)
         self._end()
 
@@ -697,12 +484,12 @@ class _IndexWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, _temporary(path)
-        self._side = self._temporary.with_name(f"{self._temporary.name}-documents")
+        self._path, self.temporary = path, temporary_path(path)
+        self._side = self.temporary.with_name(f"{self.temporary.name}-documents")
         self.num_sequences = self.num_documents = 0
         self._streams: list[Any] = []
         with writing(path):
-            for name in (self._temporary, self._side):
+            for name in (self.temporary, self._side):
                 self._streams.append(open(name, "w+b", buffering=1 << 20))
         self._lengths, self._documents = self._streams
         self._lengths.write(bytes(_HEADER.size))
@@ -738,7 +525,7 @@ class _IndexWriter:
             self._lengths.flush()
             os.fsync(self._lengths.fileno())
         self.abort(keep=True)
-        return file_sha256(self._temporary)
+        return file_sha256(self.temporary)
 
     def abort(self, keep: bool = False) -> None:
         """Close the files, and remove them but for one that is to be kept."""
@@ -747,7 +534,7 @@ class _IndexWriter:
                 stream.close()
         self._side.unlink(missing_ok=True)
         if not keep:
-            self._temporary.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
 
 
 def join_shards(prefix: str, count: int, made: tuple[str, str] | None = None) -> str:
@@ -1323,7 +1110,7 @@ def write_array(
         _publish_array(path)
     except BaseException:
         for staged in (path, _json_of(path)):
-            _temporary(staged).unlink(missing_ok=True)
+            temporary_path(staged).unlink(missing_ok=True)
         raise
     sync(path.parent)
     return path
@@ -1342,7 +1129,7 @@ def _stage_array(
     dtype = ARRAYS[kind]
     count, last, digest = 0, -1, hashlib.sha256()
     blocks = [array] if isinstance(array, np.ndarray) else array
-    with open(_temporary(path), "wb", buffering=0) as stream:
+    with open(temporary_path(path), "wb", buffering=0) as stream:
         if kind != "mask":  # its size is known: a full disk is said before the work is done
             num_bytes = _NPY_HEADER_BYTES + num_tokens * dtype.itemsize
             with writing(path, num_bytes):
@@ -1352,7 +1139,7 @@ def _stage_array(
             last = _check_block(path, num_tokens, kind, block, last)
             data = np.ascontiguousarray(block, dtype).tobytes()
             with writing(path, len(data)):
-                _write_all(stream, data)
+                write_all(stream, data)
             digest.update(data)
             count += len(block)
         if kind != "mask" and count != num_tokens:
@@ -1362,7 +1149,7 @@ def _stage_array(
             )
         stream.seek(0)
         with writing(path, _NPY_HEADER_BYTES):
-            _write_all(stream, _npy_header(dtype, count))
+            write_all(stream, _npy_header(dtype, count))
             os.fsync(stream.fileno())
     entry = {
         **info,
@@ -1373,7 +1160,7 @@ def _stage_array(
         "sha256": digest.hexdigest(),
         "store_fingerprint": fingerprint,
     }
-    _write_whole(_temporary(_json_of(path)), _json_bytes(seal(entry)), _json_of(path))
+    write_whole(temporary_path(_json_of(path)), json_bytes(seal(entry)), _json_of(path))
 
 
 def _reserve(stream: Any, num_bytes: int) -> None:
@@ -1388,8 +1175,8 @@ def _reserve(stream: Any, num_bytes: int) -> None:
 
 def _publish_array(path: Path) -> None:
     _json_of(path).unlink(missing_ok=True)
-    os.replace(_temporary(path), path)
-    os.replace(_temporary(_json_of(path)), _json_of(path))
+    os.replace(temporary_path(path), path)
+    os.replace(temporary_path(_json_of(path)), _json_of(path))
 
 
 def _npy_header(dtype: np.dtype, count: int) -> bytes:
@@ -1518,7 +1305,7 @@ class TableWriter:
             remove_leftovers(self._json, *self._paths.values())
             for name, path in self._paths.items():
                 with writing(path):
-                    self._streams[name] = open(_temporary(path), "wb", buffering=0)
+                    self._streams[name] = open(temporary_path(path), "wb", buffering=0)
                 self._streams[name].seek(_NPY_HEADER_BYTES)
         except BaseException:
             self._abort()
@@ -1528,7 +1315,7 @@ class TableWriter:
         """Append to a column."""
         data = np.ascontiguousarray(block, self._columns[name]).tobytes()
         with writing(self._paths[name], len(data)):
-            _write_all(self._streams[name], data)
+            write_all(self._streams[name], data)
         self._hashes[name].update(data)
         self._counts[name] += len(block)
 
@@ -1536,24 +1323,24 @@ class TableWriter:
         for name, path in self._paths.items():
             with writing(path, _NPY_HEADER_BYTES), self._streams[name] as stream:
                 stream.seek(0)
-                _write_all(stream, _npy_header(self._columns[name], self._counts[name]))
+                write_all(stream, _npy_header(self._columns[name], self._counts[name]))
                 os.fsync(stream.fileno())
         columns = {
             name: {"count": self._counts[name], "sha256": self._hashes[name].hexdigest()}
             for name in self._columns
         }
         entry = {"format_version": FORMAT_VERSION, "key": self._key, "columns": columns}
-        _write_whole(_temporary(self._json), _json_bytes(seal(entry)), self._json)
+        write_whole(temporary_path(self._json), json_bytes(seal(entry)), self._json)
         self._json.unlink(missing_ok=True)
         for path in (*self._paths.values(), self._json):
-            os.replace(_temporary(path), path)
+            os.replace(temporary_path(path), path)
         sync(self._json.parent)
 
     def _abort(self) -> None:
         for stream in self._streams.values():
             stream.close()
         for path in (*self._paths.values(), self._json):
-            _temporary(path).unlink(missing_ok=True)
+            temporary_path(path).unlink(missing_ok=True)
 
     def __enter__(self) -> TableWriter:
         return self

@@ -45,6 +45,7 @@ from preprocess.corpus import (
 )
 from preprocess.encode import Encoded, join_encoded, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command, writing
+from preprocess.files import read_json
 from preprocess.progress import Progress, say
 from preprocess.store import (
     StoreWriter,
@@ -53,7 +54,6 @@ from preprocess.store import (
     describe_tokenizer,
     join_shards,
     read_foreign,
-    read_json,
     shard_prefix,
     tidy_store,
     verify_store,

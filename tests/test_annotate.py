@@ -15,7 +15,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from preprocess.corpus import load_task
 from preprocess.errors import ConfigError
-from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array
+from preprocess.files import WriterLock
+from preprocess.store import StoreWriter, TokenStore, open_array
 from preprocess.words import STOP_WORDS
 from train import annotate, engine
 from train.annotate import CRITERIA, MEASURES, find_important

@@ -17,7 +17,7 @@ import torch
 from test_pretrain import arguments, pretrained, weights, write_ds_config
 
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import file_sha256, seal
+from preprocess.files import file_sha256, seal
 from train import checkpoint, pretrain
 from train import engine as ds
 from train.checkpoint import MANIFEST, check_checkpoint, find_checkpoint

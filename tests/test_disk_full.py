@@ -28,14 +28,8 @@ from test_store import FakeTokenizer, write
 
 from preprocess import build_masks, tokenize_corpus
 from preprocess.errors import DiskFullError, run_command, writing
-from preprocess.store import (
-    StoreWriter,
-    TokenStore,
-    append_bytes,
-    atomic_write_json,
-    open_array,
-    write_array,
-)
+from preprocess.files import append_bytes, atomic_write_json
+from preprocess.store import StoreWriter, TokenStore, open_array, write_array
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = 4096

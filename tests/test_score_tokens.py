@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.files import seal
 from preprocess.masks import Sequences, choose_selective
 from preprocess.progress import Progress
-from preprocess.store import StoreWriter, TokenStore, lock_array, open_array, seal
+from preprocess.store import StoreWriter, TokenStore, lock_array, open_array
 from train import engine, score_tokens, scoring
 from train.inference import Runner, budget_batches, one_by_one, special_template
 from train.model import weights_fingerprint

@@ -17,13 +17,14 @@ import pytest
 
 from preprocess import build_masks, mask_page, show_masks
 from preprocess.errors import ConfigError, DataError
+from preprocess.files import file_sha256
 from preprocess.mask_origin import RULES, explain
 from preprocess.mask_tables import Table
 from preprocess.mask_terminal import Look, format_document, format_table, mark_piece, text_width
 from preprocess.masks import STRATEGIES
 from preprocess.pieces import Document, Piece, Sequence, printable, read_sequence, split_text
 from preprocess.show_masks import draw_documents, find_word, main, take_documents
-from preprocess.store import StoreWriter, TokenStore, file_sha256, write_array
+from preprocess.store import StoreWriter, TokenStore, write_array
 
 ROOT = Path(show_masks.__file__).parents[1]
 WORDS = "the film is un ##believ ##able , and I ' m glad ( very ) <b> & don t . \x1b".split(" ")

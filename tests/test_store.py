@@ -16,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.files import atomic_write_json, seal
 from preprocess.store import (
     StoreWriter,
     TokenStore,
-    atomic_write_json,
     list_arrays,
     open_array,
     read_foreign,
-    seal,
     write_array,
 )
 

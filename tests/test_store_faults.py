@@ -33,15 +33,8 @@ from test_store import FakeTokenizer, write
 
 from preprocess import build_masks, store, tokenize_corpus
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import (
-    StoreWriter,
-    TokenStore,
-    WriterLock,
-    lock_array,
-    open_array,
-    seal,
-    write_array,
-)
+from preprocess.files import WriterLock, seal
+from preprocess.store import StoreWriter, TokenStore, lock_array, open_array, write_array
 from train import data as train_data
 
 SPARE_BYTES = 512 << 20  # of address space; hypothesis takes most of it for its own notes

@@ -23,7 +23,8 @@ from test_store import FakeTokenizer, write
 from preprocess import corpus, tokenize_corpus
 from preprocess.corpus import Span, load_task, read_documents
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import TokenStore, atomic_write_json, open_array, seal, write_array
+from preprocess.files import atomic_write_json, seal
+from preprocess.store import TokenStore, open_array, write_array
 from train import model, recipe, results
 from train.rows import row_tables
 

@@ -27,9 +27,10 @@ import numpy as np
 
 from preprocess.corpus import load_task, take_fixed
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.files import WriterLock, read_json
 from preprocess.masks import continuation_table, find_continuations
 from preprocess.progress import say
-from preprocess.store import StoreWriter, TokenStore, WriterLock, open_array, read_json
+from preprocess.store import StoreWriter, TokenStore, open_array
 from preprocess.words import is_stop_word
 from train import engine
 from train.config import AnnotateConfig, parse

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from preprocess.errors import ConfigError, run_command
+from preprocess.files import atomic_write_json
 from preprocess.progress import say
-from preprocess.store import TokenStore, atomic_write_json
+from preprocess.store import TokenStore
 from train import baselines, benchmark_report, checkpoint, data, flops, maskings, mlm, model
 from train import engine as ds
 from train import throughput as speed

@@ -30,18 +30,12 @@ import numpy as np
 
 from preprocess import store as stores
 from preprocess.errors import ConfigError, run_command
+from preprocess.files import atomic_write_json
 from preprocess.mask_index import NEEDS, Inputs, choose_positions
 from preprocess.mask_statistics import count_masks
 from preprocess.masks import STRATEGIES, continuation_table, open_tokenizer
 from preprocess.progress import say
-from preprocess.store import (
-    StoreWriter,
-    TokenStore,
-    array_path,
-    atomic_write_json,
-    open_array,
-    write_array,
-)
+from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
 from train import data
 from train.checkpoint import environment
 from train.order import permute

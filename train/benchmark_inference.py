@@ -27,9 +27,10 @@ import torch
 
 from preprocess import corpus
 from preprocess.errors import ConfigError, run_command
+from preprocess.files import atomic_write_json
 from preprocess.masks import Sequences, choose_selective, find_candidates
 from preprocess.progress import Progress, say
-from preprocess.store import TokenStore, atomic_write_json
+from preprocess.store import TokenStore
 from train import engine, importance, model, scoring
 from train.checkpoint import environment
 from train.inference import Counts, Runner, check_trained, one_by_one, special_template

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, writing
-from preprocess.store import read_json
+from preprocess.files import read_json
 
 SHARES = ("head", "optimizer", "loader", "rest")
 KINDS = {  # colour (Okabe and Ito 2008) and hatching of each kind of row: print needs the second

@@ -36,8 +36,8 @@ from typing import Any
 import yaml
 
 from preprocess.errors import ConfigError, DataError, writing
+from preprocess.files import atomic_write_bytes, atomic_write_json, file_sha256, seal, sync
 from preprocess.progress import say
-from preprocess.store import atomic_write_bytes, atomic_write_json, file_sha256, seal, sync
 from train import engine as ds
 from train.config import TrainingConfig, as_dict, command_line
 

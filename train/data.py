@@ -21,14 +21,8 @@ import torch
 
 from preprocess import masks
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import (
-    TokenStore,
-    fingerprint_text,
-    open_array,
-    ranges,
-    recall,
-    remember,
-)
+from preprocess.files import fingerprint_text
+from preprocess.store import TokenStore, open_array, ranges, recall, remember
 from train.order import permute
 from train.rows import RowTable
 

@@ -23,8 +23,8 @@ import torch
 
 from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.files import atomic_write_bytes
 from preprocess.progress import say
-from preprocess.store import atomic_write_bytes
 from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.files import atomic_write_json, read_json
 from preprocess.progress import say
-from preprocess.store import TokenStore, atomic_write_json, open_array, read_json
+from preprocess.store import TokenStore, open_array
 from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FitScorerConfig, parse
 from train.engine import barrier, finish, is_main, start

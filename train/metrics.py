@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import writing
+from preprocess.files import append_bytes, atomic_write_bytes
 from preprocess.progress import is_first_rank
-from preprocess.store import append_bytes, atomic_write_bytes
 
 TRAIN_LOSS = "train/loss"  # nats a masked token (pre-training) or an example
 LEARNING_RATE = "train/learning_rate"

@@ -26,8 +26,9 @@ import csrc
 from csrc import reference
 from preprocess.corpus import resolve_path
 from preprocess.errors import ConfigError, DataError, writing
+from preprocess.files import file_sha256, fingerprint_text, sync
 from preprocess.progress import say
-from preprocess.store import TokenStore, file_sha256, fingerprint_text, sync
+from preprocess.store import TokenStore
 
 # Layers, hidden size and heads of the published BERT sizes (Turc et al. 2019; Devlin et al. 2019).
 BERT_SIZES = {

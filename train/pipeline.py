@@ -37,7 +37,8 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, StopRequested, run_command
-from preprocess.store import TokenStore, array_path, atomic_write_json, file_sha256
+from preprocess.files import atomic_write_json, file_sha256
+from preprocess.store import TokenStore, array_path
 from train.config import FinetuneConfig, PipelineConfig, parse
 from train.recipe import BUILT_ARMS, NEGATED, REPOSITORY, load_recipe, needs_domain
 from train.results import finished_seeds, write_naive_bayes

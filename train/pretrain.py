@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from preprocess.errors import ConfigError, NonFiniteError, StopRequested, run_command
+from preprocess.files import read_json
 from preprocess.progress import Progress, say
-from preprocess.store import TokenStore, read_json
+from preprocess.store import TokenStore
 from train import checkpoint, data, flops, metrics, mlm, model
 from train import engine as ds
 from train.config import PretrainConfig, parse

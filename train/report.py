@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
-from preprocess.store import atomic_write_bytes
+from preprocess.files import atomic_write_bytes
 from train.curves import (
     RUN_COLUMNS,
     Curves,

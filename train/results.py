@@ -404,7 +404,7 @@ def write_naive_bayes(task: Task, run_dir: Path | str) -> None:
     An aspect counts as one more word of its text. There is nothing random in it: one row, with
     seed 0.
     """
-    from preprocess.store import atomic_write_bytes
+    from preprocess.files import atomic_write_bytes
     from train.supervised import accuracy, macro_f1
 
     texts = {

@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.files import WriterLock
 from preprocess.progress import Progress, say
-from preprocess.store import Shard, TableWriter, TokenStore, WriterLock, open_table
+from preprocess.store import Shard, TableWriter, TokenStore, open_table
 
 ROW_TABLE_VERSION = 2
 OPEN_ROWS = 32  # rows that are being filled at once; more of them waste less and cost more time
