@@ -853,6 +853,30 @@ def test_capacity_is_never_too_small(tmp_path, tiny_tokenizer):
         unpack(batch)
 
 
+def test_rows_beyond_those_looked_at_outgrow_the_capacity(plain_store, monkeypatch):
+    monkeypatch.setattr(data, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(data, "_MOST_BLOCKS", 2)
+    table = table_of(plain_store)
+    first, second = 0, -(-table.num_rows // 8) * 4  # the blocks that are looked at
+    assert second + 4 < table.num_rows
+    looked_at = np.r_[first:first + 4, second:second + 4]
+    few = table.piece_starts[table.row_offsets[looked_at]]
+    every = np.arange(plain_store.shards[0].num_tokens, dtype=np.uint32)
+    in_pieces = np.zeros(len(every), bool)
+    for row in looked_at:
+        for piece in range(table.row_offsets[row], table.row_offsets[row + 1]):
+            start = table.piece_starts[piece]
+            in_pieces[start:start + table.piece_lengths[piece]] = True
+    index = np.sort(np.r_[every[~in_pieces], few.astype(np.uint32)])
+    packed = PackedData(
+        plain_store, table, Masking("all but a few", index=[index]), seed=0, micro_batch_size=1
+    )
+    assert packed.capacity == 1
+    masked = [packed.step(number).micro_batches[0] for number in range(table.num_rows)]
+    assert sum(batch.num_masked for batch in masked) == len(index)
+    assert max(len(batch.masked_positions) for batch in masked) > 8
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), rate=st.floats(0.01, 0.99), micro=st.integers(1, 9))
 def test_random_masks_fit_the_capacity(plain_store, seed, rate, micro):

@@ -31,6 +31,7 @@ EVAL_SEED = 20201116  # masks of the held-out rows: the same for every run and e
 EVAL_RATE = 0.15
 ORDER_VERSION = 2  # of rows and their order: a run does not go on under another one
 _BLOCK_ROWS = 1 << 16
+_MOST_BLOCKS = 16  # that are looked at for the capacity: about a million rows
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,10 @@ class PackedData:
         self.capacity = max(1, micro_batch_size * self._largest_row())
 
     def _largest_row(self) -> int:
-        """An upper bound on the masked positions of a row."""
+        """The most masked positions that a row may have, over rows from all parts of the table.
+
+        One beyond them is no harm: its batch has larger arrays.
+        """
         key = (
             f"largest row, {self.table.fingerprint}, {self.masking.name}, {self.masking.rate}, "
             f"{self.masking.fingerprint}"
@@ -202,6 +206,7 @@ class PackedData:
         largest = recall(self.store.prefix, key) if kept else None
         if type(largest) is not int:
             firsts = range(0, self.table.num_rows, _BLOCK_ROWS)
+            firsts = firsts[::max(1, -(-len(firsts) // _MOST_BLOCKS))]
             largest = max((self._largest_of(first) for first in firsts), default=0)
             if kept:
                 remember(self.store.prefix, key, largest)
@@ -312,7 +317,8 @@ class PackedData:
             labels, masked, seed=self.seed, epoch=epoch, mask_id=special["mask"],
             vocab_size=self.store.vocab_size, all_special_ids=self.store.all_special_ids,
         )
-        # Only `whole_word` can outgrow the capacity, by a word of more than LONGEST_WORD tokens.
+        # A row that the capacity was not worked out from may outgrow it, and so may `whole_word`
+        # by a word of more than LONGEST_WORD tokens.
         capacity = self.capacity * max(1, -(-len(positions) // self.capacity))
         padding = (0, capacity - len(positions))
         return PackedBatch(
