@@ -244,7 +244,7 @@ def test_lies_that_agree_with_their_hashes(tmp_path):
 
 def test_an_id_beyond_the_vocabulary_is_never_handed_out(tmp_path):
     """`.bin` is too large to hash at each start, so its ids are checked as they are read."""
-    from train import data, score_tokens
+    from train import data, scoring
     from train.rows import row_tables
 
     write(tmp_path / "s", [[[7] * 30]] * 4, tokenizer=SmallTokenizer())
@@ -259,7 +259,7 @@ def test_an_id_beyond_the_vocabulary_is_never_handed_out(tmp_path):
         lambda: shard.tokens[np.array([1, 50])],
         lambda: shard.tokens[50],
         lambda: row_tables(opened, 16, 0.2),
-        lambda: list(score_tokens.score_shard(shard, None, 8, None)),
+        lambda: list(scoring.score_shard(shard, None, 8, None, 1 << 20)),
     ):
         with pytest.raises(DataError, match=r"s\.bin: token id 100 is not in the vocabulary"):
             read()
