@@ -31,6 +31,7 @@ from preprocess.store import (
     array_path,
     list_arrays,
     lock_array,
+    missing_arrays,
     open_array,
     write_array,
 )
@@ -184,13 +185,10 @@ def main(argv: list[str] | None = None) -> None:
         sources = open_inputs(store, shards, kind, need, getattr(args, need))
     with lock_array(store, args.name, "mask", args.shard_index):
         build(args, store, words, list(zip(shards, sources, strict=True)))
-    missing = [
-        path for shard in store.shards
-        if not (path := array_path(shard, args.name, "mask").with_suffix(".json")).is_file()
-    ]
+    missing = missing_arrays(store, args.name, "mask")
     if missing:
         print(f"{len(missing)} of {len(store.shards)} shards are to be made, the first: "
-              f"{missing[0].with_suffix('.npy')}")
+              f"{missing[0]}")
         return
     counted = [name for name in (args.name, args.match) if name]
     statistics = count_masks(store, counted, max_tokens=MAX_COUNTED)

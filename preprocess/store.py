@@ -1261,6 +1261,12 @@ def list_arrays(store: TokenStore, kind: str) -> list[str]:
     return sorted(set.intersection(*names))
 
 
+def missing_arrays(store: TokenStore, name: str, kind: str) -> list[Path]:
+    """Return the paths of array `name` of the shards that do not have it yet."""
+    paths = [array_path(shard, name, kind) for shard in store.shards]
+    return [path for path in paths if not _json_of(path).is_file()]
+
+
 def verify_store(prefix: str) -> tuple[TokenStore, int]:
     """Hash every byte of a store and of the arrays beside it.
 

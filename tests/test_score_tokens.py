@@ -21,6 +21,7 @@ from transformers import (
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import seal
+from preprocess.mask_index import iterate_blocks
 from preprocess.masks import Sequences, choose_selective
 from preprocess.progress import Progress
 from preprocess.store import StoreWriter, TokenStore, lock_array, open_array
@@ -245,7 +246,7 @@ def test_windows_and_blocks_cover_every_token_once(lengths, limit, block_tokens)
     assert [*starts, offsets[-1]] == [0, *ends]
     assert (ends > starts).all() and (ends - starts <= limit).all()
     assert set(offsets.tolist()) <= {0, *ends.tolist()}, "no window crosses a sentence"
-    blocks = list(scoring.cut_blocks(offsets, block_tokens))
+    blocks = [(block.start, block.stop) for block in iterate_blocks(offsets, block_tokens)]
     assert [i for a, b in blocks for i in range(a, b)] == list(range(len(lengths)))
     assert all(offsets[b] - offsets[a] <= block_tokens or b == a + 1 for a, b in blocks)
 

@@ -26,6 +26,7 @@ from preprocess.store import (
     TokenStore,
     array_path,
     lock_array,
+    missing_arrays,
     open_array,
     write_array,
 )
@@ -97,10 +98,10 @@ def main(argv: list[str] | None = None) -> None:
             f"scored already, {sum(shard.num_tokens for shard in todo):,} tokens to score")
         if todo and not config.dry_run:
             score(config, todo, tokenizer, made_by)
-    paths = [array_path(shard, config.name, "scores") for shard in store.shards]
-    missing = [path for path in paths if not path.with_suffix(".json").exists()]
+    missing = missing_arrays(store, config.name, "scores")
     if missing and writes:
-        say(f"{len(missing)} of {len(paths)} shards are to be scored, the first: {missing[0]}")
+        say(f"{len(missing)} of {len(store.shards)} shards are to be scored, the first: "
+            f"{missing[0]}")
 
 
 def score(

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from preprocess.errors import DataError
+from preprocess.mask_index import iterate_blocks
 from preprocess.progress import Progress
 from preprocess.store import Shard, ranges
 from train import engine
@@ -46,16 +47,6 @@ def cut_windows(offsets: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray
     number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     first, length, count = offsets[:-1][owner], lengths[owner], counts[owner]
     return first + number * length // count, first + (number + 1) * length // count
-
-
-def cut_blocks(offsets: np.ndarray, block_tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of sequences that hold about `block_tokens` tokens, at least one sequence."""
-    start = 0
-    while start < len(offsets) - 1:
-        end = int(np.searchsorted(offsets, offsets[start] + block_tokens, side="right")) - 1
-        end = max(end, start + 1)
-        yield start, end
-        start = end
 
 
 def to_log_odds(logits: np.ndarray) -> np.ndarray:
@@ -109,7 +100,7 @@ def score_shard(
     shard: Shard, runner: Runner, limit: int, progress: Progress, block_tokens: int
 ) -> Iterator[np.ndarray]:
     """Yield the log-odds of a shard block by block, float16, on every rank."""
-    for first, last in cut_blocks(shard.sequence_offsets, block_tokens):
-        start, end = shard.sequence_offsets[first], shard.sequence_offsets[last]
-        offsets = shard.sequence_offsets[first : last + 1] - start
-        yield score_block(shard.tokens[start:end], offsets, runner, limit, progress)
+    for block in iterate_blocks(shard.sequence_offsets, block_tokens):
+        offsets = shard.sequence_offsets[block.start : block.stop + 1]
+        tokens = shard.tokens[offsets[0] : offsets[-1]]
+        yield score_block(tokens, offsets - offsets[0], runner, limit, progress)
