@@ -21,20 +21,21 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
-from preprocess.mask_index import NEEDS, Inputs, choose_positions, iterate_blocks
-from preprocess.mask_statistics import Statistics, count_masks
-from preprocess.masks import STRATEGIES, WordTable, continuation_table, open_tokenizer
+from preprocess.masking import NEEDS, STRATEGIES, Inputs, choose_positions
 from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
     TokenStore,
     array_path,
+    iterate_blocks,
     list_arrays,
     lock_array,
     missing_arrays,
     open_array,
     write_array,
 )
+from preprocess.text.continuations import WordTable, continuation_table, open_tokenizer
+from preprocess.view.statistics import Statistics, count_masks
 
 NUM_TYPES = 15
 MAX_COUNTED = 10**9  # tokens whose statistics are printed; half a minute

@@ -26,28 +26,22 @@ import numpy as np
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
 from preprocess.files import atomic_write_bytes
-from preprocess.mask_index import iterate_blocks
-from preprocess.mask_origin import explain, explain_scores
-from preprocess.mask_page import format_page
-from preprocess.mask_statistics import Vocabulary, count_masks
-from preprocess.mask_tables import Table, make_tables
-from preprocess.mask_terminal import (
+from preprocess.masking import STREAM_SHOWN, counter_uniform
+from preprocess.store import Shard, TokenStore, iterate_blocks, list_arrays, open_array
+from preprocess.text.continuations import WordTable, find_continuations, open_tokenizer
+from preprocess.view.kinds import word_table
+from preprocess.view.origin import explain, explain_scores
+from preprocess.view.page import format_page
+from preprocess.view.pieces import Document, Opened, printable, read_documents
+from preprocess.view.statistics import Vocabulary, count_masks
+from preprocess.view.tables import Table, make_tables
+from preprocess.view.terminal import (
     Look,
     format_document,
     format_legend,
     format_paragraph,
     format_table,
 )
-from preprocess.masks import (
-    STREAM_SHOWN,
-    WordTable,
-    counter_uniform,
-    find_continuations,
-    open_tokenizer,
-)
-from preprocess.pieces import Document, Opened, printable, read_documents
-from preprocess.store import Shard, TokenStore, list_arrays, open_array
-from preprocess.words import word_table
 
 BLOCK_DOCUMENTS = 1 << 20
 

@@ -43,7 +43,6 @@ from preprocess.corpus import (
     resolve_path,
     source_kind,
 )
-from preprocess.encode import Encoded, join_encoded, prepare_backend
 from preprocess.errors import ConfigError, DataError, run_command, writing
 from preprocess.files import read_json
 from preprocess.progress import Progress, say
@@ -58,7 +57,8 @@ from preprocess.store import (
     tidy_store,
     verify_store,
 )
-from preprocess.word_cache import WordCache
+from preprocess.text.encode import Encoded, join_encoded, prepare_backend
+from preprocess.text.word_cache import WordCache
 
 BATCH_DOCUMENTS = 4096
 BATCH_CHARACTERS = 1 << 19  # of which a tokenizer makes 90 MB

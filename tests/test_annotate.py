@@ -17,10 +17,10 @@ from preprocess.corpus import load_task
 from preprocess.errors import ConfigError
 from preprocess.files import WriterLock
 from preprocess.store import StoreWriter, TokenStore, open_array
-from preprocess.words import STOP_WORDS
+from preprocess.text.stop_words import STOP_WORDS
 from train import annotate, engine
 from train.annotate import CRITERIA, MEASURES, find_important
-from train.importance import cut_to_fit
+from train.stages.importance import cut_to_fit
 
 
 def brute_force(confidence_of, sequence, full, delta, criterion):

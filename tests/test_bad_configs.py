@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from preprocess.errors import ConfigError, run_command
-from train import ds_schema, finetune, fit_scorer, pretrain
 from train import engine as ds
+from train import finetune, fit_scorer, pretrain
 from train.config import AnnotateConfig, ScoreConfig, TrainingConfig
+from train.engine import schema as ds_schema
 
 ZERO3 = {"stage": 3}
 ADAM = {"type": "AdamW"}

@@ -10,24 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from preprocess import masks
+from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, write_array
-from train import (
+from train import benchmark, data, engine, model
+from train.bench import (
     bare_loop,
     baselines,
-    benchmark,
-    benchmark_report,
-    data,
-    engine,
-    flops,
     maskings,
-    mlm,
-    model,
     throughput,
     whole_step,
 )
+from train.bench import (
+    tables as benchmark_report,
+)
 from train.config import BenchmarkConfig
+from train.model import flops
+from train.stages import masked_lm as mlm
 
 RATE = 0.3
 

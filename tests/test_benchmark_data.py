@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from preprocess.errors import ConfigError
-from preprocess.masks import STRATEGIES
+from preprocess.masking import STRATEGIES
 from preprocess.store import TokenStore
 from train import benchmark_data
 

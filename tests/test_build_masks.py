@@ -16,23 +16,18 @@ from hypothesis import strategies as st
 from preprocess import build_masks
 from preprocess.build_masks import main
 from preprocess.errors import ConfigError, DataError
-from preprocess.mask_index import Inputs, choose_positions, iterate_blocks
-from preprocess.mask_statistics import count_masks
-from preprocess.masks import (
-    STRATEGIES,
-    Sequences,
-    continuation_table,
-    find_candidates,
-    find_continuations,
-)
+from preprocess.masking import STRATEGIES, Inputs, Sequences, choose_positions, find_candidates
 from preprocess.store import (
     StoreWriter,
     TokenStore,
     array_path,
+    iterate_blocks,
     lock_array,
     open_array,
     write_array,
 )
+from preprocess.text.continuations import continuation_table, find_continuations
+from preprocess.view.statistics import count_masks
 
 ALL = sorted(STRATEGIES)
 OPTIONS = {"selective": ["--scores", "mr"], "selective_fill": ["--scores", "mr"]}

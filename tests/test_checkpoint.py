@@ -18,10 +18,11 @@ from test_pretrain import arguments, pretrained, weights, write_ds_config
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import file_sha256, seal
-from train import checkpoint, pretrain
 from train import engine as ds
-from train.checkpoint import MANIFEST, check_checkpoint, find_checkpoint
+from train import pretrain
 from train.config import PretrainConfig, TrainingConfig, parse
+from train.run_dir import checkpoint
+from train.run_dir.checkpoint import MANIFEST, check_checkpoint, find_checkpoint
 
 
 @pytest.fixture(scope="module")

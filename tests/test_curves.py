@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.curves import read_curves, run_rows
-from train.metrics import (
+from train.reports.curves import read_curves, run_rows
+from train.run_dir.metrics import (
     EVAL_LOSS,
     MASKED_FRACTION,
     TOKENS_PER_SECOND,

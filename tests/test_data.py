@@ -17,14 +17,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preprocess import masks
+from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import Shard, StoreWriter, TokenStore, write_array
 from train import data
-from train import rows as packing
-from train.data import Masking, PackedData
-from train.order import permute
-from train.rows import RowTable, make_tables, row_tables
+from train.data import Masking, PackedData, RowTable, make_tables, permute, row_tables
+from train.data import rows as packing
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # of `tiny_tokenizer`
 FIRST_WORD = 5

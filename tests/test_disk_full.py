@@ -349,8 +349,8 @@ def test_build_masks(small_disk, tiny_tokenizer):
 
 def test_metrics_and_tensorboard(small_disk):
     """Both logs stay readable up to the step before, and the run that goes on completes them."""
-    from train.metrics import GRAD_NORM, TRAIN_LOSS, MetricsWriter
     from train.report import read_curves
+    from train.run_dir.metrics import GRAD_NORM, TRAIN_LOSS, MetricsWriter
 
     def check(disk: Disk) -> None:
         run = disk.folder / "run"
@@ -394,7 +394,8 @@ def test_a_log_is_appended_to_whole_or_not_at_all(small_disk):
 def test_results(small_disk):
     from preprocess.corpus import Example, Task
     from train.finetune import write_lines
-    from train.results import finished_seeds, write_naive_bayes
+    from train.reports.results import finished_seeds
+    from train.stages.floors import write_naive_bayes
 
     examples = [Example(f"word{i % 7} " * 20, i % 2, None, str(i)) for i in range(60)]
     task = Task("t", ("a", "b"), {"train": examples, "test": examples})
@@ -441,8 +442,10 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
     from safetensors.torch import load_file
     from test_pretrain import arguments
 
-    from train import checkpoint, engine, finetune, metrics, pretrain, supervised
+    from train import engine, finetune, pretrain
     from train.config import PretrainConfig, parse
+    from train.run_dir import checkpoint, metrics
+    from train.stages import supervised
 
     disk = Disk(Path(folder), how, 24 << 20)
     shutil.copytree(Path(store).parent, disk.folder / "store")

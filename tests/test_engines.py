@@ -16,7 +16,7 @@ from test_tokenize import foreign
 from preprocess import tokenize_corpus
 from preprocess.errors import ConfigError
 from preprocess.store import TokenStore
-from train import metrics
+from train.run_dir import metrics
 
 EXTRA = "pip install -e '.[engines]' -c constraints.txt"
 TASKS = 3

@@ -12,8 +12,8 @@ import torch
 
 from preprocess.store import StoreWriter, TokenStore
 from train import data
-from train.example import NUM_TOKENS, Example, escape, spell
-from train.rows import row_tables
+from train.data import row_tables
+from train.stages.example import NUM_TOKENS, Example, escape, spell
 
 
 def held_out(store: TokenStore, micro_batch_size: int = 4, max_seq_length: int = 32):

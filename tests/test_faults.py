@@ -26,9 +26,10 @@ from test_pretrain import arguments, logged, write_ds_config
 from test_resume import assert_same_bits, states
 
 from preprocess.errors import StopRequested, run_command
-from train import metrics, pipeline
-from train.checkpoint import check_checkpoint, find_checkpoint
+from train import pipeline
 from train.config import PipelineConfig, parse
+from train.run_dir import metrics
+from train.run_dir.checkpoint import check_checkpoint, find_checkpoint
 
 STEPS = 6
 LIMIT = 2
@@ -119,7 +120,7 @@ FAULTY_STEP = 3
 def inject(kind: str, rank: int) -> None:
     """Let something happen to a rank in its third step, or to every rank (-1)."""
     from train import engine as ds
-    from train import mlm
+    from train.stages import masked_lm as mlm
 
     plain = mlm.train_step
 
@@ -140,9 +141,10 @@ def train(command: str, words: list[str], run_dir: str, fault: dict[str, Any]) -
     Args:
         fault: `kind` (none, operation, shard or one of `IN_STEP`), `number` and `rank`.
     """
-    from train import checkpoint, finetune, pretrain
     from train import engine as ds
+    from train import finetune, pretrain
     from train.config import PretrainConfig, parse
+    from train.run_dir import checkpoint
 
     counted: list[str] = []
     if fault["kind"].removesuffix(", others stuck") in IN_STEP:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from preprocess.corpus import Example
 from preprocess.errors import ConfigError, NonFiniteError, StopRequested
-from train import finetune, supervised
+from train import finetune
 from train.config import FinetuneConfig
 from train.engine import Ranks, Resolved
-from train.supervised import IGNORED, Examples, make_examples, rank_share, weighted_loss
+from train.stages import supervised
+from train.stages.examples import IGNORED, Examples, make_examples, rank_share, weighted_loss
 
 RAGGED = [[2, 9, 3], [2, 8, 7, 6, 3], [2, 3], [2, 5, 5, 3], [2, 4, 3]]
 

@@ -11,8 +11,8 @@ from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, open_array, write_array
 from train import fit_scorer
 from train.fit_scorer import NOT_ANNOTATED, Annotated
-from train.inference import Template
-from train.supervised import IGNORED
+from train.stages.examples import IGNORED
+from train.stages.inference import Template
 
 TEMPLATE = Template((2,), (), (3,), 0)
 

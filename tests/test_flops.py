@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from train import flops, model
+from train import model
+from train.model import flops
 
 
 def masked_lm(name: str) -> model.PackedMaskedLM:

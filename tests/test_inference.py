@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from preprocess.store import ranges
-from train.importance import EDGE, Query, explain
-from train.inference import IdLists, Runner, Template, budget_batches, one_by_one
 from train.model import first_slot_only
+from train.stages.importance import EDGE, Query, explain
+from train.stages.inference import IdLists, Runner, Template, budget_batches, one_by_one
 
 
 def test_worked_examples():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from train.intervals import paired_difference, student_quantiles
+from train.reports.intervals import paired_difference, student_quantiles
 
 
 def simulated(generator, shape, pretrain=0.0, finetune=0.0, item=1.0, mean=0.0) -> np.ndarray:

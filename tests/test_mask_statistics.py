@@ -7,8 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
-from preprocess import mask_statistics
-from preprocess.mask_statistics import (
+from preprocess.store import StoreWriter, TokenStore, write_array
+from preprocess.text.continuations import open_tokenizer
+from preprocess.text.stop_words import STOP_WORDS, is_stop_word
+from preprocess.view import statistics as mask_statistics
+from preprocess.view.kinds import KINDS, find_kinds, type_kinds
+from preprocess.view.statistics import (
     RATE_EDGES,
     SCORE_EDGES,
     IndexCounts,
@@ -16,10 +20,7 @@ from preprocess.mask_statistics import (
     count_masks,
     rank_types,
 )
-from preprocess.mask_tables import make_tables, share_of
-from preprocess.masks import open_tokenizer
-from preprocess.store import StoreWriter, TokenStore, write_array
-from preprocess.words import KINDS, STOP_WORDS, find_kinds, is_stop_word, type_kinds
+from preprocess.view.tables import make_tables, share_of
 
 UNKNOWN = 1
 

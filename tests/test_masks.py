@@ -13,21 +13,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess import masks
+from preprocess import masking as masks
 from preprocess.errors import ConfigError
-from preprocess.masks import (
+from preprocess.masking import (
     DRAWN,
     PREBUILT,
     STRATEGIES,
     Sequences,
-    continuation_table,
     corrupt,
     counter_uniform,
     draw_counts,
     find_candidates,
-    find_continuations,
     selective_limit,
 )
+from preprocess.text.continuations import continuation_table, find_continuations
 
 ALL = sorted(STRATEGIES)
 SPECIAL = (0, 3, 4)

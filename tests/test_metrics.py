@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from train import metrics
-from train.metrics import EVAL_LOSS, EXAMPLE, TRAIN_LOSS, MetricsWriter
+from train.run_dir import metrics
+from train.run_dir.metrics import EVAL_LOSS, EXAMPLE, TRAIN_LOSS, MetricsWriter
 
 
 def read_events(run_dir: Path):

@@ -10,8 +10,8 @@ import pytest
 
 from preprocess.errors import NonFiniteError
 from train import engine as ds
-from train import metrics
-from train.checkpoint import check_checkpoint
+from train.run_dir import metrics
+from train.run_dir.checkpoint import check_checkpoint
 
 STEPS = 4
 FAULTY_STEP = 3

@@ -7,7 +7,7 @@ import io
 import re
 from html.parser import HTMLParser
 
-from train.page import Picture, Table, as_csv, as_html, as_markdown, as_text
+from train.reports.page import Picture, Table, as_csv, as_html, as_markdown, as_text
 
 EVIL = '<script>alert("x")</script> | `a` *b* [c](javascript:d) & \'"'
 TABLE = Table("t", "A title", "A caption.", ("arm", "mean"), [

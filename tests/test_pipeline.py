@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from preprocess.errors import ConfigError
 from preprocess.store import TokenStore, open_array
-from train import data, metrics, pipeline
-from train.recipe import load_recipe
-from train.results import DIFFERENCE_COLUMNS, TABLE_COLUMNS
-from train.rows import RowTable, row_tables
+from train import data, pipeline
+from train.data import RowTable, row_tables
+from train.recipes.recipe import load_recipe
+from train.reports.results import DIFFERENCE_COLUMNS, TABLE_COLUMNS
+from train.run_dir import metrics
 
 RECIPE = pipeline.REPOSITORY / "train" / "recipes" / "custom.yaml"
 ARMS = {"none": "none", "random_matched": "random_matched-seed42", "selective": "selective-seed42"}

@@ -24,8 +24,10 @@ import csrc
 from preprocess.errors import ConfigError, DataError, NonFiniteError, StopRequested
 from preprocess.store import TokenStore, write_array
 from train import engine as ds
-from train import metrics, mlm, pretrain
+from train import pretrain
 from train.config import PretrainConfig, parse
+from train.run_dir import metrics
+from train.stages import masked_lm as mlm
 
 STEPS = 4
 

@@ -11,10 +11,11 @@ import pytest
 
 from preprocess import errors
 from preprocess.corpus import SOURCES, TASKS
-from preprocess.masks import STRATEGIES
+from preprocess.masking import STRATEGIES
 from preprocess.store import TokenStore, open_array
-from train import engine, metrics, model, pipeline
-from train.recipe import load_recipe
+from train import engine, model, pipeline
+from train.recipes.recipe import load_recipe
+from train.run_dir import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

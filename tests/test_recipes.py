@@ -22,7 +22,7 @@ from train.config import (
     ScoreConfig,
     parse,
 )
-from train.recipe import ARMS, MASK_FLAGS, TOKENIZE_FLAGS, load_recipe
+from train.recipes.recipe import ARMS, MASK_FLAGS, TOKENIZE_FLAGS, load_recipe
 
 RECIPES = sorted((pipeline.REPOSITORY / "train" / "recipes").glob("*.yaml"))
 CONFIGS = {
@@ -109,7 +109,7 @@ def test_recipes_of_the_paper_have_the_published_settings(name):
 
 
 def test_all_registered_strategies_are_arms():
-    from preprocess.masks import STRATEGIES
+    from preprocess.masking import STRATEGIES
 
     assert set(STRATEGIES) == set(ARMS) - {"none"}
 

@@ -11,7 +11,7 @@ import pytest
 
 from preprocess.errors import ConfigError, DataError
 from train import report
-from train.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
+from train.run_dir.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
 
 
 def pretrain_stage(strategy: str, seed: int, steps: int, seconds: float) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from preprocess.errors import DataError
-from train import results
+from train.reports import results
 
 
 def write_run(

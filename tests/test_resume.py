@@ -16,8 +16,10 @@ from forked_ranks import Server
 from test_pretrain import arguments, logged, pretrained
 
 from preprocess.errors import StopRequested
-from train import data, metrics, mlm
+from train import data
 from train import engine as ds
+from train.run_dir import metrics
+from train.stages import masked_lm as mlm
 
 STEPS = 6
 HALF = 3

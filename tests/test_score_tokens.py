@@ -21,13 +21,13 @@ from transformers import (
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import seal
-from preprocess.mask_index import iterate_blocks
-from preprocess.masks import Sequences, choose_selective
+from preprocess.masking import Sequences, choose_selective
 from preprocess.progress import Progress
-from preprocess.store import StoreWriter, TokenStore, lock_array, open_array
-from train import engine, score_tokens, scoring
-from train.inference import Runner, budget_batches, one_by_one, special_template
+from preprocess.store import StoreWriter, TokenStore, iterate_blocks, lock_array, open_array
+from train import engine, score_tokens
 from train.model import weights_fingerprint
+from train.stages import scoring
+from train.stages.inference import Runner, budget_batches, one_by_one, special_template
 
 WORDS = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["film", "##s", "good", "bad"]
 

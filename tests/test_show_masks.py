@@ -15,16 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocess import build_masks, mask_page, show_masks
+from preprocess import build_masks, show_masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import file_sha256
-from preprocess.mask_origin import RULES, explain
-from preprocess.mask_tables import Table
-from preprocess.mask_terminal import Look, format_document, format_table, mark_piece, text_width
-from preprocess.masks import STRATEGIES
-from preprocess.pieces import Document, Piece, Sequence, printable, read_sequence, split_text
+from preprocess.masking import STRATEGIES
 from preprocess.show_masks import draw_documents, find_word, main, take_documents
 from preprocess.store import StoreWriter, TokenStore, write_array
+from preprocess.view import page as mask_page
+from preprocess.view.origin import RULES, explain
+from preprocess.view.pieces import Document, Piece, Sequence, printable, read_sequence, split_text
+from preprocess.view.tables import Table
+from preprocess.view.terminal import Look, format_document, format_table, mark_piece, text_width
 
 ROOT = Path(show_masks.__file__).parents[1]
 WORDS = "the film is un ##believ ##able , and I ' m glad ( very ) <b> & don t . \x1b".split(" ")

@@ -244,8 +244,9 @@ def test_lies_that_agree_with_their_hashes(tmp_path):
 
 def test_an_id_beyond_the_vocabulary_is_never_handed_out(tmp_path):
     """`.bin` is too large to hash at each start, so its ids are checked as they are read."""
-    from train import data, scoring
-    from train.rows import row_tables
+    from train import data
+    from train.data import row_tables
+    from train.stages import scoring
 
     write(tmp_path / "s", [[[7] * 30]] * 4, tokenizer=SmallTokenizer())
     ids = bytearray((tmp_path / "s.bin").read_bytes())

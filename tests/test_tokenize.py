@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess import tokenize_corpus, train_tokenizer
-from preprocess.encode import cut_sentences, encode_batch, prepare_backend
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore
+from preprocess.text.encode import cut_sentences, encode_batch, prepare_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = [

@@ -25,8 +25,10 @@ from preprocess.corpus import Span, load_task, read_documents
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import atomic_write_json, seal
 from preprocess.store import TokenStore, open_array, write_array
-from train import model, recipe, results
-from train.rows import row_tables
+from train import model
+from train.data import row_tables
+from train.recipes import recipe
+from train.reports import results
 
 SNOOP = """
 import os

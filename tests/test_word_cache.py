@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocess import encode, train_tokenizer, word_cache
-from preprocess.encode import encode_batch, prepare_backend
-from preprocess.word_cache import WordCache
+from preprocess import train_tokenizer
+from preprocess.text import encode, word_cache
+from preprocess.text.encode import encode_batch, prepare_backend
+from preprocess.text.word_cache import WordCache
 
 TEXT = "The caf\u00e9, isn't it? \u65e5\u672c\u3002 \u201cQuite.\u201d It ends\u2026 3.14"
 # What could tell a word's neighbours from each other: marks, accents, spaces of many kinds.

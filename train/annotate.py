@@ -28,24 +28,12 @@ import numpy as np
 from preprocess.corpus import load_task, take_fixed
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import WriterLock, read_json
-from preprocess.masks import continuation_table, find_continuations
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, open_array
-from preprocess.words import is_stop_word
+from preprocess.text.continuations import continuation_table, find_continuations
+from preprocess.text.stop_words import is_stop_word
 from train import engine
 from train.config import AnnotateConfig, parse
-from train.importance import (
-    CRITERIA,
-    MEASURES,
-    Query,
-    encode_texts,
-    explain,
-    group_by_text,
-    match_labels,
-    plan_queries,
-)
-from train.importance import find_important as find_important  # where its callers look for it
-from train.inference import Runner, check_trained, special_template
 from train.model import (
     check_row_length,
     first_slot_only,
@@ -55,6 +43,17 @@ from train.model import (
     local_checkpoint,
     weights_fingerprint,
 )
+from train.stages.importance import (
+    CRITERIA,
+    MEASURES,
+    Query,
+    encode_texts,
+    explain,
+    group_by_text,
+    match_labels,
+    plan_queries,
+)
+from train.stages.inference import Runner, check_trained, special_template
 
 NOT_IMPORTANT, IMPORTANT, NOT_ANNOTATED = 0, 1, 255
 

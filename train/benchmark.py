@@ -32,13 +32,18 @@ from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
 from preprocess.progress import say
 from preprocess.store import TokenStore
-from train import baselines, benchmark_report, checkpoint, data, flops, maskings, mlm, model
+from train import data, model
 from train import engine as ds
-from train import throughput as speed
-from train import whole_step as whole
-from train.bare_loop import DTYPES, BareLoop
+from train.bench import baselines, maskings
+from train.bench import tables as benchmark_report
+from train.bench import throughput as speed
+from train.bench import whole_step as whole
+from train.bench.bare_loop import DTYPES, BareLoop
 from train.config import BenchmarkConfig, as_dict, parse
-from train.rows import RowTable, row_tables
+from train.data import RowTable, row_tables
+from train.model import flops
+from train.run_dir import checkpoint
+from train.stages import masked_lm as mlm
 
 BARE = "bare"
 EQUAL = " ="  # ends the names of the rows with equally many masked tokens

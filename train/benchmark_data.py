@@ -31,17 +31,16 @@ import numpy as np
 from preprocess import store as stores
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
-from preprocess.mask_index import NEEDS, Inputs, choose_positions
-from preprocess.mask_statistics import count_masks
-from preprocess.masks import STRATEGIES, continuation_table, open_tokenizer
+from preprocess.masking import NEEDS, STRATEGIES, Inputs, choose_positions
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
+from preprocess.text.continuations import continuation_table, open_tokenizer
+from preprocess.view.statistics import count_masks
 from train import data
-from train.checkpoint import environment
-from train.order import permute
-from train.page import Table, as_text
-from train.rows import row_tables
-from train.throughput import peak_gib, reset_peak, spread
+from train.bench.throughput import peak_gib, reset_peak, spread
+from train.data import permute, row_tables
+from train.reports.page import Table, as_text
+from train.run_dir.folder import environment
 
 BLOCK = 1 << 20  # tokens made at once
 VOCAB_SIZE = 30_000

@@ -28,14 +28,15 @@ import torch
 from preprocess import corpus
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
-from preprocess.masks import Sequences, choose_selective, find_candidates
+from preprocess.masking import Sequences, choose_selective, find_candidates
 from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
-from train import engine, importance, model, scoring
-from train.checkpoint import environment
-from train.inference import Counts, Runner, check_trained, one_by_one, special_template
-from train.page import Table, as_text
-from train.throughput import spread, synchronize, turns
+from train import engine, model
+from train.bench.throughput import spread, synchronize, turns
+from train.reports.page import Table, as_text
+from train.run_dir.folder import environment
+from train.stages import importance, scoring
+from train.stages.inference import Counts, Runner, check_trained, one_by_one, special_template
 
 PUBLISHED, ALONE, OURS = "published", "one a pass", "selmask"
 PUBLISHED_ROWS = 32

@@ -25,10 +25,20 @@ from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import atomic_write_bytes
 from preprocess.progress import say
-from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start
-from train.metrics import (
+from train.model import (
+    check_row_length,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    local_checkpoint,
+    weights_fingerprint,
+)
+from train.run_dir.checkpoint import find_checkpoint
+from train.run_dir.folder import check_run_dir, identity_digest, prepare_run_dir
+from train.run_dir.hf_folder import read_lineage, save_hf
+from train.run_dir.metrics import (
     EVAL_ACCURACY,
     EVAL_LOSS,
     EVAL_MACRO_F1,
@@ -36,29 +46,16 @@ from train.metrics import (
     TEST_MACRO_F1,
     MetricsWriter,
 )
-from train.model import (
-    check_row_length,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-    local_checkpoint,
-    read_lineage,
-    save_hf,
-    weights_fingerprint,
-)
-from train.supervised import (
-    Examples,
+from train.stages.examples import Examples, make_examples
+from train.stages.scores import accuracy, macro_f1, softmax
+from train.stages.supervised import (
     Progressed,
-    accuracy,
     describe_plan,
     fit,
     hyperparameters,
-    macro_f1,
-    make_examples,
     predict,
     remove_resume_state,
     resolve,
-    softmax,
 )
 
 SPLITS = ("train", "validation", "test")

@@ -25,11 +25,8 @@ from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import atomic_write_json, read_json
 from preprocess.progress import say
 from preprocess.store import TokenStore, open_array
-from train.checkpoint import check_run_dir, find_checkpoint, identity_digest, prepare_run_dir
 from train.config import FitScorerConfig, parse
 from train.engine import barrier, finish, is_main, start
-from train.inference import Template, special_template
-from train.metrics import EVAL_F1, EVAL_LOSS, short_path
 from train.model import (
     check_row_length,
     check_same_vocabulary,
@@ -37,20 +34,19 @@ from train.model import (
     load_scorer,
     load_tokenizer,
     local_checkpoint,
-    read_lineage,
-    save_hf,
     weights_fingerprint,
 )
-from train.supervised import (
-    IGNORED,
-    Examples,
-    average_precision,
-    best_threshold,
+from train.run_dir.checkpoint import find_checkpoint
+from train.run_dir.folder import check_run_dir, identity_digest, prepare_run_dir
+from train.run_dir.hf_folder import read_lineage, save_hf
+from train.run_dir.metrics import EVAL_F1, EVAL_LOSS, short_path
+from train.stages.examples import IGNORED, Examples, make_examples
+from train.stages.inference import Template, special_template
+from train.stages.scores import average_precision, best_threshold, precision_recall_f1
+from train.stages.supervised import (
     describe_plan,
     fit,
     hyperparameters,
-    make_examples,
-    precision_recall_f1,
     remove_resume_state,
     resolve,
 )

@@ -26,11 +26,14 @@ from preprocess.errors import ConfigError, NonFiniteError, StopRequested, run_co
 from preprocess.files import read_json
 from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
-from train import checkpoint, data, flops, metrics, mlm, model
+from train import data, model
 from train import engine as ds
 from train.config import PretrainConfig, parse
-from train.example import Example
-from train.rows import RowTable, row_tables
+from train.data import RowTable, row_tables
+from train.model import flops
+from train.run_dir import checkpoint, metrics
+from train.stages import masked_lm as mlm
+from train.stages.example import Example
 
 
 @dataclass

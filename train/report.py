@@ -21,7 +21,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
 from preprocess.files import atomic_write_bytes
-from train.curves import (
+from train.reports.curves import (
     RUN_COLUMNS,
     Curves,
     event_folders,
@@ -30,8 +30,8 @@ from train.curves import (
     short_name,
     without_events,
 )
-from train.page import Picture, Table, as_csv, as_html, as_markdown, as_text
-from train.results import (
+from train.reports.page import Picture, Table, as_csv, as_html, as_markdown, as_text
+from train.reports.results import (
     DIFFERENCE_COLUMNS,
     TABLE_COLUMNS,
     Arm,
@@ -307,7 +307,7 @@ def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Pictur
         import matplotlib
     except ImportError:
         return [], ["No figures: matplotlib is not installed (pip install 'selmask[plot]')."]
-    from train import figures
+    from train.reports import figures
 
     matplotlib.use("Agg")
     drawn = [

@@ -30,9 +30,8 @@ from preprocess.store import (
     open_array,
     write_array,
 )
-from train import engine, scoring
+from train import engine
 from train.config import ScoreConfig, parse
-from train.inference import Runner, check_trained, special_template
 from train.model import (
     check_row_length,
     check_same_vocabulary,
@@ -42,6 +41,8 @@ from train.model import (
     local_checkpoint,
     weights_fingerprint,
 )
+from train.stages import scoring
+from train.stages.inference import Runner, check_trained, special_template
 
 
 def is_made(shard: Shard, name: str, made_by: dict[str, Any], overwrite: bool) -> bool:

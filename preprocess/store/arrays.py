@@ -1,0 +1,283 @@
+"""Arrays beside a shard, one value per token or position: names, dtypes, writing, reading."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.errors import ConfigError, DataError, writing
+from preprocess.files import (
+    WriterLock,
+    json_bytes,
+    remove_leftovers,
+    seal,
+    sync,
+    temporary_path,
+    write_all,
+    write_whole,
+)
+from preprocess.store.layout import (
+    FORMAT_VERSION,
+    NPY_HEADER_BYTES,
+    check_content,
+    map_file,
+    npy_header,
+    read_sealed,
+)
+from preprocess.store.reader import Shard, TokenStore
+
+ARRAYS: dict[str, np.dtype[Any]] = {
+    "scores": np.dtype("<f2"),
+    "importance": np.dtype("u1"),
+    "mask": np.dtype("<u4"),
+}
+ARRAY_MAKERS = {
+    "scores": "train/score_tokens.py",
+    "importance": "train/annotate.py",
+    "mask": "preprocess/build_masks.py",
+}
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def array_path(shard: Shard, name: str, kind: str) -> Path:
+    """Return where the array is: `P.NAME.KIND.npy`, or `P.importance.npy` (name "")."""
+    return prefix_array_path(shard.prefix, name, kind)
+
+
+def prefix_array_path(prefix: str, name: str, kind: str) -> Path:
+    if kind not in ARRAYS:
+        raise DataError(f"array kind {kind!r}: known are {', '.join(ARRAYS)}")
+    if kind == "importance" and not name:  # a store of annotated texts has one annotation
+        return Path(f"{prefix}.{kind}.npy")
+    if not _NAME.fullmatch(name):
+        raise DataError(f"array name {name!r}: letters, digits, - and _ are allowed")
+    return Path(f"{prefix}.{name}.{kind}.npy")
+
+
+def json_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def lock_array(
+    store: TokenStore, name: str, kind: str, shard_index: int | None = None
+) -> ExitStack:
+    """Take the sole right to write an array beside one shard of a store, and clean up for it.
+
+    Args:
+        shard_index: which shard, from 0, so that processes may work at several of them at once;
+            None takes all of them.
+    Returns:
+        The locks, as a context manager.
+    Raises:
+        ConfigError: another process writes it, or there are more shards than files may be open.
+    """
+    shards = store.shards if shard_index is None else [store.shards[shard_index]]
+    with ExitStack() as locks:
+        for path in (array_path(shard, name, kind) for shard in shards):
+            try:
+                locks.enter_context(WriterLock(path.with_suffix("")))
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                raise ConfigError(
+                    f"{store.prefix}: {len(shards):,} shards are too many to lock at once "
+                    f"({error.strerror}); give --shard_index, or raise `ulimit -n`"
+                ) from None
+            remove_leftovers(path, json_of(path))
+        return locks.pop_all()
+
+
+def write_array(
+    shard: Shard,
+    name: str,
+    kind: str,
+    array: np.ndarray | Iterable[np.ndarray],
+    info: dict[str, Any],
+) -> Path:
+    """Write an array beside a shard, atomically; its JSON comes last. See `lock_array`.
+
+    Args:
+        array: `(T,)` for scores and importance, `(M,)` for mask, of the dtype in `ARRAYS`; or
+            blocks of it in order, so that a large one never sits in memory.
+        info: what made it; kept in the JSON with the store's fingerprint and the count.
+    Raises:
+        DataError: wrong dtype or length; mask positions that do not ascend or leave the shard.
+        DiskFullError: there is no room; an old array stays.
+    """
+    path = array_path(shard, name, kind)
+    try:
+        stage_array(path, shard.num_tokens, shard.fingerprint, name, kind, array, info)
+        publish_array(path)
+    except BaseException:
+        for staged in (path, json_of(path)):
+            temporary_path(staged).unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+    return path
+
+
+def stage_array(
+    path: Path,
+    num_tokens: int,
+    fingerprint: str,
+    name: str,
+    kind: str,
+    array: np.ndarray | Iterable[np.ndarray],
+    info: dict[str, Any],
+) -> None:
+    """Write and sync an array and its JSON under temporary names."""
+    dtype = ARRAYS[kind]
+    count, last, digest = 0, -1, hashlib.sha256()
+    blocks = [array] if isinstance(array, np.ndarray) else array
+    with open(temporary_path(path), "wb", buffering=0) as stream:
+        if kind != "mask":  # its size is known: a full disk is said before the work is done
+            num_bytes = NPY_HEADER_BYTES + num_tokens * dtype.itemsize
+            with writing(path, num_bytes):
+                _reserve(stream, num_bytes)
+        stream.seek(NPY_HEADER_BYTES)
+        for block in blocks:
+            last = _check_block(path, num_tokens, kind, block, last)
+            data = np.ascontiguousarray(block, dtype).tobytes()
+            with writing(path, len(data)):
+                write_all(stream, data)
+            digest.update(data)
+            count += len(block)
+        if kind != "mask" and count != num_tokens:
+            raise DataError(
+                f"{path}: {count:,} values for the {num_tokens:,} tokens of its store; one a "
+                f"token is needed"
+            )
+        stream.seek(0)
+        with writing(path, NPY_HEADER_BYTES):
+            write_all(stream, npy_header(dtype, count))
+            os.fsync(stream.fileno())
+    entry = {
+        **info,
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "kind": kind,
+        "count": count,
+        "sha256": digest.hexdigest(),
+        "store_fingerprint": fingerprint,
+    }
+    write_whole(temporary_path(json_of(path)), json_bytes(seal(entry)), json_of(path))
+
+
+def _reserve(stream: Any, num_bytes: int) -> None:
+    """Take the room for a file now, where the system can."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(stream.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+
+
+def publish_array(path: Path) -> None:
+    json_of(path).unlink(missing_ok=True)
+    os.replace(temporary_path(path), path)
+    os.replace(temporary_path(json_of(path)), json_of(path))
+
+
+def _check_block(path: Path, num_tokens: int, kind: str, block: np.ndarray, last: int) -> int:
+    if block.ndim != 1 or block.dtype != ARRAYS[kind]:
+        raise DataError(f"{path}: {block.dtype} {block.shape}; one row of {ARRAYS[kind]} is needed")
+    if kind != "mask" or not len(block):
+        return last
+    wide = block.astype(np.int64)
+    if wide[0] <= last or (np.diff(wide) <= 0).any():
+        raise DataError(f"{path}: mask positions must ascend strictly")
+    if wide[-1] >= num_tokens:
+        raise DataError(f"{path}: position {wide[-1]} of {num_tokens} tokens")
+    return int(wide[-1])
+
+
+def open_array(
+    shard: Shard, name: str, kind: str, verify: bool = False
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Map an array beside a shard, read-only, and return it with its JSON.
+
+    Its content is hashed when it is opened first, and again only if the file has changed; with
+    `verify` in any case.
+
+    Raises:
+        DataError: absent (says which command makes it), made for another store, or damaged.
+    """
+    path = array_path(shard, name, kind)
+    json_path = json_of(path)
+    if not json_path.is_file() or not path.is_file():
+        missing = path if json_path.is_file() else json_path
+        raise DataError(f"{missing}: no whole array here; {ARRAY_MAKERS[kind]} makes it")
+    again = f"make it again with {ARRAY_MAKERS[kind]}"
+    info = read_sealed(json_path, again)
+    if info.get("store_fingerprint") != shard.fingerprint:
+        raise DataError(
+            f"{path}: made for the store {info.get('store_fingerprint')}, but {shard.prefix} is "
+            f"{shard.fingerprint}; {again}"
+        )
+    count, dtype = info.get("count"), ARRAYS[kind]
+    if type(count) is not int or count < 0 or not isinstance(info.get("sha256"), str):
+        raise DataError(f"{json_path}: entries are missing or of the wrong type; {again}")
+    with open(path, "rb") as stream:
+        header = stream.read(NPY_HEADER_BYTES)
+        status = os.fstat(stream.fileno())
+    size = NPY_HEADER_BYTES + count * dtype.itemsize
+    if header != npy_header(dtype, count) or status.st_size != size:
+        raise DataError(
+            f"{path}: {status.st_size:,} bytes, or their header, are not those of {count:,} values "
+            f"of {dtype} that {json_path} says; {again}"
+        )
+    if count != shard.num_tokens and (kind != "mask" or count > shard.num_tokens):
+        raise DataError(f"{path}: {count} values for {shard.num_tokens} tokens; {again}")
+    check_content(shard.prefix, path, NPY_HEADER_BYTES, info["sha256"], verify, again=again)
+    return map_file(str(path), dtype, count, NPY_HEADER_BYTES), info
+
+
+def _array_names(shard: Shard, kind: str) -> set[str]:
+    prefix, suffix = Path(shard.prefix).name + ".", f".{kind}.json"
+    names = set()
+    for path in Path(shard.prefix).parent.iterdir():
+        name = path.name[len(prefix) : -len(suffix)]
+        if path.name.startswith(prefix) and path.name.endswith(suffix):
+            if _NAME.fullmatch(name) and path.with_suffix(".npy").is_file():
+                names.add(name)
+    return names
+
+
+def list_arrays(store: TokenStore, kind: str) -> list[str]:
+    """Return the sorted names of the arrays of a kind that every shard has whole."""
+    names = [_array_names(shard, kind) for shard in store.shards]
+    return sorted(set.intersection(*names))
+
+
+def missing_arrays(store: TokenStore, name: str, kind: str) -> list[Path]:
+    """Return the paths of array `name` of the shards that do not have it yet."""
+    paths = [array_path(shard, name, kind) for shard in store.shards]
+    return [path for path in paths if not json_of(path).is_file()]
+
+
+def verify_store(prefix: str) -> tuple[TokenStore, int]:
+    """Hash every byte of a store and of the arrays beside it.
+
+    Returns:
+        The store, and how many arrays it has.
+    Raises:
+        DataError: naming the first file that is not as it was written.
+    """
+    store, num_arrays = TokenStore.open(prefix, verify=True), 0
+    for shard in store.shards:
+        arrays = [(name, kind) for kind in ARRAYS for name in sorted(_array_names(shard, kind))]
+        if json_of(array_path(shard, "", "importance")).is_file():
+            arrays.append(("", "importance"))
+        for name, kind in arrays:
+            open_array(shard, name, kind, verify=True)
+        num_arrays += len(arrays)
+    return store, num_arrays

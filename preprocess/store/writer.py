@@ -1,0 +1,487 @@
+"""Write a token store: one shard by one process, then the JSON that joins the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.errors import ConfigError, DataError, writing
+from preprocess.files import (
+    WriterLock,
+    atomic_write_json,
+    file_sha256,
+    fingerprint_text,
+    json_bytes,
+    remove_leftovers,
+    seal,
+    sync,
+    temporary_path,
+    write_whole,
+)
+from preprocess.store.arrays import json_of, prefix_array_path, publish_array, stage_array
+from preprocess.store.layout import (
+    BLOCK_ENTRIES,
+    FORMAT_VERSION,
+    HEADER,
+    MAGIC,
+    MAX_SHARD_TOKENS,
+    MAX_VOCAB,
+    OUR_DTYPE,
+    SPECIAL_NAMES,
+    same_files,
+    shard_prefix,
+)
+from preprocess.store.reader import read_store_json
+
+# To wait for others that join the same shards. Each takes milliseconds, but they may be thousands.
+JOIN_SECONDS = 60.0
+
+
+def check_vocabulary(tokenizer: Any) -> int:
+    """Return the number of ids of a tokenizer; more than 65,536 is a `DataError`."""
+    size = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+    if size > MAX_VOCAB:
+        raise DataError(
+            f"tokenizer {tokenizer.name_or_path!r} has {size:,} ids, but a token store keeps "
+            f"16-bit ids: at most {MAX_VOCAB:,}; choose one with a smaller vocabulary"
+        )
+    return size
+
+
+def describe_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
+    """Save a tokenizer in `folder` (must not exist) and return what `P.json` says about it."""
+    vocab_size = check_vocabulary(tokenizer)
+    tokenizer.save_pretrained(str(folder))
+    files = {p.name: file_sha256(p) for p in sorted(Path(folder).iterdir()) if p.is_file()}
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_NAMES}
+    return {
+        "name": str(tokenizer.name_or_path),
+        "vocab_size": vocab_size,
+        "files": files,
+        "special_ids": {name: int(i) for name, i in ids.items() if i is not None},
+        "all_special_ids": sorted({int(i) for i in tokenizer.all_special_ids}),
+    }
+
+
+def _install_folder(temporary: Path, folder: Path, files: dict[str, str]) -> None:
+    """Move a saved tokenizer into place unless the same one is there (several shards share it)."""
+    # Nobody reads an old one, so this needs no lock.
+    remove_leftovers(folder, mark="old")
+    for _ in range(3):
+        if same_files(folder, files):
+            shutil.rmtree(temporary, ignore_errors=True)
+            return
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        try:
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(temporary, folder)
+        except OSError:  # another shard was faster; look again at what it put there
+            continue
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+        return
+    raise DataError(f"{folder}: cannot be replaced; remove it and run again")
+
+
+class StoreWriter:
+    """Write one store, or one shard of a store, atomically.
+
+    Args:
+        prefix: of the whole store, also when `shard` is given.
+        tokenizer: a transformers fast tokenizer; saved beside the store.
+        options: what made the ids; kept in the JSON, compared on a rerun.
+        shard: `(index, count)`, or None for a store of one piece.
+        overwrite: replace what is there. The old store stays whole until `close` has written and
+            synced everything and only renames.
+        lock: of what is written, if the caller holds it already and goes on holding it.
+    Raises:
+        DataError: a vocabulary above 65,536, or a store that is there already.
+        ConfigError: another writer.
+        DiskFullError: from any method; nothing is left behind.
+
+    Used as a context manager, an exception inside leaves nothing behind.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        tokenizer: Any,
+        options: dict[str, Any],
+        shard: tuple[int, int] | None = None,
+        overwrite: bool = False,
+        lock: WriterLock | None = None,
+    ) -> None:
+        if shard is not None and not 0 <= shard[0] < shard[1] <= 99999:
+            raise DataError(f"shard {shard[0]} of {shard[1]}: the index counts from 0")
+        self._vocab_size = check_vocabulary(tokenizer)
+        self.store_prefix, self.options, self.shard = str(prefix), options, shard
+        self.prefix = shard_prefix(self.store_prefix, *shard) if shard else self.store_prefix
+        self._bin, self._idx, self._json = (
+            Path(f"{self.prefix}.{ending}") for ending in ("bin", "idx", "json")
+        )
+        self._tokenizer_tmp = temporary_path(Path(self.prefix + ".tokenizer"))
+        self._arrays: list[tuple[str, str, np.ndarray, dict[str, Any]]] = []
+        self._stream: Any = None
+        self._done = False
+        self._index: _IndexWriter | None = None
+        self.num_tokens = 0
+        self._hash = hashlib.sha256()
+        if not overwrite:
+            _refuse_other_counts(self.store_prefix, shard[1] if shard else 1)
+        # A store of one piece under this prefix would be a second writer. Nothing is locked for
+        # this look unless somebody is there: a thousand shards may start at once.
+        if shard is not None and os.path.exists(f"{self.store_prefix}.lock"):
+            WriterLock(self.store_prefix, wait_seconds=1.0).release()
+        self._lock = WriterLock(self.prefix) if lock is None else lock
+        self._owns_lock = lock is None
+        try:
+            remove_store_leftovers(self.prefix)
+            if not overwrite and not self._lock.interrupted:
+                self._refuse_existing()
+            with writing(self.store_prefix + ".tokenizer"):
+                self._tokenizer = describe_tokenizer(tokenizer, self._tokenizer_tmp)
+            with writing(self._bin):
+                self._stream = open(temporary_path(self._bin), "wb", buffering=1 << 20)
+            self._index = _IndexWriter(self._idx)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _refuse_existing(self) -> None:
+        if self._json.exists():
+            raise DataError(
+                f"{self.prefix}.json: a token store is there already; "
+                f"give another --output, or --overwrite"
+            )
+        if self._bin.exists() and self.shard is None:  # a shard is ours, and was not finished
+            raise DataError(
+                f"{self.prefix}.bin: a store without {self.prefix}.json is there; take it in with "
+                f"tokenize_corpus.py --adopt, or replace it with --overwrite"
+            )
+
+    def add_document(self, sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
+        """Append one document: its sequences, each one array-like of ids."""
+        arrays = [np.asarray(s) for s in sequences]
+        lengths = [len(a) for a in arrays]
+        arrays = [a for a in arrays if len(a)]  # an empty list would turn the ids into floats
+        flat = np.concatenate(arrays) if arrays else np.empty(0, np.uint16)
+        self.add_flat(flat, lengths, [len(lengths)])
+
+    def add_flat(
+        self,
+        tokens: np.ndarray,
+        sequence_lengths: Sequence[int] | np.ndarray,
+        document_lengths: Sequence[int] | np.ndarray,
+    ) -> None:
+        """Append several documents at once.
+
+        Args:
+            tokens: ids of all of them, `(T,)`, any integer dtype.
+            sequence_lengths: tokens in each sequence, `(N,)`; they add up to `T`.
+            document_lengths: sequences in each document, `(D,)`; they add up to `N`.
+        Raises:
+            DataError: an id outside the vocabulary, or a shard of 2^32 tokens.
+        """
+        tokens = np.asarray(tokens)
+        lengths = np.asarray(sequence_lengths, dtype=np.int64)
+        documents = np.asarray(document_lengths, dtype=np.int64)
+        assert tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer), tokens.dtype
+        assert lengths.sum() == len(tokens) and documents.sum() == len(lengths)
+        assert (lengths >= 0).all() and (lengths < 1 << 31).all() and (documents >= 0).all()
+        # Checked before the cast: numpy wraps silently.
+        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= self._vocab_size):
+            wrong = tokens[(tokens < 0) | (tokens >= self._vocab_size)][0]
+            raise DataError(
+                f"{self.prefix}.bin: token id {wrong} is not in the vocabulary "
+                f"(0 to {self._vocab_size - 1}); the ids are of another tokenizer"
+            )
+        if self.num_tokens + len(tokens) > MAX_SHARD_TOKENS:
+            raise DataError(
+                f"{self.prefix}.bin: a shard holds fewer than 2^32 tokens; give more --num_shards"
+            )
+        data = tokens.astype("<u2").tobytes()
+        with writing(self._bin, len(data)):
+            self._stream.write(data)
+        self._hash.update(data)
+        assert self._index is not None
+        self._index.add(lengths, documents)
+        self.num_tokens += len(tokens)
+
+    def add_array(self, name: str, kind: str, array: np.ndarray, info: dict[str, Any]) -> None:
+        """Put an array beside the store, in the moment in which that becomes whole.
+
+        Args:
+            array: as for `write_array`, of the tokens that are there when the writer is closed.
+        """
+        path = prefix_array_path(self.prefix, name, kind)
+        remove_leftovers(path, json_of(path))
+        self._arrays.append((name, kind, array, info))
+
+    def close(self, extra_counts: dict[str, int] | None = None) -> None:
+        """Put the store in place; the JSON comes last. The last shard writes `P.json` too."""
+        try:
+            with writing(self._bin, self.num_tokens * 2):
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+                self._stream.close()
+            assert self._index is not None
+            info = self._describe(self._index.close(), extra_counts or {})
+            write_whole(temporary_path(self._json), json_bytes(seal(info)), self._json)
+            arrays: list[Path] = []
+            for name, kind, array, made_by in self._arrays:
+                path = prefix_array_path(self.prefix, name, kind)
+                arrays.append(path)
+                stage_array(path, self.num_tokens, info["fingerprint"], name, kind, array, made_by)
+            self._publish(arrays)
+            if self.shard is not None:
+                join_shards(self.store_prefix, self.shard[1], (self.prefix, info["fingerprint"]))
+        except BaseException:
+            self.abort()
+            raise
+        self._end()
+
+    def _describe(self, idx_sha256: str, extra_counts: dict[str, int]) -> dict[str, Any]:
+        bin_sha256 = self._hash.hexdigest()
+        assert self._index is not None
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokenizer": {**self._tokenizer, "folder": f"{Path(self.store_prefix).name}.tokenizer"},
+            "counts": {
+                **extra_counts,
+                "tokens": self.num_tokens,
+                "sequences": self._index.num_sequences,
+                "documents": self._index.num_documents,
+            },
+            "options": self.options,
+            "bin_sha256": bin_sha256,
+            "idx_sha256": idx_sha256,
+            "fingerprint": fingerprint_text(
+                FORMAT_VERSION,
+                bin_sha256,
+                idx_sha256,
+                self._tokenizer["vocab_size"],
+                self._tokenizer["all_special_ids"],
+                sorted(self._tokenizer["files"].items()),
+            ),
+        }
+
+    def _publish(self, arrays: list[Path]) -> None:
+        # Everything is written; from here there are only renames. Until the JSON is in place,
+        # neither the shard nor the store counts as whole.
+        for path in (self._json, Path(self.store_prefix + ".json")):
+            path.unlink(missing_ok=True)
+        folder = Path(self.store_prefix + ".tokenizer")
+        _install_folder(self._tokenizer_tmp, folder, self._tokenizer["files"])
+        for path in (self._bin, self._idx):
+            os.replace(temporary_path(path), path)
+        for path in arrays:
+            publish_array(path)
+        sync(self._json.parent)
+        os.replace(temporary_path(self._json), self._json)
+        sync(self._json.parent)
+
+    def abort(self) -> None:
+        """Remove what was written and give up the prefix; what was there before stays."""
+        if self._done:
+            return
+        if self._stream is not None:
+            with suppress(OSError):  # on a full disk closing tries to write once more
+                self._stream.close()
+        if self._index is not None:
+            self._index.abort()
+        arrays = [prefix_array_path(self.prefix, name, kind) for name, kind, _, _ in self._arrays]
+        for path in (self._bin, self._idx, self._json, *arrays, *map(json_of, arrays)):
+            temporary_path(path).unlink(missing_ok=True)
+        shutil.rmtree(self._tokenizer_tmp, ignore_errors=True)
+        self._end()
+
+    def _end(self) -> None:
+        self._done = True
+        if self._owns_lock:
+            self._lock.release()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        if kind is not None:
+            self.abort()
+        elif not self._done:
+            self.close()
+
+
+def _refuse_other_counts(prefix: str, count: int) -> None:
+    """Refuse to begin a store of `count` shards where there are some of another number.
+
+    `P.json` says how many there are; before it is written, any shard does.
+    """
+    if os.path.exists(prefix + ".json"):
+        return  # and what is refused then is the caller's to say
+    folder, name = Path(prefix).parent, re.escape(Path(prefix).name)
+    shard = re.compile(name + r"-\d{5}-of-(\d{5})\.json")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found = shard.fullmatch(path.name)
+        if found and int(found[1]) != count:
+            raise ConfigError(
+                f"{path}: one of {int(found[1])} shards, and this is to be one of {count}; type "
+                f"--num_shards {int(found[1])}, give another --output, or remove the old shards"
+            )
+
+
+def tidy_store(prefix: str) -> None:
+    """Remove what killed writers left beside a whole store or shard, unless one is at work."""
+    with suppress(ConfigError, OSError):  # such as a disk that may only be read
+        with WriterLock(prefix):
+            remove_store_leftovers(prefix)
+
+
+def remove_store_leftovers(prefix: str) -> None:
+    """Remove what killed writers of a store or shard left behind; for the holder of its lock."""
+    endings = ("bin", "idx", "json", "tokenizer", "memo.json")
+    remove_leftovers(*(f"{prefix}.{ending}" for ending in endings))
+    remove_leftovers(f"{prefix}.tokenizer", mark="old")
+
+
+class _IndexWriter:
+    """Write `P.idx` under its temporary name, in little memory: a long text has 10^8 sequences.
+
+    Lengths go straight to their place behind the header, documents to a file beside it until the
+    number of sequences is known. Both begin with the name that `remove_leftovers` knows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.temporary = path, temporary_path(path)
+        self._side = self.temporary.with_name(f"{self.temporary.name}-documents")
+        self.num_sequences = self.num_documents = 0
+        self._streams: list[Any] = []
+        with writing(path):
+            for name in (self.temporary, self._side):
+                self._streams.append(open(name, "w+b", buffering=1 << 20))
+        self._lengths, self._documents = self._streams
+        self._lengths.write(bytes(HEADER.size))
+        self._documents.write(bytes(8))
+
+    def add(self, lengths: np.ndarray, documents: np.ndarray) -> None:
+        """Append tokens of each sequence, `(N,)` int64, and sequences of each document, `(D,)`."""
+        ends = self.num_sequences + np.cumsum(documents)
+        with writing(self._path, 4 * len(lengths) + 8 * len(ends)):
+            self._lengths.write(lengths.astype("<i4").tobytes())
+            self._documents.write(ends.astype("<i8").tobytes())
+        self.num_sequences += len(lengths)
+        self.num_documents += len(documents)
+
+    def close(self) -> str:
+        """Write what is missing and sync the file; return its sha256."""
+        with writing(self._path, 8 * (self.num_sequences + self.num_documents + 1)):
+            start = 0
+            for number in range(0, self.num_sequences, BLOCK_ENTRIES):
+                count = min(BLOCK_ENTRIES, self.num_sequences - number)
+                self._lengths.seek(HEADER.size + 4 * number)
+                lengths = np.frombuffer(self._lengths.read(4 * count), "<i4").astype(np.int64)
+                ends = start + np.cumsum(lengths)
+                self._lengths.seek(HEADER.size + 4 * self.num_sequences + 8 * number)
+                self._lengths.write((2 * (ends - lengths)).astype("<i8").tobytes())
+                start = int(ends[-1])
+            self._lengths.seek(HEADER.size + 12 * self.num_sequences)
+            self._documents.seek(0)
+            shutil.copyfileobj(self._documents, self._lengths, 1 << 20)
+            self._lengths.seek(0)
+            counts = (self.num_sequences, self.num_documents + 1)
+            self._lengths.write(HEADER.pack(MAGIC, 1, OUR_DTYPE, *counts))
+            self._lengths.flush()
+            os.fsync(self._lengths.fileno())
+        self.abort(keep=True)
+        return file_sha256(self.temporary)
+
+    def abort(self, keep: bool = False) -> None:
+        """Close the files, and remove them but for one that is to be kept."""
+        for stream in self._streams:
+            with suppress(OSError):  # on a full disk closing tries to write once more
+                stream.close()
+        self._side.unlink(missing_ok=True)
+        if not keep:
+            self.temporary.unlink(missing_ok=True)
+
+
+def join_shards(prefix: str, count: int, made: tuple[str, str] | None = None) -> str:
+    """Write `P.json` if all `count` shards are whole and alike; else return what it waits for.
+
+    No shard is read beyond its JSON. Any number of processes may do this at once: each comes after
+    its own shard is whole, so the last of them finds all. While a store is replaced shard by shard,
+    old and new shards stand side by side for a while: that is no error here.
+
+    Args:
+        made: prefix and fingerprint of the shard that the caller has just made, whose part in a
+            `P.json` of another process is all that it must see to.
+    Raises:
+        ConfigError: another process has been writing a store of one piece here all the while.
+    """
+    waiting, joined = _describe_shards(prefix, count)
+    if waiting or _has_content(prefix, joined):
+        return waiting  # most of them only look, and lock nothing
+    with WriterLock(prefix, JOIN_SECONDS):
+        if made is not None and _is_joined(prefix, *made):
+            return ""
+        remove_leftovers(prefix + ".json")
+        waiting, joined = _describe_shards(prefix, count)
+        if not waiting:
+            atomic_write_json(prefix + ".json", joined)
+        return waiting
+
+
+def _has_content(prefix: str, info: dict[str, Any]) -> bool:
+    with suppress(DataError, FileNotFoundError):
+        return read_store_json(prefix) == info
+    return False
+
+
+def _is_joined(prefix: str, shard: str, fingerprint: str) -> bool:
+    with suppress(DataError, FileNotFoundError):
+        shards = read_store_json(prefix).get("shards", [])
+        return {"name": Path(shard).name, "fingerprint": fingerprint} in shards
+    return False
+
+
+def _describe_shards(prefix: str, count: int) -> tuple[str, dict[str, Any]]:
+    """Return what a store of shards waits for, or "" and what its `P.json` is to hold."""
+    prefixes = [shard_prefix(prefix, i, count) for i in range(count)]
+    missing = [p for p in prefixes if not os.path.exists(p + ".json")]
+    infos = []
+    for path in prefixes if not missing else ():
+        try:
+            infos.append(read_store_json(path))
+        except (DataError, FileNotFoundError):
+            if os.path.exists(path + ".json"):
+                raise
+            missing = [path]  # another process has just begun to replace it
+            break
+    if missing:
+        return f"{len(missing)} of {count} shards are to be made, the first is {missing[0]}", {}
+    for path, info in zip(prefixes, infos, strict=True):
+        for key in ("tokenizer", "options"):
+            if info.get(key) != infos[0].get(key):
+                return f"{path} was made with other {key} than {prefixes[0]}", {}
+    counts: dict[str, int] = {}
+    for info in infos:
+        for key, value in info["counts"].items():
+            counts[key] = counts.get(key, 0) + value
+    prints = [info["fingerprint"] for info in infos]
+    return "", seal({
+        "format_version": FORMAT_VERSION,
+        "tokenizer": infos[0]["tokenizer"],
+        "options": infos[0]["options"],
+        "counts": counts,
+        "shards": [
+            {"name": Path(p).name, "fingerprint": f} for p, f in zip(prefixes, prints, strict=True)
+        ],
+        "fingerprint": fingerprint_text(*prints),
+    })

@@ -1,0 +1,1 @@
+"""What is known about tokenizers: encoding, word boundaries, stop words."""

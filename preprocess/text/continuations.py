@@ -1,0 +1,173 @@
+"""Which tokens continue a word, for WordPiece and byte-level BPE tokenizers."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.errors import ConfigError, DataError
+
+# How a token may begin (first line) and end (both), as far as words are concerned; each of these
+# has a sample to put before the tokenizer's own pre-tokenizer. `_ENDING` is a whole token that
+# makes a suffix with an apostrophe ("s" of "'s"), `_SUFFIX` one with the apostrophe ("'s").
+_LETTER, _NUMBER, _OTHER, _ENDING = range(4)
+_WHITE, _SPACE, _APOSTROPHE, _SUFFIX = range(4, 8)
+_SAMPLES = ("a", "1", "!", "s", "\n", " ", "'", "'s")
+# Three more: a token that continues nothing (as an end: that nothing continues); one that begins
+# inside a character, and so continues whatever is before it; one that holds only the tail of a
+# character, and so ends as the token with its head does.
+_STARTS, _CONTINUES, _INHERITS = range(8, 11)
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """Which ids continue a word: how each id begins and ends, and which ends and begins join.
+
+    first, last: kind of each id's beginning and end, `(V,)` uint8.
+    joins: True where a token that begins with kind j continues one that ends with kind i,
+        `(kinds, kinds)` bool, indexed `[i, j]`.
+    """
+
+    first: np.ndarray
+    last: np.ndarray
+    joins: np.ndarray
+
+
+def find_continuations(
+    tokens: np.ndarray, offsets: np.ndarray, table: WordTable
+) -> np.ndarray:
+    """Tell which tokens continue the word of the token before; a sequence's first never does.
+
+    Args:
+        tokens: token ids, `(T,)` uint16.
+        offsets: start of each sequence in `tokens`, and the end, `(B+1,)` int64.
+        table: from `continuation_table`.
+    Returns:
+        `(T,)` bool.
+    """
+    continues = np.zeros(len(tokens), dtype=bool)
+    last = table.last[tokens]
+    # A token that holds only the tail bytes of a character ends as the token with its head does.
+    owner = np.where(last == _INHERITS, 0, np.arange(len(tokens)))
+    last = last[np.maximum.accumulate(owner)]
+    continues[1:] = table.joins[last[:-1], table.first[tokens[1:]]]
+    starts = offsets[:-1]
+    continues[starts[starts < len(tokens)]] = False
+    return continues
+
+
+def open_tokenizer(folder: str | Path) -> Any:
+    """Open a saved tokenizer as a `tokenizers.Tokenizer`, which loads at once.
+
+    Raises:
+        DataError: no `tokenizer.json` in the folder, or a broken one.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; make the token store again")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise DataError(f"{path}: not a tokenizer ({error}); make the store again") from None
+
+
+def continuation_table(tokenizer: Any) -> WordTable:
+    """Read off a tokenizer which of its ids continue a word.
+
+    WordPiece: the ids written with its prefix (`##`); exact. Byte-level BPE (RoBERTa, ModernBERT):
+    a token continues a word when the tokenizer's own pre-tokenizer keeps the end of the token
+    before and the beginning of this one in one piece, by kind of character: letters with letters,
+    digits with digits, the rest with the rest, never across a leading space. Not exact where two
+    ids cannot tell: runs of white space, and characters of which a token holds the first byte.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers, or the `tokenizers.Tokenizer` inside one.
+    Raises:
+        ConfigError: for any other kind of tokenizer.
+    """
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    backend = json.loads(tokenizer.to_str())
+    model = backend["model"]
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    added = np.array([token["id"] for token in backend["added_tokens"]], dtype=np.int64)
+    size = max(vocabulary.values()) + 1
+    first = np.full(size, _STARTS, dtype=np.uint8)
+    last = np.full(size, _OTHER, dtype=np.uint8)
+    joins = np.zeros((_INHERITS + 1, _INHERITS + 1), dtype=bool)
+    joins[:, _CONTINUES] = True
+    if model["type"] == "WordPiece":
+        prefix = model["continuing_subword_prefix"]
+        first[[i for name, i in vocabulary.items() if name.startswith(prefix)]] = _CONTINUES
+    elif model["type"] == "BPE" and "ByteLevel" in json.dumps(backend["pre_tokenizer"]):
+        split = tokenizer.pre_tokenizer.pre_tokenize_str
+        to_byte = _byte_level_alphabet()
+        for name, i in vocabulary.items():
+            if name and all(character in to_byte for character in name):
+                first[i], last[i] = _token_kinds(bytes(to_byte[c] for c in name), split)
+        for end, end_sample in enumerate(_SAMPLES):
+            for begin in (_LETTER, _NUMBER, _OTHER, _ENDING):
+                joins[end, begin] = len(split(end_sample + _SAMPLES[begin])) == 1
+    else:
+        raise ConfigError(
+            f"whole words are known for WordPiece and byte-level BPE tokenizers, and this one is "
+            f"{model['type']}; use another masking strategy, such as random"
+        )
+    # Added tokens are cut out of the text before words are looked for.
+    first[added], last[added] = _STARTS, _STARTS
+    return WordTable(first, last, joins)
+
+
+def _token_kinds(raw: bytes, split: Callable[[str], list]) -> tuple[int, int]:
+    """How a byte-level token begins and ends; `split` is the pre-tokenizer."""
+    tail = 0
+    while tail < len(raw) and raw[tail] & 0xC0 == 0x80:
+        tail += 1
+    if tail == len(raw):
+        return _CONTINUES, _INHERITS
+    text = raw[tail:].decode("utf-8", errors="ignore")
+    head = raw[tail + len(text.encode()) :]
+    if head:  # a character cut off: the kind of the one with A1 for each missing byte
+        missing = (head[0] >= 0xC0) + (head[0] >= 0xE0) + (head[0] >= 0xF0) + 1 - len(head)
+        text += (head + b"\xa1" * missing).decode("utf-8", errors="replace")
+    if tail:
+        first = _CONTINUES
+    elif text[0].isspace():
+        first = _STARTS
+    elif text.isalpha() and len(split("'" + text)) == 1:
+        first = _ENDING
+    else:
+        first = _character_kind(text[0])
+    if text[-1] == " ":
+        return first, _SPACE
+    if text == "'":
+        return first, _APOSTROPHE
+    if text[0] == "'" and text[1:].isalpha() and len(split(text + "a")) > 1:
+        return first, _SUFFIX  # nothing continues it: "'sa" is "'s" and "a"
+    return first, _character_kind(text[-1])
+
+
+def _character_kind(character: str) -> int:
+    if character.isspace():
+        return _WHITE
+    category = unicodedata.category(character)[0]
+    return {"L": _LETTER, "N": _NUMBER}.get(category, _OTHER)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary, and that byte.
+
+    Printable Latin-1 bytes stand for themselves; the other 68 are the characters from 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(256 + i): byte for i, byte in enumerate(hidden)})
+    return alphabet

@@ -1,0 +1,30 @@
+"""What kind of word a token is: stop word, punctuation, or any other.
+
+Decided once for every id of a vocabulary, so that a store of any size is counted without a look
+at its text. Letters: `T` tokens, `B` sequences, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+STOP_WORDS = frozenset(
+    """
+    a an the this that these those
+    i me my mine myself we us our ours ourselves you your yours yourself yourselves
+    he him his himself she her hers herself it its itself they them their theirs themselves
+    who whom whose which what
+    am is are was were be been being have has had having do does did doing
+    will would shall should can could may might must
+    and or as if while because so than then
+    of at by for with about between into through during before after to from in on over under
+    here there when where how both each other some any such same
+    s ll re ve d m
+    """.split()
+)
+"""Words of English that carry no opinion by themselves. Negators and contrasts (no, not, never,
+nor, t of don't, without, but, against, few, only, too, very, ...) are left out on purpose: they
+turn an opinion round, and a usual list would forbid that they ever be important."""
+
+
+def is_stop_word(word: str) -> bool:
+    """Whether a whole word is in `STOP_WORDS`; byte-level vocabularies write 's with its mark."""
+    return word.strip().strip("'\u2019").lower() in STOP_WORDS

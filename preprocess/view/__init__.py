@@ -1,0 +1,1 @@
+"""Masks as a person looks at them: pieces, statistics, tables, terminal, page."""

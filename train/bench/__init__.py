@@ -1,0 +1,1 @@
+"""How training loops are measured and compared."""

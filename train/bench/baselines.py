@@ -1,0 +1,279 @@
+"""What selmask's speed is compared with: masked-LM training as Hugging Face's `run_mlm.py` does it.
+
+The same model in transformers' own classes, the same texts, as many rows a step. `run_mlm.py` makes
+them into rows in two ways, and each is trained as it comes and with a patch of ten lines:
+
+    transformers-grouped  texts as `[CLS] ... [SEP]`, one after the other, cut every S tokens; the
+                          remainder of every 1,000 texts is dropped; attention across texts
+    transformers-lines    `--line_by_line`: a text a row, cut off at S, padded to the longest of its
+                          batch
+    gather-...            the same, with logits of the masked slots alone (`gather_loss`)
+
+Masks and padding are `DataCollatorForLanguageModeling`'s. The loop is `Trainer`'s, which itself
+needs a package that selmask does not: `DataLoader` in the training process, fused AdamW, gradients
+clipped, linear schedule, in 16 bit autocast with fp32 weights. The loss is looked at after every
+micro batch, as `Trainer` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from preprocess.store import TokenStore
+from train import engine as ds
+from train.bench.throughput import synchronize
+from train.model import PackedMaskedLM
+
+BASELINES = ("transformers-grouped", "transformers-lines", "gather-grouped", "gather-lines")
+TEXTS_A_MAP = 1000  # texts that `datasets` hands to `group_texts` at once
+Batch = dict[str, torch.Tensor]
+LossFunction = Callable[[PackedMaskedLM, Batch], torch.Tensor]
+
+
+# --------------------------------------------------------------------------------------- rows
+
+
+def draw_texts(store: TokenStore, seed: int) -> Iterator[np.ndarray]:
+    """The documents of a store in random order, once: `(n,)` uint16 each."""
+    bounds = [shard.sequence_offsets[shard.document_offsets] for shard in store.shards]
+    first = np.cumsum([0, *(len(ends) - 1 for ends in bounds)])
+    for number in np.random.default_rng(seed).permutation(first[-1]):
+        s = int(np.searchsorted(first, number, side="right")) - 1
+        start, end = bounds[s][number - first[s]:][:2]
+        if end > start:
+            yield store.shards[s].tokens[start:end]
+
+
+def _wrap(store: TokenStore, text: np.ndarray) -> list[int]:
+    return [store.special_ids["cls"], *text.tolist(), store.special_ids["sep"]]
+
+
+def grouped_rows(
+    store: TokenStore, max_seq_length: int, num_rows: int, seed: int
+) -> list[list[int]]:
+    """Ids of rows as `run_mlm.py` makes them by default: all of `max_seq_length` tokens."""
+    rows: list[list[int]] = []
+    joined: list[int] = []
+    for number, text in enumerate(draw_texts(store, seed), 1):
+        joined += _wrap(store, text)
+        whole = len(joined) - len(joined) % max_seq_length
+        rows += [joined[at:at + max_seq_length] for at in range(0, whole, max_seq_length)]
+        joined = [] if number % TEXTS_A_MAP == 0 else joined[whole:]
+        if len(rows) >= num_rows:
+            break
+    return rows[:num_rows] or [joined]
+
+
+def line_rows(store: TokenStore, max_seq_length: int, num_rows: int, seed: int) -> list[list[int]]:
+    """Ids of rows as `run_mlm.py --line_by_line` makes them: a text each, cut off."""
+    rows = []
+    for text in draw_texts(store, seed):
+        rows.append(_wrap(store, text[:max_seq_length - 2]))
+        if len(rows) == num_rows:
+            break
+    return rows
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """One optimizer step: for each micro batch `input_ids`, `attention_mask`, `labels`, `(B, L)`.
+
+    `L` is the longest row of the micro batch; labels are -100 where nothing is masked.
+    """
+
+    micro_batches: list[Batch]
+
+    @property
+    def slots(self) -> int:
+        return sum(batch["input_ids"].numel() for batch in self.micro_batches)
+
+    @property
+    def tokens(self) -> int:
+        """Slots that are not padding."""
+        return sum(int(batch["attention_mask"].sum()) for batch in self.micro_batches)
+
+    @property
+    def masked(self) -> int:
+        return sum(int((batch["labels"] != -100).sum()) for batch in self.micro_batches)
+
+    def text_tokens(self, all_special_ids: tuple[int, ...]) -> int:
+        """Tokens that are not special."""
+        special = torch.tensor(all_special_ids)
+        masked = [batch["labels"] != -100 for batch in self.micro_batches]
+        rest = [batch["input_ids"][~where] for batch, where in
+                zip(self.micro_batches, masked, strict=True)]
+        return self.masked + sum(int((~torch.isin(ids, special)).sum()) for ids in rest)
+
+
+def make_batches(
+    store: TokenStore, rows: list[list[int]], *, micro_batch_size: int, accumulation_steps: int,
+    mlm_probability: float, seed: int, pin_memory: bool = False,
+) -> Iterator[TextBatch]:
+    """Endless batches, as `Trainer` makes them in its own process: the waiting is the work.
+
+    Args:
+        rows: ids of each, from `grouped_rows` or `line_rows`.
+    """
+    from datasets import Dataset
+    from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+
+    rows = rows * -(-micro_batch_size // len(rows))  # at least one micro batch
+    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir)
+    special = set(store.all_special_ids)
+    dataset = Dataset.from_dict({
+        "input_ids": rows,
+        "attention_mask": [[1] * len(row) for row in rows],
+        "special_tokens_mask": [[int(token in special) for token in row] for row in rows],
+    })
+    loader: Any = torch.utils.data.DataLoader(
+        dataset, batch_size=micro_batch_size, shuffle=True, pin_memory=pin_memory,  # type: ignore
+        collate_fn=DataCollatorForLanguageModeling(
+            tokenizer=tokenizer, mlm_probability=mlm_probability
+        ),
+        generator=torch.Generator().manual_seed(seed), drop_last=True,
+    )
+    micro_batches: list[Batch] = []
+    while True:
+        for batch in loader:
+            micro_batches.append({key: batch[key] for key in
+                                  ("input_ids", "attention_mask", "labels")})
+            if len(micro_batches) == accumulation_steps:
+                yield TextBatch(micro_batches)
+                micro_batches = []
+
+
+# --------------------------------------------------------------------------------------- loss
+
+
+def full_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
+    """The mean loss as the model of transformers computes it."""
+    return module.hf(**batch).loss
+
+
+def gather_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
+    """The same, with logits of the masked slots alone."""
+    family, hf = module.family, module.hf
+    hidden = family.encoder(hf)(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).last_hidden_state
+    labels = batch["labels"].flatten()
+    masked = labels != -100
+    logits = family.logits(hf, hidden.flatten(0, 1)[masked])
+    return functional.cross_entropy(logits, labels[masked])
+
+
+LOSSES: dict[str, LossFunction] = {"transformers": full_loss, "gather": gather_loss}
+
+
+def head_seconds(
+    module: PackedMaskedLM, batch: TextBatch, loss_name: str, loop: TrainerLoop
+) -> float:
+    """Seconds of the MLM head and the loss alone, forward and backward, on a step's rows."""
+    family, hf, total = module.family, module.hf, 0.0
+    for micro_batch in batch.micro_batches:
+        micro_batch = loop.on_device(micro_batch)
+        labels = micro_batch["labels"].flatten()
+        with torch.no_grad(), loop.autocast():
+            hidden = family.encoder(hf)(
+                input_ids=micro_batch["input_ids"], attention_mask=micro_batch["attention_mask"]
+            ).last_hidden_state.flatten(0, 1)
+        hidden.requires_grad_()
+        synchronize()
+        start = time.perf_counter()
+        with loop.autocast():
+            if loss_name == "gather":
+                masked = labels != -100
+                logits, labels = family.logits(hf, hidden[masked]), labels[masked]
+            else:
+                logits = family.logits(hf, hidden)
+            loss = functional.cross_entropy(logits, labels)
+        torch.autograd.grad(loss, [hidden, *head_parameters(module)])
+        synchronize()
+        total += time.perf_counter() - start
+    return total
+
+
+def head_parameters(module: PackedMaskedLM) -> list[torch.Tensor]:
+    """The weights of the MLM head that learn, the shared embedding included."""
+    return [tensor for tensor in module.head().tensors().values() if tensor.requires_grad]
+
+
+# --------------------------------------------------------------------------------------- loop
+
+
+@dataclass
+class TrainerLoop:
+    """The step of `Trainer` on one rank.
+
+    Attributes:
+        module: trained in fp32, in 16 bit under autocast.
+        resolved: where rate, decay, clipping and precision come from.
+        total_steps: at which the rate reaches 0.
+    """
+
+    module: PackedMaskedLM
+    resolved: ds.Resolved
+    device: torch.device
+    total_steps: int
+    loss_sum: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        from transformers import get_linear_schedule_with_warmup
+
+        self.module.to(self.device).train()
+        given = self.resolved.config["optimizer"]["params"]
+        groups = ds.parameter_groups(self.module, given["weight_decay"])
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=given["lr"], betas=(0.9, 0.999), eps=1e-8, fused=True
+        )
+        self.schedule = get_linear_schedule_with_warmup(self.optimizer, 0, self.total_steps)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.resolved.precision == "fp16"
+        )
+        self.loss_sum = torch.zeros((), device=self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Where forward passes run."""
+        if self.resolved.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.float16 if self.resolved.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype)
+
+    def on_device(self, batch: Batch) -> Batch:
+        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+
+    def step(
+        self, batch: TextBatch, loss_of: LossFunction, lap: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Take one optimizer step.
+
+        Args:
+            lap: called after each part: "forward", "backward", "optimizer".
+        """
+        for micro_batch in batch.micro_batches:
+            with self.autocast():
+                loss = loss_of(self.module, self.on_device(micro_batch))
+            lap("forward")
+            loss = loss / len(batch.micro_batches)
+            self.scaler.scale(loss).backward()
+            loss = loss.detach()
+            # Trainer's `logging_nan_inf_filter`, on by default.
+            if not (torch.isnan(loss) or torch.isinf(loss)):
+                self.loss_sum += loss
+            lap("backward")
+        self.scaler.unscale_(self.optimizer)
+        clip = self.resolved.config["gradient_clipping"]
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        self.module.zero_grad()
+        lap("optimizer")

@@ -1,0 +1,283 @@
+"""Measuring loops that take turns: what a step counts, where its time goes, what follows from it.
+
+A `Row` of the benchmark's table is a loop: batches and what is done with one. Rows take turns over
+rounds, each round begun by another one, so that a machine whose speed drifts favours none. A turn
+is one step that is not counted (its batch was made during the turn of another), the counted steps,
+and one more that is taken apart: the device is waited for after each of its parts, which would slow
+the counted ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from preprocess.progress import Progress
+from train import engine as ds
+from train.model import StepFlops
+from train.run_dir import metrics
+
+PARTS = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one step processed, over all ranks.
+
+    Attributes:
+        tokens: slots that are not padding; masked: of them, masked ones; text_tokens: of them,
+            those that are not special; slots: with padding; rows: that the model saw.
+    """
+
+    tokens: int
+    masked: int
+    text_tokens: int
+    slots: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One loop of the table.
+
+    Attributes:
+        name, kind: what it is, and of which group: "strategy", "equal", "bare" or "baseline".
+        batches: one a step, without end; asking for the next one is waiting for the loader.
+        step: takes an optimizer step; calls its second argument after each of `PARTS`.
+        count: what a batch holds.
+        head_seconds: time of the MLM head and loss alone on a batch, forward and backward.
+        standing: name of the model that trains here; rows may share one.
+    """
+
+    name: str
+    kind: str
+    batches: Iterator[Any]
+    step: Callable[[Any, Callable[[str], None]], Any]
+    count: Callable[[Any], Counts]
+    head_seconds: Callable[[Any], float]
+    standing: str
+
+
+@dataclass
+class Measured:
+    """Steps of one row.
+
+    Attributes:
+        seconds, waited: of each counted step, and of that for the loader.
+        counts: of each counted step.
+        apart: seconds of `PARTS`, "loader" and "head" of the steps taken apart.
+        peak_gib: largest memory of one rank, without the models of other rows.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+    counts: list[Counts] = field(default_factory=list)
+    apart: list[dict[str, float]] = field(default_factory=list)
+    peak_gib: float = 0.0
+
+
+def synchronize() -> None:
+    """Wait for this rank's GPU, if it has one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Laps:
+    """Adds up the time between calls, by the name that the call gives."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        synchronize()
+        self._last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+
+def no_laps(part: str) -> None:
+    """For steps that are counted."""
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+def resident_gib() -> float:
+    """Memory in use now: of the GPU, or of the process without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**30
+    return _status_gib("VmRSS")
+
+
+def reset_peak() -> bool:
+    """Let `peak_gib` begin anew; False where the kernel of a machine without GPU refuses that."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_gib() -> float:
+    """The most memory since `reset_peak`: of the GPU, or of the process without one."""
+    return metrics.peak_memory_gib() if torch.cuda.is_available() else _status_gib("VmHWM")
+
+
+def _status_gib(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 2**20  # KiB
+    return 0.0
+
+
+# -------------------------------------------------------------------------------------- turns
+
+
+def turns(names: list[str], rounds: int) -> Iterator[str]:
+    """Whose turn it is: every name once a round, each round begun by another one."""
+    progress = Progress(rounds * len(names), "turn", len(names), label="benchmark")
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            yield name
+            progress.update(1, name)
+    progress.close()
+
+
+def warm_up(row: Row, steps: int) -> float:
+    """Take steps that are not counted; the result is by how many GiB memory has grown."""
+    before = resident_gib()
+    for _ in range(steps):
+        row.step(next(row.batches), no_laps)
+    return max(0.0, resident_gib() - before)
+
+
+def take_turn(row: Row, measured: Measured, timed_steps: int, foreign_gib: float) -> None:
+    """Take the steps of one turn.
+
+    Args:
+        foreign_gib: memory that is not this row's: the states of other models.
+    """
+    row.step(next(row.batches), no_laps)
+    ds.barrier()
+    reset_peak()
+    for _ in range(timed_steps):
+        start = time.perf_counter()
+        batch = next(row.batches)
+        waited = time.perf_counter() - start
+        row.step(batch, no_laps)
+        measured.seconds.append(time.perf_counter() - start)
+        measured.waited.append(waited)
+        measured.counts.append(row.count(batch))
+    measured.peak_gib = max(measured.peak_gib, peak_gib() - foreign_gib)
+    laps = Laps()
+    batch = next(row.batches)
+    laps("loader")
+    row.step(batch, laps)
+    measured.apart.append({**laps.seconds, "head": row.head_seconds(batch)})
+
+
+def measure(
+    rows: list[Row], rounds: int, timed_steps: int, standing_gib: dict[str, float]
+) -> dict[str, Measured]:
+    """Let the rows take turns; collective. The result is that of all ranks.
+
+    Args:
+        rows: warmed up.
+        standing_gib: memory of each model that trains.
+    """
+    measured = {row.name: Measured() for row in rows}
+    by_name = {row.name: row for row in rows}
+    for name in turns(list(by_name), rounds):
+        row = by_name[name]
+        foreign = sum(gib for model, gib in standing_gib.items() if model != row.standing)
+        take_turn(row, measured[name], timed_steps, foreign)
+    for one in measured.values():
+        everyone = ds.gather_objects(one)
+        # A step is over when the slowest rank has ended it.
+        one.seconds = np.max([rank.seconds for rank in everyone], axis=0).tolist()
+        one.waited = np.mean([rank.waited for rank in everyone], axis=0).tolist()
+        one.peak_gib = max(rank.peak_gib for rank in everyone)
+    return measured
+
+
+# ------------------------------------------------------------------------------------ figures
+
+
+def spread(values: Any) -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
+    p20, median, p80 = np.percentile(values, [20, 50, 80])
+    return {"median": float(median), "p20": float(p20), "p80": float(p80)}
+
+
+def total(measured: Measured, name: str) -> int:
+    """Sum of one of the `Counts` over the counted steps."""
+    return sum(getattr(counts, name) for counts in measured.counts)
+
+
+def round_rates(measured: Measured, rounds: int) -> np.ndarray:
+    """Tokens a second in each round, `(rounds,)` float64."""
+    tokens = np.reshape([counts.tokens for counts in measured.counts], (rounds, -1))
+    return tokens.sum(axis=1) / np.reshape(measured.seconds, (rounds, -1)).sum(axis=1)
+
+
+def shares(measured: Measured) -> dict[str, float]:
+    """Percent of a step's time: in the loader, the head, the optimizer, and elsewhere.
+
+    The loader's is that of the counted steps. The others come from the steps taken apart: the
+    optimizer with clipping and reduction; the head, measured again on the same rows, forward and
+    backward; the rest is the encoder, and what the loop does beside it.
+    """
+    apart = {name: sum(one.get(name, 0.0) for one in measured.apart)
+             for name in (*PARTS, "head")}
+    whole = max(sum(apart[part] for part in PARTS), 1e-12)
+    loader = sum(measured.waited) / sum(measured.seconds)
+    optimizer, head = ((1 - loader) * apart[name] / whole for name in ("optimizer", "head"))
+    head = min(head, 1 - loader - optimizer)  # measured apart, it may come out longer than it was
+    rest = 1 - loader - optimizer - head
+    found = {"loader": loader, "head": head, "optimizer": optimizer, "rest": rest}
+    return {name: 100 * share for name, share in found.items()}
+
+
+def summarise(row: Row, measured: Measured, flops: StepFlops, peak: float) -> dict[str, Any]:
+    """The figures of one row; rates are mean counts of a step over the median step.
+
+    Args:
+        peak: operations a second of all devices together.
+    """
+    step = spread(measured.seconds)
+    steps = len(measured.seconds)
+    tokens, masked = total(measured, "tokens") / steps, total(measured, "masked") / steps
+    return {
+        "name": row.name,
+        "kind": row.kind,
+        "masked_rate": total(measured, "masked") / max(total(measured, "text_tokens"), 1),
+        "masked_per_step": masked,
+        "tokens_per_second": tokens / step["median"],
+        "tokens_per_second_p20": tokens / step["p80"],
+        "tokens_per_second_p80": tokens / step["p20"],
+        "rows_per_second": total(measured, "rows") / steps / step["median"],
+        "masked_tokens_per_second": masked / step["median"],
+        "step_ms": {name: 1000 * value for name, value in step.items()},
+        "filled_percent": 100 * total(measured, "tokens") / total(measured, "slots"),
+        "mfu_percent": 100 * flops.of(tokens, masked) / step["median"] / peak,
+        "share_percent": shares(measured),
+        "peak_memory_gib": measured.peak_gib,
+        "counted_steps": steps,
+    }
+
+
+def speed_over(one: Measured, other: Measured, rounds: int) -> dict[str, float]:
+    """Tokens a second over those of another row, round by round."""
+    return spread(round_rates(one, rounds) / round_rates(other, rounds))

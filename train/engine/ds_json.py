@@ -1,0 +1,225 @@
+"""The DeepSpeed JSON: read it, fill "auto", settle batch size, precision and schedule."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preprocess.errors import ConfigError
+from train.config import TrainingConfig
+from train.engine import schema as ds_schema
+
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+DEFAULT_LEARNING_RATE = 1e-4
+DEFAULT_BATCH = 32
+WARMUP_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A DeepSpeed configuration without "auto", and its batch arithmetic.
+
+    `train_batch_size == micro_batch_size * accumulation_steps * world_size` (rows a step).
+    `notes` are lines to say to the user; `precision` is fp32, fp16 or bf16.
+    """
+
+    config: dict[str, Any]
+    micro_batch_size: int
+    accumulation_steps: int
+    train_batch_size: int
+    precision: str
+    notes: tuple[str, ...]
+
+
+def read_ds_config(path: str | None) -> dict[str, Any]:
+    """Read a DeepSpeed JSON; the default depends on whether there is a GPU.
+
+    Raises:
+        ConfigError: no such file, not JSON, not an object, or a key or value that is not known.
+    """
+    default = "zero1_fp16.json" if torch.cuda.is_available() else "cpu.json"
+    file = Path(DS_CONFIGS / default if path is None else path)
+    if not file.is_file():
+        known = ", ".join(sorted(f.name for f in DS_CONFIGS.glob("*.json")))
+        raise ConfigError(f"--deepspeed_config {file}: no such file; ds_configs/ has {known}")
+    try:
+        config = json.loads(
+            file.read_text(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+        )
+    except RecursionError:
+        raise ConfigError(f"--deepspeed_config {file}: not valid JSON: too deep") from None
+    except ValueError as error:
+        raise ConfigError(f"--deepspeed_config {file}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--deepspeed_config {file}: must hold one JSON object")
+    try:
+        ds_schema.check(config)
+    except ConfigError as error:
+        raise ConfigError(f"--deepspeed_config {file}: {error}") from None
+    return config
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON; write a finite one")
+
+
+def _settle(config: dict[str, Any], key: str, flag: str, given: Any, default: Any) -> Any:
+    """Fill config[key] if absent or "auto"; refuse a flag that contradicts a written value."""
+    written = config.get(key, "auto")
+    if written == "auto":
+        config[key] = default if given is None else given
+    elif given is not None and given != written:
+        raise ConfigError(
+            f"--{flag} {given} contradicts {key} {written} in the DeepSpeed JSON; drop the flag, "
+            f'or write "auto" there'
+        )
+    return config[key]
+
+
+def _settle_batch(config: dict[str, Any], options: TrainingConfig, world_size: int,
+                  default_batch: int) -> tuple[int, int, int]:
+    """Solve train = micro * accumulation * world for what is not said."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    flags = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_batch_size")
+    micro, accumulation, train = (
+        _settle(config, name, flag, getattr(options, flag), None)
+        for name, flag in zip(names, flags, strict=True)
+    )
+    for name, value in zip(names, (micro, accumulation, train), strict=True):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)
+                                  or value < 1):
+            raise ConfigError(f"{name} {value!r}: must be a whole number of 1 or more")
+    given = (micro, accumulation, train)
+    if train is None:
+        accumulation = accumulation or 1
+        micro = micro or max(1, default_batch // (accumulation * world_size))
+        train = micro * accumulation * world_size
+    elif micro is None and accumulation is None:
+        accumulation = 1
+        micro = train // world_size
+    elif micro is None:
+        micro = train // (accumulation * world_size)
+    elif accumulation is None:
+        accumulation = train // (micro * world_size)
+    if micro * accumulation * world_size != train:
+        raise ConfigError(
+            f"batch sizes do not fit: micro {given[0]} x accumulation {given[1]} x {world_size} "
+            f"ranks must equal train_batch_size {given[2]}; change one of them"
+        )
+    config.update(zip(names, (micro, accumulation, train), strict=True))
+    return micro, accumulation, train
+
+
+def _settle_precision(config: dict[str, Any], options: TrainingConfig) -> tuple[str, list[str]]:
+    """Which precision the JSON asks for, and what this device has instead."""
+    wanted = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
+    if len(wanted) == 2:
+        raise ConfigError("the DeepSpeed JSON enables fp16 and bf16; keep one")
+    if not wanted:
+        return "fp32", []
+    if torch.cuda.is_available():
+        if wanted == ["bf16"] and not torch.cuda.is_bf16_supported():
+            raise ConfigError("the DeepSpeed JSON asks for bf16, which this GPU lacks; use fp16")
+        return wanted[0], []
+    if options.precision == "config":
+        if wanted == ["bf16"]:
+            return "bf16", []  # correct on every CPU, if slow
+        raise ConfigError(
+            "the DeepSpeed JSON asks for fp16, which this CPU lacks; "
+            "type --precision auto to run in fp32"
+        )
+    del config[wanted[0]]
+    return "fp32", [f"no {wanted[0]} on this CPU: running in fp32 (--precision auto)"]
+
+
+def resolve_ds_config(
+    raw: dict[str, Any],
+    options: TrainingConfig,
+    *,
+    total_steps: int,
+    world_size: int,
+    default_learning_rate: float = DEFAULT_LEARNING_RATE,
+    default_warmup_ratio: float = 0.1,
+    default_batch: int = DEFAULT_BATCH,
+) -> Resolved:
+    """Fill every "auto" from the flags and check the result, before any process group starts.
+
+    Args:
+        raw: the JSON as read; not changed.
+        options: flags; None where the user said nothing.
+        total_steps: optimizer steps of the run, for the schedule.
+        world_size: number of ranks.
+        default_learning_rate, default_warmup_ratio, default_batch: what this command takes where
+            neither the JSON nor a flag says anything.
+    Raises:
+        ConfigError: a contradiction, a bad value, or an "auto" that nothing fills.
+    """
+    config = json.loads(json.dumps(raw))
+    ds_schema.check(config)
+    micro, accumulation, train = _settle_batch(config, options, world_size, default_batch)
+    _settle(config, "gradient_clipping", "max_grad_norm", options.max_grad_norm, 1.0)
+    optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    parameters = optimizer.setdefault("params", {})
+    _settle(parameters, "lr", "learning_rate", options.learning_rate, default_learning_rate)
+    _settle(parameters, "weight_decay", "weight_decay", options.weight_decay, 0.01)
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
+    if parameters.get("torch_adam") == "auto":
+        # DeepSpeed's own CPU Adam is compiled at first use (minutes); torch's is as exact.
+        parameters["torch_adam"] = not torch.cuda.is_available()
+        if parameters["torch_adam"] and not parameters.get("foreach"):
+            parameters.setdefault("fused", True)  # one pass over the weights instead of seven
+        if parameters["torch_adam"] and offload:
+            config.setdefault("zero_force_ds_cpu_optimizer", False)
+    if not torch.cuda.is_available() and offload.get("pin_memory"):
+        offload["pin_memory"] = False  # pinning needs a GPU
+    precision, notes = _settle_precision(config, options)
+    _settle_schedule(config, options, total_steps, default_warmup_ratio, parameters["lr"])
+    ds_schema.check_together(config, precision, torch.cuda.is_available())
+    return Resolved(config, micro, accumulation, train, precision, tuple(notes))
+
+
+def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_steps: int,
+                     default_warmup_ratio: float, learning_rate: float) -> None:
+    scheduler = config.get("scheduler")
+    if scheduler is None:
+        scheduler = config["scheduler"] = {"type": "WarmupDecayLR", "params": {}}
+    schedule = scheduler.setdefault("params", {})
+    if scheduler["type"] not in WARMUP_SCHEDULERS:
+        return
+    ratio = default_warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
+    if schedule.get("warmup_num_steps", "auto") == "auto":
+        # DeepSpeed refuses warm-ups below 2 steps: it divides by log(warmup_num_steps).
+        schedule["warmup_num_steps"] = max(2, round(ratio * total_steps))
+    elif options.warmup_ratio is not None:
+        raise ConfigError(
+            f"--warmup_ratio {options.warmup_ratio} contradicts warmup_num_steps "
+            f'{schedule["warmup_num_steps"]} in the DeepSpeed JSON; drop the flag, or write "auto"'
+        )
+    schedule.setdefault("warmup_type", "linear")  # DeepSpeed's own default is logarithmic
+    if scheduler["type"] != "WarmupCosineLR":
+        schedule.setdefault("warmup_min_lr", 0)
+        # The schedule's peak is what trains; the optimizer's lr only says it once more.
+        _settle(schedule, "warmup_max_lr", "learning_rate", options.learning_rate, learning_rate)
+    if scheduler["type"] == "WarmupLR":
+        return
+    if schedule.get("total_num_steps", "auto") == "auto":
+        # One more than there are, so that the last step still has a rate above 0.
+        schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"]) + 1
+    elif schedule["total_num_steps"] < total_steps:
+        raise ConfigError(
+            f"total_num_steps {schedule['total_num_steps']} in the DeepSpeed JSON ends the "
+            f'schedule before the {total_steps} steps of this run; write "auto" there'
+        )

@@ -1,0 +1,234 @@
+"""Save, load and convert the states of an engine."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from preprocess.errors import ConfigError, DataError, writing
+from train.engine.group import barrier, is_main, ranks
+
+GENERATORS = "generators_rank{rank}.pt"
+# Optimizers whose state is a first and a second moment, which is what DeepSpeed can convert.
+CONVERTIBLE = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "FusedLamb")
+
+
+def describe(engine: Any) -> dict[str, Any]:
+    """What of the DeepSpeed JSON decides which states there are."""
+    precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
+    return {
+        "ZeRO stage": int(engine.zero_optimization_stage()), "precision": precision,
+        "optimizer": type(engine.basic_optimizer).__name__,
+    }
+
+
+def save_state(
+    engine: Any, folder: str | Path, client_state: dict[str, Any],
+    seal: Callable[[Path], AbstractContextManager[None]],
+) -> None:
+    """Write what `load_state` needs to go on bit for bit; collective.
+
+    DeepSpeed's own `latest` file is not written: it may name a checkpoint that is not whole.
+
+    Args:
+        seal: entered around the writing of each file of this rank, from its first byte to its
+            last. What DeepSpeed writes besides (scripts, offloaded tensors) does not pass it.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class SealingEngine(TorchCheckpointEngine):
+        """DeepSpeed's file writer; synchronous, whatever the JSON asks for."""
+
+        def save(self, state_dict: Any, path: str) -> None:
+            with writing(path, _num_bytes(state_dict)), seal(Path(path)):
+                torch.save(state_dict, path)
+
+    engine.checkpoint_engine = SealingEngine()
+    # The converter to other numbers of ranks asks for this entry.
+    state = {**client_state, "universal_checkpoint_info": {}}
+    engine.save_checkpoint(str(folder), tag="state", client_state=state, save_latest=False)
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    path = Path(folder) / GENERATORS.format(rank=ranks().rank)
+    with writing(path), seal(path):
+        torch.save(generators, path)
+
+
+def _num_bytes(state: Any) -> int:
+    """Bytes of the tensors in nested dictionaries and lists; shared memory counts once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for inner in value.values():
+                visit(inner)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                visit(inner)
+
+    visit(state)
+    return sum(storages.values())
+
+
+def load_state(engine: Any, folder: str | Path, world_size: int) -> dict[str, Any]:
+    """Load what `save_state` wrote, without running anything that is pickled in it; collective.
+
+    At the same number of ranks everything goes on bit for bit. At another one parameters, moments,
+    schedule and loss scaler are those that were saved, shared out anew; so are the batches, which
+    do not depend on the ranks. Dropout differs: rank r draws from a generator seeded by the saved
+    state of rank 0, the number of ranks and r, the same each time.
+
+    Args:
+        world_size: number of ranks that wrote it.
+    Returns:
+        The `client_state`.
+    Raises:
+        ConfigError: an optimizer that cannot be converted to another number of ranks.
+        DataError: a file holds something other than tensors and plain values.
+    """
+    here = ranks()
+    folder = Path(folder)
+    same = world_size == here.world_size
+    with _safe_torch_load(engine):
+        if same or not engine.zero_optimization():
+            # Without ZeRO every rank has every state.
+            loaded, client_state = engine.load_checkpoint(str(folder), tag="state")
+            assert loaded is not None, f"{folder}: DeepSpeed loaded nothing"
+        else:
+            client_state = _load_converted(engine, folder)
+        generators = torch.load(
+            folder / GENERATORS.format(rank=here.rank if same else 0), weights_only=True
+        )
+    torch.set_rng_state(generators["cpu"])
+    if torch.cuda.is_available() and "cuda" in generators:
+        torch.cuda.set_rng_state(generators["cuda"])
+    if not same:
+        drawn = int(torch.randint(2**62, ()))
+        seed = np.random.SeedSequence([drawn, here.world_size, here.rank]).generate_state(1)
+        torch.manual_seed(int(seed[0]))
+    return client_state
+
+
+@contextmanager
+def _safe_torch_load(engine: Any) -> Iterator[None]:
+    """Let nothing in this process unpickle more than tensors, plain values and a few of DeepSpeed.
+
+    DeepSpeed reads its own files, and those that its converter makes of them, with
+    `weights_only=False`; a pickle can run any code. The names of parameters become paths there, so
+    names that are not of this model are refused as well.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    known = {name for name, _ in engine.module.named_parameters()}
+    known.update(name for name, _ in engine.module.named_buffers())
+    known.update(engine.module.state_dict())
+    plain = torch.load
+
+    def safe(file: Any, *words: Any, **names: Any) -> Any:
+        names["weights_only"] = True
+        try:
+            with torch.serialization.safe_globals(allowed):
+                state = plain(file, *words, **names)
+        except pickle.UnpicklingError:
+            raise DataError(
+                f"{file}: holds something other than tensors and plain values, which could run "
+                "code and is never loaded; delete this checkpoint"
+            ) from None
+        strange = _parameter_names(state) - known
+        if strange:
+            raise DataError(f"{file}: names {min(strange)!r}, which is no parameter of this model")
+        return state
+
+    torch_module: Any = torch
+    torch_module.load = safe
+    try:
+        yield
+    finally:
+        torch_module.load = plain
+
+
+def _parameter_names(state: Any) -> set[str]:
+    """Every name of a parameter or buffer in a file of DeepSpeed's."""
+    if not isinstance(state, dict):
+        return set()
+    optimizer = state.get("optimizer_state_dict") or {}
+    groups = [state.get("module") or {}, *(state.get("param_shapes") or []),
+              *(optimizer.get("param_slice_mappings") or [])]
+    return {name for group in groups for name in group}
+
+
+def _load_converted(engine: Any, folder: Path) -> dict[str, Any]:
+    """Load the ZeRO states of another number of ranks by way of DeepSpeed's universal format.
+
+    Rank 0 makes it beside the checkpoint (12 bytes a parameter, for a while twice that) and
+    removes it when all ranks have read it.
+    """
+    kind = type(engine.basic_optimizer).__name__
+    amsgrad = any(group.get("amsgrad") for group in engine.basic_optimizer.param_groups)
+    if kind not in CONVERTIBLE or amsgrad:
+        raise ConfigError(
+            f"{folder}: the states of the optimizer {kind} cannot be shared out anew (those of "
+            f"{', '.join(CONVERTIBLE)} without amsgrad can); start as many ranks as wrote it"
+        )
+    universal = folder.with_name(f"{folder.name}.universal.tmp")
+    if is_main():
+        shutil.rmtree(universal, ignore_errors=True)
+        _convert(folder / "state", universal / "state")
+    barrier()
+    engine._config.load_universal_checkpoint = True
+    try:
+        loaded, client_state = engine.load_checkpoint(str(universal), tag="state")
+        assert loaded is not None, f"{universal}: DeepSpeed loaded nothing"
+        if engine.zero_optimization_stage() == 3:
+            # DeepSpeed gives every group the settings of the first: no decay, the encoder's rate.
+            saved = torch.load(universal / "state" / "zero" / "optimizer_state.pt",
+                               map_location="cpu", weights_only=True)
+            for group, values in zip(engine.optimizer.param_groups, saved["param_groups"],
+                                     strict=True):
+                group.update({key: value for key, value in values.items() if key != "params"})
+            # And all of them one tensor to count their steps, which each then adds to.
+            for state in engine.basic_optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+    finally:
+        engine._config.load_universal_checkpoint = False
+    barrier()
+    if is_main():
+        shutil.rmtree(universal)
+    return client_state
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Run DeepSpeed's converter in this process, where `_safe_torch_load` holds."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(source), output_folder=str(target), num_extract_workers=1,
+        num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False,
+    )
+    chatter = io.StringIO()
+    with writing(target), redirect_stdout(chatter), redirect_stderr(chatter):
+        target.mkdir(parents=True)
+        try:
+            ds_to_universal.main(options)
+        except KeyError as error:
+            raise DataError(
+                f"{source}: the optimizer has no state {error} yet, so it cannot be converted; "
+                "start as many ranks as wrote it"
+            ) from None

@@ -1,0 +1,193 @@
+"""The thin layer over DeepSpeed: its JSON, its process group, its engine.
+
+The only importer of deepspeed, and that inside functions (the import takes seconds), so that
+`--help` and every check of a user's input come first. The JSON is filled and checked here
+before DeepSpeed sees it: it does not know the word "auto" and ignores a misspelt block.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from preprocess.errors import NonFiniteError
+from train.engine.ds_json import WARMUP_SCHEDULERS, Resolved
+from train.engine.group import is_main, ranks
+
+# fp16 steps skipped in a row before a run stops; from a scale of 2^32 to 1 it takes 33.
+MAX_SKIPPED_IN_A_ROW = 50
+
+
+def parameter_groups(
+    module: torch.nn.Module,
+    weight_decay: float,
+    head_prefixes: tuple[str, ...] = (),
+    head_scale: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Split parameters for the optimizer: biases and norms (one dimension) are not decayed.
+
+    Args:
+        head_prefixes: parameters whose names start so go to the groups named "head".
+        head_scale: learning rate of the head over that of the encoder.
+    Returns:
+        Non-empty groups, each with `params`, `weight_decay`, `name` and `lr_scale`.
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith(head_prefixes) if head_prefixes else False, parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "name": ("head" if in_head else "encoder") + ("" if decayed else "_no_decay"),
+            "lr_scale": head_scale if in_head else 1.0,
+        }
+        for (in_head, decayed), parameters in sorted(groups.items())
+    ]
+
+
+def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved: Resolved) -> Any:
+    """Wrap `module` in a DeepSpeed engine; call `start` before."""
+    import deepspeed
+
+    config = json.loads(json.dumps(resolved.config))
+    schedule = config["scheduler"].get("params", {})
+    if "warmup_max_lr" in schedule:
+        schedule["warmup_max_lr"] = [
+            schedule["warmup_max_lr"] * group.get("lr_scale", 1.0) for group in groups
+        ]
+    engine, _, _, _ = deepspeed.initialize(
+        model=module,
+        model_parameters=groups,
+        config=config,
+        dist_init_required=False,
+    )
+    if engine.zero_optimization_stage() == 3:
+        for borrower, parameter in getattr(module, "borrowed_parameters", list)():
+            deepspeed.zero.register_external_parameter(borrower, parameter)
+    if ranks().world_size == 1 and resolved.precision == "fp32" and not engine.zero_optimization():
+        # One rank has nothing to reduce, and DeepSpeed would copy all gradients there and back.
+        engine.enable_backward_allreduce = False
+    if config["scheduler"]["type"] in WARMUP_SCHEDULERS:
+        # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and
+        # at its step 0. From here, step n of the run has the rate of the schedule's step n.
+        engine.lr_scheduler.step(1)
+    return engine
+
+
+class _LossScaleHistory:
+    """The last changes of an engine's loss scale, and the steps it has skipped since the last."""
+
+    def __init__(self) -> None:
+        self._changes: deque[tuple[int, float]] = deque(maxlen=8)
+        self.skipped_in_a_row = 0
+
+    def note(self, step: int, scale: float) -> None:
+        """Step `step` is taken at `scale`."""
+        if not self._changes or self._changes[-1][1] != scale:
+            self._changes.append((step, scale))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{scale:g} from step {step}" for step, scale in self._changes)
+
+
+_loss_scales: WeakKeyDictionary[Any, _LossScaleHistory] = WeakKeyDictionary()
+
+
+def take_step(engine: Any) -> Any:
+    """`engine.step()`, which never trains on a gradient that is not a number.
+
+    Gradients are reduced over all ranks before this, so every rank finds the same. In fp32 and
+    bf16 the run stops. In fp16 an overflow is how the loss scale is found: the step is skipped,
+    as long as a lower scale can help.
+
+    Returns:
+        Global norm of the gradients before clipping, a number or a tensor `()`; None between
+        optimizer steps and for a skipped one.
+    Raises:
+        NonFiniteError: on every rank; nothing has been updated.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        return engine.step()
+    if engine.fp16_enabled():
+        return _take_fp16_step(engine)
+    step = engine.global_steps + 1
+    norm = None
+    if not (engine.zero_optimization_stage() or engine.bfloat16_enabled()):
+        # Plain fp32 is the one set-up in which DeepSpeed looks at no gradient.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+    if norm is None or math.isfinite(norm):
+        engine.step()
+        if engine.was_step_applied():
+            return engine.get_global_grad_norm() if norm is None else norm
+    raise NonFiniteError(
+        f"the gradient is not a finite number at step {step}; nothing was updated; lower "
+        "--learning_rate, lengthen --warmup_ratio, or look at the data of this step"
+    )
+
+
+def _take_fp16_step(engine: Any) -> Any:
+    """The fp16 part of `take_step`; a skipped step is bounded, and said with its history."""
+    step, scale = engine.global_steps + 1, float(engine.optimizer.loss_scale)
+    history = _loss_scales.setdefault(engine, _LossScaleHistory())
+    history.note(step, scale)
+    dynamic = engine.dynamic_loss_scale()
+    floor = engine.dynamic_loss_scale_args()["min_scale"]
+    try:
+        engine.step()
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+    else:
+        if engine.was_step_applied():
+            history.skipped_in_a_row = 0
+            return engine.get_global_grad_norm()
+    history.skipped_in_a_row += 1
+    at_floor = dynamic and scale <= floor
+    if not at_floor and history.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+        return None
+    where = f"the smallest loss scale, {scale:g}" if at_floor else f"a loss scale of {scale:g}"
+    if not dynamic:
+        remedy = "set loss_scale in the DeepSpeed JSON to 0, so that it adapts"
+    elif floor > 1:
+        remedy = f"lower min_loss_scale (now {floor:g}) in the DeepSpeed JSON"
+    else:
+        remedy = "leave fp16 out of the DeepSpeed JSON (fp32)"
+    raise NonFiniteError(
+        f"step {step}: the gradients overflow in fp16 at {where} (skipped in a row: "
+        f"{history.skipped_in_a_row}); loss scale: {history}; use bf16; or lower --learning_rate "
+        f"or lengthen --warmup_ratio; or {remedy}"
+    )
+
+
+def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
+    """All parameters and buffers in fp32 on the CPU, from ZeRO 0 to 3; collective.
+
+    The optimizer's fp32 masters are preferred to 16-bit copies. Tied parameters appear once,
+    under their first name. None on ranks other than the first.
+    """
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        has_master = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+        value = safe_get_full_fp32_param(parameter) if has_master else None
+        if value is None:
+            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                value = parameter.detach()
+        if is_main():
+            state[name] = value.detach().to("cpu", torch.float32, copy=True)
+    persistent = engine.module.state_dict().keys()
+    for name, buffer in engine.module.named_buffers():
+        if is_main() and name in persistent:
+            state[name] = buffer.detach().to("cpu", copy=True)
+    return state if is_main() else None

@@ -1,0 +1,50 @@
+"""Models over packed batches; knows transformers' classes."""
+
+from train.model.families import (
+    FAMILIES,
+    attention_mask,
+    checkpoint_activations,
+    find_queries,
+    first_slot_only,
+)
+from train.model.flops import Peak, StepFlops, count_flops, peak_flops
+from train.model.loading import (
+    BERT_SIZES,
+    build_masked_lm,
+    check_row_length,
+    check_same_vocabulary,
+    load_classifier,
+    load_config,
+    load_masked_lm,
+    load_scorer,
+    load_tokenizer,
+    local_checkpoint,
+    named_config,
+    weights_fingerprint,
+)
+from train.model.packed import PackedMaskedLM
+
+__all__ = [
+    "BERT_SIZES",
+    "FAMILIES",
+    "PackedMaskedLM",
+    "Peak",
+    "StepFlops",
+    "attention_mask",
+    "build_masked_lm",
+    "check_row_length",
+    "check_same_vocabulary",
+    "checkpoint_activations",
+    "count_flops",
+    "find_queries",
+    "first_slot_only",
+    "load_classifier",
+    "load_config",
+    "load_masked_lm",
+    "load_scorer",
+    "load_tokenizer",
+    "local_checkpoint",
+    "named_config",
+    "peak_flops",
+    "weights_fingerprint",
+]

@@ -1,0 +1,252 @@
+"""Checkpoints, tokenizers and configurations: from a folder, the hub, or a size's name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from preprocess.corpus import resolve_path
+from preprocess.errors import ConfigError, DataError
+from preprocess.files import file_sha256, fingerprint_text
+from preprocess.progress import say
+from preprocess.store import TokenStore
+from train.model.families import FAMILIES
+from train.model.packed import PackedMaskedLM
+
+# Layers, hidden size and heads of the published BERT sizes (Turc et al. 2019; Devlin et al. 2019).
+BERT_SIZES = {
+    "bert-tiny": (2, 128, 2),
+    "bert-mini": (4, 256, 4),
+    "bert-small": (4, 512, 8),
+    "bert-medium": (8, 512, 8),
+    "bert-base": (12, 768, 12),
+    "bert-large": (24, 1024, 16),
+}
+# What transformers raises for weights that are absent, cut short, or of another shape.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+
+
+def _quiet_transformers() -> None:
+    """Keep transformers' loading reports and bars off the terminal; we say what matters."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _hub_error(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--model_name_or_path {name}: cannot be loaded ({str(error).splitlines()[0]}); give a "
+        "folder with config.json and model.safetensors, or a hub name that this machine reaches"
+    )
+
+
+def local_checkpoint(name: str) -> str:
+    """Turn a pypi: spec into the folder it names; leave folders and hub names alone."""
+    if name.startswith("pypi:"):
+        return str(resolve_path(name))
+    if os.path.sep in name and not os.path.isdir(name) and (
+        name.startswith((".", os.path.sep)) or name.count("/") > 1
+    ):
+        raise ConfigError(f"--model_name_or_path {name}: no such folder")
+    return name
+
+
+def _load_with(auto_class: Any, name: str, trust_remote_code: bool) -> Any:
+    """What `auto_class` makes of a checkpoint folder, hub name or pypi: spec."""
+    _quiet_transformers()
+    path = local_checkpoint(name)
+    try:
+        return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _hub_error(name, error) from None
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """Load the fast tokenizer of a checkpoint folder, hub name or pypi: spec."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _load_with(AutoTokenizer, name, trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{name}: needs a fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's configuration and check that its family is known."""
+    from transformers import AutoConfig
+
+    config = _load_with(AutoConfig, name, trust_remote_code)
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"{name}: model type {config.model_type!r} is not supported; known: "
+            f"{', '.join(FAMILIES)}"
+        )
+    return config
+
+
+def named_config(name: str, vocab_size: int, pad_token_id: int) -> Any:
+    """The configuration of a published BERT size, or of a folder with a config.json."""
+    from transformers import BertConfig
+
+    if name in BERT_SIZES:
+        layers, hidden, heads = BERT_SIZES[name]
+        return BertConfig(
+            vocab_size=vocab_size, hidden_size=hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, intermediate_size=4 * hidden, pad_token_id=pad_token_id,
+        )
+    if os.path.isdir(name):
+        config = load_config(name)
+        config.vocab_size, config.pad_token_id = vocab_size, pad_token_id
+        return config
+    raise ConfigError(
+        f"--model_config {name}: not a folder with config.json, and the names are "
+        f"{', '.join(BERT_SIZES)}"
+    )
+
+
+def check_row_length(config: Any, max_seq_length: int) -> None:
+    """Refuse rows longer than the model has positions for."""
+    limit = FAMILIES[config.model_type].num_positions(config)
+    if max_seq_length > limit:
+        raise ConfigError(
+            f"--max_seq_length {max_seq_length}: this model has {limit} positions; give at most "
+            f"{limit}"
+        )
+
+
+def build_masked_lm(config: Any, seed: int) -> PackedMaskedLM:
+    """A model with fresh weights drawn from `seed`."""
+    from transformers import AutoModelForMaskedLM
+
+    _quiet_transformers()
+    torch.manual_seed(seed)
+    return PackedMaskedLM(AutoModelForMaskedLM.from_config(config), {}, fresh_head=True)
+
+
+def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> PackedMaskedLM:
+    """Load an encoder with its MLM head; draw the head from `seed` where there is none.
+
+    Raises:
+        ConfigError: not a checkpoint of a known family, or one without its encoder's weights.
+    """
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    load_config(name, trust_remote_code)
+    path = local_checkpoint(name)
+    torch.manual_seed(seed)
+    try:
+        hf, info = AutoModelForMaskedLM.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+        )
+    except LOAD_ERRORS as error:
+        raise _hub_error(name, error) from None
+    family = FAMILIES[hf.config.model_type]
+    missing = set(info["missing_keys"])
+    missing_head = {key for key in missing if key.startswith(family.head_prefixes)}
+    if missing - missing_head:
+        raise ConfigError(
+            f"--model_name_or_path {name}: {len(missing - missing_head)} encoder weights are "
+            f"missing, as {sorted(missing - missing_head)[0]}; it is not such a checkpoint"
+        )
+    if missing_head:
+        say(
+            f"{name} has no MLM head: a fresh one is drawn from seed {seed}, its bias set to the "
+            "log-frequencies of the tokens"
+        )
+    # A pooler that came in goes out; MLM models have none, so it is read through the base model.
+    base, base_info = AutoModel.from_pretrained(
+        path, output_loading_info=True, trust_remote_code=trust_remote_code, dtype=torch.float32
+    )
+    prefix = hf.base_model_prefix
+    carried = {
+        f"{prefix}.{key}": value.detach().clone()
+        for key, value in base.state_dict().items()
+        if key.startswith("pooler.") and key not in base_info["missing_keys"]
+    }
+    return PackedMaskedLM(hf, carried, fresh_head=bool(missing_head))
+
+
+def _load_with_fresh_top(
+    auto_class: Any, name: str, seed: int, top: tuple[str, ...], trust_remote_code: bool,
+    **options: Any,
+) -> Any:
+    """Load a checkpoint into a model whose top may be absent from it; draw that from `seed`."""
+    load_config(name, trust_remote_code)
+    torch.manual_seed(seed)
+    try:
+        model, info = auto_class.from_pretrained(
+            local_checkpoint(name), output_loading_info=True, dtype=torch.float32,
+            trust_remote_code=trust_remote_code, **options,
+        )
+    except LOAD_ERRORS as error:
+        raise _hub_error(name, error) from None
+    lost = [key for key in info["missing_keys"] if not any(part in key for part in top)]
+    if lost:
+        raise ConfigError(
+            f"--model_name_or_path {name}: {len(lost)} encoder weights are missing, as "
+            f"{sorted(lost)[0]}; it is not such a checkpoint"
+        )
+    return model
+
+
+def load_classifier(
+    name: str, label_names: tuple[str, ...], seed: int, trust_remote_code: bool = False
+) -> Any:
+    """A sequence classifier on a checkpoint's encoder; its top is drawn from `seed` if absent."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _load_with_fresh_top(
+        AutoModelForSequenceClassification, name, seed,
+        ("pooler.", "classifier.", "pre_classifier.", "head."), trust_remote_code,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={label: index for index, label in enumerate(label_names)},
+    )
+
+
+def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
+    """A token classifier (0 not important, 1 important); its top is drawn from `seed` if absent."""
+    from transformers import AutoModelForTokenClassification
+
+    return _load_with_fresh_top(
+        AutoModelForTokenClassification, name, seed, ("classifier.", "head."), trust_remote_code,
+        num_labels=2, id2label={0: "other", 1: "important"}, label2id={"other": 0, "important": 1},
+    )
+
+
+def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str, remedy: str) -> None:
+    """Refuse a model whose ids mean other pieces than the store's.
+
+    Args:
+        tokenizer: of the model `name`.
+        remedy: what to type, as the end of the sentence.
+    """
+    theirs = load_tokenizer(store.tokenizer_dir)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise DataError(
+            f"--model_name_or_path {name}: its tokenizer ({len(tokenizer)} ids) is not the one "
+            f"of {store.prefix} ({len(theirs)} ids, {store.info['tokenizer']['name']}); {remedy}"
+        )
+
+
+def weights_fingerprint(folder: str | Path, config: Any) -> str:
+    """Name the weights of a checkpoint: the sha256 of its files, or the hub's commit.
+
+    Raises:
+        DataError: a folder without weights.
+    """
+    if not Path(folder).is_dir():
+        return f"{folder}@{getattr(config, '_commit_hash', None)}"
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(
+        Path(folder).glob("pytorch_model*.bin"))
+    if not files:
+        raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
+                        "of a finished run, or another checkpoint with weights")
+    prints = [file_sha256(file) for file in files]
+    return prints[0] if len(prints) == 1 else fingerprint_text(*prints)

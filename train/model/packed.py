@@ -1,0 +1,161 @@
+"""A masked-language model over packed batches that computes the head on masked rows only."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+import csrc
+from csrc import reference
+from preprocess.errors import ConfigError
+from train.model.families import FAMILIES, Queries, attention_mask, find_queries
+
+# transformers' names of the activations that an MLM head may have -> those of `csrc`.
+HEAD_ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+}
+
+
+class PackedMaskedLM(nn.Module):
+    """An encoder with its MLM head, over packed rows, scoring masked positions only.
+
+    Attributes:
+        hf: the transformers `...ForMaskedLM` model; its parameters are the only ones here.
+        carried: tensors of the source checkpoint that MLM does not use but that go out again
+            with `hf/` (a pooler), by their full names.
+        fresh_head: whether the checkpoint had no MLM head.
+        last_layer_subset: whether the last layer computes queries, attention output, feed-forward
+            and norms for masked positions only; loss and gradients are the same.
+        head_implementation: a name in `csrc.IMPLEMENTATIONS`; None takes the device's.
+    """
+
+    def __init__(self, hf: Any, carried: dict[str, torch.Tensor], fresh_head: bool) -> None:
+        super().__init__()
+        self.hf = hf
+        self.family = FAMILIES[hf.config.model_type]
+        self.carried = carried
+        self.fresh_head = fresh_head
+        self.head_prefixes = tuple(f"hf.{prefix}" for prefix in self.family.head_prefixes)
+        self.last_layer_subset = True
+        self.head_implementation: str | None = None
+        activation = self.family.transform(hf)[2]
+        if activation not in HEAD_ACTIVATIONS:
+            raise ConfigError(
+                f"the MLM head of {hf.config.name_or_path or hf.config.model_type} has the "
+                f"activation {activation!r}; known are {', '.join(HEAD_ACTIVATIONS)}"
+            )
+        self._let_last_layer_take_queries()
+
+    def _let_last_layer_take_queries(self) -> None:
+        """Give the last layer an argument `queries`; without it, it does what it did."""
+        family = self.family
+        layer: Any = family.layers(family.encoder(self.hf))[-1]
+        whole = layer.forward
+
+        def forward(hidden: torch.Tensor, attention_mask: Any = None, *args: Any,
+                    queries: Queries | None = None, **options: Any) -> Any:
+            if queries is None:
+                return whole(hidden, attention_mask, *args, **options)
+            return family.last_layer(layer, hidden, attention_mask, queries, **options)
+
+        layer.forward = forward
+
+    def head(self) -> csrc.MaskedLMHead:
+        """The tensors of the MLM head."""
+        dense, norm, activation = self.family.transform(self.hf)
+        decoder = self.hf.get_output_embeddings()
+        return csrc.MaskedLMHead(
+            decoder.weight, decoder.bias, dense.weight, dense.bias, norm.weight, norm.bias,
+            norm.eps, HEAD_ACTIVATIONS[activation],
+        )
+
+    def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
+        """Parameters that a module's forward pass uses though they belong to another module.
+
+        ZeRO-3 must be told: it makes parameters whole only while their own module runs.
+        """
+        layer = self.family.layers(self.family.encoder(self.hf))[-1]
+        split = [p for linear in self.family.split_linear(layer) for p in linear.parameters()]
+        head = [p for p in self.head().tensors().values() if isinstance(p, nn.Parameter)]
+        return [(self, p) for p in head] + [(layer, p) for p in split]
+
+    def set_output_bias(self, log_frequency: np.ndarray) -> None:
+        """Start the head's output bias, where it has one, at log-frequencies, `(V,)` float64."""
+        bias = self.hf.get_output_embeddings().bias
+        if bias is not None:
+            with torch.no_grad():
+                # Ids that the tokenizer lacks: at 0 they would be the likeliest.
+                bias.fill_(float(log_frequency.min()))
+                bias[:len(log_frequency)] = torch.from_numpy(log_frequency).to(bias.dtype)
+
+    def encode(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor,
+        queries: Queries | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of packed rows: `(B, S, D)`, or `(C, D)` of the queries alone.
+
+        See `attention_mask` for the other arguments.
+        """
+        dtype = self.hf.get_input_embeddings().weight.dtype
+        mask = attention_mask(self.family, self.hf.config, document_ids, position_ids, dtype)
+        first = self.family.first_position(self.hf.config)
+        encoder = self.family.encoder(self.hf)
+        only = {} if queries is None else {"queries": queries}
+        return encoder(
+            input_ids=input_ids, attention_mask=mask, position_ids=position_ids + first, **only
+        ).last_hidden_state
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        document_ids: torch.Tensor,
+        masked_positions: torch.Tensor,
+        masked_labels: torch.Tensor,
+        most_masked: int | None = None,
+        predict: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """Sum of the cross entropies over masked positions, and how many were guessed right.
+
+        Args:
+            input_ids: corrupted ids, `(B, S)` int64.
+            position_ids, document_ids: see `attention_mask`.
+            masked_positions, masked_labels: see `csrc.masked_lm_loss`, `(M,)`.
+            most_masked: masked positions of the fullest row, or more; without it they are
+                counted, for which the host waits for a GPU.
+            predict: return the likeliest id at each masked position instead, `(M,)` int64;
+                positions of the padding may be missing.
+        """
+        hidden, positions, labels = self.encode_masked(
+            input_ids, position_ids, document_ids, masked_positions, masked_labels, most_masked
+        )
+        if predict:
+            rows = hidden.flatten(0, -2).index_select(0, positions.clamp(min=0))
+            return reference.logits(rows, self.head()).argmax(-1)
+        return csrc.masked_lm_loss(
+            hidden, positions, labels, self.head(), self.head_implementation
+        )
+
+    def encode_masked(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor,
+        masked_positions: torch.Tensor, masked_labels: torch.Tensor, most_masked: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `csrc.masked_lm_loss` takes: hidden states, masked positions in them, labels.
+
+        The arguments are those of `forward`.
+        """
+        if not (self.last_layer_subset and len(masked_positions)):
+            hidden = self.encode(input_ids, position_ids, document_ids)
+            return hidden, masked_positions, masked_labels
+        if not masked_positions.is_cuda:  # padding is rows to compute; here it can be cut
+            used = max(1, int((masked_positions >= 0).sum()))
+            masked_positions, masked_labels = masked_positions[:used], masked_labels[:used]
+        num_rows, num_slots = input_ids.shape
+        queries = find_queries(masked_positions, num_rows, num_slots, most_masked)
+        hidden = self.encode(input_ids, position_ids, document_ids, queries)
+        number = torch.arange(len(masked_positions), device=masked_positions.device)
+        return hidden, torch.where(masked_positions >= 0, number, -1), masked_labels

@@ -1,0 +1,1 @@
+"""What a recipe says, what it becomes, and how it runs."""

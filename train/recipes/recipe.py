@@ -1,0 +1,255 @@
+"""What a recipe may say: its sections, variables and checks.
+
+A recipe is YAML: variables, the task, the texts, flags for each stage, the arms to compare. It may
+extend another one. Every key is checked before anything runs, with "did you mean".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preprocess.errors import ConfigError
+from train.config import (
+    AnnotateConfig,
+    FinetuneConfig,
+    FitScorerConfig,
+    PretrainConfig,
+    ScoreConfig,
+    TaskOptions,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BUILT_ARMS = ("selective", "selective_fill", "random_matched")  # read a prebuilt mask index
+DRAWN_ARMS = ("random", "whole_word")
+ARMS = ("none", *DRAWN_ARMS, *BUILT_ARMS)
+TOKENIZE_FLAGS = (
+    "input", "text_column", "where", "split", "split_sentences", "language",
+    "blank_line_documents", "max_documents", "num_workers", "num_shards",
+)
+NEGATED = ("split_sentences",)  # argparse flags whose negation is --no-NAME
+MASK_FLAGS = ("mlm_probability", "seed")
+
+
+def _flags_of(config_class: type) -> tuple[str, ...]:
+    """Flags of a training command, without those that the pipeline or the launcher sets."""
+    ours = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
+            "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite"}
+    ours |= {f.name for f in dataclasses.fields(TaskOptions)}
+    return tuple(f.name for f in dataclasses.fields(config_class) if f.name not in ours)
+
+
+# The sections of a recipe that are flags of a command, and the flags each may hold.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "task": tuple(f.name for f in dataclasses.fields(TaskOptions)),
+    "general_text": TOKENIZE_FLAGS,
+    "domain_text": TOKENIZE_FLAGS,
+    "general": _flags_of(PretrainConfig),
+    "classifier": _flags_of(FinetuneConfig),
+    "annotate": _flags_of(AnnotateConfig),
+    "scorer": _flags_of(FitScorerConfig),
+    "score": _flags_of(ScoreConfig),
+    "masks": MASK_FLAGS,
+    "task_guided": tuple(
+        flag for flag in _flags_of(PretrainConfig)
+        if flag not in ("model_config", "from_scratch", "masking", "seed", "export_steps")
+    ),
+    "finetune": _flags_of(FinetuneConfig),
+}
+DEFAULTS: dict[str, Any] = {
+    "variables": {},
+    "deepspeed_config": None,
+    "encoder": None,
+    "tokenizer": None,
+    "arms": ["none", "random_matched", "selective"],
+    "pretrain_seeds": [42],
+    "export_steps": [],
+    "floors": {},
+    **{section: {} for section in SECTIONS},
+    "general": None,
+}
+FLOORS = ("naive_bayes", "untrained")
+MAX_ENTRIES = 10_000
+REQUIRED = "???"
+
+
+def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
+    """Read a recipe, what it extends, and `--set`; check every key; fill in the variables.
+
+    Args:
+        path: YAML file.
+        settings: `key=value`: a variable of the recipe, or a setting as `task_guided.max_steps`.
+    Returns:
+        A dictionary with every key of `DEFAULTS`.
+    Raises:
+        ConfigError: unknown key or variable, a variable without a value, or a wrong type.
+    """
+    recipe = {**DEFAULTS, **_read_yaml(Path(path), ())}
+    recipe["variables"] = dict(recipe["variables"] or {})
+    for setting in settings:
+        _apply_setting(recipe, setting)
+    for key in recipe:
+        _check_known(key, DEFAULTS, f"recipe {path}: unknown key")
+    variables = recipe["variables"]
+    missing = [name for name, value in variables.items() if value == REQUIRED]
+    if missing:
+        wanted = " ".join(f"{name}=..." for name in missing)
+        raise ConfigError(f"recipe {path} needs a value for {', '.join(missing)}: type --set "
+                          f"{wanted}")
+    recipe = {
+        key: value if key == "variables" else _fill_in(value, variables, path)
+        for key, value in recipe.items()
+    }
+    _check_recipe(recipe, path)
+    return recipe
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """One YAML file merged over the one it extends, if any."""
+    if path.resolve() in seen:
+        raise ConfigError(f"recipe {path} extends itself: remove `extends` somewhere")
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in (REPOSITORY / "train/recipes").glob("*.yaml")))
+        raise ConfigError(f"--recipe {path}: no such file; train/recipes has {known}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"recipe {path}: expected keys such as task and finetune at the top")
+    _check_content(content, path)
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    return _merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), content)
+
+
+def _check_content(content: dict[str, Any], path: Path) -> None:
+    """Refuse what a file must not say: endless aliases, and leave to run a checkpoint's code."""
+    entries: list[Any] = [content]
+    for count in itertools.count():
+        if not entries:
+            return
+        entry = entries.pop()
+        # Few bytes of YAML name a list in a list in a list; each place counts.
+        if count > MAX_ENTRIES:
+            raise ConfigError(f"recipe {path}: more than {MAX_ENTRIES:,} entries; write fewer, "
+                              "without aliases (*name)")
+        if isinstance(entry, dict):
+            if entry.get("trust_remote_code", False) is not False:
+                raise ConfigError(
+                    f"recipe {path}: trust_remote_code cannot be given in a file; if you trust the "
+                    "checkpoint, type --set finetune.trust_remote_code=true, and so for each stage"
+                )
+            entries += entry.values()
+        elif isinstance(entry, list):
+            entries += entry
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`; sections are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {setting}: write key=value, as --set task_guided.max_steps=500")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        value = text
+    section, _, flag = key.partition(".")
+    if key in recipe["variables"]:
+        recipe["variables"][key] = value
+    elif flag and section in DEFAULTS:
+        recipe[section] = {**(recipe[section] or {}), flag: value}
+    else:
+        flags = [f"{name}.{f}" for name in SECTIONS for f in SECTIONS[name]]
+        known = [*recipe["variables"], *(name for name in DEFAULTS if name != "variables")]
+        _check_known(key, known, f"--set {setting}: unknown variable or setting",
+                     also=[*flags, *(f"floors.{floor}" for floor in FLOORS)])
+        recipe[key] = value
+
+
+def _check_known(name: str, known: Any, complaint: str, also: Any = ()) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(str(name), [*known, *also], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    raise ConfigError(f"{complaint} {name!r}; {hint}")
+
+
+def _fill_in(value: Any, variables: dict[str, Any], path: str | Path) -> Any:
+    """Replace `${name}` in all strings below `value`; alone in a string it keeps its type."""
+    if isinstance(value, dict):
+        return {key: _fill_in(entry, variables, path) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_fill_in(entry, variables, path) for entry in value]
+    if not isinstance(value, str):
+        return value
+    names = re.findall(r"\$\{(\w*)\}", value)
+    for name in names:
+        _check_known(name, variables, f"recipe {path}: unknown variable")
+    if len(names) == 1 and value == f"${{{names[0]}}}":
+        return variables[names[0]]
+    return re.sub(r"\$\{(\w*)\}", lambda match: str(variables[match[1]]), value)
+
+
+def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
+    for section, flags in SECTIONS.items():
+        content = recipe[section]
+        if content is None and section == "general":
+            continue
+        if not isinstance(content, dict):
+            raise ConfigError(f"recipe {path}: {section} must hold flags, as `max_steps: 100`; "
+                              f"got {content!r}")
+        for flag in content:
+            _check_known(flag, flags, f"recipe {path}: {section} has an unknown flag")
+    for key in ("arms", "pretrain_seeds", "export_steps"):
+        value = recipe[key]
+        if not isinstance(value, list) or len(set(map(str, value))) != len(value):
+            raise ConfigError(f"recipe {path}: {key} must be a list without repeats, as [1, 2]; "
+                              f"got {value!r}")
+    for key in ("pretrain_seeds", "export_steps"):
+        if not all(type(n) is int and n >= 0 for n in recipe[key]):
+            raise ConfigError(f"recipe {path}: {key} must hold whole numbers; got {recipe[key]}")
+    if not recipe["arms"] or not recipe["pretrain_seeds"]:
+        raise ConfigError(f"recipe {path}: arms and pretrain_seeds need at least one entry")
+    for arm in recipe["arms"]:
+        _check_known(arm, ARMS, f"recipe {path}: unknown arm")
+    if not isinstance(recipe["floors"], dict):
+        raise ConfigError(f"recipe {path}: floors must be as {{naive_bayes: true}}")
+    for floor in recipe["floors"]:
+        _check_known(floor, FLOORS, f"recipe {path}: unknown floor")
+    for section, flag in (("task", "task"), ("domain_text", "input")):
+        if not recipe[section].get(flag) and (section == "task" or needs_domain(recipe)):
+            raise ConfigError(f"recipe {path}: {section}.{flag} is missing; --set "
+                              f"{section}.{flag}=...")
+    general = recipe["general"]
+    scratch = bool(general and general.get("model_config"))
+    if bool(recipe["encoder"]) == scratch:
+        raise ConfigError(f"recipe {path}: give either encoder (a checkpoint to start from) or "
+                          "general.model_config (fresh weights)")
+    if scratch and not recipe["tokenizer"]:
+        raise ConfigError(f"recipe {path}: tokenizer is missing; fresh weights need one")
+    if general is not None and not recipe["general_text"].get("input"):
+        raise ConfigError(f"recipe {path}: general needs general_text.input")
+    if recipe["export_steps"] and general is None:
+        raise ConfigError(f"recipe {path}: export_steps are lengths of stage 1: give general, or "
+                          "leave export_steps out")
+
+
+def needs_domain(recipe: dict[str, Any]) -> bool:
+    """Whether any arm trains on the in-domain text."""
+    return any(arm != "none" for arm in recipe["arms"])

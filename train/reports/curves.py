@@ -1,0 +1,244 @@
+"""Training curves of run directories: what was logged, at which step, token and second.
+
+It owns the reading of event files. The axes other than steps are worked out from what is logged,
+window by window between two points of the training loss: tokens are the steps of the window times
+the tokens of a step (constant to a per cent or two, since rows are packed); masked tokens are the
+tokens times `train/masked_fraction`; seconds are the tokens over `throughput/tokens_per_sec`. So
+seconds are those of training steps, without evaluation, saving, or the pause before a resume, and
+steps that were lost to a kill and made again count once. The tokens of a step are those of the
+whole run by its `lineage.json`; a run without one is taken to fill its rows, which is a few per
+cent too many.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.reports.results import number, read_stages, strategy_of
+from train.run_dir.metrics import (
+    EVAL_LOSS,
+    EVAL_PERPLEXITY,
+    MASKED_FRACTION,
+    TOKENS_PER_SECOND,
+    TRAIN_LOSS,
+)
+
+TAGS = (TRAIN_LOSS, EVAL_LOSS, EVAL_PERPLEXITY, MASKED_FRACTION, TOKENS_PER_SECOND)
+RUN_COLUMNS = ("run", "masking", "state", "steps", "masked_tokens", "seconds", "train_loss",
+               "held_out_loss")
+PATTERN = "events.out.tfevents.*"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The scalars of one training run.
+
+    Attributes:
+        name: unique in a report.
+        scalars: tag -> (steps, values), steps ascending; empty where the event files are lost.
+        masking: strategy of a pre-training run; empty where nothing tells.
+        stage: the run's own stage in its lineage; empty as long as it is not finished.
+        tokens_per_step: real tokens of a step; None where nothing tells.
+        max_steps: how many steps are planned; None where nothing tells.
+    """
+
+    name: str
+    scalars: dict[str, tuple[list[int], list[float]]]
+    masking: str = ""
+    stage: dict[str, Any] = field(default_factory=dict)
+    tokens_per_step: float | None = None
+    max_steps: float | None = None
+
+    @property
+    def is_pretraining(self) -> bool:
+        logged = MASKED_FRACTION in self.scalars or EVAL_PERPLEXITY in self.scalars
+        return logged or self.stage.get("stage") == "pretrain"
+
+    @property
+    def last_step(self) -> int:
+        return max((steps[-1] for steps, _ in self.scalars.values()), default=0)
+
+    def spent(self, steps: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Masked tokens and seconds of training up to each step; None where nothing tells.
+
+        Returns:
+            Two arrays, `(len(steps),)` float64.
+        """
+        needed = (MASKED_FRACTION, TOKENS_PER_SECOND)
+        if self.tokens_per_step is None or any(tag not in self.scalars for tag in needed):
+            return None
+        logged, fractions = (np.array(column) for column in self.scalars[MASKED_FRACTION])
+        rates = np.interp(logged, *self.scalars[TOKENS_PER_SECOND])
+        tokens = np.diff(logged, prepend=0) * self.tokens_per_step
+        places = np.append(0, logged)
+        masked = np.append(0, np.cumsum(tokens * fractions))
+        seconds = np.append(0, np.cumsum(tokens / np.maximum(rates, 1e-9)))
+        return np.interp(steps, places, masked), np.interp(steps, places, seconds)
+
+
+def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
+    """Training curves of all runs below the folders, and a sentence for what cannot be read."""
+    curves: list[Curves] = []
+    notes: list[str] = []
+    seen: set[Path] = set()
+    for folder in folders:
+        for path in event_folders(folder):
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            run = path.parent if path.name == "tb" else path
+            name = short_name(run, folders)
+            scalars = _read_events(path, notes)
+            if scalars:
+                curves.append(_with_lineage(name, scalars, run))
+                notes += _state_notes(curves[-1], run)
+            else:
+                notes.append(f"{path}: no loss has been logged yet.")
+        for run in without_events(folder):
+            if run.resolve() in seen:
+                continue
+            seen.add(run.resolve())
+            notes.append(f"{run}: no event files in it (tb/), so no curves.")
+            found = _with_lineage(short_name(run, folders), {}, run)
+            if found.is_pretraining:
+                curves.append(found)
+    return curves, notes
+
+
+def without_events(folder: Path) -> list[Path]:
+    """Run directories below this one, or itself, that trained and have no event file."""
+    runs = [path.parent for path in sorted(folder.rglob("config.resolved.yaml"))]
+    return [run for run in runs if not any(run.rglob(PATTERN))
+            and _read_config(run / "config.resolved.yaml").get("max_steps") != 0]
+
+
+def event_folders(folder: Path) -> list[Path]:
+    """Folders with event files, below this one or itself."""
+    return sorted({path.parent for path in folder.rglob(PATTERN)})
+
+
+def short_name(path: Path, folders: Sequence[Path]) -> str:
+    """The part of a path below the one folder of a report, or what tells it from the others."""
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) == 1:
+        name = os.path.relpath(path.resolve(), resolved[0])
+        return resolved[0].name if name == "." else name
+    return os.path.relpath(path.resolve(), os.path.commonpath([f.parent for f in resolved]))
+
+
+def _read_events(folder: Path, notes: list[str]) -> dict[str, tuple[list[int], list[float]]]:
+    """The scalars of all event files of a folder; steps that were made again count once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    for path in sorted(folder.glob(PATTERN)):
+        size = path.stat().st_size
+        # The loader stops in silence at a record that is cut off or does not match its checksum;
+        # a record has 16 bytes around it.
+        whole = sum(len(record) + 16 for record in RawEventFileLoader(str(path)).Load())
+        if whole < size:
+            notes.append(
+                f"{path}: cut off, damaged or still being written: {whole:,} of {size:,} bytes can "
+                "be read, and what they hold is shown."
+            )
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1})
+    try:
+        events.Reload()
+    except Exception as error:  # whatever the library makes of whole records that are no events
+        notes.append(f"{folder}: holds something else than events ({type(error).__name__}).")
+    found = set(events.Tags()["scalars"])
+    return {tag: _ascending(events.Scalars(tag)) for tag in TAGS if tag in found}
+
+
+def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:
+    """Steps and values; of several points of one step the first counts."""
+    steps: list[int] = []
+    values: list[float] = []
+    for point in points:
+        if not steps or point.step > steps[-1]:
+            steps.append(point.step)
+            values.append(point.value)
+    return steps, values
+
+
+def _with_lineage(
+    name: str, scalars: dict[str, tuple[list[int], list[float]]], run: Path
+) -> Curves:
+    """What the run directory tells beside the event files."""
+    stages = read_stages(run / "hf")
+    stage = stages[-1] if stages else {}
+    config = _read_config(run / "config.resolved.yaml")
+    named = config.get("mask_index") or config.get("masking")
+    if not named and "mask_index" in config:
+        named = "random"  # the default
+    masking = strategy_of(stage or {"mask_strategy": named})
+    tokens, steps = number(stage.get("tokens")), number(stage.get("steps"))
+    per_step = tokens / steps if tokens and steps else _full_rows(run, config)
+    return Curves(name, scalars, masking, stage, per_step,
+                  number(config.get("max_steps")))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _full_rows(run: Path, config: dict[str, Any]) -> float | None:
+    """Tokens of a step if all rows were full."""
+    try:
+        resolved = json.loads((run / "ds_config.resolved.json").read_text(encoding="utf-8"))
+        rows = number(resolved["train_batch_size"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    slots = number(config.get("max_seq_length"))
+    return rows * slots if rows and slots else None
+
+
+def _state_notes(run: Curves, path: Path) -> list[str]:
+    if not run.is_pretraining or run.stage:
+        return []
+    planned = f" of {run.max_steps:.0f}" if run.max_steps else ""
+    notes = [f"{path}: not finished (no hf/ in it), shown up to step {run.last_step}{planned}."]
+    if run.tokens_per_step is None:
+        notes.append(f"{path}: without ds_config.resolved.json its masked tokens and seconds are "
+                     "not known.")
+    return notes
+
+
+def run_rows(curves: Sequence[Curves]) -> list[dict[str, Any]]:
+    """One row for each pre-training run, with the keys of `RUN_COLUMNS`."""
+    rows = []
+    for run in curves:
+        if not run.is_pretraining:
+            continue
+        totals = {"steps": float(run.last_step), "masked_tokens": None, "seconds": None}
+        spent = run.spent([run.last_step])
+        if spent is not None:
+            totals.update(masked_tokens=spent[0][0], seconds=spent[1][0])
+        for key in totals:
+            totals[key] = number(run.stage.get(key, totals[key]))
+        rows.append({
+            "run": run.name, "masking": run.masking,
+            "state": "finished" if run.stage else "unfinished",
+            **{key: "" if value is None else round(value) for key, value in totals.items()},
+            "train_loss": _last(run, TRAIN_LOSS), "held_out_loss": _last(run, EVAL_LOSS),
+        })
+    return rows
+
+
+def _last(run: Curves, tag: str) -> str:
+    return f"{run.scalars[tag][1][-1]:.4f}" if tag in run.scalars else ""

@@ -1,0 +1,351 @@
+"""Reads what fine-tuning left behind: means, differences between arms, and floors.
+
+It owns the shape of `results.jsonl` and `predictions.jsonl` as seen by a reader, what may be
+compared with what, and the naive Bayes floor. It runs no network and draws no figure;
+`train/report.py` and `train/pipeline.py` share it.
+
+Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from preprocess.errors import DataError
+from train.reports.intervals import paired_difference
+
+if TYPE_CHECKING:
+    pass
+
+METRICS = {"accuracy": "test_accuracy", "macro_f1": "test_macro_f1"}
+TABLE_COLUMNS = ("arm", "task", "metric", "mean", "sd", "seeds", "masked_tokens", "steps",
+                 "seconds")
+DIFFERENCE_COLUMNS = ("arm", "against", "difference", "low", "high", "detectable", "seeds", "items")
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """One finished fine-tuning directory: one model a seed, all tested on the same items.
+
+    Attributes:
+        path: the directory.
+        rows: `results.jsonl`, one dictionary a seed, in the order of the file.
+        items: ids of the test items, in the order of the test split; empty without predictions.
+        correct: whether seed s is right about item n, `(S, N)` bool; None without predictions.
+        cost: masked_tokens, steps and seconds of all pre-training behind the run.
+        stages: the pre-training stages behind it, oldest first; empty where nothing tells.
+        notes: a sentence for everything that could not be read.
+    """
+
+    path: Path
+    rows: list[dict[str, Any]]
+    items: tuple[str, ...]
+    correct: np.ndarray | None
+    cost: dict[str, float]
+    stages: list[dict[str, Any]]
+    notes: list[str]
+
+    @property
+    def task(self) -> str:
+        return str(self.rows[0].get("task", ""))
+
+    @property
+    def seeds(self) -> list[int]:
+        return [int(row["seed"]) for row in self.rows]
+
+    @property
+    def weights(self) -> str | None:
+        """Fingerprint of the checkpoint that was fine-tuned, where the rows tell it."""
+        identity = self.rows[0].get("identity")
+        return str(identity["weights"]) if isinstance(identity, dict) and identity.get(
+            "weights") else None
+
+    @property
+    def strategy(self) -> str:
+        """Masking of the last pre-training; `none` where only stage 1 from scratch lies behind."""
+        if not self.stages:
+            return "none"
+        last = self.stages[-1]
+        scratch = last.get("weights") in ("fresh", last.get("started_from"))
+        return "none" if len(self.stages) == 1 and scratch else strategy_of(last)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: one arm, with one fine-tuning run for each pre-training seed.
+
+    Attributes:
+        name: unique in a report.
+        runs: the fine-tuning runs, all of one task.
+        line: the arms of one line of a figure: the same masking after other lengths of stage 1.
+        masking_seconds: what choosing its masks cost; None where nothing tells.
+    """
+
+    name: str
+    runs: list[FinetuneRun]
+    line: str = ""
+    masking_seconds: float | None = None
+
+    @property
+    def task(self) -> str:
+        return self.runs[0].task
+
+    def values(self, metric: str) -> list[float]:
+        """All values of a metric, pre-training seeds one after the other."""
+        found = [number(row.get(METRICS[metric])) for run in self.runs for row in run.rows]
+        return [value for value in found if value is not None]
+
+    def correct(self) -> np.ndarray | None:
+        """`(P, S, N)` bool, or None if predictions or seeds are missing somewhere."""
+        arrays = [run.correct for run in self.runs if run.correct is not None]
+        if len(arrays) < len(self.runs) or len({array.shape for array in arrays}) != 1:
+            return None
+        return np.stack(arrays)
+
+
+def read_json_lines(path: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line.
+
+    Args:
+        broken: where to put a sentence for every bad line, instead of an error.
+    Raises:
+        DataError: a line is not a JSON object.
+    """
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            # A seed names a folder, so it is a number and nothing else.
+            if not isinstance(row, dict) or type(row.get("seed", 0)) is not int:
+                where = f"{path}, line {number}: not a JSON object of ours"
+                if broken is None:
+                    raise DataError(f"{where}; the file is broken, delete it and run the command "
+                                    "that wrote it again")
+                broken.append(f"{where}, left out")
+                continue
+            rows.append(row)
+    return rows
+
+
+def read_stages(folder: Path) -> list[dict[str, Any]]:
+    """Stages in the `lineage.json` of an `hf/` folder, oldest first; empty if it is of no use."""
+    try:
+        stages = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))["stages"]
+        return [stage for stage in stages if isinstance(stage, dict)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def strategy_of(stage: dict[str, Any]) -> str:
+    """The masking strategy of a pre-training stage; "" if it does not say."""
+    return str(stage.get("mask_strategy") or "")
+
+
+def number(value: Any) -> float | None:
+    """A finite number from a file, or None."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if plain and math.isfinite(value) else None
+
+
+def finished_seeds(run_dir: Path) -> list[int]:
+    """Seeds that have a row in `run_dir/results.jsonl` and their predictions."""
+    path = Path(run_dir) / "results.jsonl"
+    if not path.is_file():
+        return []
+    seeds = [int(row["seed"]) for row in read_json_lines(path) if "seed" in row]
+    return [seed for seed in seeds if (path.parent / f"seed_{seed}/predictions.jsonl").is_file()]
+
+
+def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
+    """Read results and predictions of a fine-tuning directory; what is broken becomes a note.
+
+    Raises:
+        DataError: no result in it, or its seeds were tested on different items.
+    """
+    run_dir = Path(run_dir)
+    path = run_dir / "results.jsonl"
+    notes: list[str] = []
+    by_seed = {}
+    for row in read_json_lines(path, notes) if path.is_file() else []:
+        if "seed" in row and number(row.get(METRICS["accuracy"])) is not None:
+            by_seed[row["seed"]] = row
+    rows = list(by_seed.values())
+    if not rows:
+        reason = "; ".join(notes) or "results.jsonl is absent or empty"
+        raise DataError(
+            f"{run_dir}: holds no finished seed ({reason}); run train/finetune.py there first"
+        )
+    answers = [read_predictions(run_dir / f"seed_{row['seed']}" / "predictions.jsonl", notes)
+               for row in rows]
+    known = [answer for answer in answers if answer is not None]
+    for items, _ in known[1:]:
+        if items != known[0][0]:
+            raise DataError(
+                f"{run_dir}: its seeds have other test items than each other; the seeds of one "
+                "directory must share one test split: delete it and run train/finetune.py again"
+            )
+    whole = len(known) == len(rows)
+    cost = rows[0].get("pretraining")
+    lineage = read_stages(run_dir / f"seed_{rows[0]['seed']}" / "hf")
+    return FinetuneRun(
+        path=run_dir,
+        rows=rows,
+        items=known[0][0] if whole else (),
+        correct=np.array([right for _, right in known], dtype=bool) if whole else None,
+        cost={key: value for key, given in (cost if isinstance(cost, dict) else {}).items()
+              if (value := number(given)) is not None},
+        stages=[stage for stage in lineage if stage.get("stage") == "pretrain"],
+        notes=notes,
+    )
+
+
+def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], list[bool]] | None:
+    """Items of one seed's test split, and whether each answer is right; None if not all are there.
+
+    Args:
+        notes: where to put a sentence about what is missing.
+    """
+    if not path.is_file():
+        notes.append(f"{path}: absent, so this run is not compared")
+        return None
+    broken: list[str] = []
+    answers = read_json_lines(path, broken)
+    if broken or any(key not in a for a in answers for key in ("item", "label", "prediction")):
+        notes.append(f"{path}: cut off or broken, so this run is not compared")
+        return None
+    return (tuple(str(a["item"]) for a in answers),
+            [a["prediction"] == a["label"] for a in answers])
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the latter is nan for a single value."""
+    if not values:
+        raise ValueError("mean_and_sd needs at least one value")
+    array = np.asarray(values, dtype=np.float64)
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan
+
+
+def table_rows(arms: Iterable[Arm]) -> list[dict[str, Any]]:
+    """One row for each arm and metric, with the keys of `TABLE_COLUMNS`.
+
+    The cost columns are means over the arm's pre-training seeds, empty where the rows do not tell.
+    """
+    rows = []
+    for arm in arms:
+        cost = {}
+        for key in ("masked_tokens", "steps", "seconds"):
+            known = [run.cost[key] for run in arm.runs if key in run.cost]
+            cost[key] = round(sum(known) / len(known)) if known else ""
+        for metric in METRICS:
+            values = arm.values(metric)
+            if not values:
+                continue
+            mean, sd = mean_and_sd(values)
+            rows.append({
+                "arm": arm.name, "task": arm.runs[0].task, "metric": metric,
+                "mean": f"{mean:.4f}", "sd": "" if math.isnan(sd) else f"{sd:.4f}",
+                "seeds": len(values), **cost,
+            })
+    return rows
+
+
+def difference_rows(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Differences in accuracy with their 95 % intervals, keys as in `DIFFERENCE_COLUMNS`.
+
+    An arm without stage 2 has one run, the others one for each pre-training seed: the single
+    run is then compared with each of them.
+
+    Returns:
+        `(rows, notes)`; a note is a sentence about a pair that cannot be compared, and why, or
+        about chance that an interval cannot count.
+    """
+    rows, notes, compared, alike = [], [], [], []
+    for first, second in pairs:
+        one, two = first.correct(), second.correct()
+        reason = _not_comparable(first, second)
+        if reason or one is None or two is None:
+            notes.append(f"{first.name} and {second.name} are not compared: {reason}.")
+            continue
+        one, two = np.broadcast_arrays(one, two)
+        found = paired_difference(one, two)
+        if found.standard_error == 0:
+            alike.append(f"{first.name} and {second.name}")
+        rows.append({
+            "arm": first.name, "against": second.name,
+            "difference": f"{found.mean:+.4f}", "low": f"{found.low:+.4f}",
+            "high": f"{found.high:+.4f}",
+            "detectable": f"{found.detectable:.4f}" if found.standard_error else "",
+            "seeds": f"{one.shape[0]}x{one.shape[1]}", "items": one.shape[2],
+        })
+        compared.append((first, second))
+    if alike:
+        notes.append(f"An interval without width says nothing: {', '.join(alike)} differ by the "
+                     "same at every seed and item.")
+    return rows, notes + uncounted_chance(compared)
+
+
+def uncounted_chance(pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:
+    """Sentences about sources of chance that the intervals of these pairs leave out."""
+    arms = list({arm.name: arm for pair in pairs for arm in pair}.values())
+
+    def named(chosen: Iterable[Arm]) -> str:
+        return ", ".join(dict.fromkeys(arm.name for arm in chosen))
+
+    notes = []
+    single = [arm for arm in arms if len(arm.runs) == 1]
+    if single:
+        notes.append(
+            f"One pre-training seed lies behind {named(single)}: the intervals of their "
+            "differences cannot count the chance of that pre-training, and are too narrow. Seeds "
+            "of fine-tuning that share one checkpoint are no independent evidence."
+        )
+    if any(arm.correct().shape[1] == 1 for arm in arms):  # type: ignore[union-attr]
+        few = [arm for arm in arms if len(arm.runs[0].seeds) == 1]
+        notes.append(f"One fine-tuning seed lies behind {named(few)}: the chance of fine-tuning "
+                     "is not counted there.")
+    shared = [arm for arm in arms if len(arm.runs) > 1 and _shares_stage_1(arm)]
+    if shared:
+        notes.append(
+            f"The pre-training seeds of {named(shared)} are of stage 2 and start from one stage-1 "
+            "checkpoint: the chance of stage 1 is not counted."
+        )
+    for arm in arms:
+        prints = [run.weights for run in arm.runs if run.weights]
+        if len(set(prints)) < len(prints):
+            notes.append(f"{arm.name}: some of its runs were fine-tuned from one and the same "
+                         "checkpoint, so they are no separate pre-training seeds.")
+    return notes
+
+
+def _shares_stage_1(arm: Arm) -> bool:
+    before = {json.dumps(run.stages[:-1], sort_keys=True) for run in arm.runs}
+    return len(before) == 1 and len(arm.runs[0].stages) > 1
+
+
+def _not_comparable(first: Arm, second: Arm) -> str | None:
+    one, two = first.correct(), second.correct()
+    if first.task != second.task:
+        return f"they are of different tasks ({first.task} and {second.task})"
+    if one is None or two is None:
+        return "predictions.jsonl of some seed is missing, or their runs have different seeds"
+    runs = [*first.runs, *second.runs]
+    if len({run.items for run in runs}) != 1:
+        return "they were tested on different items"
+    single_seeds = one.shape[1] == 1 or two.shape[1] == 1
+    if not single_seeds and len({tuple(run.seeds) for run in runs}) != 1:
+        return "they have different fine-tuning seeds"
+    if one.shape[0] != two.shape[0] and 1 not in (one.shape[0], two.shape[0]):
+        return "they have different numbers of pre-training seeds"
+    return None

@@ -1,0 +1,1 @@
+"""Every file of a run directory: one writer and one reader each."""

@@ -1,0 +1,334 @@
+"""What makes a checkpoint valid, and what a run directory holds.
+
+How one is committed, so that a kill at any moment leaves the checkpoints before it whole:
+
+1. every rank writes its files to `checkpoints/step_N.tmp`;
+2. meanwhile it brings them to the disk (fsync) and takes their sha256;
+3. rank 0 gathers the digests, writes them as `manifest.json` and syncs the folder;
+4. it renames the folder to `step_N`: from here on it counts;
+5. it replaces `latest`, for people to read (loading looks at the folders), and only then removes
+   older checkpoints, by renaming them to `.tmp` first.
+
+A rank gives its digests when its files are on the disk, so nothing is committed without every
+rank. What ends in `.tmp` never counts, and the next save removes it.
+
+Loading takes the newest checkpoint whose files all agree with its manifest, on all ranks the
+same, and says which ones it passed over and why. At another number of ranks it is converted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from preprocess.errors import ConfigError, DataError, writing
+from preprocess.files import atomic_write_bytes, atomic_write_json, file_sha256, seal, sync
+from preprocess.progress import say
+from train import engine as ds
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 2
+
+
+# ------------------------------------------------------------------------------------- saving
+
+
+def save_checkpoint(
+    engine: Any,
+    run_dir: str | Path,
+    step: int,
+    client_state: dict[str, Any],
+    limit: int,
+    extras: dict[str, bytes] | None = None,
+) -> Path:
+    """Commit a checkpoint of `step`, then remove the oldest beyond `limit`; collective.
+
+    Args:
+        client_state: plain values to get back from `load_checkpoint`; its `identity`, if any, is
+            what must not change when the run is resumed.
+        extras: further files of the checkpoint, name -> content; those of rank 0 are written.
+    Raises:
+        DiskFullError: nothing has been committed or removed.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    final, temporary = folder / f"step_{step}", folder / f"step_{step}.tmp"
+    try:
+        with writing(final):
+            if ds.is_main():
+                _remove_debris(folder)
+                temporary.mkdir(parents=True)
+            ds.barrier()
+            seals = _Seals(temporary)
+            ds.save_state(engine, temporary, {**client_state, "step": step}, seals.around)
+            shares = ds.gather_objects(seals.finish())
+            if ds.is_main():
+                for name, content in (extras or {}).items():
+                    (temporary / name).write_bytes(content)
+                files = {name: entry for share in shares for name, entry in share.items()}
+                # And what DeepSpeed writes without being asked, as its scripts.
+                for file in _files(temporary):
+                    if _name(temporary, file) not in files:
+                        with seals.around(file):
+                            pass
+                manifest = {
+                    "version": MANIFEST_VERSION, "step": step,
+                    "world_size": ds.ranks().world_size, "engine": ds.describe(engine),
+                    "identity": client_state.get("identity", {}),
+                    "files": files | seals.finish(),
+                }
+                _commit(temporary, final, manifest)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if ds.is_main():
+        _prune(folder, step, limit)
+    ds.barrier()
+    return final
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _name(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+class _Seals:
+    """Size and sha256 of files, taken while they are written, and brought to the disk meanwhile.
+
+    Two threads follow each file, so that on a machine with a processor to spare a save takes
+    little longer than the disk does. Files must be written from beginning to end, as `torch.save`
+    does.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def around(self, path: Path) -> Iterator[None]:
+        """Follow what the block writes to `path`; a file that is there is taken as it is."""
+        path.touch()
+        done = threading.Event()
+        with ThreadPoolExecutor(2) as pool:
+            digest = pool.submit(_follow_with_sha256, path, done)
+            synced = pool.submit(_follow_with_fsync, path, done)
+            try:
+                yield
+            finally:
+                done.set()
+        synced.result()
+        size = path.stat().st_size
+        self._entries[_name(self._folder, path)] = {"bytes": size, "sha256": digest.result()}
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of the files, by name; their folders are on the disk too."""
+        for parent in {(self._folder / name).parent for name in self._entries}:
+            sync(parent)
+        return self._entries
+
+
+def _follow_with_sha256(path: Path, done: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while True:
+            last = done.wait(0.01)
+            while block := stream.read(1 << 20):
+                digest.update(block)
+            if last:
+                return digest.hexdigest()
+
+
+def _follow_with_fsync(path: Path, done: threading.Event) -> None:
+    while not done.wait(0.1):
+        sync(path)
+    sync(path)
+
+
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, rename the folder, replace `latest`."""
+    atomic_write_json(temporary / MANIFEST, seal(manifest))
+    if final.exists():
+        # Damaged: a run goes on from its newest whole checkpoint, so it comes back to the step of
+        # another one only if that was passed over.
+        os.rename(final, final.with_name(f"{final.name}.old.tmp"))
+    os.rename(temporary, final)
+    sync(final.parent)
+    atomic_write_bytes(final.parent.parent / "latest", f"{final.name}\n".encode())
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps of the committed checkpoints, newest first."""
+    names = (p.name for p in folder.glob("step_*") if p.name[5:].isdecimal())
+    return sorted((int(name[5:]) for name in names), reverse=True)
+
+
+def _prune(folder: Path, step: int, limit: int) -> None:
+    """Keep the newest `limit` checkpoints up to that of `step`, which has just been committed.
+
+    Later ones are damaged: the run would have gone on from them. They do not count, or they would
+    push out the good ones. Nothing is removed unless the new one is there with all its files.
+    """
+    problem = check_checkpoint(folder / f"step_{step}", digests=False)
+    if problem:
+        say(f"warning: {problem}; older checkpoints are kept")
+        return
+    steps = _steps(folder)
+    for old in {*steps[:steps.index(step)], *steps[steps.index(step) + limit:]}:
+        path = folder / f"step_{old}"
+        os.rename(path, path.with_name(f"{path.name}.tmp"))
+    _remove_debris(folder)
+
+
+def _remove_debris(folder: Path) -> None:
+    """Remove what a save, a conversion or a removal left that did not come to its end."""
+    for path in folder.glob("step_*.tmp"):
+        shutil.rmtree(path)
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def check_checkpoint(
+    path: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1)
+) -> str | None:
+    """What is wrong with a checkpoint, or None.
+
+    Args:
+        digests: compare the sha256 of the files too, not only names and sizes.
+        share: `(i, n)`: take every n-th digest from the i-th on; n ranks check all of them.
+    """
+    manifest_file = path / MANIFEST
+    if not manifest_file.is_file():
+        return f"{manifest_file} is missing"
+    try:
+        manifest = _read_manifest(path)
+        entries = manifest["files"]
+        for name, entry in entries.items():
+            file = path / name
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                return f"{manifest_file} names {name!r}, outside the checkpoint"
+            if not file.is_file():
+                return f"{file} is missing"
+            if file.resolve() != path.resolve() / name:
+                return f"{file} is a link"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{file} has {file.stat().st_size} bytes, not {entry['bytes']}"
+        for file in _files(path):
+            if file.suffix == ".pt" and _name(path, file) not in entries:
+                return f"{file} is not in {manifest_file}"
+        if digests:
+            # The largest first, so that the shares are even.
+            names = sorted(entries, key=lambda name: (-entries[name]["bytes"], name))
+            for name in names[share[0]::share[1]]:
+                if file_sha256(path / name) != entries[name]["sha256"]:
+                    return f"{path / name} differs from its sha256"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{manifest_file} is damaged ({error})"
+    except OSError as error:
+        return f"{error.filename or path} cannot be read ({error.strerror})"
+    return None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint `path`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is not as we write it.
+    """
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    if seal(manifest) != manifest:
+        raise ValueError("its content is not what was written")
+    if manifest["version"] != MANIFEST_VERSION:
+        raise ValueError(f"version {manifest['version']}, not {MANIFEST_VERSION}")
+    if path.name != f"step_{manifest['step']}":
+        raise ValueError(f"of step {manifest['step']}")
+    if manifest["world_size"] < 1:
+        raise ValueError(f"of {manifest['world_size']} ranks")
+    for rank in range(manifest["world_size"]):
+        if ds.GENERATORS.format(rank=rank) not in manifest["files"]:
+            raise ValueError(f"without the files of rank {rank}")
+    for key in ("engine", "identity"):
+        manifest[key].keys()
+    return manifest
+
+
+def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
+    """The newest whole checkpoint of a run, or None.
+
+    In a process group it is collective: the ranks share the work and come to the same answer.
+
+    Args:
+        mode: auto, must or never, as `--resume`.
+    Raises:
+        DataError: `must`, and there is none.
+    """
+    if mode == "never":
+        return None
+    together = ds.is_started()
+    where = ds.ranks()
+    share = (where.rank, where.world_size) if together else (0, 1)
+    folder = Path(run_dir) / "checkpoints"
+    steps = _steps(folder) if folder.is_dir() else []
+    for step in ds.gather_objects(steps)[0] if together else steps:
+        path = folder / f"step_{step}"
+        problem = check_checkpoint(path, share=share)
+        found = ds.gather_objects(problem) if together else [problem]
+        problem = next((one for one in found if one), None)
+        if problem is None:
+            return path
+        say(f"warning: checkpoint {path} passed over: {problem}")
+    if mode == "must":
+        raise DataError(
+            f"{folder}: no whole checkpoint, and --resume is must; type --resume auto to start anew"
+        )
+    return None
+
+
+def load_checkpoint(
+    engine: Any, path: Path, identity: dict[str, Any], allow_world_size_change: bool = False
+) -> dict[str, Any]:
+    """Load a checkpoint that `find_checkpoint` found; collective.
+
+    Args:
+        identity: what must not change between the parts of a run (fingerprints, seed, ...).
+        allow_world_size_change: whether it may come from another number of ranks; see
+            `engine.load_state` for what that changes.
+    Returns:
+        The `client_state`.
+    Raises:
+        ConfigError: it does not belong to this run: says what differs.
+        DataError: a file of it holds what is never loaded.
+    """
+    manifest = _read_manifest(path)
+    for saved, now, remedy in (
+        (manifest["identity"], identity, "give the same, or another --output_dir"),
+        (manifest["engine"], ds.describe(engine), "give the DeepSpeed JSON of then, or another "
+                                                  "--output_dir"),
+    ):
+        for key, value in now.items():
+            if saved.get(key) != value:
+                raise ConfigError(
+                    f"{path}: made with {key} {saved.get(key)}, and this run has {value}; {remedy}"
+                )
+    world_size = manifest["world_size"]
+    if world_size != ds.ranks().world_size:
+        if not allow_world_size_change:
+            raise ConfigError(
+                f"{path}: written by {world_size} ranks, and there are {ds.ranks().world_size}; "
+                "start as many, or add --allow_world_size_change"
+            )
+        say(f"{path}: written by {world_size} ranks, converted for {ds.ranks().world_size}")
+    client_state = ds.load_state(engine, path, world_size)
+    if ds.is_main():
+        _remove_debris(path.parent)
+    return client_state

@@ -1,0 +1,119 @@
+"""The run directory: what may be written into it, its configuration and environment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preprocess.errors import ConfigError, writing
+from preprocess.files import atomic_write_bytes, atomic_write_json
+from train import engine as ds
+from train.config import TrainingConfig, as_dict, command_line
+
+# What a killed process may leave in a run directory, beside `checkpoints/*.tmp`: files and an
+# export that had not got their name yet.
+_LEFTOVER = re.compile(r"\.(.+\.tmp-\d+|hf(_step_\d+)?\..+)")
+
+
+def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Path:
+    """Check that the run directory may be written, and record options and environment in it.
+
+    Joins the process group: rank 0 writes when every rank has looked, or a slow rank would take
+    what the first one writes for another run.
+
+    Raises:
+        ConfigError: it is not a run directory of ours, or holds a run under `--resume never`, or
+            is not the same one on all nodes.
+    """
+    run_dir = check_run_dir(config)
+    ds.start()
+    ds.barrier()
+    if ds.is_main():
+        _write_run_dir(run_dir, config, resolved)
+    # Checkpoints are written by all ranks into one folder: better said now than at the first save.
+    blind = ds.nodes_without(run_dir)
+    if blind:
+        raise ConfigError(
+            f"--output_dir {run_dir}: {', '.join(blind)} cannot see what the first node wrote "
+            f"there; give a folder on a disk that all nodes share"
+        )
+    return run_dir
+
+
+def _write_run_dir(
+    run_dir: Path, config: TrainingConfig, resolved: ds.Resolved | None
+) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for path in (*run_dir.glob(".*"), *run_dir.glob("seed_*/.*")):
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with writing(run_dir):
+        text = yaml.safe_dump(as_dict(config), sort_keys=False)
+        atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
+        if resolved is not None:
+            atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
+        atomic_write_json(run_dir / "env.json", environment())
+
+
+def check_run_dir(config: TrainingConfig) -> Path:
+    """The checks of `prepare_run_dir`, without writing anything."""
+    run_dir = Path(config.output_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"--output_dir {run_dir}: is a file; give a folder")
+    _refuse_tasks_without_ranks()
+    names = os.listdir(run_dir) if run_dir.is_dir() else []
+    entries = {name for name in names if not _LEFTOVER.fullmatch(name)}
+    if entries and "config.resolved.yaml" not in entries:
+        raise ConfigError(
+            f"--output_dir {run_dir}: not empty and not a run of ours; give another folder"
+        )
+    if entries and config.resume == "never":
+        raise ConfigError(
+            f"--output_dir {run_dir}: holds a run already, and --resume is never; give another "
+            "folder, or --resume auto to go on"
+        )
+    return run_dir
+
+
+def _refuse_tasks_without_ranks() -> None:
+    """Refuse `srun -n 8 python train/...`: eight runs, each of one rank, in one run directory."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        raise ConfigError(
+            f"srun has started {tasks} tasks that have no RANK, and each would train alone; let "
+            f"srun start one launcher a node (deepspeed --no_ssh or torchrun), as the README shows"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, command and time, for `env.json`."""
+    import torch
+
+    names = ("torch", "deepspeed", "transformers", "numpy", "selmask")
+    installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    return {
+        "command": command_line(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "world_size": ds.ranks().world_size,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: installed[name] for name in names if name in installed},
+    }
+
+
+def identity_digest(values: Any) -> str:
+    """A short name for plain values, for `identity`."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

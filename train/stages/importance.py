@@ -1,0 +1,334 @@
+"""Which tokens of a text matter to a classifier: the buffer heuristic, its queries, its answers.
+
+A sequence is read from left to right. A *buffer* holds the tokens seen so far that were not found
+important. The token that brings the classifier's confidence in the right label to within `delta`
+of its confidence in the whole sequence is important, and leaves the buffer again.
+
+One forward pass a token would be slow one sequence at a time, so all sequences advance together:
+step t asks for the confidence of every buffer that holds its t-th token. A buffer is at no time a
+list: the kept tokens of a sequence stand at the front of its own room in one array.
+
+The last digits of a confidence depend on what else is in its batch (about 1e-7 in fp32), and could
+turn a decision that hangs on them. So what comes within `EDGE` of turning is asked again, each
+input alone in its pass, and decided by that: the answers are those of one query at a time, whatever
+the batches and the number of ranks. (Rounding would not help: it only moves the edge to where a
+rounded number turns.)
+
+Letters: `N` sequences, `B` inputs, `C` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from preprocess.corpus import Example, Task
+from preprocess.errors import ConfigError, DataError
+from preprocess.progress import Progress
+from preprocess.text.encode import encode_batch, prepare_backend
+from train.stages.inference import IdLists, Runner, one_by_one
+
+Confidence = Callable[[IdLists, list[int]], "np.ndarray | Sequence[float]"]
+
+EDGE = 1e-5
+"""Of a probability. What a batch does to one in fp32 was at most 2e-7 (4 and 6 layers)."""
+
+
+class Criterion(NamedTuple):
+    """When a buffer counts as close to its whole sequence.
+
+    `close(full, part, delta)` compares confidences, `(B,)` float64 each, and returns `(B,)` bool.
+    With `test_empty`, a sequence whose empty buffer is close already has no important token: the
+    label is explained by nothing at all, as it happens with a majority class.
+    """
+
+    close: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+    test_empty: bool
+
+
+def _close_signed(full: np.ndarray, part: np.ndarray, delta: float) -> np.ndarray:
+    """Also close where the part is more confident than the whole."""
+    return full - part < delta
+
+
+def _close_absolute(full: np.ndarray, part: np.ndarray, delta: float) -> np.ndarray:
+    return np.abs(full - part) < delta
+
+
+CRITERIA: dict[str, Criterion] = {
+    "signed": Criterion(_close_signed, test_empty=False),
+    "absolute": Criterion(_close_absolute, test_empty=False),
+    "strict": Criterion(_close_signed, test_empty=True),
+}
+
+
+def find_important(
+    confidence: Confidence,
+    sequences: Sequence[Sequence[int]],
+    full_confidence: Sequence[float] | np.ndarray,
+    delta: float,
+    criterion: str = "signed",
+) -> list[np.ndarray]:
+    """Find the important tokens of each sequence by the buffer heuristic.
+
+    At token t the buffer holds the unimportant tokens before t. If the buffer with token t is
+    close to the whole sequence, token t is important and is taken out again; else it stays.
+    Worked example, delta 0.01, full confidence 0.9, P of a buffer by its contents:
+    `[a]` 0.5, stays; `[a b]` 0.9, so b is important; `[a c]` 0.6, stays. Result: `[F, T, F]`.
+
+    Args:
+        confidence: `confidence(buffers, owners)` returns P(right label) of each buffer, one float
+            each; `owners[i]` is the index in `sequences` that buffer i came from. Called once a
+            step with the buffers of all unfinished sequences, which are `IdLists`: they can be
+            read one by one as lists of ids. Under `strict` the first call asks for the empty
+            buffers.
+        sequences: token ids; may be empty, then the result is empty.
+        full_confidence: P(right label) of the whole sequences, one float each.
+        delta: largest difference in probability, exclusive.
+        criterion: a name in `CRITERIA`.
+    Returns:
+        One array a sequence, as long as it, bool: True where the token is important.
+    Raises:
+        ValueError: unknown criterion, or not one full confidence a sequence.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion {criterion!r}: must be one of {', '.join(CRITERIA)}")
+    whole = IdLists.of(sequences).packed()
+    full = np.asarray(full_confidence, dtype=np.float64).reshape(-1)
+    if len(full) != len(whole):
+        raise ValueError(f"{len(full)} full confidences for {len(whole)} sequences")
+    close, test_empty = CRITERIA[criterion]
+    kept = whole.flat.copy()  # from starts[i] on, the kept tokens of sequence i
+    num_kept = np.zeros(len(whole), dtype=np.int64)
+    important = np.zeros(len(kept), dtype=bool)
+
+    def ask(active: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        buffers = IdLists(kept, whole.starts[active], lengths)
+        part = np.asarray(confidence(buffers, active.tolist()), dtype=np.float64).reshape(-1)
+        assert len(part) == len(buffers), "one confidence a buffer"
+        return close(full[active], part, delta)
+
+    active = np.flatnonzero(whole.lengths)
+    if test_empty and len(active):
+        active = active[~ask(active, num_kept[active])]
+    step = 0
+    while len(active):
+        token = whole.starts[active] + step
+        kept[whole.starts[active] + num_kept[active]] = whole.flat[token]
+        important[token] = ask(active, num_kept[active] + 1)
+        num_kept[active] += ~important[token]
+        step += 1
+        active = active[whole.lengths[active] > step]
+    return [important[a : a + n] for a, n in zip(whole.starts, whole.lengths, strict=True)]
+
+
+MEASURES: dict[str, Callable[..., list[np.ndarray]]] = {"buffer": find_important}
+
+
+# --------------------------------------------------------------------------- from texts to queries
+
+
+@dataclass(frozen=True)
+class Query:
+    """One sequence to be explained.
+
+    document, sequence: where it stands in the store. label: the classifier's class.
+    aspect, tokens: ids as the classifier sees them, cut to the length limit.
+    """
+
+    document: int
+    sequence: int
+    label: int
+    aspect: list[int]
+    tokens: list[int]
+
+
+def match_labels(task: Task, hf_config: Any, model_name: str) -> list[int]:
+    """The classifier's class for each label of the task, by name.
+
+    Raises:
+        ConfigError: the classifier knows other labels.
+    """
+    classes = {str(name): int(number) for number, name in hf_config.id2label.items()}
+    if set(classes) != set(task.labels) or len(classes) != hf_config.num_labels:
+        raise ConfigError(
+            f"--model_name_or_path {model_name} tells {', '.join(classes)} apart, but --task "
+            f"{task.name} has {', '.join(task.labels)}; give a classifier fine-tuned on this task"
+        )
+    return [classes[label] for label in task.labels]
+
+
+def group_by_text(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    """The different (aspect, label) examples of each text, in order of first appearance."""
+    groups: dict[str, dict[Example, None]] = {}
+    for example in examples:
+        groups.setdefault(example.text, {})[example] = None
+    return {text: list(group) for text, group in groups.items()}
+
+
+def encode_texts(tokenizer: Any, texts: list[str], language: str | None) -> list[list[np.ndarray]]:
+    """Ids of each text's sentences, uint16, cut as `tokenize_corpus.py` cuts them.
+
+    Args:
+        language: of the sentences; None keeps a text in one sequence.
+    Returns:
+        A list of sequences for each text, empty for a text without a token.
+    """
+    backend = prepare_backend(tokenizer)
+    documents = []
+    for text in texts:
+        ids, lengths, _, _ = encode_batch(backend, [text], language)
+        documents.append(np.split(ids, np.cumsum(lengths)[:-1]) if len(ids) else [])
+    return documents
+
+
+def cut_to_fit(aspect: list[int], tokens: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """Cut aspect and text so that both fit into `limit` tokens; the text keeps at least half."""
+    aspect = aspect[: max(limit - len(tokens), limit // 2)]
+    return aspect, tokens[: limit - len(aspect)]
+
+
+def plan_queries(
+    groups: list[list[Example]],
+    documents: list[list[np.ndarray]],
+    classes: list[int],
+    tokenizer: Any,
+    limit: int,
+) -> list[Query]:
+    """List what to ask the classifier: every sequence of every text, once for each aspect.
+
+    Args:
+        groups: the examples of each document's text.
+        documents: ids of its sequences.
+        classes: the classifier's class of each label.
+        limit: tokens that an input holds beside its special tokens.
+    """
+    backend = prepare_backend(tokenizer)
+    queries = []
+    for number, (group, sequences) in enumerate(zip(groups, documents, strict=True)):
+        for example in group:
+            aspect = []
+            if example.aspect:
+                aspect = encode_batch(backend, [example.aspect], None)[0].tolist()
+            for position, sequence in enumerate(sequences):
+                if len(sequence):
+                    parts = cut_to_fit(aspect, sequence.tolist(), limit)
+                    queries.append(Query(number, position, classes[example.label], *parts))
+    return queries
+
+
+# --------------------------------------------------------------------------- asking
+
+
+class Classifier:
+    """Probabilities of the classes for what stands in place of the text of some queries.
+
+    num_alone: inputs that were asked for alone.
+    """
+
+    def __init__(self, runner: Runner, queries: list[Query]) -> None:
+        self.runner = runner
+        self._alone = replace(runner, cut=one_by_one, min_width=0)  # with the same counts
+        self.num_alone = 0
+        self.texts = IdLists.of([query.tokens for query in queries])
+        self.labels = np.array([query.label for query in queries], dtype=np.int64)
+        self._aspects = IdLists.of([query.aspect for query in queries])
+
+    def classes(
+        self, which: np.ndarray, texts: IdLists, progress: Progress | None = None,
+        alone: bool = False,
+    ) -> np.ndarray:
+        """P of every class, `(B, C)` float64.
+
+        Args:
+            which: the query of each text, `(B,)` int64.
+            alone: each in a pass of its own.
+        """
+        runner = self._alone if alone else self.runner
+        self.num_alone += len(which) * alone
+        aspects = self._aspects.take(which) if runner.template.between else None
+        found = np.zeros((len(which), runner.model.config.num_labels))
+        for batch, logits, _ in runner.run(texts, aspects):
+            powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+            found[batch] = powers / powers.sum(1, keepdims=True)
+            if progress:
+                progress.update(len(batch))
+        return found
+
+    def confidence(
+        self, which: np.ndarray, texts: IdLists, progress: Progress | None = None,
+        alone: bool = False,
+    ) -> np.ndarray:
+        """P of the right class, `(B,)` float64; see `classes`."""
+        found = self.classes(which, texts, progress, alone)
+        return found[np.arange(len(which)), self.labels[which]]
+
+
+def classify(ask: Classifier, edge: float, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    """Ask for the whole sequences of all queries.
+
+    Returns:
+        P of the right class, `(N,)` float64; and which ones the classifier gets right, int64.
+    Raises:
+        DataError: the classifier's answers are not numbers.
+    """
+    everyone = np.arange(len(ask.texts))
+    found = ask.classes(everyone, ask.texts, progress)
+    if np.isnan(found).any():
+        raise DataError("the classifier's logits are not numbers; fine-tune it again")
+    ascending = np.sort(found, axis=1)
+    unsure = np.flatnonzero(ascending[:, -1] - ascending[:, :-1].max(1, initial=0) < edge)
+    found[unsure] = ask.classes(unsure, ask.texts.take(unsure), alone=True)
+    right = np.flatnonzero(found.argmax(1) == ask.labels)
+    return found[everyone, ask.labels], right
+
+
+def explain(
+    runner: Runner,
+    queries: list[Query],
+    delta: float,
+    criterion: str = "signed",
+    measure: str = "buffer",
+    *,
+    edge: float = EDGE,
+    who: str = "",
+    every: int = 1 << 14,
+) -> tuple[list[np.ndarray | None], int]:
+    """Find the important tokens of this process's queries.
+
+    Args:
+        edge: what is within it of turning is asked for again, alone; 0 for nothing.
+        who: which process this is, for the lines of progress.
+        every: inputs between two of them.
+    Returns:
+        One bool array a query, as long as its tokens, None where the classifier is wrong; and how
+        many inputs were asked for again.
+    Raises:
+        DataError: the classifier's answers are not numbers.
+    """
+    ask = Classifier(runner, queries)
+    with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
+        full, right = classify(ask, edge, progress)
+    num_buffers = int(ask.texts.lengths[right].sum())
+    num_buffers += len(right) * CRITERIA[criterion].test_empty
+
+    def confidence(buffers: IdLists, owners: list[int]) -> np.ndarray:
+        which = right[owners]
+        part = ask.confidence(which, buffers, progress)
+        near = np.flatnonzero(np.abs(np.abs(full[which] - part) - delta) < edge)
+        again = which[near]
+        if len(near):
+            whole = ask.confidence(again, ask.texts.take(again), alone=True)
+            part[near] = ask.confidence(again, buffers.take(near), alone=True)
+            part[near] += full[again] - whole  # so that `full` minus it is what both say alone
+        return part
+
+    with Progress(num_buffers, "buffer", every, label=f"annotate{who}") as progress:
+        found = MEASURES[measure](confidence, ask.texts.take(right), full[right], delta, criterion)
+    important: list[np.ndarray | None] = [None] * len(queries)
+    for i, marks in zip(right.tolist(), found, strict=True):
+        important[i] = marks
+    return important, ask.num_alone

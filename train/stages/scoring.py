@@ -1,0 +1,105 @@
+"""Log-odds of a store's tokens by a scorer: windows, blocks, and how ranks share them.
+
+Each sentence is scored alone; one that is longer than the limit is cut into windows of about equal
+length, which do not see each other. The store is streamed in blocks of whole sentences, so memory
+does not grow with it.
+
+Sentences are packed by length, not into rows: a block has so many that those of one length fill
+their batches. Padding, measured on Yelp and Amazon reviews: 0.2 % of the slots in blocks of 2^20
+tokens, 1 % in 200,000, 5 % in 20,000. Rows of several sentences under a block-diagonal mask compute
+attention between sentences only to drop it; on a CPU they took 1.1 to 1.4 times as long even on
+20,000 tokens (BERT-mini, rows of 128, 256 and 512 slots).
+
+Letters: `T` tokens, `N` sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from preprocess.errors import DataError
+from preprocess.progress import Progress
+from preprocess.store import Shard, iterate_blocks, ranges
+from train import engine
+from train.stages.inference import IdLists, Runner
+
+BLOCK_TOKENS = 1 << 20
+"""Tokens scored between two writes: enough to find sentences of like length."""
+
+
+def cut_windows(offsets: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut sequences longer than `limit` into windows of about equal length.
+
+    Worked example: offsets [0, 10, 10, 13], limit 4: the first has 3 windows, the second none.
+    starts [0, 3, 6, 10], ends [3, 6, 10, 13].
+
+    Args:
+        offsets: first token of each sequence, and the end, `(N+1,)` int64.
+    Returns:
+        First and past-the-last token of each window, int64 each; together they cover all tokens.
+    """
+    lengths = np.diff(offsets)
+    counts = -(-lengths // limit)
+    owner = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    first, length, count = offsets[:-1][owner], lengths[owner], counts[owner]
+    return first + number * length // count, first + (number + 1) * length // count
+
+
+def to_log_odds(logits: np.ndarray) -> np.ndarray:
+    """Log-odds of class 1 from logits `(..., 2)`, as float16, clipped to finite values."""
+    odds = logits[..., 1].astype(np.float32) - logits[..., 0]
+    limit = np.finfo(np.float16).max
+    return np.clip(odds, -limit, limit).astype(np.float16)
+
+
+def score_block(
+    tokens: np.ndarray, offsets: np.ndarray, runner: Runner, limit: int, progress: Progress
+) -> np.ndarray:
+    """Score whole sequences; the ranks share the work, and every rank gets all of it.
+
+    Args:
+        tokens: ids of the block, `(T,)` uint16.
+        offsets: of its sequences, from 0 to T, `(N+1,)` int64.
+    Returns:
+        Log-odds, `(T,)` float16.
+    Raises:
+        DataError: the scorer's logits are not numbers.
+    """
+    starts, ends = cut_windows(offsets, limit)
+    lengths = ends - starts
+    where = engine.ranks()
+    found = np.zeros(len(tokens), np.float16)
+    done = np.zeros(len(tokens), bool)
+    shown = 0
+    for batch, logits, slots in runner.run(
+        IdLists(tokens, starts, lengths), share=(where.rank, where.world_size)
+    ):
+        odds = to_log_odds(logits)
+        place = ranges(starts[batch], lengths[batch])
+        row = np.arange(len(batch)) * odds.shape[1]
+        found[place] = odds.reshape(-1)[ranges(row + slots, lengths[batch])]
+        done[place] = True
+        amount = min(len(place) * where.world_size, len(tokens) - shown)  # others are as far
+        shown += amount
+        progress.update(amount)
+    if where.world_size > 1:
+        for bits, values in engine.gather_objects((np.packbits(done), found[done])):
+            found[np.unpackbits(bits, count=len(tokens)).astype(bool)] = values
+    if shown < len(tokens):
+        progress.update(len(tokens) - shown)
+    if np.isnan(found).any():
+        raise DataError("the scorer's logits are not numbers; fit it again")
+    return found
+
+
+def score_shard(
+    shard: Shard, runner: Runner, limit: int, progress: Progress, block_tokens: int
+) -> Iterator[np.ndarray]:
+    """Yield the log-odds of a shard block by block, float16, on every rank."""
+    for block in iterate_blocks(shard.sequence_offsets, block_tokens):
+        offsets = shard.sequence_offsets[block.start : block.stop + 1]
+        tokens = shard.tokens[offsets[0] : offsets[-1]]
+        yield score_block(tokens, offsets - offsets[0], runner, limit, progress)

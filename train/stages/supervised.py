@@ -1,0 +1,457 @@
+"""Supervised training, shared by the task classifier and the token scorer.
+
+Owns the order of labelled examples, their way into batches, the loss as a mean over the global
+batch, the choice of the best epoch, and the metrics of both commands. Examples are few (a task,
+not a corpus), so all of them stay in memory on every rank, and every rank computes every decision
+from the same gathered numbers.
+
+Letters: `N` examples, `B` examples of a micro batch, `L` padded length, `C` classes, `T` tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from preprocess.errors import NonFiniteError, StopRequested
+from preprocess.progress import Progress, say
+from train.config import FinetuneConfig, FitScorerConfig
+from train.engine import (
+    Resolved,
+    StopSignal,
+    all_reduce_sum,
+    build_engine,
+    full_state_dict,
+    gather_objects,
+    is_main,
+    parameter_groups,
+    ranks,
+    read_ds_config,
+    resolve_ds_config,
+    take_step,
+)
+from train.model import checkpoint_activations
+from train.run_dir.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from train.run_dir.hf_folder import read_lineage
+from train.run_dir.metrics import (
+    EPOCH,
+    EVAL_BEST,
+    GRAD_NORM,
+    LEARNING_RATE,
+    TOKENS_PER_SECOND,
+    TRAIN_LOSS,
+    MetricsWriter,
+    engine_scalars,
+    resolved_hyperparameters,
+)
+from train.stages.examples import (
+    IGNORED,
+    Examples,
+    collate,
+    global_batches,
+    rank_share,
+    weighted_loss,
+)
+
+"""Target of a token that is left out of the loss and of the metrics."""
+
+
+def mean_loss(logits: list[np.ndarray], examples: Examples, class_weights: np.ndarray) -> float:
+    """The loss of training, over a whole split, from gathered logits (float64)."""
+    flat = np.concatenate([one.reshape(-1, len(class_weights)) for one in logits]).astype(float)
+    targets = np.concatenate([one.reshape(-1) for one in examples.targets])
+    keep = targets != IGNORED
+    flat, targets = flat[keep], targets[keep]
+    shifted = flat - flat.max(1, keepdims=True)
+    log_likelihood = shifted[np.arange(len(flat)), targets] - np.log(np.exp(shifted).sum(1))
+    return float(-np.sum(class_weights[targets] * log_likelihood) / examples.mass.sum())
+
+
+@torch.no_grad()
+def predict(
+    forward: Callable[..., Any],
+    examples: Examples,
+    pad_id: int,
+    batch_size: int,
+    device: torch.device | str,
+    label: str = "evaluate",
+    part: bool = True,
+) -> list[np.ndarray]:
+    """Compute the logits of every example once; every rank does a share and gets all of them.
+
+    Args:
+        forward: a model or an engine in evaluation mode; returns an object with `.logits`.
+        batch_size: examples of one forward pass of one rank.
+        label, part: of the bar.
+    Returns:
+        N arrays float32, in the order of `examples`: `(C,)` or `(L_i, C)`.
+    """
+    where = ranks()
+    lengths = examples.lengths
+    order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once
+    mine: list[tuple[int, np.ndarray]] = []
+    with Progress(len(examples), "example", label=label, part=part) as progress:
+        for start in range(0, len(examples), batch_size * where.world_size):
+            batch = order[start : start + batch_size * where.world_size]
+            (indices,), (weights,) = rank_share(batch, batch_size, 1, where.rank, where.world_size)
+            inputs, targets = collate(examples, indices, pad_id, device)
+            logits = forward(**inputs).logits.float().cpu().numpy()
+            for index, weight, row in zip(indices.tolist(), weights, logits, strict=True):
+                if weight:
+                    mine.append((index, row[: lengths[index]] if targets.ndim == 2 else row))
+            progress.update(len(batch))
+    found = dict(pair for share in gather_objects(mine) for pair in share)
+    assert len(found) == len(examples)
+    return [found[index] for index in range(len(examples))]
+
+
+def train_step(
+    engine: Any,
+    resolved: Resolved,
+    examples: Examples,
+    batch: np.ndarray,
+    pad_id: int,
+    class_weights: torch.Tensor,
+) -> tuple[float, Any]:
+    """Take one optimizer step on a global batch.
+
+    The loss is the sum over the global batch divided by the batch's mass. DeepSpeed averages over
+    ranks and divides by the accumulation steps, so both factors are put back here: the step is the
+    same at any number of ranks and micro batches.
+
+    Args:
+        batch: indices, `(n,)` int64.
+    Returns:
+        The mean loss of the global batch, and the norm of its gradient as `take_step` gives it.
+    Raises:
+        NonFiniteError: the loss or the gradient is not a number, on any rank; nothing has been
+            updated.
+    """
+    where = ranks()
+    micro, accumulation = resolved.micro_batch_size, resolved.accumulation_steps
+    indices, weights = rank_share(batch, micro, accumulation, where.rank, where.world_size)
+    factor = where.world_size * accumulation
+    mass = float(examples.mass[batch].sum())
+    total = torch.zeros((), device=class_weights.device)
+    for micro_indices, micro_weights in zip(indices, weights, strict=True):
+        inputs, targets = collate(examples, micro_indices, pad_id, class_weights.device)
+        kept = torch.from_numpy(micro_weights).to(class_weights.device)
+        logits = engine(**inputs).logits
+        loss = weighted_loss(logits, targets, kept, class_weights) / mass
+        engine.backward(loss * factor)
+        total += loss.detach()
+        if engine.is_gradient_accumulation_boundary():
+            (mean,) = all_reduce_sum(total.item())
+            _refuse_non_finite(mean, "training loss", engine.global_steps + 1)
+        norm = take_step(engine)
+    return mean, norm
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Seed dropout by (seed, step, rank), so that a resumed step draws what it would have."""
+    state = np.random.SeedSequence([seed, step, ranks().rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) % 2**63)
+
+
+@dataclass
+class Progressed:
+    """What training has found so far; all but `best_state` is the same on every rank.
+
+    history: the dev metrics of each finished epoch. best_epoch: counts from 1; 0 before the first.
+    best_state: the weights after that epoch, float32 on the CPU; None on other ranks than the
+    first. seconds: of training, over all processes that took part. log: open after training.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_state: dict[str, torch.Tensor] | None = None
+    seconds: float = 0.0
+    steps: int = 0
+    log: MetricsWriter | None = None
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The dev metrics of the best epoch."""
+        return self.history[self.best_epoch - 1]
+
+    def add_epoch(self, scores: dict[str, float], select: str) -> bool:
+        """Note an epoch's dev metrics; return whether it is strictly better than all before."""
+        is_better = not self.best_epoch or scores[select] > self.best[select]
+        self.history.append(scores)
+        if is_better:
+            self.best_epoch = len(self.history)
+        return is_better
+
+
+def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
+    """Optimizer steps of a run; the last batch of an epoch counts as one even if it is small."""
+    return num_epochs * -(-num_examples // batch_size)
+
+
+def resolve(
+    config: FinetuneConfig | FitScorerConfig, train: Examples, default_learning_rate: float
+) -> Resolved:
+    """Fill the DeepSpeed JSON for a run over `train`; the schedule needs the batch size first."""
+    raw, world_size = read_ds_config(config.deepspeed_config), ranks().world_size
+    resolved = resolve_ds_config(
+        raw, config, total_steps=1, world_size=world_size,
+        default_learning_rate=default_learning_rate,
+    )
+    total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
+    return resolve_ds_config(
+        raw, config, total_steps=total, world_size=world_size,
+        default_learning_rate=default_learning_rate,
+    )
+
+
+def describe_plan(
+    config: FinetuneConfig | FitScorerConfig, resolved: Resolved, train: Examples, runs: int = 1
+) -> list[str]:
+    """Say the batch arithmetic in words, one line each."""
+    total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
+    schedule = resolved.config["scheduler"].get("params", {})
+    longest = int(train.lengths.max())
+    return [
+        *resolved.notes,
+        f"batch: {resolved.micro_batch_size} examples x {resolved.accumulation_steps} micro "
+        f"batches x {ranks().world_size} ranks = {resolved.train_batch_size} a step, "
+        f"{resolved.precision}",
+        f"steps: {total // config.num_train_epochs} an epoch x {config.num_train_epochs} epochs = "
+        f"{total}" + (f", {runs} times" if runs > 1 else "")
+        + f"; warm-up {schedule.get('warmup_num_steps', 0)}, "
+        f"learning rate {resolved.config['optimizer']['params']['lr']:g}",
+        f"tokens: {train.lengths.mean():.1f} an example, {longest} at most",
+    ]
+
+
+def hyperparameters(
+    command: str, data: str, config: FinetuneConfig | FitScorerConfig, resolved: Resolved,
+    train: Examples, seed: int,
+) -> dict[str, Any]:
+    """The row of one seed on TensorBoard's HParams page; masking is that of the encoder's stages.
+
+    Args:
+        data: what it learns from.
+    """
+    stages = read_lineage(config.model_name_or_path)
+    masked = [stage.get("masking") for stage in stages if stage.get("stage") == "pretrain"]
+    return {
+        "command": command, "model": config.model_name_or_path, "data": data,
+        "masking": masked[-1] if masked else None, "seed": seed,
+        "max_seq_length": config.max_seq_length, "num_train_epochs": config.num_train_epochs,
+        "max_steps": num_steps(len(train), resolved.train_batch_size, config.num_train_epochs),
+        **resolved_hyperparameters(resolved),
+    }
+
+
+def fit(
+    model: Any,
+    resolved: Resolved,
+    train: Examples,
+    dev: Examples,
+    assess: Callable[[list[np.ndarray]], dict[str, float]],
+    *,
+    config: FinetuneConfig | FitScorerConfig,
+    **options: Any,
+) -> Progressed:
+    """Train a fresh model with a fresh optimizer; see `train_and_select` for the options.
+
+    The engine and its memory are gone afterwards, so that one process can train many seeds.
+    """
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    if config.torch_compile:
+        model.compile(dynamic=True)  # batches differ in length
+    weight_decay = resolved.config["optimizer"]["params"]["weight_decay"]
+    engine = build_engine(model, parameter_groups(model, weight_decay), resolved)
+    try:
+        with StopSignal() as stop:
+            return train_and_select(
+                engine, resolved, train, dev, assess, config=config, stop=stop.asked_anywhere,
+                **options,
+            )
+    finally:
+        engine.destroy()
+        del engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def train_and_select(
+    engine: Any,
+    resolved: Resolved,
+    train: Examples,
+    dev: Examples,
+    assess: Callable[[list[np.ndarray]], dict[str, float]],
+    *,
+    config: FinetuneConfig | FitScorerConfig,
+    seed: int,
+    select: str,
+    tags: dict[str, str],
+    class_weights: np.ndarray,
+    pad_id: int,
+    run_dir: Path,
+    device: torch.device,
+    identity: dict[str, Any],
+    hyperparameters: dict[str, Any],
+    stop: Callable[[], bool],
+) -> Progressed:
+    """Train for `config.num_train_epochs` and keep the weights of the best epoch.
+
+    Goes on from the newest whole checkpoint in `run_dir` unless `--resume never`.
+
+    Args:
+        engine: a fresh DeepSpeed engine.
+        assess: turns the logits of `dev` into metrics.
+        select: the metric whose first strictly largest value picks the epoch.
+        tags: TensorBoard tag of each metric; those without one are not logged.
+        class_weights: `(C,)` float64.
+        run_dir: folder of this seed.
+        identity: what must not change while a run is resumed (fingerprints of data, weights, ...).
+        hyperparameters: the row on TensorBoard's HParams page.
+        stop: whether a stop was asked for; the same answer on every rank.
+    Returns:
+        What was found, with a log that the caller closes.
+    Raises:
+        NonFiniteError: a loss or a gradient is not a number, on every rank at once.
+        StopRequested: after a checkpoint.
+    """
+    total_steps = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
+    per_epoch = total_steps // config.num_train_epochs
+    found = _restore(engine, run_dir, config, identity)
+    step, first_step = found.steps, found.steps
+    started = time.monotonic() - found.seconds
+    found.log = MetricsWriter(run_dir, step)
+    found.log.hyperparameters(hyperparameters)
+    progress = Progress(
+        total_steps, every=config.logging_steps, initial=step, label=f"seed {seed}"
+    )
+    batches = global_batches(train, resolved.train_batch_size, seed, step, total_steps)
+    weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
+    window, text = _Window(), ""
+    engine.train()
+    with progress:
+        while True:
+            if step == per_epoch * (len(found.history) + 1):
+                engine.eval()
+                logits = predict(engine, dev, pad_id, config.per_device_eval_batch_size, device)
+                engine.train()
+                scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
+                _refuse_non_finite(scores["loss"], "validation loss", step)
+                if found.add_epoch(scores, select):
+                    found.best_state = full_state_dict(engine)
+                scalars = {tag: scores[name] for name, tag in tags.items()}
+                found.log.scalars(step, {**scalars, EVAL_BEST: found.best[select]})
+            stopping = stop()
+            due = config.save_steps and step > first_step and step % config.save_steps == 0
+            if stopping or due:
+                found.steps, found.seconds = step, time.monotonic() - started
+                _save(engine, run_dir, found, config.save_total_limit, identity)
+            if stopping:
+                raise StopRequested(
+                    f"stopped at step {step} of {total_steps} of seed {seed}, with a checkpoint; "
+                    "the same command goes on from there"
+                )
+            if step == total_steps:
+                break
+            learning_rate, begun = engine.get_lr()[0], time.monotonic()
+            seed_dropout(seed, step)
+            batch = next(batches)
+            loss, norm = train_step(engine, resolved, train, batch, pad_id, weights)
+            window.add(loss, int(train.lengths[batch].sum()), time.monotonic() - begun)
+            step += 1
+            if step % config.logging_steps == 0 or step % per_epoch == 0:
+                scalars = {LEARNING_RATE: learning_rate, EPOCH: step / per_epoch,
+                           **window.scalars(), **engine_scalars(engine)}
+                if norm is not None:
+                    scalars[GRAD_NORM] = float(norm)
+                found.log.scalars(step, scalars)
+                text = f"loss {scalars[TRAIN_LOSS]:.4f}"
+                window = _Window()
+            best = ""
+            if found.history:
+                best = f"  best {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
+            progress.update(1, text + best)
+    found.steps, found.seconds = step, time.monotonic() - started
+    return found
+
+
+@dataclass
+class _Window:
+    """Sums over the steps since the last point of the log; `tokens` are those of all ranks."""
+
+    loss: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+
+    def add(self, loss: float, tokens: int, seconds: float) -> None:
+        """Count one step."""
+        self.loss, self.tokens = self.loss + loss, self.tokens + tokens
+        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
+
+    def scalars(self) -> dict[str, float]:
+        """Mean loss and speed, by tag."""
+        return {TRAIN_LOSS: self.loss / self.steps,
+                TOKENS_PER_SECOND: self.tokens / max(self.seconds, 1e-9)}
+
+
+def _refuse_non_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"{name} {value} at step {step}: lower --learning_rate, or train in fp32 or bf16"
+        )
+
+
+BEST = "best.safetensors"
+"""File of a checkpoint: the weights of the best epoch so far."""
+
+
+def _save(
+    engine: Any, run_dir: Path, found: Progressed, limit: int, identity: dict[str, Any]
+) -> None:
+    """Write a checkpoint, with the best weights so far."""
+    from safetensors.torch import save
+
+    notes = {
+        "history": found.history, "best_epoch": found.best_epoch, "seconds": found.seconds,
+        "steps": found.steps, "identity": identity,
+    }
+    extras = {} if found.best_state is None else {BEST: save(found.best_state)}
+    save_checkpoint(engine, run_dir, found.steps, notes, limit, extras)
+
+
+def remove_resume_state(run_dir: Path) -> None:
+    """Remove the checkpoints of a run that is finished: they are several models large."""
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    (run_dir / "latest").unlink(missing_ok=True)
+
+
+def _restore(
+    engine: Any, run_dir: Path, config: FinetuneConfig | FitScorerConfig, identity: dict[str, Any]
+) -> Progressed:
+    """Load the newest whole checkpoint, if there is one and `--resume` allows it."""
+    from safetensors.torch import load_file
+
+    # One seed of several may well have none: `must` is for the command to check.
+    path = find_checkpoint(run_dir, "never" if config.resume == "never" else "auto")
+    if path is None:
+        return Progressed()
+    notes = load_checkpoint(engine, path, identity, config.allow_world_size_change)
+    say(f"resumed from {path}")
+    best_state = None
+    if notes["best_epoch"] and is_main():
+        best_state = load_file(path / BEST)
+    return Progressed(
+        notes["history"], notes["best_epoch"], best_state, notes["seconds"], notes["steps"]
+    )
