@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,20 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.support.language import BAD, GOOD, WORDS, review
+from tests.support.launch import run, run_in_this_process
+
 if not torch.cuda.is_available():
     # Triton's kernels then run on the CPU, in its interpreter. Read where a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# Words of a small film-review language: what the tests read and write.
-WORDS = (
-    "the a film movie story plot actor director scene script music ending hero love war "
-    "is was has feels seems good great fine warm funny bad dull weak slow boring and but with "
-    "very quite too never not of in it this that one two end ##s ##ed ##ing ##ly un ##like . , !"
-).split()
-GOOD = ("good", "great", "fine", "warm", "funny")
-BAD = ("bad", "dull", "weak", "slow", "boring")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -93,14 +82,6 @@ def still_encoder(tmp_path_factory, tiny_encoder) -> str:
     return str(folder)
 
 
-def review(generator, mood: tuple[str, ...]) -> str:
-    """One sentence of the small language."""
-    plain = [word for word in WORDS if word.isalpha() and word not in GOOD + BAD]
-    words = list(generator.choice(plain, size=int(generator.integers(3, 9))))
-    words.insert(int(generator.integers(len(words) + 1)), str(generator.choice(mood)))
-    return " ".join(words) + " ."
-
-
 @pytest.fixture(scope="session")
 def reviews_file(tmp_path_factory) -> str:
     """Unlabelled reviews, one document a line, several sentences each."""
@@ -149,55 +130,10 @@ def reviews_store(tmp_path_factory, tiny_encoder, reviews_file) -> str:
     return prefix
 
 
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch_environment() -> dict[str, str]:
-    """What a command started by a test sees."""
-    # A test that trains in this process leaves its rank and port in the environment.
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in ours}
-    return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-
-
-def run(*command: str, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a command of ours: with `python`, or under `deepspeed` on `ranks` ranks."""
-    launcher = [sys.executable]
-    if ranks:
-        launcher = [
-            sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks),
-            "--master_port", str(free_port()),
-        ]
-    done = subprocess.run(
-        [*launcher, *map(str, command)], cwd=ROOT, env=launch_environment(), text=True,
-        capture_output=True, timeout=600,
-    )
-    if check and done.returncode:
-        raise AssertionError(f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    return done
-
-
 @pytest.fixture(scope="session")
 def run_command_line() -> Callable[..., subprocess.CompletedProcess]:
     """`run`, for tests."""
     return run
-
-
-def run_in_this_process(script: str | Path, *flags: str) -> None:
-    """Run the `main` of a command of ours here: as typed, without the seconds of its imports."""
-    import importlib
-
-    name = ".".join(Path(script).resolve().relative_to(ROOT).with_suffix("").parts)
-    module = importlib.import_module(name)
-    with pytest.MonkeyPatch.context() as patch:
-        # A second process group in one process is beyond DeepSpeed: keep the first.
-        for user in ("engine", "finetune", "fit_scorer"):
-            patch.setattr(f"train.{user}.finish", lambda: None)
-        module.main([str(flag) for flag in flags])
 
 
 @pytest.fixture(scope="session")

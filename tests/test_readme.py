@@ -17,7 +17,7 @@ from train import engine, model, pipeline
 from train.recipes.recipe import load_recipe
 from train.run_dir import metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"(<!-- runnable -->\n)?```bash\n(.*?)```", README, re.DOTALL)
 # Flags of the launchers themselves, before the name of a script of ours.

@@ -42,7 +42,7 @@ from train.bench.bare_loop import DTYPES, BareLoop
 from train.config import BenchmarkConfig, as_dict, parse
 from train.data import RowTable, row_tables
 from train.model import flops
-from train.run_dir import checkpoint
+from train.run_dir.folder import environment
 from train.stages import masked_lm as mlm
 
 BARE = "bare"
@@ -422,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     result = {"options": as_dict(config), "ds_config": inputs.resolved.config,
               "precision": inputs.resolved.precision, "store": inputs.store.fingerprint,
-              **checkpoint.environment(), "commit": commit()}
+              **environment(), "commit": commit()}
     result |= measure_whole_step(inputs) if config.whole_step else measure(inputs)
     if not ds.is_main():
         return

@@ -31,7 +31,7 @@ from train import engine as ds
 from train.config import PretrainConfig, parse
 from train.data import RowTable, row_tables
 from train.model import flops
-from train.run_dir import checkpoint, metrics
+from train.run_dir import checkpoint, folder, hf_folder, metrics
 from train.stages import masked_lm as mlm
 from train.stages.example import Example
 
@@ -249,9 +249,9 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: Inputs, totals: To
         "train_batch_size": inputs.resolved.train_batch_size,
         "max_seq_length": config.max_seq_length,
     }
-    lineage = model.read_lineage(source) if source and not config.from_scratch else []
+    lineage = hf_folder.read_lineage(source) if source and not config.from_scratch else []
     prefix = "hf."
-    model.save_hf(
+    hf_folder.save_hf(
         module.hf,
         {name.removeprefix(prefix): value for name, value in state.items()},
         model.load_tokenizer(inputs.store.tokenizer_dir),
@@ -471,7 +471,7 @@ def run(config: PretrainConfig) -> None:
     """Check, then train; several runs may follow each other in one process."""
     if config.max_steps == 0 and config.head_only_steps:
         raise ConfigError("--head_only_steps goes with --max_steps above 0")
-    run_dir = checkpoint.check_run_dir(config)
+    run_dir = folder.check_run_dir(config)
     inputs = read_inputs(config)
     for line in (*inputs.resolved.notes, *plan(inputs)):
         say(line)
@@ -481,7 +481,7 @@ def run(config: PretrainConfig) -> None:
     if is_finished(run_dir, inputs):
         say(f"{run_dir}: finished already")
         return
-    checkpoint.prepare_run_dir(config, inputs.resolved)
+    folder.prepare_run_dir(config, inputs.resolved)
     train(inputs, run_dir)
 
 

@@ -22,6 +22,7 @@ import torch
 from preprocess import masking as masks
 from preprocess.errors import DataError
 from preprocess.store import TokenStore, ranges, recall, remember
+from preprocess.text.continuations import find_continuations
 from train.data.masking import Masking
 from train.data.order import permute
 from train.data.rows import RowTable
@@ -226,7 +227,7 @@ class PackedData:
                 seed=self.seed,
                 epoch=epoch,
                 continues_word=(
-                    None if words is None else masks.find_continuations(tokens, offsets, words)
+                    None if words is None else find_continuations(tokens, offsets, words)
                 ),
             )
         )

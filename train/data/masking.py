@@ -11,6 +11,7 @@ from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import fingerprint_text
 from preprocess.store import TokenStore, open_array
+from preprocess.text.continuations import WordTable, continuation_table
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Masking:
     name: str
     index: list[np.ndarray] | None = None
     rate: float = 0.0
-    words: masks.WordTable | None = None
+    words: WordTable | None = None
     options: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
 
@@ -50,7 +51,7 @@ def drawn_masking(store: TokenStore, name: str, rate: float) -> Masking:
     if name == "whole_word":
         from transformers import AutoTokenizer
 
-        words = masks.continuation_table(AutoTokenizer.from_pretrained(store.tokenizer_dir))
+        words = continuation_table(AutoTokenizer.from_pretrained(store.tokenizer_dir))
     return Masking(name, rate=rate, words=words)
 
 

@@ -16,63 +16,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import free_port, launch_environment
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import csrc
 from preprocess.errors import ConfigError, DataError, NonFiniteError, StopRequested
 from preprocess.store import TokenStore, write_array
+from tests.support.launch import free_port, launch_environment
+from tests.support.runs import STEPS, arguments, logged, pretrained, weights, write_ds_config
 from train import engine as ds
 from train import pretrain
-from train.config import PretrainConfig, parse
 from train.run_dir import metrics
 from train.stages import masked_lm as mlm
-
-STEPS = 4
-
-
-def write_ds_config(folder: Path, stage: int, **zero) -> str:
-    """A CPU configuration with this ZeRO stage."""
-    config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
-    config["zero_optimization"] = {"stage": stage, **zero}
-    path = folder / f"zero{stage}.json"
-    path.write_text(json.dumps(config))
-    return str(path)
-
-
-def arguments(store: str, model: str, out: Path, **options) -> list[str]:
-    """Flags of a short run."""
-    flags = {
-        "tokens": store, "model_name_or_path": model, "output_dir": out, "max_steps": STEPS,
-        "max_seq_length": 32, "train_batch_size": 8, "learning_rate": 5e-3, "eval_fraction": 0.2,
-        "logging_steps": 1, "warmup_ratio": 0.5, **options,
-    }
-    words = []
-    for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            words += [f"--{name}", str(value)]
-    return words
-
-
-def pretrained(store: str, model: str, out: Path, **options) -> Path:
-    """Train in this process; return the run directory."""
-    pretrain.run(parse(PretrainConfig, arguments(store, model, out, **options)))
-    return out
-
-
-def logged(run_dir: Path, tag: str) -> list[float]:
-    """The values of a tag, by step."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line[tag] for line in lines if tag in line]
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "hf" / "model.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -479,7 +434,7 @@ printf '127.0.0.1\\n127.0.0.2\\n'
 
 def readme_block(*parts: str) -> str:
     """The one block of commands in the README that has all these parts."""
-    readme = Path(__file__).resolve().parent.parent / "README.md"
+    readme = Path(__file__).resolve().parents[2] / "README.md"
     blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(), re.DOTALL)
     (found,) = [block for block in blocks if all(part in block for part in parts)]
     return found
@@ -511,7 +466,7 @@ def on_two_nodes(recipe: str, flags: list[str], folder: Path) -> subprocess.Comp
     environment |= {"PATH": f"{folder}{os.pathsep}{environment['PATH']}", "SLURM_NNODES": "2",
                     "SLURM_JOB_NODELIST": "127.0.0.[1-2]"}
     return subprocess.run(
-        ["bash", "-e", "-c", block], cwd=Path(__file__).resolve().parent.parent, env=environment,
+        ["bash", "-e", "-c", block], cwd=Path(__file__).resolve().parents[2], env=environment,
         text=True, capture_output=True, timeout=300,
     )
 

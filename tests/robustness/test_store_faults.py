@@ -28,14 +28,23 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_pretrain import pretrained
-from test_store import FakeTokenizer, write
 
 from preprocess import build_masks, store, tokenize_corpus
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import WriterLock, seal
-from preprocess.store import StoreWriter, TokenStore, lock_array, open_array, write_array
-from train import data as train_data
+from preprocess.store import (
+    StoreWriter,
+    TokenStore,
+    layout,
+    lock_array,
+    open_array,
+    reader,
+    write_array,
+    writer,
+)
+from tests.support.runs import pretrained
+from tests.support.stores import FakeTokenizer, write
+from train.data import batches
 
 SPARE_BYTES = 512 << 20  # of address space; hypothesis takes most of it for its own notes
 ALLOCATED_BYTES = 4 << 20  # by Python and numpy; files are hashed in blocks of 1 MiB
@@ -205,7 +214,7 @@ def test_cut_at_any_length_is_refused_before_mapping(samples, monkeypatch):
     binary = samples[0].path.with_suffix(".bin")
     data = binary.read_bytes()
     sample = Sample(binary, data, samples[0].look, [])
-    monkeypatch.setattr(store, "_map", None)
+    monkeypatch.setattr(reader, "map_file", None)
     for length in [*range(len(data)), len(data) + 1, len(data) + 2]:
         assert check(sample, (data + b"\0\0")[:length])
     binary.write_bytes(data)
@@ -295,14 +304,14 @@ def test_verify_hashes_the_store_and_its_arrays(tmp_path, capsys):
 def hashed(monkeypatch) -> list[str]:
     """Names of the files that are hashed, on a clock far ahead of what the tests write."""
     # The time of the last change of an inode cannot be set, so the clock is put forward.
-    now, names, plain = time.time_ns, [], store.file_sha256
+    now, names, plain = time.time_ns, [], layout.file_sha256
 
     def counted(path, start=0):
         names.append(Path(path).name)
         return plain(path, start)
 
     monkeypatch.setattr(time, "time_ns", lambda: now() + 2 * store.SETTLED_NS)
-    monkeypatch.setattr(store, "file_sha256", counted)
+    monkeypatch.setattr(layout, "file_sha256", counted)
     return names
 
 
@@ -501,7 +510,7 @@ def test_each_shard_of_an_array_has_its_own_lock(tmp_path, monkeypatch):
         lock_array(opened, "n", "mask", 1)
     assert not list(tmp_path.rglob("*.lock"))
     # More shards than a process may have files open.
-    monkeypatch.setattr(store, "WriterLock", refuse_to_open)
+    monkeypatch.setattr(writer, "WriterLock", refuse_to_open)
     with pytest.raises(ConfigError, match="2 shards are too many.*give --shard_index"):
         lock_array(opened, "n", "mask")
 
@@ -797,7 +806,7 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(
             path.write_bytes(data)
 
     with monkeypatch.context() as patch:  # rows in the order of another version
-        patch.setattr(train_data, "ORDER_VERSION", 1)
+        patch.setattr(batches, "ORDER_VERSION", 1)
         with pytest.raises(ConfigError, match="made with order 2, and this run has 1; .*another"):
             go_on()
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 import csrc
 from preprocess.errors import ConfigError, DataError
 from train import model
+from train.run_dir import hf_folder
 
 VOCAB = 60
 SIZE = {"vocab_size": VOCAB, "initializer_range": 0.2}
@@ -410,7 +411,7 @@ def test_folder_round_trip(family, tmp_path, tiny_tokenizer):
 
     module = model.build_masked_lm(tiny_config(family), seed=0).eval()
     folder = tmp_path / "hf"
-    model.save_hf(module.hf, hf_state(module), tiny_tokenizer, folder, [])
+    hf_folder.save_hf(module.hf, hf_state(module), tiny_tokenizer, folder, [])
     loaded, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = packed_rows([[30]], slots=30)[0]
@@ -431,7 +432,7 @@ def test_saving_does_not_read_the_weights_of_the_model(tmp_path, tiny_tokenizer)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
-    model.save_hf(module.hf, state, tiny_tokenizer, tmp_path / "hf", [])
+    hf_folder.save_hf(module.hf, state, tiny_tokenizer, tmp_path / "hf", [])
     written = load_file(tmp_path / "hf" / "model.safetensors")
     for name, value in state.items():
         assert torch.equal(written[name], value), name
@@ -450,7 +451,9 @@ def test_a_pooler_comes_in_and_goes_out(family, tmp_path, tiny_tokenizer):
     assert not any("pooler" in name for name, _ in module.named_parameters())
     assert module.carried.keys() == {f"{family}.{name}" for name in pooler}
 
-    model.save_hf(module.hf, hf_state(module), tiny_tokenizer, tmp_path / "out", [], module.carried)
+    hf_folder.save_hf(
+        module.hf, hf_state(module), tiny_tokenizer, tmp_path / "out", [], module.carried
+    )
     again = model.load_masked_lm(str(tmp_path / "out"), seed=5)
     assert again.carried.keys() == module.carried.keys() and not again.fresh_head
     for name, value in pooler.items():
@@ -466,7 +469,7 @@ def test_a_pooler_comes_in_and_goes_out(family, tmp_path, tiny_tokenizer):
 
 def test_no_pooler_is_made_up(tmp_path, tiny_tokenizer):
     module = model.build_masked_lm(tiny_config("bert"), seed=0)
-    model.save_hf(module.hf, hf_state(module), tiny_tokenizer, tmp_path / "hf", [])
+    hf_folder.save_hf(module.hf, hf_state(module), tiny_tokenizer, tmp_path / "hf", [])
     assert model.load_masked_lm(str(tmp_path / "hf"), seed=0).carried == {}
 
 
@@ -600,33 +603,33 @@ def test_lineage(tmp_path, tiny_encoder, tiny_tokenizer):
         {"stage": "pretrain", "masking": "random", "steps": 10, "masked_tokens": 99, "seconds": 1},
         {"stage": "pretrain", "masking": "mr-sel", "steps": 20, "masked_tokens": 77, "seconds": 2},
     ]
-    assert model.read_lineage(tiny_encoder) == []
+    assert hf_folder.read_lineage(tiny_encoder) == []
     folder = tmp_path / "runs" / "hf"
-    model.save_hf(module.hf, hf_state(module), tiny_tokenizer, folder, stages, module.carried)
-    assert model.read_lineage(str(folder)) == stages
+    hf_folder.save_hf(module.hf, hf_state(module), tiny_tokenizer, folder, stages, module.carried)
+    assert hf_folder.read_lineage(str(folder)) == stages
     card = (folder / "README.md").read_text()
     assert "| pretrain | mr-sel | 20 | 77 | 2 |" in card
     for broken in ("{", "[]", "{}"):
         (folder / "lineage.json").write_text(broken)
         with pytest.raises(DataError, match="lineage.json: not a lineage"):
-            model.read_lineage(str(folder))
+            hf_folder.read_lineage(str(folder))
 
 
 def test_a_failed_export_leaves_the_old_one(tmp_path, tiny_encoder, tiny_tokenizer):
     module = model.load_masked_lm(tiny_encoder, seed=0)
     folder = tmp_path / "hf"
     state = hf_state(module)
-    model.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "one"}])
+    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "one"}])
 
     class NoSpace:
         def save_pretrained(self, folder):
             raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        model.save_hf(module.hf, state, NoSpace(), folder, [{"stage": "two"}])
-    assert model.read_lineage(str(folder)) == [{"stage": "one"}]
+        hf_folder.save_hf(module.hf, state, NoSpace(), folder, [{"stage": "two"}])
+    assert hf_folder.read_lineage(str(folder)) == [{"stage": "one"}]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    model.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "three"}])
-    assert model.read_lineage(str(folder)) == [{"stage": "three"}]
+    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "three"}])
+    assert hf_folder.read_lineage(str(folder)) == [{"stage": "three"}]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert folder.stat().st_mode & 0o777 == 0o755

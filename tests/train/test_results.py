@@ -11,6 +11,7 @@ import pytest
 
 from preprocess.errors import DataError
 from train.reports import results
+from train.stages import floors
 
 
 def write_run(
@@ -55,9 +56,9 @@ def test_naive_bayes_equals_scikit_learn():
 
     train, test = draw(60), [*draw(40), "unseen words only", ""]
     labels = generator.integers(0, 3, size=60).tolist()
-    vectoriser = text.CountVectorizer(analyzer=results.split_words)
+    vectoriser = text.CountVectorizer(analyzer=floors.split_words)
     model = bayes.MultinomialNB(alpha=0.7).fit(vectoriser.fit_transform(train), labels)
-    ours = results.naive_bayes_probabilities(train, labels, test, num_labels=3, smoothing=0.7)
+    ours = floors.naive_bayes_probabilities(train, labels, test, num_labels=3, smoothing=0.7)
     np.testing.assert_allclose(
         ours, model.predict_proba(vectoriser.transform(test)), rtol=1e-9, atol=1e-12
     )
@@ -74,7 +75,7 @@ def test_naive_bayes_floor_is_read_like_any_run(tmp_path):
         name="custom", labels=("no", "yes"),
         splits={"train": examples, "validation": examples, "test": examples[:3]},
     )
-    results.write_naive_bayes(task, tmp_path / "naive_bayes")
+    floors.write_naive_bayes(task, tmp_path / "naive_bayes")
     run = results.read_finetune_run(tmp_path / "naive_bayes")
     assert run.seeds == [0] and run.items == ("0", "1", "2") and run.task == "custom"
     assert run.correct.all() and run.rows[0]["test_accuracy"] == 1.0

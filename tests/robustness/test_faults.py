@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, free_port
-from forked_ranks import Server
-from test_pretrain import arguments, logged, write_ds_config
-from test_resume import assert_same_bits, states
 
 from preprocess.errors import StopRequested, run_command
+from tests.support.forked_ranks import Server
+from tests.support.launch import ROOT, free_port
+from tests.support.runs import arguments, logged, write_ds_config
+from tests.support.states import assert_same_bits, states
 from train import pipeline
 from train.config import PipelineConfig, parse
 from train.run_dir import metrics
@@ -199,8 +199,9 @@ class Campaign:
         log.write_text("")
         fault = {"kind": kind, "number": number, "rank": rank}
         return self._server.run(
-            "test_faults:train", log, self._ranks, command=self._command, fault=fault,
-            words=[*self._words, "--output_dir", str(run_dir)], run_dir=str(run_dir), **options,
+            "tests.robustness.test_faults:train", log, self._ranks, command=self._command,
+            fault=fault, words=[*self._words, "--output_dir", str(run_dir)],
+            run_dir=str(run_dir), **options,
         )
 
     def survive(self, name: str, **fault: Any) -> bool:

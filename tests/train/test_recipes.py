@@ -22,9 +22,10 @@ from train.config import (
     ScoreConfig,
     parse,
 )
-from train.recipes.recipe import ARMS, MASK_FLAGS, TOKENIZE_FLAGS, load_recipe
+from train.recipes import run as run_room
+from train.recipes.recipe import ARMS, MASK_FLAGS, REPOSITORY, TOKENIZE_FLAGS, load_recipe
 
-RECIPES = sorted((pipeline.REPOSITORY / "train" / "recipes").glob("*.yaml"))
+RECIPES = sorted((REPOSITORY / "train" / "recipes").glob("*.yaml"))
 CONFIGS = {
     "pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig, "annotate.py": AnnotateConfig,
     "fit_scorer.py": FitScorerConfig, "score_tokens.py": ScoreConfig,
@@ -63,7 +64,7 @@ def flag_value(command: list[str], flag: str) -> str:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_becomes_commands_that_their_parsers_accept(path, monkeypatch):
-    monkeypatch.chdir(pipeline.REPOSITORY)
+    monkeypatch.chdir(REPOSITORY)
     if path.stem == "paper":
         with pytest.raises(ConfigError, match="task.task is missing"):
             load_recipe(path, [])
@@ -74,7 +75,7 @@ def test_recipe_becomes_commands_that_their_parsers_accept(path, monkeypatch):
             assert name == "naive_bayes"
             continue
         script, *flags = words
-        assert (pipeline.REPOSITORY / script).is_file(), script
+        assert (REPOSITORY / script).is_file(), script
         if Path(script).name in CONFIGS:
             parse(CONFIGS[Path(script).name], flags)
         elif script.endswith("tokenize_corpus.py"):
@@ -94,7 +95,7 @@ def test_recipe_becomes_commands_that_their_parsers_accept(path, monkeypatch):
 @pytest.mark.parametrize("name", ["mr_yelp", "mr_amazon", "restaurant_yelp", "restaurant_amazon",
                                   "laptop_yelp", "laptop_amazon"])
 def test_recipes_of_the_paper_have_the_published_settings(name):
-    path = pipeline.REPOSITORY / "train" / "recipes" / f"{name}.yaml"
+    path = REPOSITORY / "train" / "recipes" / f"{name}.yaml"
     words = commands(load_recipe(path, ["task_data=D"]))
     classifier, scorer = words["classifier"], words["scorer"]
     assert flag_value(classifier, "num_train_epochs") == "10"
@@ -301,7 +302,7 @@ def test_b14_another_command_is_refused_until_rerun(chain, capsys):
 def test_only_what_changed_in_a_command_is_shown():
     was = ["s.py", "--lr", "1", "--steps", "6", "--flag", "--out", "x"]
     now = ["s.py", "--lr", "1", "--steps", "7", "--out", "x", "--more", "y"]
-    assert pipeline._changed_words(was, now) == (
+    assert run_room._changed_words(was, now) == (
         "was `--steps 6 --flag`, is `--steps 7`; was ``, is `--more y`")
 
 
@@ -356,8 +357,8 @@ def test_a_step_that_writes_nothing_whole_is_noticed(tmp_path):
 
 
 def test_silent_commands_show_that_they_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "HEARTBEAT_SECONDS", 0.2)
-    code = pipeline.run_process(
+    monkeypatch.setattr(run_room, "HEARTBEAT_SECONDS", 0.2)
+    code = run_room.run_process(
         [sys.executable, "-c", "import time; time.sleep(0.9); print('done')"], tmp_path / "log")
     out = capsys.readouterr().out
     assert code == 0 and "... running for" in out and "done" in out
@@ -378,7 +379,7 @@ def test_a_stop_reaches_the_workers_of_a_launcher_that_dies_first(tmp_path):
         f"import subprocess, sys\nsubprocess.run([sys.executable, {str(worker)!r}])\n")
     driver = (
         "import sys; from pathlib import Path; from train import pipeline\n"
-        f"sys.exit(pipeline.run_process([sys.executable, {str(launcher)!r}], "
+        f"sys.exit(run_room.run_process([sys.executable, {str(launcher)!r}], "
         f"Path({str(tmp_path / 'log')!r})))"
     )
     process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)

@@ -18,15 +18,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import launch_environment
-from test_store import FakeTokenizer, write
 
-from preprocess import store as store_room
-from preprocess import tokenize_corpus
+from preprocess import files, tokenize_corpus
 from preprocess.errors import ConfigError
-from preprocess.store import StoreWriter, TokenStore, join_shards, list_arrays, shard_prefix
+from preprocess.store import StoreWriter, TokenStore, join_shards, list_arrays, shard_prefix, writer
+from tests.support.launch import launch_environment
+from tests.support.stores import FakeTokenizer, write
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NUM_SHARDS = 3
 # A job array: every task at once, as a process of its own, whose output goes elsewhere.
 SBATCH = """#!{python}
@@ -122,7 +121,7 @@ def test_joining_waits_for_a_host_whose_locks_are_not_seen(tmp_path, monkeypatch
         lock.unlink(missing_ok=True)
 
     lock.write_text("pid 1 on elsewhere\n")
-    monkeypatch.setattr(store_room.time, "sleep", other_host_ends)
+    monkeypatch.setattr(files.time, "sleep", other_host_ends)
     assert join_shards(str(tmp_path / "s"), 2) == ""
     assert len(waited) == 1 and TokenStore.open(tmp_path / "s").num_tokens == 2
 
@@ -132,13 +131,13 @@ def test_a_shard_that_is_being_replaced_is_waited_for(tmp_path, monkeypatch):
         write(tmp_path / "s", [[[i]]], (i, 2))
     (tmp_path / "s.json").unlink()
     second = Path(shard_prefix(str(tmp_path / "s"), 1, 2) + ".json")
-    plain = store_room._read_store_json
+    plain = writer.read_store_json
 
     def another_process_is_faster(prefix: str) -> dict:
         second.unlink(missing_ok=True)
         return plain(prefix)
 
-    monkeypatch.setattr(store_room, "_read_store_json", another_process_is_faster)
+    monkeypatch.setattr(writer, "read_store_json", another_process_is_faster)
     assert "s-00001-of-00002" in join_shards(str(tmp_path / "s"), 2)
     assert not (tmp_path / "s.json").exists()
 

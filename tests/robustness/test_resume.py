@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from forked_ranks import Server
-from test_pretrain import arguments, logged, pretrained
 
 from preprocess.errors import StopRequested
+from tests.support.forked_ranks import Server
+from tests.support.runs import arguments, logged, pretrained
+from tests.support.states import assert_same_bits, leaves, states
 from train import data
 from train import engine as ds
+from train.engine import ds_json
 from train.run_dir import metrics
 from train.stages import masked_lm as mlm
 
@@ -54,7 +54,7 @@ def all_precisions(monkeypatch):
         names = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
         return (names or ["fp32"])[0], []
 
-    monkeypatch.setattr(ds, "_settle_precision", as_written)
+    monkeypatch.setattr(ds_json, "_settle_precision", as_written)
 
 
 @pytest.fixture
@@ -72,40 +72,6 @@ def batches_seen(monkeypatch) -> list[list[np.ndarray]]:
 
     monkeypatch.setattr(mlm, "train_step", noted)
     return seen
-
-
-def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value and tensor of nested containers and objects, by its path."""
-    if dataclasses.is_dataclass(value):
-        value = vars(value)
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        for i, inner in enumerate(value):
-            yield from leaves(inner, f"{where}[{i}]")
-    elif hasattr(value, "__dict__") and not isinstance(value, torch.Tensor):
-        yield from leaves(vars(value), where)
-    else:
-        yield where, value
-
-
-def states(checkpoint: Path) -> dict[str, Any]:
-    """Everything in the files of a checkpoint, but for what is measured in seconds."""
-    found = {}
-    for file in sorted(checkpoint.rglob("*.pt")):
-        content = torch.load(file, map_location="cpu", weights_only=False)
-        found |= {f"{file.name}{path}": value for path, value in leaves(content)}
-    return {key: value for key, value in found.items() if not key.endswith("seconds")}
-
-
-def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, other[key]), key
-        else:
-            assert value == other[key], key
 
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +167,7 @@ def run_all(runs: list[list[str]]) -> None:
     from train.config import PretrainConfig, parse
 
     type(get_accelerator()).is_fp16_supported = lambda self: True
-    ds._settle_precision = lambda config, options: (
+    ds_json._settle_precision = lambda config, options: (
         next((name for name in ("fp16", "bf16") if name in config), "fp32"), []
     )
     save, load = ds.save_state, ds.load_state
@@ -260,7 +226,7 @@ def world(tmp_path_factory, reviews_store, still_encoder) -> Path:
     with Server() as server:
         def run_job(ranks: int, runs: list[list[str]]) -> None:
             log = folder / f"log{ranks}"
-            done = server.run("test_resume:run_all", log, ranks, runs=runs)
+            done = server.run("tests.robustness.test_resume:run_all", log, ranks, runs=runs)
             print(ranks, done)
             assert done["codes"] == [0] * ranks, log.read_text()[-4000:]
 

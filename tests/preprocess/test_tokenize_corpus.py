@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +18,9 @@ from preprocess import tokenize_corpus, train_tokenizer
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore
 from preprocess.text.encode import cut_sentences, encode_batch, prepare_backend
+from tests.support.stores import foreign
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LINES = [
     "The first film was good. Mr. Smith is not warm! Is he?",
     "[SEP] one  [MASK] plot <s> too.",
@@ -236,20 +236,6 @@ def test_wrong_options(tmp_path, corpus_file, tokenizers, monkeypatch, more, err
 
 
 # --------------------------------------------------------------------------- adoption
-
-
-def foreign(prefix, sequences, documents, code=8) -> None:
-    """Write a Megatron-Core store byte by byte, as other programs do."""
-    lengths = [len(s) for s in sequences]
-    dtype = {8: "H", 4: "i"}[code]
-    size = struct.calcsize(dtype)
-    starts = [size * sum(lengths[:i]) for i in range(len(lengths))]
-    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(lengths), len(documents))
-    index += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(starts)}q", *starts)
-    index += struct.pack(f"<{len(documents)}q", *documents)
-    Path(f"{prefix}.idx").write_bytes(index)
-    flat = [i for s in sequences for i in s]
-    Path(f"{prefix}.bin").write_bytes(struct.pack(f"<{len(flat)}{dtype}", *flat))
 
 
 @pytest.mark.parametrize("code", [8, 4])

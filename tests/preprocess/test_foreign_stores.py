@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_pretrain import logged, pretrained
-from test_tokenize import foreign
 
 from preprocess import tokenize_corpus
 from preprocess.errors import ConfigError
 from preprocess.store import TokenStore
+from tests.support.runs import logged, pretrained
+from tests.support.stores import foreign
 from train.run_dir import metrics
 
 EXTRA = "pip install -e '.[engines]' -c constraints.txt"

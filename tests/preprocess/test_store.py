@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,43 +24,8 @@ from preprocess.store import (
     read_foreign,
     write_array,
 )
-
-
-class FakeTokenizer:
-    """What a store needs of a tokenizer; the largest vocabulary allowed unless told otherwise."""
-
-    name_or_path = "fake"
-    cls_token_id, sep_token_id, pad_token_id, mask_token_id, unk_token_id = 2, 3, 0, 4, None
-    all_special_ids = [0, 2, 3, 4]
-
-    def __init__(self, size: int = 65536) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def get_vocab(self) -> dict[str, int]:
-        return {"first": 0, "last": self.size - 1}
-
-    def save_pretrained(self, folder: str) -> None:
-        os.makedirs(folder)
-        Path(folder, "tokenizer.json").write_text(str(self.size))
-
-
-def write(prefix, documents, shard=None, tokenizer=None, **options) -> None:
-    with StoreWriter(str(prefix), tokenizer or FakeTokenizer(), options, shard) as writer:
-        for document in documents:
-            writer.add_document(document)
-
-
-def read(shard) -> list[list[list[int]]]:
-    documents = []
-    for first, last in zip(shard.document_offsets[:-1], shard.document_offsets[1:], strict=True):
-        offsets = shard.sequence_offsets[first : last + 1]
-        spans = zip(offsets[:-1], offsets[1:], strict=True)
-        documents.append([shard.tokens[a:b].tolist() for a, b in spans])
-    return documents
-
+from tests.support.launch import ROOT
+from tests.support.stores import FakeTokenizer, read, write
 
 IDS = st.one_of(st.sampled_from([0, 65535]), st.integers(0, 65535))
 DOCUMENTS = st.lists(st.lists(st.lists(IDS, max_size=6), max_size=4), max_size=5)
@@ -263,23 +227,23 @@ def test_lock_of_another_host_is_respected(tmp_path):
 KILLED = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
-import test_store
+from tests.support.stores import FakeTokenizer, write
 from preprocess import store
 if sys.argv[3] == "midway":
-    writer = store.StoreWriter(sys.argv[1], test_store.FakeTokenizer(), {})
+    writer = store.StoreWriter(sys.argv[1], FakeTokenizer(), {})
     writer.add_document([[1, 2]])
     os._exit(9)
 # .bin and .idx are in place, the JSON is not
 replace = os.replace
 os.replace = lambda old, new: os._exit(9) if str(new).endswith("json") else replace(old, new)
-test_store.write(sys.argv[1], [[[1, 2]]])
+write(sys.argv[1], [[[1, 2]]])
 """
 
 
 @pytest.mark.parametrize("when", ["midway", "before the JSON"])
 def test_killed_writer_leaves_nothing_whole_and_its_lock_is_taken_over(tmp_path, when):
     prefix = str(tmp_path / "s")
-    command = [sys.executable, "-c", KILLED, prefix, str(Path(__file__).parent), when]
+    command = [sys.executable, "-c", KILLED, prefix, str(ROOT), when]
     assert subprocess.run(command).returncode == 9
     assert os.path.exists(prefix + ".lock")
     with pytest.raises(DataError):

@@ -23,6 +23,7 @@ from preprocess.masking import (
     corrupt,
     counter_uniform,
     draw_counts,
+    draws,
     find_candidates,
     selective_limit,
 )
@@ -433,12 +434,12 @@ def test_strategy_equals_its_plain_twin(name, batch):
 
 
 def test_counter_uniform_equals_splitmix64_by_hand():
-    assert masks._mix(0) == 0xE220A8397B1DCDAF  # the published first number of seed 0
-    start = masks._mix(masks._mix(masks._mix(11) ^ 2) ^ 3)
+    assert draws._mix(0) == 0xE220A8397B1DCDAF  # the published first number of seed 0
+    start = draws._mix(draws._mix(draws._mix(11) ^ 2) ^ 3)
     positions = np.array([[0, 1], [7, 2**40]])
     expected = [
         # `_mix` adds the increment itself: number p of the generator that starts at `start`
-        (masks._mix((start + p * 0x9E3779B97F4A7C15) % 2**64) >> 40) / 2**24
+        (draws._mix((start + p * 0x9E3779B97F4A7C15) % 2**64) >> 40) / 2**24
         for p in positions.ravel().tolist()
     ]
     drawn = counter_uniform(11, 2, positions, 3)

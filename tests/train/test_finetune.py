@@ -18,7 +18,7 @@ from preprocess.errors import ConfigError, NonFiniteError, StopRequested
 from train import finetune
 from train.config import FinetuneConfig
 from train.engine import Ranks, Resolved
-from train.stages import supervised
+from train.stages import examples, scores, supervised
 from train.stages.examples import IGNORED, Examples, make_examples, rank_share, weighted_loss
 
 RAGGED = [[2, 9, 3], [2, 8, 7, 6, 3], [2, 3], [2, 5, 5, 3], [2, 4, 3]]
@@ -37,11 +37,11 @@ def text_examples(labels: list[int]) -> Examples:
 def test_accuracy_and_macro_f1_agree_with_scikit_learn(pairs):
     metrics = pytest.importorskip("sklearn.metrics")
     labels, predictions = map(np.array, zip(*pairs, strict=True))
-    assert supervised.accuracy(labels, predictions) == metrics.accuracy_score(labels, predictions)
+    assert scores.accuracy(labels, predictions) == metrics.accuracy_score(labels, predictions)
     expected = metrics.f1_score(
         labels, predictions, labels=[0, 1, 2], average="macro", zero_division=0
     )
-    assert supervised.macro_f1(labels, predictions, 3) == pytest.approx(expected)
+    assert scores.macro_f1(labels, predictions, 3) == pytest.approx(expected)
 
 
 def binary_scores(draw_from: list[float]):
@@ -56,8 +56,8 @@ def test_average_precision_and_f1_agree_with_scikit_learn(pairs):
     labels = np.array([label for label, _ in pairs])
     scores = np.array([score for _, score in pairs])
     expected = metrics.average_precision_score(labels, scores) if labels.any() else 0.0
-    assert supervised.average_precision(labels, scores) == pytest.approx(expected)
-    found = supervised.precision_recall_f1(labels, scores > 0.3)
+    assert scores.average_precision(labels, scores) == pytest.approx(expected)
+    found = scores.precision_recall_f1(labels, scores > 0.3)
     expected = metrics.precision_recall_fscore_support(
         labels, scores > 0.3, average="binary", zero_division=0
     )[:3]
@@ -71,9 +71,9 @@ def test_best_threshold_is_the_best_of_all(pairs):
     scores = np.array([score for _, score in pairs])
 
     def f1(threshold: float) -> float:
-        return supervised.precision_recall_f1(labels, scores >= threshold)[2]
+        return scores.precision_recall_f1(labels, scores >= threshold)[2]
 
-    chosen = supervised.best_threshold(labels, scores)
+    chosen = scores.best_threshold(labels, scores)
     assert chosen in scores
     assert f1(chosen) == pytest.approx(max(f1(t) for t in scores))
 
@@ -103,9 +103,9 @@ def test_every_example_of_a_global_batch_lands_once_at_any_world_size(size, layo
 
 
 def test_epoch_order_depends_on_seed_and_epoch_only():
-    orders = [supervised.epoch_order(50, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    orders = [examples.epoch_order(50, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
     assert all(sorted(order) == list(range(50)) for order in orders)
-    assert (orders[0] == supervised.epoch_order(50, 1, 0)).all()
+    assert (orders[0] == examples.epoch_order(50, 1, 0)).all()
     assert (orders[0] != orders[1]).any() and (orders[0] != orders[2]).any()
 
 

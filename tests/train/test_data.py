@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import Shard, StoreWriter, TokenStore, write_array
+from preprocess.text.continuations import find_continuations
 from train import data
-from train.data import Masking, PackedData, RowTable, make_tables, permute, row_tables
+from train.data import Masking, PackedData, RowTable, batches, make_tables, permute, row_tables
 from train.data import rows as packing
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # of `tiny_tokenizer`
@@ -453,7 +454,7 @@ def plain_row(
             chosen = masks.STRATEGIES[masking.name](masks.Sequences(
                 offsets=offsets, positions=positions, rate=masking.rate, seed=seed, epoch=epoch,
                 candidates=~np.isin(ids, store.all_special_ids),
-                continues_word=words and masks.find_continuations(ids, offsets, words),
+                continues_word=words and find_continuations(ids, offsets, words),
             ))
             masked = set(positions[chosen].tolist())
         else:
@@ -852,8 +853,8 @@ def test_capacity_is_never_too_small(tmp_path, tiny_tokenizer):
 
 
 def test_rows_beyond_those_looked_at_outgrow_the_capacity(plain_store, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_ROWS", 4)
-    monkeypatch.setattr(data, "_MOST_BLOCKS", 2)
+    monkeypatch.setattr(batches, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(batches, "_MOST_BLOCKS", 2)
     table = table_of(plain_store)
     first, second = 0, -(-table.num_rows // 8) * 4  # the blocks that are looked at
     assert second + 4 < table.num_rows

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_pretrain import arguments, pretrained, weights, write_ds_config
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import file_sha256, seal
+from tests.support.runs import arguments, pretrained, weights, write_ds_config
 from train import engine as ds
 from train import pretrain
 from train.config import PretrainConfig, TrainingConfig, parse
-from train.run_dir import checkpoint
+from train.engine import group
+from train.engine import states as states_room
+from train.run_dir import checkpoint, folder
 from train.run_dir.checkpoint import MANIFEST, check_checkpoint, find_checkpoint
 
 
@@ -331,10 +333,10 @@ def test_what_a_kill_left_is_removed_and_never_loaded(
 def test_a_kill_before_the_options_were_written_is_no_other_run(tmp_path):
     (tmp_path / ".config.resolved.yaml.tmp-99").write_text("output_")
     config = TrainingConfig(output_dir=str(tmp_path), resume="never")
-    assert checkpoint.check_run_dir(config) == tmp_path
+    assert folder.check_run_dir(config) == tmp_path
     (tmp_path / "thesis.txt").write_text("not ours")
     with pytest.raises(ConfigError, match="not a run of ours"):
-        checkpoint.check_run_dir(config)
+        folder.check_run_dir(config)
 
 
 # ------------------------------------------------------------------------------- several nodes
@@ -351,11 +353,12 @@ def on_two_nodes(monkeypatch) -> Callable[..., list[Any]]:
         gate.wait()
         return list(shared)
 
-    monkeypatch.setattr(ds, "start", lambda: torch.device("cpu"))
-    monkeypatch.setattr(ds, "barrier", gate.wait)
-    monkeypatch.setattr(ds, "gather_objects", gather)
-    monkeypatch.setattr(ds, "ranks", lambda: ds.Ranks(here.rank, 2, 0))
-    monkeypatch.setattr(ds.socket, "gethostname", lambda: f"node{here.rank + 1}")
+    for room in (ds, group):  # the face, and the file behind it
+        monkeypatch.setattr(room, "start", lambda: torch.device("cpu"))
+        monkeypatch.setattr(room, "barrier", gate.wait)
+        monkeypatch.setattr(room, "gather_objects", gather)
+        monkeypatch.setattr(room, "ranks", lambda: ds.Ranks(here.rank, 2, 0))
+    monkeypatch.setattr(group.socket, "gethostname", lambda: f"node{here.rank + 1}")
 
     def call(function: Callable, *arguments: Any) -> list[Any]:
         def as_rank(rank: int) -> Any:
@@ -373,15 +376,15 @@ def on_two_nodes(monkeypatch) -> Callable[..., list[Any]]:
 
 def test_a_run_directory_that_not_all_nodes_see_is_refused(tmp_path, on_two_nodes, monkeypatch):
     def prepare(folder: str) -> Path:
-        return checkpoint.prepare_run_dir(TrainingConfig(output_dir=str(tmp_path / folder)), None)
+        return folder.prepare_run_dir(TrainingConfig(output_dir=str(tmp_path / folder)), None)
 
     assert on_two_nodes(prepare, "shared", "shared") == [tmp_path / "shared"] * 2
     names = sorted(os.listdir(tmp_path / "shared"))
     assert names == ["config.resolved.yaml", "env.json"]
-    monkeypatch.setattr(ds, "SHARED_DISK_SECONDS", 0.0)
+    monkeypatch.setattr(group, "SHARED_DISK_SECONDS", 0.0)
     found = on_two_nodes(prepare, "first", "second")  # as where each node has a disk of its own
-    for error, folder in zip(found, ("first", "second"), strict=True):
-        assert f"{folder}: node2 cannot see" in str(error) and "node1" not in str(error)
+    for error, name in zip(found, ("first", "second"), strict=True):
+        assert f"{name}: node2 cannot see" in str(error) and "node1" not in str(error)
     assert not (tmp_path / "second").exists()
     assert sorted(os.listdir(tmp_path / "first")) == names
 
@@ -394,7 +397,7 @@ def test_a_network_disk_may_show_a_file_late(tmp_path, on_two_nodes, monkeypatch
         return len(looked) > 4 and plain(path)
 
     monkeypatch.setattr(Path, "exists", late)
-    monkeypatch.setattr(ds.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(group.time, "sleep", lambda seconds: None)
     assert on_two_nodes(ds.nodes_without, tmp_path, tmp_path) == [[], []]
     assert len(looked) > 4 and os.listdir(tmp_path) == []
 
@@ -404,9 +407,9 @@ def test_tasks_of_srun_without_ranks_do_not_train_alone(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(ConfigError, match="8 tasks that have no RANK.*torchrun"):
-        checkpoint.check_run_dir(config)
+        folder.check_run_dir(config)
     monkeypatch.setenv("RANK", "0")  # a launcher's child
-    assert checkpoint.check_run_dir(config) == tmp_path / "run"
+    assert folder.check_run_dir(config) == tmp_path / "run"
 
 
 # ------------------------------------------------------------------- what belongs to this run
@@ -493,13 +496,13 @@ def test_a_planted_object_never_runs(part, world_size, broken, engine, tmp_path)
 def test_an_object_planted_in_the_converted_files_never_runs(
     file, broken, engine, tmp_path, monkeypatch
 ):
-    plain, canary = ds._convert, tmp_path / "canary"
+    plain, canary = states_room._convert, tmp_path / "canary"
 
     def planting(source: Path, target: Path) -> None:
         plain(source, target)
         plant(target / file, canary)
 
-    monkeypatch.setattr(ds, "_convert", planting)
+    monkeypatch.setattr(states_room, "_convert", planting)
     with pytest.raises(DataError, match="never loaded"):
         ds.load_state(engine, newest(broken), 2)
     assert not canary.exists()
@@ -523,6 +526,6 @@ def test_names_of_parameters_cannot_leave_the_folder(where, broken, engine, tmp_
 
 
 def test_an_optimizer_that_cannot_be_converted_is_said(broken, engine, monkeypatch):
-    monkeypatch.setattr(ds, "CONVERTIBLE", ("Lion",))
+    monkeypatch.setattr(states_room, "CONVERTIBLE", ("Lion",))
     with pytest.raises(ConfigError, match="AdamW cannot be shared out anew.*as many ranks"):
         ds.load_state(engine, newest(broken), 2)

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import BAD, GOOD, review
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from preprocess.errors import ConfigError
 from preprocess.store import StoreWriter, TokenStore
+from tests.support.language import BAD, GOOD, review
 from train import benchmark_inference
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ROOT
 
 from preprocess import progress
 from preprocess.corpus import num_bytes, read_documents
 from preprocess.progress import Progress, say
+from tests.support.launch import ROOT
 
 WORK = """
 from preprocess.progress import Progress, say

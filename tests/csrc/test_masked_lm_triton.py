@@ -20,11 +20,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_csrc import cast, make_batch, make_head, outcome
 from torch.nn import functional
 
 import csrc
 from csrc import reference
+from tests.support.heads import cast, make_batch, make_head, outcome
 
 triton = pytest.importorskip("triton")
 from csrc import masked_lm_triton  # noqa: E402

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_store import FakeTokenizer, write
 
-from preprocess import corpus, tokenize_corpus
-from preprocess.corpus import Span, load_task, read_documents
+from preprocess import tokenize_corpus
+from preprocess.corpus import Span, load_task, read_documents, sources
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import atomic_write_json, seal
 from preprocess.store import TokenStore, open_array, write_array
+from tests.support.stores import FakeTokenizer, write
 from train import model
 from train.data import row_tables
 from train.recipes import recipe
@@ -362,7 +362,7 @@ def test_text_that_compresses_well_is_read(tmp_path):
 
 def test_a_line_has_an_end(tmp_path, monkeypatch):
     """Read up to the limit and no further, whatever the file holds."""
-    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1 << 20)
     generator = np.random.default_rng(0)
     content = generator.integers(97, 122, 20 << 20, dtype=np.uint8).tobytes()
     plain = tmp_path / "a.txt"
@@ -381,13 +381,13 @@ def test_a_line_has_an_end(tmp_path, monkeypatch):
             list(read_documents([str(path)]))
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     tracemalloc.stop()
-    assert list(corpus._lines(plain, Span(0, 3))) == [(1, "fine\n")]
+    assert list(sources.read_lines(plain, Span(0, 3))) == [(1, "fine\n")]
     with pytest.raises(DataError, match="longer than"):
-        list(corpus._lines(plain, Span(3, 9)))
+        list(sources.read_lines(plain, Span(3, 9)))
 
 
 def test_a_block_has_an_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "a.txt"
     path.write_text("short\nblock\n\n" + "no blank line\n" * 200)
     documents = read_documents([str(path)], blank_line_documents=True)

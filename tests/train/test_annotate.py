@@ -19,8 +19,7 @@ from preprocess.files import WriterLock
 from preprocess.store import StoreWriter, TokenStore, open_array
 from preprocess.text.stop_words import STOP_WORDS
 from train import annotate, engine
-from train.annotate import CRITERIA, MEASURES, find_important
-from train.stages.importance import cut_to_fit
+from train.stages.importance import CRITERIA, MEASURES, cut_to_fit, find_important
 
 
 def brute_force(confidence_of, sequence, full, delta, criterion):

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_store import FakeTokenizer, write
 
 from preprocess import build_masks, tokenize_corpus
 from preprocess.errors import DiskFullError, run_command, writing
 from preprocess.files import append_bytes, atomic_write_json
 from preprocess.store import StoreWriter, TokenStore, open_array, write_array
+from tests.support.stores import FakeTokenizer, write
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = 4096
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 
@@ -440,8 +440,8 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
     """What `test_training_commands` starts: one process, many runs, each meets a full disk."""
     import torch
     from safetensors.torch import load_file
-    from test_pretrain import arguments
 
+    from tests.support.runs import arguments
     from train import engine, finetune, pretrain
     from train.config import PretrainConfig, parse
     from train.run_dir import checkpoint, metrics
@@ -541,14 +541,14 @@ def test_training_commands(tmp_path, how, reviews_store, still_encoder, labelled
     """Pre-training and fine-tuning: the same command goes on, and ends with the same weights."""
     task = str(Path(labelled_files["train"]).parent)
     code = (
-        "import test_disk_full\n"
+        "from tests.robustness import test_disk_full\n"
         f"test_disk_full.train_on_a_full_disk({str(tmp_path)!r}, {how!r}, {reviews_store!r}, "
         f"{still_encoder!r}, {task!r})\n"
     )
     # A test that trains in this process leaves its rank and port in the environment.
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in ours}
-    environment |= {"PYTHONPATH": str(ROOT / "tests"), "DS_ACCELERATOR": "cpu"}
+    environment |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=600,
         env=environment,

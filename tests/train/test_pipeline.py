@@ -18,11 +18,12 @@ from preprocess.errors import ConfigError
 from preprocess.store import TokenStore, open_array
 from train import data, pipeline
 from train.data import RowTable, row_tables
-from train.recipes.recipe import load_recipe
+from train.recipes import run as run_room
+from train.recipes.recipe import REPOSITORY, load_recipe
 from train.reports.results import DIFFERENCE_COLUMNS, TABLE_COLUMNS
 from train.run_dir import metrics
 
-RECIPE = pipeline.REPOSITORY / "train" / "recipes" / "custom.yaml"
+RECIPE = REPOSITORY / "train" / "recipes" / "custom.yaml"
 ARMS = {"none": "none", "random_matched": "random_matched-seed42", "selective": "selective-seed42"}
 SEEDS = (13, 43)
 STEPS = 4
@@ -74,7 +75,7 @@ def run_pipeline(run_here, still_encoder, reviews_file, labelled_files):
             return 0
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "run_process", run_process)
+            patch.setattr(run_room, "run_process", run_process)
             pipeline.main([
                 "--recipe", str(RECIPE), "--output_dir", str(root), "--launcher", "python", *flags,
                 "--set", *settings(still_encoder, reviews_file, labelled_files),

@@ -16,7 +16,7 @@ from preprocess import benchmark
 from preprocess.benchmark import Row, Run, format_table, make_rows, repeat, run, summarize
 from preprocess.errors import ConfigError, DataError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_baseline_groups_all_tokens_into_blocks(

@@ -1,0 +1,44 @@
+"""The files of a checkpoint, value by value."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value and tensor of nested containers and objects, by its path."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        for i, inner in enumerate(value):
+            yield from leaves(inner, f"{where}[{i}]")
+    elif hasattr(value, "__dict__") and not isinstance(value, torch.Tensor):
+        yield from leaves(vars(value), where)
+    else:
+        yield where, value
+
+
+def states(checkpoint: Path) -> dict[str, Any]:
+    """Everything in the files of a checkpoint, but for what is measured in seconds."""
+    found = {}
+    for file in sorted(checkpoint.rglob("*.pt")):
+        content = torch.load(file, map_location="cpu", weights_only=False)
+        found |= {f"{file.name}{path}": value for path, value in leaves(content)}
+    return {key: value for key, value in found.items() if not key.endswith("seconds")}
+
+
+def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[key]), key
+        else:
+            assert value == other[key], key
