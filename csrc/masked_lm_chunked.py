@@ -122,11 +122,11 @@ class _DecoderLoss(torch.autograd.Function):
 
 def masked_lm_loss(
     hidden: torch.Tensor,
-    masked_positions: torch.Tensor,
+    masked_positions: torch.Tensor | None,
     masked_labels: torch.Tensor,
     head: MaskedLMHead,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `csrc.masked_lm_loss`; float32 and float64 on a CPU. One backward pass a call.
+    """Compute `csrc.masked_lm_loss` on a CPU in float32 or float64; one backward pass per call.
 
     Raises:
         ValueError: another dtype or device.
@@ -136,10 +136,10 @@ def masked_lm_loss(
             f"implementation 'chunked': hidden is {hidden.dtype} on {hidden.device}, must be "
             "float32 or float64 on a CPU; take 'reference'"
         )
-    masked_positions, masked_labels = reference.drop_padding(masked_positions, masked_labels)
-    rows = reference.transform(hidden.flatten(0, -2).index_select(0, masked_positions), head)
+    count = int((masked_labels >= 0).sum())  # padding is at the end
+    rows = reference.transform(reference.gather(hidden, masked_positions)[:count], head)
     loss_sum, hits = _DecoderLoss.apply(
-        rows.contiguous(), head.decoder_weight, head.decoder_bias, masked_labels.long(),
+        rows.contiguous(), head.decoder_weight, head.decoder_bias, masked_labels[:count].long(),
         torch.is_grad_enabled(),
     )
     return loss_sum, hits

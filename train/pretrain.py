@@ -12,7 +12,6 @@ micro batches. Held-out documents are evaluated under the same fixed masks in ev
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -113,7 +112,7 @@ def unigram_loss(inputs: Inputs, rows: int) -> float:
         inputs.store, inputs.eval_rows, inputs.eval_maskings[""], seed=data.EVAL_SEED,
         micro_batch_size=inputs.resolved.micro_batch_size,
     )
-    labels = [batch.masked_labels[:batch.num_masked].numpy() for batch in held.in_order(rows)]
+    labels = [batch.masked_labels.numpy() for batch in held.in_order(rows)]
     return float(-log_frequency[np.concatenate(labels)].mean())
 
 
@@ -135,29 +134,15 @@ def plan(inputs: Inputs) -> list[str]:
 
 
 def memory_line(module: model.PackedMaskedLM, inputs: Inputs) -> str:
-    """An estimate of what one rank needs: states, and the largest activations."""
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    stage = inputs.resolved.config.get("zero_optimization", {}).get("stage", 0)
-    world_size = ds.ranks().world_size
-    half = inputs.resolved.precision != "fp32"
-    # Bytes a parameter: weights and gradients 2 + 2 (16 bit) or 4 + 4; fp32 master and two
-    # moments 12, or two moments 8 in fp32.
-    weights, gradients, states = (2, 2, 12) if half else (4, 4, 8)
-    shared = [states, gradients, weights][:stage]
-    whole = [states, gradients, weights][stage:]
-    states_gib = parameters * (sum(whole) + sum(shared) / world_size) / 2**30
-    hf_config = module.hf.config
-    size = 2 if half else 4
-    slots = inputs.resolved.micro_batch_size * inputs.config.max_seq_length
-    # About 18 hidden widths a layer are kept for the backward pass. Masked rows of logits exist
-    # once, in chunks of at most half a GiB.
-    layers = 1 if inputs.config.gradient_checkpointing else hf_config.num_hidden_layers
-    activations = slots * hf_config.hidden_size * 18 * size * layers
-    logits = min(0.15 * slots * hf_config.vocab_size * size, 2**29)
-    return (
-        f"model: {parameters:,} parameters; memory of a rank, estimated: states "
-        f"{states_gib:.2f} GiB, activations {activations / 2**30:.2f} GiB, "
-        f"logits {logits / 2**30:.2f} GiB"
+    """Estimate what one rank needs."""
+    masking, resolved = inputs.masking, inputs.resolved
+    masked = masking.index and sum(map(len, masking.index)) / inputs.store.num_tokens
+    return flops.memory_line(
+        module, stage=resolved.config.get("zero_optimization", {}).get("stage", 0),
+        world_size=ds.ranks().world_size, precision=resolved.precision,
+        micro_batch_slots=resolved.micro_batch_size * inputs.config.max_seq_length,
+        mask_rate=masked or masking.rate,
+        gradient_checkpointing=inputs.config.gradient_checkpointing,
     )
 
 
@@ -290,8 +275,7 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     device = ds.start()
     resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     ranks = ds.ranks()
-    # Before dropout's generator is seeded or restored: measuring draws from it.
-    peak = _peak_flops(device, resolved.precision)
+    peak = flops.peak_flops(device, resolved.precision)
     engine, module = start_engine(inputs)
     totals = Totals()
     if resume_from:
@@ -362,10 +346,6 @@ def train(inputs: Inputs, run_dir: Path) -> None:
             f"without context (token frequencies) it would be {floor:.4f}"
         )
     say(f"wrote {run_dir / 'hf'}")
-
-
-# A process may train several runs; where the peak has to be measured, once is enough.
-_peak_flops = functools.cache(flops.peak_flops)
 
 
 class _Log:

@@ -416,20 +416,6 @@ def test_the_loop_takes_the_step_of_a_plain_trainer(config, still_batch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "modernbert"])
-def test_the_logits_of_each_family_are_those_of_its_head(family):
-    from transformers import AutoConfig, AutoModelForMaskedLM
-
-    sizes = {"distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}}.get(
-        family, {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                 "intermediate_size": 32, "pad_token_id": 0})
-    hf = AutoModelForMaskedLM.from_config(AutoConfig.for_model(family, vocab_size=60, **sizes))
-    hf.eval()
-    ids, family_of = torch.arange(5, 15)[None], model.FAMILIES[family]
-    hidden = family_of.encoder(hf)(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(family_of.logits(hf, hidden), hf(input_ids=ids).logits)
-
-
 def test_time_of_the_heads_alone_leaves_no_gradients(config, still_batch):
     module, batch = still_batch
     inputs = benchmark.read_inputs(config)

@@ -79,9 +79,10 @@ class BareLoop:
         laps = speed.Laps()
         learning = baselines.head_parameters(self.module)
         for micro_batch in batch.micro_batches:
+            inputs = micro_batch.inputs(self.device)
+            labels = inputs.pop("masked_labels")
             with torch.no_grad():
-                hidden, positions, labels = self.module.encode_masked(
-                    **micro_batch.inputs(self.device))
+                hidden, positions = self.module.encode_masked(**inputs)
             hidden.requires_grad_()
             laps("encoder")
             loss, _ = csrc.masked_lm_loss(

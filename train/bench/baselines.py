@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from csrc import reference
 from preprocess.store import TokenStore
 from train import engine as ds
 from train.bench.throughput import synchronize
@@ -160,13 +161,12 @@ def full_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
 
 def gather_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
     """The same, with logits of the masked slots alone."""
-    family, hf = module.family, module.hf
-    hidden = family.encoder(hf)(
+    hidden = module.family.encoder(module.hf)(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
     ).last_hidden_state
     labels = batch["labels"].flatten()
     masked = labels != -100
-    logits = family.logits(hf, hidden.flatten(0, 1)[masked])
+    logits = reference.logits(hidden.flatten(0, 1)[masked], module.head())
     return functional.cross_entropy(logits, labels[masked])
 
 
@@ -189,12 +189,11 @@ def head_seconds(
         synchronize()
         start = time.perf_counter()
         with loop.autocast():
+            rows = hidden
             if loss_name == "gather":
                 masked = labels != -100
-                logits, labels = family.logits(hf, hidden[masked]), labels[masked]
-            else:
-                logits = family.logits(hf, hidden)
-            loss = functional.cross_entropy(logits, labels)
+                rows, labels = hidden[masked], labels[masked]
+            loss = functional.cross_entropy(reference.logits(rows, module.head()), labels)
         torch.autograd.grad(loss, [hidden, *head_parameters(module)])
         synchronize()
         total += time.perf_counter() - start

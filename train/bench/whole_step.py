@@ -27,7 +27,7 @@ def make_passes(
     """Ways to compute the mean loss of a batch, the baseline first."""
     inputs = batch.inputs(device)
     labels = torch.full_like(batch.input_ids, -100).flatten()
-    labels[batch.masked_positions[:batch.num_masked]] = batch.masked_labels[:batch.num_masked]
+    labels[batch.masked_positions] = batch.masked_labels
     labels = labels.view_as(batch.input_ids).to(device)
     filled = (batch.document_ids >= 0).long().to(device)
 
