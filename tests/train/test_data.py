@@ -22,7 +22,7 @@ from preprocess.errors import ConfigError, DataError
 from preprocess.store import Shard, StoreWriter, TokenStore, write_array
 from preprocess.text.continuations import find_continuations
 from train import data
-from train.data import Masking, PackedData, RowTable, batches, make_tables, permute, row_tables
+from train.data import Masking, PackedData, RowTable, make_tables, permute, row_tables
 from train.data import rows as packing
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # of `tiny_tokenizer`
@@ -304,7 +304,7 @@ def test_shards_packed_at_once_give_the_same_rows(sharded_store, num_workers):
     assert same_tables(alone, at_once) and alone[1].num_rows
 
 
-def test_a_killed_packer_is_said(sharded_store):
+def test_a_killed_packer_is_reported(sharded_store):
     parent = os.getpid()
 
     def held_out(*block):
@@ -312,7 +312,7 @@ def test_a_killed_packer_is_said(sharded_store):
             os.kill(os.getpid(), signal.SIGKILL)
         return packing.hold_out(*block, fraction=0.3)
 
-    with pytest.raises(DataError, match="killed, perhaps for want of memory"):
+    with pytest.raises(DataError, match="killed, perhaps for lack of memory"):
         list(packing.pack_rows(sharded_store, 32, held_out, 2))
 
 
@@ -407,14 +407,12 @@ def test_batch_layout(tmp_path, tiny_tokenizer, monkeypatch):
         [2, 2, 2, 2, 2, -1, -1, -1, -1],
         [3, 3, 3, -1, -1, -1, -1, -1, -1],
     ]
-    assert batch.masked_positions.tolist() == [2, 5, 11, 12, -1, -1]  # at most 2 a row, 3 rows
-    assert batch.masked_labels.tolist() == [21, 13, 11, 12, 0, 0]
-    assert batch.masked_cu_seqlens.tolist() == [0, 2, 4, 4]
+    assert batch.masked_positions.tolist() == [2, 5, 11, 12]
+    assert batch.masked_labels.tolist() == [21, 13, 11, 12]
     for name in ("input_ids", "position_ids", "document_ids", "masked_positions", "masked_labels"):
         assert getattr(batch, name).dtype == torch.int64
         assert torch.equal(batch.inputs(torch.device("cpu"))[name], getattr(batch, name))
-    assert batch.masked_cu_seqlens.dtype == torch.int32
-    assert (batch.num_tokens, batch.num_masked) == (16, 4)
+    assert (batch.num_tokens, batch.num_masked, batch.most_masked) == (16, 4, 2)
     assert step.rows.tolist() == [0, 1, 2] and step.epoch == 0
     assert (step.step_tokens, step.step_masked_tokens) == (16, 4)
 
@@ -480,16 +478,13 @@ def plain_row(
 
 
 def unpack(batch: data.PackedBatch) -> list[PlainRow]:
-    """The rows of a packed batch; checks what must hold of any batch."""
-    slots = batch.input_ids.shape[1]
-    positions = batch.masked_positions[:batch.num_masked]
+    """Split a packed batch into rows, and check what must hold of any batch."""
+    slots, positions = batch.input_ids.shape[1], batch.masked_positions
     assert (positions[1:] > positions[:-1]).all() and (positions >= 0).all()
-    assert (batch.masked_positions[batch.num_masked:] == -1).all()
-    assert (batch.masked_labels[batch.num_masked:] == 0).all()
-    assert len(batch.masked_labels) == len(batch.masked_positions)
+    assert len(batch.masked_labels) == len(positions) == batch.num_masked
     assert int((batch.document_ids >= 0).sum()) == batch.num_tokens
-    bounds = batch.masked_cu_seqlens.tolist()
-    assert bounds[0] == 0 and bounds[-1] == batch.num_masked
+    bounds = np.searchsorted(positions, np.arange(len(batch.input_ids) + 1) * slots).tolist()
+    assert bounds[-1] == batch.num_masked and batch.most_masked == np.diff(bounds).max()
     rows = []
     for r in range(len(batch.input_ids)):
         mine = slice(bounds[r], bounds[r + 1])
@@ -533,7 +528,6 @@ def test_batches_equal_their_plain_twin(which, kind, plain_store, sharded_store)
             masked += len(plain.masked)
         assert masked == batch.num_masked == step.step_masked_tokens
         assert step.step_tokens == batch.num_tokens
-        assert len(batch.masked_positions) == packed.capacity
         assert step.epoch == number * size // table.num_rows
 
 
@@ -548,11 +542,10 @@ def test_labels_are_the_originals_and_only_masked_slots_change(sharded_store):
     (original,) = PackedData(
         sharded_store, table, bare, seed=3, micro_batch_size=size
     ).step(0).micro_batches
-    assert original.num_masked == 0 and (original.masked_positions == -1).all()
-    positions = batch.masked_positions[:batch.num_masked]
+    assert original.num_masked == 0
     restored = batch.input_ids.flatten().clone()
-    assert (restored[positions] != batch.masked_labels[:batch.num_masked]).float().mean() > 0.7
-    restored[positions] = batch.masked_labels[:batch.num_masked]
+    assert (restored[batch.masked_positions] != batch.masked_labels).float().mean() > 0.7
+    restored[batch.masked_positions] = batch.masked_labels
     assert torch.equal(restored, original.input_ids.flatten())
     assert torch.equal(batch.document_ids, original.document_ids)
     share = batch.num_masked / table.num_tokens
@@ -823,69 +816,24 @@ def test_b2_no_row_is_empty(sharded_store):
             assert (batch.input_ids[:, 0] == CLS).all()
 
 
-# ------------------------------------------------------------------------------- capacity
+# -------------------------------------------------------------------------------- padding
 
 
-def test_capacity_is_never_too_small(tmp_path, tiny_tokenizer):
-    vocabulary = tiny_tokenizer.get_vocab()
-    word = [vocabulary["film"]] + [vocabulary["##s"]] * 40
-    store = write_store(tmp_path / "p", tiny_tokenizer, [[[word]] * 12])
-    table = table_of(store, 43)
-    assert table.num_rows == 12
-    masking = data.drawn_masking(store, "whole_word", 0.15)
-    packed = PackedData(store, table, masking, seed=0, micro_batch_size=1)
-    assert packed.capacity == 7 + data.LONGEST_WORD  # ceil(0.15 * 41) and the allowance
-    sizes = set()
-    for number in range(60):
-        step = packed.step(number)
-        (batch,) = step.micro_batches
-        assert batch.num_masked in (0, 41) and batch.num_masked == step.step_masked_tokens
-        assert (batch.masked_labels[:batch.num_masked].tolist() == word) or not batch.num_masked
-        sizes.add((batch.num_masked, len(batch.masked_positions)))
-    assert sizes == {(0, packed.capacity), (41, 2 * packed.capacity)}
-
-    # The same where a micro batch is joined from two epochs.
-    joined = PackedData(store, table, masking, seed=0, micro_batch_size=5)
-    for number in range(24):
-        (batch,) = joined.step(number).micro_batches
-        assert batch.num_masked % 41 == 0
-        unpack(batch)
-
-
-def test_rows_beyond_those_looked_at_outgrow_the_capacity(plain_store, monkeypatch):
-    monkeypatch.setattr(batches, "_BLOCK_ROWS", 4)
-    monkeypatch.setattr(batches, "_MOST_BLOCKS", 2)
+@pytest.mark.parametrize("count, padded", [(0, 128), (1, 128), (128, 128), (129, 256)])
+def test_masks_are_padded_by_the_batchs_own_count(count, padded, plain_store):
+    index = np.arange(count, dtype=np.uint32)
     table = table_of(plain_store)
-    first, second = 0, -(-table.num_rows // 8) * 4  # the blocks that are looked at
-    assert second + 4 < table.num_rows
-    looked_at = np.r_[first:first + 4, second:second + 4]
-    few = table.piece_starts[table.row_offsets[looked_at]]
-    every = np.arange(plain_store.shards[0].num_tokens, dtype=np.uint32)
-    in_pieces = np.zeros(len(every), bool)
-    for row in looked_at:
-        for piece in range(table.row_offsets[row], table.row_offsets[row + 1]):
-            start = table.piece_starts[piece]
-            in_pieces[start:start + table.piece_lengths[piece]] = True
-    index = np.sort(np.r_[every[~in_pieces], few.astype(np.uint32)])
-    packed = PackedData(
-        plain_store, table, Masking("all but a few", index=[index]), seed=0, micro_batch_size=1
-    )
-    assert packed.capacity == 1
-    masked = [packed.step(number).micro_batches[0] for number in range(table.num_rows)]
-    assert sum(batch.num_masked for batch in masked) == len(index)
-    assert max(len(batch.masked_positions) for batch in masked) > 8
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), rate=st.floats(0.01, 0.99), micro=st.integers(1, 9))
-def test_random_masks_fit_the_capacity(plain_store, seed, rate, micro):
-    table = table_of(plain_store)
-    packed = PackedData(
-        plain_store, table, Masking("random", rate=rate), seed=seed, micro_batch_size=micro
-    )
-    for number in range(3):
-        (batch,) = packed.step(number).micro_batches
-        assert batch.num_masked <= len(batch.masked_positions) == packed.capacity
+    packed = PackedData(plain_store, table, Masking("first", index=[index]), seed=0,
+                        micro_batch_size=table.num_rows)
+    (batch,) = packed.step(0).micro_batches
+    assert batch.num_masked == len(batch.masked_labels) == count
+    on_gpu = batch.inputs(torch.device("meta"))
+    on_cpu = batch.inputs(torch.device("cpu"))
+    for name in ("masked_positions", "masked_labels"):
+        assert on_gpu[name].shape == (padded,)
+        # One padded position at least, so that every rank runs the same modules.
+        assert on_cpu[name].tolist() == (getattr(batch, name).tolist() or [-1])
+    assert on_cpu["most_masked"] % 8 == 0 <= on_cpu["most_masked"] - batch.most_masked < 8
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -965,7 +913,7 @@ def test_unknown_tokens_are_never_masked(tmp_path, tiny_tokenizer):
     )
     (batch,) = packed.step(0).micro_batches
     assert batch.num_masked == 20
-    assert set(batch.masked_labels[:20].tolist()) == {9}
+    assert set(batch.masked_labels.tolist()) == {9}
     assert not set(batch.input_ids.flatten().tolist()) - {PAD, UNK, CLS, SEP, MASK, 9} - set(
         range(FIRST_WORD, len(tiny_tokenizer))
     )

@@ -1,4 +1,4 @@
-"""Model families: packed equals alone, what goes in and out of folders, and what is refused."""
+"""Model families: packed equals alone, loading and export, and what is refused."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_loss_is_the_cross_entropy_of_masked_positions(family):
     module = model.build_masked_lm(tiny_config(family), seed=0).eval()
     ids, positions, pieces = packed_rows(LENGTHS)
     masked = torch.tensor([1, 7, 22, 64, 100, 130, -1, -1])
-    labels = torch.tensor([9, 8, 7, 6, 5, 59, 0, 0])
+    labels = torch.tensor([9, 8, 7, 6, 5, 59, -1, -1])
     loss, hits = module(ids, positions, pieces, masked, labels)
     hidden = module.encode(ids, positions, pieces)
     logits = csrc.reference.logits(hidden.flatten(0, 1), module.head())
@@ -157,7 +157,7 @@ def test_a_batch_without_masks_reaches_every_parameter(family):
     module = model.build_masked_lm(tiny_config(family), seed=0)
     ids, positions, pieces = packed_rows([[]])
     nothing = torch.full((4,), -1)
-    loss, hits = module(ids, positions, pieces, nothing, torch.zeros(4, dtype=torch.int64))
+    loss, hits = module(ids, positions, pieces, nothing, nothing)
     assert loss.item() == 0 and hits.item() == 0
     loss.backward()
     for name, parameter in module.named_parameters():
@@ -199,9 +199,9 @@ def test_compiling_changes_nothing():
 
 
 def masked_at(*slots: int, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions, and labels that go with them."""
+    """Return positions, and labels that go with them."""
     positions = torch.tensor([*slots, *[-1] * padding], dtype=torch.int64)
-    return positions, (7 * positions + 11) % VOCAB
+    return positions, torch.where(positions < 0, -1, (7 * positions + 11) % VOCAB)
 
 
 SUBSETS = {
@@ -210,7 +210,7 @@ SUBSETS = {
     "first and last slot": masked_at(0, 255),
     "every slot": masked_at(*range(256)),
     "none": masked_at(padding=4),
-    "no capacity": masked_at(),
+    "not even padding": masked_at(),
 }
 
 
@@ -291,13 +291,13 @@ def test_subset_applies_the_dropout_of_its_layer(family):
 
 
 def test_queries_by_hand():
-    queries = model.find_queries(torch.tensor([1, 6, 7, -1]), num_rows=3, num_slots=4)
-    assert queries.slots.tolist() == [1, 6, 7, 0]
+    queries = model.find_queries(torch.tensor([1, 6, 7, -1, -1]), num_rows=3, num_slots=4)
+    assert queries.slots.tolist() == [1, 6, 7, 7, 7]  # padding repeats the last one
     assert queries.table.shape == (3, 2)  # row 1 has two
     assert queries.table[0, 0] == 0 and queries.table[1].tolist() == [1, 2]
-    assert queries.places[:3].tolist() == [0, 2, 3]
-    wide = model.find_queries(torch.tensor([1, 6, 7, -1]), 3, 4, most=8)
-    assert wide.table.shape == (3, 8) and wide.places[:3].tolist() == [0, 8, 9]
+    assert queries.places.tolist() == [0, 2, 3, 3, 3]
+    wide = model.find_queries(torch.tensor([1, 6, 7, -1, -1]), 3, 4, most=8)
+    assert wide.table.shape == (3, 8) and wide.places.tolist() == [0, 8, 9, 9, 9]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -438,13 +438,19 @@ def test_saving_does_not_read_the_weights_of_the_model(tmp_path, tiny_tokenizer)
         assert torch.equal(written[name], value), name
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_a_pooler_comes_in_and_goes_out(family, tmp_path, tiny_tokenizer):
+@pytest.mark.parametrize("family, kind", [
+    ("bert", "safetensors"), ("roberta", "safetensors"), ("bert", "shards"), ("bert", "bin"),
+])
+def test_a_pooler_is_loaded_and_exported(family, kind, tmp_path, tiny_tokenizer):
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
     encoder = AutoModel.from_config(tiny_config(family))
-    encoder.save_pretrained(tmp_path / "in")
+    encoder.save_pretrained(tmp_path / "in",
+                            max_shard_size="20KB" if kind == "shards" else "1GB")
+    if kind == "bin":
+        (tmp_path / "in" / "model.safetensors").unlink()
+        torch.save(encoder.state_dict(), tmp_path / "in" / "pytorch_model.bin")
     pooler = {name: value for name, value in encoder.state_dict().items() if "pooler" in name}
     assert pooler
     module = model.load_masked_lm(str(tmp_path / "in"), seed=0)
@@ -531,15 +537,15 @@ def damaged(tiny_encoder, folder, change) -> str:
         lambda weights: {"unrelated": torch.zeros(2)},
     ],
 )
-def test_b7_a_checkpoint_with_other_keys_is_refused(loader, change, tiny_encoder, tmp_path):
-    # The published loader looked for the wrong key, found nothing, and trained from noise.
+def test_a_checkpoint_with_other_keys_is_refused(loader, change, tiny_encoder, tmp_path):
+    """The published loader looked for the wrong key, found nothing, and trained from noise."""
     folder = damaged(tiny_encoder, tmp_path / "ckpt", change)
     with pytest.raises(ConfigError, match="encoder weights are missing, as .*bert"):
         LOADERS[loader](folder)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_b7_weights_of_another_shape_are_refused(loader, tiny_encoder, tmp_path):
+def test_weights_of_another_shape_are_refused(loader, tiny_encoder, tmp_path):
     folder = damaged(
         tiny_encoder, tmp_path / "ckpt",
         lambda weights: {n: v[:-1] if "word_embeddings" in n else v for n, v in weights.items()},
