@@ -8,9 +8,9 @@ With `h` the hidden states, `p` the masked positions, `y` the labels, `W` and `b
     dx = dz W      dW = dz^T x      db = sum of the rows of dz
     du = gelu'(u) norm'(dx)      dA = du^T h[p]      dh[p] = du A
 
-Matrix products are the library's, with one kernel between two of them. Where `h[p]` is not given
-but `h` and `p`, the first product is a kernel that gathers its rows itself. The logits are written
-by one product, read twice and overwritten once by the kernel of the loss, and read by two products.
+Matrix products are the library's, with one kernel between two of them. The first product is a
+kernel that gathers its rows, unless the caller has gathered them already. The logits are written by
+one product, read twice and overwritten once by the kernel of the loss, and read by two products.
 
 - All gradients are those of the plain sum, computed in the forward pass; the backward pass
   multiplies them by the incoming scalar, which may be a loss scale or 1 / count. That scalar never

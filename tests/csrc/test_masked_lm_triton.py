@@ -40,7 +40,7 @@ DTYPES = [torch.float32, torch.float16, BFLOAT16]
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles so small that little tensors span several in every dimension."""
+    """Make tiles so small that small tensors span several in every dimension."""
     set_small_tiles(monkeypatch)
 
 
@@ -54,7 +54,7 @@ def set_small_tiles(monkeypatch) -> None:
 
 
 def row_losses(hidden, positions, labels, head, dtype) -> torch.Tensor:
-    """The loss of each valid row in plain PyTorch, from logits in `dtype`, float64."""
+    """Compute the loss of each masked row in plain PyTorch, from logits in `dtype`, float64."""
     valid = positions >= 0
     rows = hidden.flatten(0, -2)[positions[valid].long()].to(DEVICE, dtype)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def compare(batch, head, dtype=torch.float32, grad_output=1.0) -> dict[str, torc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 129])
 def test_edges_of_tiles(rows, dtype):
-    """The tiles as they are: 129 rows, 136 columns and 600 ids are more than one of each."""
+    """Use the real tiles: 129 rows, 136 columns and 600 ids are more than one of each."""
     torch.manual_seed(0)
     compare(make_batch((2, 80, 136), list(range(3, 3 + rows)), 600), make_head(136, 600), dtype)
 
@@ -126,7 +126,7 @@ def test_several_chunks(chunk_rows, dtype, small_tiles, monkeypatch):
 
 @pytest.mark.parametrize("limit, chunks", [(0, 3), (20 * 256 * 4 - 1, 3), (20 * 256 * 4, 1)])
 def test_one_chunk_up_to_the_limit(limit, chunks, monkeypatch):
-    """20 rows of 130 ids, which take the room of 256."""
+    """20 rows of 130 ids, padded to 256 columns."""
     monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", limit)
     monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", 8)
     products, product = [], masked_lm_triton._product
@@ -135,13 +135,6 @@ def test_one_chunk_up_to_the_limit(limit, chunks, monkeypatch):
     torch.manual_seed(0)
     compare(make_batch((1, 20, 16), list(range(20)), 130), make_head(16, 130, transform=False))
     assert len(products) == 2 * 2 * chunks  # with positions and with gathered rows
-
-
-@pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_shifted_logits(offset, small_tiles):
-    torch.manual_seed(0)
-    compare(make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5),
-            make_head(40, 150, offset=offset))
 
 
 def test_the_loss_is_shifted(small_tiles):
@@ -163,7 +156,7 @@ def test_far_apart_logits(small_tiles):
 
 
 def test_excluded_ids(small_tiles):
-    """A bias of -inf excludes ids, be it the whole of the first tiles."""
+    """A bias of -inf excludes ids, even all of the first tiles."""
     torch.manual_seed(0)
     head = make_head(40, 150)
     head.decoder_bias[:70] = -torch.inf
@@ -175,7 +168,7 @@ def test_excluded_ids(small_tiles):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nonsense_is_passed_on(dtype):
+def test_nan_and_inf_reach_loss_and_gradients(dtype):
     """A row of NaN makes the loss NaN and the gradients too: loss scaling looks for them."""
     torch.manual_seed(0)
     hidden, positions, labels = make_batch((3, 8, 16), [0, 5, 7], 37, 2)
@@ -187,14 +180,6 @@ def test_nonsense_is_passed_on(dtype):
         for name, gradient in gradients.items():
             assert not gradient.isfinite().all(), name
         assert gradients["hidden"][0, 0].isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, BFLOAT16])
-def test_loss_scale(dtype, small_tiles):
-    """A mean over 4,915 under a loss scale of 2^16."""
-    torch.manual_seed(0)
-    compare(make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5), make_head(40, 150), dtype,
-            grad_output=2.0**16 / 4915)
 
 
 def test_small_probabilities_survive_fp16():
@@ -337,13 +322,14 @@ def test_any_memory_layout():
 # ------------------------------------------------------------------------------ what is left out
 
 
+@pytest.mark.parametrize("grad_mode", [True, False])
 @pytest.mark.parametrize(
     "trained, products",
     [((), 0), (("hidden",), 2), (("norm_bias",), 1), (("dense_weight",), 2),
      (("decoder_weight",), 1), (("decoder_bias",), 0), (("hidden", "decoder_weight"), 3)],
 )
-def test_products_that_nobody_wants_are_not_made(trained, products, monkeypatch):
-    """Of the four products that only gradients need."""
+def test_unneeded_products_are_not_computed(trained, products, grad_mode, monkeypatch):
+    """Count the four products that only gradients need."""
     made, product = [], masked_lm_triton._product
     monkeypatch.setattr(masked_lm_triton, "_product",
                         lambda *given, **named: made.append(1) or product(*given, **named))
@@ -355,26 +341,14 @@ def test_products_that_nobody_wants_are_not_made(trained, products, monkeypatch)
     hidden = hidden.float().requires_grad_("hidden" in trained)
     for name, tensor in head.tensors().items():
         tensor.requires_grad_(name in trained)
-    loss, _ = csrc.masked_lm_loss(hidden, positions, labels, head, "triton")
-    assert loss.requires_grad == bool(trained)
-    assert len(made) == products
-    if trained:
+    with torch.set_grad_enabled(grad_mode):
+        loss, _ = csrc.masked_lm_loss(hidden, positions, labels, head, "triton")
+    assert loss.requires_grad == (bool(trained) and grad_mode)
+    if loss.requires_grad:
         loss.backward()
-    assert len(made) == products
+    assert len(made) == products * grad_mode
     for name, tensor in {"hidden": hidden, **head.tensors()}.items():
-        assert (tensor.grad is not None) == (name in trained)
-
-
-def test_no_gradients_without_grad_mode(monkeypatch):
-    monkeypatch.setattr(masked_lm_triton, "_product", None)  # calling it fails
-    torch.manual_seed(0)
-    head = cast(make_head(16, 37), torch.float32, DEVICE)
-    hidden, positions, labels = (
-        each.to(DEVICE) for each in make_batch((3, 8, 16), [0, 5, 7], 37, 2)
-    )
-    with torch.no_grad():
-        loss, _ = csrc.masked_lm_loss(hidden.float(), positions, labels, head, "triton")
-    assert not loss.requires_grad
+        assert (tensor.grad is not None) == (name in trained and grad_mode)
 
 
 def test_autocast_changes_nothing():

@@ -351,7 +351,7 @@ def test_a_read_only_store_can_be_read(tmp_path, tiny_tokenizer, monkeypatch, nu
     assert train.num_tokens == store.num_tokens and not list(tmp_path.glob("p.rows-*"))
 
 
-def test_a_full_disk_is_said(tmp_path, tiny_tokenizer, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, tiny_tokenizer, monkeypatch):
     store = write_store(tmp_path / "p", tiny_tokenizer, [[[[5, 6]]]])
 
     def refuse(self, name, block):
@@ -718,7 +718,7 @@ def test_an_order_holds_every_row_once(size):
     assert np.array_equal(permute(places, size, 1, 0, "store"), orders[0][places])
 
 
-def test_large_orders_are_worked_out_in_place():
+def test_large_orders_need_no_array():
     places = np.array([0, 1, 2, 10**15 // 2, 10**15 - 1])
     found = permute(places, 10**15, 1, 0, "store")
     assert len(set(found.tolist())) == 5 and (found >= 0).all() and (found < 10**15).all()
@@ -755,8 +755,8 @@ def test_all_orders_of_few_rows_are_as_frequent(size):
 # ---------------------------------------------------------------------------------- shards
 
 
-def test_b1_rows_of_a_shard_come_from_that_shard(sharded_store):
-    # The published pipeline merged shards by repeating row i of shard i.
+def test_rows_of_a_shard_come_from_that_shard(sharded_store):
+    """The published pipeline merged shards by repeating row i of shard i."""
     table = table_of(sharded_store)
     masking = Masking("none", index=[np.zeros(0, np.uint32)] * 5)
     packed = PackedData(sharded_store, table, masking, seed=0, micro_batch_size=table.num_rows)
@@ -773,13 +773,13 @@ def test_b1_rows_of_a_shard_come_from_that_shard(sharded_store):
     assert len(set(rows)) == len(rows)
 
 
-def test_b1_mask_indices_of_shards(sharded_store, tmp_path):
-    # Positions in an index count from the shard's own beginning.
+def test_mask_indices_of_shards(sharded_store, tmp_path):
+    """Positions in an index count from the beginning of their shard."""
     generator = np.random.default_rng(9)
     masking = some_index(sharded_store, generator)
     for shard, positions in zip(sharded_store.shards, masking.index, strict=True):
-        write_array(shard, "b1", "mask", positions, {"options": {"strategy": "by hand"}})
-    opened = data.prebuilt_masking(sharded_store, "b1")
+        write_array(shard, "by-hand", "mask", positions, {"options": {"strategy": "by hand"}})
+    opened = data.prebuilt_masking(sharded_store, "by-hand")
     assert opened.options == {"strategy": "by hand"}
     table = table_of(sharded_store)
     packed = PackedData(sharded_store, table, opened, seed=0, micro_batch_size=table.num_rows)
@@ -803,8 +803,8 @@ def test_an_index_is_another_one_if_any_shard_differs(sharded_store):
     assert len(fingerprints) == 1 + sum(len(positions) > 0 for positions in index)
 
 
-def test_b2_no_row_is_empty(sharded_store):
-    # The published pipeline left nine tenths of its dev rows, and a tenth of the others, zero.
+def test_no_row_is_empty(sharded_store):
+    """The published pipeline left nine tenths of its dev rows, and a tenth of the others, zero."""
     train, held = row_tables(sharded_store, 32, 0.3)
     assert train.num_rows and held.num_rows
     masking = maskings(sharded_store)["random"]
@@ -841,8 +841,8 @@ def test_masks_are_padded_by_the_batchs_own_count(count, padded, plain_store):
 
 @pytest.mark.parametrize("which", ["random", "whole_word", "index"])
 @pytest.mark.parametrize("max_rows", [1, 5, 10**6])
-def test_b3_evaluation_covers_each_held_out_row_once(which, max_rows, sharded_store):
-    # The published pipeline evaluated on the last training batch, again and again.
+def test_evaluation_covers_each_held_out_row_once(which, max_rows, sharded_store):
+    """The published pipeline evaluated on the last training batch, again and again."""
     _, held = row_tables(sharded_store, 32, 0.4)
     masking = maskings(sharded_store)[which]
     wanted = [
