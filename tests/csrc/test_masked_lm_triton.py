@@ -366,7 +366,8 @@ def test_refusals(monkeypatch):
         outcome("triton", *batch, make_head(16, 37), dtype=torch.float64, device=DEVICE)
     wide = torch.zeros(6, 4097)
     with pytest.raises(ValueError, match="4097 columns, must have at most 4096; take 'reference'"):
-        outcome("triton", wide, *batch[1:], csrc.MaskedLMHead(torch.zeros(37, 4097)))
+        outcome("triton", wide, *batch[1:], csrc.MaskedLMHead(torch.zeros(37, 4097)),
+                device=DEVICE)
     monkeypatch.setattr(masked_lm_triton, "INTERPRETED", False)
     with pytest.raises(ValueError, match="is on cpu, must be on a GPU; take 'chunked' or 'refere"):
         outcome("triton", *batch, make_head(16, 37))

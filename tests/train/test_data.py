@@ -30,7 +30,7 @@ FIRST_WORD = 5
 
 
 def write_store(prefix, tokenizer, shards: list[list[list[list[int]]]]) -> TokenStore:
-    """A store of shards of documents of sentences of ids."""
+    """Write a store from shards of documents of sentences of ids."""
     for i, documents in enumerate(shards):
         with StoreWriter(
             str(prefix), tokenizer, {}, shard=(i, len(shards)) if len(shards) > 1 else None
@@ -41,7 +41,7 @@ def write_store(prefix, tokenizer, shards: list[list[list[list[int]]]]) -> Token
 
 
 def random_documents(generator, count: int, low: int, high: int, sentences=6, words=12):
-    """Documents of sentences of ids in [low, high)."""
+    """Draw documents of sentences of ids in [low, high)."""
     return [
         [
             list(generator.integers(low, high, size=int(generator.integers(1, words + 1))))
@@ -77,7 +77,7 @@ def all_tokens(store: TokenStore) -> np.ndarray:
 
 
 def pack_rows(store: TokenStore, documents: list[np.ndarray], slots: int) -> RowTable:
-    """The rows of the chosen documents of each shard, `(D,)` bool each."""
+    """Pack the chosen documents of each shard, `(D,)` bool each."""
     chosen = {id(shard): flags for shard, flags in zip(store.shards, documents, strict=True)}
     packed = packing.pack_rows(
         store, slots, lambda shard, block, bounds: ~chosen[id(shard)][block]
@@ -90,7 +90,7 @@ def table_of(store: TokenStore, slots: int = 32) -> RowTable:
 
 
 def some_index(store: TokenStore, generator, share: float = 0.2) -> Masking:
-    """A mask index of arbitrary positions."""
+    """Draw a mask index of arbitrary positions."""
     index = [
         np.flatnonzero(generator.random(shard.num_tokens) < share).astype(np.uint32)
         for shard in store.shards
@@ -107,7 +107,7 @@ def maskings(store: TokenStore) -> dict[str, Masking]:
 
 
 def make_shards(lengths: list[list[list[int]]]) -> SimpleNamespace:
-    """What `pack_rows` reads of a store whose shards have documents of such sentences."""
+    """Make what `pack_rows` reads of a store whose sentences have these lengths."""
     shards, start = [], 0
     for documents in lengths:
         sentences = np.array([n for document in documents for n in document], dtype=np.int64)
@@ -144,7 +144,7 @@ def test_packer_places_every_token_once(lengths, slots, picks, open_rows, block)
 
 
 def check_packing(lengths: list[list[list[int]]], slots: int, picks: int) -> None:
-    """Bit d of `picks` tells whether document d (modulo 32) is packed."""
+    """Pack document d if bit d (modulo 32) of `picks` is set, and check the rows."""
     store = make_shards(lengths)
     chosen, number = [], 0
     for documents in lengths:
@@ -208,7 +208,7 @@ def test_sentences_longer_than_a_row_are_cut_evenly():
 
 
 def document_ids_of(store: TokenStore, table: RowTable) -> set[bytes]:
-    """Contents of the documents that a table's pieces come from."""
+    """Return the contents of the documents that a table's pieces come from."""
     bounds, contents = [], []
     for shard in store.shards:
         tokens = shard.sequence_offsets[shard.document_offsets]
@@ -556,7 +556,7 @@ def test_labels_are_the_originals_and_only_masked_slots_change(sharded_store):
 
 
 def global_rows(store, table, masking, number, *, world, accumulation, micro, seed=11):
-    """Unpacked rows of global batch `number` in its order, their numbers, and sums over ranks."""
+    """Return the rows of global batch `number` in order, their numbers, and sums over ranks."""
     steps = [
         PackedData(
             store, table, masking, seed=seed, micro_batch_size=micro,
@@ -670,7 +670,7 @@ def test_steps_are_the_steps(plain_store):
 
 
 def masked_tokens_of_epoch(packed: PackedData, epoch: int) -> dict[tuple[int, int], tuple]:
-    """(row, slot) -> (label, id shown there), of an epoch whose batch is all rows."""
+    """Map (row, slot) to (label, corrupted id), for an epoch in one batch."""
     step = packed.step(epoch)
     (batch,) = step.micro_batches
     return {

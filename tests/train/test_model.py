@@ -24,7 +24,7 @@ WIDE = {
 
 
 def tiny_config(family: str):
-    """A configuration of two layers (four of ModernBERT: both kinds of attention), 64 slots."""
+    """Make a configuration of two layers (four for ModernBERT: both kinds of attention)."""
     from transformers import BertConfig, DistilBertConfig, ModernBertConfig, RobertaConfig
 
     if family == "bert":
@@ -50,7 +50,7 @@ FAMILIES = sorted(model.FAMILIES)
 
 
 def packed_rows(lengths: list[list[int]], slots: int = 64, seed: int = 0):
-    """Rows of random pieces of these lengths (special tokens included): ids, positions, pieces."""
+    """Make rows of random pieces of these lengths, special tokens included."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.zeros(len(lengths), slots, dtype=torch.int64)
     positions, pieces, number = torch.zeros_like(ids), torch.full_like(ids, -1), 0
@@ -237,7 +237,7 @@ def test_last_layer_subset_equals_the_whole_layer(family, where, dtype, toleranc
 
 
 def multiply_adds(call) -> int:
-    """Multiplications of matrices in a call, forward and backward, as multiply-adds."""
+    """Count the multiply-adds of matrix products in a call, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -247,7 +247,7 @@ def multiply_adds(call) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_last_layer_subset_saves_work(family):
-    """Without a padding mask too: every row is full, and two of its 64 slots are masked."""
+    """Every row is full, so that there is no padding mask, and 2 of its 64 slots are masked."""
     module = model.build_masked_lm(tiny_config(family), seed=0).train()
     batch = packed_rows([[64]] * 4)
     masked, labels = masked_at(*(64 * row + slot for row in range(4) for slot in (3, 40)))
@@ -267,7 +267,7 @@ def test_last_layer_subset_saves_work(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_subset_applies_the_dropout_of_its_layer(family):
-    """Dropout of rows that are not computed cannot be the same; it must still be there."""
+    """Dropout draws differ from the complete layer, but there must be dropout."""
     config = tiny_config(family)
     names = [name for name in vars(config) if "drop" in name and "classifier" not in name
              and isinstance(getattr(config, name), float)]
@@ -302,7 +302,7 @@ def test_queries_by_hand():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_encoder_by_itself_is_untouched(family):
-    """Fine-tuning and export see the layer as transformers made it."""
+    """Fine-tuning and export use the original layer."""
     module = model.build_masked_lm(tiny_config(family), seed=0).eval()
     plain = type(module.hf)(tiny_config(family)).eval()
     assert plain.load_state_dict(module.hf.state_dict()).missing_keys == []
@@ -382,7 +382,7 @@ def test_output_bias(family):
     module.set_output_bias(frequencies)
     rows = torch.zeros(1, 32)
     logits = csrc.reference.logits(rows, module.head())[0].double()
-    # Ids that the tokenizer does not have are no likelier than the rarest that it has.
+    # Ids that the tokenizer lacks are no likelier than its rarest id.
     expected = torch.full((VOCAB,), float(np.log(1 / 50)), dtype=torch.float64)
     torch.testing.assert_close(logits.detach(), expected, atol=1e-5, rtol=1e-5)
 
@@ -401,7 +401,7 @@ def test_row_length(family):
 
 
 def hf_state(module) -> dict[str, torch.Tensor]:
-    """What training hands to `save_hf`: parameters by name, tied ones once."""
+    """Return what training passes to `save_hf`: parameters by name, tied ones once."""
     return {name: p.detach().clone() for name, p in module.hf.named_parameters()}
 
 
@@ -480,7 +480,7 @@ def test_no_pooler_is_made_up(tmp_path, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_head_is_said_and_drawn_from_the_seed(family, tmp_path, capsys):
+def test_a_fresh_head_is_reported_and_drawn_from_the_seed(family, tmp_path, capsys):
     from transformers import AutoModel
 
     torch.manual_seed(0)
@@ -505,7 +505,7 @@ def test_a_fresh_head_is_said_and_drawn_from_the_seed(family, tmp_path, capsys):
     assert all(torch.equal(first[n], state[n.removeprefix(prefix)]) for n in shared)
 
 
-def test_a_whole_checkpoint_is_loaded_without_a_word(tiny_encoder, capsys):
+def test_a_complete_checkpoint_is_loaded_silently(tiny_encoder, capsys):
     module = model.load_masked_lm(tiny_encoder, seed=0)
     assert not module.fresh_head
     captured = capsys.readouterr()
@@ -520,7 +520,7 @@ LOADERS = {
 
 
 def damaged(tiny_encoder, folder, change) -> str:
-    """A copy of the checkpoint with `change(weights)` in it."""
+    """Copy the checkpoint and apply `change` to its weights."""
     shutil.copytree(tiny_encoder, folder)
     weights = load_file(folder / "model.safetensors")
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
