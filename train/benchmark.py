@@ -5,13 +5,15 @@
 
 Every strategy trains the same model on the same rows of the same store, through the loader and the
 DeepSpeed step of `pretrain.py`. Beside them stand `bare` (forward, backward and AdamW of one
-prepared batch in plain PyTorch: what the loop costs) and the loops of `train/baselines.py`. All
-rows of the table take turns (`train/throughput.py`). A second table holds the strategies with
-equally many masked tokens, a third what building their masks costs (`train/maskings.py`).
+prepared batch in plain PyTorch: what the loop costs) and the loops of `train/bench/baselines.py`.
+The rows of the table are interleaved (`train/bench/throughput.py`). A second table holds the
+strategies with equally many masked tokens, a third the cost of building their masks
+(`train/bench/maskings.py`).
 
 Not counted: `--warmup_steps` at the start of each row, and the first and last step of each turn.
 
-With `--whole_step`: `train/whole_step.py`. With `--compare`: two results side by side.
+With `--passes`, rows of forward and backward alone as well. With `--compare`, two results side by
+side.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,11 +36,8 @@ from preprocess.progress import say
 from preprocess.store import TokenStore
 from train import data, model
 from train import engine as ds
-from train.bench import baselines, maskings
-from train.bench import tables as benchmark_report
+from train.bench import baselines, maskings, tables
 from train.bench import throughput as speed
-from train.bench import whole_step as whole
-from train.bench.bare_loop import DTYPES, BareLoop
 from train.config import BenchmarkConfig, as_dict, parse
 from train.data import RowTable, row_tables
 from train.model import flops
@@ -86,9 +85,6 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
     """Open and check the store, the scores, the model's configuration and the DeepSpeed JSON."""
     strategies = maskings.choose_strategies(config.strategies, config.scores)
     loops, notes = choose_baselines(config)
-    if config.whole_step and ds.ranks().world_size > 1:
-        raise ConfigError(f"--whole_step on {ds.ranks().world_size} ranks: it is measured on one; "
-                          "start one process")
     names = [*strategies, *config.mask_indices]
     twice = {name for name in names if names.count(name) > 1 or name in (BARE, *loops)}
     if twice:
@@ -116,18 +112,18 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
 
 
 def choose_baselines(config: BenchmarkConfig) -> tuple[list[str], list[str]]:
-    """The loops of transformers to measure, and lines to say about them."""
-    given = config.baselines
-    if given == ["none"] or config.whole_step:
-        return [], []
+    """Return the baselines and passes to measure, and lines to say about them."""
+    known, given = baselines.BASELINES, config.baselines
     for name in given:
-        if name not in baselines.BASELINES and given != ["all"]:
-            raise ConfigError(f"--baselines {name}: known are {', '.join(baselines.BASELINES)}; or "
-                              "all or none alone")
-    if ds.ranks().world_size > 1:
-        return [], [f"loops of transformers are measured on one rank: left out on "
+        if name not in known and given not in (["all"], ["none"]):
+            raise ConfigError(f"--baselines {name}: known are {', '.join(known)}; or all or none "
+                              "alone")
+    chosen = [name for name in known if given == ["all"] or name in given]
+    chosen += baselines.PASSES if config.passes else ()
+    if chosen and ds.ranks().world_size > 1:
+        return [], [f"baselines and passes are measured on one rank: left out on "
                     f"{ds.ranks().world_size}"]
-    return [name for name in baselines.BASELINES if given == ["all"] or name in given], []
+    return chosen, []
 
 
 def steps_of_a_row(config: BenchmarkConfig) -> int:
@@ -162,7 +158,7 @@ def plan(inputs: Inputs) -> list[str]:
     """What will be measured, in words and numbers."""
     config, resolved = inputs.config, inputs.resolved
     ours = [*inputs.strategies, *config.mask_indices]
-    names = [*whole.WAYS] if config.whole_step else [*ours, BARE, *inputs.baselines]
+    names = [*ours, BARE, *inputs.baselines]
     lines = [
         f"tokens {inputs.store.prefix}: {table.num_tokens:,} tokens in {table.num_rows:,} rows of "
         f"{length}, {100 * table.efficiency:.1f} % filled"
@@ -173,14 +169,11 @@ def plan(inputs: Inputs) -> list[str]:
         f"{resolved.precision}, ZeRO "
         f"{resolved.config.get('zero_optimization', {}).get('stage', 0)}",
         f"{', '.join(names)}: {config.rounds} rounds of {config.timed_steps} counted steps each; "
-        f"dropped: {config.warmup_steps} warm-up steps"
-        + ("" if config.whole_step else ", and the first and last step of each turn"),
+        f"dropped: {config.warmup_steps} warm-up steps, and the first and last step of each turn",
     ]
-    if not config.whole_step:
-        if config.equal_masks and len(ours) > 1:
-            lines.append(f"once more with equally many masked tokens: {', '.join(ours)}")
-        lines.append(estimate(inputs, len(ours)))
-    return lines
+    if config.equal_masks and len(ours) > 1:
+        lines.append(f"once more with equally many masked tokens: {', '.join(ours)}")
+    return [*lines, estimate(inputs, len(ours))]
 
 
 def estimate(inputs: Inputs, num_strategies: int) -> str:
@@ -219,7 +212,7 @@ class Loops:
     inputs: Inputs
     device: torch.device
     engine: Any
-    bare: BareLoop
+    bare: baselines.BareLoop
     trainer: baselines.TrainerLoop | None
     standing_gib: dict[str, float]
 
@@ -253,6 +246,27 @@ class Loops:
         return speed.Row(
             BARE, "bare", batches=itertools.repeat(batch),
             step=lambda _, lap: self.bare.step(prepared, lap),
+            count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
+            standing="bare",
+        )
+
+    def pass_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
+        """Forward and backward of the micro batches of one batch, with the weights of `bare`."""
+        batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
+        module = self.bare.module
+        passes = [baselines.make_passes(module, micro_batch, self.device)[name]
+                  for micro_batch in batch.micro_batches]
+
+        def step(_: Any, lap: Callable[[str], None]) -> None:
+            for forward in passes:
+                loss = forward()
+                lap("forward")
+                loss.backward()
+                lap("backward")
+            module.zero_grad()
+
+        return speed.Row(
+            name, "pass", batches=itertools.repeat(batch), step=step,
             count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
             standing="bare",
         )
@@ -307,10 +321,10 @@ def build_loops(inputs: Inputs) -> Loops:
     engine = ds.build_engine(module, groups, inputs.resolved)
     engine.train()
     levels.append(speed.resident_gib())
-    bare = BareLoop(mlm.build_model(inputs.config, inputs.store), inputs.resolved, device)
+    bare = baselines.BareLoop(mlm.build_model(inputs.config, inputs.store), inputs.resolved, device)
     levels.append(speed.resident_gib())
     trainer = None
-    if inputs.baselines:
+    if set(inputs.baselines) - set(baselines.PASSES):
         steps = steps_of_a_row(inputs.config) * len(inputs.baselines) * len(inputs.tables)
         trainer = baselines.TrainerLoop(
             mlm.build_model(inputs.config, inputs.store), inputs.resolved, device, steps)
@@ -332,7 +346,9 @@ def measure_length(
     rows += [loops.strategy_row(name + EQUAL, masking, table)
              for name, masking in built.equal.items()]
     rows.append(loops.bare_row(built.plain[maskings.BASELINE], table))
-    rows += [loops.baseline_row(name, max_seq_length) for name in inputs.baselines]
+    rows += [loops.pass_row(name, built.plain[maskings.BASELINE], table)
+             if name in baselines.PASSES else loops.baseline_row(name, max_seq_length)
+             for name in inputs.baselines]
     cold = set(loops.standing_gib) if max_seq_length == config.lengths()[0] else set()
     for row in rows:
         grown = speed.warm_up(row, config.warmup_steps)
@@ -350,6 +366,9 @@ def measure_length(
         if GROUPED in found:
             one["over_grouped"] = speed.speed_over(
                 found[row.name], found[GROUPED], config.rounds)
+        if row.kind == "pass":
+            one["over_full"] = speed.speed_over(
+                found[row.name], found[baselines.PASSES[0]], config.rounds)
         result.append(one)
     return {
         "max_seq_length": max_seq_length,
@@ -374,26 +393,6 @@ def measure(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def measure_whole_step(inputs: Inputs) -> dict[str, Any]:
-    """Forward and backward of one batch alone, in several ways."""
-    config = inputs.config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = mlm.build_model(config, inputs.store)
-    module.to(device, DTYPES[inputs.resolved.precision]).train()
-    (table,) = inputs.tables.values()
-    loader = data.PackedData(
-        inputs.store, table,
-        data.drawn_masking(inputs.store, maskings.BASELINE, config.mlm_probability),
-        seed=config.seed, micro_batch_size=inputs.resolved.micro_batch_size,
-    )
-    passes = whole.make_passes(module, loader.step(0).micro_batches[0], device)
-    times = whole.measure(passes, module, warmup_steps=config.warmup_steps, rounds=config.rounds,
-                          timed_steps=config.timed_steps)
-    rows = whole.summarise(times)
-    say(whole.format_table(rows))
-    return {"benchmark": "whole_step", "rows": rows}
-
-
 def commit() -> str | None:
     """The checked-out commit of these sources, "+" if they differ from it, or None."""
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
@@ -411,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     config = parse(BenchmarkConfig, argv)
     if config.compare:
-        say(benchmark_report.compare(*config.compare))
+        say(tables.compare(*config.compare))
         return
     # One length at a time is what the model's options speak of.
     config = replace(config, max_seq_length=max(config.lengths()))
@@ -423,14 +422,13 @@ def main(argv: list[str] | None = None) -> None:
     result = {"options": as_dict(config), "ds_config": inputs.resolved.config,
               "precision": inputs.resolved.precision, "store": inputs.store.fingerprint,
               **environment(), "commit": commit()}
-    result |= measure_whole_step(inputs) if config.whole_step else measure(inputs)
+    result |= measure(inputs)
     if not ds.is_main():
         return
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if not config.whole_step:
-        say(benchmark_report.format_result(result))
-        say(benchmark_report.draw(result, folder / "benchmark.png"))
+    say(tables.format_result(result))
+    say(tables.draw(result, folder / "benchmark.png"))
     atomic_write_json(folder / "benchmark.json", result)
     say(f"wrote {folder / 'benchmark.json'}")
     say(json.dumps(result))

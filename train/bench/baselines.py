@@ -13,6 +13,9 @@ Masks and padding are `DataCollatorForLanguageModeling`'s. The loop is `Trainer`
 needs a package that selmask does not: `DataLoader` in the training process, fused AdamW, gradients
 clipped, linear schedule, in 16 bit autocast with fp32 weights. The loss is looked at after every
 micro batch, as `Trainer` does.
+
+Beside them stand `BareLoop`, forward, backward and AdamW of one prepared batch in plain PyTorch
+(what DeepSpeed and the loader cost), and `make_passes`, forward and backward alone.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+import csrc
 from preprocess.store import TokenStore
 from train import engine as ds
-from train.bench.throughput import synchronize
+from train.bench.throughput import Laps, no_laps, synchronize
+from train.data import PackedBatch, StepBatch
 from train.model import PackedMaskedLM
 
 BASELINES = ("transformers-grouped", "transformers-lines", "gather-grouped", "gather-lines")
@@ -277,3 +282,121 @@ class TrainerLoop:
         self.schedule.step()
         self.module.zero_grad()
         lap("optimizer")
+
+
+# --------------------------------------------------------------------------------------- bare
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class BareLoop:
+    """Forward, backward and AdamW of prepared batches, in plain PyTorch and nothing else.
+
+    In 16 bit the optimizer works on fp32 masters, as DeepSpeed's does. The loss is read once a
+    step, as in the loop, so that a GPU's clock means the same in both.
+    """
+
+    def __init__(
+        self, module: PackedMaskedLM, resolved: ds.Resolved, device: torch.device
+    ) -> None:
+        given = resolved.config["optimizer"]["params"]
+        groups = ds.parameter_groups(module, given["weight_decay"], module.head_prefixes)
+        self.module, self.device = module.to(device).train(), device
+        self._weights = [weight for group in groups for weight in group["params"]]
+        self._masters: list[torch.Tensor] = []  # none in fp32
+        if resolved.precision != "fp32":
+            for group in groups:
+                group["params"] = [w.detach().clone().requires_grad_() for w in group["params"]]
+                self._masters += group["params"]
+            module.to(DTYPES[resolved.precision])
+        self._optimizer = torch.optim.AdamW(
+            groups, lr=given["lr"], betas=tuple(given.get("betas", (0.9, 0.999))),
+            eps=given.get("eps", 1e-8), fused=True,
+        )
+
+    def prepare(self, batch: StepBatch) -> tuple[list[dict[str, Any]], float]:
+        """The inputs of a batch's micro batches on the device, and what to scale the loss by."""
+        inputs = [micro_batch.inputs(self.device) for micro_batch in batch.micro_batches]
+        return inputs, ds.ranks().world_size / max(batch.step_masked_tokens, 1)
+
+    def step(
+        self, prepared: tuple[list[dict[str, Any]], float],
+        lap: Callable[[str], None] = no_laps,
+    ) -> None:
+        """Take one step on a prepared batch."""
+        micro_batches, scale = prepared
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro_batch in micro_batches:
+            loss, _ = self.module(**micro_batch)
+            lap("forward")
+            (loss * scale).backward()
+            loss_sum += loss.detach()
+            lap("backward")
+        loss_sum.item()
+        if self._masters:
+            for master, weight in zip(self._masters, self._weights, strict=True):
+                master.grad = weight.grad.float()
+        self._optimizer.step()
+        if self._masters:
+            with torch.no_grad():
+                torch._foreach_copy_(self._weights, self._masters)
+        self._optimizer.zero_grad()
+        self.module.zero_grad()
+        lap("optimizer")
+
+    def head_seconds(self, batch: StepBatch) -> float:
+        """Seconds of `csrc.masked_lm_loss` alone, forward and backward, on a batch.
+
+        Both, because some implementations form the gradients in the forward pass.
+        """
+        laps = Laps()
+        learning = head_parameters(self.module)
+        for micro_batch in batch.micro_batches:
+            with torch.no_grad():
+                hidden, positions, labels = self.module.encode_masked(
+                    **micro_batch.inputs(self.device))
+            hidden.requires_grad_()
+            laps("encoder")
+            loss, _ = csrc.masked_lm_loss(
+                hidden, positions, labels, self.module.head(), self.module.head_implementation)
+            torch.autograd.grad(loss, [hidden, *learning], allow_unused=True)
+            laps("head")
+        return laps.seconds["head"]
+
+
+# ------------------------------------------------------------------------------------- passes
+
+PASSES = ("pass-transformers", "pass-gather", "pass-head", "pass-subset")
+
+
+def make_passes(
+    module: PackedMaskedLM, batch: PackedBatch, device: torch.device
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return the forward passes to one loss of a batch, by the names in `PASSES`.
+
+    They show what the MLM head and the last-layer subset are worth, without optimizer, loader and
+    DeepSpeed: logits of every slot; the head on masked rows in plain PyTorch; `csrc`'s head; that
+    and the last encoder layer on masked rows. The first attends across documents: transformers has
+    no packed attention.
+    """
+    inputs = batch.inputs(device)
+    labels = torch.full_like(batch.input_ids, -100).flatten()
+    labels[batch.masked_positions[:batch.num_masked]] = batch.masked_labels[:batch.num_masked]
+    labels = labels.view_as(batch.input_ids).to(device)
+    filled = (batch.document_ids >= 0).long().to(device)
+
+    def packed(subset: bool, implementation: str | None) -> torch.Tensor:
+        usual = module.last_layer_subset, module.head_implementation
+        module.last_layer_subset, module.head_implementation = subset, implementation
+        loss = module(**inputs)[0] / max(batch.num_masked, 1)
+        module.last_layer_subset, module.head_implementation = usual
+        return loss
+
+    usual = module.head_implementation
+    return dict(zip(PASSES, (
+        lambda: module.hf(
+            input_ids=inputs["input_ids"], attention_mask=filled, labels=labels).loss,
+        lambda: packed(False, "reference"),
+        lambda: packed(False, usual),
+        lambda: packed(True, usual),
+    ), strict=True))
