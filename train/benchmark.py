@@ -1,10 +1,10 @@
-"""Throughput of the pre-training loop for each masking strategy, beside that of transformers.
+"""Measure the throughput of pre-training per masking strategy, and of baselines.
 
     deepspeed train/benchmark.py --deepspeed_config ds_configs/zero1_fp16.json --tokens P2 \
         --model_config bert-base --scores mr --max_seq_lengths 128 512
 
-Every strategy trains the same model on the same rows of the same store, through the loader and the
-DeepSpeed step of `pretrain.py`. Beside them stand `bare` (forward, backward and AdamW of one
+Every strategy trains the same model on the same rows of the same store, with the loader and the
+DeepSpeed step of `pretrain.py`. The baselines are `bare` (forward, backward and AdamW of one
 prepared batch in plain PyTorch: what the loop costs) and the loops of `train/bench/baselines.py`.
 The rows of the table are interleaved (`train/bench/throughput.py`). A second table holds the
 strategies with equally many masked tokens, a third the cost of building their masks
@@ -55,7 +55,7 @@ class Inputs:
 
     Attributes:
         tables: the row table of each length.
-        strategies: to build, `random` first; baselines: loops of transformers.
+        strategies: to build, the baseline first. baselines: names of baselines and passes.
     """
 
     config: BenchmarkConfig
@@ -70,7 +70,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Maskings:
-    """What the strategies mask: as they are, with `equal_tokens` each (or none), and the costs."""
+    """Masks of each strategy: its own, thinned to `equal_tokens` (0: none), and their costs."""
 
     plain: dict[str, data.Masking]
     equal: dict[str, data.Masking]
@@ -127,12 +127,12 @@ def choose_baselines(config: BenchmarkConfig) -> tuple[list[str], list[str]]:
 
 
 def steps_of_a_row(config: BenchmarkConfig) -> int:
-    """Steps that one row takes at one length, counted or not."""
+    """Return the number of steps that one row takes at one length, counted or not."""
     return config.warmup_steps + config.rounds * (config.timed_steps + 2)
 
 
 def model_config(config: BenchmarkConfig, store: TokenStore) -> Any:
-    """The configuration of the model to train."""
+    """Return the configuration of the model to train."""
     if config.model_config:
         return model.named_config(config.model_config, store.vocab_size, store.special_ids["pad"])
     return model.load_config(config.model_name_or_path, config.trust_remote_code)
@@ -155,7 +155,7 @@ def build_maskings(inputs: Inputs) -> Maskings:
 
 
 def plan(inputs: Inputs) -> list[str]:
-    """What will be measured, in words and numbers."""
+    """Describe the measurement, in words and numbers."""
     config, resolved = inputs.config, inputs.resolved
     ours = [*inputs.strategies, *config.mask_indices]
     names = [*ours, BARE, *inputs.baselines]
@@ -165,7 +165,7 @@ def plan(inputs: Inputs) -> list[str]:
         for length, table in inputs.tables.items()
     ] + [
         f"batch: {resolved.micro_batch_size} rows x {resolved.accumulation_steps} micro batches x "
-        f"{ds.ranks().world_size} ranks = {resolved.train_batch_size} rows a step; precision "
+        f"{ds.ranks().world_size} ranks = {resolved.train_batch_size} rows per step; precision "
         f"{resolved.precision}, ZeRO "
         f"{resolved.config.get('zero_optimization', {}).get('stage', 0)}",
         f"{', '.join(names)}: {config.rounds} rounds of {config.timed_steps} counted steps each; "
@@ -177,7 +177,7 @@ def plan(inputs: Inputs) -> list[str]:
 
 
 def estimate(inputs: Inputs, num_strategies: int) -> str:
-    """How many steps, and about how long they take at half of the device's speed."""
+    """Estimate the number of steps and the minutes at half of the device's speed."""
     config, resolved = inputs.config, inputs.resolved
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = flops.peak_flops(device, resolved.precision).flops_per_second * ds.ranks().world_size
@@ -203,10 +203,10 @@ def estimate(inputs: Inputs, num_strategies: int) -> str:
 
 @dataclass(frozen=True)
 class Loops:
-    """The models that train: DeepSpeed's engine, `bare`, and that of transformers, if any.
+    """The models in training: DeepSpeed's engine, `bare`, and that of transformers, if any.
 
-    `standing_gib` is the memory of each, by the name in `Row.standing`: weights, and what the first
-    warm-up adds.
+    `standing_gib` is the memory of each, by the name in `Row.standing`: weights, gradients and
+    optimizer states.
     """
 
     inputs: Inputs
@@ -217,7 +217,7 @@ class Loops:
     standing_gib: dict[str, float]
 
     def strategy_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
-        """A masking, trained by DeepSpeed."""
+        """Return the row of a masking, trained by DeepSpeed."""
         equal = name.endswith(EQUAL)
         steps = steps_of_a_row(self.inputs.config)
         return speed.Row(
@@ -230,7 +230,7 @@ class Loops:
         )
 
     def loader(self, masking: data.Masking, table: RowTable) -> data.PackedData:
-        """The loader of `pretrain.py`."""
+        """Return the loader of `pretrain.py`."""
         resolved, ranks = self.inputs.resolved, ds.ranks()
         return data.PackedData(
             self.inputs.store, table, masking, seed=self.inputs.config.seed,
@@ -240,7 +240,7 @@ class Loops:
         )
 
     def bare_row(self, masking: data.Masking, table: RowTable) -> speed.Row:
-        """One batch, again and again."""
+        """Return the row of one prepared batch, trained again and again in plain PyTorch."""
         batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
         prepared = self.bare.prepare(batch)
         return speed.Row(
@@ -251,7 +251,7 @@ class Loops:
         )
 
     def pass_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
-        """Forward and backward of the micro batches of one batch, with the weights of `bare`."""
+        """Return the row of forward and backward alone of one batch, with the weights of `bare`."""
         batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
         module = self.bare.module
         passes = [baselines.make_passes(module, micro_batch, self.device)[name]
@@ -272,7 +272,7 @@ class Loops:
         )
 
     def baseline_row(self, name: str, max_seq_length: int) -> speed.Row:
-        """A loop of transformers."""
+        """Return the row of a loop of transformers."""
         config, resolved, trainer = self.inputs.config, self.inputs.resolved, self.trainer
         assert trainer is not None
         head, cut = name.split("-")
@@ -294,7 +294,7 @@ class Loops:
 
 
 def count_packed(table: RowTable, batch: data.StepBatch) -> speed.Counts:
-    """What a batch of ours holds, over all ranks."""
+    """Count a packed batch, over all ranks."""
     return speed.Counts(
         tokens=batch.step_tokens, masked=batch.step_masked_tokens,
         text_tokens=batch.step_tokens - 2 * batch.step_pieces,
@@ -303,7 +303,7 @@ def count_packed(table: RowTable, batch: data.StepBatch) -> speed.Counts:
 
 
 def count_texts(store: TokenStore, batch: baselines.TextBatch) -> speed.Counts:
-    """What a batch of transformers' loops holds."""
+    """Count a batch of transformers' loops."""
     return speed.Counts(
         tokens=batch.tokens, masked=batch.masked,
         text_tokens=batch.text_tokens(store.all_special_ids), slots=batch.slots,
@@ -352,7 +352,7 @@ def measure_length(
     cold = set(loops.standing_gib) if max_seq_length == config.lengths()[0] else set()
     for row in rows:
         grown = speed.warm_up(row, config.warmup_steps)
-        if row.standing in cold:  # gradients and optimizer states have come into being
+        if row.standing in cold:  # gradients and optimizer states exist from now on
             loops.standing_gib[row.standing] += grown
             cold.remove(row.standing)
     found = speed.measure(rows, config.rounds, config.timed_steps, loops.standing_gib)
@@ -379,7 +379,7 @@ def measure_length(
 
 
 def measure(inputs: Inputs) -> dict[str, Any]:
-    """Everything that `benchmark.json` says about speed; collective."""
+    """Measure all lengths; collective. Return the speed part of `benchmark.json`."""
     built = build_maskings(inputs)
     loops = build_loops(inputs)
     peak = flops.peak_flops(loops.device, inputs.resolved.precision)
@@ -394,7 +394,7 @@ def measure(inputs: Inputs) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The checked-out commit of these sources, "+" if they differ from it, or None."""
+    """Return the commit of these sources, with "+" if they differ from it, or None."""
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.compare:
         say(tables.compare(*config.compare))
         return
-    # One length at a time is what the model's options speak of.
+    # The model's options take one length at a time.
     config = replace(config, max_seq_length=max(config.lengths()))
     inputs = read_inputs(config)
     for line in (*inputs.notes, *plan(inputs)):

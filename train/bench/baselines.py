@@ -1,18 +1,18 @@
-"""What selmask's speed is compared with: masked-LM training as Hugging Face's `run_mlm.py` does it.
+"""Baselines of speed: masked-LM training as Hugging Face's `run_mlm.py` does it, and its parts.
 
-The same model in transformers' own classes, the same texts, as many rows a step. `run_mlm.py` makes
-them into rows in two ways, and each is trained as it comes and with a patch of ten lines:
+The same model in transformers' own classes, the same texts, as many rows per step. `run_mlm.py`
+makes rows of them in two ways; each is trained unchanged and with a patch of ten lines:
 
     transformers-grouped  texts as `[CLS] ... [SEP]`, one after the other, cut every S tokens; the
                           remainder of every 1,000 texts is dropped; attention across texts
-    transformers-lines    `--line_by_line`: a text a row, cut off at S, padded to the longest of its
-                          batch
-    gather-...            the same, with logits of the masked slots alone (`gather_loss`)
+    transformers-lines    `--line_by_line`: one text per row, truncated at S, padded to the longest
+                          of its batch
+    gather-...            the same, with logits of the masked slots only (`gather_loss`)
 
-Masks and padding are `DataCollatorForLanguageModeling`'s. The loop is `Trainer`'s, which itself
-needs a package that selmask does not: `DataLoader` in the training process, fused AdamW, gradients
-clipped, linear schedule, in 16 bit autocast with fp32 weights. The loss is looked at after every
-micro batch, as `Trainer` does.
+Masks and padding are `DataCollatorForLanguageModeling`'s. The loop is `Trainer`'s, without the
+package that it depends on: `DataLoader` in the training process, fused AdamW, gradients
+clipped, linear schedule, in 16 bit autocast with fp32 weights. As in `Trainer`, the loss is
+checked after every micro batch.
 
 Beside them stand `BareLoop`, forward, backward and AdamW of one prepared batch in plain PyTorch
 (what DeepSpeed and the loader cost), and `make_passes`, forward and backward alone.
@@ -47,7 +47,7 @@ LossFunction = Callable[[PackedMaskedLM, Batch], torch.Tensor]
 
 
 def draw_texts(store: TokenStore, seed: int) -> Iterator[np.ndarray]:
-    """The documents of a store in random order, once: `(n,)` uint16 each."""
+    """Yield the documents of a store once, in random order: `(n,)` uint16 each."""
     bounds = [shard.sequence_offsets[shard.document_offsets] for shard in store.shards]
     first = np.cumsum([0, *(len(ends) - 1 for ends in bounds)])
     for number in np.random.default_rng(seed).permutation(first[-1]):
@@ -64,7 +64,7 @@ def _wrap(store: TokenStore, text: np.ndarray) -> list[int]:
 def grouped_rows(
     store: TokenStore, max_seq_length: int, num_rows: int, seed: int
 ) -> list[list[int]]:
-    """Ids of rows as `run_mlm.py` makes them by default: all of `max_seq_length` tokens."""
+    """Return ids of rows as `run_mlm.py` makes them by default, each of `max_seq_length` tokens."""
     rows: list[list[int]] = []
     joined: list[int] = []
     for number, text in enumerate(draw_texts(store, seed), 1):
@@ -78,7 +78,7 @@ def grouped_rows(
 
 
 def line_rows(store: TokenStore, max_seq_length: int, num_rows: int, seed: int) -> list[list[int]]:
-    """Ids of rows as `run_mlm.py --line_by_line` makes them: a text each, cut off."""
+    """Return ids of rows as `run_mlm.py --line_by_line` makes them: one truncated text each."""
     rows = []
     for text in draw_texts(store, seed):
         rows.append(_wrap(store, text[:max_seq_length - 2]))
@@ -91,7 +91,7 @@ def line_rows(store: TokenStore, max_seq_length: int, num_rows: int, seed: int) 
 class TextBatch:
     """One optimizer step: for each micro batch `input_ids`, `attention_mask`, `labels`, `(B, L)`.
 
-    `L` is the longest row of the micro batch; labels are -100 where nothing is masked.
+    `L` is the longest row of the micro batch; labels are -100 at unmasked slots.
     """
 
     micro_batches: list[Batch]
@@ -102,7 +102,7 @@ class TextBatch:
 
     @property
     def tokens(self) -> int:
-        """Slots that are not padding."""
+        """Number of slots without padding."""
         return sum(int(batch["attention_mask"].sum()) for batch in self.micro_batches)
 
     @property
@@ -110,7 +110,7 @@ class TextBatch:
         return sum(int((batch["labels"] != -100).sum()) for batch in self.micro_batches)
 
     def text_tokens(self, all_special_ids: tuple[int, ...]) -> int:
-        """Tokens that are not special."""
+        """Count the tokens without special tokens."""
         special = torch.tensor(all_special_ids)
         masked = [batch["labels"] != -100 for batch in self.micro_batches]
         rest = [batch["input_ids"][~where] for batch, where in
@@ -122,7 +122,7 @@ def make_batches(
     store: TokenStore, rows: list[list[int]], *, micro_batch_size: int, accumulation_steps: int,
     mlm_probability: float, seed: int, pin_memory: bool = False,
 ) -> Iterator[TextBatch]:
-    """Endless batches, as `Trainer` makes them in its own process: the waiting is the work.
+    """Yield endless batches, made in the training process as `Trainer` does by default.
 
     Args:
         rows: ids of each, from `grouped_rows` or `line_rows`.
@@ -159,12 +159,12 @@ def make_batches(
 
 
 def full_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
-    """The mean loss as the model of transformers computes it."""
+    """Return the mean loss as the model of transformers computes it."""
     return module.hf(**batch).loss
 
 
 def gather_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
-    """The same, with logits of the masked slots alone."""
+    """Return the same loss, with logits of the masked slots only."""
     family, hf = module.family, module.hf
     hidden = family.encoder(hf)(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
@@ -181,7 +181,7 @@ LOSSES: dict[str, LossFunction] = {"transformers": full_loss, "gather": gather_l
 def head_seconds(
     module: PackedMaskedLM, batch: TextBatch, loss_name: str, loop: TrainerLoop
 ) -> float:
-    """Seconds of the MLM head and the loss alone, forward and backward, on a step's rows."""
+    """Measure the MLM head and the loss alone, forward and backward, on a step's rows; seconds."""
     family, hf, total = module.family, module.hf, 0.0
     for micro_batch in batch.micro_batches:
         micro_batch = loop.on_device(micro_batch)
@@ -207,7 +207,7 @@ def head_seconds(
 
 
 def head_parameters(module: PackedMaskedLM) -> list[torch.Tensor]:
-    """The weights of the MLM head that learn, the shared embedding included."""
+    """Return the trainable weights of the MLM head, the shared embedding included."""
     return [tensor for tensor in module.head().tensors().values() if tensor.requires_grad]
 
 
@@ -219,9 +219,9 @@ class TrainerLoop:
     """The step of `Trainer` on one rank.
 
     Attributes:
-        module: trained in fp32, in 16 bit under autocast.
-        resolved: where rate, decay, clipping and precision come from.
-        total_steps: at which the rate reaches 0.
+        module: trained in fp32, or under autocast in 16 bit.
+        resolved: gives learning rate, weight decay, clipping and precision.
+        total_steps: when the learning rate reaches 0.
     """
 
     module: PackedMaskedLM
@@ -246,7 +246,7 @@ class TrainerLoop:
         self.loss_sum = torch.zeros((), device=self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Where forward passes run."""
+        """Return the context of forward passes."""
         if self.resolved.precision == "fp32":
             return contextlib.nullcontext()
         dtype = torch.float16 if self.resolved.precision == "fp16" else torch.bfloat16
@@ -290,10 +290,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class BareLoop:
-    """Forward, backward and AdamW of prepared batches, in plain PyTorch and nothing else.
+    """Forward, backward and AdamW of prepared batches in plain PyTorch: the loop's lower bound.
 
-    In 16 bit the optimizer works on fp32 masters, as DeepSpeed's does. The loss is read once a
-    step, as in the loop, so that a GPU's clock means the same in both.
+    In 16 bit the optimizer works on fp32 masters, as DeepSpeed's does. The loss is read once per
+    step, as in the loop, so that both synchronize a GPU equally often.
     """
 
     def __init__(
@@ -315,7 +315,7 @@ class BareLoop:
         )
 
     def prepare(self, batch: StepBatch) -> tuple[list[dict[str, Any]], float]:
-        """The inputs of a batch's micro batches on the device, and what to scale the loss by."""
+        """Return the inputs of a batch's micro batches on the device, and the scale of the loss."""
         inputs = [micro_batch.inputs(self.device) for micro_batch in batch.micro_batches]
         return inputs, ds.ranks().world_size / max(batch.step_masked_tokens, 1)
 
@@ -345,7 +345,7 @@ class BareLoop:
         lap("optimizer")
 
     def head_seconds(self, batch: StepBatch) -> float:
-        """Seconds of `csrc.masked_lm_loss` alone, forward and backward, on a batch.
+        """Measure `csrc.masked_lm_loss` alone, forward and backward, on a batch; seconds.
 
         Both, because some implementations form the gradients in the forward pass.
         """
