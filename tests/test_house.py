@@ -40,7 +40,8 @@ ROOMS: dict[str, set[str]] = {
                       "train.stages"},
 }
 # Slow to import, or not there on every machine: only inside the function that needs them.
-HEAVY = {"deepspeed", "triton", "matplotlib", "datasets", "tensorboard", "transformers"}
+HEAVY = {"deepspeed", "triton", "matplotlib", "datasets", "tensorboard", "transformers", "sklearn",
+         "scipy"}
 # Kernels are defined where they are imported, so this file is imported only where it is needed.
 AT_THE_TOP = {("triton", "masked_lm_triton.py")}
 TOP_LEVEL = {

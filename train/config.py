@@ -350,8 +350,9 @@ class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
     warmup_steps: int = _flag(5, "steps not counted, for each row of the table")
     timed_steps: int = _flag(5, "counted steps of one turn")
     rounds: int = _flag(4, "rounds; in each, every row of the table has its turn")
-    whole_step: bool = _flag(
-        False, "instead: forward and backward alone, against the model as transformers computes it"
+    passes: bool = _flag(
+        False, "also measure forward and backward alone: with logits of every slot as transformers "
+        "computes them, with the head on masked rows, with the last layer on masked rows"
     )
     compare: list[str] = _flag(
         [], "instead: show two benchmark.json side by side; nothing is measured"
@@ -375,8 +376,6 @@ class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
             all(8 <= length <= 65535 for length in lengths) and len(set(lengths)) == len(lengths),
             "max_seq_lengths", lengths, "different numbers between 8 and 65535",
         )
-        if self.whole_step and len(lengths) > 1:
-            raise ConfigError(f"--whole_step with --max_seq_lengths {lengths}: it takes one length")
 
     def lengths(self) -> list[int]:
         """The row lengths to measure."""

@@ -26,7 +26,6 @@ Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +79,8 @@ def paired_difference(
             f"paired arms need one shape (P, S, N) without empty axes: got {first.shape} and "
             f"{second.shape}"
         )
+    from scipy import stats
+
     delta = first.astype(np.float64) - second.astype(np.float64)
     mean = float(delta.mean())
     variances = np.array([_variance_of_mean(delta, axis) for axis in range(3)])
@@ -88,7 +89,7 @@ def paired_difference(
         return Difference(mean, mean, mean, 0.0, 0.0, math.inf)
     others = np.maximum(np.array(delta.shape) - 1, 1)
     freedom = float(variances.sum() ** 2 / (variances**2 / others).sum())
-    reach, more = student_quantiles([1 - (1 - confidence) / 2, power], freedom)
+    reach, more = stats.t.ppf([1 - (1 - confidence) / 2, power], freedom).tolist()
     return Difference(
         mean, mean - reach * error, mean + reach * error, (reach + more) * error, error, freedom
     )
@@ -98,21 +99,3 @@ def _variance_of_mean(delta: np.ndarray, axis: int) -> float:
     """Variance of the mean when the units of one axis of `(P, S, N)` are resampled."""
     units = delta.mean(axis=tuple(other for other in range(3) if other != axis))
     return float(units.var(ddof=1) / len(units)) if len(units) > 1 else 0.0
-
-
-def student_quantiles(probabilities: Sequence[float], freedom: float) -> list[float]:
-    """Quantiles of Student's t; torch and numpy have none, and scipy is no dependency.
-
-    With `t = sqrt(freedom) * tan(angle)` the density is `cos(angle) ** (freedom - 1)` on
-    (-pi/2, pi/2), which is summed on a grid.
-
-    Args:
-        probabilities: in (0, 1).
-        freedom: degrees of freedom, at least 1; above 10,000 it makes no difference.
-    """
-    freedom = min(freedom, 10_000.0)
-    widest = min(np.pi / 2, 12 / math.sqrt(freedom))  # nothing beyond: cos**freedom < 1e-20
-    edges = np.linspace(-widest, widest, 20_001)
-    density = np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1)
-    shares = np.append(0, np.cumsum(density)) / density.sum()
-    return (math.sqrt(freedom) * np.tan(np.interp(probabilities, shares, edges))).tolist()
