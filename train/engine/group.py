@@ -40,9 +40,18 @@ def is_main() -> bool:
     return ranks().rank == 0
 
 
+def load_deepspeed() -> Any:
+    """Import deepspeed (seconds, the first time) for this machine's device, without its chatter."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu")
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    return deepspeed
+
+
 def supported_precisions() -> dict[str, bool]:
-    """Whether DeepSpeed takes fp16 and bf16 on this machine."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    """Return whether DeepSpeed takes fp16 and bf16 on this machine."""
+    load_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
@@ -55,10 +64,7 @@ def start() -> torch.device:
     Raises:
         ConfigError: the others did not come within DeepSpeed's 10 minutes, or the port is taken.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-
-    deepspeed.logger.setLevel("ERROR")
+    deepspeed = load_deepspeed()
     if "RANK" not in os.environ:  # plain `python`: a group of one
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from preprocess.errors import NonFiniteError
-from train.engine.ds_json import WARMUP_SCHEDULERS, Resolved
+from train.engine.ds_json import Resolved
 from train.engine.group import is_main, ranks
 
 # fp16 steps skipped in a row before a run stops; from a scale of 2^32 to 1 it takes 33.
@@ -75,10 +75,9 @@ def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved
     if ranks().world_size == 1 and resolved.precision == "fp32" and not engine.zero_optimization():
         # One rank has nothing to reduce, and DeepSpeed would copy all gradients there and back.
         engine.enable_backward_allreduce = False
-    if config["scheduler"]["type"] in WARMUP_SCHEDULERS:
-        # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and
-        # at its step 0. From here, step n of the run has the rate of the schedule's step n.
-        engine.lr_scheduler.step(1)
+    # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and at its
+    # step 0. From here, step n of the run has the rate of the schedule's step n.
+    engine.lr_scheduler.step(1)
     return engine
 
 

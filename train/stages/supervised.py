@@ -200,15 +200,10 @@ def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
 def resolve(
     config: FinetuneConfig | FitScorerConfig, train: Examples, default_learning_rate: float
 ) -> Resolved:
-    """Fill the DeepSpeed JSON for a run over `train`; the schedule needs the batch size first."""
-    raw, world_size = read_ds_config(config.deepspeed_config), ranks().world_size
-    resolved = resolve_ds_config(
-        raw, config, total_steps=1, world_size=world_size,
-        default_learning_rate=default_learning_rate,
-    )
-    total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
+    """Fill the DeepSpeed JSON for a run over `train`."""
     return resolve_ds_config(
-        raw, config, total_steps=total, world_size=world_size,
+        read_ds_config(config.deepspeed_config), config, world_size=ranks().world_size,
+        total_steps=lambda batch: num_steps(len(train), batch, config.num_train_epochs),
         default_learning_rate=default_learning_rate,
     )
 
