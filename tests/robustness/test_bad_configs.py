@@ -57,7 +57,7 @@ JSONS = {
     "lr-null": (adam(lr=None), "optimizer.params.lr None: must be a number"),
     "stage-text": (zero(stage="2"), "stage '2': must be 0, 1, 2 or 3; write it without quotes"),
     "stage-true": (zero(stage=True), "stage True: must be 0, 1, 2 or 3"),
-    "enabled-text": ({"fp16": {"enabled": "true"}}, "'true': DeepSpeed would take it as true; write"),
+    "enabled-text": ({"fp16": {"enabled": "true"}}, "'true': DeepSpeed would take it as true"),
     "enabled-number": ({"bf16": {"enabled": 1}}, "bf16.enabled 1: DeepSpeed would take it as true"),
     "block-true": ({"fp16": True}, "fp16 True: must be an object in braces"),
     "block-text": ({"optimizer": "AdamW"}, "optimizer 'AdamW': must be an object in braces"),

@@ -79,11 +79,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = mlm.train_step
 
     def noted(engine: Any, *words: Any, **names: Any) -> Any:
-        result = plain(engine, *words, **names)
-        monkeypatch.setattr(
-            ds.StopSignal, "asked_anywhere", lambda self: engine.global_steps == step
-        )
-        return result
+        return plain(engine, *words, **names)._replace(stopping=engine.global_steps == step)
 
     monkeypatch.setattr(mlm, "train_step", noted)
 

@@ -221,7 +221,7 @@ def test_none_is_whole(broken, capsys):
         os.truncate(broken / "checkpoints" / f"step_{step}" / "generators_rank0.pt", 5)
     assert find_checkpoint(broken, "auto") is None
     assert capsys.readouterr().out.count("warning") == 2
-    with pytest.raises(DataError, match="no whole checkpoint.*--resume auto") as refused:
+    with pytest.raises(DataError, match="no complete checkpoint.*--resume auto") as refused:
         find_checkpoint(broken, "must")
     assert refused.value.exit_code == 3
 
@@ -375,8 +375,8 @@ def on_two_nodes(monkeypatch) -> Callable[..., list[Any]]:
 
 
 def test_a_run_directory_that_not_all_nodes_see_is_refused(tmp_path, on_two_nodes, monkeypatch):
-    def prepare(folder: str) -> Path:
-        return folder.prepare_run_dir(TrainingConfig(output_dir=str(tmp_path / folder)), None)
+    def prepare(name: str) -> Path:
+        return folder.prepare_run_dir(TrainingConfig(output_dir=str(tmp_path / name)), None)
 
     assert on_two_nodes(prepare, "shared", "shared") == [tmp_path / "shared"] * 2
     names = sorted(os.listdir(tmp_path / "shared"))
@@ -527,5 +527,5 @@ def test_names_of_parameters_cannot_leave_the_folder(where, broken, engine, tmp_
 
 def test_an_optimizer_that_cannot_be_converted_is_said(broken, engine, monkeypatch):
     monkeypatch.setattr(states_room, "CONVERTIBLE", ("Lion",))
-    with pytest.raises(ConfigError, match="AdamW cannot be shared out anew.*as many ranks"):
+    with pytest.raises(ConfigError, match="AdamW cannot be divided anew.*as many ranks"):
         ds.load_state(engine, newest(broken), 2)

@@ -48,7 +48,7 @@ def test_no_step_appears_twice(tmp_path, start):
     events = read_events(tmp_path)
     points = points_of(events, TRAIN_LOSS)
     assert points == [(step, 1.0 if step <= start else 2.0) for step in range(1, 10)]
-    texts = [(step, text.decode()) for step, text in points_of(events, EXAMPLE)]
+    texts = [(step, text.decode()) for step, text in points_of(events, f"{EXAMPLE}/text_summary")]
     assert texts == [(step, f"text {1.0 if step <= start and start else 2.0}")
                      for step in (0, 3, 6, 9)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

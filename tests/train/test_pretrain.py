@@ -202,7 +202,7 @@ def test_a_stop_request_leaves_a_checkpoint(tmp_path, reviews_store, tiny_encode
 
     events = EventAccumulator(str(run_dir / "tb")).Reload()
     assert [event.step for event in events.Scalars(metrics.TRAIN_LOSS)] == [1, 2, 3, 4]
-    assert [event.step for event in events.Tensors(metrics.EXAMPLE)] == [0, 4]
+    assert [event.step for event in events.Tensors(f"{metrics.EXAMPLE}/text_summary")] == [0, 4]
     assert len(list((run_dir / "tb").iterdir())) == 2
     texts = logged(run_dir, metrics.EXAMPLE)
     assert texts == logged(whole, metrics.EXAMPLE) and "[MASK" not in texts[0]

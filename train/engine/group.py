@@ -99,14 +99,20 @@ def finish() -> None:
         torch.distributed.destroy_process_group()
 
 
-def all_reduce_sum(*values: float) -> list[float]:
-    """Sum each number over all ranks (float64)."""
-    if ranks().world_size == 1:
-        return list(map(float, values))
+def all_reduce_sum(*values: float | torch.Tensor) -> list[float]:
+    """Sum each number over all ranks (float64), in one collective and one copy to the host.
+
+    Args:
+        values: numbers, or tensors `()`, which stay on their device until they are summed.
+    """
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(tensor)
-    return tensor.tolist()
+    stacked = torch.stack([
+        value.to(torch.float64) if isinstance(value, torch.Tensor)
+        else torch.full((), value, dtype=torch.float64, device=device) for value in values
+    ])
+    if ranks().world_size > 1:
+        torch.distributed.all_reduce(stacked)
+    return stacked.tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:
