@@ -26,9 +26,12 @@ from safetensors.torch import load_file
 from deepspeed.accelerator import get_accelerator
 from preprocess.errors import NonFiniteError, run_command
 from pathlib import Path
-from train import checkpoint, finetune, pretrain, supervised
 from train import engine as ds
+from train import finetune, pretrain
 from train.config import PretrainConfig, parse
+from train.engine import ds_json, steps
+from train.run_dir import folder as run_folder
+from train.stages import supervised
 
 # DeepSpeed refuses fp16 on a CPU because it is slow there; its optimizers are the same code.
 type(get_accelerator()).is_fp16_supported = lambda self: True
@@ -39,7 +42,7 @@ def as_written(config, options):
     return (names or ["fp32"])[0], []
 
 
-ds._settle_precision = as_written
+ds_json._settle_precision = as_written
 plain_loss, plain_build = csrc.masked_lm_loss, ds.build_engine
 plain_supervised = supervised.weighted_loss
 scenario, built, calls = {}, [], [0]
@@ -73,7 +76,7 @@ def spoilt_supervised(logits, *words):
 
 if not ds.is_main():
     # These ranks come from an earlier run of this process, and may look while rank 0 writes.
-    checkpoint.check_run_dir = lambda config: Path(config.output_dir)
+    run_folder.check_run_dir = lambda config: Path(config.output_dir)
 ds.build_engine = supervised.build_engine = remember
 finetune.finish = lambda: None
 csrc.masked_lm_loss = spoilt_loss
@@ -105,7 +108,7 @@ def main():
         scenario.clear()
         scenario.update(told)
         found = {"name": scenario["name"]}
-        ds.MAX_SKIPPED_IN_A_ROW = scenario.get("limit")
+        steps.MAX_SKIPPED_IN_A_ROW = scenario.get("limit")
         if scenario.get("uncaught"):
             run()
         try:
@@ -166,7 +169,7 @@ def runs(tmp_path_factory, reviews_store, still_encoder, labelled_files, run_com
             for fault in ("loss", "nan" if stage % 2 else "inf"):
                 pretrain(f"{precision}-zero{stage}-{fault}", stage, precision, fault)
         if stage % 2 == 0:
-            continue  # 0 is refused, see tests/test_bad_configs.py; 1 and 2 are the same class
+            continue  # 0 is refused, see test_bad_configs.py; 1 and 2 are the same class
         # 256 times too large: the scale must fall from 2^16 before a step can be taken.
         pretrain(f"fp16-zero{stage}-recovers", stage, "fp16", "256", (1, 99), max_steps=8,
                  config={"fp16": {"hysteresis": 1}})

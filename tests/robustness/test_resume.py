@@ -174,9 +174,9 @@ def run_all(runs: list[list[str]]) -> None:
         if ds.is_main() and not (run_dir / name).exists():  # the first save is that half-way
             torch.save(found, run_dir / name)
 
-    def save_and_keep(engine: Any, folder: Path, *words: Any) -> None:
+    def save_and_keep(engine: Any, folder: Path, *words: Any) -> Any:
         keep(engine, folder, "saved.pt")
-        save(engine, folder, *words)
+        return save(engine, folder, *words)
 
     def load_and_keep(engine: Any, folder: Path, *words: Any) -> Any:
         result = load(engine, folder, *words)

@@ -415,6 +415,16 @@ def test_tasks_of_srun_without_ranks_do_not_train_alone(tmp_path, monkeypatch):
 # ------------------------------------------------------------------- what belongs to this run
 
 
+def test_another_run_is_refused(broken, reviews_store, still_encoder, options):
+    with pytest.raises(ConfigError, match="--resume is never"):
+        pretrained(reviews_store, still_encoder, broken, **options, resume="never")
+    with pytest.raises(ConfigError, match="made with seed 42, and this run has 7"):
+        pretrained(reviews_store, still_encoder, broken, **options, seed=7)
+    shutil.rmtree(broken / "checkpoints")
+    with pytest.raises(DataError, match="--resume is must"):
+        pretrained(reviews_store, still_encoder, broken, **options, resume="must")
+
+
 @pytest.mark.slow
 def test_another_set_up_is_refused(broken, tmp_path, reviews_store, still_encoder, options):
     for stage in (0, 2):

@@ -1,8 +1,9 @@
-"""The DeepSpeed JSON: filled, checked, refused; and the optimizer's parameter groups."""
+"""The DeepSpeed JSON: filled, checked, refused; the optimizer's parameter groups; the ranks."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 
@@ -360,6 +361,26 @@ def test_ranks_come_from_the_launcher(monkeypatch):
     engine.finish()  # no group to leave
     monkeypatch.setattr(os, "environ", {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
     assert engine.ranks() == engine.Ranks(5, 8, 1) and not engine.is_main()
+
+
+def test_what_is_replaced_in_deepspeed_is_still_there():
+    """The list in `train/engine/__init__.py`; a new version that changes one makes this fail."""
+    import deepspeed
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    for name, used in (
+        ("_save_checkpoint", "self.checkpoint_engine.save(state_dict=state, path=save_path)"),
+        ("_save_zero_checkpoint", "self.checkpoint_engine.save("),
+        ("load_universal_checkpoint", "self._config.load_universal_checkpoint"),
+        ("__init__", "self.enable_backward_allreduce = True"),
+    ):
+        assert used in inspect.getsource(getattr(DeepSpeedEngine, name)), name
+    assert "if self.enable_backward_allreduce and" in inspect.getsource(DeepSpeedEngine)
+    assert "self.load_universal_checkpoint =" in inspect.getsource(DeepSpeedConfig)
+    assert "torch.load(" in inspect.getsource(TorchCheckpointEngine.load)
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
 
 
 def test_ranks_that_do_not_find_each_other_say_where_they_looked(monkeypatch):
