@@ -112,7 +112,7 @@ FAULTY_STEP = 3
 
 
 def inject(kind: str, rank: int) -> None:
-    """Let something happen to a rank in its third step, or to every rank (-1)."""
+    """Inject a fault into the third step of one rank, or of every rank (-1)."""
     from train import engine as ds
     from train.stages import masked_lm as mlm
 
@@ -127,7 +127,7 @@ def inject(kind: str, rank: int) -> None:
 
 
 def train(command: str, words: list[str], run_dir: str, fault: dict[str, Any]) -> None:
-    """Run a command on a rank, with a fault; note each commit, and the operations of a whole run.
+    """Run a command on a rank with a fault; note each commit, and the operations of an intact run.
 
     Args:
         fault: `kind` (none, operation, shard or one of `IN_STEP`), `number` and `rank`.
@@ -233,7 +233,7 @@ class Campaign:
             assert steps <= 1 or there and there[-1] >= steps - 1
 
     def check_the_end(self, run_dir: Path) -> None:
-        """The bits of the unbroken run, and nothing besides."""
+        """Compare the bits and the files with those of the unbroken run."""
         if self._command == "pretrain":
             last = f"checkpoints/step_{STEPS}"
             assert_same_bits(states(run_dir / last), states(self.whole / last))
@@ -259,7 +259,7 @@ class Campaign:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the last line was written to its end."""
+    """Return whether the last line is complete."""
     return path.read_bytes().endswith(b"\n")
 
 
@@ -271,7 +271,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def campaigns(server, tmp_path_factory, reviews_store, tiny_encoder, labelled_files) -> Any:
-    """Campaigns by name, each made when it is first asked for."""
+    """Return the campaigns by name; each starts when it is first asked for."""
     folder = tmp_path_factory.mktemp("faults")
     made: dict[str, Campaign] = {}
 
@@ -319,7 +319,7 @@ MOMENTS = {
 
 
 def number_of(campaign: Campaign, moment: str) -> int:
-    """The operation at a moment; one that every save does is taken from the third save."""
+    """Return the operation at a moment; if every save does it, that of the third save."""
     wanted = MOMENTS[moment]
     found = [i for i, line in enumerate(campaign.operations, 1)
              if line == wanted or wanted[-1] in "/." and line.startswith(wanted)]
@@ -358,7 +358,7 @@ def test_killed_at_a_random_time(share, campaigns):
     ids=lambda fault: f"{fault['kind']}-{fault['number']}-rank{fault['rank']}",
 )
 def test_one_of_two_ranks_is_killed(fault, campaigns):
-    """The other one ends too and commits nothing."""
+    """The other rank ends too and commits nothing."""
     assert campaigns("pretrain", ranks=2, stage=1).survive("kill", **fault)
 
 
@@ -425,7 +425,7 @@ def test_killed_again_and_again(number, campaigns):
     [("sigterm", 1), ("sigusr1", 0), ("ctrl-c", -1), ("again and again", -1)],
 )
 def test_a_request_to_any_rank_stops_all(kind, rank, campaigns):
-    """At the next step boundary, with a checkpoint and exit code 75; the run then goes on."""
+    """They stop at a step boundary, with a checkpoint and exit code 75; the run then resumes."""
     campaign = campaigns("pretrain", ranks=2, stage=1)
     run_dir = campaign.folder / "stopped"
     done = campaign.attempt(run_dir, kind, rank=rank)
@@ -446,7 +446,7 @@ def test_a_request_to_any_rank_stops_all(kind, rank, campaigns):
     "kind, code, ranks", [("killed", -9, 2), ("killed", -9, 4), ("error", 3, 2)]
 )
 def test_a_dead_rank_ends_the_job(kind, code, ranks, campaigns):
-    """With its error shown; nothing is committed without it."""
+    """Its error is shown, and nothing is committed without it."""
     campaign = campaigns("pretrain", ranks=ranks, stage=1)
     run_dir = campaign.folder / "dead"
     done = campaign.attempt(run_dir, kind, rank=1)
@@ -477,7 +477,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 240.0) -> Any:
 
 
 def processes_of(run_dir: Path, script: str) -> list[int]:
-    """Processes whose command line names this script as what they run, and this run."""
+    """Return the processes that run this script for this run directory."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -491,7 +491,7 @@ def processes_of(run_dir: Path, script: str) -> list[int]:
 
 @pytest.fixture
 def launched(tmp_path, reviews_store, tiny_encoder) -> Iterator[Any]:
-    """A run of two ranks under the pipeline's hand, which takes its third step when it returns."""
+    """Start a run of two ranks as the pipeline does; return in its third step."""
     run_dir = tmp_path / "run"
     words = arguments(
         reviews_store, tiny_encoder, run_dir, max_steps=FOREVER, save_steps=FOREVER,
@@ -522,7 +522,7 @@ def launched(tmp_path, reviews_store, tiny_encoder) -> Iterator[Any]:
 
 
 def ends_in(process: Any, seconds: float) -> tuple[int, str]:
-    """Exit code and output of a process that has so many seconds left."""
+    """Return exit code and output of a process that must end within `seconds`."""
     begin = time.monotonic()
     output, _ = process.communicate(timeout=120)
     taken = time.monotonic() - begin
@@ -555,7 +555,7 @@ def test_launched_the_runner_alone_is_stopped(launched):
 
 
 def test_a_stopped_stage_is_not_taken_for_a_finished_one(tmp_path):
-    """The pipeline ends with 75 too, and the same command goes on with that stage."""
+    """The pipeline ends with 75 too, and the same command resumes that stage."""
     script = tmp_path / "stage.py"
     script.write_text(
         "import pathlib, sys\n"

@@ -1,4 +1,4 @@
-"""Numbers go wrong: a loss or gradient that is not finite, and the loss scale of fp16."""
+"""A loss or gradient that is not finite, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ supervised.weighted_loss = spoilt_supervised
 
 
 def moved_since(folder):
-    """Names of the parameters that are not those that were exported before."""
+    """Return the names of the parameters that differ from those of an export."""
     state = ds.full_state_dict(built[0])
     if state is None:
         return None
@@ -128,7 +128,7 @@ run_command(main)
 
 
 def ds_config(folder: Path, name: str, stage: int, precision: str, **values) -> str:
-    """A CPU configuration with this ZeRO stage and precision."""
+    """Write a CPU configuration with this ZeRO stage and precision."""
     config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
     config["zero_optimization"] = {"stage": stage}
     if precision != "fp32":
@@ -144,7 +144,7 @@ def words(**options) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, reviews_store, still_encoder, labelled_files, run_command_line):
-    """What every scenario did: its folder, and what each rank found."""
+    """Run every scenario; return the folder, the process, and what each rank found."""
     folder = tmp_path_factory.mktemp("numbers")
     scenarios = []
 
@@ -304,7 +304,7 @@ def test_the_command_ends_in_one_line_and_exit_code_4(runs):
 
 
 class Overflowing:
-    """As much of an fp16 engine as `take_step` asks for; overflows in the steps it is told."""
+    """The part of an fp16 engine that `take_step` uses; overflows in the steps `bad`."""
 
     def __init__(self, scale: float, bad: set[int], floor: float = 1.0, hysteresis: int = 1):
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler

@@ -1,4 +1,4 @@
-"""Only whole checkpoints load, pruning keeps one, and nothing in a file of one runs."""
+"""Only complete checkpoints load, pruning keeps one, and no code in their files runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def newest(run_dir: Path) -> Path:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a manifest and seal it again, as somebody would who means harm."""
+    """Change a manifest and seal it again, as an attacker would."""
     manifest = json.loads((path / MANIFEST).read_text())
     changed = change(manifest)
     manifest = manifest if changed is None else changed
@@ -91,7 +91,7 @@ def test_what_a_checkpoint_holds(finished):
 
 
 def flip(file: Path, generator: random.Random) -> None:
-    """Turn one bit over."""
+    """Flip one bit."""
     content = bytearray(file.read_bytes())
     content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
     file.write_bytes(content)
@@ -140,10 +140,6 @@ def test_no_byte_of_a_manifest_may_change(broken):
         except ValueError:
             same = False
         assert (problem is None) == same, changed
-
-
-def nothing(manifest: dict[str, Any]) -> None:
-    """Leave it."""
 
 
 MANIFESTS: dict[str, tuple[Any, str]] = {
@@ -344,7 +340,7 @@ def test_a_kill_before_the_options_were_written_is_no_other_run(tmp_path):
 
 @pytest.fixture
 def on_two_nodes(monkeypatch) -> Callable[..., list[Any]]:
-    """Call a function on two ranks of two hosts, here threads: what it returned or raised."""
+    """Call a function on two ranks of two hosts (threads here); return or catch its results."""
     here, gate, shared = threading.local(), threading.Barrier(2), [None, None]
 
     def gather(value: Any) -> list[Any]:
@@ -487,7 +483,7 @@ def engine(broken, reviews_store, still_encoder, options):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("world_size", [1, 2], ids=["as it is", "converted"])
 def test_a_planted_object_never_runs(part, world_size, broken, engine, tmp_path):
-    """Neither where a checkpoint is loaded as it is nor where it is converted."""
+    """Neither on a plain load nor in a conversion."""
     path, canary = newest(broken), tmp_path / "canary"
     plant(path / part, canary)
     accept(path)
