@@ -29,7 +29,7 @@ SETTINGS = [(p, s) for p in PRECISIONS for s in range(4) if (p, s) != ("fp16", 0
 
 
 def ds_config(folder: Path, stage: int, precision: str) -> Path:
-    """Write a JSON of this stage and precision; the fp16 scale starts too high and moves both ways."""
+    """Write a JSON; the fp16 scale starts too high and moves both ways."""
     config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
     config["zero_optimization"] = {"stage": stage}
     if precision == "bf16":

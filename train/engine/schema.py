@@ -58,6 +58,7 @@ SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
 NAMES = Rule("a list of names in quotes", lambda value: isinstance(value, list)
              and all(isinstance(name, str) for name in value))
 COUNT = _whole(1)
+BATCH = Rule(COUNT.allowed, lambda value: type(value) is int and value > 0)  # 8.0 is none
 DTYPE = _one_of("fp32", "fp16", "bf16")
 RATE = _number(0, 1e3)
 SHARE = _number(0, 1)
@@ -72,9 +73,9 @@ SCHEDULERS = {
 
 # Full paths. Where a model of DeepSpeed knows the key too, both must accept the value.
 RULES = {
-    "train_batch_size": COUNT,
-    "train_micro_batch_size_per_gpu": COUNT,
-    "gradient_accumulation_steps": COUNT,
+    "train_batch_size": BATCH,
+    "train_micro_batch_size_per_gpu": BATCH,
+    "gradient_accumulation_steps": BATCH,
     "gradient_clipping": _number(0, 1e6),
     "prescale_gradients": SWITCH,
     "gradient_predivide_factor": _number(1e-6, 1e6),
