@@ -41,7 +41,7 @@ def save_state(engine: Any, folder: str | Path, client_state: dict[str, Any]) ->
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    written = []
+    written: list[Path] = []
 
     class NotingEngine(TorchCheckpointEngine):
         """DeepSpeed's synchronous file writer, which notes what it has written."""
