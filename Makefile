@@ -31,7 +31,7 @@ test-faults: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults -s
 
 lint: setup
-	$(BIN)/ruff check --line-length 100 --select E,F,I,B,UP,W preprocess train csrc tests
+	$(BIN)/ruff check preprocess train csrc tests
 	$(BIN)/mypy
 
 clean:

@@ -306,7 +306,9 @@ def train(inputs: Inputs, run_dir: Path) -> None:
             rate = float(engine.get_lr()[0])
             ending = totals.step + 1 == config.max_steps
             logs = ending or (totals.step + 1) % config.logging_steps == 0
-            loss, accuracy, norm = mlm.train_step(engine, batch, device, want_norm=logs)
+            loss, accuracy, norm, stopping = mlm.train_step(
+                engine, batch, device, want_norm=logs, asked=stop.asked
+            )
             totals.step += 1
             totals.tokens += batch.step_tokens
             totals.masked_tokens += batch.step_masked_tokens
@@ -320,7 +322,6 @@ def train(inputs: Inputs, run_dir: Path) -> None:
                 results = log.evaluate(totals.step)
             if totals.step in config.export_steps:
                 export(engine, module, inputs, totals, run_dir / f"hf_step_{totals.step}")
-            stopping = stop.asked_anywhere()
             due = config.save_steps and totals.step % config.save_steps == 0
             if ending or stopping or due:
                 checkpoint.save_checkpoint(

@@ -319,9 +319,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch, tmp_path):
         )
 
 
-@pytest.mark.parametrize("stop_at", range(7))
+@pytest.mark.parametrize("stop_at", range(1, 7))
 def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
-    """Six steps in three epochs, stopped before step `stop_at`, equal an unbroken run."""
+    """Six steps in three epochs, stopped after step `stop_at`, equal an unbroken run."""
     train, dev = text_examples([0, 1, 0, 1, 1]), text_examples([1, 0])
     kept = {}
 
@@ -350,7 +350,7 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
     unbroken = loop(
         monkeypatch, tmp_path / "whole", engine, train, dev, assess=assess, **options
     )
-    asked = iter([False] * stop_at + [True])
+    asked = iter([False] * (stop_at - 1) + [True])
     with pytest.raises(StopRequested, match=f"step {stop_at} of 6"):
         loop(
             monkeypatch, tmp_path / "parts", FakeEngine(), train, dev, assess=assess,

@@ -81,23 +81,6 @@ def test_export_loads_with_pooler_and_lineage(plain_run, still_encoder, reviews_
     assert not torch.equal(before[name], after[name])
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_stages_give_the_same_model(stage, plain_run, tmp_path, reviews_store, still_encoder):
-    run_dir = pretrained(
-        reviews_store, still_encoder, tmp_path / "run",
-        deepspeed_config=write_ds_config(tmp_path, stage),
-    )
-    np.testing.assert_allclose(
-        logged(run_dir, metrics.TRAIN_LOSS), logged(plain_run, metrics.TRAIN_LOSS), rtol=1e-5
-    )
-    np.testing.assert_allclose(
-        logged(run_dir, metrics.GRAD_NORM), logged(plain_run, metrics.GRAD_NORM), rtol=1e-4
-    )
-    expected = weights(plain_run)
-    for name, value in weights(run_dir).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -156,30 +139,6 @@ def test_b11_checkpointing_recomputes(tmp_path, reviews_store, still_encoder, mo
     assert seen == [2, 3]
 
 
-def test_b12_resume_is_exact_with_dropout(tmp_path, reviews_store, tiny_encoder, capsys):
-    whole = pretrained(reviews_store, tiny_encoder, tmp_path / "whole", save_steps=2)
-    broken = tmp_path / "broken"
-    shutil.copytree(whole, broken)
-    shutil.rmtree(broken / "hf")
-    # The newest checkpoint lost a byte: it is passed over, and named.
-    shard = next((broken / "checkpoints" / "step_4" / "state").iterdir())
-    shard.write_bytes(shard.read_bytes()[:-1])
-    pretrained(reviews_store, tiny_encoder, broken, save_steps=2)
-    said = capsys.readouterr().out
-    assert "passed over" in said and shard.name in said and "resumed from" in said
-    first, second = weights(whole), weights(broken)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert logged(whole, metrics.TRAIN_LOSS) == logged(broken, metrics.TRAIN_LOSS)
-    with pytest.raises(ConfigError, match="--resume is never"):
-        pretrained(reviews_store, tiny_encoder, broken, resume="never")
-    shutil.rmtree(broken / "hf")
-    with pytest.raises(ConfigError, match="seed"):
-        pretrained(reviews_store, tiny_encoder, broken, seed=7)
-    shutil.rmtree(broken / "checkpoints")
-    with pytest.raises(DataError, match="--resume is must"):
-        pretrained(reviews_store, tiny_encoder, broken, resume="must")
-
-
 def test_a_stop_request_leaves_a_checkpoint(tmp_path, reviews_store, tiny_encoder, monkeypatch):
     whole = pretrained(reviews_store, tiny_encoder, tmp_path / "whole")
     plain = mlm.train_step
@@ -202,7 +161,7 @@ def test_a_stop_request_leaves_a_checkpoint(tmp_path, reviews_store, tiny_encode
 
     events = EventAccumulator(str(run_dir / "tb")).Reload()
     assert [event.step for event in events.Scalars(metrics.TRAIN_LOSS)] == [1, 2, 3, 4]
-    assert [event.step for event in events.Tensors(metrics.EXAMPLE)] == [0, 4]
+    assert [event.step for event in events.Tensors(f"{metrics.EXAMPLE}/text_summary")] == [0, 4]
     assert len(list((run_dir / "tb").iterdir())) == 2
     texts = logged(run_dir, metrics.EXAMPLE)
     assert texts == logged(whole, metrics.EXAMPLE) and "[MASK" not in texts[0]
@@ -409,6 +368,9 @@ def test_two_ranks_give_the_same_loss(plain_run, two_ranks):
         losses = logged(run_dir, metrics.TRAIN_LOSS)
         np.testing.assert_allclose(losses[0], logged(plain_run, metrics.TRAIN_LOSS)[0], rtol=1e-6)
         np.testing.assert_allclose(losses, logged(plain_run, metrics.TRAIN_LOSS), rtol=1e-5)
+        np.testing.assert_allclose(
+            logged(run_dir, metrics.GRAD_NORM), logged(plain_run, metrics.GRAD_NORM), rtol=1e-4
+        )
         np.testing.assert_allclose(
             logged(run_dir, metrics.EVAL_LOSS)[-1], logged(plain_run, metrics.EVAL_LOSS)[-1],
             rtol=1e-5,

@@ -121,7 +121,8 @@ def train_step(
     batch: np.ndarray,
     pad_id: int,
     class_weights: torch.Tensor,
-) -> tuple[float, Any]:
+    asked: Callable[[], bool],
+) -> tuple[float, Any, bool]:
     """Take one optimizer step on a global batch.
 
     The loss is the sum over the global batch divided by the batch's mass. DeepSpeed averages over
@@ -130,8 +131,10 @@ def train_step(
 
     Args:
         batch: indices, `(n,)` int64.
+        asked: whether this rank was asked to stop.
     Returns:
-        The mean loss of the global batch, and the norm of its gradient as `take_step` gives it.
+        The mean loss of the global batch, the norm of its gradient as `take_step` gives it, and
+        whether any rank was asked to stop.
     Raises:
         NonFiniteError: the loss or the gradient is not a number, on any rank; nothing has been
             updated.
@@ -150,10 +153,10 @@ def train_step(
         engine.backward(loss * factor)
         total += loss.detach()
         if engine.is_gradient_accumulation_boundary():
-            (mean,) = all_reduce_sum(total.item())
+            mean, num_asked = all_reduce_sum(total, asked())
             _refuse_non_finite(mean, "training loss", engine.global_steps + 1)
         norm = take_step(engine)
-    return mean, norm
+    return mean, norm, num_asked > 0
 
 
 def seed_dropout(seed: int, step: int) -> None:
@@ -200,15 +203,10 @@ def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
 def resolve(
     config: FinetuneConfig | FitScorerConfig, train: Examples, default_learning_rate: float
 ) -> Resolved:
-    """Fill the DeepSpeed JSON for a run over `train`; the schedule needs the batch size first."""
-    raw, world_size = read_ds_config(config.deepspeed_config), ranks().world_size
-    resolved = resolve_ds_config(
-        raw, config, total_steps=1, world_size=world_size,
-        default_learning_rate=default_learning_rate,
-    )
-    total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
+    """Fill the DeepSpeed JSON for a run over `train`."""
     return resolve_ds_config(
-        raw, config, total_steps=total, world_size=world_size,
+        read_ds_config(config.deepspeed_config), config, world_size=ranks().world_size,
+        total_steps=lambda batch: num_steps(len(train), batch, config.num_train_epochs),
         default_learning_rate=default_learning_rate,
     )
 
@@ -276,7 +274,7 @@ def fit(
     try:
         with StopSignal() as stop:
             return train_and_select(
-                engine, resolved, train, dev, assess, config=config, stop=stop.asked_anywhere,
+                engine, resolved, train, dev, assess, config=config, stop=stop.asked,
                 **options,
             )
     finally:
@@ -319,7 +317,7 @@ def train_and_select(
         run_dir: folder of this seed.
         identity: what must not change while a run is resumed (fingerprints of data, weights, ...).
         hyperparameters: the row on TensorBoard's HParams page.
-        stop: whether a stop was asked for; the same answer on every rank.
+        stop: whether this rank was asked to stop.
     Returns:
         What was found, with a log that the caller closes.
     Raises:
@@ -338,7 +336,7 @@ def train_and_select(
     )
     batches = global_batches(train, resolved.train_batch_size, seed, step, total_steps)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
-    window, text = _Window(), ""
+    window, text, stopping = _Window(), "", False
     engine.train()
     with progress:
         while True:
@@ -352,7 +350,6 @@ def train_and_select(
                     found.best_state = full_state_dict(engine)
                 scalars = {tag: scores[name] for name, tag in tags.items()}
                 found.log.scalars(step, {**scalars, EVAL_BEST: found.best[select]})
-            stopping = stop()
             due = config.save_steps and step > first_step and step % config.save_steps == 0
             if stopping or due:
                 found.steps, found.seconds = step, time.monotonic() - started
@@ -367,7 +364,9 @@ def train_and_select(
             learning_rate, begun = engine.get_lr()[0], time.monotonic()
             seed_dropout(seed, step)
             batch = next(batches)
-            loss, norm = train_step(engine, resolved, train, batch, pad_id, weights)
+            loss, norm, stopping = train_step(
+                engine, resolved, train, batch, pad_id, weights, stop
+            )
             window.add(loss, int(train.lengths[batch].sum()), time.monotonic() - begun)
             step += 1
             if step % config.logging_steps == 0 or step % per_epoch == 0:
