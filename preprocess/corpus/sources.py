@@ -17,7 +17,6 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from typing import Any
 
 from preprocess.corpus.packages import resolve_path
 from preprocess.errors import ConfigError, DataError
+from preprocess.files import parse_json
 
 Row = dict[str, Any]
 
@@ -188,8 +188,8 @@ def read_jsonl(path: Path, columns: list[str], texts: list[str], span: Span) -> 
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{_place(path, number, span)}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{_place(path, number, span)}: not a JSON object: {line[:40]!r}")

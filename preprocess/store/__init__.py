@@ -10,11 +10,13 @@ from preprocess.store.arrays import (
     verify_store,
     write_array,
 )
+from preprocess.store.join import join_shards
 from preprocess.store.layout import (
     DTYPES,
     MAX_SHARD_TOKENS,
     MAX_VOCAB,
     SETTLED_NS,
+    check_shard,
     ranges,
     recall,
     remember,
@@ -33,7 +35,6 @@ from preprocess.store.writer import (
     StoreWriter,
     check_vocabulary,
     describe_tokenizer,
-    join_shards,
     tidy_store,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "TableWriter",
     "TokenStore",
     "array_path",
+    "check_shard",
     "check_vocabulary",
     "describe_tokenizer",
     "iterate_blocks",
