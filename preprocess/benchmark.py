@@ -23,10 +23,8 @@ happens: what is shown is memory. Repeated text is read faster than other text, 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -40,8 +38,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from preprocess.corpus import check_file, resolve_path, source_kind
-from preprocess.errors import ConfigError, DataError, run_command, writing
+from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import file_sha256, read_json
+from preprocess.machine import environment
 
 BASELINE = "datasets.map"
 MIB = 1 << 20
@@ -251,7 +250,7 @@ def format_table(rows: list[dict[str, Any]], num_tokens: int) -> str:
 
 def repeat(source: Path, target: Path, num_bytes: int) -> None:
     """Write `source` again and again, whole each time, until there are `num_bytes`."""
-    with open(source, "rb") as stream, writing(target, num_bytes), open(target, "wb") as sink:
+    with open(source, "rb") as stream, open(target, "wb") as sink:
         while sink.tell() < num_bytes:
             stream.seek(0)
             last = b""
@@ -318,20 +317,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def environment() -> dict[str, Any]:
-    """Machine and versions."""
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-    names = ("tokenizers", "transformers", "datasets", "numpy")
-    return {
-        "processor": model, "cpus": os.cpu_count(), "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "command": " ".join(sys.argv),
-    }
-
-
 def _terminated(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -344,7 +329,10 @@ def main(argv: list[str] | None = None) -> None:
     if tokenizer.exists():
         tokenizer = tokenizer.resolve()
     signal.signal(signal.SIGTERM, _terminated)  # so that what was written is removed
-    result: dict[str, Any] = {"benchmark": "tokenize_corpus", **environment()}
+    result: dict[str, Any] = {
+        "benchmark": "tokenize_corpus", "command": " ".join(sys.argv),
+        **environment(("tokenizers", "transformers", "datasets", "numpy")),
+    }
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         if args.rounds:
             result["compared"] = compare(args, file, tokenizer, Path(scratch))

@@ -26,6 +26,20 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
+def check_shard(index: int | None, count: int | None) -> None:
+    """Check `--shard_index` and `--num_shards` of a command that works on one shard of a store.
+
+    Raises:
+        ConfigError: one of the two alone, or an index out of range.
+    """
+    if (index is None) != (count is None):
+        raise ConfigError("--shard_index and --num_shards go together: give both or neither")
+    if index is not None and count is not None and not 0 <= index < count:
+        raise ConfigError(
+            f"--shard_index {index} --num_shards {count}: the index counts from 0 to {count - 1}"
+        )
+
+
 class DataError(ValueError):
     """A file that is absent, broken, or made for something else."""
 

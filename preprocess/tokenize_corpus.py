@@ -43,8 +43,9 @@ from preprocess.corpus import (
     resolve_path,
     source_kind,
 )
-from preprocess.errors import ConfigError, DataError, run_command, writing
+from preprocess.errors import ConfigError, DataError, check_shard, run_command
 from preprocess.files import read_json
+from preprocess.machine import num_cores
 from preprocess.progress import Progress, say
 from preprocess.store import (
     StoreWriter,
@@ -132,16 +133,13 @@ def _check_arguments(args: argparse.Namespace) -> None:
             )
         args.num_shards = len(args.input)
     if args.num_workers is None:
-        args.num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        args.num_workers = num_cores()
     for flag in ("num_workers", "num_shards", "max_documents"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag} {value}: at least 1 is needed")
-    if args.shard_index is not None and not 0 <= args.shard_index < args.num_shards:
-        raise ConfigError(
-            f"--shard_index {args.shard_index}: 0 to {args.num_shards - 1} with "
-            f"--num_shards {args.num_shards}"
-        )
+    if args.shard_index is not None:
+        check_shard(args.shard_index, args.num_shards)
     if args.output.endswith(("/", ".bin", ".idx", ".json")):
         raise ConfigError(f"--output {args.output}: give a prefix, without an ending")
     pairs = [pair.partition("=") for pair in args.where]
@@ -213,7 +211,7 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
         "max_documents": args.max_documents,
         "num_shards": args.num_shards,
     }
-    with tempfile.TemporaryDirectory() as scratch, writing(scratch):
+    with tempfile.TemporaryDirectory() as scratch:
         files = describe_tokenizer(tokenizer, Path(scratch) / "tokenizer")["files"]
     if args.num_shards == 1:
         shards: list[tuple[int, int] | None] = [None]

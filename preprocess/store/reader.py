@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import ConfigError, DataError, check_shard
 from preprocess.files import file_sha256
 from preprocess.store.layout import (
     BLOCK_ENTRIES,
@@ -42,7 +42,6 @@ from preprocess.store.layout import (
     MAX_VOCAB,
     OUR_DTYPE,
     check_content,
-    check_shard,
     is_name,
     map_file,
     read_sealed,
@@ -389,10 +388,10 @@ class TokenStore:
                 shards than the store has.
         """
         check_shard(index, count)
-        if count not in (None, len(self.shards)) or (index is None and count is not None):
+        if count not in (None, len(self.shards)):
             raise ConfigError(
                 f"--num_shards {count}: {self.prefix} has {len(self.shards)} shards; give "
-                f"--shard_index with --num_shards {len(self.shards)}, or neither flag to make all"
+                f"--num_shards {len(self.shards)}, or neither flag to make all"
             )
         return self.shards if index is None else [self.shards[index]]
 
