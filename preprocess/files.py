@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -239,9 +240,10 @@ def _check_nodes(root: Any) -> None:
         if node.id == "sequence":
             left += node.value
         elif node.id == "mapping":
-            _refuse_duplicates(
-                [(key.value, value) for key, value in node.value if key.id == "scalar"]
-            )
+            keys = Counter((key.value, key.tag) for key, _ in node.value if key.id == "scalar")
+            for (key, _), times in keys.items():
+                if times > 1:
+                    raise ValueError(f"key {key!r} appears twice")
             left += [child for pair in node.value for child in pair]
 
 
