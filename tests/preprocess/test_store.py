@@ -74,19 +74,6 @@ def test_index_bytes_by_hand(tmp_path):
     assert (tmp_path / "s.bin").read_bytes() == struct.pack("<4H", 5, 6, 7, 8)
 
 
-def test_megatron_reads_our_store(tmp_path):
-    dataset = pytest.importorskip(
-        "megatron.core.datasets.indexed_dataset",
-        reason="megatron-core is not installed: pip install -e '.[engines]' -c constraints.txt",
-    )
-    documents = [[[5, 6], [65535]], [[8, 0, 1]]]
-    write(tmp_path / "s", documents)
-    opened = dataset.IndexedDataset(str(tmp_path / "s"))
-    assert [opened[i].tolist() for i in range(len(opened))] == [[5, 6], [65535], [8, 0, 1]]
-    assert opened.document_indices.tolist() == [0, 2, 3]
-    assert opened[0].dtype == np.uint16
-
-
 WIDE = ("<u4", "<i8", "<u8", ">i4", ">u8")
 
 

@@ -273,7 +273,7 @@ def test_what_is_whole_is_left_and_another_number_refused(slurm, slurm_store, te
     before = stamps(slurm_store)
     command = tokenizing(texts, tiny_encoder, slurm_store)
     tokenize_corpus.main(command)
-    assert capsys.readouterr().out.count("whole already, skipped") == NUM_SHARDS
+    assert capsys.readouterr().out.count("complete already, skipped") == NUM_SHARDS
     more = ["--shard_index", "3", "--num_shards", "4"]
     with pytest.raises(ConfigError, match="num_shards was 3, is 4"):
         tokenize_corpus.main([*command, *more])

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocess import tokenize_corpus
+from preprocess import corpus, tokenize_corpus
 from preprocess.corpus import Span, load_task, read_documents, sources
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import atomic_write_json, seal
@@ -380,7 +380,7 @@ def test_a_line_has_an_end(tmp_path, monkeypatch):
 
 
 def test_a_block_has_an_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(corpus.documents, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "a.txt"
     path.write_text("short\nblock\n\n" + "no blank line\n" * 200)
     documents = read_documents([str(path)], blank_line_documents=True)
