@@ -181,7 +181,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_json(
-    path: str | Path, remedy: str = "make it again", *, expected: type = dict,
+    path: str | Path, remedy: str = "make it again", *, expected: Any = dict,
     keys: Collection[str] = (), error: type[ValueError] = DataError, name: str = "",
 ) -> Any:
     """Read a JSON file.
