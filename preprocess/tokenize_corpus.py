@@ -418,15 +418,8 @@ def _batches(
         num_read += num_bytes
 
     documents = read_documents(
-        specs,
-        args.text_column,
-        args.where,
-        args.split,
-        args.blank_line_documents,
-        part,
-        args.max_documents,
-        args.unescape_newlines,
-        passed,
+        specs, args.text_column, args.where, args.split, args.blank_line_documents, part,
+        args.max_documents, args.unescape_newlines, passed,
     )
     batch: list[str] = []
     characters = 0

@@ -142,17 +142,14 @@ def read_lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tupl
 # --------------------------------------------------------------------------- readers of rows
 
 
-def _missing(place: str, column: str, known: Iterable[str]) -> DataError:
-    return DataError(
-        f"{place}: no column {column!r}; columns are {', '.join(map(repr, known)) or 'none'} "
-        f"(--text_column, --label_column, --pair_column and --where choose)"
-    )
-
-
 def _need(row: Row, columns: Iterable[str], place: str) -> Row:
+    """Return the row if it has all the columns."""
     for column in columns:
         if column not in row:
-            raise _missing(place, column, row)
+            raise DataError(
+                f"{place}: no column {column!r}; columns are {', '.join(map(repr, row)) or 'none'} "
+                f"(--text_column, --label_column, --pair_column and --where choose)"
+            )
     return row
 
 
@@ -167,9 +164,7 @@ def _not_text(place: str, column: str, kind: str) -> DataError:
 
 def read_text(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
     """Yield one row per line, with the single column `text`; a lone CR does not end a line."""
-    for column in columns:
-        if column != "text":
-            raise _missing(f"{path} (plain text)", column, ["text"])
+    _need({"text": ""}, columns, f"{path} (plain text)")
     for _, line in read_lines(path, span):
         yield {"text": line.rstrip("\r\n")}
 
