@@ -23,10 +23,8 @@ happens: what is shown is memory. Repeated text is read faster than other text, 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -40,21 +38,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from preprocess.corpus import check_file, resolve_path, source_kind
-from preprocess.errors import ConfigError, DataError, run_command, writing
+from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import file_sha256, read_json
+from preprocess.machine import environment
 
 BASELINE = "datasets.map"
 MIB = 1 << 20
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-BLOCK_SIZE = 1024  # `run_mlm.py` groups into the tokenizer's longest, at most so many
+BLOCK_SIZE = 1024  # `run_mlm.py` takes the tokenizer's longest, up to this
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
 class Run:
-    """One command: seconds from start to end, peak of its largest process, bytes it has left.
+    """One command: seconds from start to end, peak of its largest process, bytes it left.
 
-    A process counts what its parent had when it was forked, so this program has to stay small.
+    The peak of a process includes its parent's memory at the fork, so this program stays small.
     """
 
     seconds: float
@@ -64,7 +63,7 @@ class Run:
 
 @dataclass
 class Row:
-    """A way to tokenize.
+    """A row of the table: one way to tokenize.
 
     Attributes:
         num_workers: processes.
@@ -79,12 +78,12 @@ class Row:
     runs: list[Run] = field(default_factory=list)
 
     def seconds(self) -> list[float]:
-        """Of each round, without the start; 0 or less says that the input is too small."""
+        """Return the seconds of each round without the start; 0 or less: the input is too small."""
         return [run.seconds - statistics.median(self.starts) for run in self.runs]
 
 
 def make_rows(num_workers: int) -> dict[str, Row]:
-    """The rows of the table, the baseline first."""
+    """Return the rows of the table, the baseline first."""
     rows = {BASELINE: Row(num_workers, None), "1 worker": Row(1, [])}
     rows[f"{num_workers} workers"] = Row(num_workers, [])
     rows[f"{num_workers} workers, documents"] = Row(num_workers, ["--no-split_sentences"])
@@ -123,7 +122,7 @@ def run_mlm_way(file: str, tokenizer_path: str, cache: str, num_proc: int) -> No
 
 
 def run(command: list[str], output: Path) -> Run:
-    """Run a command, which writes into the empty folder `output`."""
+    """Run a command that writes into the new folder `output`."""
     output.mkdir()
     environment = {
         **os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_CACHE": str(output / "hf"),
@@ -136,7 +135,7 @@ def run(command: list[str], output: Path) -> Run:
             start_new_session=True,
         )
         try:
-            # Of the process and those that it has waited for, the largest.
+            # The largest of the process and those that it has waited for.
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         except BaseException:
@@ -157,7 +156,7 @@ def run(command: list[str], output: Path) -> Run:
 
 
 def command_of(row: Row, file: Path, tokenizer: Path, output: Path) -> list[str]:
-    """The command line of a row."""
+    """Return the command line of a row."""
     if row.flags is None:
         call = (str(file), str(tokenizer), str(output / "hf"), row.num_workers)
         program = f"from preprocess.benchmark import run_mlm_way; run_mlm_way(*{call!r})"
@@ -170,7 +169,7 @@ def command_of(row: Row, file: Path, tokenizer: Path, output: Path) -> list[str]
 
 
 def turn(row: Row, file: Path, tokenizer: Path, scratch: Path) -> tuple[Run, dict[str, Any]]:
-    """Run a row once; return what was measured, and `P.json` of what it made, if it made one."""
+    """Run a row once; return the measurement, and the `P.json` it made, if any."""
     output = scratch / "output"
     try:
         made = run(command_of(row, file, tokenizer, output), output)
@@ -181,7 +180,7 @@ def turn(row: Row, file: Path, tokenizer: Path, scratch: Path) -> tuple[Run, dic
 
 
 def compare(args: argparse.Namespace, file: Path, tokenizer: Path, scratch: Path) -> dict[str, Any]:
-    """Let the rows take turns, and print their table."""
+    """Run the rows interleaved, and print their table."""
     rows = make_rows(args.num_workers)
     line = scratch / "line.txt"
     line.write_text("A line of text.\n")
@@ -211,7 +210,7 @@ def compare(args: argparse.Namespace, file: Path, tokenizer: Path, scratch: Path
 
 
 def summarize(rows: dict[str, Row], num_tokens: int) -> list[dict[str, Any]]:
-    """Numbers of each row; ratios are medians over rounds of runs of the same round."""
+    """Return the numbers of each row; ratios are medians over rounds of runs of one round."""
     base, one = rows[BASELINE].seconds(), rows["1 worker"].seconds()
 
     def ratio(others: list[float], seconds: list[float]) -> float:
@@ -231,7 +230,7 @@ def summarize(rows: dict[str, Row], num_tokens: int) -> list[dict[str, Any]]:
 
 
 def format_table(rows: list[dict[str, Any]], num_tokens: int) -> str:
-    """The table as text."""
+    """Return the table as text."""
     lines = [
         f"{num_tokens:,} tokens; seconds without the start, in brackets the fastest and the "
         f"slowest round",
@@ -250,8 +249,8 @@ def format_table(rows: list[dict[str, Any]], num_tokens: int) -> str:
 
 
 def repeat(source: Path, target: Path, num_bytes: int) -> None:
-    """Write `source` again and again, whole each time, until there are `num_bytes`."""
-    with open(source, "rb") as stream, writing(target, num_bytes), open(target, "wb") as sink:
+    """Write copies of `source` until the file has at least `num_bytes`."""
+    with open(source, "rb") as stream, open(target, "wb") as sink:
         while sink.tell() < num_bytes:
             stream.seek(0)
             last = b""
@@ -318,33 +317,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def environment() -> dict[str, Any]:
-    """Machine and versions."""
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-    names = ("tokenizers", "transformers", "datasets", "numpy")
-    return {
-        "processor": model, "cpus": os.cpu_count(), "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "command": " ".join(sys.argv),
-    }
-
-
 def _terminated(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the benchmark."""
     args = parse(argv)
     file, tokenizer = resolve_path(args.input).resolve(), resolve_path(args.tokenizer)
     check_file(file)
     if tokenizer.exists():
         tokenizer = tokenizer.resolve()
-    signal.signal(signal.SIGTERM, _terminated)  # so that what was written is removed
-    result: dict[str, Any] = {"benchmark": "tokenize_corpus", **environment()}
+    signal.signal(signal.SIGTERM, _terminated)  # so that temporary files are removed
+    result: dict[str, Any] = {
+        "benchmark": "tokenize_corpus", "command": " ".join(sys.argv),
+        **environment(("tokenizers", "transformers", "datasets", "numpy")),
+    }
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         if args.rounds:
             result["compared"] = compare(args, file, tokenizer, Path(scratch))

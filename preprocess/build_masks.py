@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.errors import ConfigError, DataError, check_shard, run_command
 from preprocess.masking import NEEDS, STRATEGIES, Inputs, choose_positions
 from preprocess.progress import Progress, say
 from preprocess.store import (
@@ -80,13 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ConfigError(
             f"--mlm_probability {args.mlm_probability}: above 0 and at most 1, such as 0.15"
         )
-    if (args.shard_index is None) != (args.num_shards is None):
-        raise ConfigError("--shard_index and --num_shards belong together; give both or neither")
-    if args.num_shards is not None and not 0 <= args.shard_index < args.num_shards:
-        raise ConfigError(
-            f"--shard_index {args.shard_index} --num_shards {args.num_shards}: the index counts "
-            f"from 0 to {args.num_shards - 1}"
-        )
+    check_shard(args.shard_index, args.num_shards)
     if args.match == args.name:
         raise ConfigError(f"--name {args.name} is the index to match; the new one needs another")
     return args

@@ -1,14 +1,14 @@
-"""How a user's mistake is said, and the exit code that goes with it.
+"""The house's errors, their exit codes, and how a command reports them.
 
-Every command of the three rooms ends through `run_command`: one sentence on stderr that says
-what was given, what is allowed and what to type, then the exit code. A traceback means a bug.
-Whoever writes a file of some size does so under `writing`, so that a full disk is said as well.
+Every command of the three wings ends through `run_command`: one sentence on stderr that says what
+was given, what is allowed and what to type, then the exit code. A traceback means a bug.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import shutil
 import signal
@@ -26,6 +26,20 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
+def check_shard(index: int | None, count: int | None) -> None:
+    """Check `--shard_index` and `--num_shards` of a command that works on one shard of a store.
+
+    Raises:
+        ConfigError: one of the two alone, or an index out of range.
+    """
+    if (index is None) != (count is None):
+        raise ConfigError("--shard_index and --num_shards go together: give both or neither")
+    if index is not None and count is not None and not 0 <= index < count:
+        raise ConfigError(
+            f"--shard_index {index} --num_shards {count}: the index counts from 0 to {count - 1}"
+        )
+
+
 class DataError(ValueError):
     """A file that is absent, broken, or made for something else."""
 
@@ -33,7 +47,7 @@ class DataError(ValueError):
 
 
 class DiskFullError(OSError):
-    """A file that cannot be written for want of room; `strerror` is the whole sentence."""
+    """A file that does not fit on the disk; `strerror` is the complete sentence."""
 
     exit_code = 3
 
@@ -42,13 +56,13 @@ class DiskFullError(OSError):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number, or a loss scale at its floor."""
+    """A loss or gradient that is not finite, or a loss scale at its minimum."""
 
     exit_code = 4
 
 
 class StopRequested(Exception):
-    """A stop that was asked for; the run has left a checkpoint to resume from."""
+    """A requested stop; the run has left a checkpoint to resume from."""
 
     exit_code = 75
 
@@ -62,7 +76,8 @@ _NO_ROOM_TEXTS = (
 )
 
 
-def _is_for_want_of_room(error: BaseException) -> bool:
+def _is_full(error: BaseException) -> bool:
+    """Return whether an error means that the disk, the quota or the largest file is full."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _NO_ROOM
     return any(text in str(error) for text in _NO_ROOM_TEXTS)
@@ -70,11 +85,14 @@ def _is_for_want_of_room(error: BaseException) -> bool:
 
 @contextmanager
 def writing(path: str | Path, wanted_bytes: int | None = None) -> Iterator[None]:
-    """Say a full disk in one sentence, and name the file in any other failure to write it.
+    """Report a full disk in one sentence, and name the file in any other failure to write it.
+
+    For the primitives of `preprocess/files.py` and for libraries that write files of their own;
+    other code leaves its errors to `run_command`.
 
     Args:
-        path: what is written, under the name that the user knows; a file or a folder.
-        wanted_bytes: how many bytes the block below writes, where that is known.
+        path: the file or folder that is written.
+        wanted_bytes: number of bytes that the block writes, if known.
     Raises:
         DiskFullError: the disk, the quota or the largest file allowed is full.
     """
@@ -83,36 +101,43 @@ def writing(path: str | Path, wanted_bytes: int | None = None) -> Iterator[None]
     except DiskFullError:
         raise
     except Exception as error:
-        if _is_for_want_of_room(error):
+        if _is_full(error):
             raise _disk_full(path, wanted_bytes, error) from error
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
 
 
-def _disk_full(path: str | Path, wanted_bytes: int | None, error: Exception) -> DiskFullError:
-    folder = Path(path).absolute()
+def _disk_full(
+    path: str | Path | None, wanted_bytes: int | None, error: Exception
+) -> DiskFullError:
+    """Return the error for a full disk; a temporary name is reported as the final one."""
+    number = getattr(error, "errno", None) or errno.ENOSPC
+    remedy = "make room and give the same command again"
+    if path is None:
+        return DiskFullError(number, f"{os.strerror(number)}; {remedy}")
+    path = Path(path)
+    path = path.with_name(re.sub(r"^\.(.+)\.tmp-\d+.*$", r"\1", path.name))
+    folder = path.absolute()
     while not folder.is_dir():
         folder = folder.parent
     wanted = "more room was" if wanted_bytes is None else f"{wanted_bytes:,} more bytes were"
-    number = getattr(error, "errno", None) or errno.ENOSPC
     return DiskFullError(
         number,
         f"{path}: cannot be written ({os.strerror(number)}): {wanted} wanted, "
-        f"{shutil.disk_usage(folder).free:,} bytes are free there; make room and give the same "
-        f"command again",
+        f"{shutil.disk_usage(folder).free:,} bytes are free there; {remedy}",
         str(path),
     )
 
 
-# The imports of one rank may take so much longer than those of another on a busy machine.
+# On a busy machine the imports of one rank may take this much longer than those of another.
 _GRACE_SECONDS = 15
 
 
 def _is_alone() -> bool:
-    """Whether this process may be the only one of a job to have met an error.
+    """Return whether this process may be the only one of its job that met the error.
 
-    Before the process group starts every rank reads the same files and takes the same decision.
+    Before the process group starts, every rank reads the same files and takes the same decision.
     """
     torch = sys.modules.get("torch")
     distributed = getattr(torch, "distributed", None)
@@ -120,11 +145,11 @@ def _is_alone() -> bool:
 
 
 def _end_where_nobody_reads(error: Exception) -> None:
-    """Exit in silence after `| head` and the like: whoever read has what they wanted."""
+    """Exit silently after `| head` and the like, when the reader has seen enough."""
     if isinstance(error, BrokenPipeError):
         stdout = select.poll()
         stdout.register(sys.stdout, 0)
-        if stdout.poll(0):  # it is this pipe that has no reader, and not one to a worker
+        if stdout.poll(0):  # this pipe has lost its reader, not one to a worker
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
 
@@ -132,9 +157,9 @@ def _end_where_nobody_reads(error: Exception) -> None:
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main`, turn our errors into one line and an exit code, and exit.
 
-    Under a launcher the ranks of a node take the same decision; the first of them says it, and the
-    others let it go first: a launcher kills all ranks when it sees one end. An error of data or
-    disk that one rank has met after the start is said by that rank.
+    Under a launcher, the ranks of a node take the same decision: the first one reports it, and the
+    others end later, since a launcher kills all ranks when one of them ends. An error of data or
+    disk after the start is reported by the rank that met it.
     """
     code, message, shared = 0, "", True
     try:
@@ -147,12 +172,13 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         code, message = 130, "interrupted"
     except Exception as error:
         _end_where_nobody_reads(error)
-        if not isinstance(error, OSError) and not _is_for_want_of_room(error):
+        if _is_full(error) and not isinstance(error, DiskFullError):
+            error = _disk_full(getattr(error, "filename", None), None, error)
+        if not isinstance(error, OSError):
             raise
-        code, message, shared = DataError.exit_code, str(error), not _is_alone()
-        if isinstance(error, OSError) and not isinstance(error, DiskFullError):
-            where = f"{error.filename}: " if error.filename else ""
-            message = f"{where}{error.strerror or error}"
+        code, shared = DataError.exit_code, not _is_alone()
+        named = error.filename and not isinstance(error, DiskFullError)
+        message = (f"{error.filename}: " if named else "") + (error.strerror or str(error))
     rank = os.environ.get("RANK", "0")
     first_here = os.environ.get("LOCAL_RANK", rank) == "0"
     if code and (first_here or not shared):

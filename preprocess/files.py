@@ -1,7 +1,8 @@
-"""Files that are whole or not there: atomic writes, sealed JSON, and one writer at a time.
+"""Files that are complete or absent: atomic writes, JSON and YAML readers, one writer at a time.
 
-Nothing here knows what is in a file. Whoever writes a store, a checkpoint or a result does it
-through these; errors of the disk end as `preprocess/errors.py` says them.
+Nothing here knows what a file contains. Stores, checkpoints and results are all written through
+these functions; `preprocess/errors.py` reports the errors of the disk. Every JSON and YAML file
+is read by `read_json` and `read_yaml`, which turn whatever is wrong with it into one sentence.
 """
 
 from __future__ import annotations
@@ -13,17 +14,25 @@ import os
 import shutil
 import socket
 import sys
+import threading
 import time
+from collections import Counter
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, writing
 
+MAX_YAML_ENTRIES = 10_000
+HEARTBEAT_SECONDS = 30.0
+STALE_SECONDS = 300.0  # without a heartbeat, after which a writer of another host counts as gone
+
 # --------------------------------------------------------------------------- writing
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,12 +41,12 @@ def sync(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """The name under which this process writes `path` before it is whole."""
+    """Return the name under which this process writes `path` until it is complete."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
 def remove_leftovers(*paths: str | Path, mark: str = "tmp") -> None:
-    """Remove what killed writers of `paths` left behind; for the holder of their lock."""
+    """Remove the temporary files of killed writers of `paths`; the caller holds their lock."""
     for path in map(Path, paths):
         for entry in path.parent.iterdir() if path.parent.is_dir() else ():
             if entry.name.startswith(f".{path.name}.{mark}-"):
@@ -47,35 +56,48 @@ def remove_leftovers(*paths: str | Path, mark: str = "tmp") -> None:
                     entry.unlink(missing_ok=True)
 
 
-def write_all(stream: Any, data: bytes) -> None:
-    """Write all of `data` to an unbuffered stream, which may take only a part at a time."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[stream.write(rest) :]
+def create_temporary(path: Path, buffering: int = 0) -> Any:
+    """Open the temporary file of `path` for writing and reading."""
+    with writing(path):
+        return open(temporary_path(path), "w+b", buffering)
 
 
-def write_whole(path: Path, data: bytes, said: Path) -> None:
-    """Write and sync a file; a full disk is said of the name `said`."""
-    with writing(said, len(data)), open(path, "wb", buffering=0) as stream:
-        write_all(stream, data)
+def write_all(stream: Any, data: bytes, path: Path) -> None:
+    """Write all of `data` to a stream of `path`; unbuffered ones may take only part at a time."""
+    with writing(path, len(data)):
+        rest = memoryview(data)
+        while rest:
+            rest = rest[stream.write(rest) :]
+
+
+def finish(stream: Any, path: Path) -> None:
+    """Flush, sync and close a stream of `path`."""
+    with writing(path), stream:
+        stream.flush()
         os.fsync(stream.fileno())
 
 
+def write_temporary(path: Path, data: bytes) -> None:
+    """Write and sync the temporary file of `path`."""
+    with create_temporary(path) as stream:
+        write_all(stream, data, path)
+        finish(stream, path)
+
+
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
+    """Write `data` to `path` such that readers see the old file or the new one, never a part.
 
     Raises:
-        DiskFullError: there is no room; the old file stays.
+        DiskFullError: the disk is full; the old file stays.
     """
     path = Path(path)
-    temporary = temporary_path(path)
     with writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_whole(temporary, data, path)
-        os.replace(temporary, path)
+        write_temporary(path, data)
+        os.replace(temporary_path(path), path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        temporary_path(path).unlink(missing_ok=True)
         raise
     sync(path.parent)
 
@@ -84,12 +106,12 @@ def append_bytes(path: str | Path, data: bytes) -> None:
     """Append all of `data` to `path`, or leave it as it was.
 
     Raises:
-        DiskFullError: there is no room.
+        DiskFullError: the disk is full.
     """
     with writing(path, len(data)), open(path, "ab", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
         try:
-            write_all(stream, data)
+            write_all(stream, data, Path(path))
         except BaseException:
             stream.truncate(size)
             raise
@@ -119,17 +141,6 @@ def fingerprint_text(*parts: object) -> str:
     return hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()[:16]
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read one of our JSON files; a broken one is a `DataError` that names it."""
-    try:
-        obj = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); make it again") from None
-    if not isinstance(obj, dict):
-        raise DataError(f"{path}: holds a {type(obj).__name__}, not an object; make it again")
-    return obj
-
-
 def seal(obj: dict[str, Any]) -> dict[str, Any]:
     """Return `obj` with the sha256 of its content under `json_sha256`, as our JSONs carry it."""
     plain = json.loads(json.dumps(obj))  # as it will be read: keys are strings, tuples are lists
@@ -138,85 +149,207 @@ def seal(obj: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "json_sha256": hashlib.sha256(content).hexdigest()}
 
 
+# --------------------------------------------------------------------------- reading
+
+
+def parse_json(text: str | bytes, strict: bool = False) -> Any:
+    """Return the value of a JSON text; raise a `ValueError` for anything wrong with it.
+
+    Args:
+        strict: also refuse keys that appear twice and numbers that are not finite.
+    """
+    checks: Any = {}
+    if strict:
+        checks = {"object_pairs_hook": _refuse_duplicates, "parse_constant": _refuse_constant}
+    try:
+        return json.loads(text, **checks)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number; write a finite one")
+
+
+def read_json(
+    path: str | Path, remedy: str = "make it again", *, expected: Any = dict,
+    keys: Collection[str] = (), error: type[ValueError] = DataError, name: str = "",
+) -> Any:
+    """Read a JSON file.
+
+    Args:
+        remedy: what the user can do about a broken file.
+        expected: dict for an object, list for an array.
+        keys: entries that an object must have.
+        error: class of the error: `ConfigError` where the user named the file in an option.
+        name: of the file in the message; by default its path.
+    Raises:
+        DataError or ConfigError: not UTF-8, not JSON, nested too deeply, or of another shape.
+    """
+    name = name or str(path)
+    try:
+        value = parse_json(Path(path).read_bytes(), strict=True)
+    except ValueError as problem:
+        raise error(f"{name}: not valid JSON ({problem}); {remedy}") from None
+    if not isinstance(value, expected):
+        kind = "array" if expected is list else "object"
+        raise error(f"{name}: must hold one JSON {kind}, not {type(value).__name__}; {remedy}")
+    for key in keys:
+        if key not in value:
+            raise error(f"{name}: no {key!r} in it; {remedy}")
+    return value
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Return the value of a YAML text; raise a `ValueError` for anything wrong with it.
+
+    Only plain values are made, never objects. Each use of an alias counts as a copy of what it
+    names, and more than `MAX_YAML_ENTRIES` entries are refused: few bytes can name a list in a
+    list in a list.
+    """
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node)
+        return loader.construct_document(node)
+    except (yaml.YAMLError, RecursionError) as problem:
+        raise ValueError(str(problem)) from None
+
+
+def _check_nodes(root: Any) -> None:
+    """Refuse too many entries, and keys that appear twice."""
+    left, count = [root], 0
+    while left:
+        node, count = left.pop(), count + 1
+        if count > MAX_YAML_ENTRIES:
+            raise ValueError(f"more than {MAX_YAML_ENTRIES:,} entries; write fewer, without "
+                             "aliases (*name)")
+        if node.id == "sequence":
+            left += node.value
+        elif node.id == "mapping":
+            keys = Counter((key.value, key.tag) for key, _ in node.value if key.id == "scalar")
+            for (key, _), times in keys.items():
+                if times > 1:
+                    raise ValueError(f"key {key!r} appears twice")
+            left += [child for pair in node.value for child in pair]
+
+
+def read_yaml(
+    path: str | Path, remedy: str, *, error: type[ValueError] = ConfigError, name: str = "",
+) -> dict[str, Any]:
+    """Read a YAML file of keys and values; an empty one gives no keys. Arguments as `read_json`."""
+    name = name or str(path)
+    try:
+        value = parse_yaml(Path(path).read_bytes())
+    except ValueError as problem:
+        raise error(f"{name}: not valid YAML ({problem}); {remedy}") from None
+    if not isinstance(value, dict | None):
+        raise error(f"{name}: must hold keys and values, not {type(value).__name__}; {remedy}")
+    return value or {}
+
+
 # --------------------------------------------------------------------------- one writer a prefix
 
 
 class WriterLock:
-    """The sole right to write what begins with a prefix: the file `PREFIX.lock`, until `release`.
+    """The sole right to write files that begin with a prefix: `PREFIX.lock`, until `release`.
 
-    The kernel gives the lock of a dead process free; the file that it leaves behind tells the next
-    holder that a writer was `interrupted`. It names process and host: where the hosts of a shared
-    disk do not see each other's locks, a writer of another host is respected until the file is
-    gone, which it removes itself unless it was killed.
+    `filelock` keeps out the processes of this host, and the kernel frees the lock of a dead one.
+    Where the hosts of a shared disk do not see each other's locks, the file does: it names its
+    writer as `pid@host` and is touched every 30 s. A writer of another host that has not touched
+    it for 5 minutes counts as gone.
+
+    Attributes:
+        interrupted: whether the lock was taken over from a writer that is gone.
 
     Args:
-        prefix: of what is written.
+        prefix: of the files to write.
         wait_seconds: how long to wait for another writer before giving up.
     Raises:
-        ConfigError: another writer is at work.
+        ConfigError: another process is writing.
     """
 
     def __init__(self, prefix: str | Path, wait_seconds: float = 0.0) -> None:
+        from filelock import FileLock
+
         self.path = Path(f"{prefix}.lock")
-        self.interrupted = False
-        self._descriptor = -1
+        self.interrupted = self._is_held = False
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        end = time.monotonic() + wait_seconds
-        while not self._try():
-            if time.monotonic() >= end:
-                remedy = (
-                    "remove this file if that process is gone" if self._is_of_another_host()
-                    else "give another name"
-                )
-                raise ConfigError(
-                    f"{self.path}: another process writes here ({self._owner or 'just started'}); "
-                    f"wait for it, or {remedy}"
-                )
-            time.sleep(0.02)
+            self._lock = FileLock(self.path, timeout=0, fallback_to_soft=False)
+            end = time.monotonic() + wait_seconds
+            while not self._take():
+                if time.monotonic() >= end:
+                    owner = self._owner()
+                    remedy = "wait for it, or give another name"
+                    if owner and not _is_of_this_host(owner):
+                        remedy += "; if it was killed, it is taken over after 5 minutes"
+                    raise ConfigError(
+                        f"{self.path}: another process is writing here "
+                        f"({owner or 'just started'}); {remedy}"
+                    )
+                time.sleep(0.02)
+        _keep_alive(self.path)
 
-    def _try(self) -> bool:
-        """Take the lock if it is free; `_owner` is who holds it, or held it last."""
-        while True:
-            with writing(self.path):
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                free = _flock(descriptor, self.path)
-                self._owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                if not free:
-                    return False
-                if _is_file(descriptor, self.path):
-                    if self._is_of_another_host():
-                        return False
-                    self._sign(descriptor)
-                    self._descriptor = descriptor
-                    return True
-            finally:
-                if self._descriptor != descriptor:
-                    os.close(descriptor)
-            # Its holder has removed it since it was opened: make a new one.
+    def _owner(self) -> str:
+        with suppress(OSError):
+            return self.path.read_bytes()[:200].decode(errors="replace").strip()
+        return ""
 
-    def _is_of_another_host(self) -> bool:
-        return bool(self._owner) and not self._owner.endswith(f" on {socket.gethostname()}")
+    def _take(self) -> bool:
+        """Take the lock if it is free, and sign the file."""
+        from filelock import Timeout
 
-    def _sign(self, descriptor: int) -> None:
-        self.interrupted = bool(self._owner)
-        mine = f"pid {os.getpid()} on {socket.gethostname()}\n".encode()
         try:
-            with writing(self.path, len(mine)):
-                os.pwrite(descriptor, mine, 0)
+            self._lock.acquire()
+        except Timeout:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            print(f"{self.path}: this disk has no locks; let nothing else write there",
+                  file=sys.stderr)
+        owner = self._owner()
+        if owner and not _is_of_this_host(owner):
+            if time.time() - self.path.stat().st_mtime < STALE_SECONDS:
+                self._lock.release()
+                return False
+        try:
+            with open(self.path, "r+b", buffering=0) as stream:  # never empty once it is signed
+                write_all(stream, _signature(), self.path)
+                stream.truncate()
         except OSError:
-            if not self.interrupted:
+            if not owner:
                 self.path.unlink()
+            self._lock.release()
             raise
-        os.ftruncate(descriptor, len(mine))
+        self._is_held, self.interrupted = True, bool(owner)
+        if owner:
+            print(f"{self.path}: taken over from {owner}, which is gone", file=sys.stderr)
+        return True
 
     def release(self) -> None:
-        """Give up the lock; a second time is harmless."""
-        if self._descriptor >= 0:
-            self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Give up the lock; calling it again is harmless."""
+        if self._is_held:
+            self._is_held = False
+            _held.discard(self.path)
+            # Another host may have taken it over; and a forked process does not hold it.
+            if self._owner().encode() == _signature():
+                self.path.unlink(missing_ok=True)
+            self._lock.release()
 
     def __enter__(self) -> WriterLock:
         return self
@@ -225,22 +358,30 @@ class WriterLock:
         self.release()
 
 
-def _flock(descriptor: int, path: Path) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-        print(f"{path}: this disk has no locks; let nothing else write there", file=sys.stderr)
-    return True
+def _signature() -> bytes:
+    return f"{os.getpid()}@{socket.gethostname()}".encode()
 
 
-def _is_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+def _is_of_this_host(owner: str) -> bool:
+    return owner.rpartition("@")[2] == socket.gethostname()
+
+
+_held: set[Path] = set()
+_heart: threading.Thread | None = None
+
+
+def _keep_alive(path: Path) -> None:
+    """Touch the lock `path` every `HEARTBEAT_SECONDS`; one thread does so for all locks."""
+    global _heart
+    _held.add(path)
+    if _heart is None or not _heart.is_alive():  # a forked process begins without it
+        _heart = threading.Thread(target=_touch_all, daemon=True)
+        _heart.start()
+
+
+def _touch_all() -> None:
+    never = threading.Event()
+    while not never.wait(HEARTBEAT_SECONDS):
+        for path in list(_held):
+            with suppress(OSError):
+                os.utime(path)

@@ -1,7 +1,7 @@
-"""How far long work has come: a bar on a terminal, plain lines elsewhere, and lines beside both.
+"""Progress of long work: a bar on a terminal, plain lines elsewhere, and messages beside both.
 
-The bar goes to stderr when that is a terminal; it shows the rate and the time left. Anywhere else
-(a pipe, a log file) plain lines go to stdout, without carriage returns. Only the first rank speaks.
+The bar goes to stderr when that is a terminal; it shows the rate and the time left. Otherwise (a
+pipe, a log file) plain lines go to stdout, without carriage returns. Only the first rank prints.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import time
 from types import TracebackType
 from typing import Any
 
-LINE_SECONDS = 10.0  # the longest silence between two plain lines
+LINE_SECONDS = 10.0  # longest pause between two plain lines
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all ranks."""
+    """Return whether this process prints for all ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _has_terminal() -> bool:
-    """Whether stderr is a terminal; one that has no width shows no bar."""
+    """Return whether stderr is a terminal with a width, so that it can show a bar."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
@@ -39,15 +39,15 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A bar, or plain lines; a context manager, so that an error finds no bar in its way.
+    """A bar, or plain lines; a context manager, so that errors are printed below the bar.
 
     Args:
-        total: number of units of the whole work; None if nobody knows.
-        unit: what is counted, as "step"; "B" for bytes.
-        every: print a plain line after so many units; None: only after `LINE_SECONDS`.
-        initial: units done by an earlier process.
-        label: what is being done.
-        part: whether this is a part of other work with a bar of its own; it leaves no trace then.
+        total: number of units of the work; None if unknown.
+        unit: name of a unit, such as "step"; "B" for bytes.
+        every: number of units between two plain lines; None: only `LINE_SECONDS` apart.
+        initial: number of units done by an earlier process.
+        label: name of the work.
+        part: whether the work is part of other work with its own bar; it leaves no trace then.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Progress:
             )
 
     def update(self, amount: int = 1, text: str = "") -> None:
-        """Count `amount` more units; `text` is what to show beside the count."""
+        """Count `amount` more units, and show `text` beside the count."""
         self._done += amount
         if self._quiet:
             return
@@ -102,7 +102,7 @@ class Progress:
         return label + "  ".join(part for part in parts if part)
 
     def close(self) -> None:
-        """End the bar where it stands."""
+        """End the bar at its current position."""
         if self._bar is not None:
             self._bar.close()
 

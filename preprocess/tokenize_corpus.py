@@ -43,8 +43,9 @@ from preprocess.corpus import (
     resolve_path,
     source_kind,
 )
-from preprocess.errors import ConfigError, DataError, run_command, writing
+from preprocess.errors import ConfigError, DataError, check_shard, run_command
 from preprocess.files import read_json
+from preprocess.machine import num_cores
 from preprocess.progress import Progress, say
 from preprocess.store import (
     StoreWriter,
@@ -104,10 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     _check_arguments(args)
     if args.verify:
         store, num_arrays = verify_store(args.output)
-        print(f"{args.output}: whole; {store.num_tokens:,} tokens, {num_arrays} arrays")
+        print(f"{args.output}: complete; {store.num_tokens:,} tokens, {num_arrays} arrays")
         return
     for spec in [] if args.adopt else args.input:
-        _describe_input(spec)  # a wrong name is said before anything slow
+        _describe_input(spec)  # report a wrong name before anything slow
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our workers are processes
     tokenizer = load_fast_tokenizer(args.tokenizer)
     check_vocabulary(tokenizer)
@@ -123,25 +124,22 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if not args.adopt and not args.verify and not args.input:
         raise ConfigError("--input is missing: files, hub:NAME or pypi:...")
     if args.adopt:
-        # A shell's `*.bin` names the stores of a folder.
+        # `*.bin` in a shell names the stores of a folder.
         args.input = [re.sub(r"\.(bin|idx)$", "", name) for name in args.input or [args.output]]
         if args.num_shards not in (1, len(args.input)):
             raise ConfigError(
-                f"--num_shards {args.num_shards}: --adopt makes one shard of each --input, and "
+                f"--num_shards {args.num_shards}: --adopt makes one shard per --input, and "
                 f"there are {len(args.input)}"
             )
         args.num_shards = len(args.input)
     if args.num_workers is None:
-        args.num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        args.num_workers = num_cores()
     for flag in ("num_workers", "num_shards", "max_documents"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ConfigError(f"--{flag} {value}: at least 1 is needed")
-    if args.shard_index is not None and not 0 <= args.shard_index < args.num_shards:
-        raise ConfigError(
-            f"--shard_index {args.shard_index}: 0 to {args.num_shards - 1} with "
-            f"--num_shards {args.num_shards}"
-        )
+    if args.shard_index is not None:
+        check_shard(args.shard_index, args.num_shards)
     if args.output.endswith(("/", ".bin", ".idx", ".json")):
         raise ConfigError(f"--output {args.output}: give a prefix, without an ending")
     pairs = [pair.partition("=") for pair in args.where]
@@ -174,7 +172,7 @@ def load_fast_tokenizer(spec: str) -> Any:
 
 
 class _Count:
-    """What has been read and made so far, on a bar of bytes where their number is known."""
+    """Documents, tokens and bytes so far, on a bar of bytes if their number is known."""
 
     def __init__(self, args: argparse.Namespace, parts: list[tuple[int, int]]) -> None:
         sizes: list[int | None] = [None]
@@ -182,25 +180,29 @@ class _Count:
             sizes = [num_bytes(args.input, args.blank_line_documents, part) for part in parts]
         known = [size for size in sizes if size is not None]
         self._in_bytes = len(known) == len(sizes)
-        self._shown = 0
+        self._totals = [0, 0, 0]
         self.bar = Progress(
             sum(known) if self._in_bytes else args.max_documents,
             "B" if self._in_bytes else "document", label="tokenize",
         )
 
-    def show(self, documents: int, tokens: int, num_bytes_read: int = 0) -> None:
-        """Take the totals so far."""
-        done = num_bytes_read if self._in_bytes else documents
-        text = f"{documents:,} documents, {tokens:,} tokens"
-        self.bar.update(done - self._shown, text)
-        self._shown = done
+    def add(self, documents: int, tokens: int, num_bytes_read: int = 0) -> None:
+        """Count this many more."""
+        more = num_bytes_read if self._in_bytes else documents
+        for i, number in enumerate((documents, tokens, num_bytes_read)):
+            self._totals[i] += number
+        self.bar.update(more, f"{self._totals[0]:,} documents, {self._totals[1]:,} tokens")
+
+    def show(self, totals: list[int]) -> None:
+        """Take the totals of the workers so far."""
+        self.add(*(now - before for now, before in zip(totals, self._totals, strict=True)))
 
 
 # --------------------------------------------------------------------------- shards and workers
 
 
 def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
-    """Make the shards asked for that are not whole already."""
+    """Make those of the requested shards that are not complete."""
     options = {
         "input": [_describe_input(spec) for spec in args.input],
         "text_column": args.text_column,
@@ -213,7 +215,7 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
         "max_documents": args.max_documents,
         "num_shards": args.num_shards,
     }
-    with tempfile.TemporaryDirectory() as scratch, writing(scratch):
+    with tempfile.TemporaryDirectory() as scratch:
         files = describe_tokenizer(tokenizer, Path(scratch) / "tokenizer")["files"]
     if args.num_shards == 1:
         shards: list[tuple[int, int] | None] = [None]
@@ -230,7 +232,7 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
     if missing:
         print(f"{args.output}.json: not written yet; {missing}", flush=True)
     elif to_make:
-        counts = read_json(f"{args.output}.json")["counts"]  # opening it would read the index
+        counts = read_json(f"{args.output}.json")["counts"]  # opening the store reads the index
         rate = counts["tokens"] / seconds
         print(
             f"{args.output}: {counts['documents']:,} documents, {counts['sequences']:,} sequences, "
@@ -275,9 +277,9 @@ def _is_made(
             )
     if not os.path.exists(f"{prefix}.json"):
         return False
-    TokenStore.open(prefix, verify=True)  # a damaged one is named here, not later
+    TokenStore.open(prefix, verify=True)  # report damage here, not later
     tidy_store(prefix)
-    print(f"{prefix}: whole already, skipped", flush=True)
+    print(f"{prefix}: complete already, skipped", flush=True)
     return True
 
 
@@ -294,7 +296,9 @@ def _make_all(
     with progress.bar:
         if num_workers == 1:
             _start_worker(tokenizer, args, options, None)
-            _make_in_turn(args, shards, progress)
+            for shard in shards:
+                blocks = _encode_part(args.input, shard or (0, 1))
+                say(_make_shard(shard, blocks, progress.add))
         else:
             _make_in_pool(num_workers, args, tokenizer, options, shards, progress)
     return time.monotonic() - started
@@ -319,33 +323,19 @@ def _make_in_pool(
         if len(shards) == 1:
             _worker.update(tokenizer=tokenizer, args=args, options=options)
             blocks = _encode_in_pool(pool, args, shards[0] or (0, 1), 3 * num_workers)
-            say(_make_shard(shards[0], blocks, progress.show)[0])
+            say(_make_shard(shards[0], blocks, progress.add))
         else:
             _make_at_once(pool, shards, totals, progress)
     except BrokenProcessPool:
         raise DataError(
-            f"a worker was killed, perhaps for want of memory; try fewer than "
-            f"--num_workers {num_workers}, and the same command again"
+            f"a worker was killed, perhaps because memory ran out; give the same command again, "
+            f"with fewer than --num_workers {num_workers}"
         ) from None
     except BaseException:
-        totals[3] = 1  # the workers give up after the batch in hand and clean up behind them
+        totals[3] = 1  # the workers end after their current batch, and clean up
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _make_in_turn(
-    args: argparse.Namespace, shards: list[tuple[int, int] | None], progress: _Count
-) -> None:
-    before: tuple[int, ...] = (0, 0, 0)
-    for shard in shards:
-
-        def report(*now: int, before: tuple[int, ...] = before) -> None:
-            progress.show(*(a + b for a, b in zip(before, now, strict=True)))
-
-        sentence, made = _make_shard(shard, _encode_part(args.input, shard or (0, 1)), report)
-        before = tuple(a + b for a, b in zip(before, made, strict=True))
-        say(sentence)
 
 
 def _make_at_once(
@@ -354,13 +344,13 @@ def _make_at_once(
     left: set[Future] = {pool.submit(_make_shard_in_worker, shard) for shard in shards}
     while left:
         done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
-        progress.show(*totals[:3])
+        progress.show(totals[:3])
         for future in done:
             say(future.result())
 
 
 class _Block(NamedTuple):
-    """Some documents, encoded; `num_read` is how many more bytes of the input they took."""
+    """Some encoded documents; `num_read` is the number of bytes read for them."""
 
     encoded: Encoded
     with_nul: int
@@ -371,31 +361,30 @@ def _make_shard(
     shard: tuple[int, int] | None,
     blocks: Iterable[_Block],
     report: Callable[[int, int, int], None],
-) -> tuple[str, tuple[int, int, int]]:
-    """Write one shard, or the whole store, from what is in it.
+) -> str:
+    """Write one shard, or the complete store; return a sentence about it.
 
-    Returns:
-        A sentence about it, and its documents, tokens and bytes read.
+    Args:
+        report: called with the documents, tokens and bytes of each block.
     """
     args, tokenizer, options = (_worker[name] for name in ("args", "tokenizer", "options"))
-    num_documents = num_read = 0
+    num_documents = 0
     counts = {"documents_dropped": 0, "documents_with_nul": 0}
     with StoreWriter(args.output, tokenizer, options, shard, args.overwrite) as writer:
-        for (ids, lengths, sequences, dropped), with_nul, read in blocks:
+        for (ids, lengths, sequences, dropped), with_nul, num_read in blocks:
             writer.add_flat(ids, lengths, sequences)
             num_documents += len(sequences)
-            num_read += read
             counts["documents_dropped"] += dropped
             counts["documents_with_nul"] += with_nul
-            report(num_documents, writer.num_tokens, num_read)
+            report(len(sequences), len(ids), num_read)
         writer.close(counts)
     sentence = (
         f"{writer.prefix}: {num_documents:,} documents, {writer.num_tokens:,} tokens, "
         f"{counts['documents_dropped']:,} empty documents dropped"
     )
     if counts["documents_with_nul"]:
-        sentence += f", NUL characters taken out of {counts['documents_with_nul']:,}"
-    return sentence, (num_documents, writer.num_tokens, num_read)
+        sentence += f", NUL characters removed from {counts['documents_with_nul']:,}"
+    return sentence
 
 
 # --------------------------------------------------------------------------- encoding
@@ -406,13 +395,13 @@ _worker: dict[str, Any] = {}
 def _start_worker(tokenizer: Any, args: argparse.Namespace, options: Any, totals: Any) -> None:
     _worker.update(tokenizer=tokenizer, args=args, options=options, totals=totals)
     _worker["cache"] = WordCache(prepare_backend(tokenizer))
-    if totals is not None:  # a process of its own: the parent decides what an interrupt means
+    if totals is not None:  # a process of its own: its parent handles interrupts
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
-    """A killed parent cannot stop its workers, and they would wait for work for ever."""
+    """End this process when its parent is killed, which can no longer stop its workers."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
@@ -429,15 +418,8 @@ def _batches(
         num_read += num_bytes
 
     documents = read_documents(
-        specs,
-        args.text_column,
-        args.where,
-        args.split,
-        args.blank_line_documents,
-        part,
-        args.max_documents,
-        args.unescape_newlines,
-        passed,
+        specs, args.text_column, args.where, args.split, args.blank_line_documents, part,
+        args.max_documents, args.unescape_newlines, passed,
     )
     batch: list[str] = []
     characters = 0
@@ -487,29 +469,27 @@ def _encode_in_pool(
 
 
 def _make_shard_in_worker(shard: tuple[int, int]) -> str:
-    totals, before = _worker["totals"], [0, 0, 0]
+    totals = _worker["totals"]
 
-    def report(*now: int) -> None:
+    def report(*more: int) -> None:
         with totals.get_lock():
-            for i in range(3):
-                totals[i] += now[i] - before[i]
-        before[:] = now
+            for i, number in enumerate(more):
+                totals[i] += number
 
-    blocks = _encode_part(_worker["args"].input, shard)
-    return _make_shard(shard, blocks, report)[0]
+    return _make_shard(shard, _encode_part(_worker["args"].input, shard), report)
 
 
 # --------------------------------------------------------------------------- adoption
 
 
 def adopt(args: argparse.Namespace, tokenizer: Any) -> None:
-    """Take in each `.bin` and `.idx` made elsewhere; a single one may stay in its place."""
+    """Take in each `.bin` and `.idx` made elsewhere; a single one may stay where it is."""
     sources = args.input
     if os.path.exists(args.output + ".json") and not args.overwrite:
-        raise ConfigError(f"{args.output}.json: a whole store is there already; see --overwrite")
+        raise ConfigError(f"{args.output}.json: a complete store; replace it with --overwrite")
     in_place = sources == [args.output]
     if not in_place and os.path.exists(args.output + ".bin") and not args.overwrite:
-        raise ConfigError(f"{args.output}.bin: there already; give another --output or --overwrite")
+        raise ConfigError(f"{args.output}.bin: exists; give another --output or --overwrite")
     options = {
         "adopted": sources if len(sources) > 1 else sources[0],
         "max_sequence_length": MAX_ADOPTED_LENGTH,
@@ -531,8 +511,8 @@ def _adopt_one(
     special = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), np.int64)
     counts = {"special_ids_stripped": 0, "sequences_cut": 0, "documents_dropped": 0}
     progress = _Count(args, [])
-    documents = 0
-    # In place, the writer works beside the old files and replaces them at the end.
+    num_documents = 0
+    # In place, the writer works beside the old files and replaces them at its end.
     with progress.bar, StoreWriter(args.output, tokenizer, options, shard, True) as writer:
         for sequences in read_foreign(source):
             kept = []
@@ -551,11 +531,11 @@ def _adopt_one(
             counts["documents_dropped"] += not kept
             if kept:
                 writer.add_document(kept)
-                documents += 1
-                progress.show(documents, writer.num_tokens)
+                num_documents += 1
+                progress.add(1, sum(map(len, kept)))
         writer.close(counts)
     said = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
-    line = f"{writer.prefix}: {documents:,} documents, {writer.num_tokens:,} tokens, {said}"
+    line = f"{writer.prefix}: {num_documents:,} documents, {writer.num_tokens:,} tokens, {said}"
     print(line, flush=True)
 
 

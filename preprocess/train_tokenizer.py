@@ -12,8 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,12 +19,13 @@ from typing import Any
 
 from preprocess.corpus import read_documents
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.files import temporary_path
+from preprocess.progress import Progress
 from preprocess.store import MAX_VOCAB
 
 # In the order of their ids.
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-LINE_SECONDS = 5.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,15 +44,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train_wordpiece(read: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) -> Any:
-    """Return a `BertTokenizerFast` learnt from the documents that `read` gives, twice."""
+    """Return a `BertTokenizerFast` learnt from the documents of two calls of `read`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # The library numbers "##x" in the order of a randomly seeded hash map, and equal pairs go by
-    # number: given the characters first, the same text gives the same vocabulary.
+    # The library numbers "##x" in the order of a randomly seeded hash map, and breaks ties between
+    # pairs by number. Given the characters first, the same text gives the same vocabulary.
     characters, inside = _count_characters(learner, read(), min(1000, vocab_size // 4))
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -85,7 +84,7 @@ def _count_characters(
 
 
 def train_bpe(read: Callable[[], Iterable[str]], vocab_size: int, lowercase: bool) -> Any:
-    """Return a `RobertaTokenizerFast` learnt from the documents that `read` gives."""
+    """Return a `RobertaTokenizerFast` learnt from the documents of `read`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import RobertaTokenizerFast
 
@@ -109,19 +108,11 @@ def _by_id(learner: Any) -> dict[str, int]:
     return dict(sorted(learner.get_vocab().items(), key=lambda item: item[1]))
 
 
-def _with_lines(documents: Iterable[str]) -> Iterator[str]:
-    """Pass documents on and say now and then how many."""
-    from tqdm import tqdm
-
-    if sys.stderr.isatty():
-        yield from tqdm(documents, unit=" documents", unit_scale=True)
-        return
-    due = time.monotonic() + LINE_SECONDS
-    for number, document in enumerate(documents, 1):
-        yield document
-        if time.monotonic() >= due:
-            print(f"{number:,} documents read", file=sys.stderr, flush=True)
-            due = time.monotonic() + LINE_SECONDS
+def _with_progress(documents: Iterable[str]) -> Iterator[str]:
+    with Progress(None, "document", label="read") as bar:
+        for document in documents:
+            yield document
+            bar.update()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,11 +126,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--lowercase: only --kind wordpiece has it; RoBERTa's BPE keeps case")
     output = Path(args.output)
     if output.exists():
-        raise DataError(f"{output}: there already; give another --output or remove it")
+        raise DataError(f"{output}: exists; give another --output or remove it")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the same vocabulary on any number of cores
 
     def read() -> Iterator[str]:
-        return _with_lines(read_documents(args.input, args.text_column))
+        return _with_progress(read_documents(args.input, args.text_column))
 
     tokenizer = KINDS[args.kind](read, args.vocab_size, args.lowercase is not False)
     if len(tokenizer) > args.vocab_size:
@@ -147,13 +138,13 @@ def main(argv: list[str] | None = None) -> None:
             f"--vocab_size {args.vocab_size}: single characters alone need {len(tokenizer)} here"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    temporary = temporary_path(output)
     try:
         tokenizer.save_pretrained(str(temporary))
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    note = "" if len(tokenizer) == args.vocab_size else ", all that this text gives"
+    note = "" if len(tokenizer) == args.vocab_size else ", all that this text yields"
     print(f"{output}: {args.kind}, {len(tokenizer):,} ids{note}", flush=True)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
-from preprocess.files import atomic_write_bytes
+from preprocess.files import atomic_write_bytes, read_json
 from train.reports.curves import (
     RUN_COLUMNS,
     Curves,
@@ -89,10 +89,10 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
 
 def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]:
     try:
-        listed = json.loads((folder / "arms.json").read_text(encoding="utf-8"))
+        listed = read_json(folder / "arms.json", expected=list)
         entries = [(str(entry["name"]), [folder / str(run) for run in entry["runs"]],
                     bool(entry["floor"]), entry.get("masking")) for entry in listed]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(
             f"{folder}/arms.json: not a list of arms; run train/pipeline.py again"
         ) from None
@@ -118,10 +118,10 @@ def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]
 def _step_seconds(folder: Path) -> dict[str, float]:
     """Seconds of the pipeline's finished steps, where they are recorded."""
     try:
-        steps = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
+        steps = read_json(folder / "steps.json")
         return {name: seconds for name, step in steps.items()
                 if step["finished"] and (seconds := number(step.get("seconds"))) is not None}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 

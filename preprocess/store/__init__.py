@@ -10,6 +10,7 @@ from preprocess.store.arrays import (
     verify_store,
     write_array,
 )
+from preprocess.store.join import join_shards
 from preprocess.store.layout import (
     DTYPES,
     MAX_SHARD_TOKENS,
@@ -33,7 +34,6 @@ from preprocess.store.writer import (
     StoreWriter,
     check_vocabulary,
     describe_tokenizer,
-    join_shards,
     tidy_store,
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -21,15 +20,13 @@ from preprocess.files import (
     seal,
     sync,
     temporary_path,
-    write_all,
-    write_whole,
+    write_temporary,
 )
 from preprocess.store.layout import (
     FORMAT_VERSION,
     NPY_HEADER_BYTES,
-    check_content,
-    map_file,
-    npy_header,
+    ColumnWriter,
+    open_column,
     read_sealed,
 )
 from preprocess.store.reader import Shard, TokenStore
@@ -48,11 +45,12 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def array_path(shard: Shard, name: str, kind: str) -> Path:
-    """Return where the array is: `P.NAME.KIND.npy`, or `P.importance.npy` (name "")."""
+    """Return the path of an array: `P.NAME.KIND.npy`, or `P.importance.npy` (name "")."""
     return prefix_array_path(shard.prefix, name, kind)
 
 
 def prefix_array_path(prefix: str, name: str, kind: str) -> Path:
+    """Return the path of an array beside the shard `prefix`."""
     if kind not in ARRAYS:
         raise DataError(f"array kind {kind!r}: known are {', '.join(ARRAYS)}")
     if kind == "importance" and not name:  # a store of annotated texts has one annotation
@@ -63,21 +61,21 @@ def prefix_array_path(prefix: str, name: str, kind: str) -> Path:
 
 
 def json_of(path: Path) -> Path:
+    """Return the path of the JSON of an array."""
     return path.with_suffix(".json")
 
 
 def lock_array(
     store: TokenStore, name: str, kind: str, shard_index: int | None = None
 ) -> ExitStack:
-    """Take the sole right to write an array beside one shard of a store, and clean up for it.
+    """Take the sole right to write an array beside one shard of a store, and remove leftovers.
 
     Args:
-        shard_index: which shard, from 0, so that processes may work at several of them at once;
-            None takes all of them.
+        shard_index: from 0, so that processes may work on several shards at once; None takes all.
     Returns:
         The locks, as a context manager.
     Raises:
-        ConfigError: another process writes it, or there are more shards than files may be open.
+        ConfigError: another process writes it, or there are more shards than open files allowed.
     """
     shards = store.shards if shard_index is None else [store.shards[shard_index]]
     with ExitStack() as locks:
@@ -110,7 +108,7 @@ def write_array(
         info: what made it; kept in the JSON with the store's fingerprint and the count.
     Raises:
         DataError: wrong dtype or length; mask positions that do not ascend or leave the shard.
-        DiskFullError: there is no room; an old array stays.
+        DiskFullError: the disk is full; an old array stays.
     """
     path = array_path(shard, name, kind)
     try:
@@ -134,54 +132,44 @@ def stage_array(
     info: dict[str, Any],
 ) -> None:
     """Write and sync an array and its JSON under temporary names."""
-    dtype = ARRAYS[kind]
-    count, last, digest = 0, -1, hashlib.sha256()
-    blocks = [array] if isinstance(array, np.ndarray) else array
-    with open(temporary_path(path), "wb", buffering=0) as stream:
-        if kind != "mask":  # its size is known: a full disk is said before the work is done
-            num_bytes = NPY_HEADER_BYTES + num_tokens * dtype.itemsize
-            with writing(path, num_bytes):
-                _reserve(stream, num_bytes)
-        stream.seek(NPY_HEADER_BYTES)
-        for block in blocks:
+    last, dtype = -1, ARRAYS[kind]
+    column = ColumnWriter(path, dtype)
+    with column.stream:
+        if kind != "mask":  # its size is known: report a full disk before the work is done
+            _reserve(column.stream, NPY_HEADER_BYTES + num_tokens * dtype.itemsize, path)
+        for block in [array] if isinstance(array, np.ndarray) else array:
             last = _check_block(path, num_tokens, kind, block, last)
-            data = np.ascontiguousarray(block, dtype).tobytes()
-            with writing(path, len(data)):
-                write_all(stream, data)
-            digest.update(data)
-            count += len(block)
-        if kind != "mask" and count != num_tokens:
+            column.add(block)
+        if kind != "mask" and column.count != num_tokens:
             raise DataError(
-                f"{path}: {count:,} values for the {num_tokens:,} tokens of its store; one a "
-                f"token is needed"
+                f"{path}: {column.count:,} values for the {num_tokens:,} tokens of its store; one "
+                f"per token is needed"
             )
-        stream.seek(0)
-        with writing(path, NPY_HEADER_BYTES):
-            write_all(stream, npy_header(dtype, count))
-            os.fsync(stream.fileno())
+        written = column.close()
     entry = {
         **info,
+        **written,
         "format_version": FORMAT_VERSION,
         "name": name,
         "kind": kind,
-        "count": count,
-        "sha256": digest.hexdigest(),
         "store_fingerprint": fingerprint,
     }
-    write_whole(temporary_path(json_of(path)), json_bytes(seal(entry)), json_of(path))
+    write_temporary(json_of(path), json_bytes(seal(entry)))
 
 
-def _reserve(stream: Any, num_bytes: int) -> None:
-    """Take the room for a file now, where the system can."""
+def _reserve(stream: Any, num_bytes: int, path: Path) -> None:
+    """Reserve the room for a file, where the system can."""
     if hasattr(os, "posix_fallocate"):
         try:
-            os.posix_fallocate(stream.fileno(), 0, num_bytes)
+            with writing(path, num_bytes):
+                os.posix_fallocate(stream.fileno(), 0, num_bytes)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
 
 
 def publish_array(path: Path) -> None:
+    """Give a staged array and its JSON their names."""
     json_of(path).unlink(missing_ok=True)
     os.replace(temporary_path(path), path)
     os.replace(temporary_path(json_of(path)), json_of(path))
@@ -205,8 +193,8 @@ def open_array(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Map an array beside a shard, read-only, and return it with its JSON.
 
-    Its content is hashed when it is opened first, and again only if the file has changed; with
-    `verify` in any case.
+    Its content is hashed when it is first opened, and again only if the file has changed; with
+    `verify` it always is.
 
     Raises:
         DataError: absent (says which command makes it), made for another store, or damaged.
@@ -215,7 +203,7 @@ def open_array(
     json_path = json_of(path)
     if not json_path.is_file() or not path.is_file():
         missing = path if json_path.is_file() else json_path
-        raise DataError(f"{missing}: no whole array here; {ARRAY_MAKERS[kind]} makes it")
+        raise DataError(f"{missing}: no complete array here; {ARRAY_MAKERS[kind]} makes it")
     again = f"make it again with {ARRAY_MAKERS[kind]}"
     info = read_sealed(json_path, again)
     if info.get("store_fingerprint") != shard.fingerprint:
@@ -223,22 +211,10 @@ def open_array(
             f"{path}: made for the store {info.get('store_fingerprint')}, but {shard.prefix} is "
             f"{shard.fingerprint}; {again}"
         )
-    count, dtype = info.get("count"), ARRAYS[kind]
-    if type(count) is not int or count < 0 or not isinstance(info.get("sha256"), str):
-        raise DataError(f"{json_path}: entries are missing or of the wrong type; {again}")
-    with open(path, "rb") as stream:
-        header = stream.read(NPY_HEADER_BYTES)
-        status = os.fstat(stream.fileno())
-    size = NPY_HEADER_BYTES + count * dtype.itemsize
-    if header != npy_header(dtype, count) or status.st_size != size:
-        raise DataError(
-            f"{path}: {status.st_size:,} bytes, or their header, are not those of {count:,} values "
-            f"of {dtype} that {json_path} says; {again}"
-        )
+    count = info["count"]
     if count != shard.num_tokens and (kind != "mask" or count > shard.num_tokens):
         raise DataError(f"{path}: {count} values for {shard.num_tokens} tokens; {again}")
-    check_content(shard.prefix, path, NPY_HEADER_BYTES, info["sha256"], verify, again=again)
-    return map_file(str(path), dtype, count, NPY_HEADER_BYTES), info
+    return open_column(shard.prefix, path, ARRAYS[kind], info, verify, again), info
 
 
 def _array_names(shard: Shard, kind: str) -> set[str]:
@@ -253,13 +229,13 @@ def _array_names(shard: Shard, kind: str) -> set[str]:
 
 
 def list_arrays(store: TokenStore, kind: str) -> list[str]:
-    """Return the sorted names of the arrays of a kind that every shard has whole."""
+    """Return the sorted names of the arrays of a kind that all shards have."""
     names = [_array_names(shard, kind) for shard in store.shards]
     return sorted(set.intersection(*names))
 
 
 def missing_arrays(store: TokenStore, name: str, kind: str) -> list[Path]:
-    """Return the paths of array `name` of the shards that do not have it yet."""
+    """Return the paths of array `name` at the shards that do not have it yet."""
     paths = [array_path(shard, name, kind) for shard in store.shards]
     return [path for path in paths if not json_of(path).is_file()]
 
@@ -270,7 +246,7 @@ def verify_store(prefix: str) -> tuple[TokenStore, int]:
     Returns:
         The store, and how many arrays it has.
     Raises:
-        DataError: naming the first file that is not as it was written.
+        DataError: names the first file that is not as written.
     """
     store, num_arrays = TokenStore.open(prefix, verify=True), 0
     for shard in store.shards:

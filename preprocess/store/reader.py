@@ -1,20 +1,23 @@
-"""The token store: write it, open it, check it, split it into shards, keep arrays beside it.
+"""The token store as it is read.
 
 A store is named by a prefix `P`: `P.bin` (uint16 ids, nothing between them), `P.idx` (Megatron-Core
-indexed-dataset index, version 1), `P.json` (counts, options, hashes; written last, so its presence
-means whole) and `P.tokenizer/`. A sharded store is `P-00003-of-00008.{bin,idx,json}` and a `P.json`
-that lists the shards. No other file of ours opens a `.bin`.
+indexed-dataset index, version 1), `P.json` (counts, options, hashes; written last, so that its
+presence means complete) and `P.tokenizer/`. A sharded store is `P-00003-of-00008.{bin,idx,json}`
+and a `P.json` that lists the shards. Plain numpy reads a shard as well:
 
-Everything is checked against file sizes before it is mapped, so a broken header allocates nothing.
-Opening maps the index too: memory does not grow with the store.
+    tokens = np.memmap("P.bin", "<u2", "r")
+    lengths = np.fromfile("P.idx", "<i4", num_sequences, offset=34)  # tokens per sequence
 
-What is checked when: every JSON carries its own sha256; opening a store checks that, the sizes, the
-sha256 of the tokenizer and of the index; opening an array checks its whole content (nothing else
-would notice a moved mask). Index and arrays are hashed once: `P.memo.json` keeps size, times and
-inode of what was found right, and a file that has changed since is hashed again. The ids, of which
-there are too many to hash, are compared with the vocabulary as they are read. `verify` hashes every
-byte. A file that is cut short while it is mapped ends the process (SIGBUS): no reader of mapped
-files can turn that into an error.
+No other room opens a `.bin`. Sizes are checked before anything is mapped, so a broken header
+allocates nothing. Opening maps the index too: memory does not grow with the store.
+
+Every JSON carries its own sha256. Opening a store checks that, the sizes, and the sha256 of the
+tokenizer and of the index; opening an array checks its whole content (nothing else would notice a
+moved mask). Index and arrays are hashed once: `P.memo.json` keeps the size, times and inode of each
+file that passed, and a file that has changed since is hashed again. The ids are too many to hash;
+they are compared with the vocabulary as they are read. `verify` hashes every byte. A file that is
+truncated while it is mapped ends the process (SIGBUS): no reader of mapped files can turn that into
+an error.
 
 Letters: `T` tokens, `N` sequences, `D` documents, `M` masked positions.
 """
@@ -29,10 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError
-from preprocess.files import (
-    file_sha256,
-)
+from preprocess.errors import ConfigError, DataError, check_shard
+from preprocess.files import file_sha256
 from preprocess.store.layout import (
     BLOCK_ENTRIES,
     DTYPES,
@@ -40,7 +41,6 @@ from preprocess.store.layout import (
     MAGIC,
     MAX_VOCAB,
     OUR_DTYPE,
-    SHA256,
     check_content,
     is_name,
     map_file,
@@ -48,16 +48,18 @@ from preprocess.store.layout import (
     same_files,
 )
 
-BLOCK_TOKENS = 1 << 20  # of which a strategy makes at most about 100 MB of keys and flags
+BLOCK_TOKENS = 1 << 20  # a strategy makes at most about 100 MB of keys and flags for these
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
     """One mapped shard.
 
-    tokens: `(T,)` uint16, read-only. sequence_offsets: `(N+1,)`, first token of each sequence, and
-    the end. document_offsets: `(D+1,)`, first sequence of each document, and the end; both are
-    `Offsets` or arrays. token_start: tokens of the store before this shard.
+    Attributes:
+        tokens: `(T,)` uint16, read-only.
+        sequence_offsets: first token of each sequence, and the end, `(N+1,)` int64.
+        document_offsets: first sequence of each document, and the end, `(D+1,)` int64.
+        token_start: number of tokens in the shards before this one.
     """
 
     prefix: str
@@ -83,8 +85,8 @@ class Shard:
 class _Ids(np.memmap):
     """Mapped ids that are compared with the vocabulary as they are read.
 
-    A damaged `.bin` of the right size would otherwise hand ids to an embedding that has fewer
-    rows, or rows that mean nothing (a GPU reads past the end, a padded embedding says nothing).
+    Otherwise a damaged `.bin` of the right size would hand out ids for which an embedding has no
+    row, or a meaningless one (a GPU reads past the end, a padded embedding notices nothing).
     """
 
     vocab_size = MAX_VOCAB
@@ -111,7 +113,7 @@ def _read_header(prefix: str) -> tuple[np.dtype, int, int]:
     path, bin_path = prefix + ".idx", prefix + ".bin"
     for needed in (path, bin_path):
         if not os.path.isfile(needed):
-            raise DataError(f"{needed}: no such file; the token store is not whole, make it again")
+            raise DataError(f"{needed}: no such file; the token store is incomplete, make it again")
     with open(path, "rb") as stream:
         header = stream.read(HEADER.size)
         actual = os.fstat(stream.fileno()).st_size
@@ -124,11 +126,11 @@ def _read_header(prefix: str) -> tuple[np.dtype, int, int]:
             f"allowed are version 1, codes {sorted(DTYPES)}"
         )
     expected = HEADER.size + 12 * num_sequences + 8 * num_indices
-    # A multimodal index has one more byte a sequence; nobody here has such a store.
+    # A multimodal index has one more byte per sequence; nobody here has such a store.
     if actual != expected or num_indices < 1:
         raise DataError(
             f"{path}: {actual:,} bytes, but its header says {expected:,}; "
-            f"cut short or damaged, make it again"
+            f"truncated or damaged, make it again"
         )
     return DTYPES[code], num_sequences, num_indices
 
@@ -166,7 +168,7 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
     ):
         raise DataError(
             f"{bin_path}: {num_bytes:,} bytes do not hold the sequences that {path} lists; "
-            f"cut short or damaged, make it again"
+            f"truncated or damaged, make it again"
         )
     if documents[0] != 0 or documents[-1] != num_sequences or (np.diff(documents) < 0).any():
         raise DataError(f"{path}: the documents do not cover the sequences; make it again")
@@ -174,13 +176,13 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarr
 
 
 class Offsets:
-    """Where each sequence or document begins, and where the last one ends: left on the disk.
+    """The start of each sequence or document, and the end of the last one, left on the disk.
 
-    Slices, numbers and arrays of numbers give int64; numpy's functions read all of it, but for
-    `np.searchsorted`.
+    Slices, numbers and arrays of numbers give int64. numpy's functions read all of the file,
+    except `np.searchsorted`.
 
     Args:
-        starts: mapped, `(n,)` int64, `unit` times what is given out.
+        starts: mapped, `(n,)` int64, `unit` times the values.
         end: the last value.
     """
 
@@ -208,7 +210,11 @@ class Offsets:
         return self[:].astype(dtype or np.int64, copy=False)
 
     def searchsorted(self, values: Any, side: str = "left", sorter: None = None) -> Any:
-        """What `np.searchsorted` calls: that of numpy would read all of it."""
+        """Search by bisection, a few entries at a time; `np.searchsorted` calls this.
+
+        numpy's own search would copy the whole array: behind the 34-byte header of `P.idx` its
+        values are not aligned to 8 bytes.
+        """
         values = np.asarray(values)
         low, high = np.zeros(values.shape, np.int64), np.full(values.shape, len(self), np.int64)
         for _ in range(len(self).bit_length()):
@@ -233,18 +239,18 @@ def _open_shard(prefix: str, info: dict[str, Any], token_start: int, verify: boo
     path = prefix + ".json"
     dtype, num_sequences, num_indices = _read_header(prefix)
     if dtype != DTYPES[OUR_DTYPE]:
-        raise DataError(f"{prefix}.idx: not an index of ours; take it in with --adopt")
+        raise DataError(f"{prefix}.idx: {dtype} ids, not uint16; take it in with --adopt")
     counts = info["counts"]
     for key, value in (("sequences", num_sequences), ("documents", num_indices - 1)):
         if counts.get(key) != value:
             raise DataError(
                 f"{prefix}.idx: {value} {key}, but {path} says {counts.get(key)}; make it again"
             )
-    num_tokens, num_bytes = counts.get("tokens"), os.path.getsize(prefix + ".bin")
-    if type(num_tokens) is not int or num_bytes != 2 * num_tokens:
+    num_tokens, num_bytes = counts["tokens"], os.path.getsize(prefix + ".bin")
+    if num_bytes != 2 * num_tokens:
         raise DataError(
             f"{prefix}.bin: {num_bytes:,} bytes, but {path} says {num_tokens} tokens of two bytes; "
-            f"cut short or damaged, make it again"
+            f"truncated or damaged, make it again"
         )
     lengths, pointers, documents = _map_index(prefix, num_sequences, num_indices)
 
@@ -273,7 +279,9 @@ def _check_offsets(
         ends = end + np.cumsum(block)
         gaps = pointers[first : first + BLOCK_ENTRIES] != 2 * (ends - block)
         if (block < 0).any() or gaps.any():
-            raise DataError(f"{prefix}.idx: not an index of ours; take it in with --adopt")
+            raise DataError(
+                f"{prefix}.idx: its sequences do not follow each other; take it in with --adopt"
+            )
         end = int(ends[-1])
     if end != num_tokens:
         raise DataError(
@@ -287,61 +295,38 @@ def _check_offsets(
 
 
 def read_store_json(prefix: str) -> dict[str, Any]:
+    """Read the JSON of a store or of a shard."""
     path = prefix + ".json"
     if not os.path.isfile(path):
         if os.path.exists(prefix + ".bin"):
             remedy = f"take the .bin and .idx in with tokenize_corpus.py --adopt --output {prefix}"
         else:
             remedy = f"make one with tokenize_corpus.py --output {prefix}"
-        raise DataError(f"{path}: no whole token store here; {remedy}")
+        raise DataError(f"{path}: no complete token store here; {remedy}")
     info = read_sealed(path, "make the store again")
-    if not _is_store_json(info):
-        raise DataError(f"{path}: entries are missing or of the wrong type; make the store again")
+    if not {"tokenizer", "counts", "fingerprint"} <= info.keys():
+        raise DataError(f"{path}: not the JSON of a token store; give the prefix of a store")
     return info
 
 
-def _is_store_json(info: dict[str, Any]) -> bool:
-    """Whether every entry that is read later is there, of its type, and in its range."""
-    tokenizer, shards = info.get("tokenizer"), info.get("shards")
-    if not isinstance(tokenizer, dict) or not isinstance(info.get("counts"), dict):
-        return False
-    size, special = tokenizer.get("vocab_size"), tokenizer.get("special_ids")
-    everything = tokenizer.get("all_special_ids")
-    if type(size) is not int or not 0 < size <= MAX_VOCAB or not isinstance(special, dict):
-        return False
-    if not isinstance(everything, list) or not isinstance(tokenizer.get("files"), dict):
-        return False
-    if not all(type(i) is int and 0 <= i < size for i in (*special.values(), *everything)):
-        return False
-    if not isinstance(info.get("fingerprint"), str) or not is_name(tokenizer.get("folder")):
-        return False
-    if "shards" not in info:
-        hashes = (info.get("bin_sha256"), info.get("idx_sha256"))
-        return all(isinstance(h, str) and SHA256.fullmatch(h) for h in hashes)
-    return isinstance(shards, list) and bool(shards) and all(
-        isinstance(s, dict) and is_name(s.get("name")) and isinstance(s.get("fingerprint"), str)
-        for s in shards
-    )
-
-
-def _beside(prefix: str, name: str, *endings: str) -> str:
-    """Return the path of `name`, listed in `P.json`, after a look at where links lead."""
-    folder, real = Path(prefix).parent, Path(prefix + ".json").resolve().parent
-    for ending in endings:
-        path = folder / f"{name}{ending}"
-        if path.resolve().parent != real:
-            raise DataError(
-                f"{path}: a link out of {real}, where {prefix}.json is; copy it there instead"
-            )
-    return str(folder / name)
+def _beside(prefix: str, name: Any) -> str:
+    """Return the path of a file that `P.json` names; the file may be a link to another disk."""
+    if not is_name(name):
+        raise DataError(
+            f"{prefix}.json: names {name!r}, outside its folder; make the store again"
+        )
+    return str(Path(prefix).parent / name)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """A whole store, of one piece or of shards; open it with `TokenStore.open`.
+    """A complete store, of one piece or of shards; open it with `TokenStore.open`.
 
-    special_ids: of `cls`, `sep`, `pad`, `mask`, `unk`, those that exist. tokenizer_dir: the
-    tokenizer saved beside the store. fingerprint: changes with any id or boundary.
+    Attributes:
+        fingerprint: changes with any id or boundary.
+        special_ids: those of `cls`, `sep`, `pad`, `mask` and `unk` that exist.
+        tokenizer_dir: the tokenizer saved beside the store.
+        info: the content of `P.json`.
     """
 
     prefix: str
@@ -358,7 +343,7 @@ class TokenStore:
         """Open the store `prefix`; `verify` hashes the ids too.
 
         Raises:
-            DataError: naming the file that is absent, cut short, damaged, or of another version.
+            DataError: names the file that is absent, truncated, damaged, or of another version.
         """
         prefix = str(prefix)
         info = read_store_json(prefix)
@@ -368,7 +353,7 @@ class TokenStore:
             if entry is None:
                 shard_info, path = info, prefix
             else:
-                path = _beside(prefix, entry["name"], ".json", ".bin", ".idx")
+                path = _beside(prefix, entry["name"])
                 shard_info = read_store_json(path)
                 if "shards" in shard_info or shard_info["fingerprint"] != entry["fingerprint"]:
                     raise DataError(
@@ -378,7 +363,7 @@ class TokenStore:
             shards.append(_open_shard(path, shard_info, start, verify))
             start += shards[-1].num_tokens
         tokenizer = info["tokenizer"]
-        tokenizer_dir = _beside(prefix, tokenizer["folder"], "")
+        tokenizer_dir = _beside(prefix, tokenizer["folder"])
         if not same_files(Path(tokenizer_dir), tokenizer["files"]):
             raise DataError(
                 f"{tokenizer_dir}: not the tokenizer that {prefix}.json names (sha256 of its "
@@ -396,19 +381,19 @@ class TokenStore:
         )
 
     def choose_shards(self, index: int | None, count: int | None) -> list[Shard]:
-        """The shards to work on: all, or the one that `--shard_index` names.
+        """Return all shards, or the one that `--shard_index` names.
 
         Raises:
-            ConfigError: the store has another number of shards than `--num_shards` says.
+            ConfigError: one of the two flags alone, an index out of range, or another number of
+                shards than the store has.
         """
-        if index is None:
-            return self.shards
-        if count != len(self.shards):
+        check_shard(index, count)
+        if count not in (None, len(self.shards)):
             raise ConfigError(
                 f"--num_shards {count}: {self.prefix} has {len(self.shards)} shards; give "
                 f"--num_shards {len(self.shards)}, or neither flag to make all"
             )
-        return [self.shards[index]]
+        return self.shards if index is None else [self.shards[index]]
 
     def read_pieces(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Read runs of tokens, each inside one shard.
@@ -426,12 +411,12 @@ class TokenStore:
         spans = list(zip(
             shard_of.tolist(), local.tolist(), (local + lengths).tolist(), strict=True
         ))
-        # Plain arrays, compared with the vocabulary at once: run by run is several times slower.
+        # Plain arrays, compared with the vocabulary at once: several times faster than by run.
         plain = {s: self.shards[s].tokens.view(np.ndarray) for s in set(shard_of.tolist())}
         parts = [plain[s][a:b] for s, a, b in spans]
         ids = np.concatenate(parts) if parts else np.empty(0, np.uint16)
         if ids.size and int(ids.max()) >= self.vocab_size:
-            for s, a, b in spans:  # the one that holds it says so
+            for s, a, b in spans:  # the run that holds it raises the error
                 self.shards[s].tokens[a:b]
         return ids
 
@@ -451,7 +436,7 @@ class TokenStore:
 def iterate_blocks(
     offsets: Offsets | np.ndarray, max_tokens: int = BLOCK_TOKENS
 ) -> Iterator[slice]:
-    """Cut a shard into runs of whole sequences of at most `max_tokens` tokens (or one sequence).
+    """Cut a shard into runs of sequences of at most `max_tokens` tokens, or of one sequence.
 
     Args:
         offsets: token offset of each sequence, and the end, `(N+1,)`.
@@ -460,8 +445,8 @@ def iterate_blocks(
     """
     first = 0
     while first < len(offsets) - 1:
-        # The last offset that is within reach is the end of the block: offsets 0 4 9 12 and at
-        # most 10 tokens give sequences 0:2 (9 tokens), then 2:3.
+        # The last offset within reach ends the block: offsets 0 4 9 12 and at most 10 tokens give
+        # sequences 0:2 (9 tokens), then 2:3.
         last = int(np.searchsorted(offsets, offsets[first] + max_tokens, side="right")) - 1
         last = max(last, first + 1)
         yield slice(first, last)

@@ -1,4 +1,4 @@
-"""Write a token store: one shard by one process, then the JSON that joins the shards."""
+"""Write a token store, or one shard of it, by one process."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ import numpy as np
 from preprocess.errors import ConfigError, DataError, writing
 from preprocess.files import (
     WriterLock,
-    atomic_write_json,
+    create_temporary,
     file_sha256,
     fingerprint_text,
+    finish,
     json_bytes,
     remove_leftovers,
     seal,
     sync,
     temporary_path,
-    write_whole,
+    write_all,
+    write_temporary,
 )
 from preprocess.store.arrays import json_of, prefix_array_path, publish_array, stage_array
+from preprocess.store.join import join_shards
 from preprocess.store.layout import (
     BLOCK_ENTRIES,
     FORMAT_VERSION,
@@ -39,10 +42,6 @@ from preprocess.store.layout import (
     same_files,
     shard_prefix,
 )
-from preprocess.store.reader import read_store_json
-
-# To wait for others that join the same shards. Each takes milliseconds, but they may be thousands.
-JOIN_SECONDS = 60.0
 
 
 def check_vocabulary(tokenizer: Any) -> int:
@@ -57,9 +56,10 @@ def check_vocabulary(tokenizer: Any) -> int:
 
 
 def describe_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
-    """Save a tokenizer in `folder` (must not exist) and return what `P.json` says about it."""
+    """Save a tokenizer in `folder`, which must not exist; return its entry in `P.json`."""
     vocab_size = check_vocabulary(tokenizer)
-    tokenizer.save_pretrained(str(folder))
+    with writing(folder):
+        tokenizer.save_pretrained(str(folder))
     files = {p.name: file_sha256(p) for p in sorted(Path(folder).iterdir()) if p.is_file()}
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_NAMES}
     return {
@@ -73,7 +73,7 @@ def describe_tokenizer(tokenizer: Any, folder: str | Path) -> dict[str, Any]:
 
 def _install_folder(temporary: Path, folder: Path, files: dict[str, str]) -> None:
     """Move a saved tokenizer into place unless the same one is there (several shards share it)."""
-    # Nobody reads an old one, so this needs no lock.
+    # Nobody reads old ones, so this needs no lock.
     remove_leftovers(folder, mark="old")
     for _ in range(3):
         if same_files(folder, files):
@@ -84,7 +84,7 @@ def _install_folder(temporary: Path, folder: Path, files: dict[str, str]) -> Non
             if folder.exists():
                 os.rename(folder, old)
             os.rename(temporary, folder)
-        except OSError:  # another shard was faster; look again at what it put there
+        except OSError:  # another shard was faster: look again
             continue
         finally:
             shutil.rmtree(old, ignore_errors=True)
@@ -98,17 +98,17 @@ class StoreWriter:
     Args:
         prefix: of the whole store, also when `shard` is given.
         tokenizer: a transformers fast tokenizer; saved beside the store.
-        options: what made the ids; kept in the JSON, compared on a rerun.
+        options: that made the ids; kept in the JSON and compared on a rerun.
         shard: `(index, count)`, or None for a store of one piece.
-        overwrite: replace what is there. The old store stays whole until `close` has written and
+        overwrite: replace an existing store. It stays complete until `close` has written and
             synced everything and only renames.
-        lock: of what is written, if the caller holds it already and goes on holding it.
+        lock: of the prefix, if the caller holds it and keeps it.
     Raises:
-        DataError: a vocabulary above 65,536, or a store that is there already.
+        DataError: a vocabulary above 65,536, or an existing store.
         ConfigError: another writer.
         DiskFullError: from any method; nothing is left behind.
 
-    Used as a context manager, an exception inside leaves nothing behind.
+    As a context manager it leaves nothing behind after an exception.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class StoreWriter:
             Path(f"{self.prefix}.{ending}") for ending in ("bin", "idx", "json")
         )
         self._tokenizer_tmp = temporary_path(Path(self.prefix + ".tokenizer"))
-        self._arrays: list[tuple[str, str, np.ndarray, dict[str, Any]]] = []
+        self._arrays: dict[Path, tuple[str, str, np.ndarray, dict[str, Any]]] = {}
         self._stream: Any = None
         self._done = False
         self._index: _IndexWriter | None = None
@@ -137,8 +137,8 @@ class StoreWriter:
         self._hash = hashlib.sha256()
         if not overwrite:
             _refuse_other_counts(self.store_prefix, shard[1] if shard else 1)
-        # A store of one piece under this prefix would be a second writer. Nothing is locked for
-        # this look unless somebody is there: a thousand shards may start at once.
+        # A store of one piece under this prefix would be a second writer. The prefix is locked only
+        # if somebody seems to be there: a thousand shards may start at once.
         if shard is not None and os.path.exists(f"{self.store_prefix}.lock"):
             WriterLock(self.store_prefix, wait_seconds=1.0).release()
         self._lock = WriterLock(self.prefix) if lock is None else lock
@@ -147,10 +147,8 @@ class StoreWriter:
             remove_store_leftovers(self.prefix)
             if not overwrite and not self._lock.interrupted:
                 self._refuse_existing()
-            with writing(self.store_prefix + ".tokenizer"):
-                self._tokenizer = describe_tokenizer(tokenizer, self._tokenizer_tmp)
-            with writing(self._bin):
-                self._stream = open(temporary_path(self._bin), "wb", buffering=1 << 20)
+            self._tokenizer = describe_tokenizer(tokenizer, self._tokenizer_tmp)
+            self._stream = create_temporary(self._bin, 1 << 20)
             self._index = _IndexWriter(self._idx)
         except BaseException:
             self.abort()
@@ -159,17 +157,17 @@ class StoreWriter:
     def _refuse_existing(self) -> None:
         if self._json.exists():
             raise DataError(
-                f"{self.prefix}.json: a token store is there already; "
+                f"{self.prefix}.json: a token store exists already; "
                 f"give another --output, or --overwrite"
             )
-        if self._bin.exists() and self.shard is None:  # a shard is ours, and was not finished
+        if self._bin.exists() and self.shard is None:  # a shard is ours, and is not finished
             raise DataError(
-                f"{self.prefix}.bin: a store without {self.prefix}.json is there; take it in with "
+                f"{self.prefix}.bin: a store without {self.prefix}.json; take it in with "
                 f"tokenize_corpus.py --adopt, or replace it with --overwrite"
             )
 
     def add_document(self, sequences: Iterable[Sequence[int] | np.ndarray]) -> None:
-        """Append one document: its sequences, each one array-like of ids."""
+        """Append one document: its sequences, each array-like of ids."""
         arrays = [np.asarray(s) for s in sequences]
         lengths = [len(a) for a in arrays]
         arrays = [a for a in arrays if len(a)]  # an empty list would turn the ids into floats
@@ -209,39 +207,32 @@ class StoreWriter:
                 f"{self.prefix}.bin: a shard holds fewer than 2^32 tokens; give more --num_shards"
             )
         data = tokens.astype("<u2").tobytes()
-        with writing(self._bin, len(data)):
-            self._stream.write(data)
+        write_all(self._stream, data, self._bin)
         self._hash.update(data)
         assert self._index is not None
         self._index.add(lengths, documents)
         self.num_tokens += len(tokens)
 
     def add_array(self, name: str, kind: str, array: np.ndarray, info: dict[str, Any]) -> None:
-        """Put an array beside the store, in the moment in which that becomes whole.
+        """Publish an array together with the store.
 
         Args:
-            array: as for `write_array`, of the tokens that are there when the writer is closed.
+            array: as for `write_array`, of the tokens that the writer has when it is closed.
         """
         path = prefix_array_path(self.prefix, name, kind)
         remove_leftovers(path, json_of(path))
-        self._arrays.append((name, kind, array, info))
+        self._arrays[path] = (name, kind, array, info)
 
     def close(self, extra_counts: dict[str, int] | None = None) -> None:
         """Put the store in place; the JSON comes last. The last shard writes `P.json` too."""
         try:
-            with writing(self._bin, self.num_tokens * 2):
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-                self._stream.close()
+            finish(self._stream, self._bin)
             assert self._index is not None
             info = self._describe(self._index.close(), extra_counts or {})
-            write_whole(temporary_path(self._json), json_bytes(seal(info)), self._json)
-            arrays: list[Path] = []
-            for name, kind, array, made_by in self._arrays:
-                path = prefix_array_path(self.prefix, name, kind)
-                arrays.append(path)
+            write_temporary(self._json, json_bytes(seal(info)))
+            for path, (name, kind, array, made_by) in self._arrays.items():
                 stage_array(path, self.num_tokens, info["fingerprint"], name, kind, array, made_by)
-            self._publish(arrays)
+            self._publish()
             if self.shard is not None:
                 join_shards(self.store_prefix, self.shard[1], (self.prefix, info["fingerprint"]))
         except BaseException:
@@ -274,23 +265,23 @@ class StoreWriter:
             ),
         }
 
-    def _publish(self, arrays: list[Path]) -> None:
-        # Everything is written; from here there are only renames. Until the JSON is in place,
-        # neither the shard nor the store counts as whole.
+    def _publish(self) -> None:
+        # Everything is written; only renames follow. Until the JSON is in place, neither the shard
+        # nor the store counts as complete.
         for path in (self._json, Path(self.store_prefix + ".json")):
             path.unlink(missing_ok=True)
         folder = Path(self.store_prefix + ".tokenizer")
         _install_folder(self._tokenizer_tmp, folder, self._tokenizer["files"])
         for path in (self._bin, self._idx):
             os.replace(temporary_path(path), path)
-        for path in arrays:
+        for path in self._arrays:
             publish_array(path)
         sync(self._json.parent)
         os.replace(temporary_path(self._json), self._json)
         sync(self._json.parent)
 
     def abort(self) -> None:
-        """Remove what was written and give up the prefix; what was there before stays."""
+        """Remove what was written and release the prefix; an older store stays."""
         if self._done:
             return
         if self._stream is not None:
@@ -298,7 +289,7 @@ class StoreWriter:
                 self._stream.close()
         if self._index is not None:
             self._index.abort()
-        arrays = [prefix_array_path(self.prefix, name, kind) for name, kind, _, _ in self._arrays]
+        arrays = list(self._arrays)
         for path in (self._bin, self._idx, self._json, *arrays, *map(json_of, arrays)):
             temporary_path(path).unlink(missing_ok=True)
         shutil.rmtree(self._tokenizer_tmp, ignore_errors=True)
@@ -320,33 +311,33 @@ class StoreWriter:
 
 
 def _refuse_other_counts(prefix: str, count: int) -> None:
-    """Refuse to begin a store of `count` shards where there are some of another number.
+    """Refuse to begin a store of `count` shards beside shards of another number.
 
-    `P.json` says how many there are; before it is written, any shard does.
+    Only before `P.json` is written, which says how many there are: the caller compares that.
     """
     if os.path.exists(prefix + ".json"):
-        return  # and what is refused then is the caller's to say
+        return
     folder, name = Path(prefix).parent, re.escape(Path(prefix).name)
     shard = re.compile(name + r"-\d{5}-of-(\d{5})\.json")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         found = shard.fullmatch(path.name)
         if found and int(found[1]) != count:
             raise ConfigError(
-                f"{path}: one of {int(found[1])} shards, and this is to be one of {count}; type "
+                f"{path}: one of {int(found[1])} shards, but {count} are asked for; type "
                 f"--num_shards {int(found[1])}, give another --output, or remove the old shards"
             )
 
 
 def tidy_store(prefix: str) -> None:
-    """Remove what killed writers left beside a whole store or shard, unless one is at work."""
-    with suppress(ConfigError, OSError):  # such as a disk that may only be read
+    """Remove what killed writers left beside a complete store, unless one is at work."""
+    with suppress(ConfigError, OSError):  # such as a read-only disk
         with WriterLock(prefix):
             remove_store_leftovers(prefix)
 
 
 def remove_store_leftovers(prefix: str) -> None:
-    """Remove what killed writers of a store or shard left behind; for the holder of its lock."""
-    endings = ("bin", "idx", "json", "tokenizer", "memo.json")
+    """Remove what killed writers of a store or shard left behind; the caller holds its lock."""
+    endings = ("bin", "idx", "idx-documents", "json", "tokenizer", "memo.json")
     remove_leftovers(*(f"{prefix}.{ending}" for ending in endings))
     remove_leftovers(f"{prefix}.tokenizer", mark="old")
 
@@ -354,18 +345,16 @@ def remove_store_leftovers(prefix: str) -> None:
 class _IndexWriter:
     """Write `P.idx` under its temporary name, in little memory: a long text has 10^8 sequences.
 
-    Lengths go straight to their place behind the header, documents to a file beside it until the
-    number of sequences is known. Both begin with the name that `remove_leftovers` knows.
+    Lengths go straight to their place behind the header, documents to a second file until the
+    number of sequences is known.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self.temporary = path, temporary_path(path)
-        self._side = self.temporary.with_name(f"{self.temporary.name}-documents")
+        self._path, self._side = path, Path(f"{path}-documents")
         self.num_sequences = self.num_documents = 0
         self._streams: list[Any] = []
-        with writing(path):
-            for name in (self.temporary, self._side):
-                self._streams.append(open(name, "w+b", buffering=1 << 20))
+        for name in (self._path, self._side):
+            self._streams.append(create_temporary(name, 1 << 20))
         self._lengths, self._documents = self._streams
         self._lengths.write(bytes(HEADER.size))
         self._documents.write(bytes(8))
@@ -373,15 +362,14 @@ class _IndexWriter:
     def add(self, lengths: np.ndarray, documents: np.ndarray) -> None:
         """Append tokens of each sequence, `(N,)` int64, and sequences of each document, `(D,)`."""
         ends = self.num_sequences + np.cumsum(documents)
-        with writing(self._path, 4 * len(lengths) + 8 * len(ends)):
-            self._lengths.write(lengths.astype("<i4").tobytes())
-            self._documents.write(ends.astype("<i8").tobytes())
+        write_all(self._lengths, lengths.astype("<i4").tobytes(), self._path)
+        write_all(self._documents, ends.astype("<i8").tobytes(), self._path)
         self.num_sequences += len(lengths)
         self.num_documents += len(documents)
 
     def close(self) -> str:
-        """Write what is missing and sync the file; return its sha256."""
-        with writing(self._path, 8 * (self.num_sequences + self.num_documents + 1)):
+        """Write the pointers, the documents and the header; sync; return the sha256."""
+        with writing(self._path):  # seeking and reading write what is in the buffers
             start = 0
             for number in range(0, self.num_sequences, BLOCK_ENTRIES):
                 count = min(BLOCK_ENTRIES, self.num_sequences - number)
@@ -397,91 +385,15 @@ class _IndexWriter:
             self._lengths.seek(0)
             counts = (self.num_sequences, self.num_documents + 1)
             self._lengths.write(HEADER.pack(MAGIC, 1, OUR_DTYPE, *counts))
-            self._lengths.flush()
-            os.fsync(self._lengths.fileno())
+            finish(self._lengths, self._path)
         self.abort(keep=True)
-        return file_sha256(self.temporary)
+        return file_sha256(temporary_path(self._path))
 
     def abort(self, keep: bool = False) -> None:
-        """Close the files, and remove them but for one that is to be kept."""
+        """Close and remove the files; `keep` leaves the index."""
         for stream in self._streams:
             with suppress(OSError):  # on a full disk closing tries to write once more
                 stream.close()
-        self._side.unlink(missing_ok=True)
+        temporary_path(self._side).unlink(missing_ok=True)
         if not keep:
-            self.temporary.unlink(missing_ok=True)
-
-
-def join_shards(prefix: str, count: int, made: tuple[str, str] | None = None) -> str:
-    """Write `P.json` if all `count` shards are whole and alike; else return what it waits for.
-
-    No shard is read beyond its JSON. Any number of processes may do this at once: each comes after
-    its own shard is whole, so the last of them finds all. While a store is replaced shard by shard,
-    old and new shards stand side by side for a while: that is no error here.
-
-    Args:
-        made: prefix and fingerprint of the shard that the caller has just made, whose part in a
-            `P.json` of another process is all that it must see to.
-    Raises:
-        ConfigError: another process has been writing a store of one piece here all the while.
-    """
-    waiting, joined = _describe_shards(prefix, count)
-    if waiting or _has_content(prefix, joined):
-        return waiting  # most of them only look, and lock nothing
-    with WriterLock(prefix, JOIN_SECONDS):
-        if made is not None and _is_joined(prefix, *made):
-            return ""
-        remove_leftovers(prefix + ".json")
-        waiting, joined = _describe_shards(prefix, count)
-        if not waiting:
-            atomic_write_json(prefix + ".json", joined)
-        return waiting
-
-
-def _has_content(prefix: str, info: dict[str, Any]) -> bool:
-    with suppress(DataError, FileNotFoundError):
-        return read_store_json(prefix) == info
-    return False
-
-
-def _is_joined(prefix: str, shard: str, fingerprint: str) -> bool:
-    with suppress(DataError, FileNotFoundError):
-        shards = read_store_json(prefix).get("shards", [])
-        return {"name": Path(shard).name, "fingerprint": fingerprint} in shards
-    return False
-
-
-def _describe_shards(prefix: str, count: int) -> tuple[str, dict[str, Any]]:
-    """Return what a store of shards waits for, or "" and what its `P.json` is to hold."""
-    prefixes = [shard_prefix(prefix, i, count) for i in range(count)]
-    missing = [p for p in prefixes if not os.path.exists(p + ".json")]
-    infos = []
-    for path in prefixes if not missing else ():
-        try:
-            infos.append(read_store_json(path))
-        except (DataError, FileNotFoundError):
-            if os.path.exists(path + ".json"):
-                raise
-            missing = [path]  # another process has just begun to replace it
-            break
-    if missing:
-        return f"{len(missing)} of {count} shards are to be made, the first is {missing[0]}", {}
-    for path, info in zip(prefixes, infos, strict=True):
-        for key in ("tokenizer", "options"):
-            if info.get(key) != infos[0].get(key):
-                return f"{path} was made with other {key} than {prefixes[0]}", {}
-    counts: dict[str, int] = {}
-    for info in infos:
-        for key, value in info["counts"].items():
-            counts[key] = counts.get(key, 0) + value
-    prints = [info["fingerprint"] for info in infos]
-    return "", seal({
-        "format_version": FORMAT_VERSION,
-        "tokenizer": infos[0]["tokenizer"],
-        "options": infos[0]["options"],
-        "counts": counts,
-        "shards": [
-            {"name": Path(p).name, "fingerprint": f} for p, f in zip(prefixes, prints, strict=True)
-        ],
-        "fingerprint": fingerprint_text(*prints),
-    })
+            temporary_path(self._path).unlink(missing_ok=True)

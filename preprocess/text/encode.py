@@ -1,11 +1,11 @@
-"""Text to ids: documents are tokenized whole, then cut into sentences by character offsets.
+"""Text to ids: tokenize complete documents, then cut them into sentences by character offsets.
 
-So the ids do not depend on the cutting, and byte-level BPE keeps its leading spaces. The token
-store of a corpus and the annotated texts of a task are made by these same functions.
+So the ids do not depend on the cutting, and byte-level BPE keeps its leading spaces. The same
+functions make the token store of a corpus and the annotated texts of a task.
 
-A document of more than `BLOCK_CHARACTERS` is worked on in blocks, cut before a single space, where
-the usual tokenizers would part it anyhow: they take 170 times the size of a text in memory, and
-looking for sentences takes time that grows with its square. A sentence ends with its block.
+A document of more than `BLOCK_CHARACTERS` is processed in blocks, cut before a single space, where
+the usual tokenizers split it anyway: they take 170 times the size of a text in memory, and finding
+sentences takes time that grows with its square. A sentence ends with its block.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 
 
 def encode_batch(backend: Any, texts: list[str], language: str | None) -> Encoded:
-    """Tokenize documents whole and cut each at its sentence boundaries.
+    """Tokenize complete documents and cut each at its sentence boundaries.
 
     Args:
         backend: a `tokenizers.Tokenizer` from `prepare_backend`.
-        language: of the sentences; None keeps a document in one sequence.
+        language: of the sentences; None keeps each document in one sequence.
     """
     return encode_in_blocks(texts, language, partial(_encode_whole, backend))
 
@@ -39,7 +39,7 @@ Encoder = Callable[[list[str], str | None], Encoded]
 
 
 def encode_in_blocks(texts: list[str], language: str | None, encode: Encoder) -> Encoded:
-    """Encode texts, those that are long block by block, with a function that takes no long ones."""
+    """Encode texts with a function for short texts; long texts go through it block by block."""
     made: list[Encoded] = []
     texts = [valid_unicode(text) for text in texts]
     for long, run in itertools.groupby(texts, lambda text: len(text) > BLOCK_CHARACTERS):
@@ -72,7 +72,7 @@ def _encode_whole(backend: Any, texts: list[str], language: str | None) -> Encod
         lengths += here
         documents.append(len(here))
     flat = np.array(ids, np.int64)
-    assert not len(flat) or (flat.min() >= 0 and flat.max() < 1 << 16)  # check_vocabulary saw to it
+    assert not len(flat) or (flat.min() >= 0 and flat.max() < 1 << 16)  # see check_vocabulary
     return (
         flat.astype(np.uint16),
         np.array(lengths, np.int64),
@@ -82,11 +82,11 @@ def _encode_whole(backend: Any, texts: list[str], language: str | None) -> Encod
 
 
 def cut_blocks(text: str) -> Iterator[str]:
-    """Cut a text into blocks of at most `BLOCK_CHARACTERS`; without a border, anywhere."""
+    """Cut a text into blocks of at most `BLOCK_CHARACTERS`: at a border if there is one."""
     start = 0
     while len(text) - start > BLOCK_CHARACTERS:
         end = start + BLOCK_CHARACTERS
-        # Of the last tenth, which is long enough for a word, the last border.
+        # The last border of the last tenth, which is long enough for a word.
         borders = BORDER.finditer(text, end - BLOCK_CHARACTERS // 10, end)
         for border in borders:
             end = border.start()
@@ -96,7 +96,7 @@ def cut_blocks(text: str) -> Iterator[str]:
 
 
 def join_encoded(parts: list[Encoded]) -> Encoded:
-    """Lay what was encoded in several calls end to end."""
+    """Concatenate the results of several calls."""
     if len(parts) == 1:
         return parts[0]
     empty = np.empty(0, np.int64)
@@ -110,7 +110,7 @@ def join_encoded(parts: list[Encoded]) -> Encoded:
 
 
 def cut_sentences(text: str, offsets: list[tuple[int, int]], language: str) -> list[int]:
-    """Return how many tokens each sentence of a document has; none is empty.
+    """Return the number of tokens of each sentence of a document, all above 0.
 
     Args:
         offsets: first character and end of each token.
@@ -123,7 +123,7 @@ def cut_sentences(text: str, offsets: list[tuple[int, int]], language: str) -> l
 def split_sentences(text: str, language: str) -> list[str]:
     """Cut a text into sentences that cover it.
 
-    White space alone is no sentence: it goes with the one before it, at the start with the next.
+    White space between sentences belongs to the one before it, at the start to the one after it.
     """
     import sentencex
 
@@ -140,7 +140,8 @@ def split_sentences(text: str, language: str) -> list[str]:
 def sentence_of(offsets: list[tuple[int, int]], ends: np.ndarray) -> np.ndarray:
     """Return the sentence of each token, `(T,)` int64, ascending.
 
-    By its last character: a byte-level token may begin with the space before its sentence.
+    The last character of a token decides: a byte-level token may begin with the space before its
+    sentence.
 
     Args:
         offsets: first character and end of each token.
@@ -154,7 +155,7 @@ def sentence_of(offsets: list[tuple[int, int]], ends: np.ndarray) -> np.ndarray:
 
 
 def prepare_backend(tokenizer: Any) -> Any:
-    """Return a copy of the Rust tokenizer: no padding or cutting, `[SEP]` in a text is text."""
+    """Return a copy of the Rust tokenizer without padding or truncation; `[SEP]` is plain text."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -165,7 +166,7 @@ def prepare_backend(tokenizer: Any) -> Any:
 
 
 def valid_unicode(text: str) -> str:
-    """Replace half surrogate pairs, as JSON escapes can say, which no tokenizer takes."""
+    """Replace half surrogate pairs, which JSON escapes can express and no tokenizer accepts."""
     try:
         text.encode()
         return text

@@ -1,15 +1,15 @@
-"""Text to ids with each distinct word going through the tokenizer once: several times as fast.
+"""Text to ids with one tokenizer call per distinct word: several times as fast.
 
-Words of a text repeat, and the tokenizer's work on one does not depend on its neighbours, if
+Words repeat, and the tokenizer treats a word independently of its neighbours in two cases:
 
-- WordPiece comes after BERT's own splitting: then any space, line end or ASCII punctuation mark
-  parts a text into pieces whose ids are those of the text;
-- or byte-level BPE comes after GPT-2's pattern: then every single space does that has no other
-  white space beside it; it belongs to the word after it.
+- WordPiece after BERT's own splitting: any space, line end or ASCII punctuation mark splits a text
+  into pieces whose ids are those of the text.
+- Byte-level BPE after GPT-2's pattern: every single space without other white space beside it does
+  so, and belongs to the word after it.
 
-A sentence that ends inside such a word is told by the offsets of its tokens. Tokenizers of other
-kinds go to `encode_batch` of `preprocess/encode.py`, which is also the slow twin: ids and
-boundaries are the same. Only what the library says is remembered.
+Where a sentence ends inside such a word, the offsets of the word's tokens decide. Other tokenizers
+go to `encode_batch` of `preprocess/text/encode.py`, which is also the slow twin: ids and boundaries
+are the same. The cache keeps only what the library returned.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from preprocess.text.encode import (
     split_sentences,
 )
 
-MAX_CACHE_BYTES = 1 << 27  # of remembered words, about; then all are forgotten
-ENTRY_BYTES = 200  # a word and its ids in a dictionary of Python, beside their content
+MAX_CACHE_BYTES = 1 << 27  # about; then all words are forgotten
+ENTRY_BYTES = 200  # overhead of a word and its ids in a Python dictionary
 
-# Either side of a sentence boundary: what BERT's splitting parts from any neighbour.
+# Characters that BERT's splitting separates from any neighbour.
 _ASCII_MARKS = string.punctuation
 _WIDE_MARKS = "\u3002\uff01\uff1f\u2026\u2018\u2019\u201c\u201d"
 _BERT_BORDERS = frozenset(" \n\r\t" + _ASCII_MARKS + _WIDE_MARKS)
 _PARTS = re.compile(f"[{re.escape(_ASCII_MARKS)}]|[^{re.escape(_ASCII_MARKS)}]+")
 
 
-# A word; or the parts of one that sentences end in, and the number of the part that is meant.
+# A word; or the parts of a word that sentence ends cut it into, and the number of one part.
 Key = str | tuple[tuple[str, ...], int]
 
 
 class WordCache:
-    """Encode texts, remembering the ids of words.
+    """Encode texts, and remember the ids of words.
 
     Args:
         backend: a `tokenizers.Tokenizer` from `prepare_backend`.
@@ -72,7 +72,7 @@ class WordCache:
         return self._look_up(split)
 
     def _split(self, text: str, language: str | None) -> list[list[Key]]:
-        """Return the words of each sentence; none of a text that is to be dropped."""
+        """Return the words of each sentence; none for a text that is dropped."""
         if not text or text.isspace():
             return []
         pieces = [text] if language is None else split_sentences(text, language)
@@ -82,7 +82,7 @@ class WordCache:
             for i in range(len(pieces) - 1):
                 if BORDER.match(pieces[i][-2:] + pieces[i + 1][:1], 1):
                     pieces[i], pieces[i + 1] = pieces[i][:-1], " " + pieces[i + 1]
-            if text.split() == text.split(" "):  # no other white space: the quicker way
+            if text.split() == text.split(" "):  # no other white space: faster
                 words = [piece.replace(" ", "\n ").split("\n") for piece in pieces]
             else:
                 words = [BORDER.split(piece) for piece in pieces]
@@ -106,7 +106,7 @@ class WordCache:
             self._num_bytes += ENTRY_BYTES + len(ids) + len(str(key))
 
     def _learn(self, keys: set[Key]) -> None:
-        """Take the ids of what is not known yet."""
+        """Get the ids of the words that are not known yet."""
         unknown = keys.difference(self._ids)
         for key in unknown:
             if not isinstance(key, str):
@@ -114,7 +114,7 @@ class WordCache:
         missing = [key for key in unknown if isinstance(key, str)]
         parts = [_PARTS.findall(key) if self._kind == "bert" else [key] for key in missing]
         new = list(set(itertools.chain.from_iterable(parts)).difference(self._ids))
-        # One call for all of them; `word_ids` tells whose a token is.
+        # One call for all of them; `word_ids` gives the word of each token.
         encoding = self.backend.encode(new, is_pretokenized=True, add_special_tokens=False)
         ids = np.array(encoding.ids, "<u2").tobytes()
         counts = np.bincount(np.array(encoding.word_ids, np.int64), minlength=len(new))
@@ -133,7 +133,7 @@ class WordCache:
             self._remember((parts, number), np.array(encoding.ids[first:last], "<u2").tobytes())
 
     def _look_up(self, texts: list[list[list[Key]]]) -> Encoded:
-        """Join the ids of known words; what has none is no sentence, and no document."""
+        """Join the ids of known words; drop sentences and documents without any."""
         known = self._ids.__getitem__
         sentences: list[bytes] = []
         documents: list[int] = []
@@ -154,12 +154,12 @@ def _kind_of(backend: Any) -> str:
     """Return "bert" or "bytes" if words may be looked up one by one, else ""."""
     parts = json.loads(backend.to_str())
     if not all(token["special"] for token in parts["added_tokens"]):
-        return ""  # such a token may hold spaces, or take those around it; special ones are text
+        return ""  # they may contain spaces or absorb those around them; special ones are text
     model, splitter, normalizer = (
         parts[name] or {} for name in ("model", "pre_tokenizer", "normalizer")
     )
     kinds = tuple(part.get("type") for part in (model, splitter, normalizer))
-    # What Python calls a space then has no ids, so no sentence is made of it.
+    # Every character that Python calls a space then has no ids, so it never makes a sentence.
     if kinds == ("WordPiece", "BertPreTokenizer", "BertNormalizer") and normalizer["clean_text"]:
         return "bert"
     by_pattern = splitter.get("use_regex", True) and not model.get("dropout")

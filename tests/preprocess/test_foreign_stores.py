@@ -99,12 +99,12 @@ def test_several_stores_become_shards_in_their_order(tmp_path, tiny_encoder):
     store = TokenStore.open(tmp_path / "s", verify=True)
     assert [shard.tokens.tolist() for shard in store.shards] == [[40, 41, 42], [30, 31], []]
     assert store.shards[0].document_offsets[:].tolist() == [0, 2]
-    with pytest.raises(ConfigError, match="a whole store is there already"):
+    with pytest.raises(ConfigError, match="a complete store; replace it with --overwrite"):
         adopt([str(tmp_path / "x0")], tiny_encoder, tmp_path / "s")
 
 
 def test_megatron_reads_a_store_of_ours(reviews_store):
-    """Sequences and documents of a store that the command made; by hand in test_store.py."""
+    """Sequences, documents and dtype of a store that the command made."""
     indexed = needed("megatron.core.datasets.indexed_dataset")
     opened = indexed.IndexedDataset(reviews_store)
     (shard,) = TokenStore.open(reviews_store).shards
@@ -113,3 +113,4 @@ def test_megatron_reads_a_store_of_ours(reviews_store):
     for i, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         assert opened[i].tolist() == shard.tokens[first:end].tolist()
     assert opened.document_indices.tolist() == shard.document_offsets[:].tolist()
+    assert opened[0].dtype == np.uint16

@@ -74,22 +74,13 @@ def test_index_bytes_by_hand(tmp_path):
     assert (tmp_path / "s.bin").read_bytes() == struct.pack("<4H", 5, 6, 7, 8)
 
 
-def test_megatron_reads_our_store(tmp_path):
-    dataset = pytest.importorskip(
-        "megatron.core.datasets.indexed_dataset",
-        reason="megatron-core is not installed: pip install -e '.[engines]' -c constraints.txt",
-    )
-    documents = [[[5, 6], [65535]], [[8, 0, 1]]]
-    write(tmp_path / "s", documents)
-    opened = dataset.IndexedDataset(str(tmp_path / "s"))
-    assert [opened[i].tolist() for i in range(len(opened))] == [[5, 6], [65535], [8, 0, 1]]
-    assert opened.document_indices.tolist() == [0, 2, 3]
-    assert opened[0].dtype == np.uint16
+WIDE = ("<u4", "<i8", "<u8", ">i4", ">u8")
 
 
-@pytest.mark.parametrize("wrong", [[65536], [-1], [3, 70000], np.array([65536 + 5], np.int64)])
+@pytest.mark.parametrize("wrong", [[65536], [-1], *(np.array([5, 70_000], d) for d in WIDE)])
 def test_ids_never_wrap(tmp_path, wrong):
-    with pytest.raises(DataError, match="not in the vocabulary"):
+    """numpy's own `astype` would silently make 4464 of 70000."""
+    with pytest.raises(DataError, match=f"token id {wrong[-1]} is not in the vocabulary"):
         write(tmp_path / "s", [[[1]], [wrong]])
     assert list(tmp_path.iterdir()) == []
 
@@ -112,55 +103,23 @@ def test_fingerprint_follows_content_not_name_or_options(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["bin", "idx", "json"])
-@pytest.mark.parametrize("damage", ["absent", "empty", "cut", "longer"])
-def test_damaged_file_is_named(tmp_path, ending, damage):
+def test_an_absent_file_is_named(tmp_path, ending):
     write(tmp_path / "s", [[[1, 2], [3]], [[4]]])
-    path = tmp_path / f"s.{ending}"
-    data = path.read_bytes()
-    if damage == "absent":
-        path.unlink()
-    else:
-        path.write_bytes({"empty": b"", "cut": data[:-3], "longer": data + b"\0\0x"}[damage])
+    (tmp_path / f"s.{ending}").unlink()
     with pytest.raises(DataError, match=rf"s\.{ending}"):
         TokenStore.open(tmp_path / "s")
 
 
-def test_header_is_believed_only_if_the_size_agrees(tmp_path):
+def test_an_older_version_and_another_kind_of_json_are_refused(tmp_path):
     write(tmp_path / "s", [[[1, 2]]])
-    path = tmp_path / "s.idx"
-    data = bytearray(path.read_bytes())
-    data[18:26] = struct.pack("<Q", 1 << 60)  # would be 2^60 sequences to allocate
-    path.write_bytes(data)
-    with pytest.raises(DataError, match=r"s\.idx.*header says"):
-        TokenStore.open(tmp_path / "s")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"format_version": 1},
-        {"tokenizer": None},
-        {"counts": {"tokens": 1}},
-        {"fingerprint": 7},
-        {"shards": [{"name": 3}]},
-        {"shards": []},
-        {"bin_sha256": None},
-    ],
-)
-def test_json_of_another_shape(tmp_path, change):
-    write(tmp_path / "s", [[[1, 2]]])
+    (shard,) = TokenStore.open(tmp_path / "s").shards
+    write_array(shard, "n", "mask", np.array([0], np.uint32), {})
+    with pytest.raises(DataError, match=r"s\.n\.mask\.json: not the JSON of a token store"):
+        TokenStore.open(tmp_path / "s.n.mask")
     info = json.loads((tmp_path / "s.json").read_text())
-    atomic_write_json(tmp_path / "s.json", seal({**info, **change}))
-    with pytest.raises(DataError, match=r"s\.(json|idx)"):
+    atomic_write_json(tmp_path / "s.json", seal({**info, "format_version": 1}))
+    with pytest.raises(DataError, match=r"s\.json: format version 1; this program reads 2"):
         TokenStore.open(tmp_path / "s")
-
-
-def test_verify_finds_a_changed_id(tmp_path):
-    write(tmp_path / "s", [[[1, 2]]])
-    (tmp_path / "s.bin").write_bytes(struct.pack("<2H", 1, 3))
-    TokenStore.open(tmp_path / "s")
-    with pytest.raises(DataError, match=r"s\.bin.*sha256"):
-        TokenStore.open(tmp_path / "s", verify=True)
 
 
 def test_shard_made_again_is_not_mixed_with_the_old_list(tmp_path):
@@ -212,16 +171,10 @@ def test_existing_store_is_not_replaced_unasked(tmp_path):
 def test_second_writer_is_refused(tmp_path):
     with StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {}) as writer:
         for shard in (None, (0, 2)):
-            with pytest.raises(ConfigError, match=rf"pid {os.getpid()}"):
+            with pytest.raises(ConfigError, match=rf"{os.getpid()}@.*wait for it"):
                 StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {}, shard)
         writer.add_document([[1]])
     assert TokenStore.open(tmp_path / "s").num_tokens == 1
-
-
-def test_lock_of_another_host_is_respected(tmp_path):
-    (tmp_path / "s.lock").write_text("pid 1 on elsewhere\n")
-    with pytest.raises(ConfigError, match="pid 1 on elsewhere.*remove this file"):
-        StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {})
 
 
 KILLED = """
@@ -285,7 +238,7 @@ def test_array_round_trip_whole_and_in_blocks(shard, kind, array):
 @pytest.mark.parametrize(
     ("kind", "array", "match"),
     [
-        ("scores", np.zeros(4, np.float16), "one a token"),
+        ("scores", np.zeros(4, np.float16), "one per token"),
         ("scores", np.zeros(5, np.float32), "float32"),
         ("mask", np.array([2, 1], np.uint32), "ascend"),
         ("mask", np.array([1, 1], np.uint32), "ascend"),
@@ -317,19 +270,11 @@ def test_array_of_another_store_is_refused_with_both_fingerprints(shard, tmp_pat
     assert shard.fingerprint in str(caught.value) and other.fingerprint in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "longer", "no json", "garbage", "bad json"])
-def test_damaged_array_is_named(shard, damage):
-    path = write_array(shard, "n", "scores", np.zeros(5, np.float16), {})
-    data = path.read_bytes()
-    if damage == "absent":
-        path.unlink()
-    elif damage == "no json":
-        path.with_suffix(".json").unlink()
-    elif damage == "bad json":
-        path.with_suffix(".json").write_text("{")
-    else:
-        path.write_bytes({"cut": data[:-1], "longer": data + b"x", "garbage": b"x" * 200}[damage])
-    with pytest.raises(DataError, match=r"s\.n\.scores\.(npy|json)"):
+@pytest.mark.parametrize("ending", [".npy", ".json"])
+def test_half_an_array_is_named(shard, ending):
+    path = write_array(shard, "n", "scores", np.zeros(5, np.float16), {}).with_suffix(ending)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"s\.n\.scores\{ending}"):
         open_array(shard, "n", "scores")
 
 

@@ -111,7 +111,7 @@ def test_nul_characters_are_taken_out_and_counted(tmp_path, tokenize, capsys):
     assert words(store) == ["a good film", "a bad one", "dull"]
     assert store.info["counts"]["documents_with_nul"] == 3
     assert store.info["counts"]["documents_dropped"] == 1
-    assert "1 empty documents dropped, NUL characters taken out of 3" in capsys.readouterr().out
+    assert "1 empty documents dropped, NUL characters removed from 3" in capsys.readouterr().out
     text = tmp_path / "a.txt"
     text.write_bytes("\n".join(rows).encode())
     assert words(tokenize(text)) == ["a good film", "a bad one", "dull"]

@@ -6,9 +6,6 @@ parallel; only file names and the number of shards are made small.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import multiprocessing
 import os
 import re
@@ -21,7 +18,7 @@ import pytest
 
 from preprocess import files, tokenize_corpus
 from preprocess.errors import ConfigError
-from preprocess.store import StoreWriter, TokenStore, join_shards, list_arrays, shard_prefix, writer
+from preprocess.store import StoreWriter, TokenStore, join, join_shards, list_arrays, shard_prefix
 from tests.support.launch import launch_environment
 from tests.support.stores import FakeTokenizer, write
 
@@ -49,8 +46,9 @@ sys.exit(max(codes))
 
 
 def readme_block(*parts: str) -> str:
-    """The one block of commands in the README that has all these parts."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Return the one block of commands in the READMEs that has all these parts."""
+    pages = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(pages), re.DOTALL)
     (found,) = [block for block in blocks if all(part in block for part in parts)]
     return found
 
@@ -99,7 +97,7 @@ def test_joining_writes_no_data(tmp_path):
     for i in (2, 0):
         write(tmp_path / "s", [[[i]]], (i, 3))
     before = stamps(tmp_path / "s")
-    assert "1 of 3 shards are to be made" in join_shards(str(tmp_path / "s"), 3)
+    assert "1 of 3 shards are missing" in join_shards(str(tmp_path / "s"), 3)
     write(tmp_path / "s", [[[1]]], (1, 3))
     after, listed = stamps(tmp_path / "s"), stamps(tmp_path / "s", ("s.json",))
     assert {name: after[name] for name in before} == before and len(after) == 6
@@ -120,7 +118,7 @@ def test_joining_waits_for_a_host_whose_locks_are_not_seen(tmp_path, monkeypatch
         waited.append(seconds)
         lock.unlink(missing_ok=True)
 
-    lock.write_text("pid 1 on elsewhere\n")
+    lock.write_text("1@elsewhere")
     monkeypatch.setattr(files.time, "sleep", other_host_ends)
     assert join_shards(str(tmp_path / "s"), 2) == ""
     assert len(waited) == 1 and TokenStore.open(tmp_path / "s").num_tokens == 2
@@ -131,13 +129,13 @@ def test_a_shard_that_is_being_replaced_is_waited_for(tmp_path, monkeypatch):
         write(tmp_path / "s", [[[i]]], (i, 2))
     (tmp_path / "s.json").unlink()
     second = Path(shard_prefix(str(tmp_path / "s"), 1, 2) + ".json")
-    plain = writer.read_store_json
+    plain = join.read_store_json
 
     def another_process_is_faster(prefix: str) -> dict:
         second.unlink(missing_ok=True)
         return plain(prefix)
 
-    monkeypatch.setattr(writer, "read_store_json", another_process_is_faster)
+    monkeypatch.setattr(join, "read_store_json", another_process_is_faster)
     assert "s-00001-of-00002" in join_shards(str(tmp_path / "s"), 2)
     assert not (tmp_path / "s.json").exists()
 
@@ -275,7 +273,7 @@ def test_what_is_whole_is_left_and_another_number_refused(slurm, slurm_store, te
     before = stamps(slurm_store)
     command = tokenizing(texts, tiny_encoder, slurm_store)
     tokenize_corpus.main(command)
-    assert capsys.readouterr().out.count("whole already, skipped") == NUM_SHARDS
+    assert capsys.readouterr().out.count("complete already, skipped") == NUM_SHARDS
     more = ["--shard_index", "3", "--num_shards", "4"]
     with pytest.raises(ConfigError, match="num_shards was 3, is 4"):
         tokenize_corpus.main([*command, *more])
@@ -285,15 +283,6 @@ def test_what_is_whole_is_left_and_another_number_refused(slurm, slurm_store, te
     assert not listed.exists()
     tokenize_corpus.main(command)
     assert stamps(slurm_store) == before and TokenStore.open(slurm_store).num_documents == 120
-
-
-def has_shards(script: str) -> bool:
-    """Whether a command takes `--shard_index`, by its `--help`."""
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
-        module.main(["--help"])
-    return "--shard_index" in out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -313,9 +302,6 @@ def scorer(slurm, tiny_encoder) -> str:
 @pytest.mark.slow
 def test_slurm_scores_and_builds_masks(slurm, slurm_store, scorer, programs, tmp_path, run_here):
     """Shard by shard, in processes of their own: the arrays that one process makes."""
-    for script in ("train/score_tokens.py", "preprocess/build_masks.py"):
-        if not has_shards(script):
-            pytest.skip(f"{script} has no --shard_index yet")
     data = stamps(slurm_store, (".bin", ".idx"))
     shutil.copytree(slurm["folder"], tmp_path / "one")
     steps = (("train/score_tokens.py", "scores", "task"),

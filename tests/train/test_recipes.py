@@ -391,7 +391,7 @@ def test_a_stop_reaches_the_workers_of_a_launcher_that_dies_first(tmp_path):
 
 def test_broken_journal_is_named(tmp_path):
     (tmp_path / "steps.json").write_text("{")
-    with pytest.raises(DataError, match="steps.json: not JSON"):
+    with pytest.raises(DataError, match="steps.json: not valid JSON"):
         pipeline.Journal(tmp_path)
     (tmp_path / "steps.json").write_text(json.dumps({}))
     assert pipeline.Journal(tmp_path).steps == {}

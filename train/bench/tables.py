@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError, writing
+from preprocess.errors import ConfigError, DataError
 from preprocess.files import read_json
 
 SHARES = ("head", "optimizer", "loader", "rest")
@@ -201,8 +201,7 @@ def draw(result: dict[str, Any], path: Path) -> str:
         f"{result['precision']}, ranks: {result['world_size']} ({machine}); bars: median, "
         "whiskers: 20th to 80th percentile", fontsize=10,
     )
-    with writing(path):
-        figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     return f"wrote {path}"
 

@@ -161,8 +161,7 @@ class PackedData:
         shards, firsts = np.unique(shard_of[order], return_index=True)
         for s, mine in zip(shards, np.split(order, firsts)[1:], strict=True):
             index = self._index[s]
-            # Keys of another dtype would make searchsorted copy the whole index.
-            bounds[:, mine] = np.searchsorted(index, bounds[:, mine].astype(index.dtype))
+            bounds[:, mine] = masks.index_bounds(index, bounds[:, mine])
         return bounds[0], bounds[1], shard_of
 
     def _pieces(self, rows: np.ndarray, epoch: int) -> _Pieces:

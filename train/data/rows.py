@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 from array import array as compact_list
 from bisect import bisect_right
 from collections import deque
@@ -29,6 +28,7 @@ import numpy as np
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import WriterLock
+from preprocess.machine import num_cores
 from preprocess.progress import Progress, say
 from preprocess.store import Shard, TableWriter, TokenStore, open_table
 
@@ -304,13 +304,6 @@ def _pack_numbered(number: int) -> list[_Packed]:
     return list(_pack_shard(_forked["shards"][number], _forked["length"], _forked["held_out"]))
 
 
-def _num_cores() -> int:
-    """Return how many processes may pack at once; 1 where they cannot inherit the store."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-
-
 def _columns(packed: Iterator[tuple[str, _Rows]]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield blocks of the columns of a table, by name."""
     ends = dict.fromkeys(SIDES, 0)
@@ -371,6 +364,8 @@ def row_tables(
             num_workers,
         )
 
+    # Only forked processes inherit the mapped store.
+    num_workers = num_cores() if "fork" in multiprocessing.get_all_start_methods() else 1
     columns = open_table(store, prefix, COLUMNS, key)
     if columns is None:
         try:
@@ -378,7 +373,7 @@ def row_tables(
                 columns = open_table(store, prefix, COLUMNS, key)
                 if columns is None:
                     with TableWriter(prefix, COLUMNS, key) as writer:
-                        for column, block in _columns(packed(_num_cores())):
+                        for column, block in _columns(packed(num_workers)):
                             writer.add(column, block)
             columns = columns or open_table(store, prefix, COLUMNS, key)
         except ConfigError as error:  # of another host, which locks of this disk do not reach

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from preprocess.errors import ConfigError
+from preprocess.files import read_json
 from train.config import TrainingConfig
 from train.engine import schema as ds_schema
 
@@ -49,34 +50,12 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     if not file.is_file():
         known = ", ".join(sorted(f.name for f in DS_CONFIGS.glob("*.json")))
         raise ConfigError(f"--deepspeed_config {file}: no such file; ds_configs/ has {known}")
-    try:
-        config = json.loads(
-            file.read_text(), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
-        )
-    except RecursionError:
-        raise ConfigError(f"--deepspeed_config {file}: not valid JSON: too deep") from None
-    except ValueError as error:
-        raise ConfigError(f"--deepspeed_config {file}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"--deepspeed_config {file}: must hold one JSON object")
+    config = read_json(file, "correct it", error=ConfigError, name=f"--deepspeed_config {file}")
     try:
         ds_schema.check(config)
     except ConfigError as error:
         raise ConfigError(f"--deepspeed_config {file}: {error}") from None
     return config
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key!r} appears twice")
-        result[key] = value
-    return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON; write a finite one")
 
 
 def _settle(config: dict[str, Any], key: str, flag: str, given: Any, default: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from preprocess.errors import ConfigError, writing
+from preprocess.errors import ConfigError
 
 # A node sees the files of another one within this time: NFS caches a folder for up to 60 s.
 SHARED_DISK_SECONDS = 90.0
@@ -133,8 +133,7 @@ def nodes_without(folder: Path) -> list[str]:
     name = gather_objects(f".seen-{time.time_ns()}.tmp-{os.getpid()}")[0]
     path = folder / name
     if is_main():
-        with writing(folder):
-            path.touch()
+        path.touch()
     barrier()
     end = time.monotonic() + SHARED_DISK_SECONDS
     first_here = ranks().local_rank == 0

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from preprocess.errors import ConfigError
+from preprocess.files import parse_yaml, read_yaml
 from train.config import (
     AnnotateConfig,
     FinetuneConfig,
@@ -75,7 +73,6 @@ DEFAULTS: dict[str, Any] = {
     "general": None,
 }
 FLOORS = ("naive_bayes", "untrained")
-MAX_ENTRIES = 10_000
 REQUIRED = "???"
 
 
@@ -117,12 +114,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in (REPOSITORY / "train/recipes").glob("*.yaml")))
         raise ConfigError(f"--recipe {path}: no such file; train/recipes has {known}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"recipe {path}: expected keys such as task and finetune at the top")
+    content = read_yaml(path, "write keys such as task and finetune", name=f"recipe {path}")
     _check_content(content, path)
     base = content.pop("extends", None)
     if base is None:
@@ -131,16 +123,10 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _check_content(content: dict[str, Any], path: Path) -> None:
-    """Refuse what a file must not say: endless aliases, and leave to run a checkpoint's code."""
+    """Refuse permission to run a checkpoint's code, which only the command line may give."""
     entries: list[Any] = [content]
-    for count in itertools.count():
-        if not entries:
-            return
+    while entries:
         entry = entries.pop()
-        # Few bytes of YAML name a list in a list in a list; each place counts.
-        if count > MAX_ENTRIES:
-            raise ConfigError(f"recipe {path}: more than {MAX_ENTRIES:,} entries; write fewer, "
-                              "without aliases (*name)")
         if isinstance(entry, dict):
             if entry.get("trust_remote_code", False) is not False:
                 raise ConfigError(
@@ -166,8 +152,8 @@ def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {setting}: write key=value, as --set task_guided.max_steps=500")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+        value = parse_yaml(text)
+    except ValueError:
         value = text
     section, _, flag = key.partition(".")
     if key in recipe["variables"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import glob
-import json
 import os
 import queue
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, StopRequested
-from preprocess.files import atomic_write_json, file_sha256
+from preprocess.files import atomic_write_json, file_sha256, read_json
 from train.config import PipelineConfig
 from train.recipes.plan import Step, flag_words
 
@@ -41,11 +40,9 @@ class Journal:
         self.root, self.path = root, root / "steps.json"
         self.steps: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
-            try:
-                self.steps = json.loads(self.path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
-                raise DataError(f"{self.path}: not JSON; delete it and run again with --rerun, "
-                                "or take another --output_dir") from None
+            self.steps = read_json(
+                self.path, "delete it and run again with --rerun, or take another --output_dir"
+            )
 
     def describe(self, step: Step) -> dict[str, Any]:
         """What must not change under a finished step; the output folder may be moved."""

@@ -12,7 +12,6 @@ cent too many.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from preprocess.files import read_json, read_yaml
 from train.reports.results import number, read_stages, strategy_of
 from train.run_dir.metrics import (
     EVAL_LOSS,
@@ -188,21 +188,17 @@ def _with_lineage(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return read_yaml(path, "start the run again")
+    except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _full_rows(run: Path, config: dict[str, Any]) -> float | None:
     """Tokens of a step if all rows were full."""
     try:
-        resolved = json.loads((run / "ds_config.resolved.json").read_text(encoding="utf-8"))
-        rows = number(resolved["train_batch_size"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        rows = number(read_json(run / "ds_config.resolved.json").get("train_batch_size"))
+    except (OSError, ValueError):
         return None
     slots = number(config.get("max_seq_length"))
     return rows * slots if rows and slots else None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preprocess.errors import DataError
+from preprocess.files import parse_json
 from train.reports.intervals import paired_difference
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ def read_json_lines(path: Path, broken: list[str] | None = None) -> list[dict[st
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = parse_json(line)
+            except ValueError:
                 row = None
             # A seed names a folder, so it is a number and nothing else.
             if not isinstance(row, dict) or type(row.get("seed", 0)) is not int:

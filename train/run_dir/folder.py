@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
-import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from preprocess.errors import ConfigError, writing
+from preprocess import machine
+from preprocess.errors import ConfigError
 from preprocess.files import atomic_write_bytes, atomic_write_json
 from train import engine as ds
 from train.config import TrainingConfig, as_dict, command_line
@@ -57,12 +55,11 @@ def _write_run_dir(
     for path in (*run_dir.glob(".*"), *run_dir.glob("seed_*/.*")):
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with writing(run_dir):
-        text = yaml.safe_dump(as_dict(config), sort_keys=False)
-        atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
-        if resolved is not None:
-            atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
-        atomic_write_json(run_dir / "env.json", environment())
+    text = yaml.safe_dump(as_dict(config), sort_keys=False)
+    atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
+    if resolved is not None:
+        atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
+    atomic_write_json(run_dir / "env.json", environment())
 
 
 def check_run_dir(config: TrainingConfig) -> Path:
@@ -99,18 +96,12 @@ def environment() -> dict[str, Any]:
     """Return machine, versions, command and time, for `env.json`."""
     import torch
 
-    names = ("torch", "deepspeed", "transformers", "numpy", "selmask")
-    installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
     return {
+        **machine.environment(("torch", "deepspeed", "transformers", "numpy", "selmask")),
         "command": command_line(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": ds.ranks().world_size,
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "versions": {name: installed[name] for name in names if name in installed},
     }
 
 
