@@ -1,29 +1,27 @@
-"""Masks in a terminal: marked text, in two columns where there is room, and tables.
+"""Write masks for a terminal: marked text, in two columns where there is room.
 
-Masked tokens stand in [brackets], those of a second index in {braces}; `+` and `++` follow a token
-that is important rather than not, and very much so. Colours only repeat that.
+Masked tokens are in [brackets], those of a second index in {braces}; `+` and `++` follow important
+and very important tokens. Colours only repeat these marks.
 """
 
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from preprocess.view.pieces import IMPORTANT, Document, Piece, marked_by
-from preprocess.view.tables import Table, percent
+from preprocess.view.tables import percent, text_width
 
 COLUMNS_FROM = 100  # characters; below, two columns are too narrow to read
-_WIDEST_TEXT = 100
-_BAR = 12
-# Of 256 colours, black on pale yellow to orange: told from each other on any background.
+WIDEST_TEXT = 100
+# Of 256 colours, black on pale yellow to orange: distinct on any background.
 _COLOURS = ("", "38;5;16;48;5;230", "38;5;16;48;5;222", "38;5;16;48;5;208")
 
 
 @dataclass(frozen=True)
 class Look:
-    """colour: whether to colour. width: characters of a line, or None for no end (a pipe)."""
+    """colour: whether to colour. width: characters per line, or None without a limit (a pipe)."""
 
     colour: bool
     width: int | None
@@ -33,14 +31,8 @@ class Look:
         return self.width is not None and self.width >= COLUMNS_FROM
 
 
-def text_width(text: str) -> int:
-    """How many cells of a terminal a text takes."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
-
-
 def mark_piece(piece: Piece) -> str:
-    """Write a piece with its marks, without colour and space."""
+    """Write a piece with its marks, without colour or space."""
     text = piece.text + "+" * max(piece.level - IMPORTANT + 1, 0)
     if piece.compared:
         text = "{" + text + "}"
@@ -48,7 +40,7 @@ def mark_piece(piece: Piece) -> str:
 
 
 def _wrap(pieces: list[Piece], look: Look, width: int | None) -> list[tuple[str, int]]:
-    """Lay pieces out in lines, (text with colours, cells) each; the first one hangs out by two."""
+    """Wrap pieces into lines, each (text with colours, its width); later lines are indented."""
     lines: list[tuple[str, int]] = []
     line, used = "", 0
     for word in _words(pieces):
@@ -77,7 +69,7 @@ def _words(pieces: list[Piece]) -> list[list[Piece]]:
 
 
 def format_document(document: Document, names: list[str], look: Look) -> str:
-    """Write a document: a line of counts, then its sequences, each on lines of its own."""
+    """Write a line of counts, then each sequence on lines of its own."""
     head = (
         f"document {document.number}: {document.num_tokens} tokens, "
         f"[{document.num_masked}] masked ({percent(document.num_masked, document.num_tokens)})"
@@ -105,7 +97,7 @@ def format_document(document: Document, names: list[str], look: Look) -> str:
 def format_paragraph(text: str, look: Look) -> str:
     if look.width is None:
         return text
-    return textwrap.fill(text, max(min(look.width, _WIDEST_TEXT), 20), break_on_hyphens=False)
+    return textwrap.fill(text, max(min(look.width, WIDEST_TEXT), 20), break_on_hyphens=False)
 
 
 def format_legend(names: list[str], scores: str | None) -> str:
@@ -115,37 +107,3 @@ def format_legend(names: list[str], scores: str | None) -> str:
     if scores:
         parts.append(f"by {scores}: important+ (above 50 %), very++ (above 88 %)")
     return "; ".join(parts)
-
-
-def format_table(table: Table, look: Look) -> str:
-    """Write a table, with bars of # where there is room."""
-    width = min(look.width or _WIDEST_TEXT, _WIDEST_TEXT)
-    text = _lay_out(table, _BAR)
-    if max(map(text_width, text)) > width:
-        text = _lay_out(table, 0)
-    lines = [table.title, *(f"  {line}" for line in text)]
-    if table.note:
-        note = textwrap.wrap(table.note, max(width - 2, 20), break_on_hyphens=False)
-        lines += [f"  {line}" for line in note]
-    return "\n".join(lines) + "\n"
-
-
-def _lay_out(table: Table, bar: int) -> list[str]:
-    rows = [[_cell(cell, bar) for cell in row] for row in [table.head, *table.rows]]
-    widths = [max(text_width(row[i]) for row in rows) for i in range(len(table.head))]
-    lines = []
-    for row in rows:
-        cells = [row[0] + " " * (widths[0] - text_width(row[0]))]
-        for cell, width in zip(row[1:], widths[1:], strict=True):
-            cells.append(" " * (width - text_width(cell)) + cell)
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _cell(cell: str | tuple[str, float], bar: int) -> str:
-    if isinstance(cell, str):
-        return cell
-    text, share = cell
-    if not bar:
-        return text
-    return f"{text:>7} {'#' * round(min(share, 1.0) * bar):<{bar}}"

@@ -166,7 +166,7 @@ class PackedData:
             per_piece = high - low
         else:
             per_piece = np.ceil(self.masking.rate * lengths).astype(np.int64)
-            if self.masking.name == "whole_word":
+            if self.masking.words is not None:
                 per_piece = np.minimum(per_piece + LONGEST_WORD, lengths)
         return int(np.add.reduceat(per_piece, offsets[:-1] - offsets[0]).max())
 
@@ -218,7 +218,7 @@ class PackedData:
         positions = ranges(start, length)
         offsets = np.concatenate([[0], np.cumsum(length)])
         words = self.masking.words
-        chosen = masks.STRATEGIES[self.masking.name](
+        chosen = masks.STRATEGIES[self.masking.name].choose(
             masks.Sequences(
                 offsets=offsets,
                 positions=positions,
