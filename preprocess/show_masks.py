@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
+from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import atomic_write_bytes
 from preprocess.masking import (
     ARRAY_NEEDS,
@@ -40,13 +40,7 @@ from preprocess.view.page import format_page
 from preprocess.view.pieces import Document, Opened, printable, read_documents
 from preprocess.view.statistics import Vocabulary, count_masks, make_tables
 from preprocess.view.tables import Table
-from preprocess.view.terminal import (
-    WIDEST_TEXT,
-    Look,
-    format_document,
-    format_legend,
-    format_paragraph,
-)
+from preprocess.view.terminal import format_document, format_legend
 
 BLOCK_DOCUMENTS = 1 << 20
 # Of an array's JSON, what tells nothing about how it was made.
@@ -279,19 +273,6 @@ def check_page(path: Path) -> None:
         raise ConfigError(f"--html {path}: nothing can be written in {folder}; give another file")
 
 
-def write_page(path: Path, page: str) -> None:
-    try:
-        # A character that is no character (half a surrogate pair) has no bytes.
-        atomic_write_bytes(path, page.encode(errors="replace"))
-    except DiskFullError:
-        raise
-    except OSError as error:
-        raise DataError(
-            f"--html {path}: cannot be written ({error.strerror}); give another file"
-        ) from None
-    print(path)
-
-
 def count(
     args: argparse.Namespace, store: TokenStore, names: list[str], scores: str | None,
     tokenizer: Any,
@@ -339,7 +320,9 @@ def main(argv: list[str] | None = None) -> None:
         tables = count(args, store, names, name_of_scores, tokenizer)
         title = f"Masks of {Path(store.prefix).name}: {' beside '.join(names)}"
         page = format_page(title, origins, list(documents), tables, names, name_of_scores)
-        write_page(Path(args.html), page)
+        # A character that is no character (half a surrogate pair) has no bytes.
+        atomic_write_bytes(args.html, page.encode(errors="replace"))
+        print(args.html)
         return
     try:
         print_all(args, store, tokenizer, origins, documents, names, name_of_scores)
@@ -362,16 +345,16 @@ def print_all(
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII alone
     terminal = sys.stdout.isatty()
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    look = Look(colour, shutil.get_terminal_size().columns if terminal else None)
     for subject, lines in origins.items():
-        print("\n".join([subject, *(format_paragraph(f"  {line}", look) for line in lines)]) + "\n")
-    print(format_paragraph(format_legend(names, scores), look) + "\n")
+        print("\n  ".join([subject, *lines]) + "\n")
+    print(format_legend(names, scores) + "\n")
     for document in documents:
-        print(format_document(document, names, look))
+        print(format_document(document, names, colour))
     sys.stdout.flush()  # something to read while the store is counted
+    width = min(shutil.get_terminal_size().columns, 100) if terminal else 100
     for table in count(args, store, names, scores, tokenizer):
-        if table.subject in (None, names[0]):  # one index's tokens are enough for a terminal
-            print(table.as_text(min(look.width or WIDEST_TEXT, WIDEST_TEXT)) + "\n")
+        if table.subject in (None, names[0]):  # the tokens of one index are enough for a terminal
+            print(table.as_text(width) + "\n")
 
 
 if __name__ == "__main__":

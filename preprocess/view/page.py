@@ -1,15 +1,15 @@
 """Write masks as one HTML page without scripts, other files or network.
 
-Masked tokens are boxed; the more important a token, the darker its background and the thicker its
-underline, so that neither a print without colours nor a colour-blind reader loses anything. All
-text of the corpus passes through `html.escape`.
+Masked tokens are boxed (dashed in a second index, double in both); the more important a token, the
+darker its background and the thicker its underline, so that neither a print without colours nor a
+colour-blind reader loses anything. All text of the corpus passes through `html.escape`.
 """
 
 from __future__ import annotations
 
 import html
 
-from preprocess.view.pieces import LEVELS, Document, Piece, Sequence, marked_by
+from preprocess.view.pieces import LEVELS, Document, Piece
 from preprocess.view.statistics import share_of
 from preprocess.view.tables import Table, html_page, percent
 
@@ -32,83 +32,63 @@ mark { color: inherit; background: none; }
 .l2 { background: #fbd9a0; text-decoration-thickness: 1px; }
 .l3 { background: #f2ab4b; text-decoration-thickness: 3px; }
 .m { border: 2px solid #000; border-radius: 3px; padding: 0 1px 2px; }
-.b { border: 4px double #000; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; column-gap: 1.5em; }
-.pair > * { min-width: 0; border-top: 1px solid #ddd; padding: .3em 0; margin: 0; }
-.pair > .name { border: 0; font: bold .8em system-ui, sans-serif; }
-.pair p::before { content: none; }
+.c { border: 2px dashed #000; border-radius: 3px; padding: 0 1px 2px; }
+.b { border: 4px double #000; border-radius: 3px; padding: 0 1px 2px; }
 .types, .wide { display: flex; flex-wrap: wrap; gap: 0 2.5em; align-items: flex-start; }
 .types > div, .wide > div { width: min-content; min-width: min(18em, 100%); max-width: 100%; }
 .types .bar { display: none; }
 @media (max-width: 40em) {
-  body { font-size: 16px; padding: 0 .6em; } .pair { grid-template-columns: 1fr; }
-  .pair > .name { display: none; } .pair p + p { border-top: 1px dashed #ddd; }
-  .pair p::before { content: attr(data-name) " "; font: bold .7em system-ui, sans-serif; }
-  .pair .bar, .bar { width: 3em; } th, td { padding: .1em .35em; }
+  body { font-size: 16px; padding: 0 .6em; } .bar { width: 3em; }
+  th, td { padding: .1em .35em; }
 }
-@media print { body { font-size: 11pt; max-width: none; } h2, h3, .legend { break-after: avoid; }
-  tr, .pair p { break-inside: avoid; } nav { display: none; } }
+@media print { body { font-size: 11pt; max-width: none; }
+  .legend { break-after: avoid; } nav { display: none; } }
 """
 
 
 def format_piece(piece: Piece, names: list[str]) -> str:
     """Write a piece, escaped, with its space; `names` are those of the two indices."""
-    classes, title = [], []
-    holders = [name for name, on in zip(names, (piece.masked, piece.compared), strict=False) if on]
-    if holders:
-        classes.append("m b" if len(holders) > 1 else "m")
+    title = []
+    held = [piece.masked, piece.compared]
+    holders = [name for name, on in zip(names, held, strict=False) if on]
+    mark = {(True, False): "m", (False, True): "c", (True, True): "b"}.get((held[0], held[1]))
+    if mark:
         title.append(f"masked in {' and '.join(holders)}")
-    if piece.level:
-        classes.append(f"l{piece.level}")
+    classes = [name for name in (mark, f"l{piece.level}" if piece.level else None) if name]
     if piece.score is not None and classes:
         title.append(f"log-odds {piece.score:.2f} ({share_of(piece.score)})")
     text = html.escape(piece.text)
     if classes:
-        tag = "mark" if holders else "span"
+        tag = "mark" if mark else "span"
         text = (f'<{tag} class="{" ".join(classes)}" title="{html.escape(", ".join(title))}">'
                 f"{text}</{tag}>")
     return (" " if piece.space else "") + text
 
 
-def _format_sequence(sequence: Sequence, names: list[str], shown: int | None) -> str:
-    """Write a sequence as a paragraph; `shown` (0 or 1) selects the marks of one of two indices."""
-    pieces, masked = sequence.pieces, sequence.num_masked
-    if shown is not None:
-        pieces = marked_by(pieces, compared=bool(shown))
-        masked = (sequence.num_masked, sequence.num_compared)[shown]
-    text = "".join(format_piece(piece, names) for piece in pieces).strip()
-    count = f"{masked} of {sequence.num_tokens}"
-    if sequence.num_important is not None and not shown:
-        count += f", {sequence.num_important} important"
-    label = f' data-name="{html.escape(names[shown])}"' if shown is not None else ""
-    # The browser finds the writing direction by the first letter.
-    return f'<p dir="auto" lang=""{label}>{text} <small dir="ltr" lang="en">{count}</small></p>'
-
-
 def _format_document(document: Document, names: list[str]) -> str:
     head = (f"{document.num_tokens:,} tokens, {document.num_masked:,} masked "
             f"({percent(document.num_masked, document.num_tokens)})")
-    lines = [f'<h3 id="d{document.number}">Document {document.number}</h3>']
     if len(names) > 1:
-        head += (f"; {document.num_compared:,} in {html.escape(names[1])}, "
-                 f"{document.num_shared:,} in both")
-        lines += [f'<p class="note">{head}.</p>', '<div class="pair">']
-        lines += [f'<div class="name">{html.escape(name)}</div>' for name in names]
-        for sequence in document.sequences:
-            lines += [_format_sequence(sequence, names, shown) for shown in (0, 1)]
-        lines.append("</div>")
-    else:
-        lines.append(f'<p class="note">{head}.</p>')
-        lines += [_format_sequence(sequence, names, None) for sequence in document.sequences]
+        head += f"; {document.num_compared:,} in {names[1]}, {document.num_shared:,} in both"
+    lines = [f'<h3 id="d{document.number}">Document {document.number}</h3>',
+             f'<p class="note">{html.escape(head)}.</p>']
+    for sequence in document.sequences:
+        text = "".join(format_piece(piece, names) for piece in sequence.pieces).strip()
+        count = f"{sequence.num_masked} of {sequence.num_tokens}"
+        if sequence.num_important is not None:
+            count += f", {sequence.num_important} important"
+        # The browser finds the writing direction by the first letter.
+        lines.append(f'<p dir="auto" lang="">{text} <small dir="ltr" lang="en">{count}</small></p>')
     if document.num_left_out:
         lines.append(f'<p class="note">... {document.num_left_out:,} more sequences</p>')
     return "\n".join(lines)
 
 
 def _format_legend(names: list[str], scores: str | None) -> str:
-    lines = ['<mark class="m">masked</mark>']
+    lines = [f'<mark class="m">masked in {html.escape(names[0])}</mark>']
     if len(names) > 1:
-        lines[0] += ' <mark class="m b">masked in both</mark>'
+        lines[0] += (f' <mark class="c">in {html.escape(names[1])}</mark> '
+                     '<mark class="b">in both</mark>')
     if scores:
         edges = [share_of(edge) for edge in LEVELS]
         ranges = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in

@@ -128,15 +128,6 @@ def _joins(left: Piece, right: Piece) -> bool:
     return same and left.text[-1:].isalnum() and right.text[:1].isalnum()
 
 
-def marked_by(pieces: list[Piece], compared: bool) -> list[Piece]:
-    """Keep only the marks of one index; pieces that both indices hold keep both."""
-    keep = "compared" if compared else "masked"
-    return [
-        piece if getattr(piece, keep) else Piece(piece.text, piece.space, score=piece.score)
-        for piece in pieces
-    ]
-
-
 # ------------------------------------------------------------------------------ the documents
 
 
@@ -147,7 +138,6 @@ class Sequence:
     pieces: list[Piece]
     num_tokens: int
     num_masked: int
-    num_compared: int
     num_important: int | None
 
 
@@ -208,7 +198,6 @@ def _read_document(
                 read_sequence(shard.tokens[a:b], tokenizer, in_mask, in_compare, scores),
                 num_tokens=b - a,
                 num_masked=int(in_mask.sum()),
-                num_compared=int(in_compare.sum()),
                 num_important=None if scores is None else int((scores > 0).sum()),
             )
         )

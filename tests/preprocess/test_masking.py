@@ -290,7 +290,7 @@ def test_selective_ties_are_drawn_not_taken_from_the_left():
 
 def test_selective_fill_budget_and_that_it_holds_the_selective_ones():
     batch = make_batch()
-    selective, filled = STRATEGIES["selective"].choose(batch), STRATEGIES["selective_fill"].choose(batch)
+    selective, filled = (STRATEGIES[name].choose(batch) for name in ("selective", "selective_fill"))
     assert set(selective.tolist()) <= set(filled.tolist())
     budget = np.maximum(draw_counts(batch), counts_of(selective, batch.offsets))
     assert counts_of(filled, batch.offsets).tolist() == budget.tolist()

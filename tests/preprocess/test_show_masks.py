@@ -26,9 +26,8 @@ from preprocess.show_masks import (
 )
 from preprocess.store import StoreWriter, TokenStore, write_array
 from preprocess.view import page as mask_page
-from preprocess.view.pieces import Document, Piece, Sequence, printable, read_sequence, split_text
-from preprocess.view.tables import text_width
-from preprocess.view.terminal import Look, format_document, mark_piece
+from preprocess.view.pieces import Piece, printable, read_sequence, split_text
+from preprocess.view.terminal import mark_piece
 
 ROOT = Path(show_masks.__file__).parents[1]
 WORDS = "the film is un ##believ ##able , and I ' m glad ( very ) <b> & don t . \x1b".split(" ")
@@ -200,27 +199,6 @@ def show_on_terminal(monkeypatch, columns, prefix, *options):
     return sys.stdout.getvalue()
 
 
-def without_colours(text):
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
-
-
-def test_a_wide_terminal_has_two_columns_and_a_narrow_one_wraps(store, monkeypatch, capsys):
-    options = ("--compare", "ctl", "--scores", "mr", "--num_documents", "1")
-    wide = documents_of(without_colours(show_on_terminal(monkeypatch, 120, store, *options)))
-    left, right = zip(*(line.split(" | ") for line in wide[1:4]), strict=True)
-    assert [text.rstrip() for text in left] == [
-        "sel", "the [{film}] is un[believable+],+ and+", "[I+] '+ m++ glad++ (++ very++ )++.++"
-    ]
-    assert right == (
-        "ctl", "the [{film}] {is} unbelievable+,+ and+", "I+ '+ m++ glad++ (++ very++ )++{.++}"
-    )
-    assert len({len(text) for text in left}) == 1
-    narrow = without_colours(show_on_terminal(monkeypatch, 24, store, *options))
-    lines = documents_of(narrow)[:9]
-    assert "the [{film}] {is}" in lines and "  un[believable+],+ and+" in lines
-    assert all(len(line) <= 24 for line in lines)
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "coloured"),
     [("NO_COLOR", "", True), ("NO_COLOR", "1", False), ("TERM", "dumb", False)],
@@ -244,16 +222,6 @@ def test_marks_grow_with_the_score():
     marks = [mark_piece(Piece("x", False, score=score)) for score in scores]
     assert marks == ["x"] * 5 + ["x+"] * 2 + ["x++"] * 3
     assert mark_piece(Piece("x", True, True, True, 1.0)) == "[{x+}]"
-
-
-def test_wide_and_combining_characters_keep_columns_straight():
-    widths = {"abc": 3, "\u65e5\u672c": 4, "e\u0301": 1, "a\u200d": 1}
-    assert {text: text_width(text) for text in widths} == widths
-    pieces = [Piece(text, True) for text in ("\u65e5\u672c" * 12, "e\u0301t", "plain")]
-    document = Document(0, 3, 0, 0, 0, [Sequence(pieces, 3, 0, 0, None)], num_left_out=4)
-    lines = format_document(document, ["a", "b"], Look(colour=False, width=100)).splitlines()
-    assert {text_width(line.split("|")[0]) for line in lines[1:-1]} == {49}
-    assert lines[-1] == "... 4 more sequences"
 
 
 def test_statistics_can_be_left_out_and_follow_the_documents(store, capsys):
@@ -413,10 +381,10 @@ def test_page_is_escaped_whole_and_without_scripts(store, tmp_path, capsys):
     reader.feed(page.read_text(encoding="utf-8"))
     reader.close()
     assert reader.open == []
-    # The legend, then of each sequence what one index masks and what the other one does.
+    # The legend, then the masked tokens of either index.
     assert reader.masked == [
-        "masked", "masked in both", "film", "believable", "film", "is", "I", ".", "<b>", "\u241b",
-        "<b>",
+        "masked in sel", "in ctl", "in both", "film", "is", "believable", "I", ".", "<b>",
+        "\u241b",
     ]
     kinds = {tag for tag, _ in reader.tags}
     assert not kinds & {"script", "link", "img", "iframe", "svg"}
@@ -427,6 +395,7 @@ def test_page_is_escaped_whole_and_without_scripts(store, tmp_path, capsys):
     assert "selective" in reader.text and "Document 2" in reader.text
     assert "27.3 %" in reader.text  # 6 of the 22 tokens of the store
     assert "ctl: passed over" in reader.text
+    assert sum(a.get("dir") == "auto" for _, a in reader.tags) == 3  # Arabic begins on the right
     raw = page.read_text()
     assert "default-src 'none'" in raw and "url(" not in raw and "@import" not in raw
 
@@ -435,6 +404,7 @@ def test_what_is_masked_and_how_important_shows_without_colour():
     """Boxes and lines below; backgrounds only repeat them."""
     style = mask_page._STYLE
     assert re.search(r"\.m \{ border: 2px solid", style)
+    assert re.search(r"\.c \{ border: 2px dashed", style)
     assert re.search(r"\.b \{ border: 4px double", style)
     assert ".l1, .l2, .l3 { text-decoration: underline" in style
     lines = [re.search(rf"^\.l{i} {{([^}}]*)}}", style, re.MULTILINE).group(1) for i in (1, 2, 3)]
@@ -450,20 +420,12 @@ def test_html_piece_by_hand():
     assert mask_page.format_piece(Piece('a"<', True), names) == " a&quot;&lt;"
     piece = Piece("x", False, masked=True, compared=True, score=3.0)
     assert mask_page.format_piece(piece, names) == (
-        '<mark class="m b l3" title="masked in sel and c&lt;l, log-odds 3.00 (95 %)">x</mark>'
+        '<mark class="b l3" title="masked in sel and c&lt;l, log-odds 3.00 (95 %)">x</mark>'
     )
     assert mask_page.format_piece(Piece("x", False, score=-1.0), names) == (
         '<span class="l1" title="log-odds -1.00 (27 %)">x</span>'
     )
     assert mask_page.format_piece(Piece("x", False, score=-5.0), names) == "x"
-
-
-def test_page_of_one_index_has_one_column(store, tmp_path, capsys):
-    page = tmp_path / "page.html"
-    show(store, "--html", str(page), "--max_statistics_tokens", "0")
-    text = page.read_text()
-    assert 'class="pair"' not in text and "statistics" not in text.split("</style>")[1]
-    assert text.count('dir="auto"') == 3  # a line of Arabic begins on the right
 
 
 # ------------------------------------------------------------------------------------- refusals
