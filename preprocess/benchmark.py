@@ -41,6 +41,7 @@ from preprocess.corpus import check_file, resolve_path, source_kind
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import file_sha256, read_json
 from preprocess.machine import environment
+from preprocess.view.tables import Table
 
 BASELINE = "datasets.map"
 MIB = 1 << 20
@@ -231,21 +232,18 @@ def summarize(rows: dict[str, Row], num_tokens: int) -> list[dict[str, Any]]:
 
 def format_table(rows: list[dict[str, Any]], num_tokens: int) -> str:
     """Return the table as text."""
-    lines = [
-        f"{num_tokens:,} tokens; seconds without the start, in brackets the fastest and the "
-        f"slowest round",
-        f"{'':<22}{'seconds':>22}{'tokens/s':>13}{'x map':>8}{'x 1':>7}{'peak MiB':>10}"
-        f"{'bytes/token':>13}",
-    ]
+    cells = []
     for row in rows:
         seconds = row["seconds"]
-        spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f}-{max(seconds):.1f})"
-        lines.append(
-            f"{row['row']:<22}{spread:>22}{row['tokens_per_second']:>13,.0f}"
-            f"{row['over_baseline']:>8.2f}{row['over_one_worker']:>7.2f}"
-            f"{row['peak_bytes'] / MIB:>10,.0f}{row['bytes_per_token']:>13.2f}"
-        )
-    return "\n".join(lines)
+        cells.append([
+            row["row"], f"{statistics.median(seconds):.1f} ({min(seconds):.1f}-{max(seconds):.1f})",
+            f"{row['tokens_per_second']:,.0f}", f"{row['over_baseline']:.2f}",
+            f"{row['over_one_worker']:.2f}", f"{row['peak_bytes'] / MIB:,.0f}",
+            f"{row['bytes_per_token']:.2f}",
+        ])
+    columns = ("", "seconds", "tokens/s", "x map", "x 1", "peak MiB", "bytes/token")
+    note = "seconds: without the start, in brackets the fastest and the slowest round"
+    return Table(f"{num_tokens:,} tokens", columns, cells, note).as_text()
 
 
 def repeat(source: Path, target: Path, num_bytes: int) -> None:

@@ -31,15 +31,21 @@ import numpy as np
 from preprocess import store as stores
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
-from preprocess.masking import NEEDS, STRATEGIES, Inputs, choose_positions
+from preprocess.masking import (
+    ARRAY_NEEDS,
+    MATCHED,
+    STRATEGIES,
+    StrategyInputs,
+    choose_positions,
+)
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
 from preprocess.text.continuations import continuation_table, open_tokenizer
 from preprocess.view.statistics import count_masks
+from preprocess.view.tables import Table
 from train import data
 from train.bench.throughput import peak_gib, reset_peak, spread
 from train.data import permute, row_tables
-from train.reports.page import Table, as_text
 from train.run_dir.folder import environment
 
 BLOCK = 1 << 20  # tokens made at once
@@ -123,26 +129,24 @@ def rates(counts: list[tuple[int, float]]) -> dict[str, Any]:
 def build_index(store: TokenStore, strategy: str) -> None:
     """Do the work of `build_masks.py` on a store of one shard, without its output."""
     (shard,) = store.shards
-    words = None
-    if strategy == "whole_word":
-        words = continuation_table(open_tokenizer(store.tokenizer_dir))
-    need = NEEDS.get(strategy)
-    sources = {
-        "scores": lambda: {"scores": open_array(shard, "scores", "scores")[0]},
-        "match": lambda: {"match": open_array(shard, "selective", "mask")[0]},
-    }
-    inputs = Inputs(words=words, **(sources[need]() if need else {}))
+    needs = STRATEGIES[strategy].needs
+    words = continuation_table(open_tokenizer(store.tokenizer_dir)) if "words" in needs else None
+    names = {"scores": "scores", "match": MATCHED}
+    inputs = StrategyInputs(words=words, **{
+        need: open_array(shard, names[need], kind)[0]
+        for need, kind in ARRAY_NEEDS.items() if need in needs
+    })
     positions = choose_positions(
         shard, strategy, inputs, rate=RATE, seed=SEED, all_special_ids=store.all_special_ids
     )
     write_array(shard, strategy, "mask", positions, {"options": {"strategy": strategy}})
-    count_masks(store, [strategy, *(["selective"] if need == "match" else [])])
+    count_masks(store, [strategy, *([MATCHED] if "match" in needs else [])])
 
 
 def measure_masks(store: TokenStore, rounds: int) -> list[dict[str, Any]]:
     """Measure tokens per second of each strategy, interleaved."""
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in STRATEGIES}
-    build_index(store, "selective")  # whose counts `random_matched` takes
+    build_index(store, MATCHED)  # whose counts a control takes
     for _ in range(rounds):
         for name in found:
             seconds, _ = timed(partial(build_index, store, name))
@@ -163,8 +167,9 @@ def load(loader: data.PackedData, numbers: range) -> int:
 def measure_loader(store: TokenStore, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Measure tokens per second of one rank of 1 and of 64, interleaved."""
     found = []
-    maskings = [data.prebuilt_masking(store, "selective")]
-    maskings += [data.drawn_masking(store, name, RATE) for name in ("random", "whole_word")]
+    maskings = [data.prebuilt_masking(store, MATCHED)]
+    maskings += [data.drawn_masking(store, name, RATE)
+                 for name, strategy in STRATEGIES.items() if strategy.drawn]
     for length in (128, 512):
         table, _ = row_tables(store, length, EVAL_FRACTION)
         loaders = {
@@ -302,7 +307,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def show(title: str, caption: str, rows: list[dict[str, Any]]) -> None:
     """Print one table."""
-    say(f"\n{title}\n{as_text(Table('', title, caption, list(rows[0]), rows))}\n{caption}")
+    say("\n" + Table.of(title, rows, caption).as_text())
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -29,12 +29,12 @@ import torch
 from preprocess import corpus
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
-from preprocess.masking import Sequences, choose_selective, find_candidates
+from preprocess.masking import MATCHED, STRATEGIES, Sequences, find_candidates
 from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
+from preprocess.view.tables import Table
 from train import engine, model
 from train.bench.throughput import spread, synchronize, turns
-from train.reports.page import Table, as_text
 from train.run_dir.folder import environment
 from train.stages import importance, scoring
 from train.stages.inference import Counts, Runner, check_trained, one_by_one, special_template
@@ -87,7 +87,7 @@ def interleave(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print one table."""
-    say(f"\n{title}\n{as_text(Table('', title, '', list(rows[0]), rows))}")
+    say("\n" + Table.of(title, rows).as_text())
 
 
 # --------------------------------------------------------------------------- annotating
@@ -222,7 +222,7 @@ def compare_masks(
 ) -> tuple[int, int]:
     """Count the tokens that `selective` masks by both scores, and by either."""
     masks = [
-        set(choose_selective(Sequences(
+        set(STRATEGIES[MATCHED].choose(Sequences(
             offsets=offsets, positions=np.arange(len(tokens)),
             candidates=find_candidates(tokens, store.all_special_ids),
             rate=0.15, seed=0, epoch=0, scores=one)).tolist())

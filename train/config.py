@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeVar
 
 from preprocess.errors import ConfigError
+from preprocess.masking import BASELINE, STRATEGIES
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -124,7 +125,10 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions):
     from_scratch: bool = _flag(
         False, "keep the configuration of --model_name_or_path but draw fresh weights"
     )
-    masking: str = _flag("", "strategy drawn on the fly: random (default) or whole_word")
+    masking: str = _flag(
+        "", f"strategy drawn anew each epoch, one of "
+        f"{', '.join(name for name, one in STRATEGIES.items() if one.drawn)} (default: {BASELINE})"
+    )
     mask_index: str = _flag("", "name of a prebuilt mask index: P.NAME.mask.npy")
     mlm_probability: float = _flag(0.15, "mask rate of a strategy drawn on the fly")
     max_steps: int = _flag(1000, "optimizer steps; 0: only write hf/")

@@ -23,6 +23,7 @@ import torch
 
 from preprocess.errors import ConfigError, NonFiniteError, StopRequested, run_command
 from preprocess.files import read_json
+from preprocess.masking import BASELINE
 from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
 from train import data, model
@@ -74,8 +75,8 @@ def read_inputs(config: PretrainConfig) -> Inputs:
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)
     else:
-        masking = data.drawn_masking(store, config.masking or "random", config.mlm_probability)
-    eval_maskings = {"": data.drawn_masking(store, "random", data.EVAL_RATE)}
+        masking = data.drawn_masking(store, config.masking or BASELINE, config.mlm_probability)
+    eval_maskings = {"": data.drawn_masking(store, BASELINE, data.EVAL_RATE)}
     for name in config.eval_mask_index:
         eval_maskings[name] = data.prebuilt_masking(store, name)
     train_rows, eval_rows = row_tables(store, config.max_seq_length, config.eval_fraction)

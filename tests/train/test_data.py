@@ -99,7 +99,8 @@ def some_index(store: TokenStore, generator, share: float = 0.2) -> Masking:
 
 
 def maskings(store: TokenStore) -> dict[str, Masking]:
-    drawn = {name: data.drawn_masking(store, name, 0.15) for name in masks.DRAWN}
+    drawn = {name: data.drawn_masking(store, name, 0.15)
+             for name, strategy in masks.STRATEGIES.items() if strategy.drawn}
     return {**drawn, "index": some_index(store, np.random.default_rng(5))}
 
 
@@ -449,7 +450,7 @@ def plain_row(
         if index is None:
             words = masking.words
             ids, offsets = tokens[positions].astype(np.uint16), np.array([0, length])
-            chosen = masks.STRATEGIES[masking.name](masks.Sequences(
+            chosen = masks.STRATEGIES[masking.name].choose(masks.Sequences(
                 offsets=offsets, positions=positions, rate=masking.rate, seed=seed, epoch=epoch,
                 candidates=~np.isin(ids, store.all_special_ids),
                 continues_word=words and find_continuations(ids, offsets, words),

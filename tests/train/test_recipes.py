@@ -23,7 +23,7 @@ from train.config import (
     parse,
 )
 from train.recipes import run as run_room
-from train.recipes.recipe import ARMS, MASK_FLAGS, REPOSITORY, TOKENIZE_FLAGS, load_recipe
+from train.recipes.recipe import MASK_FLAGS, REPOSITORY, TOKENIZE_FLAGS, load_recipe
 
 RECIPES = sorted((REPOSITORY / "train" / "recipes").glob("*.yaml"))
 CONFIGS = {
@@ -107,12 +107,6 @@ def test_recipes_of_the_paper_have_the_published_settings(name):
     assert flag_value(guided, "train_batch_size") == "112"
     assert 140_000 <= int(flag_value(guided, "max_steps")) <= 190_000
     assert len(flag_value(words["finetune-none"], "seeds").split(",")) == 10
-
-
-def test_all_registered_strategies_are_arms():
-    from preprocess.masking import STRATEGIES
-
-    assert set(STRATEGIES) == set(ARMS) - {"none"}
 
 
 def test_flags_of_preprocess_sections_exist():

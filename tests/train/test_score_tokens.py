@@ -21,7 +21,7 @@ from transformers import (
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import seal
-from preprocess.masking import Sequences, choose_selective
+from preprocess.masking import STRATEGIES, Sequences
 from preprocess.progress import Progress
 from preprocess.store import StoreWriter, TokenStore, iterate_blocks, lock_array, open_array
 from train import engine, score_tokens
@@ -360,7 +360,7 @@ def test_masks_do_not_depend_on_the_batches(scorer):
         runner = Runner(model, special_template(scorer[1], pair=False), scorer[1],
                         torch.device("cpu"), 8192, **options)
         scores.append(scoring.score_block(tokens, offsets, runner, 14, Progress(len(tokens))))
-        chosen = choose_selective(Sequences(
+        chosen = STRATEGIES["selective"].choose(Sequences(
             offsets=offsets, positions=np.arange(len(tokens)),
             candidates=np.ones(len(tokens), bool), rate=0.15, seed=0, epoch=0, scores=scores[-1]))
         masks.append(np.isin(np.arange(len(tokens)), chosen))

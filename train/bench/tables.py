@@ -10,6 +10,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import read_json
+from preprocess.view.tables import Table
 
 SHARES = ("head", "optimizer", "loader", "rest")
 KINDS = {  # colour (Okabe and Ito 2008) and hatching of each kind of row: print needs the second
@@ -23,16 +24,6 @@ def _between(values: dict[str, float], digits: int) -> str:
     """`median (p20-p80)`."""
     median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
     return f"{median} ({low}-{high})"
-
-
-def align(rows: list[list[str]]) -> str:
-    """Cells as text, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if number == 0 else cell.rjust(width)
-                  for number, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    )
 
 
 # -------------------------------------------------------------------------------------- tables
@@ -51,7 +42,7 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
             _between(row["over_random"], 2),
             *[_between(row["over_grouped"], 2) for _ in range(grouped)],
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()
 
 
 def time_table(rows: list[dict[str, Any]]) -> str:
@@ -63,7 +54,7 @@ def time_table(rows: list[dict[str, Any]]) -> str:
             *(f"{row['share_percent'][name]:.1f} %" for name in SHARES),
             f"{row['peak_memory_gib']:.2f}",
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()
 
 
 def pass_table(rows: list[dict[str, Any]]) -> str:
@@ -71,7 +62,7 @@ def pass_table(rows: list[dict[str, Any]]) -> str:
     cells = [["forward + backward", "step ms (p20-p80)", "/pass-transformers (p20-p80)"]]
     cells += [[row["name"], _between(row["step_ms"], 1), _between(row["over_full"], 2)]
               for row in rows]
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()
 
 
 def equal_table(rows: list[dict[str, Any]]) -> str:
@@ -85,7 +76,7 @@ def equal_table(rows: list[dict[str, Any]]) -> str:
             f"{row['tokens_per_second']:,.0f}", _between(row["step_ms"], 1),
             _between(row["over_random"], 2),
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()
 
 
 def cost_table(costs: list[dict[str, Any]]) -> str:
@@ -98,7 +89,7 @@ def cost_table(costs: list[dict[str, Any]]) -> str:
             *("-" if value is None else f"{value:.3f}" for value in seconds),
             f"{cost['masked_tokens']:,}", f"{cost['bytes_on_disk']:,}",
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()
 
 
 def training_rows(length: dict[str, Any]) -> list[dict[str, Any]]:
@@ -135,8 +126,8 @@ def format_result(result: dict[str, Any]) -> str:
                 equal_table(equal),
                 "Equal are the rows and the number of masked tokens in the whole store, that of "
                 "the most sparing strategy:",
-                "indices lose positions at random, to exactly that number; random and whole_word "
-                "draw at a lower rate, and meet it in expectation.", "",
+                "indices lose positions at random, to exactly that number; strategies drawn anew "
+                "each epoch draw at a lower rate, and meet it in expectation.", "",
             ]
         if passes:
             parts += [f"One batch alone, rows of {length['max_seq_length']} slots",
@@ -339,4 +330,4 @@ def _compare_table(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
             *(f"{row['peak_memory_gib']:.2f}" for row in (one, other)),
             *(f"{100 * row['masked_rate']:.2f} %" for row in (one, other)),
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()

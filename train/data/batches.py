@@ -197,7 +197,7 @@ class PackedData:
         positions = ranges(start, length)
         offsets = np.concatenate([[0], np.cumsum(length)])
         words = self.masking.words
-        chosen = masks.STRATEGIES[self.masking.name](
+        chosen = masks.STRATEGIES[self.masking.name].choose(
             masks.Sequences(
                 offsets=offsets,
                 positions=positions,

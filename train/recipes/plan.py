@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.masking import ARRAY_NEEDS, MATCHED, STRATEGIES
 from preprocess.store import TokenStore, array_path
 from train.config import FinetuneConfig
-from train.recipes.recipe import BUILT_ARMS, NEGATED, REPOSITORY, needs_domain
+from train.recipes.recipe import NEGATED, REPOSITORY, needs_domain
 from train.reports.results import finished_seeds
 from train.stages.floors import write_naive_bayes
 
@@ -188,8 +189,12 @@ class _Planner:
         base: str | Path = recipe["encoder"]
         if recipe["general"] is not None:
             base = self.root / "stage1" / ("hf" if length is None else f"hf_step_{length}")
-        if any(arm in BUILT_ARMS for arm in recipe["arms"]):
-            self.choose_masks(root, tag, base, after)
+        built = [arm for arm in STRATEGIES
+                 if arm in recipe["arms"] and not STRATEGIES[arm].drawn]
+        if any(not STRATEGIES[arm].needs.isdisjoint(ARRAY_NEEDS) for arm in built):
+            self.score(root, tag, base, after)
+        for arm in built:
+            self.masks(arm, tag, self.root / "domain" / "text")
         for arm in recipe["arms"]:
             label = arm if length is None else f"{arm}@{length}"
             if arm == "none":
@@ -201,8 +206,8 @@ class _Planner:
                     for seed in recipe["pretrain_seeds"]]
             self.arm(label, runs, self.behind_masks(f"masks-{arm}{tag}"))
 
-    def choose_masks(self, root: Path, tag: str, base: str | Path, after: list[str]) -> None:
-        """Classifier, annotation, scorer, scores, and the mask indices of the arms."""
+    def score(self, root: Path, tag: str, base: str | Path, after: list[str]) -> None:
+        """Add the classifier, the annotation, the scorer and the scores."""
         recipe, domain = self.recipe, self.root / "domain" / "text"
         classifier, annotations = root / "classifier", root / "annotations" / "text"
         seed = _seeds(recipe["classifier"]).split(",")[0]
@@ -228,29 +233,31 @@ class _Planner:
             outputs=_array_files(domain, scores, "scores"),
             needs=["tokenize-domain", f"scorer{tag}"],
         )
-        for arm in BUILT_ARMS:
-            if arm in recipe["arms"]:
-                self.masks(arm, tag, domain)
 
     def masks(self, arm: str, tag: str, domain: Path) -> None:
         if any(step.name == f"masks-{arm}{tag}" for step in self.steps):
             return
-        source, needs = {"scores": f"task{tag}"}, [f"score{tag}"]
-        if arm == "random_matched":
-            self.masks("selective", tag, domain)  # the control's counts, even without that arm
-            source, needs = {"match": f"selective{tag}"}, [f"masks-selective{tag}"]
+        source, needs = {}, []
+        if "scores" in STRATEGIES[arm].needs:
+            source["scores"] = f"task{tag}"
+            needs.append(f"score{tag}")
+        if "match" in STRATEGIES[arm].needs:
+            self.masks(MATCHED, tag, domain)  # the control's counts, even without that arm
+            source["match"] = f"{MATCHED}{tag}"
+            needs.append(f"masks-{MATCHED}{tag}")
         name = f"{arm}{tag}"
         self.add(
             f"masks-{name}", "preprocess/build_masks.py",
             {"tokens": domain, "strategy": arm, **source, **self.recipe["masks"], "name": name},
             is_whole=lambda: _holds_store(domain, "mask", name),
-            outputs=_array_files(domain, name, "mask"), needs=needs,
+            outputs=_array_files(domain, name, "mask"),
+            needs=needs or ["tokenize-domain"],
         )
 
     def one_arm(self, arm: str, seed: int, root: Path, tag: str, base: str | Path,
                 after: list[str]) -> Path:
         """Stage 2 with one seed, and fine-tuning of what it made."""
-        built = arm in BUILT_ARMS
+        built = not STRATEGIES[arm].drawn
         run = root / "task_guided" / f"{arm}-seed{seed}"
         name = self.train(
             f"task_guided-{arm}-seed{seed}{tag}", "train/pretrain.py", "task_guided", run,

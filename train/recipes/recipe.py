@@ -14,6 +14,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError
 from preprocess.files import parse_yaml, read_yaml
+from preprocess.masking import STRATEGIES
 from train.config import (
     AnnotateConfig,
     FinetuneConfig,
@@ -24,9 +25,6 @@ from train.config import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BUILT_ARMS = ("selective", "selective_fill", "random_matched")  # read a prebuilt mask index
-DRAWN_ARMS = ("random", "whole_word")
-ARMS = ("none", *DRAWN_ARMS, *BUILT_ARMS)
 TOKENIZE_FLAGS = (
     "input", "text_column", "where", "split", "split_sentences", "language",
     "blank_line_documents", "max_documents", "num_workers", "num_shards",
@@ -213,7 +211,7 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
     if not recipe["arms"] or not recipe["pretrain_seeds"]:
         raise ConfigError(f"recipe {path}: arms and pretrain_seeds need at least one entry")
     for arm in recipe["arms"]:
-        _check_known(arm, ARMS, f"recipe {path}: unknown arm")
+        _check_known(arm, ("none", *STRATEGIES), f"recipe {path}: unknown arm")
     if not isinstance(recipe["floors"], dict):
         raise ConfigError(f"recipe {path}: floors must be as {{naive_bayes: true}}")
     for floor in recipe["floors"]:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.files import read_json, read_yaml
+from preprocess.masking import BASELINE
 from train.reports.results import number, read_stages, strategy_of
 from train.run_dir.metrics import (
     EVAL_LOSS,
@@ -179,7 +180,7 @@ def _with_lineage(
     config = _read_config(run / "config.resolved.yaml")
     named = config.get("mask_index") or config.get("masking")
     if not named and "mask_index" in config:
-        named = "random"  # the default
+        named = BASELINE  # the default
     masking = strategy_of(stage or {"mask_strategy": named})
     tokens, steps = number(stage.get("tokens")), number(stage.get("steps"))
     per_step = tokens / steps if tokens and steps else _full_rows(run, config)
