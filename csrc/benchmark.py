@@ -1,4 +1,4 @@
-"""`masked_lm_loss` against what one would use instead, forward and backward.
+"""Measure the MLM head, forward and backward, beside its alternatives.
 
     python csrc/benchmark.py [--cases bert-mini-15 bert-base-15] [--logits peaked]
 

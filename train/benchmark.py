@@ -1,4 +1,4 @@
-"""Throughput of the pre-training loop for each masking strategy, beside that of transformers.
+"""Measure the throughput of pre-training per strategy, beside transformers.
 
     deepspeed train/benchmark.py --deepspeed_config ds_configs/zero1_fp16.json --tokens P2 \
         --model_config bert-base --scores mr --max_seq_lengths 128 512

@@ -1,4 +1,4 @@
-"""How fast masks are built and rows are loaded, and what grows with the corpus.
+"""Measure the building of masks and the loading of rows, up to large stores.
 
     python train/benchmark_data.py --output_dir runs/benchmark_data
     python train/benchmark_data.py --num_tokens 1000000000 --output_dir runs/benchmark_data
@@ -31,6 +31,7 @@ import numpy as np
 from preprocess import store as stores
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
+from preprocess.flags import USUAL, Parser
 from preprocess.masking import NEEDS, STRATEGIES, Inputs, choose_positions
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
@@ -277,18 +278,18 @@ def measure_order(num_rows: int) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output_dir", required=True, help="folder for benchmark_data.json")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--output_dir", required=True, metavar="DIR", help="folder for benchmark_data.json")
     numbers = (
         ("speed_tokens", 20_000_000, "tokens of the store that speed is measured on; 0: none"),
         ("num_tokens", 0, "tokens of the largest store whose scale is measured; 0: none"),
-        ("order_rows", ORDER_ROWS, "rows of the epoch whose order is worked out; 0: none"),
-        ("rounds", 5, "counted rounds of each row"),
-        ("steps", 20, "steps of the loader in a round; ten times as many at each scale"),
+        ("order_rows", ORDER_ROWS, "rows of the epoch whose order is computed; 0: none"),
+        ("rounds", 5, "counted rounds per row of the table"),
+        ("steps", 20, "steps of the loader per round; ten times as many at each scale"),
     )
     for name, default, text in numbers:
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+        add(f"--{name}", type=int, default=default, help=text)
     args = parser.parse_args(argv)
     for name, least in (("speed_tokens", 0), ("num_tokens", 0), ("order_rows", 0), ("rounds", 1),
                         ("steps", 1)):
