@@ -83,7 +83,7 @@ def build_parser() -> Parser:
     add("--where", nargs="+", default=[], metavar="COL=VALUE", help="keep only rows that match")
     add("--split", default="train", metavar="NAME", help="split of a hub: source")
     add("--split_sentences", action=argparse.BooleanOptionalAction, default=True,
-        help="make one sequence per document, not per sentence")
+        help="make one sequence per document (default: --split_sentences, one per sentence)")
     add("--language", default="en", metavar="CODE", help="language, for sentence boundaries")
     add("--blank_line_documents", action="store_true",
         help="in plain text, take the blocks between blank lines as documents, not the lines")

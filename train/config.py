@@ -163,7 +163,8 @@ class MaskedLMOptions(_Checked):
 
     last_layer_subset: bool = _flag(
         True, "compute queries and feed-forward of the last layer only at masked positions", SPEED,
-        off="compute the last layer at all positions, not only at masked ones",
+        off="compute the last layer at all positions (default: --last_layer_subset, only at "
+        "masked ones)",
     )
     head_implementation: Literal["auto", "reference", "chunked", "triton"] = _flag(
         "auto", "code of the MLM head; auto: triton on a GPU, chunked on a CPU", SPEED
