@@ -1,25 +1,27 @@
-"""Choose the masked positions of a token store once, and keep them as a mask-index array.
+"""Choose the masked positions of a token store: write a mask index.
 
     python preprocess/build_masks.py --tokens P --strategy selective --scores mr --name mr-sel
     python preprocess/build_masks.py --tokens P --strategy random_matched --match mr-sel \\
         --name mr-ctl
 
-Write `P.NAME.mask.npy` beside every shard, in blocks of whole sequences, so that memory does not
-grow with the store. Shards are independent: `--shard_index i --num_shards N` builds one of them, so
-that machines can share the work. Complete shards are kept by later runs, with or without these
-flags.
+The index is `P.NAME.mask.npy` beside each shard. Shards are independent: `--shard_index i
+--num_shards N` makes one of them, so that machines can share the work; later runs keep what is
+complete, with or without these flags.
+
+Memory does not grow with the store, which is read in blocks of sequences. Each draw depends on the
+position of a token in the store, so neither blocks nor shards change the result.
 """
 
 from __future__ import annotations
 
 import argparse
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, check_shard, run_command
+from preprocess.flags import USUAL, Parser
 from preprocess.masking import (
     ARRAY_NEEDS,
     STRATEGIES,
@@ -46,40 +48,29 @@ MAX_COUNTED = 10**9  # tokens counted for the statistics; half a minute
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0],
-        epilog="strategies:\n" + "\n".join(
-            textwrap.fill(f"{name}: {strategy.rule}", 78, initial_indent="  ",
-                          subsequent_indent="      ")
-            for name, strategy in STRATEGIES.items()
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--tokens", required=True, help="prefix of the token store")
-    parser.add_argument(
-        "--strategy", required=True, choices=list(STRATEGIES), help="rule that chooses the tokens"
-    )
-    parser.add_argument("--name", required=True, help="name of the mask-index array to write")
-    parser.add_argument("--scores", help=f"scores to choose by ({', '.join(_readers('scores'))})")
-    parser.add_argument(
-        "--match",
-        help=f"mask index whose count per sequence is taken ({', '.join(_readers('match'))})",
-    )
-    parser.add_argument(
-        "--mlm_probability",
-        type=float,
-        default=0.15,
-        help="share of a sequence's tokens to mask, above 0 and at most 1; unused with --match "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=42, help="seed of every draw (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an index made with other options"
-    )
-    parser.add_argument("--shard_index", type=int, help="build one shard only, counted from 0")
-    parser.add_argument("--num_shards", type=int, help="number of shards; with --shard_index")
+    """Parse the command line and check it."""
+    parser = Parser(description=__doc__, epilog="strategies:\n" + "\n".join(
+        textwrap.fill(f"{name}: {strategy.rule}", 98, initial_indent="  ", subsequent_indent="    ")
+        for name, strategy in STRATEGIES.items()
+    ))
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--tokens", required=True, metavar="P", help="prefix of the token store")
+    add("--strategy", required=True, choices=list(STRATEGIES), metavar="NAME",
+        help=f"rule that chooses the positions: {', '.join(STRATEGIES)}")
+    add("--name", required=True, metavar="NAME", help="name of the mask-index array to write")
+    add("--scores", metavar="NAME", help="scores to choose by, for a strategy that needs them")
+    add("--match", metavar="NAME", help="mask index to match, for a strategy that needs one")
+    add("--mlm_probability", type=float, default=0.15,
+        help="fraction of the tokens of a sequence to mask, above 0 and at most 1; no use with "
+        "--match (default: 0.15)")
+    add = parser.add_argument_group("shards").add_argument
+    add("--shard_index", type=int, metavar="I",
+        help="build only the index of this shard, counted from 0; goes with --num_shards")
+    add("--num_shards", type=int,
+        help="number of shards of the store; goes with --shard_index")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the draws")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace an index made with other options")
     args = parser.parse_args(argv)
     for flag in ARRAY_NEEDS:
         given, needed = getattr(args, flag), flag in STRATEGIES[args.strategy].needs

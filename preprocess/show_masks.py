@@ -26,6 +26,7 @@ import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import atomic_write_bytes
+from preprocess.flags import USUAL, Parser
 from preprocess.masking import (
     ARRAY_NEEDS,
     STRATEGIES,
@@ -49,32 +50,27 @@ FORMAT_KEYS = {"format_version", "name", "kind", "count", "sha256", "store_finge
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tokens", required=True, help="prefix of the token store")
-    parser.add_argument("--mask_index", required=True, help="name of the mask index to show")
-    parser.add_argument("--compare", help="name of a second mask index to show beside it")
-    parser.add_argument(
-        "--scores", help="name of scores to colour by (default: those that the index was chosen by)"
-    )
-    parser.add_argument("--documents", help="document numbers to show, such as 0,5,10-12")
-    parser.add_argument(
-        "--num_documents", type=int, help="number of documents to show otherwise (default: 3)"
-    )
-    parser.add_argument(
-        "--random", action="store_true", help="draw documents instead of taking the first ones"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of --random (default: %(default)s)")
-    parser.add_argument("--containing", metavar="WORD", help="show only documents with this word")
-    parser.add_argument(
-        "--max_document_tokens", type=int, default=2000,
-        help="most tokens to show per document (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max_statistics_tokens", type=int,
-        help="most tokens to count, in blocks spaced evenly over the store; 0: no statistics "
-        "(default: all)",
-    )
-    parser.add_argument("--html", help="write a page to this file instead of the terminal")
+    """Parse the command line and check it."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--tokens", required=True, metavar="P", help="prefix of the token store")
+    add("--mask_index", required=True, metavar="NAME", help="name of the mask index to show")
+    add("--compare", metavar="NAME", help="name of a second mask index, to show beside it")
+    add("--html", metavar="FILE", help="write a page to this file instead of the terminal")
+    add = parser.add_argument_group("which documents").add_argument
+    add("--documents", metavar="N,N-N", help="numbers of documents to show, such as 0,5,10-12")
+    add("--num_documents", type=int, help="instead: number of documents to show (default: 3)")
+    add("--random", action="store_true", help="draw them from the store, not the first ones")
+    add("--seed", type=int, default=42, help="seed of --random")
+    add("--containing", metavar="WORD", help="only documents that contain this word")
+    add("--max_document_tokens", type=int, default=2000,
+        help="largest number of tokens to show per document")
+    add = parser.add_argument_group("scores and statistics").add_argument
+    add("--scores", metavar="NAME",
+        help="scores to colour by (default: those that the index was chosen by)")
+    add("--max_statistics_tokens", type=int,
+        help="number of tokens to count, in blocks spaced evenly over the store; 0: no statistics "
+        "(default: all)")
     args = parser.parse_args(argv)
     for name, least in (
         ("num_documents", 1), ("max_document_tokens", 1), ("max_statistics_tokens", 0)

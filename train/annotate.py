@@ -1,4 +1,4 @@
-"""Which tokens of the task's training texts matter to the task classifier: stage 2 begins here.
+"""Annotate the tokens of the task's texts that matter to the classifier.
 
 A sequence (a sentence; for aspect tasks a whole text with its aspect) is read from left to right.
 A *buffer* holds the tokens seen so far that were not found important. The token that brings the

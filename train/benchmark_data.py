@@ -31,6 +31,7 @@ import numpy as np
 from preprocess import store as stores
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
+from preprocess.flags import USUAL, Parser
 from preprocess.masking import (
     ARRAY_NEEDS,
     MATCHED,
@@ -282,8 +283,9 @@ def measure_order(num_rows: int) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output_dir", required=True, help="folder for benchmark_data.json")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--output_dir", required=True, metavar="DIR", help="folder for benchmark_data.json")
     numbers = (
         ("speed_tokens", 20_000_000, "tokens of the store for the speed tables; 0: none"),
         ("num_tokens", 0, "tokens of the largest store of the growth table; 0: none"),
@@ -292,8 +294,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         ("steps", 20, "steps of the loader per round; ten times as many in the growth table"),
     )
     for name, default, text in numbers:
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+        add(f"--{name}", type=int, default=default, help=text)
     args = parser.parse_args(argv)
     for name, least in (("speed_tokens", 0), ("num_tokens", 0), ("order_rows", 0), ("rounds", 1),
                         ("steps", 1)):

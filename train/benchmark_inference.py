@@ -1,6 +1,6 @@
 """Measure annotating and scoring in tokens per second, beside the published way.
 
-    python train/benchmark_inference.py --classifier RC/seed_42/hf --task mr --data_dir D \
+    python train/benchmark_inference.py --classifier RC/seed_42/hf --task mr --data_dir D \\
         --scorer RS/hf --tokens P2 --output_dir runs/benchmark_inference
 
 The published way pads every input to one width (128 for buffers, 256 for sentences to score) and
@@ -29,6 +29,7 @@ import torch
 from preprocess import corpus
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
+from preprocess.flags import USUAL, Parser
 from preprocess.masking import MATCHED, STRATEGIES, Sequences, find_candidates
 from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
@@ -235,27 +236,30 @@ def compare_masks(
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
-    add("--output_dir", required=True, help="folder for benchmark_inference.json")
-    add("--classifier", default="", help="fine-tuned classifier, to measure annotating")
-    add("--task", default="mr", help="task whose training texts are annotated (mr)")
-    add("--data_dir", help="folder of the task's files")
-    add("--criterion", default="signed", choices=[*importance.CRITERIA], help="(signed)")
-    add("--delta", type=float, default=0.01, help="as of annotate.py (0.01)")
-    add("--scorer", default="", help="token scorer, to measure scoring")
-    add("--tokens", nargs="+", default=[], help="token stores to score; one table per store")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--output_dir", required=True, metavar="DIR", help="folder for benchmark_inference.json")
+    add("--classifier", default="", metavar="MODEL",
+        help="fine-tuned classifier, to measure annotation")
+    add("--task", default="mr", metavar="TASK", help="task whose training texts are annotated")
+    add("--data_dir", metavar="DIR", help="folder with the files of the task")
+    add("--scorer", default="", metavar="MODEL", help="token scorer, to measure scoring")
+    add("--tokens", nargs="+", default=[], metavar="P",
+        help="token stores to score, one table per store")
+    add = parser.add_argument_group("measuring").add_argument
+    add("--criterion", default="signed", choices=[*importance.CRITERIA], help="as of annotate.py")
+    add("--delta", type=float, default=0.01, help="as of annotate.py")
     numbers = (
         ("max_samples", 500, "training examples to annotate"),
         ("max_tokens", 200_000, "tokens to score: whole sentences from the start of a store"),
-        ("annotate_length", 128, "longest buffer; the published way pads to it"),
-        ("score_length", 256, "longest sentence to score; the published way pads to it"),
-        ("batch_tokens", 8192, "token slots of one forward pass, the published way's apart"),
-        ("rounds", 3, "rounds; every way is measured once per round"),
+        ("annotate_length", 128, "largest buffer in tokens, to which the published way pads"),
+        ("score_length", 256, "largest sentence to score in tokens, to which the published way "
+         "pads"),
+        ("batch_tokens", 8192, "token slots per forward pass, except for the published way"),
+        ("rounds", 3, "rounds, over which all ways are interleaved"),
     )
     for name, default, text in numbers:
-        add(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+        add(f"--{name}", type=int, default=default, help=text)
     args = parser.parse_args(argv)
     for name, _, _ in numbers:
         least = 8 if name.endswith("length") else 1

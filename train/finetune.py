@@ -1,4 +1,4 @@
-"""Fine-tune a classifier on a task: stage 3, and the task classifier of stage 2.
+"""Fine-tune a classifier: stage 3, and the task classifier of stage 2.
 
 Each seed trains one model. The epoch with the best validation accuracy (the first of equals) is
 kept, and only that one meets the test split, once, after it was read back from its `hf/` folder.

@@ -1,4 +1,4 @@
-"""Fit the token scorer: it learns from annotated task texts which tokens matter, without labels.
+"""Fit the token scorer: it predicts which tokens matter, without labels.
 
 Each annotated sentence is one example, `[CLS] sentence [SEP]`; a token is important (1) or not
 (0), and counts `--positive_weight` times if it is. Tokens that were not annotated, and the special

@@ -1,4 +1,4 @@
-"""Stages 1 and 2: masked language modelling on a token store.
+"""Pre-train by masked language modelling: stages 1 and 2.
 
     deepspeed train/pretrain.py --deepspeed_config ds_configs/zero1_fp16.json \
         --tokens data/wiki --model_config bert-base --masking random --output_dir runs/stage1

@@ -1,4 +1,4 @@
-"""Make tables, figures and a page of finished and running runs.
+"""Report on runs, finished or running: tables, figures and a page.
 
     python train/report.py runs/demo [MORE...] [--output_dir report]
 
@@ -20,6 +20,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
 from preprocess.files import atomic_write_bytes, read_json
+from preprocess.flags import USUAL, Parser
 from preprocess.masking import STRATEGIES
 from preprocess.view.tables import Table
 from train.reports.curves import (
@@ -329,12 +330,12 @@ def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Pictur
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="R",
-                        help="run directories, or output folders of train/pipeline.py")
-    parser.add_argument("--output_dir", default="report",
-                        help="folder for report.html, CSV and PNG files (default: report)")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("runs", nargs="+", metavar="R",
+        help="run directories, or output folders of train/pipeline.py")
+    add("--output_dir", default="report", metavar="DIR",
+        help="folder for report.html, the CSV files and the figures")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
-"""How much each token of a domain's text matters to the task, by the scorer: log-odds, one a token.
+"""Score how much each token of a store matters to the task, by the scorer.
 
-Each sentence is scored alone, as the scorer was fitted (`train/scoring.py`). Log-odds are kept in
+Each sentence is scored alone, as the scorer was fitted. Log-odds, one per token, are kept in
 float16, because probabilities would tie the best tokens at 1.
 
     deepspeed train/score_tokens.py --model_name_or_path RS/hf --tokens P2 --name mr

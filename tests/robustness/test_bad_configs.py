@@ -140,7 +140,7 @@ JSONS = {
 FLAGS = {
     "absent-file": (["--deepspeed_config", "nowhere.json"], "no such file; ds_configs/ has cpu"),
     "unknown": (["--max_step", "3"], "did you mean --max_steps?"),
-    "type": (["--max_steps", "ten"], "--max_steps/--max-steps: invalid int value: 'ten'"),
+    "type": (["--max_steps", "ten"], "--max_steps: invalid int value: 'ten'"),
     "choice": (["--precision", "half"], "--precision: invalid choice: 'half'"),
     "nan": (["--learning_rate", "nan"], "--learning_rate nan: must be a positive number"),
     "both-models": (["--model_config", "bert-tiny"], "give exactly one of --model_config"),
