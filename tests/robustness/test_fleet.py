@@ -1,7 +1,7 @@
 """Many machines, one store: shards made by processes that know nothing of each other.
 
-The commands are those of preprocess/README.md, run as separate processes by stand-ins for Slurm and
-by GNU parallel; only file names and the number of shards are made small.
+The commands are those of the README, run as separate processes by stand-ins for Slurm and by GNU
+parallel; only file names and the number of shards are made small.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ sys.exit(max(codes))
 
 
 def readme_block(*parts: str) -> str:
-    """Return the one block of commands in preprocess/README.md that has all these parts."""
-    page = (ROOT / "preprocess" / "README.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    """Return the one block of commands in the READMEs that has all these parts."""
+    pages = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(pages), re.DOTALL)
     (found,) = [block for block in blocks if all(part in block for part in parts)]
     return found
 
@@ -192,7 +192,7 @@ def tokenizing(texts: list[str], tokenizer: str, prefix: str) -> list[str]:
 
 
 def rendered(block: str, folder: Path, texts: list[str], tokenizer: str) -> str:
-    """Return a block of that page on small files, with three shards."""
+    """A block of the README on small files, with three shards."""
     for shown, here in (
         (r"web-\*\.jsonl\.gz", f"{Path(texts[0]).parent}/web-*.txt"),
         ("bert-base-uncased", tokenizer), ("runs/tokens/", f"{folder}/"), (r"\b0-63\b", "0-2"),
@@ -230,7 +230,7 @@ def test_gnu_parallel(tmp_path, programs, texts, one_process, tiny_encoder):
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory, programs, texts, tiny_encoder) -> dict[str, str]:
-    """Return `shard.sh` as that page has it, and the commands of its jobs, one per step."""
+    """`shard.sh` as the README has it, and the commands of its jobs, one a step."""
     folder = tmp_path_factory.mktemp("slurm")
     script = folder / "shard.sh"
     script.write_text(rendered(readme_block("SLURM_ARRAY_TASK_ID"), folder, texts, tiny_encoder))
@@ -299,7 +299,7 @@ def has_shards(script: str) -> bool:
 
 @pytest.fixture(scope="module")
 def scorer(slurm, tiny_encoder) -> str:
-    """Return a scorer with fresh weights, where that page's job looks for it."""
+    """A scorer with fresh weights, where the README's job looks for it."""
     import torch
     from transformers import AutoModelForTokenClassification, AutoTokenizer
 

@@ -172,7 +172,7 @@ def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:
 def _with_lineage(
     name: str, scalars: dict[str, tuple[list[int], list[float]]], run: Path
 ) -> Curves:
-    """Return the curves of a run, with its masking, stage and length from its directory."""
+    """What the run directory tells beside the event files."""
     stages = read_stages(run / "hf")
     stage = stages[-1] if stages else {}
     config = _read_config(run / "config.resolved.yaml")
