@@ -87,7 +87,7 @@ def test_a_run_still_going_is_placed_by_its_full_rows(tmp_path):
 def test_without_batch_size_there_are_steps_alone(tmp_path):
     log(tmp_path / "run", 0, 20)
     (run,), notes = read_curves([tmp_path])
-    assert run.spent([10]) is None and "masked tokens and seconds are not known" in notes[1]
+    assert run.spent([10]) is None and "masked tokens and seconds are unknown" in notes[1]
     (row,) = run_rows([run])
     assert (row["steps"], row["masked_tokens"], row["seconds"]) == (20, "", "")
 
@@ -109,7 +109,7 @@ def test_a_broken_event_file_is_named_and_its_beginning_shown(tmp_path, damage):
     path.write_bytes(content)
     curves, notes = read_curves([tmp_path])
     if damage != "empty":
-        assert notes[0].startswith(f"{path}: cut off, damaged or still being written: ")
+        assert notes[0].startswith(f"{path}: truncated, damaged or still being written: ")
     if damage in ("garbage", "empty"):
         assert curves == [] and notes[-1] == f"{run}/tb: no loss has been logged yet."
     else:

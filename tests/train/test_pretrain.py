@@ -395,15 +395,15 @@ printf '127.0.0.1\\n127.0.0.2\\n'
 
 
 def readme_block(*parts: str) -> str:
-    """The one block of commands in the README that has all these parts."""
-    readme = Path(__file__).resolve().parents[2] / "README.md"
+    """Return the one block of commands in train/README.md that has all these parts."""
+    readme = Path(__file__).resolve().parents[2] / "train" / "README.md"
     blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(), re.DOTALL)
     (found,) = [block for block in blocks if all(part in block for part in parts)]
     return found
 
 
 def on_two_nodes(recipe: str, flags: list[str], folder: Path) -> subprocess.CompletedProcess:
-    """Type a recipe of the README for two nodes, with one rank on each and these flags."""
+    """Type a recipe of train/README.md on two nodes, one rank on each, with these flags."""
     port = str(free_port())
     hostfile = folder / "hostfile"
     hostfile.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
