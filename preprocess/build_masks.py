@@ -15,6 +15,7 @@ position of a token in the store, so neither blocks nor shards change the result
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 

@@ -67,7 +67,9 @@ class Parser(argparse.ArgumentParser):
             group._group_actions.sort(key=lambda action: not action.required)
         return super().format_help()
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Parse the command line.
 
         Raises:
