@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.identity import build as build_identity
+from preprocess.identity import compare, sealed
 from preprocess.masking import NEEDS, STRATEGIES, Inputs, choose_positions
 from preprocess.progress import Progress, say
 from preprocess.store import (
@@ -37,6 +39,7 @@ from preprocess.store import (
 from preprocess.text.continuations import WordTable, continuation_table, open_tokenizer
 from preprocess.view.statistics import Statistics, count_masks
 
+ARRAY_OF = {"scores": "scores", "match": "mask_index"}  # what a strategy reads, in an identity
 NUM_TYPES = 15
 MAX_COUNTED = 10**9  # tokens whose statistics are printed; half a minute
 
@@ -148,8 +151,13 @@ def open_inputs(
         raise DataError(f"--{flag} {name}: {error} (there are: {known})") from None
 
 
-def is_whole(shard: Shard, name: str, options: dict[str, Any], overwrite: bool) -> bool:
-    """Tell whether a shard has this very index; another one under its name is a `DataError`."""
+def is_whole(shard: Shard, name: str, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Return whether a shard has this very index.
+
+    Raises:
+        ConfigError: it has one of another identity, without `overwrite`.
+        DataError: it has a damaged one, without `overwrite`.
+    """
     path = array_path(shard, name, "mask")
     if not path.with_suffix(".json").is_file():
         return False
@@ -159,18 +167,10 @@ def is_whole(shard: Shard, name: str, options: dict[str, Any], overwrite: bool) 
         if overwrite:
             return False
         raise DataError(f"{error}; --overwrite replaces it") from None
-    made = info.get("options")
-    if made == options:
-        return True
     if overwrite:
-        return False
-    made = made if isinstance(made, dict) else {}
-    differing = [key for key in options if made.get(key) != options[key]]
-    raise DataError(
-        f"{path}: made with other options ("
-        + ", ".join(f"{key}: {made.get(key)}, now {options[key]}" for key in differing)
-        + "); give another --name, or --overwrite"
-    )
+        return bool(info.get("identity") == identity)
+    compare(info.get("identity", {}), identity, str(path), "give another --name, or --overwrite")
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,13 +211,19 @@ def build(
         options = {"strategy": args.strategy, "mlm_probability": rate, "seed": args.seed}
         if need:  # the content, so that scores made anew under an old name are noticed
             options[need] = f"{getattr(args, need)} (sha256 {info['sha256'][:16]})"
-        if is_whole(shard, args.name, options, args.overwrite):
+        identity = build_identity(
+            "build_masks",
+            inputs={"store": store.fingerprint,
+                    **({ARRAY_OF[need]: info["sha256"]} if need else {})},
+            choice={"masking": args.strategy, "rate": rate, "seed": args.seed},
+        )
+        if is_whole(shard, args.name, identity, args.overwrite):
             print(f"{array_path(shard, args.name, 'mask')}: whole, made with the same options")
         else:
-            work.append((shard, array, options))
+            work.append((shard, array, {"options": options, **sealed(identity)}))
     total = sum(shard.num_tokens for shard, _, _ in work)
     with Progress(total, "token", label="mask") as progress:
-        for shard, array, options in work:
+        for shard, array, made_by in work:
             inputs = Inputs(words=words, **({need: array} if need else {}))
             positions = choose_positions(
                 shard,
@@ -228,7 +234,7 @@ def build(
                 all_special_ids=store.all_special_ids,
             )
             counted = _count(positions, shard, progress)
-            say(str(write_array(shard, args.name, "mask", counted, {"options": options})))
+            say(str(write_array(shard, args.name, "mask", counted, made_by)))
 
 
 def _count(

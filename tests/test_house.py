@@ -18,7 +18,7 @@ COMMANDS = {
     "csrc": {"benchmark"},
 }
 # Which rooms each room may import, beside itself and the ground floor; commands may import all.
-GROUND = {"preprocess.errors", "preprocess.files", "preprocess.progress"}
+GROUND = {"preprocess.errors", "preprocess.files", "preprocess.identity", "preprocess.progress"}
 ROOMS: dict[str, set[str]] = {
     "preprocess.corpus": set(),
     "preprocess.store": set(),

@@ -28,6 +28,7 @@ import numpy as np
 from preprocess.corpus import load_task, take_fixed
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import WriterLock, read_json
+from preprocess.identity import build, compare, digest, sealed
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, open_array
 from preprocess.text.continuations import continuation_table, find_continuations
@@ -40,12 +41,11 @@ from train.model import (
     load_classifier,
     load_config,
     load_tokenizer,
-    local_checkpoint,
-    weights_fingerprint,
 )
+from train.run_dir.hf_folder import open_weights
+from train.run_dir.identity import architecture, numerics
 from train.stages.importance import (
     CRITERIA,
-    MEASURES,
     Query,
     encode_texts,
     explain,
@@ -106,8 +106,8 @@ def explain_on_all_ranks(
     mine = order[where.rank :: where.world_size]
     who = "" if where.world_size == 1 else f" (1 of {where.world_size} ranks)"
     answers, num_alone = explain(
-        runner, [queries[i] for i in mine], config.delta, config.criterion, config.measure,
-        who=who, every=config.logging_steps * max(1, config.batch_tokens // config.max_seq_length),
+        runner, [queries[i] for i in mine], config.delta, config.criterion, who=who,
+        every=config.logging_steps * max(1, config.batch_tokens // config.max_seq_length),
     )
     found: list[np.ndarray | None] = [None] * len(queries)
     for share in engine.gather_objects(list(zip(mine, answers, strict=True))):
@@ -118,37 +118,30 @@ def explain_on_all_ranks(
 
 # --------------------------------------------------------------------------- the command
 
-RECORDED = (
-    "task", "model_name_or_path", "measure", "criterion", "delta", "drop_stop_words", "language",
-    "max_seq_length", "max_train_samples",
-)
-"""The options that decide what comes out; kept with it."""
-
-
-def check_output(output: str, overwrite: bool) -> None:
-    """Refuse to replace what is not an unfinished annotation, unless asked to.
+def is_made(output: str, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Return whether this very annotation is complete; refuse to replace another one.
 
     Raises:
-        ConfigError: a whole annotation, or some other token store.
+        ConfigError: an annotation of another identity, or some other token store.
     """
     path = Path(output + ".json")
-    if overwrite or not path.exists():
-        return
-    options = read_json(path).get("options")
-    made_by = options if isinstance(options, dict) else {}
+    if not path.exists():
+        return False
     try:
-        for shard in TokenStore.open(output).shards:
-            open_array(shard, "", "importance")
+        infos = [open_array(shard, "", "importance")[1] for shard in TokenStore.open(output).shards]
     except DataError:
-        if made_by.get("command") == "annotate":
-            return
+        options = read_json(path).get("options")
+        if overwrite or isinstance(options, dict) and options.get("command") == "annotate":
+            return False
         raise ConfigError(
             f"--output {output}: another token store is there; give another name, or --overwrite"
         ) from None
-    raise ConfigError(
-        f"--output {output}: an annotation is there already (delta {made_by.get('delta')}, "
-        f"criterion {made_by.get('criterion')}); give another name, or --overwrite"
-    )
+    if overwrite:
+        return all(info.get("identity") == identity for info in infos)
+    for info in infos:
+        compare(info.get("identity", {}), identity, f"--output {output}",
+                "give another name, or --overwrite")
+    return True
 
 
 def write_annotations(
@@ -158,21 +151,20 @@ def write_annotations(
     importance: list[list[np.ndarray]],
     made_by: dict[str, Any],
     lock: WriterLock | None = None,
-    seconds: float = 0.0,
 ) -> None:
     """Write the token store and its importance, both at once; an old annotation stays till then.
 
     Args:
+        made_by: kept in the JSON of the importance.
         lock: of `output`, if it is held already.
-        seconds: that finding the importance took, to be kept with it.
     """
     flat = [array for sequences in importance for array in sequences]
-    with StoreWriter(output, tokenizer, made_by, overwrite=True, lock=lock) as writer:
+    options = {"command": "annotate"}
+    with StoreWriter(output, tokenizer, options, overwrite=True, lock=lock) as writer:
         for sequences in documents:
             writer.add_document(sequences)
         writer.add_array(
-            "", "importance", np.concatenate([np.empty(0, np.uint8), *flat]),
-            {**made_by, "seconds": round(seconds, 1)},
+            "", "importance", np.concatenate([np.empty(0, np.uint8), *flat]), made_by
         )
 
 
@@ -194,12 +186,10 @@ def describe(
 def main(argv: list[str] | None = None) -> None:
     """Annotate the training texts of a task."""
     config = parse(AnnotateConfig, argv)
-    for name, known in (("criterion", CRITERIA), ("measure", MEASURES)):
-        if getattr(config, name) not in known:
-            raise ConfigError(
-                f"--{name} {getattr(config, name)}: must be one of {', '.join(known)}"
-            )
-    check_output(config.output, config.overwrite)
+    if config.criterion not in CRITERIA:
+        raise ConfigError(
+            f"--criterion {config.criterion}: must be one of {', '.join(CRITERIA)}"
+        )
     task = load_task(
         config.task, data_dir=config.data_dir, train_file=config.train_file,
         validation_file=config.validation_file, test_file=config.test_file,
@@ -212,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     check_row_length(hf_config, config.max_seq_length)
     classes = match_labels(task, hf_config, config.model_name_or_path)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    groups = group_by_text(take_fixed(task.splits["train"], config.max_train_samples))
+    examples = take_fixed(task.splits["train"], config.max_train_samples)
+    groups = group_by_text(examples)
     has_aspects = any(e.aspect for group in groups.values() for e in group)
     documents = encode_texts(tokenizer, list(groups), None if has_aspects else config.language)
     template = special_template(tokenizer, pair=has_aspects)
@@ -226,17 +217,31 @@ def main(argv: list[str] | None = None) -> None:
         find_stop_words([s for part in documents for s in part], tokenizer)
         if config.drop_stop_words else []
     )
+    identity = build(
+        "annotate",
+        inputs={
+            "task": digest([
+                task.name, task.labels,
+                [[text, [[e.aspect, e.label] for e in group]] for text, group in groups.items()],
+                [[ids.tolist() for ids in sequences] for sequences in documents],
+            ]),
+            "weights": open_weights(config.model_name_or_path).hf_digest,
+        },
+        train={"max_seq_length": config.max_seq_length},
+        split={"labels": len(examples)},
+        options={
+            "delta": config.delta, "criterion": config.criterion,
+            "language": None if has_aspects else config.language,
+            "drop_stop_words": config.drop_stop_words, "model_config": architecture(hf_config),
+        },
+    )
+    if is_made(config.output, identity, config.overwrite):
+        say(f"{config.output}: finished already")
+        return
     if config.dry_run:
         return
-    made_by = {
-        "command": "annotate",
-        **{name: getattr(config, name) for name in RECORDED},
-        "model_fingerprint": weights_fingerprint(
-            local_checkpoint(config.model_name_or_path), hf_config
-        ),
-    }
     with WriterLock(config.output) if engine.is_main() else nullcontext() as lock:
-        check_output(config.output, config.overwrite)  # another one may have ended meanwhile
+        is_made(config.output, identity, config.overwrite)  # another one may have ended meanwhile
         device = engine.start()
         names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
         model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code)
@@ -250,8 +255,10 @@ def main(argv: list[str] | None = None) -> None:
             for array, stop in zip(flat, stop_words, strict=True):
                 array[stop & (array == IMPORTANT)] = NOT_IMPORTANT
         if engine.is_main():
-            write_annotations(config.output, tokenizer, documents, importance, made_by, lock,
-                              time.monotonic() - started)
+            write_annotations(config.output, tokenizer, documents, importance, {
+                **sealed(identity), "numerics": numerics(config),
+                "seconds": round(time.monotonic() - started, 1),
+            }, lock)
         counts = runner.counts
         passes, inputs, tokens, slots = engine.all_reduce_sum(
             counts.passes, counts.inputs, counts.tokens, counts.slots

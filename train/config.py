@@ -261,7 +261,6 @@ class AnnotateConfig(TaskOptions):
     output: str = _flag("", "prefix of the annotated token store to write")
     delta: float = _flag(0.01, "a buffer is close when its confidence is within delta of the full")
     criterion: str = _flag("signed", "signed, absolute or strict")
-    measure: str = _flag("buffer", "importance measure")
     drop_stop_words: bool = _flag(False, "never call an English stop word important")
     language: str = _flag("en", "language of the texts, for sentence boundaries")
     max_seq_length: int = _flag(128, "longest input in tokens, special tokens included")

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.errors import DataError, run_command
 from preprocess.files import atomic_write_json, read_json
+from preprocess.identity import build, compare, digest, sealed
 from preprocess.progress import say
 from preprocess.store import TokenStore, open_array
 from train.config import FitScorerConfig, parse
@@ -33,12 +34,17 @@ from train.model import (
     load_config,
     load_scorer,
     load_tokenizer,
-    local_checkpoint,
-    weights_fingerprint,
 )
-from train.run_dir.checkpoint import find_checkpoint
-from train.run_dir.folder import check_run_dir, identity_digest, prepare_run_dir
-from train.run_dir.hf_folder import read_lineage, save_hf
+from train.run_dir.checkpoint import check_identity, find_checkpoint
+from train.run_dir.folder import check_run_dir, prepare_run_dir
+from train.run_dir.hf_folder import make_stage, open_weights, save_hf
+from train.run_dir.identity import (
+    architecture,
+    hyperparameters,
+    loss_scaling,
+    numerics,
+    training,
+)
 from train.run_dir.metrics import EVAL_F1, EVAL_LOSS, short_path
 from train.stages.examples import IGNORED, Examples, make_examples
 from train.stages.inference import Template, special_template
@@ -46,7 +52,7 @@ from train.stages.scores import average_precision, best_threshold, precision_rec
 from train.stages.supervised import (
     describe_plan,
     fit,
-    hyperparameters,
+    num_steps,
     remove_resume_state,
     resolve,
 )
@@ -120,7 +126,7 @@ def read_annotations(store: TokenStore, limit: int) -> Annotated:
 def annotation_digest(store: TokenStore) -> str:
     """Name the annotations: the store with its tokenizer, and each shard's importance array."""
     arrays = [open_array(shard, "", "importance")[1]["sha256"] for shard in store.shards]
-    return identity_digest([store.fingerprint, *arrays])
+    return digest([store.fingerprint, *arrays])
 
 
 def choose_dev(text_keys: np.ndarray, fraction: float) -> np.ndarray:
@@ -192,20 +198,16 @@ def baselines(train: Annotated, dev: Annotated, vocab_size: int) -> dict[str, di
 
 
 def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
-    """Whether the scorer in `run_dir` is whole.
+    """Return whether the scorer in `run_dir` is complete.
 
     Raises:
-        ConfigError: it is, but was made with something else; says what.
+        ConfigError: what is there, finished or stopped, has another identity; says what differs.
     """
     if not (run_dir / "results.json").is_file() or not (run_dir / "hf/config.json").is_file():
+        check_identity(run_dir, identity)
         return False
-    before = read_json(run_dir / "results.json").get("identity", {})
-    for key, value in identity.items():
-        if before.get(key) != value:
-            raise ConfigError(
-                f"--output_dir {run_dir}: holds a scorer made with {key} {before.get(key)}, and "
-                f"this run has {value}; give another folder, or delete this one"
-            )
+    compare(read_json(run_dir / "results.json").get("identity", {}), identity,
+            f"--output_dir {run_dir}, a finished scorer", "give another --output_dir")
     return True
 
 
@@ -240,17 +242,23 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = check_run_dir(config)
     if config.dry_run:
         return
-    identity = {
-        "annotations": annotation_digest(store),
-        "weights": weights_fingerprint(local_checkpoint(config.model_name_or_path), hf_config),
-        "positive_weight": config.positive_weight,
-        "dev_fraction": config.dev_fraction,
-        "max_seq_length": config.max_seq_length,
-        "num_train_epochs": config.num_train_epochs,
-        "seed": config.seed,
-        "train_batch_size": resolved.train_batch_size,
-        "optimizer": identity_digest(resolved.config["optimizer"]),
-    }
+    parent, layout = open_weights(config.model_name_or_path), numerics(config, resolved)
+    identity = build(
+        "fit_scorer",
+        inputs={"store": annotation_digest(store), "weights": parent.hf_digest},
+        choice={"seed": config.seed},
+        train=training(resolved, config),
+        options={
+            "model_config": architecture(hf_config),
+            "num_train_epochs": config.num_train_epochs,
+            "positive_weight": config.positive_weight,
+            "dev_fraction": config.dev_fraction,
+            "loss_scaling": loss_scaling(resolved),
+        },
+        max_steps=num_steps(
+            len(encoded["train"]), resolved.train_batch_size, config.num_train_epochs
+        ),
+    )
     if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
         if is_main():
@@ -273,9 +281,10 @@ def main(argv: list[str] | None = None) -> None:
         model, resolved, encoded["train"], encoded["dev"], assess, config=config, seed=config.seed,
         select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
         pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, identity=identity,
+        numerics=layout,
         hyperparameters=hyperparameters(
-            "fit_scorer", short_path(config.annotations), config, resolved, encoded["train"],
-            config.seed,
+            identity, layout, model=config.model_name_or_path,
+            data=short_path(config.annotations),
         ),
     )
     results = {
@@ -286,15 +295,15 @@ def main(argv: list[str] | None = None) -> None:
         "num_train_sentences": len(train.tokens), "num_dev_sentences": len(dev.tokens),
         "num_dev_tokens": len(dev_labels), "num_dev_important": int(dev_labels.sum()),
         "annotations": config.annotations, "model_name_or_path": config.model_name_or_path,
-        "seed": config.seed, "identity": identity,
+        "seed": config.seed, **sealed(identity), "numerics": layout,
     }
     if is_main():
-        stages = [*read_lineage(config.model_name_or_path), {
-            "stage": "fit_scorer", "annotations": identity["annotations"],
-            **{key: results[key] for key in ("seed", "best_epoch", "steps", "seconds", "f1")},
-        }]
+        stage = make_stage(
+            identity, layout, parent, steps=found.steps, seconds=found.seconds,
+            tokens=int(encoded["train"].lengths.sum()) * config.num_train_epochs,
+        )
         assert found.best_state is not None  # the first rank holds it
-        save_hf(model, found.best_state, tokenizer, run_dir / "hf", stages)
+        save_hf(model, found.best_state, tokenizer, run_dir / "hf", [*parent.stages, stage])
         atomic_write_json(run_dir / "results.json", results)
         remove_resume_state(run_dir)
     assert found.log is not None

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.errors import DataError, run_command
+from preprocess.identity import build, compare, sealed
 from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
@@ -38,18 +39,18 @@ from train.model import (
     load_config,
     load_scorer,
     load_tokenizer,
-    local_checkpoint,
-    weights_fingerprint,
 )
+from train.run_dir.hf_folder import open_weights
+from train.run_dir.identity import architecture, numerics
 from train.stages import scoring
 from train.stages.inference import Runner, check_trained, special_template
 
 
-def is_made(shard: Shard, name: str, made_by: dict[str, Any], overwrite: bool) -> bool:
-    """Whether a shard's scores are whole and made as asked; others are refused or made again.
+def is_made(shard: Shard, name: str, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Return whether a shard's scores are complete and made as asked.
 
     Raises:
-        ConfigError: whole, but made otherwise, without `overwrite`.
+        ConfigError: complete, but of another identity, without `overwrite`.
         DataError: damaged or of another store, without `overwrite`.
     """
     path = array_path(shard, name, "scores")
@@ -61,14 +62,10 @@ def is_made(shard: Shard, name: str, made_by: dict[str, Any], overwrite: bool) -
         if overwrite:
             return False
         raise
-    different = [key for key, value in made_by.items() if info.get(key) != value]
-    if different and not overwrite:
-        key = different[0]
-        raise ConfigError(
-            f"{path} was made with {key} {info.get(key)!r}, not {made_by[key]!r}; "
-            "give another --name, or --overwrite"
-        )
-    return not different
+    if overwrite:
+        return bool(info.get("identity") == identity)
+    compare(info.get("identity", {}), identity, str(path), "give another --name, or --overwrite")
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,21 +81,22 @@ def main(argv: list[str] | None = None) -> None:
         store, tokenizer, config.model_name_or_path,
         f"tokenize the text again with --tokenizer {config.model_name_or_path}",
     )
-    folder = local_checkpoint(config.model_name_or_path)
-    made_by = {
-        "command": "score_tokens",
-        "model_fingerprint": weights_fingerprint(folder, hf_config),
-        "max_seq_length": config.max_seq_length,
-    }
+    identity = build(
+        "score_tokens",
+        inputs={"store": store.fingerprint,
+                "weights": open_weights(config.model_name_or_path).hf_digest},
+        train={"max_seq_length": config.max_seq_length},
+        options={"model_config": architecture(hf_config)},
+    )
     shards = store.choose_shards(config.shard_index, config.num_shards)
     writes = engine.is_main() and not config.dry_run
     with (lock_array(store, config.name, "scores", config.shard_index) if writes
           else nullcontext()):
-        todo = [s for s in shards if not is_made(s, config.name, made_by, config.overwrite)]
+        todo = [s for s in shards if not is_made(s, config.name, identity, config.overwrite)]
         say(f"{config.tokens}: {len(shards) - len(todo)} of {len(shards)} shards are "
             f"scored already, {sum(shard.num_tokens for shard in todo):,} tokens to score")
         if todo and not config.dry_run:
-            score(config, todo, tokenizer, made_by)
+            score(config, todo, tokenizer, identity)
     missing = missing_arrays(store, config.name, "scores")
     if missing and writes:
         say(f"{len(missing)} of {len(store.shards)} shards are to be scored, the first: "
@@ -106,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def score(
-    config: ScoreConfig, todo: list[Shard], tokenizer: Any, made_by: dict[str, Any]
+    config: ScoreConfig, todo: list[Shard], tokenizer: Any, identity: dict[str, Any]
 ) -> None:
     """Score shards one after the other and write what comes out; collective."""
     num_tokens = sum(shard.num_tokens for shard in todo)
@@ -120,7 +118,9 @@ def score(
     progress = Progress(
         num_tokens, "token", config.logging_steps * config.batch_tokens, label="score"
     )
-    made_by = {**made_by, "model": config.model_name_or_path}
+    made_by = {
+        **sealed(identity), "numerics": numerics(config), "model": config.model_name_or_path,
+    }
 
     def count(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         nonlocal num_important

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from safetensors import SafetensorError
 
 from preprocess.corpus import resolve_path
 from preprocess.errors import ConfigError, DataError
-from preprocess.files import file_sha256, fingerprint_text
 from preprocess.progress import say
 from preprocess.store import TokenStore
 from train.model.families import FAMILIES
@@ -233,20 +231,3 @@ def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str, remedy: 
             f"--model_name_or_path {name}: its tokenizer ({len(tokenizer)} ids) is not the one "
             f"of {store.prefix} ({len(theirs)} ids, {store.info['tokenizer']['name']}); {remedy}"
         )
-
-
-def weights_fingerprint(folder: str | Path, config: Any) -> str:
-    """Name the weights of a checkpoint: the sha256 of its files, or the hub's commit.
-
-    Raises:
-        DataError: a folder without weights.
-    """
-    if not Path(folder).is_dir():
-        return f"{folder}@{getattr(config, '_commit_hash', None)}"
-    files = sorted(Path(folder).glob("*.safetensors")) or sorted(
-        Path(folder).glob("pytorch_model*.bin"))
-    if not files:
-        raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
-                        "of a finished run, or another checkpoint with weights")
-    prints = [file_sha256(file) for file in files]
-    return prints[0] if len(prints) == 1 else fingerprint_text(*prints)

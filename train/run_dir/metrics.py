@@ -85,23 +85,6 @@ def engine_scalars(engine: Any) -> dict[str, float]:
     return scalars if scale is None else {**scalars, LOSS_SCALE: float(scale)}
 
 
-def resolved_hyperparameters(resolved: Any) -> dict[str, Any]:
-    """What the DeepSpeed JSON decides, as it was used (`engine.Resolved`)."""
-    config = resolved.config
-    optimizer, schedule = config["optimizer"], config["scheduler"].get("params", {})
-    slots = resolved.micro_batch_size * resolved.accumulation_steps
-    return {
-        "learning_rate": optimizer["params"]["lr"],
-        "weight_decay": optimizer["params"]["weight_decay"],
-        "optimizer": optimizer["type"],
-        "warmup_num_steps": schedule.get("warmup_num_steps"),
-        "train_batch_size": resolved.train_batch_size,
-        "precision": resolved.precision,
-        "zero_stage": config.get("zero_optimization", {}).get("stage", 0),
-        "ranks": resolved.train_batch_size // slots,
-    }
-
-
 def short_path(path: str) -> str:
     """A name for the HParams page: the last two parts, since many stores are called alike."""
     return "/".join(Path(path).parts[-2:])

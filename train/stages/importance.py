@@ -125,9 +125,6 @@ def find_important(
     return [important[a : a + n] for a, n in zip(whole.starts, whole.lengths, strict=True)]
 
 
-MEASURES: dict[str, Callable[..., list[np.ndarray]]] = {"buffer": find_important}
-
-
 # --------------------------------------------------------------------------- from texts to queries
 
 
@@ -291,7 +288,6 @@ def explain(
     queries: list[Query],
     delta: float,
     criterion: str = "signed",
-    measure: str = "buffer",
     *,
     edge: float = EDGE,
     who: str = "",
@@ -327,7 +323,7 @@ def explain(
         return part
 
     with Progress(num_buffers, "buffer", every, label=f"annotate{who}") as progress:
-        found = MEASURES[measure](confidence, ask.texts.take(right), full[right], delta, criterion)
+        found = find_important(confidence, ask.texts.take(right), full[right], delta, criterion)
     important: list[np.ndarray | None] = [None] * len(queries)
     for i, marks in zip(right.tolist(), found, strict=True):
         important[i] = marks

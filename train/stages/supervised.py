@@ -41,7 +41,7 @@ from train.engine import (
 )
 from train.model import checkpoint_activations
 from train.run_dir.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from train.run_dir.hf_folder import read_lineage
+from train.run_dir.identity import report_changes
 from train.run_dir.metrics import (
     EPOCH,
     EVAL_BEST,
@@ -51,7 +51,6 @@ from train.run_dir.metrics import (
     TRAIN_LOSS,
     MetricsWriter,
     engine_scalars,
-    resolved_hyperparameters,
 )
 from train.stages.examples import (
     IGNORED,
@@ -61,8 +60,6 @@ from train.stages.examples import (
     rank_share,
     weighted_loss,
 )
-
-"""Target of a token that is left out of the loss and of the metrics."""
 
 
 def mean_loss(logits: list[np.ndarray], examples: Examples, class_weights: np.ndarray) -> float:
@@ -197,9 +194,10 @@ def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
     return num_epochs * -(-num_examples // batch_size)
 
 
-def resolve(
-    config: FinetuneConfig | FitScorerConfig, train: Examples, default_learning_rate: float
-) -> Resolved:
+Config = FinetuneConfig | FitScorerConfig
+
+
+def resolve(config: Config, train: Examples, default_learning_rate: float) -> Resolved:
     """Fill the DeepSpeed JSON for a run over `train`; the schedule needs the batch size first."""
     raw, world_size = read_ds_config(config.deepspeed_config), ranks().world_size
     resolved = resolve_ds_config(
@@ -214,7 +212,7 @@ def resolve(
 
 
 def describe_plan(
-    config: FinetuneConfig | FitScorerConfig, resolved: Resolved, train: Examples, runs: int = 1
+    config: Config, resolved: Resolved, train: Examples, runs: int = 1
 ) -> list[str]:
     """Say the batch arithmetic in words, one line each."""
     total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
@@ -233,26 +231,6 @@ def describe_plan(
     ]
 
 
-def hyperparameters(
-    command: str, data: str, config: FinetuneConfig | FitScorerConfig, resolved: Resolved,
-    train: Examples, seed: int,
-) -> dict[str, Any]:
-    """The row of one seed on TensorBoard's HParams page; masking is that of the encoder's stages.
-
-    Args:
-        data: what it learns from.
-    """
-    stages = read_lineage(config.model_name_or_path)
-    masked = [stage.get("masking") for stage in stages if stage.get("stage") == "pretrain"]
-    return {
-        "command": command, "model": config.model_name_or_path, "data": data,
-        "masking": masked[-1] if masked else None, "seed": seed,
-        "max_seq_length": config.max_seq_length, "num_train_epochs": config.num_train_epochs,
-        "max_steps": num_steps(len(train), resolved.train_batch_size, config.num_train_epochs),
-        **resolved_hyperparameters(resolved),
-    }
-
-
 def fit(
     model: Any,
     resolved: Resolved,
@@ -260,7 +238,7 @@ def fit(
     dev: Examples,
     assess: Callable[[list[np.ndarray]], dict[str, float]],
     *,
-    config: FinetuneConfig | FitScorerConfig,
+    config: Config,
     **options: Any,
 ) -> Progressed:
     """Train a fresh model with a fresh optimizer; see `train_and_select` for the options.
@@ -294,7 +272,7 @@ def train_and_select(
     dev: Examples,
     assess: Callable[[list[np.ndarray]], dict[str, float]],
     *,
-    config: FinetuneConfig | FitScorerConfig,
+    config: Config,
     seed: int,
     select: str,
     tags: dict[str, str],
@@ -303,6 +281,7 @@ def train_and_select(
     run_dir: Path,
     device: torch.device,
     identity: dict[str, Any],
+    numerics: dict[str, Any],
     hyperparameters: dict[str, Any],
     stop: Callable[[], bool],
 ) -> Progressed:
@@ -317,7 +296,7 @@ def train_and_select(
         tags: TensorBoard tag of each metric; those without one are not logged.
         class_weights: `(C,)` float64.
         run_dir: folder of this seed.
-        identity: what must not change while a run is resumed (fingerprints of data, weights, ...).
+        identity, numerics: the records of this seed; see `preprocess/identity.py`.
         hyperparameters: the row on TensorBoard's HParams page.
         stop: whether a stop was asked for; the same answer on every rank.
     Returns:
@@ -328,7 +307,7 @@ def train_and_select(
     """
     total_steps = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
     per_epoch = total_steps // config.num_train_epochs
-    found = _restore(engine, run_dir, config, identity)
+    found = _restore(engine, run_dir, config, identity, numerics)
     step, first_step = found.steps, found.steps
     started = time.monotonic() - found.seconds
     found.log = MetricsWriter(run_dir, step)
@@ -356,7 +335,7 @@ def train_and_select(
             due = config.save_steps and step > first_step and step % config.save_steps == 0
             if stopping or due:
                 found.steps, found.seconds = step, time.monotonic() - started
-                _save(engine, run_dir, found, config.save_total_limit, identity)
+                _save(engine, run_dir, found, config.save_total_limit, identity, numerics)
             if stopping:
                 raise StopRequested(
                     f"stopped at step {step} of {total_steps} of seed {seed}, with a checkpoint; "
@@ -418,14 +397,15 @@ BEST = "best.safetensors"
 
 
 def _save(
-    engine: Any, run_dir: Path, found: Progressed, limit: int, identity: dict[str, Any]
+    engine: Any, run_dir: Path, found: Progressed, limit: int, identity: dict[str, Any],
+    numerics: dict[str, Any],
 ) -> None:
     """Write a checkpoint, with the best weights so far."""
     from safetensors.torch import save
 
     notes = {
         "history": found.history, "best_epoch": found.best_epoch, "seconds": found.seconds,
-        "steps": found.steps, "identity": identity,
+        "steps": found.steps, "identity": identity, "numerics": numerics,
     }
     extras = {} if found.best_state is None else {BEST: save(found.best_state)}
     save_checkpoint(engine, run_dir, found.steps, notes, limit, extras)
@@ -438,7 +418,8 @@ def remove_resume_state(run_dir: Path) -> None:
 
 
 def _restore(
-    engine: Any, run_dir: Path, config: FinetuneConfig | FitScorerConfig, identity: dict[str, Any]
+    engine: Any, run_dir: Path, config: Config, identity: dict[str, Any],
+    numerics: dict[str, Any],
 ) -> Progressed:
     """Load the newest whole checkpoint, if there is one and `--resume` allows it."""
     from safetensors.torch import load_file
@@ -448,6 +429,7 @@ def _restore(
     if path is None:
         return Progressed()
     notes = load_checkpoint(engine, path, identity, config.allow_world_size_change)
+    report_changes(notes["numerics"], numerics)
     say(f"resumed from {path}")
     best_state = None
     if notes["best_epoch"] and is_main():
