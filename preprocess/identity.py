@@ -47,8 +47,9 @@ _OF_COMMAND = {
     "build_masks": {"choice.masking": "--strategy", "inputs.mask_index": "--match (content)"},
     "fit_scorer": {"inputs.store": "--annotations (content)"},
 }
-# Options first, then what follows from them, then digests: the first difference is shown.
-_ORDER = ("version", "command", "options", "choice", "split", "length", "train", "inputs")
+# Of several differences the first is shown: what was typed before what follows from it.
+_ORDER = ("version", "command", "options", "choice", "split", "train", "length", "train.schedule",
+          "inputs")
 
 
 def build(
@@ -106,7 +107,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], where: str, remedy: 
         ConfigError: names the first entry that differs, its old and its new value; or the entry
             that a record of an older version lacks.
     """
-    for path, was, now in _differences(old, new, ""):
+    differences = sorted(_differences(old, new, ""), key=lambda found: _place(found[0]))
+    for path, was, now in differences[:1]:
         if was is _ABSENT:
             raise ConfigError(
                 f"{where}: its record has no {path}, so an older version made it; {remedy}"
@@ -126,13 +128,17 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]
         if old != new:
             yield path, old, new
         return
-    known = [key for key in _ORDER if key in new] if not path else []
-    for key in [*known, *(key for key in new if key not in known)]:
+    for key in new:
         # The entries of an optimizer or a schedule depend on its type; the others are fixed.
         absent = None if path.count(".") else _ABSENT
         yield from _differences(old.get(key, absent), new[key], f"{path}.{key}" if path else key)
     for key in old.keys() - new.keys():
         yield f"{path}.{key}" if path else key, old[key], None
+
+
+def _place(path: str) -> int:
+    places = (place for place, start in enumerate(_ORDER) if path.startswith(start))
+    return max(places, default=len(_ORDER))
 
 
 def _flag(path: str) -> str:
