@@ -16,19 +16,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.identity import build as build_identity
-from preprocess.identity import compare, sealed
+from preprocess.identity import sealed
 from preprocess.masking import NEEDS, STRATEGIES, Inputs, choose_positions
 from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
     TokenStore,
     array_path,
+    has_array,
     iterate_blocks,
     list_arrays,
     lock_array,
@@ -151,28 +151,6 @@ def open_inputs(
         raise DataError(f"--{flag} {name}: {error} (there are: {known})") from None
 
 
-def is_whole(shard: Shard, name: str, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Return whether a shard has this very index.
-
-    Raises:
-        ConfigError: it has one of another identity, without `overwrite`.
-        DataError: it has a damaged one, without `overwrite`.
-    """
-    path = array_path(shard, name, "mask")
-    if not path.with_suffix(".json").is_file():
-        return False
-    try:
-        _, info = open_array(shard, name, "mask")
-    except DataError as error:
-        if overwrite:
-            return False
-        raise DataError(f"{error}; --overwrite replaces it") from None
-    if overwrite:
-        return bool(info.get("identity") == identity)
-    compare(info.get("identity", {}), identity, str(path), "give another --name, or --overwrite")
-    return True
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     store = TokenStore.open(args.tokens)
@@ -217,7 +195,7 @@ def build(
                     **({ARRAY_OF[need]: info["sha256"]} if need else {})},
             choice={"masking": args.strategy, "rate": rate, "seed": args.seed},
         )
-        if is_whole(shard, args.name, identity, args.overwrite):
+        if has_array(shard, args.name, "mask", identity, args.overwrite):
             print(f"{array_path(shard, args.name, 'mask')}: whole, made with the same options")
         else:
             work.append((shard, array, {"options": options, **sealed(identity)}))

@@ -29,6 +29,7 @@ from preprocess.progress import say
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start
 from train.model import check_row_length, load_classifier, load_config, load_tokenizer
+from train.reports.results import read_json_lines
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
 from train.run_dir.hf_folder import Weights, make_stage, open_weights, save_hf
@@ -161,19 +162,6 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
                           numerics(config, resolved))
 
 
-def read_results(path: Path) -> dict[int, dict[str, Any]]:
-    """Read the rows of `results.jsonl` by seed; none if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return {int(row["seed"]): row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not a results file ({error}); delete it to train these seeds again"
-        ) from None
-
-
 def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
     """Return whether a seed is finished: its row, its model and its predictions."""
     needed = ("hf/config.json", "hf/model.safetensors", "predictions.jsonl")
@@ -202,6 +190,7 @@ def train_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> Progr
     """Train one seed and write the best epoch's model to `seed_N/hf/`; collective."""
     config, task, encoded = inputs.config, inputs.task, inputs.encoded
     seed_dir = Path(config.output_dir) / f"seed_{seed}"
+    records = {"identity": inputs.identities[seed], "numerics": inputs.numerics}
     dev_labels = np.stack(encoded["validation"].targets)
 
     def assess(logits: list[np.ndarray]) -> dict[str, float]:
@@ -218,16 +207,15 @@ def train_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> Progr
         model, inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
         seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
         pad_id=inputs.tokenizer.pad_token_id, run_dir=seed_dir, device=device,
-        identity=inputs.identities[seed], numerics=inputs.numerics,
+        records=records,
         hyperparameters=hyperparameters(
-            inputs.identities[seed], inputs.numerics, model=config.model_name_or_path,
-            data=task.name, masking=last_masking(inputs.parent.stages),
+            **records, model=config.model_name_or_path, data=task.name,
+            masking=last_masking(inputs.parent.stages),
         ),
     )
     if is_main():
         stage = make_stage(
-            inputs.identities[seed], inputs.numerics, inputs.parent, steps=found.steps,
-            seconds=found.seconds,
+            records, inputs.parent, steps=found.steps, seconds=found.seconds,
             tokens=int(encoded["train"].lengths.sum()) * config.num_train_epochs,
         )
         assert found.best_state is not None  # the first rank holds it
@@ -331,7 +319,9 @@ def main(argv: list[str] | None = None) -> None:
     say_plan(inputs)
     if config.dry_run:
         return
-    rows = read_results(run_dir / "results.jsonl")
+    results = run_dir / "results.jsonl"
+    found = read_json_lines(results) if results.is_file() else []
+    rows = {row["seed"]: row for row in found if "seed" in row}
     check_resume(inputs, run_dir, rows)
     prepare_run_dir(config, inputs.resolved)
     device = start()
@@ -345,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]
         if is_main():
-            write_lines(run_dir / "results.jsonl", list(rows.values()))
+            write_lines(results, list(rows.values()))
             remove_resume_state(seed_dir)
         # After the row: a seed that is tested again must not have two points.
         log.scalars(row["steps"], {TEST_ACCURACY: row["test_accuracy"],

@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = check_run_dir(config)
     if config.dry_run:
         return
-    parent, layout = open_weights(config.model_name_or_path), numerics(config, resolved)
+    parent = open_weights(config.model_name_or_path)
     identity = build(
         "fit_scorer",
         inputs={"store": annotation_digest(store), "weights": parent.hf_digest},
@@ -259,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
             len(encoded["train"]), resolved.train_batch_size, config.num_train_epochs
         ),
     )
+    records = {"identity": identity, "numerics": numerics(config, resolved)}
     if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
         if is_main():
@@ -280,11 +281,9 @@ def main(argv: list[str] | None = None) -> None:
     found = fit(
         model, resolved, encoded["train"], encoded["dev"], assess, config=config, seed=config.seed,
         select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
-        pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, identity=identity,
-        numerics=layout,
+        pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, records=records,
         hyperparameters=hyperparameters(
-            identity, layout, model=config.model_name_or_path,
-            data=short_path(config.annotations),
+            **records, model=config.model_name_or_path, data=short_path(config.annotations)
         ),
     )
     results = {
@@ -295,11 +294,11 @@ def main(argv: list[str] | None = None) -> None:
         "num_train_sentences": len(train.tokens), "num_dev_sentences": len(dev.tokens),
         "num_dev_tokens": len(dev_labels), "num_dev_important": int(dev_labels.sum()),
         "annotations": config.annotations, "model_name_or_path": config.model_name_or_path,
-        "seed": config.seed, **sealed(identity), "numerics": layout,
+        "seed": config.seed, **sealed(identity), "numerics": records["numerics"],
     }
     if is_main():
         stage = make_stage(
-            identity, layout, parent, steps=found.steps, seconds=found.seconds,
+            records, parent, steps=found.steps, seconds=found.seconds,
             tokens=int(encoded["train"].lengths.sum()) * config.num_train_epochs,
         )
         assert found.best_state is not None  # the first rank holds it

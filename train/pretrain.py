@@ -57,7 +57,7 @@ class PretrainInputs:
         held: the held-out rows of this rank, under the fixed random masks ("") and under each
             `--eval_mask_index`.
         parent: the weights that the run starts from; None for fresh ones.
-        identity, numerics: the records of the run.
+        records: the `identity` and the `numerics` of the run, kept with all that it writes.
     """
 
     config: PretrainConfig
@@ -68,8 +68,7 @@ class PretrainInputs:
     held: dict[str, data.PackedData]
     resolved: ds.Resolved
     parent: hf_folder.Weights | None
-    identity: dict[str, Any]
-    numerics: dict[str, Any]
+    records: dict[str, dict[str, Any]]
 
     @property
     def held_rows(self) -> int:
@@ -149,8 +148,8 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
         max_steps=config.max_steps,
     )
     return PretrainInputs(
-        config, store, tokenizer, train_rows, masking, held, resolved, parent, identity,
-        records.numerics(config, resolved),
+        config, store, tokenizer, train_rows, masking, held, resolved, parent,
+        {"identity": identity, "numerics": records.numerics(config, resolved)},
     )
 
 
@@ -272,7 +271,7 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: PretrainInputs, to
         return
     counted = flops.count_flops(module, inputs.config.max_seq_length)
     stage = hf_folder.make_stage(
-        inputs.identity, inputs.numerics, inputs.parent, steps=totals.step, tokens=totals.tokens,
+        inputs.records, inputs.parent, steps=totals.step, tokens=totals.tokens,
         masked_tokens=totals.masked_tokens, seconds=totals.seconds,
         flops=counted.of(totals.tokens, totals.masked_tokens),
     )
@@ -321,10 +320,10 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
     totals = Totals()
     if resume_from:
         state = checkpoint.load_checkpoint(
-            engine, resume_from, inputs.identity, config.allow_world_size_change
+            engine, resume_from, inputs.records["identity"], config.allow_world_size_change
         )
         totals = Totals(**state["totals"])
-        records.report_changes(state["numerics"], inputs.numerics)
+        records.report_changes(state["numerics"], inputs.records["numerics"])
         say(f"resumed from {resume_from}")
 
     batches = data.PackedData(
@@ -367,8 +366,7 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
             if ending or stopping or due:
                 checkpoint.save_checkpoint(
                     engine, run_dir, totals.step,
-                    {"totals": vars(totals).copy(), "identity": inputs.identity,
-                     "numerics": inputs.numerics},
+                    {"totals": vars(totals).copy(), **inputs.records},
                     config.save_total_limit,
                 )
             if stopping and not ending:
@@ -411,7 +409,7 @@ class _Log:
             self._example = Example(inputs.held_alone(), inputs.tokenizer)
         self.writer = metrics.MetricsWriter(run_dir, totals.step)
         self.writer.hyperparameters(records.hyperparameters(
-            inputs.identity, inputs.numerics,
+            **inputs.records,
             model=inputs.config.model_name_or_path or inputs.config.model_config,
             data=metrics.short_path(inputs.config.tokens),
             num_train_epochs=inputs.config.max_steps * inputs.resolved.train_batch_size
@@ -474,10 +472,10 @@ def is_finished(run_dir: Path, inputs: PretrainInputs) -> bool:
     """
     stages = hf_folder.read_stages(run_dir / "hf")
     if not stages:
-        checkpoint.check_identity(run_dir, inputs.identity)
+        checkpoint.check_identity(run_dir, inputs.records["identity"])
         return False
     identities.compare(
-        stages[-1]["identity"], inputs.identity, f"--output_dir {run_dir}, a finished run",
+        stages[-1]["identity"], inputs.records["identity"], f"--output_dir {run_dir}, a finished run",
         "give another --output_dir",
     )
     try:
@@ -503,7 +501,7 @@ def run(config: PretrainConfig) -> None:
     if is_finished(run_dir, inputs):
         say(f"{run_dir}: finished already")
         return
-    folder.prepare_run_dir(config, inputs.resolved, inputs.identity)
+    folder.prepare_run_dir(config, inputs.resolved, inputs.records["identity"])
     train(inputs, run_dir)
 
 

@@ -19,16 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import DataError, run_command
-from preprocess.identity import build, compare, sealed
+from preprocess.errors import run_command
+from preprocess.identity import build, sealed
 from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
     TokenStore,
-    array_path,
+    has_array,
     lock_array,
     missing_arrays,
-    open_array,
     write_array,
 )
 from train import engine
@@ -44,28 +43,6 @@ from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import architecture, numerics
 from train.stages import scoring
 from train.stages.inference import Runner, check_trained, special_template
-
-
-def is_made(shard: Shard, name: str, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Return whether a shard's scores are complete and made as asked.
-
-    Raises:
-        ConfigError: complete, but of another identity, without `overwrite`.
-        DataError: damaged or of another store, without `overwrite`.
-    """
-    path = array_path(shard, name, "scores")
-    if not path.with_suffix(".json").exists():
-        return False
-    try:
-        _, info = open_array(shard, name, "scores")
-    except DataError:
-        if overwrite:
-            return False
-        raise
-    if overwrite:
-        return bool(info.get("identity") == identity)
-    compare(info.get("identity", {}), identity, str(path), "give another --name, or --overwrite")
-    return True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     writes = engine.is_main() and not config.dry_run
     with (lock_array(store, config.name, "scores", config.shard_index) if writes
           else nullcontext()):
-        todo = [s for s in shards if not is_made(s, config.name, identity, config.overwrite)]
+        todo = [shard for shard in shards
+                if not has_array(shard, config.name, "scores", identity, config.overwrite)]
         say(f"{config.tokens}: {len(shards) - len(todo)} of {len(shards)} shards are "
             f"scored already, {sum(shard.num_tokens for shard in todo):,} tokens to score")
         if todo and not config.dry_run:

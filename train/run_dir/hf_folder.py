@@ -123,17 +123,18 @@ def _read_lineage(file: Path) -> dict[str, Any]:
 
 
 def make_stage(
-    identity: dict[str, Any], numerics: dict[str, Any], parent: Weights | None, *,
-    steps: int, seconds: float, tokens: int | None = None, masked_tokens: int | None = None,
-    flops: float | None = None,
+    records: dict[str, dict[str, Any]], parent: Weights | None, *, steps: int, seconds: float,
+    tokens: int | None = None, masked_tokens: int | None = None, flops: float | None = None,
 ) -> dict[str, Any]:
     """Make the stage that a command adds to the lineage.
 
     Args:
+        records: its `identity` and its `numerics`.
         parent: the weights that it started from; None for fresh ones.
     """
     return {
-        "stage": identity["command"], **sealed(identity), "numerics": numerics,
+        "stage": records["identity"]["command"], **sealed(records["identity"]),
+        "numerics": records["numerics"],
         "parent": {"hf_digest": parent and parent.hf_digest},
         "totals": {"steps": steps, "tokens": tokens, "masked_tokens": masked_tokens,
                    "seconds": round(seconds, 2), "flops": flops},

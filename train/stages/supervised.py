@@ -280,8 +280,7 @@ def train_and_select(
     pad_id: int,
     run_dir: Path,
     device: torch.device,
-    identity: dict[str, Any],
-    numerics: dict[str, Any],
+    records: dict[str, dict[str, Any]],
     hyperparameters: dict[str, Any],
     stop: Callable[[], bool],
 ) -> Progressed:
@@ -296,7 +295,7 @@ def train_and_select(
         tags: TensorBoard tag of each metric; those without one are not logged.
         class_weights: `(C,)` float64.
         run_dir: folder of this seed.
-        identity, numerics: the records of this seed; see `preprocess/identity.py`.
+        records: the `identity` and the `numerics` of this seed, kept in its checkpoints.
         hyperparameters: the row on TensorBoard's HParams page.
         stop: whether a stop was asked for; the same answer on every rank.
     Returns:
@@ -307,7 +306,7 @@ def train_and_select(
     """
     total_steps = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
     per_epoch = total_steps // config.num_train_epochs
-    found = _restore(engine, run_dir, config, identity, numerics)
+    found = _restore(engine, run_dir, config, records)
     step, first_step = found.steps, found.steps
     started = time.monotonic() - found.seconds
     found.log = MetricsWriter(run_dir, step)
@@ -335,7 +334,7 @@ def train_and_select(
             due = config.save_steps and step > first_step and step % config.save_steps == 0
             if stopping or due:
                 found.steps, found.seconds = step, time.monotonic() - started
-                _save(engine, run_dir, found, config.save_total_limit, identity, numerics)
+                _save(engine, run_dir, found, config.save_total_limit, records)
             if stopping:
                 raise StopRequested(
                     f"stopped at step {step} of {total_steps} of seed {seed}, with a checkpoint; "
@@ -397,15 +396,14 @@ BEST = "best.safetensors"
 
 
 def _save(
-    engine: Any, run_dir: Path, found: Progressed, limit: int, identity: dict[str, Any],
-    numerics: dict[str, Any],
+    engine: Any, run_dir: Path, found: Progressed, limit: int, records: dict[str, Any]
 ) -> None:
     """Write a checkpoint, with the best weights so far."""
     from safetensors.torch import save
 
     notes = {
         "history": found.history, "best_epoch": found.best_epoch, "seconds": found.seconds,
-        "steps": found.steps, "identity": identity, "numerics": numerics,
+        "steps": found.steps, **records,
     }
     extras = {} if found.best_state is None else {BEST: save(found.best_state)}
     save_checkpoint(engine, run_dir, found.steps, notes, limit, extras)
@@ -418,8 +416,7 @@ def remove_resume_state(run_dir: Path) -> None:
 
 
 def _restore(
-    engine: Any, run_dir: Path, config: Config, identity: dict[str, Any],
-    numerics: dict[str, Any],
+    engine: Any, run_dir: Path, config: Config, records: dict[str, Any]
 ) -> Progressed:
     """Load the newest whole checkpoint, if there is one and `--resume` allows it."""
     from safetensors.torch import load_file
@@ -428,8 +425,8 @@ def _restore(
     path = find_checkpoint(run_dir, "never" if config.resume == "never" else "auto")
     if path is None:
         return Progressed()
-    notes = load_checkpoint(engine, path, identity, config.allow_world_size_change)
-    report_changes(notes["numerics"], numerics)
+    notes = load_checkpoint(engine, path, records["identity"], config.allow_world_size_change)
+    report_changes(notes["numerics"], records["numerics"])
     say(f"resumed from {path}")
     best_state = None
     if notes["best_epoch"] and is_main():
