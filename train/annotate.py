@@ -1,18 +1,18 @@
-"""Which tokens of the task's training texts matter to the task classifier: stage 2 begins here.
+"""Annotate which tokens of the task's training texts matter to the task classifier.
 
 A sequence (a sentence; for aspect tasks a whole text with its aspect) is read from left to right.
 A *buffer* holds the tokens seen so far that were not found important. The token that brings the
 classifier's confidence in the right label to within `delta` of its confidence in the whole
 sequence is important, and leaves the buffer again. Only sequences that the classifier gets right
-say anything; the tokens of the others are marked 255, "not annotated", and so are tokens beyond
-the length limit.
+count; the tokens of the others are marked 255, "not annotated", as are tokens beyond the length
+limit.
 
-`train/importance.py` finds the tokens; here are the task, the texts and what is written.
+`train/stages/importance.py` finds the tokens; this file owns the task, the texts and the output.
 
     deepspeed train/annotate.py --task mr --data_dir D --model_name_or_path RC/seed_13/hf \
         --delta 0.01 --criterion signed --output A
 
-writes the token store `A` (one document a text) and `A.importance.npy`.
+writes the token store `A` (one document per text) and `A.importance.npy`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ NOT_IMPORTANT, IMPORTANT, NOT_ANNOTATED = 0, 1, 255
 # --------------------------------------------------------------------------- stop words
 
 def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.ndarray]:
-    """Mark the tokens that are stop words, whole ones: one bool array a sequence."""
+    """Mark the tokens of words that are stop words: one bool array per sequence."""
     lengths = [len(sequence) for sequence in sequences]
     offsets = np.cumsum([0, *lengths])
     tokens = np.concatenate([np.empty(0, np.int64), *sequences]).astype(np.int64)
@@ -79,7 +79,7 @@ def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.
 def unite(
     documents: list[list[np.ndarray]], queries: list[Query], found: list[np.ndarray | None]
 ) -> list[list[np.ndarray]]:
-    """Lay the answers over the texts: a token is important if it is for any aspect.
+    """Merge the answers of each text: a token is important if it is for any aspect.
 
     Returns:
         For each sequence of each document, `(n,)` uint8: `IMPORTANT`, `NOT_IMPORTANT`, or
@@ -100,7 +100,7 @@ def unite(
 def explain_on_all_ranks(
     runner: Runner, queries: list[Query], config: AnnotateConfig
 ) -> tuple[list[np.ndarray | None], int]:
-    """Share the queries among the ranks, longest first in turns, and gather the answers."""
+    """Share the queries among the ranks, longest first, round-robin, and gather the answers."""
     where = engine.ranks()
     order = sorted(range(len(queries)), key=lambda i: -len(queries[i].tokens))
     mine = order[where.rank :: where.world_size]
@@ -152,7 +152,7 @@ def write_annotations(
     made_by: dict[str, Any],
     lock: WriterLock | None = None,
 ) -> None:
-    """Write the token store and its importance, both at once; an old annotation stays till then.
+    """Write the token store and its importance together; an old annotation stays until then.
 
     Args:
         made_by: kept in the JSON of the importance.
@@ -171,7 +171,7 @@ def write_annotations(
 def describe(
     importance: list[list[np.ndarray]], queries: list[Query], found: list[np.ndarray | None]
 ) -> str:
-    """What came out, in words."""
+    """Summarise the annotation in words."""
     num_right = sum(marks is not None for marks in found)
     flat = np.concatenate([np.empty(0, np.uint8), *(a for doc in importance for a in doc)])
     num_important, num_known = int((flat == IMPORTANT).sum()), int((flat != NOT_ANNOTATED).sum())
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"task {task.name}: {len(groups):,} training texts, {len(queries):,} "
         f"{'pairs of text and aspect' if has_aspects else 'sentences'}, at most "
         f"{sum(len(query.tokens) for query in queries):,} buffers to classify")
-    # Before any work: not every tokenizer tells its words apart.
+    # Before any work: not every tokenizer marks its words.
     stop_words = (
         find_stop_words([s for part in documents for s in part], tokenizer)
         if config.drop_stop_words else []
@@ -265,8 +265,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         say(describe(importance, queries, found))
         say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "
-            f"{1 - tokens / max(slots, 1):.1%} padding, {num_alone:,} of them asked alone to be "
-            f"sure; {time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
+            f"{1 - tokens / max(slots, 1):.1%} padding, {num_alone:,} of the inputs repeated alone "
+            f"to be sure; {time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
             f"({device.type}): {config.output}.importance.npy")
         engine.finish()
 

@@ -1,14 +1,14 @@
 """Fine-tune a classifier on a task: stage 3, and the task classifier of stage 2.
 
 Each seed trains one model. The epoch with the best validation accuracy (the first of equals) is
-kept, and only that one meets the test split, once, after it was read back from its `hf/` folder.
-All arms of a comparison share seeds: the seed alone draws the head, the order and the dropout.
+kept. Only that model is tested, once, after it was read back from its `hf/` folder. All arms of a
+comparison share seeds: the seed alone determines the head, the order and the dropout.
 
     deepspeed train/finetune.py --deepspeed_config ds_configs/cpu.json --task mr --data_dir D \
         --model_name_or_path R2/hf --seeds 13,43,83 --output_dir R3
 
-writes `R3/results.jsonl` (one row a seed) and `R3/seed_N/{hf/, predictions.jsonl, tb/}`. A seed
-that has both its row and its folder is finished, and is not trained again.
+writes `R3/results.jsonl` (one row per seed) and `R3/seed_N/{hf/, predictions.jsonl, tb/}`. A seed
+that has both its row and its folder is finished and is not trained again.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ def encode(
 ) -> Examples:
     """Turn a split into `[CLS] text [SEP]` or `[CLS] aspect [SEP] text [SEP]`.
 
-    The whole input is cut to `max_seq_length`, always from its longer part, so an aspect never
-    pushes the input over the limit. A special token written in a text is text.
+    The input is cut to `max_seq_length`, always from its longer part, so that an aspect never
+    exceeds the limit. A special token written in a text is text.
 
     Args:
-        segments: whether the model tells the two parts apart by token types.
+        segments: whether the model distinguishes the two parts by token types.
     """
     texts = [example.text for example in examples]
     aspects = [example.aspect or "" for example in examples]
@@ -169,7 +169,7 @@ def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line; the whole file or nothing."""
+    """Write one JSON object per line; the complete file or nothing."""
     atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
@@ -279,11 +279,11 @@ def run_seed(
 def check_resume(
     inputs: FinetuneInputs, run_dir: Path, rows: dict[int, dict[str, Any]]
 ) -> None:
-    """Check that the seeds that are there already may stand beside those to come.
+    """Check that the finished and stopped seeds belong to this run.
 
     Raises:
         ConfigError: they have another identity, but for the seed; says what differs.
-        DataError: `--resume must`, and there is nothing to go on from.
+        DataError: `--resume must`, and there is nothing to resume from.
     """
     first, *_ = inputs.identities.values()
     for seed, row in rows.items():
@@ -297,7 +297,7 @@ def check_resume(
         seeds = inputs.config.seed_list()
         if not any(find_checkpoint(run_dir / f"seed_{seed}", "auto") for seed in seeds):
             raise DataError(
-                f"--resume must: {run_dir} holds no finished seed and no whole checkpoint; "
+                f"--resume must: {run_dir} holds no finished seed and no complete checkpoint; "
                 "type --resume auto to begin"
             )
 
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         if is_whole(seed_dir, rows.get(seed)):
             say(f"seed {seed}: finished already, test accuracy {rows[seed]['test_accuracy']:.4f}")
             if is_main():
-                remove_resume_state(seed_dir)  # a kill may have come between
+                remove_resume_state(seed_dir)  # a kill may have come in between
             continue
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]

@@ -1,15 +1,15 @@
-"""Fit the token scorer: it learns from annotated task texts which tokens matter, without labels.
+"""Fit the token scorer: it learns from annotated task texts which tokens matter.
 
 Each annotated sentence is one example, `[CLS] sentence [SEP]`; a token is important (1) or not
-(0), and counts `--positive_weight` times if it is. Tokens that were not annotated, and the special
-tokens, are left out of the loss and of the metrics. Whole texts are kept aside by a hash of their
-content, and the epoch with the best F1 of "important" on them (the first of equals) is kept.
+(0), and an important one counts `--positive_weight` times. Tokens that were not annotated and
+special tokens are left out of the loss and the metrics. A share of the texts is held out by a hash
+of their content; the epoch with the best F1 of "important" on them (the first of equals) is kept.
 
     deepspeed train/fit_scorer.py --deepspeed_config ds_configs/cpu.json --annotations A \
         --model_name_or_path R1/hf --output_dir RS
 
 writes `RS/hf/` and `RS/results.json`: precision, recall, F1 and average precision beside two
-baselines that know nothing of the context.
+baselines without context.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ TAGS = {"loss": EVAL_LOSS, "f1": EVAL_F1}
 class Annotated:
     """Sentences with at least one annotated token.
 
-    tokens, importance: one array a sentence, `(n,)` uint16 and uint8 (0, 1 or `NOT_ANNOTATED`).
+    tokens, importance: one array per sentence, `(n,)` uint16 and uint8 (0, 1 or `NOT_ANNOTATED`).
     text_keys: hash of the text that each sentence is from, `(N,)` uint64.
     """
 
@@ -75,7 +75,7 @@ class Annotated:
     text_keys: np.ndarray
 
     def choose(self, keep: np.ndarray) -> Annotated:
-        """The sentences where `keep`, `(N,)` bool, is true."""
+        """Return the sentences where `keep`, `(N,)` bool, is true."""
         chosen = np.flatnonzero(keep)
         return Annotated(
             [self.tokens[i] for i in chosen], [self.importance[i] for i in chosen],
@@ -83,7 +83,7 @@ class Annotated:
         )
 
     def counted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and importance (bool) of all annotated tokens, one after the other."""
+        """Return ids and importance (bool) of all annotated tokens, one after the other."""
         tokens = np.concatenate(self.tokens)
         importance = np.concatenate(self.importance)
         keep = importance != NOT_ANNOTATED
@@ -124,27 +124,27 @@ def read_annotations(store: TokenStore, limit: int) -> Annotated:
 
 
 def annotation_digest(store: TokenStore) -> str:
-    """Name the annotations: the store with its tokenizer, and each shard's importance array."""
+    """Digest the annotations: the store with its tokenizer, and each shard's importance array."""
     arrays = [open_array(shard, "", "importance")[1]["sha256"] for shard in store.shards]
     return digest([store.fingerprint, *arrays])
 
 
 def choose_dev(text_keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose the texts to keep aside: those with the smallest hashes, whatever their order.
+    """Choose the texts to hold out: those with the smallest hashes, whatever their order.
 
-    All sentences of a text, and of every copy of it, fall on one side.
+    All sentences of a text and of its copies fall on one side.
 
     Args:
         text_keys: `(N,)` uint64.
-        fraction: share of different texts to choose; at least one is, and one is left.
+        fraction: share of the distinct texts; at least one is chosen and one is left.
     Returns:
         `(N,)` bool.
     Raises:
-        DataError: fewer than two different texts.
+        DataError: fewer than two distinct texts.
     """
     different = np.unique(text_keys)
     if len(different) < 2:
-        raise DataError("one annotated text only; annotate two or more, so that one is kept aside")
+        raise DataError("one annotated text only; annotate two or more, so that one is held out")
     count = min(max(1, round(fraction * len(different))), len(different) - 1)
     return text_keys < different[count]
 
@@ -164,7 +164,7 @@ def encode(sentences: Annotated, template: Template, positive_weight: float) -> 
 def score_decisions(
     labels: np.ndarray, decisions: np.ndarray, scores: np.ndarray
 ) -> dict[str, float]:
-    """Precision, recall, F1 and average precision of the important tokens, `(T,)` each."""
+    """Return precision, recall, F1 and average precision of the important tokens, `(T,)` each."""
     precision, recall, f1 = precision_recall_f1(labels, decisions)
     return {
         "precision": precision, "recall": recall, "f1": f1,
@@ -173,9 +173,9 @@ def score_decisions(
 
 
 def token_type_rates(tokens: np.ndarray, labels: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token type is important, `(V,)` float64.
+    """Estimate how often each token type is important, `(V,)` float64.
 
-    One imaginary occurrence at the overall rate is added to each, so a rare type stays near it.
+    One pseudo-occurrence at the overall rate is added to each type, so rare types stay near it.
     """
     overall = labels.mean()
     hits = np.bincount(tokens[labels], minlength=vocab_size)
@@ -183,7 +183,7 @@ def token_type_rates(tokens: np.ndarray, labels: np.ndarray, vocab_size: int) ->
 
 
 def baselines(train: Annotated, dev: Annotated, vocab_size: int) -> dict[str, dict[str, float]]:
-    """Metrics on `dev` of calling every token important, and of one probability a token type."""
+    """Return metrics on `dev` of calling all tokens important, and of one rate per token type."""
     tokens, labels = train.counted()
     rates = token_type_rates(tokens, labels, vocab_size)
     threshold = best_threshold(labels, rates[tokens])
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
         if is_main():
-            remove_resume_state(run_dir)  # a kill may have come between
+            remove_resume_state(run_dir)  # a kill may have come in between
         return
     if config.resume == "must":
         find_checkpoint(run_dir, "must")
@@ -313,18 +313,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def say_sizes(train: Annotated, dev: Annotated) -> None:
-    """Say how many sentences and tokens there are on both sides."""
+    """Print how many sentences and tokens there are on both sides."""
     for name, part in (("train", train), ("dev", dev)):
         labels = part.counted()[1]
         say(f"{name}: {len(part.tokens)} sentences of {len(np.unique(part.text_keys))} texts, "
             f"{len(labels)} annotated tokens, {labels.mean():.1%} important")
     if not dev.counted()[1].any():
-        say("warning: no important token is kept aside, so every epoch has F1 0 and the first is "
+        say("warning: no important token is held out, so every epoch has F1 0 and the first is "
             "taken; annotate more text or raise --dev_fraction")
 
 
 def say_results(results: dict[str, Any]) -> None:
-    """Say the metrics of the scorer and of the baselines."""
+    """Print the metrics of the scorer and of the baselines."""
     rows = {"scorer": results, **results["baselines"]}
     for name, row in rows.items():
         say(f"{name:10}  precision {row['precision']:.3f}  recall {row['recall']:.3f}  "

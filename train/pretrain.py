@@ -40,7 +40,7 @@ from train.stages.example import Example
 
 @dataclass
 class Totals:
-    """What the run has done so far; saved with each checkpoint."""
+    """Work done so far; saved with each checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -187,22 +187,22 @@ def memory_line(module: model.PackedMaskedLM, inputs: PretrainInputs) -> str:
     stage = inputs.resolved.config.get("zero_optimization", {}).get("stage", 0)
     world_size = ds.ranks().world_size
     half = inputs.resolved.precision != "fp32"
-    # Bytes a parameter: weights and gradients 2 + 2 (16 bit) or 4 + 4; fp32 master and two
+    # Bytes per parameter: weights and gradients 2 + 2 (16 bit) or 4 + 4; fp32 master and two
     # moments 12, or two moments 8 in fp32.
     weights, gradients, states = (2, 2, 12) if half else (4, 4, 8)
     shared = [states, gradients, weights][:stage]
-    whole = [states, gradients, weights][stage:]
-    states_gib = parameters * (sum(whole) + sum(shared) / world_size) / 2**30
+    complete = [states, gradients, weights][stage:]
+    states_gib = parameters * (sum(complete) + sum(shared) / world_size) / 2**30
     hf_config = module.hf.config
     size = 2 if half else 4
     slots = inputs.resolved.micro_batch_size * inputs.config.max_seq_length
-    # About 18 hidden widths a layer are kept for the backward pass. Masked rows of logits exist
+    # About 18 hidden widths per layer are kept for the backward pass. Masked rows of logits exist
     # once, in chunks of at most half a GiB.
     layers = 1 if inputs.config.gradient_checkpointing else hf_config.num_hidden_layers
     activations = slots * hf_config.hidden_size * 18 * size * layers
     logits = min(0.15 * slots * hf_config.vocab_size * size, 2**29)
     return (
-        f"model: {parameters:,} parameters; memory of a rank, estimated: states "
+        f"model: {parameters:,} parameters; estimated memory per rank: states "
         f"{states_gib:.2f} GiB, activations {activations / 2**30:.2f} GiB, "
         f"logits {logits / 2**30:.2f} GiB"
     )
@@ -286,7 +286,7 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: PretrainInputs, to
 
 
 def start_engine(inputs: PretrainInputs) -> tuple[Any, model.PackedMaskedLM]:
-    """The model, and the DeepSpeed engine around it."""
+    """Build the model and the DeepSpeed engine around it."""
     config, resolved = inputs.config, inputs.resolved
     module = mlm.build_model(config, inputs.store, config.from_scratch)
     if module.fresh_head and not (config.from_scratch or config.model_config):
@@ -305,16 +305,16 @@ def start_engine(inputs: PretrainInputs) -> tuple[Any, model.PackedMaskedLM]:
 
 
 def train(inputs: PretrainInputs, run_dir: Path) -> None:
-    """Train, evaluate, save and export; reads downwards.
+    """Train, evaluate, save and export.
 
     Raises:
-        StopRequested: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last step has been committed.
+        StopRequested: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last step was committed.
     """
     config, resolved = inputs.config, inputs.resolved
     device = ds.start()
     resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     ranks = ds.ranks()
-    # Before dropout's generator is seeded or restored: measuring draws from it.
+    # Before the generator of dropout is seeded or restored: measuring draws from it.
     peak = _peak_flops(device, resolved.precision)
     engine, module = start_engine(inputs)
     totals = Totals()
@@ -380,11 +380,11 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
     ds.barrier()
     if results and ds.is_main():
         loss = results[metrics.EVAL_LOSS]
-        floor = unigram_loss(inputs, min(config.eval_max_rows, inputs.held_rows))
+        baseline = unigram_loss(inputs, min(config.eval_max_rows, inputs.held_rows))
         say(
-            f"held-out loss {loss:.4f} nats a masked token, perplexity "
+            f"held-out loss {loss:.4f} nats per masked token, perplexity "
             f"{results[metrics.EVAL_PERPLEXITY]:.1f}; "
-            f"without context (token frequencies) it would be {floor:.4f}"
+            f"without context (token frequencies) it would be {baseline:.4f}"
         )
     say(f"wrote {run_dir / 'hf'}")
 
@@ -394,7 +394,7 @@ _peak_flops = functools.cache(flops.peak_flops)
 
 
 class _Log:
-    """What the run tells: means and speeds of the steps since the last point, and evaluations."""
+    """Log means and speeds of the steps since the last point, and evaluations."""
 
     def __init__(
         self, inputs: PretrainInputs, run_dir: Path, engine: Any, module: model.PackedMaskedLM,
@@ -463,25 +463,23 @@ class _Log:
         return results
 
 
-def is_finished(run_dir: Path, inputs: PretrainInputs) -> bool:
+def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
     """Return whether the run in this directory reached its last step.
 
     Raises:
         ConfigError: what is there, finished or stopped, has another identity.
-        DataError: its weights were changed, and there is no checkpoint to write them from again.
+        DataError: its weights were changed, and there is no checkpoint to export them from again.
     """
     stages = hf_folder.read_stages(run_dir / "hf")
     if not stages:
-        checkpoint.check_identity(run_dir, inputs.records["identity"])
+        checkpoint.check_identity(run_dir, identity)
         return False
-    identities.compare(
-        stages[-1]["identity"], inputs.records["identity"], f"--output_dir {run_dir}, a finished run",
-        "give another --output_dir",
-    )
+    identities.compare(stages[-1]["identity"], identity, f"--output_dir {run_dir}, a finished run",
+                       "give another --output_dir")
     try:
         hf_folder.open_weights(str(run_dir / "hf"))
     except DataError:
-        if not any(run_dir.glob("checkpoints/step_*/manifest.json")):
+        if not any(run_dir.glob(f"checkpoints/step_*/{checkpoint.MANIFEST}")):
             raise
         return False
     return True
@@ -498,15 +496,16 @@ def run(config: PretrainConfig) -> None:
     if config.dry_run:
         say(memory_line(mlm.build_model(config, inputs.store, config.from_scratch), inputs))
         return
-    if is_finished(run_dir, inputs):
+    identity = inputs.records["identity"]
+    if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
         return
-    folder.prepare_run_dir(config, inputs.resolved, inputs.records["identity"])
+    folder.prepare_run_dir(config, inputs.resolved, identity)
     train(inputs, run_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     run(parse(PretrainConfig, argv))
     ds.finish()
 

@@ -1,13 +1,13 @@
-"""How much each token of a domain's text matters to the task, by the scorer: log-odds, one a token.
+"""Score how much each token of a domain's text matters to the task: log-odds by the scorer.
 
-Each sentence is scored alone, as the scorer was fitted (`train/scoring.py`). Log-odds are kept in
-float16, because probabilities would tie the best tokens at 1.
+Each sentence is scored alone, as the scorer was fitted (`train/stages/scoring.py`). Log-odds are
+kept in float16; probabilities would tie the best tokens at 1.
 
     deepspeed train/score_tokens.py --model_name_or_path RS/hf --tokens P2 --name mr
 
-writes `P2.mr.scores.npy`, shard by shard; shards that are whole already are skipped. With
-`--shard_index i --num_shards N` it makes those of one shard, so that N processes, on any machines,
-share a store without knowing of each other.
+writes `P2.mr.scores.npy`, shard by shard; complete shards are skipped. With `--shard_index i
+--num_shards N` it scores one shard, so that N processes on any machines share a store
+independently.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 def score(
     config: ScoreConfig, todo: list[Shard], tokenizer: Any, identity: dict[str, Any]
 ) -> None:
-    """Score shards one after the other and write what comes out; collective."""
+    """Score shards one after the other and write their arrays; collective."""
     num_tokens = sum(shard.num_tokens for shard in todo)
     device = engine.start()
     template = special_template(tokenizer, pair=False)

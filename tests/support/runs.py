@@ -25,7 +25,8 @@ def made_up_stage(
     """A stage of a lineage that nobody trained."""
     identity = build(command, inputs={"weights": weights},
                      choice={"masking": masking, "seed": seed})
-    return make_stage({"identity": identity, "numerics": {}}, None, **{"steps": 0, "seconds": 0.0, **totals})
+    records = {"identity": identity, "numerics": {}}
+    return make_stage(records, None, **{"steps": 0, "seconds": 0.0, **totals})
 
 
 def write_lineage(folder: Path, *stages: dict[str, Any]) -> None:

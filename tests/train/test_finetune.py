@@ -483,7 +483,7 @@ def test_the_command_trains_tests_and_skips_finished_seeds(
         "--learning_rate", "1e-3",
     ]
     done = run_command_line(*command, "--seeds", "13,43")
-    assert "steps: 3 an epoch x 2 epochs = 6, 2 times" in done.stdout
+    assert "steps: 3 per epoch x 2 epochs = 6, 2 times" in done.stdout
     rows = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [13, 43]
     for row in rows:

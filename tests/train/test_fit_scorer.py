@@ -141,7 +141,7 @@ def test_the_command_learns_which_words_matter(
         "--train_batch_size", "8", "--num_train_epochs", "4",
     ]
     planned = run_command_line(*command, "--dry_run")
-    assert "steps: 9 an epoch x 4 epochs = 36" in planned.stdout
+    assert "steps: 9 per epoch x 4 epochs = 36" in planned.stdout
     assert not (tmp_path / "run").exists()
     done = run_command_line(*command)
     results = json.loads((tmp_path / "run/results.json").read_text())

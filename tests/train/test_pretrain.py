@@ -371,7 +371,7 @@ def test_bad_input_is_said_in_a_sentence(options, message, tmp_path, reviews_sto
 def test_dry_run_writes_nothing(tmp_path, reviews_store, still_encoder, capsys):
     pretrained(reviews_store, still_encoder, tmp_path / "run", dry_run=True)
     said = capsys.readouterr().out
-    assert "rows per step" in said and "memory of a rank" in said
+    assert "rows per step" in said and "memory per rank" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -1,9 +1,8 @@
 """Supervised training, shared by the task classifier and the token scorer.
 
-Owns the order of labelled examples, their way into batches, the loss as a mean over the global
-batch, the choice of the best epoch, and the metrics of both commands. Examples are few (a task,
-not a corpus), so all of them stay in memory on every rank, and every rank computes every decision
-from the same gathered numbers.
+The loss is a mean over the global batch; the best epoch is kept. Examples are few (a task, not a
+corpus), so all of them stay in memory on every rank, and every rank takes every decision from the
+same gathered numbers.
 
 Letters: `N` examples, `B` examples of a micro batch, `L` padded length, `C` classes, `T` tokens.
 """
@@ -63,7 +62,7 @@ from train.stages.examples import (
 
 
 def mean_loss(logits: list[np.ndarray], examples: Examples, class_weights: np.ndarray) -> float:
-    """The loss of training, over a whole split, from gathered logits (float64)."""
+    """Return the training loss over a complete split, from gathered logits (float64)."""
     flat = np.concatenate([one.reshape(-1, len(class_weights)) for one in logits]).astype(float)
     targets = np.concatenate([one.reshape(-1) for one in examples.targets])
     keep = targets != IGNORED
@@ -83,7 +82,7 @@ def predict(
     label: str = "evaluate",
     part: bool = True,
 ) -> list[np.ndarray]:
-    """Compute the logits of every example once; every rank does a share and gets all of them.
+    """Compute the logits of every example once; each rank does a share and gets all of them.
 
     Args:
         forward: a model or an engine in evaluation mode; returns an object with `.logits`.
@@ -94,7 +93,7 @@ def predict(
     """
     where = ranks()
     lengths = examples.lengths
-    order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once
+    order = np.argsort(-lengths, kind="stable")  # longest first: memory runs out at once
     mine: list[tuple[int, np.ndarray]] = []
     with Progress(len(examples), "example", label=label, part=part) as progress:
         for start in range(0, len(examples), batch_size * where.world_size):
@@ -122,8 +121,8 @@ def train_step(
     """Take one optimizer step on a global batch.
 
     The loss is the sum over the global batch divided by the batch's mass. DeepSpeed averages over
-    ranks and divides by the accumulation steps, so both factors are put back here: the step is the
-    same at any number of ranks and micro batches.
+    ranks and divides by the accumulation steps; both factors are undone here, so that the step is
+    the same at any number of ranks and micro batches.
 
     Args:
         batch: indices, `(n,)` int64.
@@ -154,14 +153,14 @@ def train_step(
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Seed dropout by (seed, step, rank), so that a resumed step draws what it would have."""
+    """Seed dropout by (seed, step, rank), so that a resumed step draws the same numbers."""
     state = np.random.SeedSequence([seed, step, ranks().rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) % 2**63)
 
 
 @dataclass
 class Progressed:
-    """What training has found so far; all but `best_state` is the same on every rank.
+    """Training so far; all but `best_state` is the same on every rank.
 
     history: the dev metrics of each finished epoch. best_epoch: counts from 1; 0 before the first.
     best_state: the weights after that epoch, float32 on the CPU; None on other ranks than the
@@ -177,11 +176,11 @@ class Progressed:
 
     @property
     def best(self) -> dict[str, float]:
-        """The dev metrics of the best epoch."""
+        """Return the dev metrics of the best epoch."""
         return self.history[self.best_epoch - 1]
 
     def add_epoch(self, scores: dict[str, float], select: str) -> bool:
-        """Note an epoch's dev metrics; return whether it is strictly better than all before."""
+        """Add an epoch's dev metrics; return whether it is strictly better than all before."""
         is_better = not self.best_epoch or scores[select] > self.best[select]
         self.history.append(scores)
         if is_better:
@@ -190,7 +189,7 @@ class Progressed:
 
 
 def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
-    """Optimizer steps of a run; the last batch of an epoch counts as one even if it is small."""
+    """Count the optimizer steps of a run; a small last batch of an epoch is one step too."""
     return num_epochs * -(-num_examples // batch_size)
 
 
@@ -214,20 +213,20 @@ def resolve(config: Config, train: Examples, default_learning_rate: float) -> Re
 def describe_plan(
     config: Config, resolved: Resolved, train: Examples, runs: int = 1
 ) -> list[str]:
-    """Say the batch arithmetic in words, one line each."""
+    """Describe the batch arithmetic, one line each."""
     total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
     schedule = resolved.config["scheduler"].get("params", {})
     longest = int(train.lengths.max())
     return [
         *resolved.notes,
         f"batch: {resolved.micro_batch_size} examples x {resolved.accumulation_steps} micro "
-        f"batches x {ranks().world_size} ranks = {resolved.train_batch_size} a step, "
+        f"batches x {ranks().world_size} ranks = {resolved.train_batch_size} per step, "
         f"{resolved.precision}",
-        f"steps: {total // config.num_train_epochs} an epoch x {config.num_train_epochs} epochs = "
+        f"steps: {total // config.num_train_epochs} per epoch x {config.num_train_epochs} epochs = "
         f"{total}" + (f", {runs} times" if runs > 1 else "")
         + f"; warm-up {schedule.get('warmup_num_steps', 0)}, "
         f"learning rate {resolved.config['optimizer']['params']['lr']:g}",
-        f"tokens: {train.lengths.mean():.1f} an example, {longest} at most",
+        f"tokens: {train.lengths.mean():.1f} per example, {longest} at most",
     ]
 
 
@@ -243,7 +242,7 @@ def fit(
 ) -> Progressed:
     """Train a fresh model with a fresh optimizer; see `train_and_select` for the options.
 
-    The engine and its memory are gone afterwards, so that one process can train many seeds.
+    The engine and its memory are released, so that one process can train many seeds.
     """
     if config.gradient_checkpointing:
         checkpoint_activations(model)
@@ -286,7 +285,7 @@ def train_and_select(
 ) -> Progressed:
     """Train for `config.num_train_epochs` and keep the weights of the best epoch.
 
-    Goes on from the newest whole checkpoint in `run_dir` unless `--resume never`.
+    Resumes from the newest complete checkpoint in `run_dir` unless `--resume never`.
 
     Args:
         engine: a fresh DeepSpeed engine.
@@ -299,7 +298,7 @@ def train_and_select(
         hyperparameters: the row on TensorBoard's HParams page.
         stop: whether a stop was asked for; the same answer on every rank.
     Returns:
-        What was found, with a log that the caller closes.
+        The result, with a log that the caller closes.
     Raises:
         NonFiniteError: a loss or a gradient is not a number, on every rank at once.
         StopRequested: after a checkpoint.
@@ -379,7 +378,7 @@ class _Window:
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
 
     def scalars(self) -> dict[str, float]:
-        """Mean loss and speed, by tag."""
+        """Return mean loss and speed, by tag."""
         return {TRAIN_LOSS: self.loss / self.steps,
                 TOKENS_PER_SECOND: self.tokens / max(self.seconds, 1e-9)}
 
@@ -418,7 +417,7 @@ def remove_resume_state(run_dir: Path) -> None:
 def _restore(
     engine: Any, run_dir: Path, config: Config, records: dict[str, Any]
 ) -> Progressed:
-    """Load the newest whole checkpoint, if there is one and `--resume` allows it."""
+    """Load the newest complete checkpoint, if there is one and `--resume` allows it."""
     from safetensors.torch import load_file
 
     # One seed of several may well have none: `must` is for the command to check.
