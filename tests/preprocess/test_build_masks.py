@@ -152,6 +152,7 @@ def test_index_equals_the_strategy_on_the_whole_store(name, single, tokenizer):
 
 @pytest.mark.parametrize("name", ALL)
 def test_mask_of_a_shard_is_its_own_and_none_is_empty(name, single, sharded):
+    """Published bugs B1, B2: merged shards held copies of one row, and rows without a mask."""
     for prefix in (single, sharded):
         build(prefix, name, "out", *OPTIONS.get(name, []))
     store = TokenStore.open(sharded)
@@ -335,7 +336,7 @@ def test_an_index_made_with_other_options_is_refused_or_overwritten(sharded, mor
 
 
 def test_scores_made_anew_under_the_same_name_are_noticed(single):
-    """Published bug B14: results were looked up by a name that left out what had made them."""
+    """Published bug B14: caches were named by a folder, whatever was in it."""
     add_scores(single, "mr", seed=4)
     with pytest.raises(ConfigError, match=r"made with --scores \(content\) .* has "):
         build(single, "selective", "sel", "--scores", "mr")

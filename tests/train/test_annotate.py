@@ -132,6 +132,7 @@ def test_delta_is_exclusive(criterion):
 
 
 def test_sequence_without_tokens():
+    """Published bug B20: a sentence without word pieces ended the program."""
     def never(buffers, owners):
         raise AssertionError("nothing to ask about")
 
@@ -346,7 +347,7 @@ def test_aspects_of_a_text_are_united(make_classifier, one_process, tmp_path, ti
 def test_another_delta_is_not_answered_from_an_old_annotation(
     task_files, make_classifier, one_process, tmp_path, capsys
 ):
-    """Published bug B14: results were looked up by a name that left out what made them."""
+    """Published bug B14: caches were named by a folder, so another delta got the old ones."""
     folder = make_classifier(["neg", "pos"])
     run(task_files, folder, tmp_path / "A")
     before, _ = read(tmp_path / "A")
@@ -393,12 +394,14 @@ def test_other_stores_are_not_replaced(
 @pytest.mark.parametrize("num_aspect", [0, 3, 7, 40])
 @pytest.mark.parametrize("num_tokens", [1, 7, 8, 40])
 def test_long_aspect_and_long_text_fit(num_aspect, num_tokens):
+    """Published bug B21: the aspect came on top of a text cut to the limit."""
     aspect, tokens = cut_to_fit([1] * num_aspect, [2] * num_tokens, 13)
     assert len(aspect) + len(tokens) == min(13, num_aspect + num_tokens)
     assert len(tokens) >= min(num_tokens, 7)
 
 
 def test_labels_are_matched_by_name(task_files, make_classifier, one_process, tmp_path):
+    """Published bug B22: two readers of one task gave the labels different numbers."""
     config = classifier_config("x" * 9, ["pos", "neg"])
     files = dict(zip(task_files[::2], task_files[1::2], strict=True))
     task = load_task("custom", **{k[2:]: v for k, v in files.items() if k != "--task"})

@@ -1,6 +1,6 @@
 """One identity per run: every option decides the result and is refused, or does not and is not.
 
-Published bug B14: results were looked up by a name that left out what had made them.
+Published bug B14: caches were named by a folder, so another delta silently got the old ones.
 """
 
 from __future__ import annotations
@@ -321,12 +321,16 @@ def tree(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_does_not_change_the_result_is_finished_already(command, finished, run_here, capsys):
+def test_what_does_not_change_the_result_is_finished_already(
+    command, finished, run_here, folder, capsys
+):
     case = finished(command)
+    before = {path: path.read_text() for path in folder.rglob("metrics.jsonl")}
     capsys.readouterr()
     for changes in ({}, case.free):
         case.run(run_here, **changes)
         assert case.finished in capsys.readouterr().out
+    assert all(path.read_text() == text for path, text in before.items())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -405,3 +409,20 @@ def test_a_model_that_was_changed_is_not_started_from(finished, run_here, tmp_pa
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(DataError, match="written for other weights"):
         case.run(run_here, output_dir=run_dir)
+
+
+def test_weights_of_the_hub_are_named_by_their_content(still_encoder, monkeypatch):
+    from transformers.utils import hub
+
+    from train.run_dir import hf_folder
+
+    def cached_file(name: str, file: str, **options: Any) -> str | None:
+        assert name == "somebody/tiny"
+        return f"{still_encoder}/{file}" if file == "model.safetensors" else None
+
+    monkeypatch.setattr(hub, "cached_file", cached_file)
+    found = hf_folder.open_weights("somebody/tiny")
+    assert found == hf_folder.open_weights(still_encoder) and found.stages == []
+    monkeypatch.setattr(hub, "cached_file", lambda *words, **options: None)
+    with pytest.raises(DataError, match="somebody/tiny: the hub has no weights"):
+        hf_folder.open_weights("somebody/tiny")
