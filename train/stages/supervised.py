@@ -60,6 +60,8 @@ from train.stages.examples import (
     weighted_loss,
 )
 
+Config = FinetuneConfig | FitScorerConfig
+
 
 def mean_loss(logits: list[np.ndarray], examples: Examples, class_weights: np.ndarray) -> float:
     """Return the training loss over a complete split, from gathered logits (float64)."""
@@ -193,10 +195,9 @@ def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
     return num_epochs * -(-num_examples // batch_size)
 
 
-Config = FinetuneConfig | FitScorerConfig
-
-
-def resolve(config: Config, train: Examples, default_learning_rate: float) -> Resolved:
+def resolve(
+    config: FinetuneConfig | FitScorerConfig, train: Examples, default_learning_rate: float
+) -> Resolved:
     """Fill the DeepSpeed JSON for a run over `train`; the schedule needs the batch size first."""
     raw, world_size = read_ds_config(config.deepspeed_config), ranks().world_size
     resolved = resolve_ds_config(
