@@ -81,8 +81,8 @@ def open_weights(name: str) -> Weights:
     Raises:
         DataError: no weights; or a lineage that is broken, of an older version, or of others.
     """
-    files = _describe(weight_files(name))
-    file = Path(local_checkpoint(name)) / "lineage.json"
+    folder = local_checkpoint(name)
+    files, file = _describe(weight_files(folder)), Path(folder) / "lineage.json"
     lineage = _read_lineage(file)
     if lineage and lineage["files"] != files:
         raise DataError(
