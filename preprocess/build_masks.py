@@ -17,12 +17,13 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, check_shard, run_command
+from preprocess.errors import ConfigError, check_shard, run_command
 from preprocess.flags import USUAL, Parser
+from preprocess.identity import build as build_identity
+from preprocess.identity import sealed
 from preprocess.masking import (
     ARRAY_NEEDS,
     STRATEGIES,
@@ -35,10 +36,10 @@ from preprocess.store import (
     Shard,
     TokenStore,
     array_path,
+    has_array,
     iterate_blocks,
     lock_array,
     missing_arrays,
-    open_array,
     write_array,
 )
 from preprocess.text.continuations import WordTable, continuation_table, open_tokenizer
@@ -46,6 +47,7 @@ from preprocess.view.kinds import type_names
 from preprocess.view.statistics import count_masks, overall_table, type_tables
 
 MAX_COUNTED = 10**9  # tokens counted for the statistics; half a minute
+ARRAY_OF = {"scores": "scores", "match": "mask_index"}  # what a strategy reads, in an identity
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -99,35 +101,6 @@ def _readers(need: str) -> list[str]:
 # ----------------------------------------------------------------------------------- command
 
 
-def is_complete(shard: Shard, name: str, options: dict[str, Any], overwrite: bool) -> bool:
-    """Return whether a shard has this index already.
-
-    Raises:
-        DataError: an index of this name was made with other options, without `overwrite`.
-    """
-    path = array_path(shard, name, "mask")
-    if not path.with_suffix(".json").is_file():
-        return False
-    try:
-        _, info = open_array(shard, name, "mask")
-    except DataError as error:
-        if overwrite:
-            return False
-        raise DataError(f"{error}; --overwrite replaces it") from None
-    made = info.get("options")
-    if made == options:
-        return True
-    if overwrite:
-        return False
-    made = made if isinstance(made, dict) else {}
-    differing = [key for key in options if made.get(key) != options[key]]
-    raise DataError(
-        f"{path}: made with other options ("
-        + ", ".join(f"{key}: {made.get(key)}, now {options[key]}" for key in differing)
-        + "); give another --name, or --overwrite"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     store = TokenStore.open(args.tokens)
@@ -169,13 +142,20 @@ def build(
             arrays[need], info = opened[number]
             # The content too, so that scores made again under the same name are noticed.
             options[need] = f"{getattr(args, need)} (sha256 {info['sha256'][:16]})"
-        if is_complete(shard, args.name, options, args.overwrite):
+        identity = build_identity(
+            "build_masks",
+            inputs={"store": store.fingerprint,
+                    **{ARRAY_OF[need]: opened[number][1]["sha256"]
+                       for need, opened in sources.items()}},
+            choice={"masking": args.strategy, "rate": rate, "seed": args.seed},
+        )
+        if has_array(shard, args.name, "mask", identity, args.overwrite):
             print(f"{array_path(shard, args.name, 'mask')}: complete, made with the same options")
         else:
-            work.append((shard, arrays, options))
+            work.append((shard, arrays, {"options": options, **sealed(identity)}))
     total = sum(shard.num_tokens for shard, _, _ in work)
     with Progress(total, "token", label="mask") as progress:
-        for shard, arrays, options in work:
+        for shard, arrays, made_by in work:
             inputs = StrategyInputs(words=words, **arrays)
             positions = choose_positions(
                 shard,
@@ -186,7 +166,7 @@ def build(
                 all_special_ids=store.all_special_ids,
             )
             counted = _count(positions, shard, progress)
-            say(str(write_array(shard, args.name, "mask", counted, {"options": options})))
+            say(str(write_array(shard, args.name, "mask", counted, made_by)))
 
 
 def _count(

@@ -28,8 +28,8 @@ COMMANDS = {
     "csrc": {"benchmark"},
 }
 # Which rooms each room may import, beside itself and the ground floor; commands may import all.
-GROUND = {"preprocess.errors", "preprocess.files", "preprocess.flags", "preprocess.machine",
-          "preprocess.progress"}
+GROUND = {"preprocess.errors", "preprocess.files", "preprocess.flags", "preprocess.identity",
+          "preprocess.machine", "preprocess.progress"}
 ROOMS: dict[str, set[str]] = {
     "preprocess.corpus": set(),
     "preprocess.store": set(),

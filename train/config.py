@@ -381,7 +381,6 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
     criterion: str = _flag(
         "signed", "signed, absolute or strict comparison of confidences", USUAL, metavar="NAME"
     )
-    measure: str = _flag("buffer", "importance measure", metavar="NAME")
     drop_stop_words: bool = _flag(False, "never annotate an English stop word as important", DATA)
     language: str = _flag("en", "language of the texts, for sentence boundaries", DATA)
     max_seq_length: int = _flag(

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from preprocess.identity import build
+from tests.support.runs import made_up_stage, write_lineage
 from train.reports.curves import read_curves, run_rows
 from train.run_dir.metrics import (
     EVAL_LOSS,
@@ -32,18 +34,17 @@ def log(run: Path, start: int, stop: int, every: int = 5, rate: float = RATE) ->
     writer.close()
 
 
-def finish(run: Path, steps: int, tokens: float, **fields) -> None:
-    stage = {"stage": "pretrain", "mask_strategy": "selective", "steps": steps, "tokens": tokens,
-             "masked_tokens": 777, "seconds": 12.3, **fields}
-    (run / "hf").mkdir()
-    (run / "hf" / "lineage.json").write_text(json.dumps({"stages": [{"steps": 9}, stage]}))
+def finish(run: Path, steps: int, tokens: float) -> None:
+    write_lineage(run / "hf", made_up_stage(steps=9), made_up_stage(
+        masking="selective", steps=steps, tokens=tokens, masked_tokens=777, seconds=12.3))
 
 
-def configure(run: Path, rows: int = 4, slots: int = 32, masking: str = "") -> None:
+def configure(run: Path, rows: int = 4, slots: int = 32, masking: str = "random") -> None:
     run.mkdir(exist_ok=True)
     (run / "ds_config.resolved.json").write_text(json.dumps({"train_batch_size": rows}))
-    (run / "config.resolved.yaml").write_text(
-        f"max_seq_length: {slots}\nmax_steps: 60\nmask_index: ''\nmasking: '{masking}'\n")
+    (run / "config.resolved.yaml").write_text(f"max_seq_length: {slots}\nmax_steps: 60\n")
+    identity = build("pretrain", choice={"masking": masking})
+    (run / "env.json").write_text(json.dumps({"identity": identity}))
 
 
 def test_tokens_and_seconds_follow_from_the_rates(tmp_path):

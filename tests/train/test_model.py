@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 import csrc
 from preprocess.errors import ConfigError, DataError
+from tests.support.runs import made_up_stage
 from train import model
 from train.run_dir import hf_folder
 
@@ -605,37 +607,51 @@ def test_paths_that_are_not_there(tmp_path):
 
 def test_lineage(tmp_path, tiny_encoder, tiny_tokenizer):
     module = model.load_masked_lm(tiny_encoder, seed=0)
-    stages = [
-        {"stage": "pretrain", "masking": "random", "steps": 10, "masked_tokens": 99, "seconds": 1},
-        {"stage": "pretrain", "masking": "mr-sel", "steps": 20, "masked_tokens": 77, "seconds": 2},
-    ]
-    assert hf_folder.read_lineage(tiny_encoder) == []
+    stages = [made_up_stage(masking=masking, steps=steps, masked_tokens=99, seconds=2)
+              for masking, steps in (("random", 10), ("selective", 20))]
+    before = hf_folder.open_weights(tiny_encoder)
+    assert before.stages == []  # a plain checkpoint is always welcome
     folder = tmp_path / "runs" / "hf"
     hf_folder.save_hf(module.hf, hf_state(module), tiny_tokenizer, folder, stages, module.carried)
-    assert hf_folder.read_lineage(str(folder)) == stages
-    card = (folder / "README.md").read_text()
-    assert "| pretrain | mr-sel | 20 | 77 | 2 |" in card
-    for broken in ("{", "[]", "{}"):
+    after = hf_folder.open_weights(str(folder))
+    assert after.stages == stages == hf_folder.read_stages(folder)
+    assert after.hf_digest != before.hf_digest and len(after.hf_digest) == 64
+    file = folder / "model.safetensors"
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    line = f"model.safetensors {file.stat().st_size} {sha256}\n"
+    assert after.hf_digest == hashlib.sha256(line.encode()).hexdigest()
+    assert "| pretrain | selective | 20 | 99 | 2 |" in (folder / "README.md").read_text()
+    content = (folder / "lineage.json").read_text()
+    for broken in ("{", "[]", "{}", content.replace('"identity"', '"identiti"')):
         (folder / "lineage.json").write_text(broken)
         with pytest.raises(DataError, match="lineage.json: not a lineage"):
-            hf_folder.read_lineage(str(folder))
+            hf_folder.open_weights(str(folder))
+    (folder / "lineage.json").write_text(json.dumps({"stages": [{"stage": "pretrain"}]}))
+    with pytest.raises(DataError, match="lineage of version 1, .*--output_dir, or delete lineage"):
+        hf_folder.open_weights(str(folder))
+    (folder / "lineage.json").write_text(content)
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(DataError, match="delete lineage.json if you changed the model yourself"):
+        hf_folder.open_weights(str(folder))
+    (folder / "lineage.json").unlink()
+    assert hf_folder.open_weights(str(folder)).stages == []
 
 
 def test_a_failed_export_leaves_the_old_one(tmp_path, tiny_encoder, tiny_tokenizer):
     module = model.load_masked_lm(tiny_encoder, seed=0)
     folder = tmp_path / "hf"
     state = hf_state(module)
-    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "one"}])
+    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [made_up_stage("one")])
 
     class NoSpace:
         def save_pretrained(self, folder):
             raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        hf_folder.save_hf(module.hf, state, NoSpace(), folder, [{"stage": "two"}])
-    assert hf_folder.read_lineage(str(folder)) == [{"stage": "one"}]
+        hf_folder.save_hf(module.hf, state, NoSpace(), folder, [made_up_stage("two")])
+    assert hf_folder.read_stages(folder) == [made_up_stage("one")]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "three"}])
-    assert hf_folder.read_lineage(str(folder)) == [{"stage": "three"}]
+    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [made_up_stage("three")])
+    assert hf_folder.read_stages(folder) == [made_up_stage("three")]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert folder.stat().st_mode & 0o777 == 0o755

@@ -197,10 +197,12 @@ def test_lineage_tells_the_stages_in_order(finished):
     assert [stage["stage"] for stage in told["none"]] == ["pretrain", "finetune"]
     for arm in ("random_matched", "selective"):
         general, guided, finetuned = told[arm]
-        assert general == told["none"][0] and general["masking"] == "random"
-        assert guided["mask_strategy"] == arm and finetuned["stage"] == "finetune"
-        assert guided["store"] == domain(root).fingerprint
-        assert guided["steps"] == STEPS and guided["masked_tokens"] > 0
+        assert general == told["none"][0]
+        assert general["identity"]["choice"]["masking"] == "random"
+        assert guided["identity"]["choice"]["masking"] == arm
+        assert guided["identity"]["inputs"]["store"] == domain(root).fingerprint
+        assert guided["totals"]["steps"] == STEPS and guided["totals"]["masked_tokens"] > 0
+        assert finetuned["stage"] == "finetune"
     assert [stage["stage"] for stage in stages(root / "scorer" / "hf")] == [
         "pretrain", "fit_scorer"]
 
@@ -224,8 +226,9 @@ def test_selective_masks_what_matters_and_the_control_as_many_tokens(finished, t
     assert (scores[first] > 0).all()
     seen = [stages(root / "task_guided" / ARMS[arm] / "hf")[-1]
             for arm in ("selective", "random_matched")]
-    for key in ("masked_tokens", "tokens", "steps", "train_batch_size"):
-        assert seen[0][key] == seen[1][key], key
+    for key in ("masked_tokens", "tokens", "steps"):
+        assert seen[0]["totals"][key] == seen[1]["totals"][key], key
+    assert seen[0]["identity"]["train"] == seen[1]["identity"]["train"]
 
 
 def epoch_pieces(store: TokenStore, table: RowTable, masking: data.Masking) -> list[tuple]:

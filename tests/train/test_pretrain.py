@@ -27,6 +27,7 @@ from tests.support.runs import STEPS, arguments, logged, pretrained, weights, wr
 from train import engine as ds
 from train import pretrain
 from train.run_dir import metrics
+from train.run_dir.hf_folder import open_weights, read_stages
 from train.stages import masked_lm as mlm
 
 
@@ -73,8 +74,12 @@ def test_export_loads_with_pooler_and_lineage(plain_run, still_encoder, reviews_
     assert torch.equal(before[pooler], after[pooler])
     classifier = AutoModelForSequenceClassification.from_pretrained(plain_run / "hf")
     assert torch.equal(classifier.bert.pooler.dense.weight, before[pooler])
-    (stage,) = json.loads((plain_run / "hf" / "lineage.json").read_text())["stages"]
-    assert stage["steps"] == STEPS and stage["masked_tokens"] > 0
+    (stage,) = read_stages(plain_run / "hf")
+    totals = stage["totals"]
+    assert totals["steps"] == STEPS and totals["masked_tokens"] > 0 and totals["flops"] > 0
+    assert stage["parent"]["hf_digest"] == open_weights(still_encoder).hf_digest
+    assert stage["identity"]["inputs"]["weights"] == stage["parent"]["hf_digest"]
+    assert read_stages(plain_run / "hf_step_2")[0]["totals"]["steps"] == 2
     halfway = load_file(plain_run / "hf_step_2" / "model.safetensors")
     name = "bert.encoder.layer.0.output.dense.weight"
     assert not torch.equal(halfway[name], after[name])
@@ -103,7 +108,8 @@ def test_same_loss_another_way(options, plain_run, tmp_path, reviews_store, stil
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_b10_clipping_reaches_the_update(stage, tmp_path, reviews_store, still_encoder):
+def test_clipping_reaches_the_update(stage, tmp_path, reviews_store, still_encoder):
+    """Published bug B10: the half-precision copies were clipped, not what the optimizer steps."""
     run_dir = pretrained(
         reviews_store, still_encoder, tmp_path / "run", max_steps=1, max_grad_norm=1e-12,
         weight_decay=0.0, deepspeed_config=write_ds_config(tmp_path, stage),
@@ -115,7 +121,8 @@ def test_b10_clipping_reaches_the_update(stage, tmp_path, reviews_store, still_e
     assert logged(run_dir, metrics.GRAD_NORM)[0] > 0.01  # the norm before clipping is logged
 
 
-def test_b11_checkpointing_recomputes(tmp_path, reviews_store, still_encoder, monkeypatch):
+def test_checkpointing_recomputes(tmp_path, reviews_store, still_encoder, monkeypatch):
+    """Published bug B11: the flag never reached the encoder."""
     from transformers.models.bert.modeling_bert import BertIntermediate
 
     calls = []
@@ -168,18 +175,10 @@ def test_a_stop_request_leaves_a_checkpoint(tmp_path, reviews_store, tiny_encode
     assert all(0 < mfu < 1 for mfu in logged(run_dir, metrics.MFU))
 
 
-def test_finished_run_is_left_alone(plain_run, reviews_store, still_encoder, capsys):
-    before = (plain_run / "metrics.jsonl").read_text()
-    pretrained(reviews_store, still_encoder, plain_run, save_steps=2, export_steps=[2],
-               eval_steps=2)
-    assert "finished already" in capsys.readouterr().out
-    assert (plain_run / "metrics.jsonl").read_text() == before
-
-
-def test_b14_another_checkpoint_is_not_taken_for_the_finished_one(
+def test_another_checkpoint_is_not_taken_for_the_finished_one(
     plain_run, tmp_path, reviews_store, still_encoder
 ):
-    """The weights count, not where they lie."""
+    """The weights count, not their folder. Published bug B14: caches were keyed by folder."""
     run_dir, moved = tmp_path / "run", tmp_path / "encoder"
     shutil.copytree(plain_run, run_dir)
     shutil.copytree(still_encoder, moved)
@@ -189,7 +188,7 @@ def test_b14_another_checkpoint_is_not_taken_for_the_finished_one(
     before, after = weights(plain_run), weights(run_dir)
     assert all(torch.equal(before[name], after[name]) for name in before)
     shutil.copyfile(run_dir / "hf" / "model.safetensors", moved / "model.safetensors")
-    with pytest.raises(ConfigError, match="made with weights"):
+    with pytest.raises(ConfigError, match=r"made with --model_name_or_path \(weights\)"):
         pretrained(reviews_store, str(moved), run_dir, **options)
 
 
@@ -238,8 +237,8 @@ def test_prebuilt_index_and_the_same_evaluation(tmp_path, reviews_store, still_e
     # Before the first step every arm has the same held-out loss: same masks, same corruption.
     assert logged(run_dir, metrics.EVAL_LOSS)[0] == logged(plain_run, metrics.EVAL_LOSS)[0]
     assert logged(run_dir, f"{metrics.EVAL_LOSS}/every9")
-    stage = json.loads((run_dir / "hf" / "lineage.json").read_text())["stages"][-1]
-    assert stage["masking"] == "every9" and stage["mask_strategy"] == "selective"
+    identity = read_stages(run_dir / "hf")[-1]["identity"]
+    assert identity["choice"]["masking"] == "selective" and identity["inputs"]["mask_index"]
 
 
 def test_from_scratch_and_no_steps_only_export(tmp_path, reviews_store, still_encoder):
@@ -325,7 +324,7 @@ def test_bad_input_is_said_in_a_sentence(options, message, tmp_path, reviews_sto
 def test_dry_run_writes_nothing(tmp_path, reviews_store, still_encoder, capsys):
     pretrained(reviews_store, still_encoder, tmp_path / "run", dry_run=True)
     said = capsys.readouterr().out
-    assert "rows a step" in said and "memory per rank" in said
+    assert "rows per step" in said and "memory per rank" in said
     assert not (tmp_path / "run").exists()
 
 

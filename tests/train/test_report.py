@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from preprocess.errors import ConfigError, DataError
+from tests.support.runs import made_up_stage, write_lineage
 from train import report
 from train.reports.page import Picture, as_html
 from train.run_dir.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
@@ -17,8 +18,8 @@ from train.run_dir.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, Metric
 
 def pretrain_stage(strategy: str, seed: int, steps: int, seconds: float) -> dict:
     """A pre-training stage in a lineage."""
-    return {"stage": "pretrain", "mask_strategy": strategy, "seed": seed, "steps": steps,
-            "seconds": seconds, "weights": f"before-{seconds}", "started_from": "elsewhere"}
+    return made_up_stage(masking=strategy, seed=seed, steps=steps, seconds=seconds,
+                         weights=f"before-{seconds}")
 
 
 def write_finetune(path: Path, accuracy: float, *, steps: int = 0, seeds=(13, 43, 83),
@@ -29,9 +30,7 @@ def write_finetune(path: Path, accuracy: float, *, steps: int = 0, seeds=(13, 43
     rows = []
     for seed in seeds:
         right = generator.random(items) < accuracy
-        (path / f"seed_{seed}" / "hf").mkdir(parents=True)
-        (path / f"seed_{seed}" / "hf" / "lineage.json").write_text(
-            json.dumps({"stages": [*stages, {"stage": "finetune"}]}))
+        write_lineage(path / f"seed_{seed}" / "hf", *stages, made_up_stage("finetune"))
         answers = [{"item": str(n), "label": 1, "prediction": int(ok)}
                    for n, ok in enumerate(right)]
         (path / f"seed_{seed}" / "predictions.jsonl").write_text(

@@ -1,4 +1,4 @@
-"""Means, differences and the naive Bayes floor of `train/results.py`."""
+"""Means, differences and the naive Bayes floor, as a reader sees them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from preprocess.errors import DataError
+from tests.support.runs import made_up_stage, write_lineage
 from train.reports import results
 from train.stages import floors
 
@@ -26,11 +27,10 @@ def write_run(
         for seed, right in zip(seeds, correct, strict=True):
             row = {"seed": seed, "task": task, "test_accuracy": float(right.mean()),
                    "test_macro_f1": 0.5, "pretraining": cost or {},
-                   "identity": {"weights": weights}}
+                   "identity": {"inputs": {"weights": weights}}}
             file.write(json.dumps(row) + "\n")
-            (path / f"seed_{seed}" / "hf").mkdir(parents=True)
-            lineage = {"stages": [*(stages or []), {"stage": "finetune", "seed": seed}]}
-            (path / f"seed_{seed}" / "hf" / "lineage.json").write_text(json.dumps(lineage))
+            write_lineage(path / f"seed_{seed}" / "hf", *(stages or []),
+                          made_up_stage("finetune", seed=seed))
             with open(path / f"seed_{seed}" / "predictions.jsonl", "w") as predictions:
                 for item, ok in zip(items, right, strict=True):
                     answer = {"item": item, "label": 1, "prediction": int(ok)}
@@ -131,12 +131,12 @@ def test_arms_that_cannot_be_compared_are_named(tmp_path):
 
 def test_chance_that_is_not_counted_is_said(tmp_path):
     generator = np.random.default_rng(9)
-    general = {"stage": "pretrain", "mask_strategy": "random", "seed": 42, "steps": 100}
+    general = made_up_stage(masking="random", steps=100)
 
     def arm(name: str, weights: list[str], shape=(3, 30)) -> results.Arm:
         runs = []
         for seed, given in enumerate(weights):
-            guided = {"stage": "pretrain", "mask_strategy": name, "seed": seed, "steps": 20}
+            guided = made_up_stage(masking=name, seed=seed, steps=20)
             path = write_run(tmp_path / f"{name}{seed}", generator.random(shape) < 0.7,
                              weights=given, stages=[general, guided])
             runs.append(results.read_finetune_run(path))
@@ -190,9 +190,19 @@ def test_a_broken_run_shows_what_is_left(tmp_path):
         results.read_finetune_run(path)
 
 
-def test_lineages_that_are_of_no_use_are_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"stages": 3}', '{"version": 2, "files": {}, "stages": ["x"]}',
+                '{"stages": [{"stage": "pretrain"}]}'],
+)
+def test_a_lineage_of_no_use_is_named_and_left_alone(tmp_path, content):
     path = write_run(tmp_path / "run", np.ones((1, 2), dtype=bool))
-    for content in ("{", "[]", '{"stages": 3}', '{"stages": ["x", {"stage": "finetune"}]}'):
-        (path / "seed_13" / "hf" / "lineage.json").write_text(content)
-        run = results.read_finetune_run(path)
-        assert run.stages == [] and run.strategy == "none"
+    (path / "seed_13" / "hf" / "lineage.json").write_text(content)
+    run = results.read_finetune_run(path)
+    assert run.stages == [] and run.strategy == "none" and "lineage.json" in run.notes[0]
+
+
+def test_stage_1_from_fresh_weights_alone_is_no_masking(tmp_path):
+    for name, weights, strategy in (("fresh", "fresh", "none"), ("on", "0123", "whole_word")):
+        stage = made_up_stage(masking="whole_word", weights=weights)
+        path = write_run(tmp_path / name, np.ones((1, 2), dtype=bool), stages=[stage])
+        assert results.read_finetune_run(path).strategy == strategy

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from preprocess.corpus import resolve_path
 from preprocess.errors import ConfigError, DataError
-from preprocess.files import file_sha256, fingerprint_text
 from preprocess.progress import say
 from preprocess.store import TokenStore
 from train.model.families import FAMILIES
@@ -174,7 +173,7 @@ def _read_pooler(path: str, prefix: str) -> dict[str, torch.Tensor]:
     cached = try_to_load_from_cache(path, "config.json") if not os.path.isdir(path) else None
     folder = Path(cached).parent if isinstance(cached, str) else Path(path)
     found: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
+    for file in list_weights(folder):
         if file.suffix == ".bin":
             read = torch.load(file, map_location="cpu", weights_only=True)
             found |= {key: read[key] for key in read if "pooler." in key}
@@ -251,22 +250,6 @@ def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str, remedy: 
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def list_weights(folder: Path) -> list[Path]:
     """List a checkpoint's weight files, safetensors where there are any."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-
-
-def weights_fingerprint(folder: str | Path, config: Any) -> str:
-    """Name the weights of a checkpoint: the sha256 of its files, or the hub's commit.
-
-    Raises:
-        DataError: a folder without weights.
-    """
-    if not Path(folder).is_dir():
-        return f"{folder}@{getattr(config, '_commit_hash', None)}"
-    files = _weight_files(Path(folder))
-    if not files:
-        raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
-                        "of a finished run, or another checkpoint with weights")
-    prints = [file_sha256(file) for file in files]
-    return prints[0] if len(prints) == 1 else fingerprint_text(*prints)

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.files import read_json, read_yaml
-from preprocess.masking import BASELINE
-from train.reports.results import number, read_stages, strategy_of
+from train.reports.results import number, read_summaries, strategy_of
 from train.run_dir.metrics import (
     EVAL_LOSS,
     EVAL_PERPLEXITY,
@@ -98,7 +97,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
             name = short_name(run, folders)
             scalars = _read_events(path, notes)
             if scalars:
-                curves.append(_with_lineage(name, scalars, run))
+                curves.append(_with_lineage(name, scalars, run, notes))
                 notes += _state_notes(curves[-1], run)
             else:
                 notes.append(f"{path}: no loss has been logged yet.")
@@ -107,7 +106,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
                 continue
             seen.add(run.resolve())
             notes.append(f"{run}: no event files in it (tb/), so no curves.")
-            found = _with_lineage(short_name(run, folders), {}, run)
+            found = _with_lineage(short_name(run, folders), {}, run, notes)
             if found.is_pretraining:
                 curves.append(found)
     return curves, notes
@@ -171,20 +170,25 @@ def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:
 
 
 def _with_lineage(
-    name: str, scalars: dict[str, tuple[list[int], list[float]]], run: Path
+    name: str, scalars: dict[str, tuple[list[int], list[float]]], run: Path, notes: list[str]
 ) -> Curves:
-    """What the run directory tells beside the event files."""
-    stages = read_stages(run / "hf")
+    """Add what the run directory tells beside the event files."""
+    stages = read_summaries(run / "hf", notes)
     stage = stages[-1] if stages else {}
     config = _read_config(run / "config.resolved.yaml")
-    named = config.get("mask_index") or config.get("masking")
-    if not named and "mask_index" in config:
-        named = BASELINE  # the default
-    masking = strategy_of(stage or {"mask_strategy": named})
+    masking = strategy_of(stage) or _planned_masking(run)
     tokens, steps = number(stage.get("tokens")), number(stage.get("steps"))
     per_step = tokens / steps if tokens and steps else _full_rows(run, config)
     return Curves(name, scalars, masking, stage, per_step,
                   number(config.get("max_steps")))
+
+
+def _planned_masking(run: Path) -> str:
+    """Return the masking of a run that is not finished, by the identity in its env.json."""
+    try:
+        return str(read_json(run / "env.json")["identity"]["choice"]["masking"] or "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:

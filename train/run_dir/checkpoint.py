@@ -27,6 +27,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError, DataError, writing
 from preprocess.files import atomic_write_bytes, atomic_write_json, file_sha256, seal, sync
+from preprocess.identity import compare
 from preprocess.progress import say
 from train import engine as ds
 
@@ -213,6 +214,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def check_identity(run_dir: str | Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on from a run of another identity, before anything is written or started.
+
+    Raises:
+        ConfigError: the newest checkpoint has another identity; says what differs.
+    """
+    for step in _steps(Path(run_dir) / "checkpoints"):
+        try:
+            manifest = _read_manifest(Path(run_dir) / "checkpoints" / f"step_{step}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # `find_checkpoint` says what is wrong with it
+        where = f"--output_dir {run_dir}, stopped at step {step}"
+        compare(manifest["identity"], identity, where, "give another --output_dir")
+        return
+
+
 def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
     """Return the newest complete checkpoint of a run, or None.
 
@@ -262,16 +279,13 @@ def load_checkpoint(
         DataError: one of its files holds objects that are never loaded.
     """
     manifest = _read_manifest(path)
-    for saved, now, remedy in (
-        (manifest["identity"], identity, "give the same, or another --output_dir"),
-        (manifest["engine"], ds.describe(engine), "give the DeepSpeed JSON of that run, or another "
-                                                  "--output_dir"),
-    ):
-        for key, value in now.items():
-            if saved.get(key) != value:
-                raise ConfigError(
-                    f"{path}: made with {key} {saved.get(key)}, and this run has {value}; {remedy}"
-                )
+    compare(manifest["identity"], identity, str(path), "give another --output_dir")
+    for key, value in ds.describe(engine).items():
+        if manifest["engine"].get(key) != value:
+            raise ConfigError(
+                f"{path}: made with {key} {manifest['engine'].get(key)}, and this run has {value}; "
+                "give the DeepSpeed JSON of then, or another --output_dir"
+            )
     world_size = manifest["world_size"]
     if world_size != ds.ranks().world_size:
         if not allow_world_size_change:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,7 +21,9 @@ from train.config import TrainingConfig, as_dict, command_line
 _LEFTOVER = re.compile(r"\.(.+\.tmp-\d+|hf(_step_\d+)?\..+)")
 
 
-def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Path:
+def prepare_run_dir(
+    config: TrainingConfig, resolved: ds.Resolved | None, identity: dict[str, Any] | None = None
+) -> Path:
     """Check that the run directory may be written, and record options and environment in it.
 
     Joins the process group: rank 0 writes once every rank has looked, or a slow rank would take
@@ -37,8 +37,8 @@ def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Pat
     ds.start()
     ds.barrier()
     if ds.is_main():
-        _write_run_dir(run_dir, config, resolved)
-    # All ranks write checkpoints into one folder: fail now rather than at the first save.
+        _write_run_dir(run_dir, config, resolved, identity)
+    # Checkpoints are written by all ranks into one folder: better said now than at the first save.
     blind = ds.nodes_without(run_dir)
     if blind:
         raise ConfigError(
@@ -49,7 +49,8 @@ def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Pat
 
 
 def _write_run_dir(
-    run_dir: Path, config: TrainingConfig, resolved: ds.Resolved | None
+    run_dir: Path, config: TrainingConfig, resolved: ds.Resolved | None,
+    identity: dict[str, Any] | None,
 ) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     for path in (*run_dir.glob(".*"), *run_dir.glob("seed_*/.*")):
@@ -59,7 +60,7 @@ def _write_run_dir(
     atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
     if resolved is not None:
         atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
-    atomic_write_json(run_dir / "env.json", environment())
+    atomic_write_json(run_dir / "env.json", {**environment(), "identity": identity})
 
 
 def check_run_dir(config: TrainingConfig) -> Path:
@@ -103,8 +104,3 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def identity_digest(values: Any) -> str:
-    """Return a short digest of plain values, for `identity`."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -78,23 +78,6 @@ def engine_scalars(engine: Any) -> dict[str, float]:
     return scalars if scale is None else {**scalars, LOSS_SCALE: float(scale)}
 
 
-def resolved_hyperparameters(resolved: Any) -> dict[str, Any]:
-    """Return the hyperparameters that the DeepSpeed JSON decides (of an `engine.Resolved`)."""
-    config = resolved.config
-    optimizer, schedule = config["optimizer"], config["scheduler"].get("params", {})
-    slots = resolved.micro_batch_size * resolved.accumulation_steps
-    return {
-        "learning_rate": optimizer["params"]["lr"],
-        "weight_decay": optimizer["params"]["weight_decay"],
-        "optimizer": optimizer["type"],
-        "warmup_num_steps": schedule.get("warmup_num_steps"),
-        "train_batch_size": resolved.train_batch_size,
-        "precision": resolved.precision,
-        "zero_stage": config.get("zero_optimization", {}).get("stage", 0),
-        "ranks": resolved.train_batch_size // slots,
-    }
-
-
 def short_path(path: str) -> str:
     """Return the last two parts of a path, for the HParams page: many stores share a name."""
     return "/".join(Path(path).parts[-2:])
