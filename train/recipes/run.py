@@ -30,9 +30,11 @@ from train.recipes.plan import Step
 
 HEARTBEAT_SECONDS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Imported once under `--launcher python`. Not deepspeed: it looks for a CUDA device, and a process
+# that has done so cannot be forked.
 PRELOADED = ["train.pretrain", "train.finetune", "train.annotate", "train.fit_scorer",
              "preprocess.tokenize_corpus", "transformers.models.bert.modeling_bert",
-             "transformers.models.bert.tokenization_bert"]
+             "transformers.models.bert.tokenization_bert", "torch.utils.tensorboard"]
 
 
 class Journal:
@@ -113,21 +115,25 @@ class Journal:
 
 
 def _record(path: str) -> Any:
-    """Return what a JSON file says, except for the time it took; the size of any other file."""
+    """Return what a JSON file says of its result; the size of any other file."""
     name = os.path.basename(path)
     if not name.endswith(".json") and name != "results.jsonl":
         return os.path.getsize(path)
     content = Path(path).read_bytes()
     try:
         lines = content.splitlines() if name == "results.jsonl" else [content]
-        return [json.loads(line, object_hook=_without_time) for line in lines]
+        return [json.loads(line, object_hook=_identity) for line in lines]
     except ValueError:
         return hashlib.sha256(content).hexdigest()
 
 
-def _without_time(obj: dict[str, Any]) -> dict[str, Any]:
-    # The seal of our JSON files covers the seconds as well.
-    return {key: obj[key] for key in obj if "seconds" not in key and key != "json_sha256"}
+def _identity(obj: dict[str, Any]) -> Any:
+    """Return the identity that a record names, or all of it but times, places and seals."""
+    if "identity_digest" in obj:
+        return obj["identity_digest"]
+    return {key: value for key, value in obj.items()
+            if "seconds" not in key and key != "json_sha256"
+            and not (isinstance(value, str) and os.path.isabs(value))}
 
 
 def _by_flag(words: list[str]) -> dict[str, str]:
@@ -290,14 +296,9 @@ def _spawn(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
 
 
 def _fork(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
-    """Do as `_spawn`, without the seconds that the imports of a script take.
-
-    The parent is the standard library's fork server, which imports torch and our rooms once.
-    """
+    """Start a script as `_spawn` does, but from a fork server that has done the slow imports."""
     context = multiprocessing.get_context("forkserver")
-    # A process that has looked for a CUDA device, as deepspeed's import does, cannot be forked.
-    on_cpu = not os.path.exists("/dev/nvidiactl")
-    context.set_forkserver_preload([*PRELOADED, *(["deepspeed"] if on_cpu else [])])
+    context.set_forkserver_preload(PRELOADED)
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=_run_script, args=(command[1:], writer))
     process.start()
