@@ -1,10 +1,10 @@
-# Two commands on a fresh machine do everything: `make demo` and `make test`.
+# Three commands do everything on a fresh machine: `make demo-quick`, `make demo`, `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: setup demo test test-quick test-faults lint clean
+.PHONY: setup demo demo-quick test test-quick test-faults lint clean
 
 setup: $(VENV)/.ready
 
@@ -19,6 +19,12 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python train/pipeline.py \
 		--recipe train/recipes/demo.yaml --output_dir $(RUN) $(DEMO_FLAGS)
+
+# Three minutes on two cores: a BERT of two layers and a vocabulary of its own.
+demo-quick: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python train/pipeline.py \
+		--recipe train/recipes/demo_quick.yaml --output_dir $(RUN)-quick --launcher python \
+		$(DEMO_FLAGS)
 
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --durations=15

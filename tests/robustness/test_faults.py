@@ -564,7 +564,7 @@ def test_a_stopped_stage_is_not_taken_for_a_finished_one(tmp_path):
         "started.touch()\nsys.exit(75)\n".replace("Path('", f"Path('{tmp_path}/")
     )
     stage = pipeline.Step(
-        "stage", [str(script)], is_whole=(tmp_path / "made").exists,
+        "stage", [str(script)], records=[str(tmp_path / "made")],
         outputs=[str(tmp_path / "started"), str(tmp_path / "made")],
     )
     options = parse(PipelineConfig, ["--recipe", "x", "--output_dir", str(tmp_path)])
