@@ -500,8 +500,8 @@ def launched(tmp_path, reviews_store, tiny_encoder) -> Iterator[Any]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
                "--master_port", str(free_port()), str(ROOT / "train" / "pretrain.py"), *words]
     driver = (
-        "import sys; from pathlib import Path; from train import pipeline\n"
-        f"sys.exit(pipeline.run_process({command!r}, Path({str(tmp_path / 'log')!r})))"
+        "import sys; from pathlib import Path; from train.recipes.run import run_process\n"
+        f"sys.exit(run_process({command!r}, Path({str(tmp_path / 'log')!r})))"
     )
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in names}

@@ -78,7 +78,7 @@ def build_model(
     return module
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """One optimizer step; the same on every rank.
 
     `loss` and `accuracy` are means over the masked tokens of the global batch; `norm` is that of
@@ -95,7 +95,7 @@ class Step(NamedTuple):
 def train_step(
     engine: Any, batch: data.StepBatch, device: torch.device, want_norm: bool,
     lap: Callable[[str], None] = lambda part: None, asked: Callable[[], bool] = lambda: False,
-) -> Step:
+) -> StepResult:
     """Take one optimizer step.
 
     Args:
@@ -129,4 +129,4 @@ def train_step(
         lap("optimizer")
     count = max(batch.step_masked_tokens, 1)
     norm = float(norm) if want_norm and norm is not None else None
-    return Step(total / count, right_total / count, norm, num_asked > 0)
+    return StepResult(total / count, right_total / count, norm, num_asked > 0)
