@@ -423,9 +423,9 @@ def test_the_lock_of_a_dead_writer_is_taken_over(tmp_path, capsys):
     ready, told = os.pipe()
 
     def hold() -> None:
-        WriterLock(tmp_path / "s")
-        os.write(told, b"x")
-        signal.pause()
+        with WriterLock(tmp_path / "s"):
+            os.write(told, b"x")
+            signal.pause()
 
     pid = in_child(hold)
     os.read(ready, 1)
