@@ -1,10 +1,10 @@
-# Two commands on a fresh machine do everything: `make demo` and `make test`.
+# Three commands do everything on a fresh machine: `make demo-quick`, `make demo`, `make test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: setup demo test test-quick test-faults lint clean
+.PHONY: setup demo demo-quick test test-quick test-faults lint clean
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,12 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python train/pipeline.py \
 		--recipe train/recipes/demo.yaml --output_dir $(RUN) $(DEMO_FLAGS)
 
+# Three minutes on two cores: a BERT of two layers and a vocabulary of its own.
+demo-quick: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python train/pipeline.py \
+		--recipe train/recipes/demo_quick.yaml --output_dir $(RUN)-quick --launcher python \
+		$(DEMO_FLAGS)
+
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --durations=15
 
@@ -31,7 +37,7 @@ test-faults: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults -s
 
 lint: setup
-	$(BIN)/ruff check --line-length 100 --select E,F,I,B,UP,W preprocess train csrc tests
+	$(BIN)/ruff check preprocess train csrc tests
 	$(BIN)/mypy
 
 clean:

@@ -1,28 +1,28 @@
-"""`masked_lm_loss` against what one would use instead, forward and backward.
+"""Compare `masked_lm_loss` with its alternatives, forward and backward.
 
-    python csrc/benchmark.py [--cases bert-mini-15 bert-base-15] [--logits peaked]
+    python csrc/benchmark.py [--cases bert-mini-15 bert-base-15]
 
-The rows of a table, all with the same inputs, transform (dense, GELU, layer norm) and decoder:
+The rows of the table, all with the same inputs, transform (dense, GELU, layer norm) and decoder:
 
-- `full_logits`: logits of every position, and cross entropy that ignores the unmasked ones: what
-  transformers' `BertForMaskedLM` computes. The baseline.
-- `gather_eager`: the masked rows, gathered; then plain PyTorch. Unlike `reference` of `csrc` it
-  counts no hits, which none of the others but `csrc` does.
+- `full_logits`: logits of every position, and cross entropy that ignores the unmasked ones, as in
+  transformers' `BertForMaskedLM`. The baseline.
+- `gather_eager`: gather the masked rows, then plain PyTorch. Only the implementations of `csrc`
+  also count hits.
 - `gather_compiled`: the same, decoder and cross entropy under `torch.compile`.
 - `linear_cross_entropy`: the same, with PyTorch's function of that name.
 - `liger`, `cut_cross_entropy`: the same, with these libraries' functions, where installed.
-- what `csrc.IMPLEMENTATIONS` has for the device.
+- the entries of `csrc.IMPLEMENTATIONS` for the device.
 
-A row that cannot run here is left out, with a line that says why. Before anything is timed, the
+A row that cannot run here is left out, and the reason is printed. Before anything is timed, the
 mean loss and the gradients of `hidden` and of every tensor of the head must agree with those of the
-first row. They then take turns over several rounds, each round in another order. Not counted: the
-first two calls of each row (one is compared, one measures memory) and `--warmup` more.
+first row. The rows are then interleaved over several rounds, each round in another order. Not
+counted: the first two calls of each row (one is compared, one measures memory) and `--warmup` more.
 
-Memory is the peak of what PyTorch's allocator gave out during a call: "extra" without the gradients
-that the call returns, "peak" with them. Buffers inside the matrix library are not in it.
+Memory is the peak of PyTorch's allocator during a call: "extra" without the gradients that the call
+returns, "peak" with them. Buffers inside the matrix library are not included.
 
-`gather_compiled` and `cut_cross_entropy` report their first call apart, which compiles; PyTorch
-keeps compiled code on disk, so set `TORCHINDUCTOR_CACHE_DIR` to an empty folder to time that.
+`gather_compiled` and `cut_cross_entropy` report their first call separately, because it compiles;
+PyTorch keeps compiled code on disk, so set `TORCHINDUCTOR_CACHE_DIR` to an empty folder to time it.
 
 Letters: `B` rows, `S` slots of a row, `M` masked positions, `D` hidden size, `V` vocabulary.
 """
@@ -35,7 +35,6 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import os
 import platform
@@ -59,15 +58,12 @@ from csrc import MaskedLMHead, reference
 BASELINE = "full_logits"
 GATHER = "gather_eager"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Largest difference from the first row, as a share of the norm. In 16 bit it is mostly rounding
-# of the logits, which moves a probability by as much.
+# Largest difference from the first row, relative to the norm. In 16 bit it is mostly rounding of
+# the logits, which changes a probability by as much.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}
 # Without DeepSpeed's loss scale the gradients of single logits vanish in fp16: p / M is 7e-9.
 LOSS_SCALES = {"fp32": 1.0, "bf16": 1.0, "fp16": 2.0**16}
-FRESH_STD = 0.02  # of the decoder weight when BERT's training begins: logits of 0.3 to 0.6
-# Standard deviation of peaked logits: softmax is nearly one-hot, as after training, and its tail
-# below the smallest normal float32, which some processors are slow with.
-PEAKED_SPREAD = 12.0
+DECODER_STD = 0.02  # when BERT's training begins: logits of 0.3 to 0.6
 FLUSH_BYTES = 512 * 2**20  # larger than any cache of a GPU
 MIB = 2**20
 
@@ -98,15 +94,15 @@ DEFAULT_CASES = {"cpu": [name for name in CASES if name.startswith("bert-")],
 
 
 @dataclass(frozen=True)
-class Inputs:
+class HeadBatch:
     """One batch.
 
     Attributes:
         hidden: output of the encoder, `(B, S, D)`.
-        positions: masked ones, flat and ascending, `(M,)` int64.
+        positions: masked positions, flat and ascending, `(M,)` int64.
         labels: original ids there, `(M,)` int64.
         all_labels: the same as `(B * S,)` int64, -100 elsewhere.
-        head: with every tensor that it can have.
+        head: with all tensors that it can have.
     """
 
     hidden: torch.Tensor
@@ -116,17 +112,17 @@ class Inputs:
     head: MaskedLMHead
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        """What gradients are computed for."""
+        """Return the tensors that gradients are computed for."""
         return {"hidden": self.hidden, **self.head.tensors()}
 
     def clear_gradients(self) -> None:
-        """Forget the gradients, so that the next call allocates its own."""
+        """Drop the gradients, so that the next call allocates its own."""
         for tensor in self.leaves().values():
             tensor.grad = None
 
 
-def make_inputs(case: Case, device: str, dtype: torch.dtype, logits: str) -> Inputs:
-    """Draw a batch and a head; if `logits` is peaked, 7 labels in 10 are the likeliest ids."""
+def make_inputs(case: Case, device: str, dtype: torch.dtype) -> HeadBatch:
+    """Draw a batch and a head."""
     generator = torch.Generator().manual_seed(0)
     options: Any = {"device": device, "dtype": dtype}
     width, slots = case.hidden, case.rows * case.slots
@@ -134,10 +130,8 @@ def make_inputs(case: Case, device: str, dtype: torch.dtype, logits: str) -> Inp
     def normal(*shape: int, std: float) -> torch.Tensor:
         return (std * torch.randn(*shape, generator=generator)).to(**options)
 
-    # The layer norm gives rows of norm sqrt(D).
-    decoder_std = FRESH_STD if logits == "fresh" else PEAKED_SPREAD / width**0.5
     head = MaskedLMHead(
-        decoder_weight=normal(case.vocab, width, std=decoder_std),
+        decoder_weight=normal(case.vocab, width, std=DECODER_STD),
         decoder_bias=normal(case.vocab, std=0.1),
         dense_weight=normal(width, width, std=width**-0.5), dense_bias=normal(width, std=0.1),
         norm_weight=1 + normal(width, std=0.1), norm_bias=normal(width, std=0.1),
@@ -146,12 +140,9 @@ def make_inputs(case: Case, device: str, dtype: torch.dtype, logits: str) -> Inp
     num_masked = max(1, round(case.rate * slots))
     positions = torch.randperm(slots, generator=generator)[:num_masked].sort().values.to(device)
     labels = torch.randint(case.vocab, (num_masked,), generator=generator).to(device)
-    if logits == "peaked":
-        top = reference.logits(hidden.flatten(0, 1)[positions], head).argmax(1)
-        labels = torch.where(torch.arange(num_masked, device=device) % 10 < 7, top, labels)
     all_labels = torch.full((slots,), -100, device=device)
     all_labels[positions] = labels
-    inputs = Inputs(hidden, positions, labels, all_labels, head)
+    inputs = HeadBatch(hidden, positions, labels, all_labels, head)
     for tensor in inputs.leaves().values():
         tensor.requires_grad_()
     return inputs
@@ -160,24 +151,25 @@ def make_inputs(case: Case, device: str, dtype: torch.dtype, logits: str) -> Inp
 # ----------------------------------------------------------------------------------------- rows
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Operation = Callable[[HeadBatch], torch.Tensor]
 
 
 class LeftOut(Exception):
-    """Why a row cannot run here."""
+    """The reason why a row cannot run here."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """`operation` returns the mean loss over the masked positions, a scalar."""
+class Entry:
+    """A row of the table; `operation` returns the mean loss over the masked positions, a scalar."""
 
-    operation: Callable[[Inputs], torch.Tensor]
+    operation: Operation
     note: str
     compiles: bool = False
 
 
-def after_gather(loss: Loss) -> Callable[[Inputs], torch.Tensor]:
-    """Gather the masked rows, transform them, and call `loss(rows, weight, bias, labels)`."""
-    def operation(inputs: Inputs) -> torch.Tensor:
+def after_gather(loss: Loss) -> Operation:
+    """Make an operation: gather, transform, and call `loss(rows, weight, bias, labels)`."""
+    def operation(inputs: HeadBatch) -> torch.Tensor:
         head = inputs.head
         rows = inputs.hidden.flatten(0, 1).index_select(0, inputs.positions)
         assert head.decoder_bias is not None
@@ -189,54 +181,54 @@ def after_gather(loss: Loss) -> Callable[[Inputs], torch.Tensor]:
 
 def plain_loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
                ) -> torch.Tensor:
-    """Decoder and cross entropy, `(M, D)` to a scalar."""
+    """Apply decoder and cross entropy, `(M, D)` to a scalar."""
     return functional.cross_entropy(functional.linear(rows, weight, bias), labels)
 
 
 def library(name: str) -> ModuleType:
-    """Import what is not among the project's dependencies."""
+    """Import a library that is not among the project's dependencies."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise LeftOut(f"not installed ({error})") from None
 
 
-# Each of the following makes the row of its name for a device.
+# Each of the following functions makes the row of its name for a device.
 
 
-def full_logits(device: str) -> Row:
-    def operation(inputs: Inputs) -> torch.Tensor:
+def full_logits(device: str) -> Entry:
+    def operation(inputs: HeadBatch) -> torch.Tensor:
         scores = reference.logits(inputs.hidden.flatten(0, 1), inputs.head)
         return functional.cross_entropy(scores, inputs.all_labels, ignore_index=-100)
 
-    return Row(operation, "takes the bias and an ignore index")
+    return Entry(operation, "takes the bias and an ignore index")
 
 
-def gather_eager(device: str) -> Row:
-    return Row(after_gather(plain_loss), "takes the bias and an ignore index")
+def gather_eager(device: str) -> Entry:
+    return Entry(after_gather(plain_loss), "takes the bias and an ignore index")
 
 
-def gather_compiled(device: str) -> Row:
+def gather_compiled(device: str) -> Entry:
     compiled = torch.compile(plain_loss, dynamic=False)
-    return Row(after_gather(compiled), "takes the bias and an ignore index", compiles=True)
+    return Entry(after_gather(compiled), "takes the bias and an ignore index", compiles=True)
 
 
-def linear_cross_entropy(device: str) -> Row:
+def linear_cross_entropy(device: str) -> Entry:
     function = getattr(functional, "linear_cross_entropy", None)
     if function is None:
         raise LeftOut(f"torch {torch.__version__} lacks it; 2.13 has it")
-    # The default, `LinearCrossEntropyOptions()`, takes chunks of 1 to 4 rows at these sizes and is
-    # ten times as slow (2 cores of an AMD EPYC, torch 2.13, fp32).
+    # The default, `LinearCrossEntropyOptions()`, uses chunks of 1 to 4 rows at these sizes and is
+    # ten times slower (2 cores of an AMD EPYC, torch 2.13, fp32).
     options = torch.nn.LinearCrossEntropyOptions(chunking_method=None)
 
     def loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
              ) -> torch.Tensor:
         return function(rows, weight, labels, linear_bias=bias, options=options)
 
-    return Row(after_gather(loss), "takes the bias and an ignore index; one chunk")
+    return Entry(after_gather(loss), "takes the bias and an ignore index; one chunk")
 
 
-def liger(device: str) -> Row:
+def liger(device: str) -> Entry:
     if device != "cuda":
         raise LeftOut("runs on GPUs only")
     function = library("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
@@ -246,45 +238,38 @@ def liger(device: str) -> Row:
         # Not "mean": it would divide by M before it stores gradients of logits in 16 bit.
         return function(rows, weight, labels, bias=bias, reduction="sum") / len(labels)
 
-    return Row(after_gather(loss), "takes the bias and an ignore index")
+    return Entry(after_gather(loss), "takes the bias and an ignore index")
 
 
-def cut_cross_entropy(device: str) -> Row:
+def cut_cross_entropy(device: str) -> Entry:
     function = library("cut_cross_entropy").linear_cross_entropy
-    takes_bias = "bias" in inspect.signature(function).parameters  # since 25.1.1
-    # Its filter leaves out the gradients of small probabilities: most, when training begins.
+    # Its filter drops the gradients of small probabilities: most of them, when training begins.
     options = {"filter_eps": None} if device == "cuda" else {"impl": "torch_compile"}
 
     def loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
              ) -> torch.Tensor:
-        if takes_bias:
-            return function(rows, weight, labels, bias=bias, **options)
-        ones = functional.pad(rows.new_ones(len(rows), 1), (0, 7))  # 8, so that rows stay aligned
-        biases = functional.pad(bias[:, None], (0, 7))
-        rows, weight = torch.cat([rows, ones], 1), torch.cat([weight, biases], 1)
-        return function(rows, weight, labels, **options)
+        return function(rows, weight, labels, bias=bias, **options)
 
-    bias = "takes the bias" if takes_bias else "takes no bias: folded in, as a column"
     how = "no filter" if device == "cuda" else "impl torch_compile"
-    return Row(after_gather(loss), f"{bias}; takes an ignore index; {how}", compiles=True)
+    return Entry(after_gather(loss), f"takes the bias and an ignore index; {how}", compiles=True)
 
 
-def implementation(name: str) -> Callable[[str], Row]:
-    """The maker of the row of an entry of `csrc.IMPLEMENTATIONS`."""
-    def make(device: str) -> Row:
+def implementation(name: str) -> Callable[[str], Entry]:
+    """Return the function that makes the row of an entry of `csrc.IMPLEMENTATIONS`."""
+    def make(device: str) -> Entry:
         if name == "triton" and importlib.util.find_spec("triton") is None:
             raise LeftOut("not installed")
 
-        def operation(inputs: Inputs) -> torch.Tensor:
+        def operation(inputs: HeadBatch) -> torch.Tensor:
             arguments = (inputs.hidden, inputs.positions, inputs.labels, inputs.head)
             return csrc.masked_lm_loss(*arguments, implementation=name)[0] / len(inputs.labels)
 
-        return Row(operation, "takes the bias; gathers and counts hits too")
+        return Entry(operation, "takes the bias; gathers and counts hits too")
 
     return make
 
 
-OTHERS: dict[str, Callable[[str], Row]] = {
+OTHERS: dict[str, Callable[[str], Entry]] = {
     BASELINE: full_logits,
     GATHER: gather_eager,
     "gather_compiled": gather_compiled,
@@ -292,12 +277,12 @@ OTHERS: dict[str, Callable[[str], Row]] = {
     "liger": liger,
     "cut_cross_entropy": cut_cross_entropy,
 }
-# Of `csrc`: those that run on other devices, and the one that `gather_eager` stands for.
+# Of `csrc`: those for other devices, and the one that `gather_eager` represents.
 NOT_MEASURED = {"cpu": {"reference", "triton"}, "cuda": {"reference", "chunked"}}
 
 
-def makers(device: str) -> dict[str, Callable[[str], Row]]:
-    """What to measure on a device, the baseline first."""
+def makers(device: str) -> dict[str, Callable[[str], Entry]]:
+    """Return what to measure on a device, the baseline first."""
     ours = [name for name in csrc.IMPLEMENTATIONS if name not in NOT_MEASURED[device]]
     return OTHERS | {name: implementation(name) for name in ours}
 
@@ -306,19 +291,19 @@ def makers(device: str) -> dict[str, Callable[[str], Row]]:
 
 
 @dataclass
-class Measured:
-    """What was seen of one row.
+class Timings:
+    """Measurements of one row.
 
     Attributes:
         row: what ran.
-        first_call_seconds: with compilation, where there is any.
-        difference: largest from the first row, as a share of the norm.
+        first_call_seconds: including compilation, if any.
+        difference: largest difference from the first row, relative to the norm.
         extra_bytes: peak memory beyond inputs and returned gradients.
-        peak_bytes: the same with these gradients.
+        peak_bytes: the same including these gradients.
         rounds: milliseconds of each counted call, by round.
     """
 
-    row: Row
+    row: Entry
     first_call_seconds: float
     difference: float
     extra_bytes: int = 0
@@ -326,28 +311,28 @@ class Measured:
     rounds: list[list[float]] = dataclasses.field(default_factory=list)
 
     def round_medians(self) -> torch.Tensor:
-        """`(rounds,)` milliseconds."""
+        """Return the median of each round, `(rounds,)` milliseconds."""
         return torch.tensor([statistics.median(calls) for calls in self.rounds])
 
 
-def run(operation: Callable[[Inputs], torch.Tensor], inputs: Inputs, scale: float) -> torch.Tensor:
-    """Forward and backward; returns the mean loss. The gradients are times `scale`."""
+def run(operation: Operation, inputs: HeadBatch, scale: float) -> torch.Tensor:
+    """Run forward and backward; return the mean loss. The gradients are scaled by `scale`."""
     loss = operation(inputs)
     (scale * loss).backward()
     return loss.detach()
 
 
-def time_call(operation: Callable[[Inputs], torch.Tensor], inputs: Inputs, scale: float,
+def time_call(operation: Operation, inputs: HeadBatch, scale: float,
               flush: torch.Tensor | None) -> float:
-    """Milliseconds of one forward and backward; on a GPU with caches emptied by `flush`."""
+    """Time one forward and backward, in ms; on a GPU with caches emptied by `flush`."""
     inputs.clear_gradients()
     if flush is None:
         start = time.perf_counter()
         run(operation, inputs, scale)
         return 1000 * (time.perf_counter() - start)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    # Fills the caches with other data, and keeps the GPU busy while the host gets ahead of it, as
-    # the encoder does in training.
+    # This fills the caches with other data, and keeps the GPU busy while the host gets ahead of it,
+    # as the encoder does in training.
     flush.zero_()
     events[0].record()
     run(operation, inputs, scale)
@@ -358,7 +343,7 @@ def time_call(operation: Callable[[Inputs], torch.Tensor], inputs: Inputs, scale
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Drop what C code writes to stderr: PyTorch's profiler greets there."""
+    """Drop what C code writes to stderr, such as the greeting of PyTorch's profiler."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -371,10 +356,10 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def allocations(call: Callable[[], Any], device: str) -> list[tuple[int, int]]:
-    """Address and size of every block that PyTorch's allocator gave out during `call`, in order.
+    """List address and size of every block that PyTorch allocates during `call`, in order.
 
-    Sizes are bytes, negative when a block is given back. PyTorch's profiler sees all of them: in
-    autograd functions and compiled code too. Blocks from before `call` are not among them.
+    Sizes are in bytes, negative when a block is freed. PyTorch's profiler sees all of them, also in
+    autograd functions and compiled code. Blocks from before `call` are not among them.
     """
     with quiet_stderr(), tempfile.TemporaryDirectory() as folder:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -391,13 +376,13 @@ def allocations(call: Callable[[], Any], device: str) -> list[tuple[int, int]]:
 
 
 def measure_memory(
-    operation: Callable[[Inputs], torch.Tensor], inputs: Inputs, scale: float
+    operation: Operation, inputs: HeadBatch, scale: float
 ) -> tuple[int, int]:
-    """Peak of what one call allocates, in bytes: without and with the gradients that it returns."""
+    """Measure the peak memory of one call, in bytes, without and with the returned gradients."""
     inputs.clear_gradients()
     events = allocations(lambda: run(operation, inputs, scale), inputs.hidden.device.type)
     gradients = [t.grad.untyped_storage() for t in inputs.leaves().values() if t.grad is not None]
-    # An address is given out again and again; the gradient is what was there last.
+    # Addresses are reused; the gradient is the last block at its address.
     last = {address: number for number, (address, size) in enumerate(events) if size > 0}
     returned = {last[storage.data_ptr()] for storage in gradients}
     extra = total = extra_peak = total_peak = 0
@@ -408,8 +393,10 @@ def measure_memory(
     return extra_peak, total_peak
 
 
-def first_call(row: Row, inputs: Inputs, scale: float) -> tuple[float, dict[str, torch.Tensor]]:
-    """Seconds of the first call of a row, and what it returns: mean loss and gradients."""
+def first_call(
+    row: Entry, inputs: HeadBatch, scale: float
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Run a row for the first time; return seconds, and mean loss and gradients by name."""
     inputs.clear_gradients()
     start = time.perf_counter()
     results = {"loss": run(row.operation, inputs, scale)}
@@ -423,7 +410,7 @@ def first_call(row: Row, inputs: Inputs, scale: float) -> tuple[float, dict[str,
 def check_agreement(
     got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float
 ) -> float:
-    """The largest difference, as a share of the norm of what is wanted.
+    """Return the largest difference, relative to the norm of the expected values.
 
     Raises:
         RuntimeError: it is larger than `tolerance`.
@@ -434,12 +421,12 @@ def check_agreement(
     }
     wrong = [f"{name} by {share:.1e}" for name, share in shares.items() if not share <= tolerance]
     if wrong:
-        raise RuntimeError(f"differs from the first row, as a share of the norm, in "
+        raise RuntimeError(f"differs from the first row, relative to the norm, in "
                            f"{', '.join(wrong)}; allowed is {tolerance:g}")
     return max(shares.values())
 
 
-def compare(inputs: Inputs, dtype: str) -> tuple[dict[str, Measured], dict[str, str]]:
+def compare(inputs: HeadBatch, dtype: str) -> tuple[dict[str, Timings], dict[str, str]]:
     """Call every row once and compare it with the first one that runs.
 
     Returns:
@@ -448,7 +435,7 @@ def compare(inputs: Inputs, dtype: str) -> tuple[dict[str, Measured], dict[str, 
         RuntimeError: an implementation of `csrc` fails or disagrees.
     """
     device = inputs.hidden.device.type
-    measured: dict[str, Measured] = {}
+    measured: dict[str, Timings] = {}
     left_out: dict[str, str] = {}
     want: dict[str, torch.Tensor] = {}
     for name, make in makers(device).items():
@@ -461,20 +448,20 @@ def compare(inputs: Inputs, dtype: str) -> tuple[dict[str, Measured], dict[str, 
         except Exception as error:
             if name not in OTHERS:
                 raise RuntimeError(f"{name}: {error}") from error
-            # Others fail in ways of their own: no compiler, no memory, no kernel for this GPU.
+            # Others fail in many ways: no compiler, no memory, no kernel for this GPU.
             left_out[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         else:
             want = want or got
-            measured[name] = Measured(row, seconds, difference)
+            measured[name] = Timings(row, seconds, difference)
     inputs.clear_gradients()
     return measured, left_out
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Compare the rows on one case, measure their memory, then let them take turns."""
+    """Compare the rows on one case, measure their memory, then time them, interleaved."""
     device, scale = options.device, LOSS_SCALES[options.dtype]
     torch.compiler.reset()  # else `dynamic=False` counts the other cases as recompilations
-    inputs = make_inputs(case, device, DTYPES[options.dtype], options.logits)
+    inputs = make_inputs(case, device, DTYPES[options.dtype])
     measured, left_out = compare(inputs, options.dtype)
     flush = None
     if device == "cuda":
@@ -504,13 +491,13 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def spread(values: torch.Tensor) -> dict[str, float]:
-    """Median and the 20th and 80th percentile."""
+    """Return the median and the 20th and 80th percentile."""
     levels = torch.tensor([0.2, 0.5, 0.8])
     return dict(zip(("p20", "median", "p80"), values.quantile(levels).tolist(), strict=True))
 
 
-def summarise(name: str, measured: dict[str, Measured], num_masked: int) -> dict[str, Any]:
-    """One row of the table; ratios are of medians of one round, None without the other row."""
+def summarise(name: str, measured: dict[str, Timings], num_masked: int) -> dict[str, Any]:
+    """Return a row of the table; ratios are those of round medians, None without the other row."""
     one = measured[name]
     ms = spread(torch.tensor([ms for calls in one.rounds for ms in calls]))
     row: dict[str, Any] = {
@@ -542,7 +529,7 @@ def format_spread(values: dict[str, float] | None, digits: int) -> str:
 
 
 def format_case(case: dict[str, Any]) -> str:
-    """One case as text."""
+    """Format one case as text."""
     shape = case["shape"]
     lines = [
         f"{case['name']}: {shape['rows']} rows x {shape['slots']} slots, {case['masked']} masked, "
@@ -568,7 +555,7 @@ def format_case(case: dict[str, Any]) -> str:
 
 
 def processor() -> str:
-    """The processor's model."""
+    """Return the processor's model."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -577,7 +564,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The checked-out commit of these sources, "+" if they differ from it, or None."""
+    """Return the checked-out commit of these sources, with "+" if they differ, or None."""
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -588,7 +575,7 @@ def commit() -> str | None:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Machine and versions."""
+    """Return machine and versions."""
     packages = ("torch", "triton", "liger_kernel", "cut_cross_entropy")
     versions = {"python": platform.python_version()}
     for name in packages:
@@ -617,15 +604,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Case]]:
     parser.add_argument("--device", choices=tuple(DEFAULT_CASES), default="cuda" if gpu else "cpu")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), metavar="CASE",
                         help=f"of {', '.join(CASES)} (on a CPU those of bert-, else of gpu-)")
-    one = parser.add_argument_group("one case instead, like the first one but for")
+    one = parser.add_argument_group("one case instead: the first of the device, changed by")
     for field in dataclasses.fields(Case):
         one.add_argument(f"--{field.name}", type=float if field.name == "rate" else int)
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="(fp32 on a CPU, bf16 on a GPU)")
-    parser.add_argument("--logits", choices=("fresh", "peaked"), default="fresh",
-                        help="as when training begins (default), or nearly one-hot")
-    numbers = (("rounds", 10, 30, "rounds; the rows of the table take turns in each"),
-               ("calls", 2, 5, f"counted calls of a turn; {BASELINE} takes 1"),
-               ("warmup", 1, 10, "calls that are dropped, beyond the first two"))
+    numbers = (("rounds", 10, 30, "rounds; each runs every row of the table"),
+               ("calls", 2, 5, f"counted calls per row and round (1 of {BASELINE})"),
+               ("warmup", 1, 10, "calls per row that are dropped, beyond the first two"))
     for name, on_cpu, on_gpu, text in numbers:
         parser.add_argument(f"--{name}", type=int,
                             help=f"{text} ({on_cpu} on a CPU, {on_gpu} on a GPU)")
@@ -658,10 +643,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Case]]:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     options, cases = parse(argv)
-    print(f"masked_lm_loss, forward and backward, {options.dtype}, {options.logits} logits\n"
+    print(f"masked_lm_loss, forward and backward, {options.dtype}\n"
           f"counted: {options.rounds} rounds of {options.calls} calls ({BASELINE}: of 1); dropped: "
           f"the first {2 + options.warmup} calls of each row\n"
-          "in brackets: 20th to 80th percentile; x full, x gather: speed over that of the row; "
+          "in brackets: 20th to 80th percentile; x full, x gather: speedup over that row; "
           "MiB: peak beyond\nthe inputs, without (extra) and with (peak) the returned gradients")
     results: list[dict[str, Any]] = []
     notes: dict[str, str] = {}
@@ -670,7 +655,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{format_case(results[-1])}", flush=True)
         notes |= {row["implementation"]: row["note"] for row in results[-1]["rows"]}
     print("\n" + "\n".join(f"{name}: {note}" for name, note in notes.items()))
-    kept = ("device", "dtype", "logits", "rounds", "calls", "warmup")
+    kept = ("device", "dtype", "rounds", "calls", "warmup")
     print(json.dumps({
         "benchmark": "masked_lm_loss", **environment(options.device),
         "options": {name: getattr(options, name) for name in kept}, "cases": results,

@@ -1,4 +1,4 @@
-"""The MLM head as tensors: what `masked_lm_loss` differentiates."""
+"""The MLM head as tensors, and the constants that all implementations share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> `approximate` of torch's gelu
+PADDING = -1  # at the end of positions and labels
+ONE_CHUNK_BYTES = 512 * 2**20  # logits up to this size are computed in one piece on a GPU
 
 
 @dataclass(frozen=True)
 class MaskedLMHead:
-    """`logits = norm(activation(dense(rows))) @ decoder_weight.T + decoder_bias`.
+    """Hold the tensors of `norm(activation(dense(rows))) @ decoder_weight.T + decoder_bias`.
 
     Letters: `D` hidden size, `V` vocabulary. All tensors have one dtype and one device. Without
     `dense_weight` there is no transform: the rows go to the decoder as they are.
@@ -37,7 +39,7 @@ class MaskedLMHead:
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that this head has, by name."""
+        """Return the tensors that this head has, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
 
@@ -72,10 +74,10 @@ class MaskedLMHead:
 
 
 def take_gradients(ctx: Any) -> Any:
-    """What a forward pass formed for its backward pass, which scales it in place: once.
+    """Return the gradients that the forward pass computed; the backward pass scales them in place.
 
     Raises:
-        RuntimeError: it has been taken.
+        RuntimeError: they have been taken already.
     """
     if ctx.gradients is None:
         raise RuntimeError("masked_lm_loss: backward runs once; compute the loss again")

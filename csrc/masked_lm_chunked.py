@@ -1,4 +1,4 @@
-"""`masked_lm_loss` for CPUs: the same three matrix products, in pieces that the caches like.
+"""`masked_lm_loss` for CPUs: the three matrix products, in pieces that fit the caches.
 
 With `x` the transformed rows `(M, D)`, `W` and `b` the decoder, `y` the labels:
 
@@ -6,16 +6,16 @@ With `x` the transformed rows `(M, D)`, `W` and `b` the decoder, `y` the labels:
     d loss / dz = (e - s onehot(y)) / s =: u / s
     dx = (u W) / s      dW = u^T (x / s)      db = u^T (1 / s)
 
-`z`, `e` and `u` share one buffer, and dividing by `s` is left to the small factors, so the big
-one is written by the product, worked on in place, and read by two products. The gradients are
-formed in the forward pass; the backward pass multiplies them by the incoming scalar.
+`z`, `e` and `u` share one buffer, and the division by `s` is applied to the small factors. So the
+buffer is written by one product, changed in place, and read by two products. The gradients are
+computed in the forward pass; the backward pass multiplies them by the incoming scalar.
 
 Three sizes were measured (2 cores of an AMD EPYC, AVX2, V = 30,522, fp32):
 
-- Products for the logits in tiles of 512 columns run at 150 GFLOP/s; in one call, which leaves
-  `W^T` outside the caches, at 100.
-- Chunks of rows are large: each one reads and writes the whole of `dW`.
-- Row work goes in groups of 32 rows (4 MB), small enough to stay in the last cache.
+- Products for the logits in tiles of 512 columns run at 150 GFLOP/s; in one call, where `W^T` does
+  not fit the caches, at 100.
+- Chunks of rows are large, because each chunk reads and writes all of `dW`.
+- Row operations work on groups of 32 rows (4 MB), small enough to stay in the last-level cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from csrc import reference
 from csrc.head import MaskedLMHead, take_gradients
 
-CHUNK_BYTES = 256 * 2**20  # of one buffer of logits
+CHUNK_BYTES = 256 * 2**20  # of the buffer of logits
 TILE_COLUMNS = 512
 GROUP_ROWS = 32
 
@@ -47,10 +47,9 @@ def _cross_entropy_in_place(
     scores: torch.Tensor, labels: torch.Tensor, losses: torch.Tensor, totals: torch.Tensor,
     grad_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Turn logits `(m, V)` into `u`.
+    """Turn logits `(m, V)` into `u`; return the number of hits, int64 scalar.
 
-    Fills `losses` and `totals`, `(m, 1)`; adds to `grad_bias`, `(V,)`, if it is wanted. Returns
-    the hits.
+    Also fills `losses` and `totals`, `(m, 1)`, and adds to `grad_bias`, `(V,)`, if it is given.
     """
     hits = labels.new_zeros(())
     for start in range(0, len(scores), GROUP_ROWS):
@@ -58,7 +57,7 @@ def _cross_entropy_in_place(
         z, label = scores[group], labels[group]
         target, top = z.gather(1, label), z.amax(1, keepdim=True)
         # A row whose label is at the top is a hit if no smaller id is there too, as in argmax.
-        # The few that may be are looked at apart: argmax is three times as slow as amax.
+        # Only these few rows need argmax, which is three times slower than amax.
         at_top = (target == top).squeeze(1).nonzero().squeeze(1)
         if len(at_top):
             hits += (z[at_top].argmax(1) == label[at_top, 0]).sum()
@@ -66,13 +65,13 @@ def _cross_entropy_in_place(
         total = torch.sum(z, 1, keepdim=True, out=totals[group])
         losses[group] = total.log() - (target - top)
         z.scatter_add_(1, label, -total)
-        if grad_bias is not None:  # in groups, too, the sum over rows loses fewer digits
+        if grad_bias is not None:  # in groups, the sum over rows also loses fewer digits
             grad_bias += torch.mv(z.t(), total.squeeze(1).reciprocal())
     return hits
 
 
 class _DecoderLoss(torch.autograd.Function):
-    """Decoder and cross entropy of transformed rows."""
+    """Apply decoder and cross entropy to transformed rows."""
 
     @staticmethod
     def forward(
@@ -84,7 +83,7 @@ class _DecoderLoss(torch.autograd.Function):
         buffer = rows.new_empty(chunk_rows, vocab)
         losses, totals = rows.new_empty(num_rows, 1), rows.new_empty(num_rows, 1)
         hits = labels.new_zeros(())
-        # `needs_input_grad` is true of a parameter under `no_grad` as well.
+        # `needs_input_grad` is also true for a parameter under `no_grad`.
         want_rows, want_weight, want_bias = (
             need and with_gradients for need in ctx.needs_input_grad[:3]
         )
@@ -115,18 +114,18 @@ class _DecoderLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        # In place: a second V x D tensor would cost more time than the product.
+        # In place: allocating a second V x D tensor would take longer than the product.
         scaled = (None if g is None else g.mul_(grad_loss) for g in take_gradients(ctx))
         return *scaled, None, None
 
 
 def masked_lm_loss(
     hidden: torch.Tensor,
-    masked_positions: torch.Tensor,
+    masked_positions: torch.Tensor | None,
     masked_labels: torch.Tensor,
     head: MaskedLMHead,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `csrc.masked_lm_loss`; float32 and float64 on a CPU. One backward pass a call.
+    """Compute `csrc.masked_lm_loss` on a CPU in float32 or float64; one backward pass per call.
 
     Raises:
         ValueError: another dtype or device.
@@ -136,10 +135,10 @@ def masked_lm_loss(
             f"implementation 'chunked': hidden is {hidden.dtype} on {hidden.device}, must be "
             "float32 or float64 on a CPU; take 'reference'"
         )
-    masked_positions, masked_labels = reference.drop_padding(masked_positions, masked_labels)
-    rows = reference.transform(hidden.flatten(0, -2).index_select(0, masked_positions), head)
+    count = int((masked_labels >= 0).sum())  # padding is at the end
+    rows = reference.transform(reference.gather(hidden, masked_positions)[:count], head)
     loss_sum, hits = _DecoderLoss.apply(
-        rows.contiguous(), head.decoder_weight, head.decoder_bias, masked_labels.long(),
+        rows.contiguous(), head.decoder_weight, head.decoder_bias, masked_labels[:count].long(),
         torch.is_grad_enabled(),
     )
     return loss_sum, hits

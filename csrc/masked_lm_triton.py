@@ -2,29 +2,29 @@
 
 With `h` the hidden states, `p` the masked positions, `y` the labels, `W` and `b` the decoder:
 
-    u = h[p] A^T + c      x = norm(gelu(u))      z = x W^T + b        the head, masked rows only
+    u = h[p] A^T + c      x = norm(gelu(u))      z = x W^T + b        the head on masked rows only
     m = max z      s = sum exp(z - m)      loss = log s - (z_y - m)
     dz = exp(z - m) / s - onehot(y)                                   written over z
     dx = dz W      dW = dz^T x      db = sum of the rows of dz
     du = gelu'(u) norm'(dx)      dA = du^T h[p]      dh[p] = du A
 
-The first product gathers its rows itself and is a kernel; the others are the library's, and what
-lies between two of them is one kernel. So the logits are written by one product, read twice and
-overwritten once by the kernel of the loss, and read by two products.
+Matrix products are the library's, with one kernel between two of them. The first product is a
+kernel that gathers its rows, unless the caller has gathered them already. The logits are written by
+one product, read twice and overwritten once by the kernel of the loss, and read by two products.
 
-- All gradients are of the plain sum, and formed in the forward pass; the backward pass multiplies
-  them by the incoming scalar, which may be a loss scale or 1 / count. That scalar never meets a 16
-  bit `dz`: a probability near 1 / V divided by the number of positions is 0 in fp16.
-- Shapes depend on the capacity of the positions alone, and nothing is read back: the host never
-  waits for the device.
-- Rows of the hidden gradient are stored, not added (each position comes once), and sums over rows
+- All gradients are those of the plain sum, computed in the forward pass; the backward pass
+  multiplies them by the incoming scalar, which may be a loss scale or 1 / count. That scalar never
+  meets a 16-bit `dz`: a probability near 1 / V divided by the number of positions is 0 in fp16.
+- Shapes depend on the number of labels alone, and nothing is read back: the host never waits for
+  the device.
+- Rows of the hidden gradient are stored, not added (each position occurs once), and sums over rows
   go through partial sums in a fixed order: no atomics, so results repeat bit for bit.
-- Logits live in a buffer whose rows are a multiple of 128 apart, for aligned loads at any V. Its
-  pad columns weigh nothing; the weights keep their size.
+- Logits live in a buffer whose row pitch is a multiple of 128, for aligned loads at any V. Its pad
+  columns have no weight; the weights keep their size.
 
-Letters in kernels: `T` rows of the hidden states, `M` masked positions with padding, `D` hidden
-size, `V` vocabulary, `V_PAD` its multiple of 128. Padding (-1) reads as rows of zeros, and its loss
-and gradients are zero. With `TRITON_INTERPRET=1` the kernels run on CPU tensors: slow, for tests.
+Letters in kernels: `T` rows of the hidden states, `M` labels including padding, `D` hidden size,
+`V` vocabulary, `V_PAD` the next multiple of 128. The loss and the gradients of padding (-1) are
+zero. With `TRITON_INTERPRET=1` the kernels run on CPU tensors: slow, for tests.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc.head import MaskedLMHead, take_gradients
+from csrc.head import ONE_CHUNK_BYTES, MaskedLMHead, take_gradients
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 4096  # a row of the layer norm lies in the registers of one program
 PAD_COLUMNS = 128
-ONE_CHUNK_BYTES = 512 * 2**20  # logits up to this size stay in one piece,
-CHUNK_ROWS = 8192  # larger ones come in pieces of this many rows
+CHUNK_ROWS = 8192  # per piece of logits larger than ONE_CHUNK_BYTES
 
-NORM_TILE = 2048  # numbers of a tile of whole rows
-NORM_ROWS = 16  # rows of a program of the norm's backward pass, which share its partial sums
+NORM_TILE = 2048  # numbers per tile of complete rows
+NORM_ROWS = 16  # rows per program of the norm's backward pass, which share its partial sums
 NORM_WARPS = 8
 
 
@@ -59,7 +58,7 @@ class DenseTile(NamedTuple):
 
 
 class LossTile(NamedTuple):
-    """Tile of logits. Its rows share a partial sum of db; `stages` tiles are under way at once."""
+    """Tile of logits. Its rows share a partial sum of db; `stages` tiles are in flight at once."""
 
     rows: int
     columns: int
@@ -67,10 +66,10 @@ class LossTile(NamedTuple):
     stages: int
 
 
-# By bytes of a number. fp32 has no exact matrix unit, so its tile is what registers can hold.
+# By bytes per number. fp32 has no exact matrix unit, so its tile is what registers can hold.
 DENSE_TILES = {2: DenseTile(128, 128, 64, 8, 3), 4: DenseTile(64, 64, 16, 8, 2)}
-# A row a warp, so that sums along rows stay in the warp. Compiled for sm_90: 62 registers, so four
-# programs a multiprocessor with 32 KiB of 16 bit logits on their way to it.
+# One row per warp, so that sums along rows stay in the warp. Compiled for sm_90: 62 registers, so
+# four programs per multiprocessor with 32 KiB of 16-bit logits on their way to it.
 LOSS_TILE = LossTile(8, 256, 8, 3)
 
 
@@ -173,8 +172,8 @@ def _logits(
     V_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """A tile of logits with their bias, fp32: -inf from column V on, anything finite in padding."""
-    # The mask ends at V_PAD, a multiple of what one load takes; what lies in the pad is discarded.
+    """Load a tile of logits with their bias, fp32: -inf from column V on, finite in padding."""
+    # The mask ends at V_PAD, a multiple of what one load takes; the pad columns are discarded.
     z = tl.load(
         z_rows[:, None] + columns[None, :],
         mask=valid[:, None] & (columns < V_PAD)[None, :], other=0.0,
@@ -188,8 +187,7 @@ def _logits(
 def _cross_entropy_kernel(
     z_ptr,  # (M, V_PAD), logits without bias in the first V columns; overwritten with dz
     bias_ptr,  # (V,), unused without HAS_BIAS
-    positions_ptr,  # (M,), for padding
-    labels_ptr,  # (M,)
+    labels_ptr,  # (M,), -1 at padding
     loss_ptr,  # (M,) fp32, written
     hit_ptr,  # (M,) int32, written
     partial_ptr,  # (programs, V_PAD) fp32, written with WITH_BIAS_GRADIENT, else unused
@@ -206,14 +204,14 @@ def _cross_entropy_kernel(
     """Loss, hit and gradient of ROWS rows of logits."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < M
-    valid = tl.load(positions_ptr + rows, mask=inside, other=-1) >= 0
-    label = tl.load(labels_ptr + rows, mask=valid, other=0).to(tl.int32)
+    label = tl.load(labels_ptr + rows, mask=inside, other=-1).to(tl.int32)
+    valid = label >= 0
     z_rows = z_ptr + rows.to(tl.int64) * V_PAD  # M x V_PAD may exceed 2^31
     target = tl.load(z_rows + label, mask=valid, other=0.0).to(tl.float32)
     if HAS_BIAS:
         target += tl.load(bias_ptr + label, mask=valid, other=0.0).to(tl.float32)
 
-    # A finite start: a block of nothing but -inf then adds exp(-inf) = 0, not exp(nan).
+    # A finite start: a block with only -inf then adds exp(-inf) = 0, not exp(nan).
     top = tl.full((ROWS,), -3.4028234e38, dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     top_before = top  # of the columns before the label
@@ -264,7 +262,7 @@ def _activate_normalise_backward_kernel(
     NUM_TILES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """du of NUM_TILES tiles of ROWS rows, and their share of the sums over rows.
+    """Write du of NUM_TILES tiles of ROWS rows, and their share of the sums over rows.
 
     With n = (gelu(u) - mean) rstd and g = dx norm_weight:
     du = gelu'(u) rstd (g - mean(g) - n mean(g n)), d norm_weight = sum dx n.
@@ -349,13 +347,15 @@ INTERPRETED = not isinstance(_gather_kernel, triton.JITFunction)
 
 
 def _row_tile(width: int) -> dict[str, int]:
-    """ROWS and BLOCK_D of a tile of whole rows, and its warps."""
+    """Return ROWS and BLOCK_D of a tile of complete rows, and its warps."""
     block = triton.next_power_of_2(width)
     return {"ROWS": max(1, NORM_TILE // block), "BLOCK_D": block, "num_warps": NORM_WARPS}
 
 
-def _gather(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rows of `hidden`, `(T, D)`, at `positions`, `(M,)`; zeros at -1. Returns `(M, D)`."""
+def _gather(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows of `hidden`, `(T, D)`, at `positions`, `(M,)`, zeros at -1; or all rows."""
+    if positions is None:
+        return hidden
     rows = hidden.new_empty(len(positions), hidden.shape[1])
     tile = _row_tile(hidden.shape[1])
     grid = (triton.cdiv(len(positions), tile["ROWS"]),)
@@ -374,7 +374,7 @@ def _scatter(
 
 def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None
              ) -> torch.Tensor:
-    """Matrix product with fp32 sums and an fp32 result, which 16 bit would cut to 8 or 11 bits."""
+    """Multiply matrices with fp32 sums and an fp32 result; 16 bit would keep 8 or 11 bits of it."""
     if out is None:
         out = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
     if left.dtype == torch.float32:
@@ -385,7 +385,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None =
 
 
 class _Transformed(NamedTuple):
-    """What the transform's backward pass reads: `u` `(M, D)`, `mean` and `rstd` `(M,)` fp32."""
+    """What the transform's backward pass reads: u `(M, D)`, mean and rstd `(M,)` fp32."""
 
     u: torch.Tensor
     mean: torch.Tensor
@@ -393,18 +393,25 @@ class _Transformed(NamedTuple):
 
 
 def _transform(
-    hidden: torch.Tensor, positions: torch.Tensor, head: MaskedLMHead
+    hidden: torch.Tensor, positions: torch.Tensor | None, head: MaskedLMHead
 ) -> tuple[torch.Tensor, _Transformed]:
-    """Gather, dense, GELU and layer norm. Returns `x`, `(M, D)`, and what backward needs."""
-    num_rows, width = len(positions), hidden.shape[1]
+    """Gather, dense layer, GELU and layer norm. Returns x, `(M, D)`, and what backward needs."""
+    assert head.dense_weight is not None
+    num_rows, width = len(hidden if positions is None else positions), hidden.shape[1]
     u = hidden.new_empty(num_rows, width)
-    tile = DENSE_TILES[hidden.element_size()]
-    grid = (triton.cdiv(width, tile.columns), triton.cdiv(num_rows, tile.rows))
-    _gather_dense_kernel[grid](
-        hidden, positions, head.dense_weight, head.dense_bias, u, num_rows, D=width,
-        HAS_BIAS=head.dense_bias is not None, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-        BLOCK_K=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
-    )
+    if positions is None:  # with `out`, autocast changes nothing
+        if head.dense_bias is None:
+            torch.mm(hidden, head.dense_weight.t(), out=u)
+        else:
+            torch.addmm(head.dense_bias, hidden, head.dense_weight.t(), out=u)
+    else:
+        tile = DENSE_TILES[hidden.element_size()]
+        grid = (triton.cdiv(width, tile.columns), triton.cdiv(num_rows, tile.rows))
+        _gather_dense_kernel[grid](
+            hidden, positions, head.dense_weight, head.dense_bias, u, num_rows, D=width,
+            HAS_BIAS=head.dense_bias is not None, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
+            BLOCK_K=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+        )
     x = torch.empty_like(u)
     mean, rstd = (u.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     row_tile = _row_tile(width)
@@ -416,10 +423,10 @@ def _transform(
 
 
 def _transform_backward(
-    grad_x: torch.Tensor, saved: _Transformed, hidden: torch.Tensor, positions: torch.Tensor,
-    head: MaskedLMHead, wanted: set[str],
+    grad_x: torch.Tensor, saved: _Transformed, hidden: torch.Tensor,
+    positions: torch.Tensor | None, head: MaskedLMHead, wanted: set[str],
 ) -> dict[str, torch.Tensor]:
-    """Gradients of the transform's tensors, fp32, from `grad_x`, `(M, D)` fp32."""
+    """Return the gradients of the transform's tensors, fp32, from `grad_x`, `(M, D)` fp32."""
     assert head.dense_weight is not None
     num_rows, width = grad_x.shape
     tile = _row_tile(width)
@@ -441,10 +448,9 @@ def _transform_backward(
 
 
 def _decode(
-    x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, head: MaskedLMHead,
-    wanted: set[str],
+    x: torch.Tensor, labels: torch.Tensor, head: MaskedLMHead, wanted: set[str]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Decoder and cross entropy of rows `x`, `(M, D)`.
+    """Apply decoder and cross entropy to rows `x`, `(M, D)`.
 
     Returns:
         The losses, `(M,)` fp32; the hits, `(M,)` int32; and the gradients in `wanted`, fp32, of
@@ -477,11 +483,10 @@ def _decode(
         torch.mm(rows, weight.t(), out=logits)
         num_tiles = triton.cdiv(len(rows), LOSS_TILE.rows)
         _cross_entropy_kernel[(num_tiles,)](
-            buffer, bias, positions[chunk], labels[chunk], losses[chunk], hits[chunk], partial,
-            len(rows), V=vocab, V_PAD=padded, HAS_BIAS=bias is not None,
-            WITH_GRADIENT=bool(wanted), WITH_BIAS_GRADIENT=partial is not None,
-            ROWS=LOSS_TILE.rows, BLOCK_V=LOSS_TILE.columns, STAGES=LOSS_TILE.stages,
-            num_warps=LOSS_TILE.warps,
+            buffer, bias, labels[chunk], losses[chunk], hits[chunk], partial, len(rows), V=vocab,
+            V_PAD=padded, HAS_BIAS=bias is not None, WITH_GRADIENT=bool(wanted),
+            WITH_BIAS_GRADIENT=partial is not None, ROWS=LOSS_TILE.rows,
+            BLOCK_V=LOSS_TILE.columns, STAGES=LOSS_TILE.stages, num_warps=LOSS_TILE.warps,
         )
         if "x" in wanted:
             _product(logits, weight, out=gradients["x"][chunk])
@@ -493,14 +498,14 @@ def _decode(
 
 
 def _loss_and_gradients(
-    hidden: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor, head: MaskedLMHead,
-    wanted: set[str],
+    hidden: torch.Tensor, positions: torch.Tensor | None, labels: torch.Tensor,
+    head: MaskedLMHead, wanted: set[str],
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Losses `(M,)` fp32, hits `(M,)` int32, and the gradients in `wanted` of the sum, fp32.
+    """Return losses `(M,)` fp32, hits `(M,)` int32, and the gradients in `wanted`, fp32.
 
-    The gradient called "hidden" has the rows at `positions` only, `(M, D)`.
+    The gradients are those of the sum; "hidden" has the masked rows only, `(M, D)`.
     """
-    if len(positions) == 0:  # a grid of nothing cannot be launched
+    if len(labels) == 0:  # an empty grid cannot be launched
         shapes = {name: tensor.shape for name, tensor in head.tensors().items()}
         shapes["hidden"] = torch.Size((0, hidden.shape[1]))
         zeros = {name: hidden.new_zeros(shapes[name], dtype=torch.float32) for name in wanted}
@@ -512,7 +517,7 @@ def _loss_and_gradients(
         x, saved = _transform(hidden, positions, head)
     of_decoder = wanted & {"decoder_weight", "decoder_bias"}
     below = {"x"} if wanted > of_decoder else set()
-    losses, hits, gradients = _decode(x, positions, labels, head, of_decoder | below)
+    losses, hits, gradients = _decode(x, labels, head, of_decoder | below)
     if below:
         grad_x = gradients.pop("x")
         if saved is None:
@@ -528,14 +533,14 @@ TENSORS = ("hidden", "dense_weight", "dense_bias", "norm_weight", "norm_bias", "
 
 
 class _MaskedLMLoss(torch.autograd.Function):
-    """The whole operation; the backward pass only scales, casts and scatters."""
+    """The complete operation; the backward pass only scales, casts and scatters."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, dense_weight: torch.Tensor | None,
         dense_bias: torch.Tensor | None, norm_weight: torch.Tensor | None,
         norm_bias: torch.Tensor | None, decoder_weight: torch.Tensor,
-        decoder_bias: torch.Tensor | None, positions: torch.Tensor, labels: torch.Tensor,
+        decoder_bias: torch.Tensor | None, positions: torch.Tensor | None, labels: torch.Tensor,
         norm_eps: float, activation: Any, with_gradients: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         head = MaskedLMHead(decoder_weight, decoder_bias, dense_weight, dense_bias, norm_weight,
@@ -556,7 +561,7 @@ class _MaskedLMLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         gradients = take_gradients(ctx)
         scaled = {}
-        if "hidden" in gradients:
+        if "hidden" in gradients and ctx.positions is not None:
             rows = gradients.pop("hidden")
             scaled["hidden"] = rows.new_zeros(ctx.hidden_shape, dtype=ctx.dtype)
             if len(rows):
@@ -572,14 +577,14 @@ class _MaskedLMLoss(torch.autograd.Function):
 
 def masked_lm_loss(
     hidden: torch.Tensor,
-    masked_positions: torch.Tensor,
+    masked_positions: torch.Tensor | None,
     masked_labels: torch.Tensor,
     head: MaskedLMHead,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `csrc.masked_lm_loss`; float32, float16 and bfloat16. One backward pass a call.
+    """Compute `csrc.masked_lm_loss` in float32, float16 or bfloat16; one backward pass per call.
 
     Raises:
-        ValueError: another dtype, a CPU tensor without the interpreter, or too wide rows.
+        ValueError: another dtype, a CPU tensor without the interpreter, or rows that are too wide.
     """
     if hidden.dtype not in DTYPES:
         raise ValueError(f"implementation 'triton': hidden is {hidden.dtype}, must be float32, "

@@ -1,15 +1,15 @@
-"""Each operation in plain PyTorch: what "correct" means."""
+"""Each operation in plain PyTorch: the definition of a correct result."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional
 
-from csrc.head import ACTIVATIONS, MaskedLMHead
+from csrc.head import ACTIVATIONS, PADDING, MaskedLMHead
 
 
 def transform(rows: torch.Tensor, head: MaskedLMHead) -> torch.Tensor:
-    """Dense, GELU and layer norm of `rows`, `(M, D)`; the rows themselves without a transform."""
+    """Apply dense layer, GELU and layer norm to rows `(M, D)`; a head may have none of them."""
     if head.dense_weight is None:
         return rows
     dense = functional.linear(rows, head.dense_weight, head.dense_bias)
@@ -20,38 +20,31 @@ def transform(rows: torch.Tensor, head: MaskedLMHead) -> torch.Tensor:
 
 
 def logits(rows: torch.Tensor, head: MaskedLMHead) -> torch.Tensor:
-    """The whole head: rows `(M, D)` to logits `(M, V)`."""
+    """Apply the complete head: rows `(..., D)` to logits `(..., V)`."""
     return functional.linear(transform(rows, head), head.decoder_weight, head.decoder_bias)
 
 
-def drop_padding(
-    masked_positions: torch.Tensor, masked_labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the padding (-1) off the end of CPU tensors, where counting costs nothing."""
-    count = int((masked_positions >= 0).sum())
-    return masked_positions[:count], masked_labels[:count]
+def gather(hidden: torch.Tensor, masked_positions: torch.Tensor | None) -> torch.Tensor:
+    """Return the masked rows of `hidden`, `(M, D)`; row 0 at padding (-1).
+
+    Without positions, `hidden` holds the masked rows already.
+    """
+    if masked_positions is None:
+        return hidden
+    return hidden.flatten(0, -2).index_select(0, masked_positions.clamp(min=0))
 
 
 def masked_lm_loss(
     hidden: torch.Tensor,
-    masked_positions: torch.Tensor,
+    masked_positions: torch.Tensor | None,
     masked_labels: torch.Tensor,
     head: MaskedLMHead,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather the masked rows, apply the head, sum the cross entropies; see `csrc`.
-
-    On a GPU, padding is kept, at row 0 with weight 0: dropping it there would make the host wait
-    for the count.
-    """
-    if not hidden.is_cuda:
-        masked_positions, masked_labels = drop_padding(masked_positions, masked_labels)
-    valid = masked_positions >= 0
-    rows = hidden.flatten(0, -2).index_select(0, masked_positions.clamp(min=0))
+    """Gather the masked rows, apply the head, sum the cross entropies; see `csrc`."""
     # An empty gather still runs the head, so that every rank's backward pass touches the same
     # parameters whatever its share of the masks.
-    scores = logits(rows, head)
+    scores = logits(gather(hidden, masked_positions), head)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    labels = torch.where(valid, masked_labels.long(), -100)
-    loss_sum = functional.cross_entropy(scores, labels, reduction="sum", ignore_index=-100)
-    hits = (scores.argmax(-1) == labels).sum() if len(labels) else labels.new_zeros(())
-    return loss_sum, hits
+    labels = masked_labels.long()
+    loss_sum = functional.cross_entropy(scores, labels, reduction="sum", ignore_index=PADDING)
+    return loss_sum, (scores.argmax(-1) == labels).sum()

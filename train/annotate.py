@@ -1,18 +1,18 @@
-"""Which tokens of the task's training texts matter to the task classifier: stage 2 begins here.
+"""Annotate which tokens of the task's training texts matter to the task classifier.
 
 A sequence (a sentence; for aspect tasks a whole text with its aspect) is read from left to right.
 A *buffer* holds the tokens seen so far that were not found important. The token that brings the
 classifier's confidence in the right label to within `delta` of its confidence in the whole
 sequence is important, and leaves the buffer again. Only sequences that the classifier gets right
-say anything; the tokens of the others are marked 255, "not annotated", and so are tokens beyond
-the length limit.
+count; the tokens of the others are marked 255, "not annotated", as are tokens beyond the length
+limit.
 
-`train/importance.py` finds the tokens; here are the task, the texts and what is written.
+`train/stages/importance.py` finds the tokens; this file owns the task, the texts and the output.
 
     deepspeed train/annotate.py --task mr --data_dir D --model_name_or_path RC/seed_13/hf \
         --delta 0.01 --criterion signed --output A
 
-writes the token store `A` (one document a text) and `A.importance.npy`.
+writes the token store `A` (one document per text) and `A.importance.npy`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 from preprocess.corpus import load_task, take_fixed
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import WriterLock, read_json
+from preprocess.identity import build, compare, digest, sealed
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, open_array
 from preprocess.text.continuations import continuation_table, find_continuations
@@ -40,12 +41,11 @@ from train.model import (
     load_classifier,
     load_config,
     load_tokenizer,
-    local_checkpoint,
-    weights_fingerprint,
 )
+from train.run_dir.hf_folder import open_weights
+from train.run_dir.identity import architecture, numerics
 from train.stages.importance import (
     CRITERIA,
-    MEASURES,
     Query,
     encode_texts,
     explain,
@@ -60,7 +60,7 @@ NOT_IMPORTANT, IMPORTANT, NOT_ANNOTATED = 0, 1, 255
 # --------------------------------------------------------------------------- stop words
 
 def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.ndarray]:
-    """Mark the tokens that are stop words, whole ones: one bool array a sequence."""
+    """Mark the tokens of words that are stop words: one bool array per sequence."""
     lengths = [len(sequence) for sequence in sequences]
     offsets = np.cumsum([0, *lengths])
     tokens = np.concatenate([np.empty(0, np.int64), *sequences]).astype(np.int64)
@@ -79,7 +79,7 @@ def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.
 def unite(
     documents: list[list[np.ndarray]], queries: list[Query], found: list[np.ndarray | None]
 ) -> list[list[np.ndarray]]:
-    """Lay the answers over the texts: a token is important if it is for any aspect.
+    """Merge the answers of each text: a token is important if it is for any aspect.
 
     Returns:
         For each sequence of each document, `(n,)` uint8: `IMPORTANT`, `NOT_IMPORTANT`, or
@@ -100,14 +100,14 @@ def unite(
 def explain_on_all_ranks(
     runner: Runner, queries: list[Query], config: AnnotateConfig
 ) -> tuple[list[np.ndarray | None], int]:
-    """Share the queries among the ranks, longest first in turns, and gather the answers."""
+    """Share the queries among the ranks, longest first, round-robin, and gather the answers."""
     where = engine.ranks()
     order = sorted(range(len(queries)), key=lambda i: -len(queries[i].tokens))
     mine = order[where.rank :: where.world_size]
     who = "" if where.world_size == 1 else f" (1 of {where.world_size} ranks)"
     answers, num_alone = explain(
-        runner, [queries[i] for i in mine], config.delta, config.criterion, config.measure,
-        who=who, every=config.logging_steps * max(1, config.batch_tokens // config.max_seq_length),
+        runner, [queries[i] for i in mine], config.delta, config.criterion, who=who,
+        every=config.logging_steps * max(1, config.batch_tokens // config.max_seq_length),
     )
     found: list[np.ndarray | None] = [None] * len(queries)
     for share in engine.gather_objects(list(zip(mine, answers, strict=True))):
@@ -118,37 +118,30 @@ def explain_on_all_ranks(
 
 # --------------------------------------------------------------------------- the command
 
-RECORDED = (
-    "task", "model_name_or_path", "measure", "criterion", "delta", "drop_stop_words", "language",
-    "max_seq_length", "max_train_samples",
-)
-"""The options that decide what comes out; kept with it."""
-
-
-def check_output(output: str, overwrite: bool) -> None:
-    """Refuse to replace what is not an unfinished annotation, unless asked to.
+def is_made(output: str, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Return whether this very annotation is complete; refuse to replace another one.
 
     Raises:
-        ConfigError: a whole annotation, or some other token store.
+        ConfigError: an annotation of another identity, or some other token store.
     """
     path = Path(output + ".json")
-    if overwrite or not path.exists():
-        return
-    options = read_json(path).get("options")
-    made_by = options if isinstance(options, dict) else {}
+    if not path.exists():
+        return False
     try:
-        for shard in TokenStore.open(output).shards:
-            open_array(shard, "", "importance")
+        infos = [open_array(shard, "", "importance")[1] for shard in TokenStore.open(output).shards]
     except DataError:
-        if made_by.get("command") == "annotate":
-            return
+        options = read_json(path).get("options")
+        if overwrite or isinstance(options, dict) and options.get("command") == "annotate":
+            return False
         raise ConfigError(
             f"--output {output}: another token store is there; give another name, or --overwrite"
         ) from None
-    raise ConfigError(
-        f"--output {output}: an annotation is there already (delta {made_by.get('delta')}, "
-        f"criterion {made_by.get('criterion')}); give another name, or --overwrite"
-    )
+    if overwrite:
+        return all(info.get("identity") == identity for info in infos)
+    for info in infos:
+        compare(info.get("identity", {}), identity, f"--output {output}",
+                "give another name, or --overwrite")
+    return True
 
 
 def write_annotations(
@@ -158,28 +151,27 @@ def write_annotations(
     importance: list[list[np.ndarray]],
     made_by: dict[str, Any],
     lock: WriterLock | None = None,
-    seconds: float = 0.0,
 ) -> None:
-    """Write the token store and its importance, both at once; an old annotation stays till then.
+    """Write the token store and its importance together; an old annotation stays until then.
 
     Args:
+        made_by: kept in the JSON of the importance.
         lock: of `output`, if it is held already.
-        seconds: that finding the importance took, to be kept with it.
     """
     flat = [array for sequences in importance for array in sequences]
-    with StoreWriter(output, tokenizer, made_by, overwrite=True, lock=lock) as writer:
+    options = {"command": "annotate"}
+    with StoreWriter(output, tokenizer, options, overwrite=True, lock=lock) as writer:
         for sequences in documents:
             writer.add_document(sequences)
         writer.add_array(
-            "", "importance", np.concatenate([np.empty(0, np.uint8), *flat]),
-            {**made_by, "seconds": round(seconds, 1)},
+            "", "importance", np.concatenate([np.empty(0, np.uint8), *flat]), made_by
         )
 
 
 def describe(
     importance: list[list[np.ndarray]], queries: list[Query], found: list[np.ndarray | None]
 ) -> str:
-    """What came out, in words."""
+    """Summarise the annotation in words."""
     num_right = sum(marks is not None for marks in found)
     flat = np.concatenate([np.empty(0, np.uint8), *(a for doc in importance for a in doc)])
     num_important, num_known = int((flat == IMPORTANT).sum()), int((flat != NOT_ANNOTATED).sum())
@@ -194,12 +186,10 @@ def describe(
 def main(argv: list[str] | None = None) -> None:
     """Annotate the training texts of a task."""
     config = parse(AnnotateConfig, argv)
-    for name, known in (("criterion", CRITERIA), ("measure", MEASURES)):
-        if getattr(config, name) not in known:
-            raise ConfigError(
-                f"--{name} {getattr(config, name)}: must be one of {', '.join(known)}"
-            )
-    check_output(config.output, config.overwrite)
+    if config.criterion not in CRITERIA:
+        raise ConfigError(
+            f"--criterion {config.criterion}: must be one of {', '.join(CRITERIA)}"
+        )
     task = load_task(
         config.task, data_dir=config.data_dir, train_file=config.train_file,
         validation_file=config.validation_file, test_file=config.test_file,
@@ -212,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     check_row_length(hf_config, config.max_seq_length)
     classes = match_labels(task, hf_config, config.model_name_or_path)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    groups = group_by_text(take_fixed(task.splits["train"], config.max_train_samples))
+    examples = take_fixed(task.splits["train"], config.max_train_samples)
+    groups = group_by_text(examples)
     has_aspects = any(e.aspect for group in groups.values() for e in group)
     documents = encode_texts(tokenizer, list(groups), None if has_aspects else config.language)
     template = special_template(tokenizer, pair=has_aspects)
@@ -221,22 +212,36 @@ def main(argv: list[str] | None = None) -> None:
     say(f"task {task.name}: {len(groups):,} training texts, {len(queries):,} "
         f"{'pairs of text and aspect' if has_aspects else 'sentences'}, at most "
         f"{sum(len(query.tokens) for query in queries):,} buffers to classify")
-    # Before any work: not every tokenizer tells its words apart.
+    # Before any work: not every tokenizer marks its words.
     stop_words = (
         find_stop_words([s for part in documents for s in part], tokenizer)
         if config.drop_stop_words else []
     )
+    identity = build(
+        "annotate",
+        inputs={
+            "task": digest([
+                task.name, task.labels,
+                [[text, [[e.aspect, e.label] for e in group]] for text, group in groups.items()],
+                [[ids.tolist() for ids in sequences] for sequences in documents],
+            ]),
+            "weights": open_weights(config.model_name_or_path).hf_digest,
+        },
+        train={"max_seq_length": config.max_seq_length},
+        split={"labels": len(examples)},
+        options={
+            "delta": config.delta, "criterion": config.criterion,
+            "language": None if has_aspects else config.language,
+            "drop_stop_words": config.drop_stop_words, "model_config": architecture(hf_config),
+        },
+    )
+    if is_made(config.output, identity, config.overwrite):
+        say(f"{config.output}: finished already")
+        return
     if config.dry_run:
         return
-    made_by = {
-        "command": "annotate",
-        **{name: getattr(config, name) for name in RECORDED},
-        "model_fingerprint": weights_fingerprint(
-            local_checkpoint(config.model_name_or_path), hf_config
-        ),
-    }
     with WriterLock(config.output) if engine.is_main() else nullcontext() as lock:
-        check_output(config.output, config.overwrite)  # another one may have ended meanwhile
+        is_made(config.output, identity, config.overwrite)  # another one may have ended meanwhile
         device = engine.start()
         names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
         model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code)
@@ -250,16 +255,18 @@ def main(argv: list[str] | None = None) -> None:
             for array, stop in zip(flat, stop_words, strict=True):
                 array[stop & (array == IMPORTANT)] = NOT_IMPORTANT
         if engine.is_main():
-            write_annotations(config.output, tokenizer, documents, importance, made_by, lock,
-                              time.monotonic() - started)
+            write_annotations(config.output, tokenizer, documents, importance, {
+                **sealed(identity), "numerics": numerics(config),
+                "seconds": round(time.monotonic() - started, 1),
+            }, lock)
         counts = runner.counts
         passes, inputs, tokens, slots = engine.all_reduce_sum(
             counts.passes, counts.inputs, counts.tokens, counts.slots
         )
         say(describe(importance, queries, found))
         say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "
-            f"{1 - tokens / max(slots, 1):.1%} padding, {num_alone:,} of them asked alone to be "
-            f"sure; {time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
+            f"{1 - tokens / max(slots, 1):.1%} padding, {num_alone:,} of the inputs repeated alone "
+            f"to be sure; {time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
             f"({device.type}): {config.output}.importance.npy")
         engine.finish()
 

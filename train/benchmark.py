@@ -1,17 +1,19 @@
-"""Throughput of the pre-training loop for each masking strategy, beside that of transformers.
+"""Measure the throughput of pre-training per masking strategy, and of baselines.
 
     deepspeed train/benchmark.py --deepspeed_config ds_configs/zero1_fp16.json --tokens P2 \
         --model_config bert-base --scores mr --max_seq_lengths 128 512
 
-Every strategy trains the same model on the same rows of the same store, through the loader and the
-DeepSpeed step of `pretrain.py`. Beside them stand `bare` (forward, backward and AdamW of one
-prepared batch in plain PyTorch: what the loop costs) and the loops of `train/baselines.py`. All
-rows of the table take turns (`train/throughput.py`). A second table holds the strategies with
-equally many masked tokens, a third what building their masks costs (`train/maskings.py`).
+Every strategy trains the same model on the same rows of the same store, with the loader and the
+DeepSpeed step of `pretrain.py`. The baselines are `bare` (forward, backward and AdamW of one
+prepared batch in plain PyTorch: what the loop costs) and the loops of `train/bench/baselines.py`.
+The rows of the table are interleaved (`train/bench/throughput.py`). A second table holds the
+strategies with equally many masked tokens, a third the cost of building their masks
+(`train/bench/maskings.py`).
 
 Not counted: `--warmup_steps` at the start of each row, and the first and last step of each turn.
 
-With `--whole_step`: `train/whole_step.py`. With `--compare`: two results side by side.
+With `--passes`, rows of forward and backward alone as well. With `--compare`, two results side by
+side.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,11 +36,8 @@ from preprocess.progress import say
 from preprocess.store import TokenStore
 from train import data, model
 from train import engine as ds
-from train.bench import baselines, maskings
-from train.bench import tables as benchmark_report
+from train.bench import baselines, maskings, tables
 from train.bench import throughput as speed
-from train.bench import whole_step as whole
-from train.bench.bare_loop import DTYPES, BareLoop
 from train.config import BenchmarkConfig, as_dict, parse
 from train.data import RowTable, row_tables
 from train.model import flops
@@ -56,7 +55,7 @@ class Inputs:
 
     Attributes:
         tables: the row table of each length.
-        strategies: to build, `random` first; baselines: loops of transformers.
+        strategies: to build, the baseline first. baselines: names of baselines and passes.
     """
 
     config: BenchmarkConfig
@@ -71,7 +70,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Maskings:
-    """What the strategies mask: as they are, with `equal_tokens` each (or none), and the costs."""
+    """Masks of each strategy: its own, thinned to `equal_tokens` (0: none), and their costs."""
 
     plain: dict[str, data.Masking]
     equal: dict[str, data.Masking]
@@ -86,9 +85,6 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
     """Open and check the store, the scores, the model's configuration and the DeepSpeed JSON."""
     strategies = maskings.choose_strategies(config.strategies, config.scores)
     loops, notes = choose_baselines(config)
-    if config.whole_step and ds.ranks().world_size > 1:
-        raise ConfigError(f"--whole_step on {ds.ranks().world_size} ranks: it is measured on one; "
-                          "start one process")
     names = [*strategies, *config.mask_indices]
     twice = {name for name in names if names.count(name) > 1 or name in (BARE, *loops)}
     if twice:
@@ -116,27 +112,27 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
 
 
 def choose_baselines(config: BenchmarkConfig) -> tuple[list[str], list[str]]:
-    """The loops of transformers to measure, and lines to say about them."""
-    given = config.baselines
-    if given == ["none"] or config.whole_step:
-        return [], []
+    """Return the baselines and passes to measure, and lines to say about them."""
+    known, given = baselines.BASELINES, config.baselines
     for name in given:
-        if name not in baselines.BASELINES and given != ["all"]:
-            raise ConfigError(f"--baselines {name}: known are {', '.join(baselines.BASELINES)}; or "
-                              "all or none alone")
-    if ds.ranks().world_size > 1:
-        return [], [f"loops of transformers are measured on one rank: left out on "
+        if name not in known and given not in (["all"], ["none"]):
+            raise ConfigError(f"--baselines {name}: known are {', '.join(known)}; or all or none "
+                              "alone")
+    chosen = [name for name in known if given == ["all"] or name in given]
+    chosen += baselines.PASSES if config.passes else ()
+    if chosen and ds.ranks().world_size > 1:
+        return [], [f"baselines and passes are measured on one rank: left out on "
                     f"{ds.ranks().world_size}"]
-    return [name for name in baselines.BASELINES if given == ["all"] or name in given], []
+    return chosen, []
 
 
 def steps_of_a_row(config: BenchmarkConfig) -> int:
-    """Steps that one row takes at one length, counted or not."""
+    """Return the number of steps that one row takes at one length, counted or not."""
     return config.warmup_steps + config.rounds * (config.timed_steps + 2)
 
 
 def model_config(config: BenchmarkConfig, store: TokenStore) -> Any:
-    """The configuration of the model to train."""
+    """Return the configuration of the model to train."""
     if config.model_config:
         return model.named_config(config.model_config, store.vocab_size, store.special_ids["pad"])
     return model.load_config(config.model_name_or_path, config.trust_remote_code)
@@ -159,32 +155,29 @@ def build_maskings(inputs: Inputs) -> Maskings:
 
 
 def plan(inputs: Inputs) -> list[str]:
-    """What will be measured, in words and numbers."""
+    """Describe the measurement, in words and numbers."""
     config, resolved = inputs.config, inputs.resolved
     ours = [*inputs.strategies, *config.mask_indices]
-    names = [*whole.WAYS] if config.whole_step else [*ours, BARE, *inputs.baselines]
+    names = [*ours, BARE, *inputs.baselines]
     lines = [
         f"tokens {inputs.store.prefix}: {table.num_tokens:,} tokens in {table.num_rows:,} rows of "
         f"{length}, {100 * table.efficiency:.1f} % filled"
         for length, table in inputs.tables.items()
     ] + [
         f"batch: {resolved.micro_batch_size} rows x {resolved.accumulation_steps} micro batches x "
-        f"{ds.ranks().world_size} ranks = {resolved.train_batch_size} rows a step; precision "
+        f"{ds.ranks().world_size} ranks = {resolved.train_batch_size} rows per step; precision "
         f"{resolved.precision}, ZeRO "
         f"{resolved.config.get('zero_optimization', {}).get('stage', 0)}",
         f"{', '.join(names)}: {config.rounds} rounds of {config.timed_steps} counted steps each; "
-        f"dropped: {config.warmup_steps} warm-up steps"
-        + ("" if config.whole_step else ", and the first and last step of each turn"),
+        f"dropped: {config.warmup_steps} warm-up steps, and the first and last step of each turn",
     ]
-    if not config.whole_step:
-        if config.equal_masks and len(ours) > 1:
-            lines.append(f"once more with equally many masked tokens: {', '.join(ours)}")
-        lines.append(estimate(inputs, len(ours)))
-    return lines
+    if config.equal_masks and len(ours) > 1:
+        lines.append(f"once more with equally many masked tokens: {', '.join(ours)}")
+    return [*lines, estimate(inputs, len(ours))]
 
 
 def estimate(inputs: Inputs, num_strategies: int) -> str:
-    """How many steps, and about how long they take at half of the device's speed."""
+    """Estimate the number of steps and the minutes at half of the device's speed."""
     config, resolved = inputs.config, inputs.resolved
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = flops.peak_flops(device, resolved.precision).flops_per_second * ds.ranks().world_size
@@ -210,21 +203,21 @@ def estimate(inputs: Inputs, num_strategies: int) -> str:
 
 @dataclass(frozen=True)
 class Loops:
-    """The models that train: DeepSpeed's engine, `bare`, and that of transformers, if any.
+    """The models in training: DeepSpeed's engine, `bare`, and that of transformers, if any.
 
-    `standing_gib` is the memory of each, by the name in `Row.standing`: weights, and what the first
-    warm-up adds.
+    `standing_gib` is the memory of each, by the name in `Row.standing`: weights, gradients and
+    optimizer states.
     """
 
     inputs: Inputs
     device: torch.device
     engine: Any
-    bare: BareLoop
+    bare: baselines.BareLoop
     trainer: baselines.TrainerLoop | None
     standing_gib: dict[str, float]
 
     def strategy_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
-        """A masking, trained by DeepSpeed."""
+        """Return the row of a masking, trained by DeepSpeed."""
         equal = name.endswith(EQUAL)
         steps = steps_of_a_row(self.inputs.config)
         return speed.Row(
@@ -237,7 +230,7 @@ class Loops:
         )
 
     def loader(self, masking: data.Masking, table: RowTable) -> data.PackedData:
-        """The loader of `pretrain.py`."""
+        """Return the loader of `pretrain.py`."""
         resolved, ranks = self.inputs.resolved, ds.ranks()
         return data.PackedData(
             self.inputs.store, table, masking, seed=self.inputs.config.seed,
@@ -247,7 +240,7 @@ class Loops:
         )
 
     def bare_row(self, masking: data.Masking, table: RowTable) -> speed.Row:
-        """One batch, again and again."""
+        """Return the row of one prepared batch, trained again and again in plain PyTorch."""
         batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
         prepared = self.bare.prepare(batch)
         return speed.Row(
@@ -257,8 +250,29 @@ class Loops:
             standing="bare",
         )
 
+    def pass_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
+        """Return the row of forward and backward alone of one batch, with the weights of `bare`."""
+        batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
+        module = self.bare.module
+        passes = [baselines.make_passes(module, micro_batch, self.device)[name]
+                  for micro_batch in batch.micro_batches]
+
+        def step(_: Any, lap: Callable[[str], None]) -> None:
+            for forward in passes:
+                loss = forward()
+                lap("forward")
+                loss.backward()
+                lap("backward")
+            module.zero_grad()
+
+        return speed.Row(
+            name, "pass", batches=itertools.repeat(batch), step=step,
+            count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
+            standing="bare",
+        )
+
     def baseline_row(self, name: str, max_seq_length: int) -> speed.Row:
-        """A loop of transformers."""
+        """Return the row of a loop of transformers."""
         config, resolved, trainer = self.inputs.config, self.inputs.resolved, self.trainer
         assert trainer is not None
         head, cut = name.split("-")
@@ -280,7 +294,7 @@ class Loops:
 
 
 def count_packed(table: RowTable, batch: data.StepBatch) -> speed.Counts:
-    """What a batch of ours holds, over all ranks."""
+    """Count a packed batch, over all ranks."""
     return speed.Counts(
         tokens=batch.step_tokens, masked=batch.step_masked_tokens,
         text_tokens=batch.step_tokens - 2 * batch.step_pieces,
@@ -289,7 +303,7 @@ def count_packed(table: RowTable, batch: data.StepBatch) -> speed.Counts:
 
 
 def count_texts(store: TokenStore, batch: baselines.TextBatch) -> speed.Counts:
-    """What a batch of transformers' loops holds."""
+    """Count a batch of transformers' loops."""
     return speed.Counts(
         tokens=batch.tokens, masked=batch.masked,
         text_tokens=batch.text_tokens(store.all_special_ids), slots=batch.slots,
@@ -307,10 +321,10 @@ def build_loops(inputs: Inputs) -> Loops:
     engine = ds.build_engine(module, groups, inputs.resolved)
     engine.train()
     levels.append(speed.resident_gib())
-    bare = BareLoop(mlm.build_model(inputs.config, inputs.store), inputs.resolved, device)
+    bare = baselines.BareLoop(mlm.build_model(inputs.config, inputs.store), inputs.resolved, device)
     levels.append(speed.resident_gib())
     trainer = None
-    if inputs.baselines:
+    if set(inputs.baselines) - set(baselines.PASSES):
         steps = steps_of_a_row(inputs.config) * len(inputs.baselines) * len(inputs.tables)
         trainer = baselines.TrainerLoop(
             mlm.build_model(inputs.config, inputs.store), inputs.resolved, device, steps)
@@ -332,11 +346,13 @@ def measure_length(
     rows += [loops.strategy_row(name + EQUAL, masking, table)
              for name, masking in built.equal.items()]
     rows.append(loops.bare_row(built.plain[maskings.BASELINE], table))
-    rows += [loops.baseline_row(name, max_seq_length) for name in inputs.baselines]
+    rows += [loops.pass_row(name, built.plain[maskings.BASELINE], table)
+             if name in baselines.PASSES else loops.baseline_row(name, max_seq_length)
+             for name in inputs.baselines]
     cold = set(loops.standing_gib) if max_seq_length == config.lengths()[0] else set()
     for row in rows:
         grown = speed.warm_up(row, config.warmup_steps)
-        if row.standing in cold:  # gradients and optimizer states have come into being
+        if row.standing in cold:  # gradients and optimizer states exist from now on
             loops.standing_gib[row.standing] += grown
             cold.remove(row.standing)
     found = speed.measure(rows, config.rounds, config.timed_steps, loops.standing_gib)
@@ -350,6 +366,9 @@ def measure_length(
         if GROUPED in found:
             one["over_grouped"] = speed.speed_over(
                 found[row.name], found[GROUPED], config.rounds)
+        if row.kind == "pass":
+            one["over_full"] = speed.speed_over(
+                found[row.name], found[baselines.PASSES[0]], config.rounds)
         result.append(one)
     return {
         "max_seq_length": max_seq_length,
@@ -360,7 +379,7 @@ def measure_length(
 
 
 def measure(inputs: Inputs) -> dict[str, Any]:
-    """Everything that `benchmark.json` says about speed; collective."""
+    """Measure all lengths; collective. Return the speed part of `benchmark.json`."""
     built = build_maskings(inputs)
     loops = build_loops(inputs)
     peak = flops.peak_flops(loops.device, inputs.resolved.precision)
@@ -374,28 +393,8 @@ def measure(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def measure_whole_step(inputs: Inputs) -> dict[str, Any]:
-    """Forward and backward of one batch alone, in several ways."""
-    config = inputs.config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = mlm.build_model(config, inputs.store)
-    module.to(device, DTYPES[inputs.resolved.precision]).train()
-    (table,) = inputs.tables.values()
-    loader = data.PackedData(
-        inputs.store, table,
-        data.drawn_masking(inputs.store, maskings.BASELINE, config.mlm_probability),
-        seed=config.seed, micro_batch_size=inputs.resolved.micro_batch_size,
-    )
-    passes = whole.make_passes(module, loader.step(0).micro_batches[0], device)
-    times = whole.measure(passes, module, warmup_steps=config.warmup_steps, rounds=config.rounds,
-                          timed_steps=config.timed_steps)
-    rows = whole.summarise(times)
-    say(whole.format_table(rows))
-    return {"benchmark": "whole_step", "rows": rows}
-
-
 def commit() -> str | None:
-    """The checked-out commit of these sources, "+" if they differ from it, or None."""
+    """Return the commit of these sources, with "+" if they differ from it, or None."""
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -411,9 +410,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     config = parse(BenchmarkConfig, argv)
     if config.compare:
-        say(benchmark_report.compare(*config.compare))
+        say(tables.compare(*config.compare))
         return
-    # One length at a time is what the model's options speak of.
+    # The model's options take one length at a time.
     config = replace(config, max_seq_length=max(config.lengths()))
     inputs = read_inputs(config)
     for line in (*inputs.notes, *plan(inputs)):
@@ -423,14 +422,13 @@ def main(argv: list[str] | None = None) -> None:
     result = {"options": as_dict(config), "ds_config": inputs.resolved.config,
               "precision": inputs.resolved.precision, "store": inputs.store.fingerprint,
               **environment(), "commit": commit()}
-    result |= measure_whole_step(inputs) if config.whole_step else measure(inputs)
+    result |= measure(inputs)
     if not ds.is_main():
         return
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if not config.whole_step:
-        say(benchmark_report.format_result(result))
-        say(benchmark_report.draw(result, folder / "benchmark.png"))
+    say(tables.format_result(result))
+    say(tables.draw(result, folder / "benchmark.png"))
     atomic_write_json(folder / "benchmark.json", result)
     say(f"wrote {folder / 'benchmark.json'}")
     say(json.dumps(result))

@@ -1,19 +1,19 @@
-"""How fast masks are built and rows are loaded, and what grows with the corpus.
+"""Measure mask building and the loader in tokens per second, and growth with the corpus.
 
     python train/benchmark_data.py --output_dir runs/benchmark_data
     python train/benchmark_data.py --num_tokens 1000000000 --output_dir runs/benchmark_data
 
-Works on stores of random ids that it makes in a temporary folder and removes: sentences of 22
-tokens on average, documents of 8 sentences, ids as frequent as words are. The first tables are
-those of one store of `--speed_tokens`: each building of a mask index is the work of
-`build_masks.py` (choose, hash, write, count), and each round of the loader so many steps of
-`PackedData.step` in one thread. With `--num_tokens` a third table has stores of a thousandth, a
-tenth and all of so many tokens, each looked at by a process of its own.
+Works on stores of random ids in a temporary folder: sentences of 22 tokens on average, documents of
+8 sentences, ids as frequent as words. The first tables measure one store of `--speed_tokens`:
+building a mask index is the work of `build_masks.py` (choose, hash, write, count), and a round of
+the loader is `--steps` steps of `PackedData.step` in one thread. With `--num_tokens` a third table
+measures stores of a thousandth, a tenth and all of that many tokens, each in its own process.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import signal
 import sys
@@ -31,15 +31,22 @@ import numpy as np
 from preprocess import store as stores
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
-from preprocess.masking import NEEDS, STRATEGIES, Inputs, choose_positions
+from preprocess.flags import USUAL, Parser
+from preprocess.masking import (
+    ARRAY_NEEDS,
+    MATCHED,
+    STRATEGIES,
+    StrategyInputs,
+    choose_positions,
+)
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
 from preprocess.text.continuations import continuation_table, open_tokenizer
 from preprocess.view.statistics import count_masks
+from preprocess.view.tables import Table
 from train import data
 from train.bench.throughput import peak_gib, reset_peak, spread
 from train.data import permute, row_tables
-from train.reports.page import Table, as_text
 from train.run_dir.folder import environment
 
 BLOCK = 1 << 20  # tokens made at once
@@ -57,7 +64,7 @@ STEP_SLOTS = 1 << 15  # of a micro batch: 256 rows of 128
 
 
 def make_tokenizer() -> Any:
-    """A WordPiece tokenizer of `VOCAB_SIZE` ids; every fifth one continues a word."""
+    """Return a WordPiece tokenizer of `VOCAB_SIZE` ids; every fifth continues a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -104,14 +111,14 @@ def add_scores(store: TokenStore) -> None:
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and what it returned."""
+    """Return the seconds of a call, and its result."""
     start = time.perf_counter()
     result = action()
     return time.perf_counter() - start, result
 
 
 def rates(counts: list[tuple[int, float]]) -> dict[str, Any]:
-    """Millions a second over rounds of (count, seconds): median, 20th and 80th percentile."""
+    """Return millions per second over rounds of (count, seconds): median, p20 and p80."""
     found = spread([count / seconds / 1e6 for count, seconds in counts])
     return {"million_tokens_per_second": f"{found['median']:.2f}",
             "p20": f"{found['p20']:.2f}", "p80": f"{found['p80']:.2f}"}
@@ -121,28 +128,26 @@ def rates(counts: list[tuple[int, float]]) -> dict[str, Any]:
 
 
 def build_index(store: TokenStore, strategy: str) -> None:
-    """What `build_masks.py` does for a store of one piece, but for its output."""
+    """Do the work of `build_masks.py` on a store of one shard, without its output."""
     (shard,) = store.shards
-    words = None
-    if strategy == "whole_word":
-        words = continuation_table(open_tokenizer(store.tokenizer_dir))
-    need = NEEDS.get(strategy)
-    sources = {
-        "scores": lambda: {"scores": open_array(shard, "scores", "scores")[0]},
-        "match": lambda: {"match": open_array(shard, "selective", "mask")[0]},
-    }
-    inputs = Inputs(words=words, **(sources[need]() if need else {}))
+    needs = STRATEGIES[strategy].needs
+    words = continuation_table(open_tokenizer(store.tokenizer_dir)) if "words" in needs else None
+    names = {"scores": "scores", "match": MATCHED}
+    inputs = StrategyInputs(words=words, **{
+        need: open_array(shard, names[need], kind)[0]
+        for need, kind in ARRAY_NEEDS.items() if need in needs
+    })
     positions = choose_positions(
         shard, strategy, inputs, rate=RATE, seed=SEED, all_special_ids=store.all_special_ids
     )
     write_array(shard, strategy, "mask", positions, {"options": {"strategy": strategy}})
-    count_masks(store, [strategy, *(["selective"] if need == "match" else [])])
+    count_masks(store, [strategy, *([MATCHED] if "match" in needs else [])])
 
 
 def measure_masks(store: TokenStore, rounds: int) -> list[dict[str, Any]]:
-    """Tokens a second of each strategy; the strategies take turns."""
+    """Measure tokens per second of each strategy, interleaved."""
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in STRATEGIES}
-    build_index(store, "selective")  # whose counts `random_matched` takes
+    build_index(store, MATCHED)  # whose counts a control takes
     for _ in range(rounds):
         for name in found:
             seconds, _ = timed(partial(build_index, store, name))
@@ -156,15 +161,16 @@ def measure_masks(store: TokenStore, rounds: int) -> list[dict[str, Any]]:
 
 
 def load(loader: data.PackedData, numbers: range) -> int:
-    """Make some steps and count their tokens."""
+    """Make the batches of some steps; return their number of tokens."""
     return sum(loader.step(number).step_tokens for number in numbers)
 
 
 def measure_loader(store: TokenStore, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Tokens a second of one rank alone, and of one rank of 64; the rows take turns."""
+    """Measure tokens per second of one rank of 1 and of 64, interleaved."""
     found = []
-    maskings = [data.prebuilt_masking(store, "selective")]
-    maskings += [data.drawn_masking(store, name, RATE) for name in ("random", "whole_word")]
+    maskings = [data.prebuilt_masking(store, MATCHED)]
+    maskings += [data.drawn_masking(store, name, RATE)
+                 for name, strategy in STRATEGIES.items() if strategy.drawn]
     for length in (128, 512):
         table, _ = row_tables(store, length, EVAL_FRACTION)
         loaders = {
@@ -179,7 +185,7 @@ def measure_loader(store: TokenStore, rounds: int, steps: int) -> list[dict[str,
             for key, loader in loaders.items():
                 numbers = range(turn * steps, (turn + 1) * steps)
                 seconds, tokens = timed(partial(load, loader, numbers))
-                if turn:  # the first one only warms up
+                if turn:  # the first turn is the warm-up
                     counts[key].append((tokens, seconds))
         found += [
             {"S": length, "masking": name, "ranks": ranks, **rates(counts[name, ranks]),
@@ -193,7 +199,7 @@ def measure_loader(store: TokenStore, rounds: int, steps: int) -> list[dict[str,
 
 
 def resident_mib() -> dict[str, float]:
-    """Memory of this process now: its own, and mapped files, which the kernel takes back."""
+    """Return the memory of this process, MiB: its own, and mapped files (reclaimable)."""
     names = {"RssAnon": "own", "RssFile": "mapped"}
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if "Rss" in line}
@@ -201,9 +207,9 @@ def resident_mib() -> dict[str, float]:
 
 
 def own_peak_mib(action: Callable[[], Any]) -> tuple[float, Any]:
-    """The most memory of its own that a call adds, looked at ten times a second, and its result.
+    """Return the peak of anonymous memory that a call adds, MiB, sampled at 10 Hz, and its result.
 
-    The kernel's own figure of the peak counts mapped files too.
+    The kernel's own peak counts mapped files as well.
     """
     before = peak = resident_mib()["own"]
     done = threading.Event()
@@ -224,20 +230,20 @@ def own_peak_mib(action: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def open_store(prefix: str) -> tuple[TokenStore, data.Masking]:
-    """The store and its mask index."""
+    """Open the store and its mask index."""
     store = TokenStore.open(prefix)
     return store, data.prebuilt_masking(store, "seventh")
 
 
 def open_loader(store: TokenStore, masking: data.Masking) -> data.PackedData:
-    """The row table and the loader."""
+    """Open the row table and the loader."""
     table, _ = row_tables(store, SCALE_LENGTH, EVAL_FRACTION)
     return data.PackedData(
         store, table, masking, seed=SEED, micro_batch_size=STEP_SLOTS // SCALE_LENGTH)
 
 
 def measure_first(prefix: str, num_tokens: int) -> dict[str, Any]:
-    """What only the first run on a store has to do; in a process of its own."""
+    """Measure the work of the first run on a store; in its own process."""
     make_store(prefix, num_tokens)
     # What was written just now is hashed again each time; of older files this is remembered.
     stores.SETTLED_NS = 0
@@ -250,7 +256,7 @@ def measure_first(prefix: str, num_tokens: int) -> dict[str, Any]:
 
 
 def measure_later(prefix: str, steps: int) -> dict[str, Any]:
-    """What every process has to do and to hold; in a process of its own."""
+    """Measure the work and memory of every later process; in its own process."""
     before = resident_mib()
     opening, (store, masking) = timed(partial(open_store, prefix))
     making, loader = timed(partial(open_loader, store, masking))
@@ -260,7 +266,7 @@ def measure_later(prefix: str, steps: int) -> dict[str, Any]:
 
 
 def measure_order(num_rows: int) -> dict[str, Any]:
-    """Time and memory of a whole epoch's order, block by block, and of one step's rows."""
+    """Measure the order of an epoch, computed block by block: seconds and peak memory."""
     def work_out() -> None:
         for start in range(0, num_rows, BLOCK):
             places = np.arange(start, min(start + BLOCK, num_rows))
@@ -277,18 +283,18 @@ def measure_order(num_rows: int) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output_dir", required=True, help="folder for benchmark_data.json")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--output_dir", required=True, metavar="DIR", help="folder for benchmark_data.json")
     numbers = (
-        ("speed_tokens", 20_000_000, "tokens of the store that speed is measured on; 0: none"),
-        ("num_tokens", 0, "tokens of the largest store whose scale is measured; 0: none"),
-        ("order_rows", ORDER_ROWS, "rows of the epoch whose order is worked out; 0: none"),
+        ("speed_tokens", 20_000_000, "tokens of the store for the speed tables; 0: none"),
+        ("num_tokens", 0, "tokens of the largest store of the growth table; 0: none"),
+        ("order_rows", ORDER_ROWS, "rows of the epoch whose order is computed; 0: none"),
         ("rounds", 5, "counted rounds of each row"),
-        ("steps", 20, "steps of the loader in a round; ten times as many at each scale"),
+        ("steps", 20, "steps of the loader per round; ten times as many in the growth table"),
     )
     for name, default, text in numbers:
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+        add(f"--{name}", type=int, default=default, help=text)
     args = parser.parse_args(argv)
     for name, least in (("speed_tokens", 0), ("num_tokens", 0), ("order_rows", 0), ("rounds", 1),
                         ("steps", 1)):
@@ -302,11 +308,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def show(title: str, caption: str, rows: list[dict[str, Any]]) -> None:
     """Print one table."""
-    say(f"\n{title}\n{as_text(Table('', title, caption, list(rows[0]), rows))}\n{caption}")
+    say("\n" + Table.of(title, rows, caption).as_text())
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Every table that is asked for, printed as soon as it is there."""
+    """Measure every requested table, and print each at once."""
     result: dict[str, Any] = {}
     if args.speed_tokens:
         prefix = str(folder / "speed")
@@ -318,13 +324,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
              "choosing, hashing, writing and counting.", result["masks"])
         result["loader"] = measure_loader(store, args.rounds, args.steps)
         show("The loader", f"One thread; {args.rounds} rounds of {args.steps} steps of "
-             f"{STEP_SLOTS:,} slots a rank; tokens of this rank, [CLS] and [SEP] too.",
+             f"{STEP_SLOTS:,} slots per rank; tokens of this rank, [CLS] and [SEP] included.",
              result["loader"])
     spawn = multiprocessing.get_context("spawn")
     if args.order_rows:
         with ProcessPoolExecutor(1, spawn) as pool:
             result["order"] = [pool.submit(measure_order, args.order_rows).result()]
-        show("The order of one epoch", "Worked out in blocks; a run works out its own rows only.",
+        show("The order of one epoch", "Computed in blocks; a run computes its own rows only.",
              result["order"])
     if args.num_tokens:
         result["scale"] = []
@@ -338,9 +344,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     key: value if isinstance(value, str) else f"{value:.3g}"
                     for key, value in row.items()
                 })
-        show("What grows with the corpus", "first_open: of store and mask index, hashed; "
-             "row_table: built, and its peak of memory; first_loader: with its capacity worked "
-             "out. Then, in another process: opening both again, and the memory that this and "
+        show("Growth with the corpus", "first_open: of store and mask index, hashed; "
+             "row_table: built, and its peak of memory; first_loader: row table and loader. "
+             "Then, in another process: opening both again, and the memory that this and "
              f"{10 * args.steps} steps add: its own, and files, which the kernel takes back.",
              result["scale"])
     return result
@@ -351,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    # So that a request to stop removes the stores as well.
+    # A request to stop removes the stores, too.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with tempfile.TemporaryDirectory(dir=output, prefix=".stores-") as folder:
@@ -361,6 +367,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {"benchmark": "data", **environment(), "options": vars(args), **result}
     atomic_write_json(output / "benchmark_data.json", result)
     say(f"wrote {output / 'benchmark_data.json'}")
+    say(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""How fast tokens are annotated and a domain is scored, beside the published way.
+"""Measure annotating and scoring in tokens per second, beside the published way.
 
-    python train/benchmark_inference.py --classifier RC/seed_42/hf --task mr --data_dir D \
+    python train/benchmark_inference.py --classifier RC/seed_42/hf --task mr --data_dir D \\
         --scorer RS/hf --tokens P2 --output_dir runs/benchmark_inference
 
-The published way pads every input to one width (128 for buffers, 256 for sentences to be scored)
-and takes 32 at a time, in the order in which they come; it is spared the published code's lists.
-Annotation stands beside one buffer a pass as well, without padding, which says what is right. All
-ways take turns over rounds, on the same queries and the same sentences, in one process; the table
-is of medians. What came out is compared in the same run: it has to be the same.
+The published way pads every input to one width (128 for buffers, 256 for sentences to score) and
+takes 32 at a time in their order, without the overhead of the published code's lists. Annotation
+is also compared with one buffer per pass without padding, the reference of correctness. The ways
+are interleaved over rounds, on the same queries and sentences, in one process; the table shows
+medians. The results of all ways are compared in the same run and must agree.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -28,17 +29,18 @@ import torch
 from preprocess import corpus
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
-from preprocess.masking import Sequences, choose_selective, find_candidates
+from preprocess.flags import USUAL, Parser
+from preprocess.masking import MATCHED, STRATEGIES, Sequences, find_candidates
 from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
+from preprocess.view.tables import Table
 from train import engine, model
 from train.bench.throughput import spread, synchronize, turns
-from train.reports.page import Table, as_text
 from train.run_dir.folder import environment
 from train.stages import importance, scoring
 from train.stages.inference import Counts, Runner, check_trained, one_by_one, special_template
 
-PUBLISHED, ALONE, OURS = "published", "one a pass", "selmask"
+PUBLISHED, ALONE, OURS = "published", "one per pass", "selmask"
 PUBLISHED_ROWS = 32
 WARMUP_INPUTS = 64
 
@@ -46,15 +48,15 @@ Way = Callable[[], tuple[Any, Counts]]
 
 
 def in_order(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Batches of `PUBLISHED_ROWS` inputs as they come."""
+    """Return batches of `PUBLISHED_ROWS` inputs in their order."""
     return np.split(np.arange(len(lengths)), range(PUBLISHED_ROWS, len(lengths), PUBLISHED_ROWS))
 
 
-def take_turns(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Let the ways take turns.
+def interleave(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure the interleaved ways.
 
     Returns:
-        What each found the last time; and a row of the table for each.
+        The last result of each way, and a table row per way.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict[str, Any] = {}
@@ -86,7 +88,7 @@ def take_turns(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print one table."""
-    say(f"\n{title}\n{as_text(Table('', title, '', list(rows[0]), rows))}")
+    say("\n" + Table.of(title, rows).as_text())
 
 
 # --------------------------------------------------------------------------- annotating
@@ -128,7 +130,7 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         return work
 
     again: list[int] = []
-    found, rows = take_turns({
+    found, rows = interleave({
         PUBLISHED: way(plain, 0.0, cut=in_order, min_width=args.annotate_length),
         ALONE: way(plain, 0.0, cut=one_by_one),
         OURS: way(subset, importance.EDGE),
@@ -136,14 +138,14 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     num_tokens = sum(len(query.tokens) for query in queries)
     differ = {name: count_differences(found[name], found[ALONE]) for name in (PUBLISHED, OURS)}
     show(f"Annotating {len(queries):,} sequences of {num_tokens:,} tokens", rows)
-    say(f"tokens annotated otherwise than one a pass: {differ[OURS]} by selmask ({max(again)} of "
+    say(f"tokens annotated otherwise than one per pass: {differ[OURS]} by selmask ({max(again)} of "
         f"its inputs asked alone), {differ[PUBLISHED]} by the published way")
     return {"rows": rows, "sequences": len(queries), "tokens": num_tokens, "differ": differ,
             "asked_alone": max(again)}
 
 
 def count_differences(one: list[np.ndarray | None], other: list[np.ndarray | None]) -> int:
-    """Tokens that are annotated otherwise, or by one of the two only."""
+    """Count the tokens that are annotated differently, or by one of the two only."""
     count = 0
     for a, b in zip(one, other, strict=True):
         if a is None or b is None:
@@ -157,7 +159,7 @@ def count_differences(one: list[np.ndarray | None], other: list[np.ndarray | Non
 
 
 def first_sentences(store: TokenStore, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole sentences from the beginning of a store, at least one.
+    """Return whole sentences from the start of a store, at least one.
 
     Returns:
         Their ids, `(T,)` uint16, and offsets, `(N+1,)` int64.
@@ -203,7 +205,7 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
             work(min(WARMUP_INPUTS, len(offsets) - 1))
         return work
 
-    found, rows = take_turns(
+    found, rows = interleave(
         {PUBLISHED: way(cut=in_order, min_width=length), OURS: way()}, args.rounds)
     ours, published = (found[way].astype(np.float64) for way in (OURS, PUBLISHED))
     # Half a step of float16 is 5e-4 of a number.
@@ -219,9 +221,9 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
 def compare_masks(
     store: TokenStore, tokens: np.ndarray, offsets: np.ndarray, *scores: np.ndarray
 ) -> tuple[int, int]:
-    """How many tokens `selective` masks by both scores, and by either."""
+    """Count the tokens that `selective` masks by both scores, and by either."""
     masks = [
-        set(choose_selective(Sequences(
+        set(STRATEGIES[MATCHED].choose(Sequences(
             offsets=offsets, positions=np.arange(len(tokens)),
             candidates=find_candidates(tokens, store.all_special_ids),
             rate=0.15, seed=0, epoch=0, scores=one)).tolist())
@@ -234,27 +236,30 @@ def compare_masks(
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
-    add("--output_dir", required=True, help="folder for benchmark_inference.json")
-    add("--classifier", default="", help="fine-tuned classifier, to measure annotating")
-    add("--task", default="mr", help="task whose training texts are annotated (mr)")
-    add("--data_dir", help="folder of the task's files")
-    add("--criterion", default="signed", choices=[*importance.CRITERIA], help="(signed)")
-    add("--delta", type=float, default=0.01, help="as of annotate.py (0.01)")
-    add("--scorer", default="", help="token scorer, to measure scoring")
-    add("--tokens", nargs="+", default=[], help="token stores to score; a table for each")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--output_dir", required=True, metavar="DIR", help="folder for benchmark_inference.json")
+    add("--classifier", default="", metavar="MODEL",
+        help="fine-tuned classifier, to measure annotation")
+    add("--task", default="mr", metavar="TASK", help="task whose training texts are annotated")
+    add("--data_dir", metavar="DIR", help="folder with the files of the task")
+    add("--scorer", default="", metavar="MODEL", help="token scorer, to measure scoring")
+    add("--tokens", nargs="+", default=[], metavar="P",
+        help="token stores to score, one table per store")
+    add = parser.add_argument_group("measuring").add_argument
+    add("--criterion", default="signed", choices=[*importance.CRITERIA], help="as of annotate.py")
+    add("--delta", type=float, default=0.01, help="as of annotate.py")
     numbers = (
         ("max_samples", 500, "training examples to annotate"),
         ("max_tokens", 200_000, "tokens to score: whole sentences from the start of a store"),
-        ("annotate_length", 128, "longest buffer; the published way pads to it"),
-        ("score_length", 256, "longest sentence to score; the published way pads to it"),
-        ("batch_tokens", 8192, "token slots of one forward pass, the published way's apart"),
-        ("rounds", 3, "rounds; in each, every way has its turn"),
+        ("annotate_length", 128, "largest buffer in tokens, to which the published way pads"),
+        ("score_length", 256, "largest sentence to score in tokens, to which the published way "
+         "pads"),
+        ("batch_tokens", 8192, "token slots per forward pass, except for the published way"),
+        ("rounds", 3, "rounds, over which all ways are interleaved"),
     )
     for name, default, text in numbers:
-        add(f"--{name}", type=int, default=default, help=f"{text} ({default})")
-    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+        add(f"--{name}", type=int, default=default, help=text)
     args = parser.parse_args(argv)
     for name, _, _ in numbers:
         least = 8 if name.endswith("length") else 1
@@ -266,7 +271,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ConfigError("nothing to measure: give --classifier (with --task and --data_dir), or "
                           "--scorer and --tokens, or all")
     if engine.ranks().world_size > 1:
-        raise ConfigError(f"{engine.ranks().world_size} ranks: it is measured on one; start one "
+        raise ConfigError(f"{engine.ranks().world_size} ranks: measure on one; start one "
                           "process")
     return args
 
@@ -282,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     file = Path(args.output_dir) / "benchmark_inference.json"
     atomic_write_json(file, result)
     say(f"\nwrote {file}")
+    say(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""Whether this machine can train: what is fine, what is not, and what to do about it.
+"""Check whether this machine can train, and what to do if not.
 
     python train/doctor.py --output_dir runs
 
 Exit code 0 if everything necessary is there, 2 otherwise; a warning costs speed or a feature, not
-the run. Every import that may be broken is made inside its check, so that one missing package
-does not hide the others. Nothing is written, and nothing is asked of the network.
+the run. The doctor itself needs only Python, and each check imports what it looks at, so that one
+broken package does not hide the others. It writes nothing and needs no network. `ds_report` of
+DeepSpeed lists which of its compiled operations fit the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -21,22 +23,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
 from preprocess.errors import ConfigError, run_command
+from preprocess.flags import USUAL, Parser
 from preprocess.progress import say
-from train.config import OneLineMistakes
 
-SETUP = Path(__file__).resolve().parent.parent / "setup.cfg"
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-SHARED_MEMORY = Path("/dev/shm")
+ROOT = Path(__file__).resolve().parents[1]
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-DEEPSPEED_PORT = 29500  # what DeepSpeed's launcher takes unless told
-STALE_SECONDS = 15 * 60  # no build of one of DeepSpeed's operations takes so long
+DEEPSPEED_PORT = 29500  # the default of DeepSpeed's launcher
 GIB = 2**30
 INSTALL = "pip install -c constraints.txt -e ."
 
@@ -60,9 +58,9 @@ class Asked:
 
     @property
     def if_missing(self) -> str:
-        """How bad it is to lack what only DeepSpeed's compiled operations need.
+        """The status where something is missing that only DeepSpeed's compiled operations need.
 
-        On a GPU its Adam is compiled at first use; on a CPU we take the one of torch.
+        On a GPU its Adam is compiled at first use; on a CPU that of torch is used.
         """
         return "fail" if self.has_gpu else "warn"
 
@@ -70,60 +68,48 @@ class Asked:
 # ------------------------------------------------------------------------------------- software
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """The numeric beginning of a version: (2, 13, 0) for 2.13.0+cpu."""
-    return tuple(map(int, re.findall(r"\d+", re.split(r"[a-z+-]", version)[0])))
-
-
-def satisfies(version: str, limits: str) -> bool:
-    """Whether a version is within limits as ">=0.19.8,<0.20"."""
-    have = numbers(version)
-    for limit in filter(None, limits.split(",")):
-        sign, bound = re.fullmatch(r"\s*(>=|<=|==|<|>)\s*(.+?)\s*", limit).groups()  # type: ignore
-        want = numbers(bound)
-        wide = max(len(have), len(want))
-        left, right = (part + (0,) * (wide - len(part)) for part in (have, want))
-        if not {">=": left >= right, "<=": left <= right, "==": left == right,
-                "<": left < right, ">": left > right}[sign]:
-            return False
-    return True
-
-
-def requirements() -> tuple[str, dict[str, str]]:
-    """Limits of Python, and of each package, from setup.cfg."""
-    import configparser
-
-    setup = configparser.ConfigParser()
-    setup.read(SETUP)
-    options = setup["options"]
-    packages = {}
-    for line in options["install_requires"].split("\n"):
-        name, limits = re.fullmatch(r"([\w.-]*)([^;]*).*", line.strip()).groups()  # type: ignore
-        if name:
-            packages[name] = limits.strip()
-    return options["python_requires"], packages
-
-
-def check_python(asked: Asked) -> Iterator[Finding]:
-    limits, _ = requirements()
-    version = platform.python_version()
-    if satisfies(version, limits):
-        yield Finding("python", "ok", f"{version} ({limits})")
+def check_imports(asked: Asked) -> Iterator[Finding]:
+    """Compare where our packages are imported from: their names are generic."""
+    specs = {name: importlib.util.find_spec(name) for name in ("preprocess", "train", "csrc")}
+    found = {name: Path(spec.origin).resolve().parents[1] if spec and spec.origin else None
+             for name, spec in specs.items()}
+    if set(found.values()) == {ROOT}:
+        yield Finding("imports", "ok", f"{', '.join(found)} from {ROOT}")
     else:
-        yield Finding("python", "fail", f"{version}, needs {limits}", "install another Python")
+        places = ", ".join(f"{name} from {place}" for name, place in found.items())
+        yield Finding("imports", "fail", f"{places}; expected {ROOT}", f"set PYTHONPATH={ROOT}")
 
 
 def check_packages(asked: Asked) -> Iterator[Finding]:
-    for name, limits in requirements()[1].items():
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            yield Finding(name, "fail", "not installed", INSTALL)
+    """Compare the versions of Python and of each package with those that selmask requires."""
+    version = platform.python_version()
+    try:
+        from packaging.requirements import Requirement
+        from packaging.specifiers import SpecifierSet
+
+        limits = metadata.metadata("selmask")["Requires-Python"]
+        lines = metadata.requires("selmask") or []
+    except ImportError as error:  # of packaging, or selmask is not installed
+        yield Finding("python", "ok", version)
+        yield Finding("packages", "fail", f"{error.name} is not installed", INSTALL)
+        return
+    if SpecifierSet(limits).contains(version, prereleases=True):
+        yield Finding("python", "ok", f"{version} ({limits})")
+    else:
+        yield Finding("python", "fail", f"{version}, needs {limits}", "install another Python")
+    for package in map(Requirement, lines):
+        if package.marker and not package.marker.evaluate({"extra": ""}):
             continue
-        if satisfies(version, limits):
-            yield Finding(name, "ok", f"{version} ({limits})" if limits else version)
+        limits = str(package.specifier)
+        try:
+            version = metadata.version(package.name)
+        except metadata.PackageNotFoundError:
+            yield Finding(package.name, "fail", "not installed", INSTALL)
+            continue
+        if package.specifier.contains(version, prereleases=True):
+            yield Finding(package.name, "ok", f"{version} ({limits})" if limits else version)
         else:
-            yield Finding(name, "fail", f"{version}, needs {limits}", INSTALL)
+            yield Finding(package.name, "fail", f"{version}, needs {limits}", INSTALL)
 
 
 def check_torch(asked: Asked) -> Iterator[Finding]:
@@ -151,7 +137,7 @@ def check_torch(asked: Asked) -> Iterator[Finding]:
 def check_precision(asked: Asked) -> Iterator[Finding]:
     from train.engine import supported_precisions
 
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed says what it finds
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it finds
         supported = supported_precisions()
     for name, there in supported.items():
         found = "yes" if there else "no"
@@ -164,7 +150,7 @@ def check_precision(asked: Asked) -> Iterator[Finding]:
 
 
 def first_line(*command: str) -> str | None:
-    """What a command says first, or None if there is none or it fails."""
+    """Return the first line that a command prints, or None if it is absent or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -232,37 +218,7 @@ def check_triton(asked: Asked) -> Iterator[Finding]:
             yield Finding("triton", "ok", "not installed; only a GPU needs it")
 
 
-def check_build_locks(asked: Asked) -> Iterator[Finding]:
-    """A build that was killed leaves a lock, and every later one waits for it without a word."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache, "torch_extensions"))
-    locks = sorted(root.glob("**/lock")) if root.is_dir() else []
-    for lock in locks:
-        try:
-            age = time.time() - lock.stat().st_mtime
-        except FileNotFoundError:
-            continue  # the build has just ended
-        if age > STALE_SECONDS:
-            yield Finding("build lock", "fail", f"{lock} is {age / 60:.0f} minutes old: a build "
-                          "was killed, and the next one would wait for ever", f"rm {lock}")
-        else:
-            yield Finding("build lock", "warn", f"{lock} is {age:.0f} s old",
-                          "wait for the build; delete it if none is running")
-    if not locks:
-        yield Finding("build lock", "ok", f"none in {root}")
-
-
 # -------------------------------------------------------------------------------------- machine
-
-
-def check_numactl(asked: Asked) -> Iterator[Finding]:
-    if shutil.which("numactl"):
-        yield Finding("numactl", "ok", "found")
-    elif asked.has_gpu:
-        yield Finding("numactl", "ok", "not found; only CPU runs with --bind_cores_to_rank need it")
-    else:
-        yield Finding("numactl", "warn", "not found: deepspeed --bind_cores_to_rank needs it",
-                      "apt install numactl")
 
 
 def check_port(asked: Asked) -> Iterator[Finding]:
@@ -271,25 +227,25 @@ def check_port(asked: Asked) -> Iterator[Finding]:
             probe.bind(("127.0.0.1", 0))
         except OSError as error:
             yield Finding("free port", "fail", f"none on 127.0.0.1: {error.strerror}",
-                          "allow this user to listen there; ranks meet on a port")
+                          "allow this user to listen there: ranks meet at a port")
             return
         free = probe.getsockname()[1]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", DEEPSPEED_PORT))
-            yield Finding("free port", "ok", f"{DEEPSPEED_PORT}, DeepSpeed's, is free")
+            yield Finding("free port", "ok", f"DeepSpeed's {DEEPSPEED_PORT} is free")
         except OSError:
-            yield Finding("free port", "warn", f"{DEEPSPEED_PORT}, DeepSpeed's, is in use",
+            yield Finding("free port", "warn", f"DeepSpeed's {DEEPSPEED_PORT} is in use",
                           f"type deepspeed --master_port {free} ...")
 
 
 def room(name: str, folder: Path, needed: float, wanted: float, what: str) -> Finding:
-    """Free room on the disk of a folder that exists or is to be made.
+    """Judge the free space on the disk of a folder that exists or is still to be made.
 
     Args:
         needed, wanted: bytes; below `needed` it fails, below `wanted` it warns.
-        what: what the room is for.
+        what: what needs the space.
     """
     place = folder.absolute()
     while not place.exists():
@@ -300,7 +256,7 @@ def room(name: str, folder: Path, needed: float, wanted: float, what: str) -> Fi
     found = f"{place}: {free / GIB:.1f} GiB free"
     if free >= wanted:
         return Finding(name, "ok", found)
-    remedy = f"make room: {what}"
+    remedy = f"free some space: {what}"
     return Finding(name, "fail" if free < needed else "warn", found, remedy)
 
 
@@ -313,14 +269,6 @@ def check_disk(asked: Asked) -> Iterator[Finding]:
         yield Finding("temporary files", "fail", str(error.strerror), "set TMPDIR")
     else:
         yield room("temporary files", folder, GIB / 16, GIB, "or set TMPDIR to another disk")
-    if SHARED_MEMORY.is_dir():
-        total = shutil.disk_usage(SHARED_MEMORY).total
-        found = f"{SHARED_MEMORY}: {total / GIB:.2f} GiB"
-        if total >= GIB / 4 or not asked.has_gpu:
-            yield Finding("shared memory", "ok", found)
-        else:
-            yield Finding("shared memory", "warn", f"{found}; NCCL may need more",
-                          "start the container with --shm-size=1g")
 
 
 def check_limits(asked: Asked) -> Iterator[Finding]:
@@ -335,22 +283,9 @@ def check_limits(asked: Asked) -> Iterator[Finding]:
                       f"at most {soft}; a store of many shards needs more", f"ulimit -n {most}")
 
 
-def check_huge_pages(asked: Asked) -> Iterator[Finding]:
-    if not HUGE_PAGES.is_file():
-        return
-    chosen = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text())
-    found = chosen[1] if chosen else "unknown"
-    if found == "never" and not asked.has_gpu:
-        yield Finding("huge pages", "warn", "never: large tensors are slower on CPUs",
-                      f"echo madvise > {HUGE_PAGES}, as root")
-    else:
-        yield Finding("huge pages", "ok", found)
-
-
 CHECKS: tuple[Callable[[Asked], Iterator[Finding]], ...] = (
-    check_python, check_packages, check_torch, check_precision, check_compiler, check_nvcc,
-    check_triton, check_build_locks, check_numactl, check_port, check_disk, check_limits,
-    check_huge_pages,
+    check_imports, check_packages, check_torch, check_precision, check_compiler, check_nvcc,
+    check_triton, check_port, check_disk, check_limits,
 )
 
 
@@ -358,17 +293,17 @@ CHECKS: tuple[Callable[[Asked], Iterator[Finding]], ...] = (
 
 
 def sees_gpu() -> bool:
-    """Whether torch sees a GPU; no, if it cannot be imported."""
+    """Return whether torch sees a GPU; no, if it cannot be imported."""
     try:
         import torch
 
         return torch.cuda.is_available()
     except Exception:
-        return False  # `check_torch` says what is wrong
+        return False  # `check_torch` reports what is wrong
 
 
 def examine(output_dir: Path) -> list[Finding]:
-    """All findings, in the order of `CHECKS`; a check that breaks is a finding too."""
+    """Return all findings, in the order of `CHECKS`; a check that breaks is a finding too."""
     asked = Asked(output_dir, sees_gpu())
     findings: list[Finding] = []
     for check in CHECKS:
@@ -382,24 +317,23 @@ def examine(output_dir: Path) -> list[Finding]:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    class Parser(OneLineMistakes, argparse.ArgumentParser):
-        pass
-
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs",
-                        help="folder for runs, whose disk is looked at (default runs)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    """Parse the command line."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--output_dir", default="runs", metavar="DIR",
+        help="folder for runs, to check the free space of its disk")
+    add("--json", action="store_true", help="print JSON instead of the table")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the command.
+    """Print the findings.
 
     Raises:
         ConfigError: something necessary is missing; the table says what to do.
     """
     options = parse_arguments(argv)
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # ASCII terminals
     findings = examine(Path(options.output_dir))
     failed = [finding.name for finding in findings if finding.status == "fail"]
     if options.json:
@@ -415,5 +349,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     run_command(main)

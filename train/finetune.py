@@ -1,14 +1,14 @@
-"""Fine-tune a classifier on a task: stage 3, and the task classifier of stage 2.
+"""Fine-tune a classifier: stage 3, and the task classifier of stage 2.
 
 Each seed trains one model. The epoch with the best validation accuracy (the first of equals) is
-kept, and only that one meets the test split, once, after it was read back from its `hf/` folder.
-All arms of a comparison share seeds: the seed alone draws the head, the order and the dropout.
+kept. Only that model is tested, once, after it was read back from its `hf/` folder. All arms of a
+comparison share seeds: the seed alone determines the head, the order and the dropout.
 
     deepspeed train/finetune.py --deepspeed_config ds_configs/cpu.json --task mr --data_dir D \
         --model_name_or_path R2/hf --seeds 13,43,83 --output_dir R3
 
-writes `R3/results.jsonl` (one row a seed) and `R3/seed_N/{hf/, predictions.jsonl, tb/}`. A seed
-that has both its row and its folder is finished, and is not trained again.
+writes `R3/results.jsonl` (one row per seed) and `R3/seed_N/{hf/, predictions.jsonl, tb/}`. A seed
+that has both its row and its folder is finished and is not trained again.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ import numpy as np
 import torch
 
 from preprocess.corpus import Example, Task, load_task, take_fixed
-from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.errors import DataError, run_command
 from preprocess.files import atomic_write_bytes
+from preprocess.identity import build, compare, digest, sealed
 from preprocess.progress import say
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start
-from train.model import (
-    check_row_length,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-    local_checkpoint,
-    weights_fingerprint,
+from train.model import check_row_length, load_classifier, load_config, load_tokenizer
+from train.reports.results import read_json_lines
+from train.run_dir.checkpoint import check_identity, find_checkpoint
+from train.run_dir.folder import check_run_dir, prepare_run_dir
+from train.run_dir.hf_folder import Weights, make_stage, open_weights, save_hf
+from train.run_dir.identity import (
+    architecture,
+    hyperparameters,
+    loss_scaling,
+    numerics,
+    training,
 )
-from train.run_dir.checkpoint import find_checkpoint
-from train.run_dir.folder import check_run_dir, identity_digest, prepare_run_dir
-from train.run_dir.hf_folder import read_lineage, save_hf
 from train.run_dir.metrics import (
     EVAL_ACCURACY,
     EVAL_LOSS,
@@ -52,7 +54,7 @@ from train.stages.supervised import (
     Progressed,
     describe_plan,
     fit,
-    hyperparameters,
+    num_steps,
     predict,
     remove_resume_state,
     resolve,
@@ -68,11 +70,11 @@ def encode(
 ) -> Examples:
     """Turn a split into `[CLS] text [SEP]` or `[CLS] aspect [SEP] text [SEP]`.
 
-    The whole input is cut to `max_seq_length`, always from its longer part, so an aspect never
-    pushes the input over the limit. A special token written in a text is text.
+    The input is cut to `max_seq_length`, always from its longer part, so that an aspect never
+    exceeds the limit. A special token written in a text is text.
 
     Args:
-        segments: whether the model tells the two parts apart by token types.
+        segments: whether the model distinguishes the two parts by token types.
     """
     texts = [example.text for example in examples]
     aspects = [example.aspect or "" for example in examples]
@@ -89,10 +91,11 @@ def encode(
 
 
 @dataclass(frozen=True)
-class Inputs:
+class FinetuneInputs:
     """Everything read and checked before a process group starts.
 
-    splits, encoded: by the names in `SPLITS`. identity: what all rows of one results file share.
+    splits, encoded: by the names in `SPLITS`. parent: the weights that every seed starts from.
+    identities: the record of each seed. numerics: that of all.
     """
 
     config: FinetuneConfig
@@ -101,11 +104,13 @@ class Inputs:
     encoded: dict[str, Examples]
     tokenizer: Any
     resolved: Resolved
-    identity: dict[str, Any]
+    parent: Weights
+    identities: dict[int, dict[str, Any]]
+    numerics: dict[str, Any]
 
 
-def read_inputs(config: FinetuneConfig) -> Inputs:
-    """Read the task and the tokenizer, encode the splits, settle the DeepSpeed JSON."""
+def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
+    """Read the task, the tokenizer and the weights, encode the splits, settle the JSON."""
     task = load_task(
         config.task, data_dir=config.data_dir, train_file=config.train_file,
         validation_file=config.validation_file, test_file=config.test_file,
@@ -126,59 +131,66 @@ def read_inputs(config: FinetuneConfig) -> Inputs:
         for name, examples in splits.items()
     }
     resolved = resolve(config, encoded["train"], DEFAULT_LEARNING_RATE)
-    identity = {
-        "task": task.name,
-        "examples": identity_digest([[e.item, e.label] for name in SPLITS for e in splits[name]]),
+    parent = open_weights(config.model_name_or_path)
+    content = digest([
+        task.name, task.labels,
+        [[[e.item, e.label] for e in splits[name]] for name in SPLITS],
         # Of the texts and of the tokenizer that read them.
-        "tokens": identity_digest(
-            [ids.tolist() for name in SPLITS for ids in encoded[name].input_ids]
-        ),
-        "weights": weights_fingerprint(local_checkpoint(config.model_name_or_path), hf_config),
-        "max_seq_length": config.max_seq_length,
-        "num_train_epochs": config.num_train_epochs,
-        "train_batch_size": resolved.train_batch_size,
-        "optimizer": identity_digest(resolved.config["optimizer"]),
+        [[ids.tolist() for ids in encoded[name].input_ids] for name in SPLITS],
+    ])
+    identities = {
+        seed: build(
+            "finetune",
+            inputs={"task": content, "weights": parent.hf_digest},
+            choice={"seed": seed},
+            train=training(resolved, config),
+            split={"labels": len(splits["train"]),
+                   "test_items": digest([e.item for e in splits["test"]])},
+            options={
+                "model_config": architecture(hf_config),
+                "num_train_epochs": config.num_train_epochs,
+                "max_eval_samples": config.max_eval_samples,
+                "loss_scaling": loss_scaling(resolved),
+            },
+            max_steps=num_steps(
+                len(encoded["train"]), resolved.train_batch_size, config.num_train_epochs
+            ),
+        )
+        for seed in config.seed_list()
     }
-    return Inputs(config, task, splits, encoded, tokenizer, resolved, identity)
-
-
-def read_results(path: Path) -> dict[int, dict[str, Any]]:
-    """The rows of `results.jsonl` by seed; empty if there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return {int(row["seed"]): row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not a results file ({error}); delete it to train these seeds again"
-        ) from None
+    return FinetuneInputs(config, task, splits, encoded, tokenizer, resolved, parent, identities,
+                          numerics(config, resolved))
 
 
 def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
-    """Whether a seed is finished: its row, its model and its predictions."""
+    """Return whether a seed is finished: its row, its model and its predictions."""
     needed = ("hf/config.json", "hf/model.safetensors", "predictions.jsonl")
     return row is not None and all((seed_dir / name).is_file() for name in needed)
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line; the whole file or nothing."""
+    """Write one JSON object per line; the complete file or nothing."""
     atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def pretraining_cost(stages: list[dict[str, Any]]) -> dict[str, float]:
-    """Masked tokens, steps and seconds of all pre-training behind a model."""
-    behind = [stage for stage in stages if stage.get("stage") == "pretrain"]
-    return {
-        key: sum(stage.get(key, 0) for stage in behind)
-        for key in ("masked_tokens", "steps", "seconds")
-    }
+    """Sum masked tokens, steps and seconds of all pre-training behind a model."""
+    behind = [stage["totals"] for stage in stages if stage["stage"] == "pretrain"]
+    return {key: sum(totals[key] for totals in behind)
+            for key in ("masked_tokens", "steps", "seconds")}
 
 
-def train_seed(inputs: Inputs, seed: int, device: torch.device) -> Progressed:
+def last_masking(stages: list[dict[str, Any]]) -> str | None:
+    """Return the masking of the last pre-training behind a model."""
+    behind = [stage for stage in stages if stage["stage"] == "pretrain"]
+    return behind[-1]["identity"]["choice"]["masking"] if behind else None
+
+
+def train_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> Progressed:
     """Train one seed and write the best epoch's model to `seed_N/hf/`; collective."""
     config, task, encoded = inputs.config, inputs.task, inputs.encoded
     seed_dir = Path(config.output_dir) / f"seed_{seed}"
+    records = {"identity": inputs.identities[seed], "numerics": inputs.numerics}
     dev_labels = np.stack(encoded["validation"].targets)
 
     def assess(logits: list[np.ndarray]) -> dict[str, float]:
@@ -195,25 +207,25 @@ def train_seed(inputs: Inputs, seed: int, device: torch.device) -> Progressed:
         model, inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
         seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
         pad_id=inputs.tokenizer.pad_token_id, run_dir=seed_dir, device=device,
-        identity=inputs.identity,
+        records=records,
         hyperparameters=hyperparameters(
-            "finetune", task.name, config, inputs.resolved, encoded["train"], seed
+            **records, model=config.model_name_or_path, data=task.name,
+            masking=last_masking(inputs.parent.stages),
         ),
     )
     if is_main():
-        stage = {
-            "stage": "finetune", "task": task.name, "seed": seed, "best_epoch": found.best_epoch,
-            "steps": found.steps, "seconds": round(found.seconds, 2),
-            "validation_accuracy": found.best["accuracy"],
-        }
-        stages = [*read_lineage(config.model_name_or_path), stage]
+        stage = make_stage(
+            records, inputs.parent, steps=found.steps, seconds=found.seconds,
+            tokens=int(encoded["train"].lengths.sum()) * config.num_train_epochs,
+        )
         assert found.best_state is not None  # the first rank holds it
-        save_hf(model, found.best_state, inputs.tokenizer, seed_dir / "hf", stages)
+        save_hf(model, found.best_state, inputs.tokenizer, seed_dir / "hf",
+                [*inputs.parent.stages, stage])
     barrier()
     return found
 
 
-def test_seed(inputs: Inputs, seed: int, device: torch.device) -> dict[str, float]:
+def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, float]:
     """Read a seed's model back from disk, predict the test split and write the predictions."""
     config, task, test = inputs.config, inputs.task, inputs.encoded["test"]
     seed_dir = Path(config.output_dir) / f"seed_{seed}"
@@ -239,7 +251,7 @@ def test_seed(inputs: Inputs, seed: int, device: torch.device) -> dict[str, floa
 
 
 def run_seed(
-    inputs: Inputs, seed: int, device: torch.device
+    inputs: FinetuneInputs, seed: int, device: torch.device
 ) -> tuple[dict[str, Any], MetricsWriter]:
     """Train and test one seed; return its row of `results.jsonl`, and its open log."""
     found = train_seed(inputs, seed, device)
@@ -257,39 +269,41 @@ def run_seed(
         "model_name_or_path": inputs.config.model_name_or_path,
         "steps": found.steps,
         "seconds": round(found.seconds, 2),
-        "pretraining": pretraining_cost(read_lineage(inputs.config.model_name_or_path)),
-        "identity": inputs.identity,
+        "pretraining": pretraining_cost(inputs.parent.stages),
+        **sealed(inputs.identities[seed]),
+        "numerics": inputs.numerics,
     }
     return row, found.log
 
 
-def check_resume(inputs: Inputs, run_dir: Path, rows: dict[int, dict[str, Any]]) -> None:
-    """Check that the seeds that are there already may stand beside those to come.
+def check_resume(
+    inputs: FinetuneInputs, run_dir: Path, rows: dict[int, dict[str, Any]]
+) -> None:
+    """Check that the finished and stopped seeds belong to this run.
 
     Raises:
-        ConfigError: they are of other data, weights or options; says what differs.
-        DataError: `--resume must`, and there is nothing to go on from.
+        ConfigError: they have another identity, but for the seed; says what differs.
+        DataError: `--resume must`, and there is nothing to resume from.
     """
-    for row in rows.values():
-        before = row.get("identity", {})
-        for key, value in inputs.identity.items():
-            if before.get(key) != value:
-                raise ConfigError(
-                    f"--output_dir {run_dir}: seed {row['seed']} was made with {key} "
-                    f"{before.get(key)}, and this run has {value}; give another folder, or delete "
-                    "this one"
-                )
+    first, *_ = inputs.identities.values()
+    for seed, row in rows.items():
+        expected = {**first, "choice": {**first["choice"], "seed": seed}}
+        compare(row.get("identity", {}), expected, f"--output_dir {run_dir}, seed {seed}",
+                "give another --output_dir")
+    for seed, identity in inputs.identities.items():
+        if seed not in rows:
+            check_identity(run_dir / f"seed_{seed}", identity)
     if inputs.config.resume == "must" and not rows:
         seeds = inputs.config.seed_list()
         if not any(find_checkpoint(run_dir / f"seed_{seed}", "auto") for seed in seeds):
             raise DataError(
-                f"--resume must: {run_dir} holds no finished seed and no whole checkpoint; "
+                f"--resume must: {run_dir} holds no finished seed and no complete checkpoint; "
                 "type --resume auto to begin"
             )
 
 
-def say_plan(inputs: Inputs) -> None:
-    """Say the sizes of the splits and the batch arithmetic."""
+def say_plan(inputs: FinetuneInputs) -> None:
+    """Print the sizes of the splits and the batch arithmetic."""
     sizes = ", ".join(f"{len(inputs.splits[name])} {name}" for name in SPLITS)
     say(f"task {inputs.task.name}: labels {', '.join(inputs.task.labels)}; {sizes}")
     num_seeds = len(inputs.config.seed_list())
@@ -305,7 +319,9 @@ def main(argv: list[str] | None = None) -> None:
     say_plan(inputs)
     if config.dry_run:
         return
-    rows = read_results(run_dir / "results.jsonl")
+    results = run_dir / "results.jsonl"
+    found = read_json_lines(results) if results.is_file() else []
+    rows = {row["seed"]: row for row in found if "seed" in row}
     check_resume(inputs, run_dir, rows)
     prepare_run_dir(config, inputs.resolved)
     device = start()
@@ -314,12 +330,12 @@ def main(argv: list[str] | None = None) -> None:
         if is_whole(seed_dir, rows.get(seed)):
             say(f"seed {seed}: finished already, test accuracy {rows[seed]['test_accuracy']:.4f}")
             if is_main():
-                remove_resume_state(seed_dir)  # a kill may have come between
+                remove_resume_state(seed_dir)  # a kill may have come in between
             continue
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]
         if is_main():
-            write_lines(run_dir / "results.jsonl", list(rows.values()))
+            write_lines(results, list(rows.values()))
             remove_resume_state(seed_dir)
         # After the row: a seed that is tested again must not have two points.
         log.scalars(row["steps"], {TEST_ACCURACY: row["test_accuracy"],

@@ -1,15 +1,15 @@
-"""Fit the token scorer: it learns from annotated task texts which tokens matter, without labels.
+"""Fit the token scorer: it learns from annotated task texts which tokens matter.
 
 Each annotated sentence is one example, `[CLS] sentence [SEP]`; a token is important (1) or not
-(0), and counts `--positive_weight` times if it is. Tokens that were not annotated, and the special
-tokens, are left out of the loss and of the metrics. Whole texts are kept aside by a hash of their
-content, and the epoch with the best F1 of "important" on them (the first of equals) is kept.
+(0), and an important one counts `--positive_weight` times. Tokens that were not annotated and
+special tokens are left out of the loss and the metrics. A share of the texts is held out by a hash
+of their content; the epoch with the best F1 of "important" on them (the first of equals) is kept.
 
     deepspeed train/fit_scorer.py --deepspeed_config ds_configs/cpu.json --annotations A \
         --model_name_or_path R1/hf --output_dir RS
 
 writes `RS/hf/` and `RS/results.json`: precision, recall, F1 and average precision beside two
-baselines that know nothing of the context.
+baselines without context.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.errors import DataError, run_command
 from preprocess.files import atomic_write_json, read_json
+from preprocess.identity import build, compare, digest, sealed
 from preprocess.progress import say
 from preprocess.store import TokenStore, open_array
 from train.config import FitScorerConfig, parse
@@ -33,12 +34,17 @@ from train.model import (
     load_config,
     load_scorer,
     load_tokenizer,
-    local_checkpoint,
-    weights_fingerprint,
 )
-from train.run_dir.checkpoint import find_checkpoint
-from train.run_dir.folder import check_run_dir, identity_digest, prepare_run_dir
-from train.run_dir.hf_folder import read_lineage, save_hf
+from train.run_dir.checkpoint import check_identity, find_checkpoint
+from train.run_dir.folder import check_run_dir, prepare_run_dir
+from train.run_dir.hf_folder import make_stage, open_weights, save_hf
+from train.run_dir.identity import (
+    architecture,
+    hyperparameters,
+    loss_scaling,
+    numerics,
+    training,
+)
 from train.run_dir.metrics import EVAL_F1, EVAL_LOSS, short_path
 from train.stages.examples import IGNORED, Examples, make_examples
 from train.stages.inference import Template, special_template
@@ -46,7 +52,7 @@ from train.stages.scores import average_precision, best_threshold, precision_rec
 from train.stages.supervised import (
     describe_plan,
     fit,
-    hyperparameters,
+    num_steps,
     remove_resume_state,
     resolve,
 )
@@ -60,7 +66,7 @@ TAGS = {"loss": EVAL_LOSS, "f1": EVAL_F1}
 class Annotated:
     """Sentences with at least one annotated token.
 
-    tokens, importance: one array a sentence, `(n,)` uint16 and uint8 (0, 1 or `NOT_ANNOTATED`).
+    tokens, importance: one array per sentence, `(n,)` uint16 and uint8 (0, 1 or `NOT_ANNOTATED`).
     text_keys: hash of the text that each sentence is from, `(N,)` uint64.
     """
 
@@ -69,7 +75,7 @@ class Annotated:
     text_keys: np.ndarray
 
     def choose(self, keep: np.ndarray) -> Annotated:
-        """The sentences where `keep`, `(N,)` bool, is true."""
+        """Return the sentences where `keep`, `(N,)` bool, is true."""
         chosen = np.flatnonzero(keep)
         return Annotated(
             [self.tokens[i] for i in chosen], [self.importance[i] for i in chosen],
@@ -77,7 +83,7 @@ class Annotated:
         )
 
     def counted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and importance (bool) of all annotated tokens, one after the other."""
+        """Return ids and importance (bool) of all annotated tokens, one after the other."""
         tokens = np.concatenate(self.tokens)
         importance = np.concatenate(self.importance)
         keep = importance != NOT_ANNOTATED
@@ -118,27 +124,27 @@ def read_annotations(store: TokenStore, limit: int) -> Annotated:
 
 
 def annotation_digest(store: TokenStore) -> str:
-    """Name the annotations: the store with its tokenizer, and each shard's importance array."""
+    """Digest the annotations: the store with its tokenizer, and each shard's importance array."""
     arrays = [open_array(shard, "", "importance")[1]["sha256"] for shard in store.shards]
-    return identity_digest([store.fingerprint, *arrays])
+    return digest([store.fingerprint, *arrays])
 
 
 def choose_dev(text_keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose the texts to keep aside: those with the smallest hashes, whatever their order.
+    """Choose the texts to hold out: those with the smallest hashes, whatever their order.
 
-    All sentences of a text, and of every copy of it, fall on one side.
+    All sentences of a text and of its copies fall on one side.
 
     Args:
         text_keys: `(N,)` uint64.
-        fraction: share of different texts to choose; at least one is, and one is left.
+        fraction: share of the distinct texts; at least one is chosen and one is left.
     Returns:
         `(N,)` bool.
     Raises:
-        DataError: fewer than two different texts.
+        DataError: fewer than two distinct texts.
     """
     different = np.unique(text_keys)
     if len(different) < 2:
-        raise DataError("one annotated text only; annotate two or more, so that one is kept aside")
+        raise DataError("one annotated text only; annotate two or more, so that one is held out")
     count = min(max(1, round(fraction * len(different))), len(different) - 1)
     return text_keys < different[count]
 
@@ -158,7 +164,7 @@ def encode(sentences: Annotated, template: Template, positive_weight: float) -> 
 def score_decisions(
     labels: np.ndarray, decisions: np.ndarray, scores: np.ndarray
 ) -> dict[str, float]:
-    """Precision, recall, F1 and average precision of the important tokens, `(T,)` each."""
+    """Return precision, recall, F1 and average precision of the important tokens, `(T,)` each."""
     precision, recall, f1 = precision_recall_f1(labels, decisions)
     return {
         "precision": precision, "recall": recall, "f1": f1,
@@ -167,9 +173,9 @@ def score_decisions(
 
 
 def token_type_rates(tokens: np.ndarray, labels: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each token type is important, `(V,)` float64.
+    """Estimate how often each token type is important, `(V,)` float64.
 
-    One imaginary occurrence at the overall rate is added to each, so a rare type stays near it.
+    One pseudo-occurrence at the overall rate is added to each type, so rare types stay near it.
     """
     overall = labels.mean()
     hits = np.bincount(tokens[labels], minlength=vocab_size)
@@ -177,7 +183,7 @@ def token_type_rates(tokens: np.ndarray, labels: np.ndarray, vocab_size: int) ->
 
 
 def baselines(train: Annotated, dev: Annotated, vocab_size: int) -> dict[str, dict[str, float]]:
-    """Metrics on `dev` of calling every token important, and of one probability a token type."""
+    """Return metrics on `dev` of calling all tokens important, and of one rate per token type."""
     tokens, labels = train.counted()
     rates = token_type_rates(tokens, labels, vocab_size)
     threshold = best_threshold(labels, rates[tokens])
@@ -192,20 +198,16 @@ def baselines(train: Annotated, dev: Annotated, vocab_size: int) -> dict[str, di
 
 
 def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
-    """Whether the scorer in `run_dir` is whole.
+    """Return whether the scorer in `run_dir` is complete.
 
     Raises:
-        ConfigError: it is, but was made with something else; says what.
+        ConfigError: what is there, finished or stopped, has another identity; says what differs.
     """
     if not (run_dir / "results.json").is_file() or not (run_dir / "hf/config.json").is_file():
+        check_identity(run_dir, identity)
         return False
-    before = read_json(run_dir / "results.json").get("identity", {})
-    for key, value in identity.items():
-        if before.get(key) != value:
-            raise ConfigError(
-                f"--output_dir {run_dir}: holds a scorer made with {key} {before.get(key)}, and "
-                f"this run has {value}; give another folder, or delete this one"
-            )
+    compare(read_json(run_dir / "results.json").get("identity", {}), identity,
+            f"--output_dir {run_dir}, a finished scorer", "give another --output_dir")
     return True
 
 
@@ -240,21 +242,28 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = check_run_dir(config)
     if config.dry_run:
         return
-    identity = {
-        "annotations": annotation_digest(store),
-        "weights": weights_fingerprint(local_checkpoint(config.model_name_or_path), hf_config),
-        "positive_weight": config.positive_weight,
-        "dev_fraction": config.dev_fraction,
-        "max_seq_length": config.max_seq_length,
-        "num_train_epochs": config.num_train_epochs,
-        "seed": config.seed,
-        "train_batch_size": resolved.train_batch_size,
-        "optimizer": identity_digest(resolved.config["optimizer"]),
-    }
+    parent = open_weights(config.model_name_or_path)
+    identity = build(
+        "fit_scorer",
+        inputs={"store": annotation_digest(store), "weights": parent.hf_digest},
+        choice={"seed": config.seed},
+        train=training(resolved, config),
+        options={
+            "model_config": architecture(hf_config),
+            "num_train_epochs": config.num_train_epochs,
+            "positive_weight": config.positive_weight,
+            "dev_fraction": config.dev_fraction,
+            "loss_scaling": loss_scaling(resolved),
+        },
+        max_steps=num_steps(
+            len(encoded["train"]), resolved.train_batch_size, config.num_train_epochs
+        ),
+    )
+    records = {"identity": identity, "numerics": numerics(config, resolved)}
     if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
         if is_main():
-            remove_resume_state(run_dir)  # a kill may have come between
+            remove_resume_state(run_dir)  # a kill may have come in between
         return
     if config.resume == "must":
         find_checkpoint(run_dir, "must")
@@ -272,10 +281,9 @@ def main(argv: list[str] | None = None) -> None:
     found = fit(
         model, resolved, encoded["train"], encoded["dev"], assess, config=config, seed=config.seed,
         select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
-        pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, identity=identity,
+        pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, records=records,
         hyperparameters=hyperparameters(
-            "fit_scorer", short_path(config.annotations), config, resolved, encoded["train"],
-            config.seed,
+            **records, model=config.model_name_or_path, data=short_path(config.annotations)
         ),
     )
     results = {
@@ -286,15 +294,15 @@ def main(argv: list[str] | None = None) -> None:
         "num_train_sentences": len(train.tokens), "num_dev_sentences": len(dev.tokens),
         "num_dev_tokens": len(dev_labels), "num_dev_important": int(dev_labels.sum()),
         "annotations": config.annotations, "model_name_or_path": config.model_name_or_path,
-        "seed": config.seed, "identity": identity,
+        "seed": config.seed, **sealed(identity), "numerics": records["numerics"],
     }
     if is_main():
-        stages = [*read_lineage(config.model_name_or_path), {
-            "stage": "fit_scorer", "annotations": identity["annotations"],
-            **{key: results[key] for key in ("seed", "best_epoch", "steps", "seconds", "f1")},
-        }]
+        stage = make_stage(
+            records, parent, steps=found.steps, seconds=found.seconds,
+            tokens=int(encoded["train"].lengths.sum()) * config.num_train_epochs,
+        )
         assert found.best_state is not None  # the first rank holds it
-        save_hf(model, found.best_state, tokenizer, run_dir / "hf", stages)
+        save_hf(model, found.best_state, tokenizer, run_dir / "hf", [*parent.stages, stage])
         atomic_write_json(run_dir / "results.json", results)
         remove_resume_state(run_dir)
     assert found.log is not None
@@ -305,18 +313,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def say_sizes(train: Annotated, dev: Annotated) -> None:
-    """Say how many sentences and tokens there are on both sides."""
+    """Print how many sentences and tokens there are on both sides."""
     for name, part in (("train", train), ("dev", dev)):
         labels = part.counted()[1]
         say(f"{name}: {len(part.tokens)} sentences of {len(np.unique(part.text_keys))} texts, "
             f"{len(labels)} annotated tokens, {labels.mean():.1%} important")
     if not dev.counted()[1].any():
-        say("warning: no important token is kept aside, so every epoch has F1 0 and the first is "
+        say("warning: no important token is held out, so every epoch has F1 0 and the first is "
             "taken; annotate more text or raise --dev_fraction")
 
 
 def say_results(results: dict[str, Any]) -> None:
-    """Say the metrics of the scorer and of the baselines."""
+    """Print the metrics of the scorer and of the baselines."""
     rows = {"scorer": results, **results["baselines"]}
     for name, row in rows.items():
         say(f"{name:10}  precision {row['precision']:.3f}  recall {row['recall']:.3f}  "

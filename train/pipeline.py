@@ -1,4 +1,4 @@
-"""All stages of a recipe, each as the command a user would type, and a table at the end.
+"""Run all stages of a recipe, and end with the table of results.
 
     python train/pipeline.py --recipe train/recipes/demo.yaml --output_dir runs/demo [--dry_run]
 

@@ -1,4 +1,4 @@
-"""Stages 1 and 2: masked language modelling on a token store.
+"""Pre-train by masked language modelling: stages 1 and 2.
 
     deepspeed train/pretrain.py --deepspeed_config ds_configs/zero1_fp16.json \
         --tokens data/wiki --model_config bert-base --masking random --output_dir runs/stage1
@@ -12,7 +12,6 @@ micro batches. Held-out documents are evaluated under the same fixed masks in ev
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -22,8 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from preprocess.errors import ConfigError, NonFiniteError, StopRequested, run_command
-from preprocess.files import read_json
+from preprocess import identity as identities
+from preprocess.errors import ConfigError, DataError, NonFiniteError, StopRequested, run_command
+from preprocess.masking import BASELINE
+from preprocess.masking.corruption import MASKED_SHARE, RANDOM_SHARE
 from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
 from train import data, model
@@ -32,13 +33,14 @@ from train.config import PretrainConfig, parse
 from train.data import RowTable, row_tables
 from train.model import flops
 from train.run_dir import checkpoint, folder, hf_folder, metrics
+from train.run_dir import identity as records
 from train.stages import masked_lm as mlm
 from train.stages.example import Example
 
 
 @dataclass
 class Totals:
-    """What the run has done so far; saved with each checkpoint."""
+    """Work done so far; saved with each checkpoint."""
 
     step: int = 0
     tokens: int = 0
@@ -47,135 +49,159 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything read and checked before a process group starts."""
+class PretrainInputs:
+    """Everything read and checked before a process group starts.
+
+    Attributes:
+        tokenizer: of the store.
+        held: the held-out rows of this rank, under the fixed random masks ("") and under each
+            `--eval_mask_index`.
+        parent: the weights that the run starts from; None for fresh ones.
+        records: the `identity` and the `numerics` of the run, kept with all that it writes.
+    """
 
     config: PretrainConfig
     store: TokenStore
+    tokenizer: Any
     train_rows: RowTable
-    eval_rows: RowTable
     masking: data.Masking
-    eval_maskings: dict[str, data.Masking]
+    held: dict[str, data.PackedData]
     resolved: ds.Resolved
-    identity: dict[str, Any]
+    parent: hf_folder.Weights | None
+    records: dict[str, dict[str, Any]]
+
+    @property
+    def held_rows(self) -> int:
+        """Held-out rows of all ranks."""
+        return self.held[""].table.num_rows
+
+    def held_alone(self) -> data.PackedData:
+        """Return the held-out rows under the random masks as an only rank reads them."""
+        held = self.held[""]
+        return data.PackedData(held.store, held.table, held.masking, seed=held.seed,
+                               micro_batch_size=held.micro_batch_size)
 
 
-def read_inputs(config: PretrainConfig) -> Inputs:
-    """Open and check the store, the masks and the DeepSpeed JSON."""
+def read_inputs(config: PretrainConfig) -> PretrainInputs:
+    """Open and check the store, the masks, the weights and the DeepSpeed JSON."""
     store = TokenStore.open(config.tokens)
-    weights = str(config.model_config)
+    tokenizer = model.load_tokenizer(store.tokenizer_dir)
+    parent = None
     if config.model_name_or_path:
         hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
-        model.check_row_length(hf_config, config.max_seq_length)
         mlm.check_vocabulary(store, hf_config, config)
-        weights = "fresh"
         if not config.from_scratch:
-            folder = model.local_checkpoint(config.model_name_or_path)
-            weights = model.weights_fingerprint(folder, hf_config)
+            parent = hf_folder.open_weights(config.model_name_or_path)
+    else:
+        hf_config = model.named_config(
+            config.model_config, store.vocab_size, store.special_ids["pad"]
+        )
+    model.check_row_length(hf_config, config.max_seq_length)
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)
     else:
-        masking = data.drawn_masking(store, config.masking or "random", config.mlm_probability)
-    eval_maskings = {"": data.drawn_masking(store, "random", data.EVAL_RATE)}
+        masking = data.drawn_masking(store, config.masking or BASELINE, config.mlm_probability)
+    eval_maskings = {"": data.drawn_masking(store, BASELINE, data.EVAL_RATE)}
     for name in config.eval_mask_index:
         eval_maskings[name] = data.prebuilt_masking(store, name)
     train_rows, eval_rows = row_tables(store, config.max_seq_length, config.eval_fraction)
-    world_size = ds.ranks().world_size
+    ranks = ds.ranks()
     resolved = ds.resolve_ds_config(
         ds.read_ds_config(config.deepspeed_config), config,
-        total_steps=max(1, config.max_steps), world_size=world_size,
+        total_steps=max(1, config.max_steps), world_size=ranks.world_size,
     )
-    identity = {
-        "order": data.ORDER_VERSION,
-        "store": store.fingerprint,
-        "masking": masking.name,
-        "mask_index": masking.fingerprint,
-        "mask_rate": masking.rate,
-        "seed": config.seed,
-        "max_seq_length": config.max_seq_length,
-        "eval_fraction": config.eval_fraction,
-        "train_batch_size": resolved.train_batch_size,
-        "max_steps": config.max_steps,
-        "weights": weights,
+    held = {
+        name: data.PackedData(
+            store, eval_rows, eval_masking, seed=data.EVAL_SEED,
+            micro_batch_size=resolved.micro_batch_size,
+            world_size=ranks.world_size, rank=ranks.rank,
+        )
+        for name, eval_masking in eval_maskings.items()
     }
-    return Inputs(
-        config, store, train_rows, eval_rows, masking, eval_maskings, resolved, identity
+    identity = identities.build(
+        "pretrain",
+        inputs={
+            "store": store.fingerprint, "weights": parent.hf_digest if parent else "fresh",
+            "mask_index": masking.fingerprint,
+        },
+        choice={
+            "masking": masking.options.get("strategy", masking.name),
+            "rate": masking.rate or masking.options.get("mlm_probability"),
+            "corruption": [MASKED_SHARE, RANDOM_SHARE, round(1 - MASKED_SHARE - RANDOM_SHARE, 9)],
+            "seed": config.seed,
+        },
+        train=records.training(
+            resolved, config, head_only_steps=config.head_only_steps,
+            head_learning_rate=config.head_learning_rate,
+        ),
+        split={"eval_fraction": config.eval_fraction},
+        options={
+            "model_config": config.model_config if config.model_config in model.BERT_SIZES
+            else records.architecture(hf_config),
+            "order": data.ORDER_VERSION,
+            "eval_max_rows": config.eval_max_rows,
+            "eval_mask_index": [eval_maskings[name].fingerprint
+                                for name in config.eval_mask_index],
+            "export_steps": sorted(config.export_steps),
+            "loss_scaling": records.loss_scaling(resolved),
+        },
+        max_steps=config.max_steps,
+    )
+    return PretrainInputs(
+        config, store, tokenizer, train_rows, masking, held, resolved, parent,
+        {"identity": identity, "numerics": records.numerics(config, resolved)},
     )
 
 
-def unigram_loss(inputs: Inputs, rows: int) -> float:
-    """Mean loss of the unigram model on the held-out masked tokens: what knowing no context gives.
+def unigram_loss(inputs: PretrainInputs, rows: int) -> float:
+    """Return the mean loss of the unigram model on the held-out masked tokens.
 
     A model that stays above it has learnt nothing from context.
     """
     log_frequency = mlm.token_frequencies(inputs.store)
-    held = data.PackedData(
-        inputs.store, inputs.eval_rows, inputs.eval_maskings[""], seed=data.EVAL_SEED,
-        micro_batch_size=inputs.resolved.micro_batch_size,
-    )
-    labels = [batch.masked_labels[:batch.num_masked].numpy() for batch in held.in_order(rows)]
+    labels = [batch.masked_labels.numpy() for batch in inputs.held_alone().in_order(rows)]
     return float(-log_frequency[np.concatenate(labels)].mean())
 
 
-def plan(inputs: Inputs) -> list[str]:
-    """What will be done, in words and numbers."""
+def plan(inputs: PretrainInputs) -> list[str]:
+    """Describe the run in words and numbers."""
     config, resolved, rows = inputs.config, inputs.resolved, inputs.train_rows
     world_size = ds.ranks().world_size
     epochs = config.max_steps * resolved.train_batch_size / rows.num_rows
     return [
         f"tokens {inputs.store.prefix}: {rows.num_tokens:,} tokens in {rows.num_rows:,} rows of "
         f"{config.max_seq_length}, {100 * rows.efficiency:.1f} % filled; "
-        f"{inputs.eval_rows.num_rows:,} rows held out",
+        f"{inputs.held_rows:,} rows held out",
         f"batch: {resolved.micro_batch_size} rows x {resolved.accumulation_steps} micro batches x "
-        f"{world_size} ranks = {resolved.train_batch_size} rows a step; {config.max_steps} steps = "
-        f"{epochs:.2f} epochs",
+        f"{world_size} ranks = {resolved.train_batch_size} rows per step; {config.max_steps} steps "
+        f"= {epochs:.2f} epochs",
         f"masking: {inputs.masking.name}, precision {resolved.precision}, ZeRO "
         f"{resolved.config.get('zero_optimization', {}).get('stage', 0)}",
     ]
 
 
-def memory_line(module: model.PackedMaskedLM, inputs: Inputs) -> str:
-    """An estimate of what one rank needs: states, and the largest activations."""
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    stage = inputs.resolved.config.get("zero_optimization", {}).get("stage", 0)
-    world_size = ds.ranks().world_size
-    half = inputs.resolved.precision != "fp32"
-    # Bytes a parameter: weights and gradients 2 + 2 (16 bit) or 4 + 4; fp32 master and two
-    # moments 12, or two moments 8 in fp32.
-    weights, gradients, states = (2, 2, 12) if half else (4, 4, 8)
-    shared = [states, gradients, weights][:stage]
-    whole = [states, gradients, weights][stage:]
-    states_gib = parameters * (sum(whole) + sum(shared) / world_size) / 2**30
-    hf_config = module.hf.config
-    size = 2 if half else 4
-    slots = inputs.resolved.micro_batch_size * inputs.config.max_seq_length
-    # About 18 hidden widths a layer are kept for the backward pass. Masked rows of logits exist
-    # once, in chunks of at most half a GiB.
-    layers = 1 if inputs.config.gradient_checkpointing else hf_config.num_hidden_layers
-    activations = slots * hf_config.hidden_size * 18 * size * layers
-    logits = min(0.15 * slots * hf_config.vocab_size * size, 2**29)
-    return (
-        f"model: {parameters:,} parameters; memory of a rank, estimated: states "
-        f"{states_gib:.2f} GiB, activations {activations / 2**30:.2f} GiB, "
-        f"logits {logits / 2**30:.2f} GiB"
+def memory_line(module: model.PackedMaskedLM, inputs: PretrainInputs) -> str:
+    """Estimate what one rank needs."""
+    masking, resolved = inputs.masking, inputs.resolved
+    masked = masking.index and sum(map(len, masking.index)) / inputs.store.num_tokens
+    return flops.memory_line(
+        module, stage=resolved.config.get("zero_optimization", {}).get("stage", 0),
+        world_size=ds.ranks().world_size, precision=resolved.precision,
+        micro_batch_slots=resolved.micro_batch_size * inputs.config.max_seq_length,
+        mask_rate=masked or masking.rate,
+        gradient_checkpointing=inputs.config.gradient_checkpointing,
     )
 
 
 @torch.no_grad()
-def evaluate(engine: Any, inputs: Inputs, device: torch.device, masking: data.Masking,
-             ) -> tuple[float, float]:
-    """Mean loss (nats a masked token) and accuracy on the held-out rows."""
-    ranks = ds.ranks()
-    held = data.PackedData(
-        inputs.store, inputs.eval_rows, masking, seed=data.EVAL_SEED,
-        micro_batch_size=inputs.resolved.micro_batch_size,
-        world_size=ranks.world_size, rank=ranks.rank,
-    )
+def evaluate(
+    engine: Any, held: data.PackedData, max_rows: int, device: torch.device
+) -> tuple[float, float]:
+    """Return mean loss (nats per masked token) and accuracy on the held-out rows; collective."""
     engine.eval()
     loss_sum, hits, count = 0.0, 0.0, 0
-    rows = min(inputs.config.eval_max_rows, inputs.eval_rows.num_rows)
-    num_batches = -(-rows // held.global_batch)
-    with Progress(num_batches, "batch", label="evaluate", part=True) as progress:
+    rows = min(max_rows, held.table.num_rows)
+    with Progress(-(-rows // held.global_batch), "batch", label="evaluate", part=True) as progress:
         for batch in held.in_order(rows):
             loss, right = engine(**batch.inputs(device))
             loss_sum, hits = loss_sum + loss.item(), hits + right.item()
@@ -187,18 +213,16 @@ def evaluate(engine: Any, inputs: Inputs, device: torch.device, masking: data.Ma
 
 
 def evaluate_all(
-    engine: Any, inputs: Inputs, device: torch.device, step: int
+    engine: Any, inputs: PretrainInputs, device: torch.device, step: int
 ) -> dict[str, float]:
-    """Evaluation scalars under the fixed random masks, and under each `--eval_mask_index`.
+    """Return evaluation scalars under the fixed random masks and each `--eval_mask_index`.
 
     Raises:
         NonFiniteError: a loss is not a number, on every rank; such a model is not written.
     """
-    if inputs.eval_rows.num_rows == 0:
-        return {}
     scalars = {}
-    for name, masking in inputs.eval_maskings.items():
-        loss, accuracy = evaluate(engine, inputs, device, masking)
+    for name, held in inputs.held.items() if inputs.held_rows else ():
+        loss, accuracy = evaluate(engine, held, inputs.config.eval_max_rows, device)
         if not math.isfinite(loss):
             remedy = (
                 "lower --learning_rate, lengthen --warmup_ratio, or use bf16" if step
@@ -224,45 +248,30 @@ def freeze_encoder(engine: Any) -> None:
             group["lr"] = 0.0
 
 
-def export(engine: Any, module: model.PackedMaskedLM, inputs: Inputs, totals: Totals,
+def export(engine: Any, module: model.PackedMaskedLM, inputs: PretrainInputs, totals: Totals,
            out_dir: Path) -> None:
-    """Write the present weights as a folder that transformers loads; collective."""
+    """Write the current weights as a folder that transformers loads; collective."""
     state = ds.full_state_dict(engine)
     if state is None:
         return
-    config = inputs.config
-    source = config.model_name_or_path
-    stage = {
-        "stage": "pretrain",
-        "masking": inputs.masking.name,
-        "mask_strategy": inputs.masking.options.get("strategy", inputs.masking.name),
-        "steps": totals.step,
-        "tokens": totals.tokens,
-        "masked_tokens": totals.masked_tokens,
-        "seconds": round(totals.seconds, 1),
-        "seed": config.seed,
-        "store": inputs.store.fingerprint,
-        "mask_index": inputs.identity["mask_index"],
-        "started_from": source or config.model_config,
-        "weights": inputs.identity["weights"],
-        "mask_rate": inputs.masking.rate,
-        "train_batch_size": inputs.resolved.train_batch_size,
-        "max_seq_length": config.max_seq_length,
-    }
-    lineage = hf_folder.read_lineage(source) if source and not config.from_scratch else []
-    prefix = "hf."
+    counted = flops.count_flops(module, inputs.config.max_seq_length)
+    stage = hf_folder.make_stage(
+        inputs.records, inputs.parent, steps=totals.step, tokens=totals.tokens,
+        masked_tokens=totals.masked_tokens, seconds=totals.seconds,
+        flops=counted.of(totals.tokens, totals.masked_tokens),
+    )
     hf_folder.save_hf(
         module.hf,
-        {name.removeprefix(prefix): value for name, value in state.items()},
-        model.load_tokenizer(inputs.store.tokenizer_dir),
+        {name.removeprefix("hf."): value for name, value in state.items()},
+        inputs.tokenizer,
         out_dir,
-        [*lineage, stage],
+        [*(inputs.parent.stages if inputs.parent else []), stage],
         module.carried,
     )
 
 
-def start_engine(inputs: Inputs) -> tuple[Any, model.PackedMaskedLM]:
-    """The model, and the DeepSpeed engine around it."""
+def start_engine(inputs: PretrainInputs) -> tuple[Any, model.PackedMaskedLM]:
+    """Build the model and the DeepSpeed engine around it."""
     config, resolved = inputs.config, inputs.resolved
     module = mlm.build_model(config, inputs.store, config.from_scratch)
     if module.fresh_head and not (config.from_scratch or config.model_config):
@@ -280,25 +289,25 @@ def start_engine(inputs: Inputs) -> tuple[Any, model.PackedMaskedLM]:
     return ds.build_engine(module, groups, resolved), module
 
 
-def train(inputs: Inputs, run_dir: Path) -> None:
-    """Train, evaluate, save and export; reads downwards.
+def train(inputs: PretrainInputs, run_dir: Path) -> None:
+    """Train, evaluate, save and export.
 
     Raises:
-        StopRequested: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last step has been committed.
+        StopRequested: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last step was committed.
     """
     config, resolved = inputs.config, inputs.resolved
     device = ds.start()
     resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     ranks = ds.ranks()
-    # Before dropout's generator is seeded or restored: measuring draws from it.
-    peak = _peak_flops(device, resolved.precision)
+    peak = flops.peak_flops(device, resolved.precision)
     engine, module = start_engine(inputs)
     totals = Totals()
     if resume_from:
         state = checkpoint.load_checkpoint(
-            engine, resume_from, inputs.identity, config.allow_world_size_change
+            engine, resume_from, inputs.records["identity"], config.allow_world_size_change
         )
         totals = Totals(**state["totals"])
+        records.report_changes(state["numerics"], inputs.records["numerics"])
         say(f"resumed from {resume_from}")
 
     batches = data.PackedData(
@@ -322,7 +331,9 @@ def train(inputs: Inputs, run_dir: Path) -> None:
             rate = float(engine.get_lr()[0])
             ending = totals.step + 1 == config.max_steps
             logs = ending or (totals.step + 1) % config.logging_steps == 0
-            loss, accuracy, norm = mlm.train_step(engine, batch, device, want_norm=logs)
+            loss, accuracy, norm, stopping = mlm.train_step(
+                engine, batch, device, want_norm=logs, asked=stop.asked
+            )
             totals.step += 1
             totals.tokens += batch.step_tokens
             totals.masked_tokens += batch.step_masked_tokens
@@ -336,12 +347,11 @@ def train(inputs: Inputs, run_dir: Path) -> None:
                 results = log.evaluate(totals.step)
             if totals.step in config.export_steps:
                 export(engine, module, inputs, totals, run_dir / f"hf_step_{totals.step}")
-            stopping = stop.asked_anywhere()
             due = config.save_steps and totals.step % config.save_steps == 0
             if ending or stopping or due:
                 checkpoint.save_checkpoint(
                     engine, run_dir, totals.step,
-                    {"totals": vars(totals).copy(), "identity": inputs.identity},
+                    {"totals": vars(totals).copy(), **inputs.records},
                     config.save_total_limit,
                 )
             if stopping and not ending:
@@ -355,24 +365,20 @@ def train(inputs: Inputs, run_dir: Path) -> None:
     ds.barrier()
     if results and ds.is_main():
         loss = results[metrics.EVAL_LOSS]
-        floor = unigram_loss(inputs, min(config.eval_max_rows, inputs.eval_rows.num_rows))
+        baseline = unigram_loss(inputs, min(config.eval_max_rows, inputs.held_rows))
         say(
-            f"held-out loss {loss:.4f} nats a masked token, perplexity "
+            f"held-out loss {loss:.4f} nats per masked token, perplexity "
             f"{results[metrics.EVAL_PERPLEXITY]:.1f}; "
-            f"without context (token frequencies) it would be {floor:.4f}"
+            f"without context (token frequencies) it would be {baseline:.4f}"
         )
     say(f"wrote {run_dir / 'hf'}")
 
 
-# A process may train several runs; where the peak has to be measured, once is enough.
-_peak_flops = functools.cache(flops.peak_flops)
-
-
 class _Log:
-    """What the run tells: means and speeds of the steps since the last point, and evaluations."""
+    """Log means and speeds of the steps since the last point, and evaluations."""
 
     def __init__(
-        self, inputs: Inputs, run_dir: Path, engine: Any, module: model.PackedMaskedLM,
+        self, inputs: PretrainInputs, run_dir: Path, engine: Any, module: model.PackedMaskedLM,
         device: torch.device, peak: flops.Peak, totals: Totals,
     ) -> None:
         self._inputs, self._engine, self._device = inputs, engine, device
@@ -380,14 +386,16 @@ class _Log:
         self._flops = flops.count_flops(module, inputs.config.max_seq_length)
         self._peak = peak.flops_per_second * world_size
         self._example = None
-        if inputs.eval_rows.num_rows:
-            held = data.PackedData(
-                inputs.store, inputs.eval_rows, inputs.eval_maskings[""], seed=data.EVAL_SEED,
-                micro_batch_size=inputs.resolved.micro_batch_size,
-            )
-            self._example = Example(held, model.load_tokenizer(inputs.store.tokenizer_dir))
+        if inputs.held_rows:
+            self._example = Example(inputs.held_alone(), inputs.tokenizer)
         self.writer = metrics.MetricsWriter(run_dir, totals.step)
-        self.writer.hyperparameters(hyperparameters(inputs))
+        self.writer.hyperparameters(records.hyperparameters(
+            **inputs.records,
+            model=inputs.config.model_name_or_path or inputs.config.model_config,
+            data=metrics.short_path(inputs.config.tokens),
+            num_train_epochs=inputs.config.max_steps * inputs.resolved.train_batch_size
+            / inputs.train_rows.num_rows,
+        ))
         say(f"peak for MFU: {world_size} x {peak.flops_per_second / 1e12:.3g} TFLOP/s "
             f"({peak.source})")
         self._restart(totals)
@@ -436,35 +444,26 @@ class _Log:
         return results
 
 
-def hyperparameters(inputs: Inputs) -> dict[str, Any]:
-    """The run's row on TensorBoard's HParams page."""
-    config, masking = inputs.config, inputs.masking
-    return {
-        "command": "pretrain",
-        "model": config.model_name_or_path or config.model_config,
-        "data": metrics.short_path(config.tokens),
-        "masking": masking.name,
-        "mlm_probability": masking.rate or masking.options.get("mlm_probability"),
-        "seed": config.seed,
-        "max_seq_length": config.max_seq_length,
-        "max_steps": config.max_steps,
-        "num_train_epochs":
-            config.max_steps * inputs.resolved.train_batch_size / inputs.train_rows.num_rows,
-        **metrics.resolved_hyperparameters(inputs.resolved),
-    }
+def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
+    """Return whether the run in this directory reached its last step.
 
-
-def is_finished(run_dir: Path, inputs: Inputs) -> bool:
-    """Whether the run in this directory reached its last step with these inputs."""
-    last = run_dir / "hf" / "lineage.json"
-    if not last.is_file() or inputs.config.resume == "never":
+    Raises:
+        ConfigError: what is there, finished or stopped, has another identity.
+        DataError: its weights were changed, and there is no checkpoint to export them from again.
+    """
+    stages = hf_folder.read_stages(run_dir / "hf")
+    if not stages:
+        checkpoint.check_identity(run_dir, identity)
         return False
-    stage = read_json(last)["stages"][-1]
-    return stage.get("steps") == inputs.config.max_steps and all(
-        stage.get(key) == inputs.identity[key]
-        for key in ("store", "weights", "mask_index", "masking", "mask_rate", "seed",
-                    "train_batch_size", "max_seq_length")
-    )
+    identities.compare(stages[-1]["identity"], identity, f"--output_dir {run_dir}, a finished run",
+                       "give another --output_dir")
+    try:
+        hf_folder.open_weights(str(run_dir / "hf"))
+    except DataError:
+        if not any(run_dir.glob(f"checkpoints/step_*/{checkpoint.MANIFEST}")):
+            raise
+        return False
+    return True
 
 
 def run(config: PretrainConfig) -> None:
@@ -478,15 +477,16 @@ def run(config: PretrainConfig) -> None:
     if config.dry_run:
         say(memory_line(mlm.build_model(config, inputs.store, config.from_scratch), inputs))
         return
-    if is_finished(run_dir, inputs):
+    identity = inputs.records["identity"]
+    if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
         return
-    folder.prepare_run_dir(config, inputs.resolved)
+    folder.prepare_run_dir(config, inputs.resolved, identity)
     train(inputs, run_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     run(parse(PretrainConfig, argv))
     ds.finish()
 

@@ -1,12 +1,11 @@
-"""Tables, figures and a page of finished and running runs.
+"""Report on runs, finished or running: tables, figures and a page.
 
     python train/report.py runs/demo [MORE...] [--output_dir report]
 
-It reads TensorBoard event files, `results.jsonl` and predictions of any number of run directories
-or output folders of `train/pipeline.py`, and nothing else: no printed text is parsed. What is
-missing is said in a sentence; what can be shown is shown. Everything is in `report.html`, one file
-without scripts or anything from the network; the tables are also CSV and Markdown, the figures
-PNG. Figures need matplotlib (`pip install selmask[plot]`); the tables do not.
+Read the TensorBoard event files, `results.jsonl` and predictions of any number of run directories
+or output folders of `train/pipeline.py`. `report.html`, a single file without scripts or network,
+holds everything, including a note on each missing part; tables are also written as CSV and figures
+as PNG. Figures need matplotlib (`pip install selmask[plot]`); tables do not.
 """
 
 from __future__ import annotations
@@ -21,6 +20,9 @@ from typing import Any
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
 from preprocess.files import atomic_write_bytes, read_json
+from preprocess.flags import USUAL, Parser
+from preprocess.masking import STRATEGIES
+from preprocess.view.tables import Table
 from train.reports.curves import (
     RUN_COLUMNS,
     Curves,
@@ -30,7 +32,7 @@ from train.reports.curves import (
     short_name,
     without_events,
 )
-from train.reports.page import Picture, Table, as_csv, as_html, as_markdown, as_text
+from train.reports.page import Picture, as_html
 from train.reports.results import (
     DIFFERENCE_COLUMNS,
     TABLE_COLUMNS,
@@ -43,15 +45,14 @@ from train.reports.results import (
     table_rows,
 )
 
-DRAWN = ("random", "whole_word")  # masks that cost nothing beforehand
-RESULTS = ("table", "differences")  # what matters most stands last on a terminal
+RESULTS = ("table", "differences")  # printed last: the most important tables
 COST_COLUMNS = ("arm", "general", "masking", "task_guided", "total", "masking_share",
                 "share_of_full")
 
 
 @dataclass(frozen=True)
 class Group:
-    """Arms that are compared with each other: of one task, pipeline folder and stage-1 length."""
+    """Arms to compare with each other: of one task, pipeline folder and stage-1 length."""
 
     name: str
     arms: list[Arm]
@@ -62,7 +63,7 @@ class Group:
 
 
 def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
-    """All fine-tuning results below the folders, and a sentence for what cannot be read."""
+    """Read all fine-tuning results below the folders; return a note on each unreadable one."""
     groups: list[Group] = []
     notes: list[str] = []
     pipelines: dict[Path, Path] = {}
@@ -116,7 +117,7 @@ def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]
 
 
 def _step_seconds(folder: Path) -> dict[str, float]:
-    """Seconds of the pipeline's finished steps, where they are recorded."""
+    """Return the recorded seconds of the pipeline's finished steps."""
     try:
         steps = read_json(folder / "steps.json")
         return {name: seconds for name, step in steps.items()
@@ -126,7 +127,7 @@ def _step_seconds(folder: Path) -> dict[str, float]:
 
 
 def _read_runs(name: str, paths: Iterable[Path], notes: list[str]) -> Iterator[FinetuneRun]:
-    """The runs of an arm that can be read, of the task of the first."""
+    """Yield the readable runs of an arm that have the task of the first one."""
     task = None
     for path in paths:
         try:
@@ -136,15 +137,15 @@ def _read_runs(name: str, paths: Iterable[Path], notes: list[str]) -> Iterator[F
             continue
         notes += [f"{note}." for note in run.notes]
         if task not in (None, run.task):
-            notes.append(f"{name}: {path} is of task {run.task}, the runs before it of {task}; "
-                         "it is left out.")
+            notes.append(f"{name}: {path} has task {run.task}, the runs before it {task}; it is "
+                         "left out.")
             continue
         task = run.task
         yield run
 
 
 def _loose_arms(found: Sequence[tuple[str, Path]], notes: list[str]) -> list[Arm]:
-    """Arms of fine-tuning folders; those that differ only in the pre-training seed become one."""
+    """Make arms of fine-tuning folders; join those that differ only in the pre-training seed."""
     alike: dict[str, list[tuple[str, FinetuneRun]]] = {}
     for name, path in found:
         for run in _read_runs(name, [path], notes):
@@ -155,7 +156,7 @@ def _loose_arms(found: Sequence[tuple[str, Path]], notes: list[str]) -> list[Arm
         if len(set(seeds)) == len(seeds) > 1:
             names = [name for name, _ in members]
             arm = re.sub(r"[-_.]?seed[-_]?\d+$", "", names[0])
-            notes.append(f"{', '.join(names)} are taken as the pre-training seeds of one arm, "
+            notes.append(f"{', '.join(names)} are treated as pre-training seeds of one arm, "
                          f"{arm}: their lineages differ in nothing else.")
             runs = [run for _, run in members]
             arms.append(Arm(arm, runs, runs[0].strategy, _drawn_seconds(runs[0])))
@@ -165,7 +166,7 @@ def _loose_arms(found: Sequence[tuple[str, Path]], notes: list[str]) -> list[Arm
 
 
 def _without_seeds(run: FinetuneRun) -> str:
-    """What the runs of one arm share."""
+    """Serialize everything that the runs of one arm have in common."""
     varying = {"seed", "seconds", "tokens", "masked_tokens", "weights", "started_from"}
     stages = [{key: value for key, value in stage.items() if key not in varying}
               for stage in run.stages]
@@ -173,14 +174,16 @@ def _without_seeds(run: FinetuneRun) -> str:
 
 
 def _drawn_seconds(run: FinetuneRun) -> float | None:
-    return 0.0 if run.strategy in (*DRAWN, "none") else None
+    """Return 0 for masks that cost nothing beforehand, None where the cost is unknown."""
+    strategy = STRATEGIES.get(run.strategy)
+    return 0.0 if run.strategy == "none" or strategy and strategy.drawn else None
 
 
 # --------------------------------------------------------------------------- tables
 
 
 def pairs_of(groups: Sequence[Group]) -> Iterator[tuple[Arm, Arm]]:
-    """Every two arms of a group, the later one minus the earlier one."""
+    """Yield every two arms of each group, to subtract the second from the first."""
     for group in groups:
         for later, first in enumerate(group.arms):
             for second in group.arms[:later]:
@@ -188,32 +191,32 @@ def pairs_of(groups: Sequence[Group]) -> Iterator[tuple[Arm, Arm]]:
 
 
 def floors_of(groups: Sequence[Group]) -> list[Arm]:
-    """The floors of all groups, each once."""
+    """Return the baselines of all groups, each once."""
     return list({id(floor): floor for group in groups for floor in group.floors}.values())
 
 
 def arms_of(groups: Sequence[Group]) -> list[Arm]:
-    """The arms of all groups, without the floors."""
+    """Return the arms of all groups, without baselines."""
     return [arm for group in groups for arm in group.arms]
 
 
 def below_floors(groups: Sequence[Group]) -> list[str]:
-    """A sentence for every arm whose mean accuracy does not exceed every floor's."""
+    """Write a note for every arm whose mean accuracy does not exceed that of every baseline."""
     sentences = []
     for group in groups:
         for arm in group.arms:
             for floor in group.floors:
                 ours, theirs = (mean_and_sd(a.values("accuracy"))[0] for a in (arm, floor))
                 if ours <= theirs:
-                    sentences.append(f"{arm.name} ({ours:.4f}) is not above the floor "
+                    sentences.append(f"{arm.name} ({ours:.4f}) is not above the baseline "
                                      f"{floor.name} ({theirs:.4f}).")
     return sentences
 
 
 def cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Seconds of each arm before fine-tuning, keys as in `COST_COLUMNS`; empty where unknown."""
+    """Return the seconds of each arm before fine-tuning by `COST_COLUMNS`; unknown: empty."""
     parts = {arm.name: _parts(arm) for arm in arms}
-    full: dict[str, set[float]] = {}  # lengths of general pre-training of each family of arms
+    full: dict[str, set[float]] = {}  # seconds of general pre-training, by family of arms
     for arm in arms:
         if parts[arm.name]["general"] is not None:
             full.setdefault(_family(arm), set()).add(parts[arm.name]["general"])
@@ -234,12 +237,12 @@ def cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
 
 
 def _family(arm: Arm) -> str:
-    """Arms whose costs may be set against each other: of one folder and task."""
+    """Name the arms whose costs are comparable: of one folder and task."""
     return f"{arm.task} {arm.name.rpartition('/')[0]}"
 
 
 def _parts(arm: Arm) -> dict[str, Any]:
-    """Mean seconds of the parts of an arm over its pre-training seeds."""
+    """Return the seconds of each part of an arm, averaged over its pre-training seeds."""
     stages = arm.runs[0].stages
     if not stages:
         return {"general": None, "masking": None, "task_guided": None}
@@ -255,54 +258,54 @@ def _parts(arm: Arm) -> dict[str, Any]:
 
 
 def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Table], list[str]]:
-    """The tables that the data allow, the most important first, and sentences about them."""
+    """Make the tables that the data allow, the most important first, and notes on them."""
     tables, notes = [], []
     arms = arms_of(groups)
     if groups:
-        tables.append(Table(
-            "table", "Results",
+        tables.append(Table.of(
+            "Results", table_rows([*arms, *floors_of(groups)]),
             "Mean and standard deviation over all seeds, on the test split. Masked tokens, steps "
-            "and seconds are of all pre-training behind an arm.",
-            TABLE_COLUMNS, table_rows([*arms, *floors_of(groups)]),
+            "and seconds count all pre-training of an arm.",
+            "table", TABLE_COLUMNS,
         ))
     else:
-        notes.append("No fine-tuning results yet, so no table of them.")
+        notes.append("No table of results: no fine-tuning has finished yet.")
     differences, more = difference_rows(pairs_of(groups))
     if differences:
-        tables.append(Table(
-            "differences", "Differences in accuracy, with 95 % intervals over seeds and test items",
-            "seeds: of pre-training x of fine-tuning. The intervals are those of a hierarchical "
-            "paired bootstrap over both and the test items, with Student's t for few seeds. "
-            "detectable: the smallest true difference that as many seeds and items would have "
-            "shown in 80 % of all repetitions.",
-            DIFFERENCE_COLUMNS, differences,
+        tables.append(Table.of(
+            "Differences in accuracy, with 95 % intervals over seeds and test items", differences,
+            "seeds: pre-training x fine-tuning. Intervals: variance components of the paired "
+            "design (seeds and test items), with Satterthwaite's degrees of freedom for Student's "
+            "t. detectable: the smallest true difference that this many seeds and items show in "
+            "80 % of repetitions.",
+            "differences", DIFFERENCE_COLUMNS,
         ))
     costs = cost_rows(arms)
     if any(row["general"] for row in costs):
-        tables.append(Table(
-            "costs", "Seconds before fine-tuning",
+        tables.append(Table.of(
+            "Seconds before fine-tuning", costs,
             "General pre-training (stage 1), masking (classifier, annotation, scorer, scores and "
             "mask indices) and task-guided pre-training (stage 2, mean over its seeds). Both "
-            "stages count training steps alone, masking whole processes with their start. "
-            "masking_share is of the total; share_of_full is the total over the longest stage 1.",
-            COST_COLUMNS, costs,
+            "stages count only training steps, masking complete processes with their start. "
+            "masking_share: share of the total; share_of_full: total over the longest stage 1.",
+            "costs", COST_COLUMNS,
         ))
         if any(row["masking"] == "" for row in costs):
-            notes.append("What masking cost is known only for arms of train/pipeline.py, which "
+            notes.append("The cost of masking is known only for arms of train/pipeline.py, which "
                          "writes the seconds of its steps to steps.json.")
     runs = run_rows(curves)
     if runs:
-        tables.append(Table(
-            "pretraining", "Pre-training runs",
-            "Losses are nats a masked token, the last ones logged; held-out losses are under the "
-            "same fixed random masks in every run. Seconds are those of training steps alone.",
-            RUN_COLUMNS, runs,
+        tables.append(Table.of(
+            "Pre-training runs", runs,
+            "Losses in nats per masked token, the last ones logged; held-out losses use the same "
+            "fixed random masks in every run. Seconds count only training steps.",
+            "pretraining", RUN_COLUMNS,
         ))
     return tables, notes + more + below_floors(groups)
 
 
 def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Picture], list[str]]:
-    """The figures that the data allow, and a sentence if there can be none."""
+    """Draw the figures that the data allow; return a note if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -311,10 +314,10 @@ def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Pictur
 
     matplotlib.use("Agg")
     drawn = [
-        ("accuracy", "Test accuracy: every seed a dot, the mean with its standard deviation.",
+        ("accuracy", "Test accuracy: one dot per seed, the mean with its standard deviation.",
          figures.accuracy_figure(arms_of(groups), floors_of(groups))),
         ("steps", "Test accuracy against all steps of pre-training: mean and standard deviation "
-         "over seeds, a line for each masking.", figures.steps_figure(arms_of(groups))),
+         "over seeds, one line per masking.", figures.steps_figure(arms_of(groups))),
         ("loss", "Pre-training: loss against steps, masked tokens and seconds of training.",
          figures.loss_figure(curves)),
         ("supervised", "Classifiers and scorers: loss against steps.",
@@ -327,26 +330,25 @@ def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Pictur
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="R",
-                        help="run directories, or output folders of train/pipeline.py")
-    parser.add_argument("--output_dir", default="report",
-                        help="folder for report.html, report.md, the CSV files and the figures")
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("runs", nargs="+", metavar="R",
+        help="run directories, or output folders of train/pipeline.py")
+    add("--output_dir", default="report", metavar="DIR",
+        help="folder for report.html, the CSV files and the figures")
     return parser.parse_args(argv)
 
 
 def write_report(output: Path, title: str, tables: Sequence[Table], pictures: Sequence[Picture],
                  notes: Sequence[str]) -> list[str]:
-    """Write all files of a report; return their names.
+    """Write all files of a report and return their names.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
     files = {
         "report.html": as_html(title, tables, pictures, notes).encode(),
-        "report.md": as_markdown(title, tables, pictures, notes).encode(),
-        **{f"{table.file}.csv": as_csv(table).encode() for table in tables},
+        **{f"{table.file}.csv": table.as_csv().encode() for table in tables},
         **{f"{picture.file}.png": picture.png for picture in pictures},
     }
     try:
@@ -362,18 +364,18 @@ def write_report(output: Path, title: str, tables: Sequence[Table], pictures: Se
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the command."""
+    """Run the command."""
     options = parse_arguments(argv)
     folders = [Path(run) for run in options.runs]
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; name run directories")
+            raise DataError(f"{folder}: no such folder; give run directories")
     groups, notes = read_groups(folders)
     curves, curve_notes = read_curves(folders)
     if not groups and not curves:
         raise DataError(
             f"no run in {', '.join(options.runs)}: expected results.jsonl of train/finetune.py or "
-            "tb/ of a training command; name their folders"
+            "tb/ of a training command; give their folders"
         )
     tables, table_notes = make_tables(groups, curves)
     pictures, figure_notes = draw(groups, curves)
@@ -382,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output_dir)
     written = write_report(output, f"selmask: {names}", tables, pictures, notes)
     for table in sorted(tables, key=lambda table: table.file in RESULTS):
-        print(f"{table.title}\n{as_text(table)}\n")
+        print(f"{table.as_text()}\n")
     for note in notes:
         print(f"Note: {note}")
     print(f"Written to {output}: {', '.join(written)}")

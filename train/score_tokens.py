@@ -1,13 +1,13 @@
-"""How much each token of a domain's text matters to the task, by the scorer: log-odds, one a token.
+"""Score how much each token of a domain's text matters to the task: log-odds by the scorer.
 
-Each sentence is scored alone, as the scorer was fitted (`train/scoring.py`). Log-odds are kept in
-float16, because probabilities would tie the best tokens at 1.
+Each sentence is scored alone, as the scorer was fitted (`train/stages/scoring.py`). Log-odds are
+kept in float16; probabilities would tie the best tokens at 1.
 
     deepspeed train/score_tokens.py --model_name_or_path RS/hf --tokens P2 --name mr
 
-writes `P2.mr.scores.npy`, shard by shard; shards that are whole already are skipped. With
-`--shard_index i --num_shards N` it makes those of one shard, so that N processes, on any machines,
-share a store without knowing of each other.
+writes `P2.mr.scores.npy`, shard by shard; complete shards are skipped. With `--shard_index i
+--num_shards N` it scores one shard, so that N processes on any machines share a store
+independently.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.errors import run_command
+from preprocess.identity import build, sealed
 from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
     TokenStore,
-    array_path,
+    has_array,
     lock_array,
     missing_arrays,
-    open_array,
     write_array,
 )
 from train import engine
@@ -38,37 +38,11 @@ from train.model import (
     load_config,
     load_scorer,
     load_tokenizer,
-    local_checkpoint,
-    weights_fingerprint,
 )
+from train.run_dir.hf_folder import open_weights
+from train.run_dir.identity import architecture, numerics
 from train.stages import scoring
 from train.stages.inference import Runner, check_trained, special_template
-
-
-def is_made(shard: Shard, name: str, made_by: dict[str, Any], overwrite: bool) -> bool:
-    """Whether a shard's scores are whole and made as asked; others are refused or made again.
-
-    Raises:
-        ConfigError: whole, but made otherwise, without `overwrite`.
-        DataError: damaged or of another store, without `overwrite`.
-    """
-    path = array_path(shard, name, "scores")
-    if not path.with_suffix(".json").exists():
-        return False
-    try:
-        _, info = open_array(shard, name, "scores")
-    except DataError:
-        if overwrite:
-            return False
-        raise
-    different = [key for key, value in made_by.items() if info.get(key) != value]
-    if different and not overwrite:
-        key = different[0]
-        raise ConfigError(
-            f"{path} was made with {key} {info.get(key)!r}, not {made_by[key]!r}; "
-            "give another --name, or --overwrite"
-        )
-    return not different
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,21 +58,23 @@ def main(argv: list[str] | None = None) -> None:
         store, tokenizer, config.model_name_or_path,
         f"tokenize the text again with --tokenizer {config.model_name_or_path}",
     )
-    folder = local_checkpoint(config.model_name_or_path)
-    made_by = {
-        "command": "score_tokens",
-        "model_fingerprint": weights_fingerprint(folder, hf_config),
-        "max_seq_length": config.max_seq_length,
-    }
+    identity = build(
+        "score_tokens",
+        inputs={"store": store.fingerprint,
+                "weights": open_weights(config.model_name_or_path).hf_digest},
+        train={"max_seq_length": config.max_seq_length},
+        options={"model_config": architecture(hf_config)},
+    )
     shards = store.choose_shards(config.shard_index, config.num_shards)
     writes = engine.is_main() and not config.dry_run
     with (lock_array(store, config.name, "scores", config.shard_index) if writes
           else nullcontext()):
-        todo = [s for s in shards if not is_made(s, config.name, made_by, config.overwrite)]
+        todo = [shard for shard in shards
+                if not has_array(shard, config.name, "scores", identity, config.overwrite)]
         say(f"{config.tokens}: {len(shards) - len(todo)} of {len(shards)} shards are "
             f"scored already, {sum(shard.num_tokens for shard in todo):,} tokens to score")
         if todo and not config.dry_run:
-            score(config, todo, tokenizer, made_by)
+            score(config, todo, tokenizer, identity)
     missing = missing_arrays(store, config.name, "scores")
     if missing and writes:
         say(f"{len(missing)} of {len(store.shards)} shards are to be scored, the first: "
@@ -106,9 +82,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def score(
-    config: ScoreConfig, todo: list[Shard], tokenizer: Any, made_by: dict[str, Any]
+    config: ScoreConfig, todo: list[Shard], tokenizer: Any, identity: dict[str, Any]
 ) -> None:
-    """Score shards one after the other and write what comes out; collective."""
+    """Score shards one after the other and write their arrays; collective."""
     num_tokens = sum(shard.num_tokens for shard in todo)
     device = engine.start()
     template = special_template(tokenizer, pair=False)
@@ -120,7 +96,9 @@ def score(
     progress = Progress(
         num_tokens, "token", config.logging_steps * config.batch_tokens, label="score"
     )
-    made_by = {**made_by, "model": config.model_name_or_path}
+    made_by = {
+        **sealed(identity), "numerics": numerics(config), "model": config.model_name_or_path,
+    }
 
     def count(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         nonlocal num_important

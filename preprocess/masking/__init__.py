@@ -18,14 +18,13 @@ from preprocess.masking.draws import (
     STREAM_WORD,
     counter_uniform,
 )
-from preprocess.masking.index import NEEDS, Inputs, choose_positions, index_bounds
-from preprocess.masking.strategies import DRAWN, PREBUILT, STRATEGIES, choose_selective
+from preprocess.masking.index import StrategyInputs, choose_positions, index_bounds, open_arrays
+from preprocess.masking.strategies import ARRAY_NEEDS, BASELINE, MATCHED, STRATEGIES, Strategy
 
 __all__ = [
-    "DRAWN",
-    "Inputs",
-    "NEEDS",
-    "PREBUILT",
+    "ARRAY_NEEDS",
+    "BASELINE",
+    "MATCHED",
     "ROUNDING_WINDOW",
     "STRATEGIES",
     "STREAM_BUDGET",
@@ -36,12 +35,14 @@ __all__ = [
     "STREAM_TIES",
     "STREAM_WORD",
     "Sequences",
+    "Strategy",
+    "StrategyInputs",
     "choose_positions",
-    "choose_selective",
     "corrupt",
     "counter_uniform",
     "draw_counts",
     "find_candidates",
     "index_bounds",
+    "open_arrays",
     "selective_limit",
 ]

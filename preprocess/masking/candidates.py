@@ -1,4 +1,4 @@
-"""Steps 1 and 2 of masking: the batch, its candidates, and the budget of each sequence."""
+"""Steps 1 and 2 of masking: the candidates of a batch and the budget of each sequence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUNDING_WINDOW = 4096  # tokens; with a single draw, rows of equal length could
 
 @dataclass(frozen=True)
 class Sequences:
-    """A ragged batch, everything that a strategy sees.
+    """A ragged batch: all that a strategy sees.
 
     offsets: start of each sequence in the flat arrays, and the end, `(B+1,)` int64, ascending.
     positions: token positions in the whole store, the key of every draw, `(T,)` int64; those of
@@ -23,10 +23,10 @@ class Sequences:
     candidates: True where a token may be masked, `(T,)` bool.
     rate: share of a sequence's candidates to mask, in (0, 1].
     seed, epoch: integers; the epoch is 0 for masks that are stored once.
-    scores: log-odds that a token is important, `(T,)` float16 (`selective`, `selective_fill`).
-    continues_word: True where a token continues the word of the token before, `(T,)` bool
-        (`whole_word`); from `find_continuations`.
-    matched_counts: how many to choose from each sequence, `(B,)` int64 (`random_matched`).
+    scores: importance of each token, above 0 if important rather than not, `(T,)` float16.
+    continues_word: True where a token continues the word of the token before, `(T,)` bool; from
+        `find_continuations`.
+    matched_counts: how many tokens of each sequence the matched index masks, `(B,)` int64.
     """
 
     offsets: np.ndarray
@@ -62,7 +62,7 @@ class Sequences:
 
 
 def find_candidates(tokens: np.ndarray, all_special_ids: Sequence[int]) -> np.ndarray:
-    """Tell which tokens may be masked: all but special ones ([UNK] is one).
+    """Return which tokens may be masked: all but special ones ([UNK] is special).
 
     Args:
         tokens: token ids, `(T,)` uint16.
@@ -75,7 +75,7 @@ def find_candidates(tokens: np.ndarray, all_special_ids: Sequence[int]) -> np.nd
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidates of a batch: flat index, sequence `(C,)`; count and first one of each `(B,)`."""
+    """Candidates of a batch: flat index and sequence of each `(C,)`; count and first one `(B,)`."""
 
     index: np.ndarray
     sequence: np.ndarray
@@ -98,14 +98,14 @@ def list_candidates(sequences: Sequences) -> Candidates:
 
 
 def draw_counts(sequences: Sequences) -> np.ndarray:
-    """Draw how many tokens of each sequence `random` masks.
+    """Draw the number of tokens to mask in each sequence.
 
     Stochastic rounding: 22 candidates at 15 % are 3.3, so 3 with probability 0.7 and 4 with 0.3.
-    The rate is met in expectation by every sequence, however short. One number u is drawn for
-    every `ROUNDING_WINDOW` tokens of the store, and a sequence of n candidates at position p gets
-    floor(rate (p + n) + u) - floor(rate p + u): where one sequence is rounded up its neighbour is
-    rounded down, so that a run of neighbours is within a token or two of its rate. Yet the count
-    of a sequence depends on nothing but its position and its candidates.
+    Every sequence, however short, meets the rate in expectation. One number u is drawn per
+    `ROUNDING_WINDOW` tokens of the store, and a sequence of n candidates at position p gets
+    floor(rate (p + n) + u) - floor(rate p + u). Where one sequence is rounded up its neighbour is
+    rounded down, so a run of neighbours is within a token or two of its rate, yet the count of a
+    sequence depends only on its position and its candidates.
 
     Returns:
         Counts, `(B,)` int64, at most the candidates of each sequence.
@@ -127,7 +127,7 @@ def share_budget(sequences: Sequences, found: Candidates) -> np.ndarray:
 
 
 def selective_limit(num_candidates: np.ndarray, rate: float) -> np.ndarray:
-    """Give the most tokens that `selective` masks: floor(rate x candidates), at least one.
+    """Return the largest number of tokens to mask: floor(rate x candidates), at least one.
 
     Args:
         num_candidates: candidates of each sequence, `(B,)` int64.

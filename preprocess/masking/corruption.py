@@ -22,10 +22,10 @@ def corrupt(
     vocab_size: int,
     all_special_ids: Sequence[int],
 ) -> np.ndarray:
-    """Give the ids that stand at the masked positions: 80 % [MASK], 10 % random, 10 % unchanged.
+    """Return the ids to put at masked positions: 80 % [MASK], 10 % random, 10 % unchanged.
 
-    Redrawn in each epoch, also for masks that are stored once. A random id comes uniformly from
-    the vocabulary without special tokens; it may happen to be the original.
+    Redrawn in each epoch, even for masks that are built once. A random id comes uniformly from the
+    vocabulary without special tokens; it may equal the original.
 
     Args:
         original: ids of the masked tokens, `(M,)` any integer dtype.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# One stream for each decision, so that no two decisions about a token share a number.
+# One stream per decision, so that no two decisions about a token share a number.
 STREAM_BUDGET = 0
 STREAM_CHOICE = 1
 STREAM_TIES = 2
@@ -17,13 +17,13 @@ STREAM_SHOWN = 8  # documents that show_masks.py picks
 
 
 def counter_uniform(seed: int, epoch: int, positions: np.ndarray, stream: int) -> np.ndarray:
-    """Draw one uniform number for each global token position.
+    """Draw one uniform number per global token position.
 
-    It is number `position` of a SplitMix64 generator whose start is hashed from the other three.
+    It is number `position` of a SplitMix64 generator seeded by a hash of the other arguments.
 
     Args:
         seed: any integer; the run's seed.
-        epoch: any integer; 0 for masks that are stored once.
+        epoch: any integer; 0 for masks that are built once.
         positions: token positions in the whole store, any shape, int64 or uint64.
         stream: one of the `STREAM_` constants.
     Returns:
@@ -46,7 +46,7 @@ def _mix(word: int) -> int:
 
 
 def counter_bits(seed: int, epoch: int, positions: np.ndarray, stream: int) -> np.ndarray:
-    """The 24 random bits behind `counter_uniform`, uint64."""
+    """Return the 24 random bits behind `counter_uniform`, uint64."""
     start = _mix(_mix(_mix(seed & _WORD) ^ (epoch & _WORD)) ^ stream)
     # A one-element array, not a scalar: numpy warns when a scalar overflows, and here it must.
     word = np.array(positions, dtype=np.uint64, ndmin=1)

@@ -1,28 +1,48 @@
-"""The masked positions of a whole shard, chosen block by block: what a mask index holds.
+"""Choose the masked positions of a whole shard block by block: the content of a mask index.
 
-Memory does not grow with the shard, and every draw belongs to a token's place in the store, so
-neither the blocks nor the shards change the result.
+Memory does not grow with the shard. Every draw depends only on a token's place in the store, so
+neither blocks nor shards change the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from preprocess.errors import DataError
 from preprocess.masking.candidates import Sequences, find_candidates
 from preprocess.masking.strategies import STRATEGIES
-from preprocess.store import BLOCK_TOKENS, Shard, iterate_blocks
+from preprocess.store import (
+    BLOCK_TOKENS,
+    Shard,
+    TokenStore,
+    iterate_blocks,
+    list_arrays,
+    open_array,
+)
 from preprocess.text.continuations import WordTable, find_continuations
 
-# What a strategy reads beside the tokens.
-NEEDS = {"selective": "scores", "selective_fill": "scores", "random_matched": "match"}
+
+def open_arrays(
+    store: TokenStore, shards: list[Shard], flag: str, name: str, kind: str
+) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """Open array `name` of some shards, as named by `--flag`, each with its JSON.
+
+    Raises:
+        DataError: no such array; the message lists those that every shard has.
+    """
+    try:
+        return [open_array(shard, name, kind) for shard in shards]
+    except DataError as error:
+        known = ", ".join(list_arrays(store, kind)) or "none yet"
+        raise DataError(f"--{flag} {name}: {error} (known: {known})") from None
 
 
 def index_bounds(index: np.ndarray, token_offsets: np.ndarray) -> np.ndarray:
-    """Say where each sequence's part of a mask index begins, and where the last one ends.
+    """Return where each sequence's part of a mask index begins, and where the last one ends.
 
     Args:
         index: ascending positions in the shard, `(M,)` uint32.
@@ -35,8 +55,8 @@ def index_bounds(index: np.ndarray, token_offsets: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What the strategy reads of one shard beside the tokens."""
+class StrategyInputs:
+    """Inputs of a strategy for one shard besides the tokens: one field for each of its needs."""
 
     scores: np.ndarray | None = None
     match: np.ndarray | None = None
@@ -46,7 +66,7 @@ class Inputs:
 def choose_positions(
     shard: Shard,
     strategy: str,
-    inputs: Inputs,
+    inputs: StrategyInputs,
     *,
     rate: float,
     seed: int,
@@ -75,7 +95,7 @@ def choose_positions(
             ),
         )
         try:
-            chosen = STRATEGIES[strategy](sequences)
+            chosen = STRATEGIES[strategy].choose(sequences)
         except ValueError as error:
             raise DataError(f"{shard.prefix}: {error}; make that array again") from None
         yield (chosen + start).astype(np.uint32)

@@ -1,10 +1,10 @@
-"""Which tokens are masked, and what stands in their place: the only owner of both rules.
+"""Choose the tokens to mask: the only file that names a strategy.
 
 Masking is four visible steps over a ragged batch (`Sequences`: flat arrays and offsets):
 
 1. candidates   `find_candidates`: every token that is not special
-2. budget       `draw_counts`, `selective_limit`: how many of a sequence's candidates
-3. choice       `STRATEGIES`: which ones; strategies differ in nothing else
+2. budget       `draw_counts`, `selective_limit`: how many candidates of each sequence
+3. choice       `STRATEGIES`: which ones; strategies differ in this step alone
 4. corruption   `corrupt`: 80 % [MASK], 10 % a random id, 10 % unchanged
 
 Every draw is a hash of (seed, epoch, global token position, stream), so a mask does not depend on
@@ -18,6 +18,7 @@ Letters: `B` sequences, `T` tokens in the batch, `C` candidates, `M` masked posi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def _draw_keys(
     stream: int,
     importance: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Sort keys, lowest first, of tokens at flat `index` `(K,)`: uint64 `(K,)`."""
+    """Return sort keys of the tokens at flat `index` `(K,)`, lowest first: uint64 `(K,)`."""
     positions = sequences.positions[index]
     keys = counter_bits(sequences.seed, sequences.epoch, positions, stream)
     keys |= sequence.astype(np.uint64) << _SEQUENCE_SHIFT
@@ -81,7 +82,7 @@ def _take_first(keys: np.ndarray, sequence: np.ndarray, counts: np.ndarray) -> n
 
 
 def choose_random(sequences: Sequences) -> np.ndarray:
-    """Choose uniformly among the candidates; the rate is met in expectation by each sequence.
+    """Choose uniformly among the candidates; each sequence meets the rate in expectation.
 
     Returns:
         Ascending unique indices into the batch's flat arrays, `(M,)` int64 (every strategy).
@@ -101,9 +102,9 @@ def _choose_uniformly(
 def choose_whole_words(sequences: Sequences) -> np.ndarray:
     """Choose whole words in random order, passing over those that no longer fit into the budget.
 
-    The budget is that of `random`. Where every word left is too long for what is left of it, the
-    next one is kept with the probability that makes the expected number of tokens the budget:
-    1 token left, a word of 3: 1/3.
+    The budget is that of `draw_counts`. When every remaining word is longer than the remaining
+    budget, the next word is kept with probability budget / length, so that the expected number of
+    tokens equals the budget: 1 token left and a word of 3 tokens give 1/3.
 
     Raises:
         ValueError: if the batch has no `continues_word`.
@@ -139,14 +140,14 @@ def _take_what_fits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Take words in the order given while they fit, passing over those that do not.
 
-    Sizes 2 3 1 1 and a limit of 4: takes 2, passes over 3, takes 1 and 1. Each turn of the loop
-    takes words up to the first that does not fit; what does not fit now never will.
+    Sizes 2 3 1 1 and a limit of 4: takes 2, passes over 3, takes 1 and 1. Each iteration takes
+    words up to the first that does not fit; a word that does not fit now never will.
 
     Args:
         size, sequence: of each word, `(W,)` int64; the words of a sequence are neighbours.
         limits: tokens that each sequence may spend, `(B,)` int64.
     Returns:
-        Which words were taken, `(W,)` bool, and what is left of each limit, `(B,)` int64.
+        True for the words taken, `(W,)` bool; the rest of each limit, `(B,)` int64.
     """
     kept, left = np.zeros(len(size), dtype=bool), limits.copy()
     open_words = np.arange(len(size))
@@ -165,9 +166,9 @@ def _take_what_fits(
 
 
 def choose_selective(sequences: Sequences) -> np.ndarray:
-    """Choose the most important tokens: log-odds above 0, best first, within `selective_limit`.
+    """Choose the most important tokens: scores above 0, best first, within `selective_limit`.
 
-    A sequence without such a token gets no mask at all. Equal scores go by a draw.
+    A sequence without such a token gets no mask. Ties are broken by a draw.
 
     Raises:
         ValueError: if the batch has no `scores`.
@@ -189,10 +190,9 @@ def _choose_selective(sequences: Sequences, found: Candidates) -> np.ndarray:
 
 
 def choose_selective_fill(sequences: Sequences) -> np.ndarray:
-    """Choose as `selective`, then top up at random to the number that `random` would mask.
+    """Choose as `choose_selective` does, then fill up at random to `draw_counts`.
 
-    A sequence gets max(what `selective` chose, `draw_counts`) tokens; only sequences shorter than
-    1 / rate can have more than their draw.
+    Only sequences shorter than 1 / rate can have more important tokens than their draw.
     """
     found = list_candidates(sequences)
     chosen = _choose_selective(sequences, found)
@@ -209,7 +209,7 @@ def choose_selective_fill(sequences: Sequences) -> np.ndarray:
 
 
 def choose_random_matched(sequences: Sequences) -> np.ndarray:
-    """Choose uniformly as many tokens of each sequence as `matched_counts` says: the control.
+    """Choose `matched_counts` tokens of each sequence uniformly.
 
     Raises:
         ValueError: if the batch has no `matched_counts`, or one exceeds the candidates.
@@ -224,13 +224,58 @@ def choose_random_matched(sequences: Sequences) -> np.ndarray:
     return _choose_uniformly(sequences, found, counts, STREAM_MATCHED)
 
 
-STRATEGIES: dict[str, Callable[[Sequences], np.ndarray]] = {
-    "random": choose_random,
-    "whole_word": choose_whole_words,
-    "selective": choose_selective,
-    "selective_fill": choose_selective_fill,
-    "random_matched": choose_random_matched,
+# ------------------------------------------------------------------------------- the records
+
+
+class Strategy(NamedTuple):
+    """A rule and everything that the rest of the house needs to know about it.
+
+    choose: return the ascending unique flat indices of the masked tokens, `(M,)` int64.
+    needs: its inputs besides the tokens, of "scores" and "match" (`ARRAY_NEEDS`) and "words" (where
+        words begin, read off the tokenizer).
+    drawn: True if masks are drawn anew each epoch (`pretrain.py --masking`); False if they are
+        built once (`build_masks.py`).
+    budget: "rate": rate x candidates in expectation; "at_most": `selective_limit`; "match": in
+        each sequence as many as the index that `--match` names.
+    control: True if it exists to be compared with another strategy.
+    rule: the sentence that explains it in `--help` and beside an index.
+    """
+
+    choose: Callable[[Sequences], np.ndarray]
+    needs: frozenset[str]
+    drawn: bool
+    budget: str
+    control: bool
+    rule: str
+
+
+# The needs that are arrays beside the store, and their kind there.
+ARRAY_NEEDS = {"scores": "scores", "match": "mask"}
+
+STRATEGIES: dict[str, Strategy] = {
+    "random": Strategy(
+        choose_random, frozenset(), drawn=True, budget="rate", control=False,
+        rule="Draw tokens at random, up to the mask rate in every sequence.",
+    ),
+    "whole_word": Strategy(
+        choose_whole_words, frozenset({"words"}), drawn=True, budget="rate", control=False,
+        rule="Draw whole words at random, up to the mask rate.",
+    ),
+    "selective": Strategy(
+        choose_selective, frozenset({"scores"}), drawn=False, budget="at_most", control=False,
+        rule="Take the tokens with a score above 0, best first, up to the mask rate of each "
+        "sequence, rounded down but at least one; a sequence without such a token has no mask.",
+    ),
+    "selective_fill": Strategy(
+        choose_selective_fill, frozenset({"scores"}), drawn=False, budget="rate", control=False,
+        rule="Take the tokens with a score above 0, best first, then others at random, up to the "
+        "mask rate.",
+    ),
+    "random_matched": Strategy(
+        choose_random_matched, frozenset({"match"}), drawn=False, budget="match", control=True,
+        rule="Draw at random as many tokens of each sequence as another index masks: the control "
+        "that knows nothing of importance.",
+    ),
 }
-# Drawn anew in each epoch while training / stored once by build_masks.py.
-DRAWN = ("random", "whole_word")
-PREBUILT = ("selective", "selective_fill", "random_matched")
+BASELINE = "random"  # the default of training, the masks of evaluation, a benchmark's first row
+MATCHED = "selective"  # whose counts a control takes unless told otherwise

@@ -3,6 +3,7 @@
 from preprocess.store.arrays import (
     ARRAYS,
     array_path,
+    has_array,
     list_arrays,
     lock_array,
     missing_arrays,
@@ -52,6 +53,7 @@ __all__ = [
     "array_path",
     "check_vocabulary",
     "describe_tokenizer",
+    "has_array",
     "iterate_blocks",
     "join_shards",
     "list_arrays",

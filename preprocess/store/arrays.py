@@ -22,6 +22,7 @@ from preprocess.files import (
     temporary_path,
     write_temporary,
 )
+from preprocess.identity import compare
 from preprocess.store.layout import (
     FORMAT_VERSION,
     NPY_HEADER_BYTES,
@@ -215,6 +216,32 @@ def open_array(
     if count != shard.num_tokens and (kind != "mask" or count > shard.num_tokens):
         raise DataError(f"{path}: {count} values for {shard.num_tokens} tokens; {again}")
     return open_column(shard.prefix, path, ARRAYS[kind], info, verify, again), info
+
+
+def has_array(
+    shard: Shard, name: str, kind: str, identity: dict[str, Any], overwrite: bool
+) -> bool:
+    """Return whether a shard has the array `name`, complete and made with this identity.
+
+    Args:
+        overwrite: whether another one may be replaced; then it counts as absent.
+    Raises:
+        ConfigError: it has one of another identity; says what differs.
+        DataError: it has a damaged one, or one of another store.
+    """
+    path = array_path(shard, name, kind)
+    if not json_of(path).is_file():
+        return False
+    try:
+        _, info = open_array(shard, name, kind)
+    except DataError as error:
+        if overwrite:
+            return False
+        raise DataError(f"{error}; --overwrite replaces it") from None
+    found = info.get("identity", {})
+    if not overwrite:
+        compare(found, identity, str(path), "give another --name, or --overwrite")
+    return bool(found == identity)
 
 
 def _array_names(shard: Shard, kind: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Which tokens continue a word, for WordPiece and byte-level BPE tokenizers."""
+"""Find the tokens that continue a word, for WordPiece and byte-level BPE tokenizers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import numpy as np
 
 from preprocess.errors import ConfigError, DataError
 
-# How a token may begin (first line) and end (both), as far as words are concerned; each of these
-# has a sample to put before the tokenizer's own pre-tokenizer. `_ENDING` is a whole token that
-# makes a suffix with an apostrophe ("s" of "'s"), `_SUFFIX` one with the apostrophe ("'s").
+# Kinds of beginnings (first line) and ends (both lines) of a token; each has a sample to try on the
+# tokenizer's own pre-tokenizer. `_ENDING` is a token that makes a suffix behind an apostrophe ("s"
+# of "'s"), `_SUFFIX` one that includes the apostrophe ("'s").
 _LETTER, _NUMBER, _OTHER, _ENDING = range(4)
 _WHITE, _SPACE, _APOSTROPHE, _SUFFIX = range(4, 8)
 _SAMPLES = ("a", "1", "!", "s", "\n", " ", "'", "'s")
 # Three more: a token that continues nothing (as an end: that nothing continues); one that begins
-# inside a character, and so continues whatever is before it; one that holds only the tail of a
+# inside a character, and so continues whatever precedes it; one that holds only the tail of a
 # character, and so ends as the token with its head does.
 _STARTS, _CONTINUES, _INHERITS = range(8, 11)
 
 
 @dataclass(frozen=True)
 class WordTable:
-    """Which ids continue a word: how each id begins and ends, and which ends and begins join.
+    """How each id begins and ends, and which ends and beginnings join into a word.
 
     first, last: kind of each id's beginning and end, `(V,)` uint8.
     joins: True where a token that begins with kind j continues one that ends with kind i,
@@ -42,7 +42,7 @@ class WordTable:
 def find_continuations(
     tokens: np.ndarray, offsets: np.ndarray, table: WordTable
 ) -> np.ndarray:
-    """Tell which tokens continue the word of the token before; a sequence's first never does.
+    """Return which tokens continue the word of the token before; a sequence's first never does.
 
     Args:
         tokens: token ids, `(T,)` uint16.
@@ -63,7 +63,7 @@ def find_continuations(
 
 
 def open_tokenizer(folder: str | Path) -> Any:
-    """Open a saved tokenizer as a `tokenizers.Tokenizer`, which loads at once.
+    """Open a saved tokenizer as a `tokenizers.Tokenizer`, which loads fast.
 
     Raises:
         DataError: no `tokenizer.json` in the folder, or a broken one.
@@ -80,13 +80,13 @@ def open_tokenizer(folder: str | Path) -> Any:
 
 
 def continuation_table(tokenizer: Any) -> WordTable:
-    """Read off a tokenizer which of its ids continue a word.
+    """Derive from a tokenizer which of its ids continue a word.
 
     WordPiece: the ids written with its prefix (`##`); exact. Byte-level BPE (RoBERTa, ModernBERT):
-    a token continues a word when the tokenizer's own pre-tokenizer keeps the end of the token
-    before and the beginning of this one in one piece, by kind of character: letters with letters,
-    digits with digits, the rest with the rest, never across a leading space. Not exact where two
-    ids cannot tell: runs of white space, and characters of which a token holds the first byte.
+    a token continues a word when the tokenizer's own pre-tokenizer keeps the end of the previous
+    token and the beginning of this one together, by kind of character: letters with letters, digits
+    with digits, others with others, never across a leading space. Inexact for runs of white space
+    and for characters whose first byte ends a token, which two ids alone cannot decide.
 
     Args:
         tokenizer: a fast tokenizer of transformers, or the `tokenizers.Tokenizer` inside one.
@@ -117,8 +117,8 @@ def continuation_table(tokenizer: Any) -> WordTable:
                 joins[end, begin] = len(split(end_sample + _SAMPLES[begin])) == 1
     else:
         raise ConfigError(
-            f"whole words are known for WordPiece and byte-level BPE tokenizers, and this one is "
-            f"{model['type']}; use another masking strategy, such as random"
+            f"word boundaries are known for WordPiece and byte-level BPE tokenizers, and this one "
+            f"is {model['type']}; use a masking strategy without words"
         )
     # Added tokens are cut out of the text before words are looked for.
     first[added], last[added] = _STARTS, _STARTS
@@ -126,7 +126,7 @@ def continuation_table(tokenizer: Any) -> WordTable:
 
 
 def _token_kinds(raw: bytes, split: Callable[[str], list]) -> tuple[int, int]:
-    """How a byte-level token begins and ends; `split` is the pre-tokenizer."""
+    """Return how a byte-level token begins and ends; `split` is the pre-tokenizer."""
     tail = 0
     while tail < len(raw) and raw[tail] & 0xC0 == 0x80:
         tail += 1
@@ -162,9 +162,9 @@ def _character_kind(character: str) -> int:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary, and that byte.
+    """Return the byte behind each character of a byte-level vocabulary.
 
-    Printable Latin-1 bytes stand for themselves; the other 68 are the characters from 256 on.
+    Printable Latin-1 bytes stand for themselves, the other 68 for the characters from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]

@@ -1,8 +1,4 @@
-"""What kind of word a token is: stop word, punctuation, or any other.
-
-Decided once for every id of a vocabulary, so that a store of any size is counted without a look
-at its text. Letters: `T` tokens, `B` sequences, `V` vocabulary.
-"""
+"""List the English words that carry no opinion by themselves."""
 
 from __future__ import annotations
 
@@ -20,11 +16,10 @@ STOP_WORDS = frozenset(
     s ll re ve d m
     """.split()
 )
-"""Words of English that carry no opinion by themselves. Negators and contrasts (no, not, never,
-nor, t of don't, without, but, against, few, only, too, very, ...) are left out on purpose: they
-turn an opinion round, and a usual list would forbid that they ever be important."""
+"""Negators and contrasts (no, not, never, nor, t of don't, without, but, against, few, only, too,
+very, ...) are excluded on purpose: they reverse an opinion, and must be able to be important."""
 
 
 def is_stop_word(word: str) -> bool:
-    """Whether a whole word is in `STOP_WORDS`; byte-level vocabularies write 's with its mark."""
+    """Return whether a word is in `STOP_WORDS`; byte-level vocabularies write 's with its mark."""
     return word.strip().strip("'\u2019").lower() in STOP_WORDS

@@ -1,4 +1,4 @@
-"""Kinds of tokens that a table tells apart: other words, stop words, punctuation."""
+"""Sort tokens into kinds: stop words, punctuation, other words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = ("other words", "stop words", "punctuation")
 
 
 def word_table(tokenizer: Any) -> WordTable | None:
-    """`continuation_table`, or None where a tokenizer does not tell its words apart."""
+    """Return `continuation_table`, or None for a tokenizer without word boundaries."""
     try:
         return continuation_table(tokenizer)
     except ConfigError:
@@ -24,10 +24,10 @@ def word_table(tokenizer: Any) -> WordTable | None:
 
 
 def type_names(tokenizer: Any, vocab_size: int) -> list[str]:
-    """Name every id as a reader would look it up, `V` strings.
+    """Return a readable name of every id, `V` strings.
 
-    WordPiece names stand as they are (`##ing`); of byte-level ones the text, with an open box
-    (U+2423) for a leading space, which tells a word's beginning from a continuation.
+    WordPiece names are kept (`##ing`); byte-level ones become their text, with an open box (U+2423)
+    for a leading space, which tells the beginning of a word from a continuation.
     """
     names = [printable(tokenizer.id_to_token(i) or f"#{i}") for i in range(vocab_size)]
     if type(tokenizer.model).__name__ != "WordPiece":
@@ -39,7 +39,7 @@ def type_names(tokenizer: Any, vocab_size: int) -> list[str]:
 
 
 def type_kinds(names: list[str]) -> np.ndarray:
-    """Give the kind of every id, as far as the id alone tells: `(V,)` uint8.
+    """Return the kind of every id, as far as the id alone tells: `(V,)` uint8.
 
     Args:
         names: from `type_names`.
@@ -55,10 +55,10 @@ def type_kinds(names: list[str]) -> np.ndarray:
 def find_kinds(
     tokens: np.ndarray, offsets: np.ndarray, kinds: np.ndarray, table: WordTable | None
 ) -> np.ndarray:
-    """Give the kind of each token: a stop word only where it is a word by itself.
+    """Return the kind of each token: a stop word only where it is a word by itself.
 
-    Of `the ##sis the`, the first `the` is a part of another word. A stop word of several tokens
-    counts as another word; in a vocabulary of use there are next to none.
+    In `the ##sis the`, the first `the` is part of another word. A stop word of several tokens
+    counts as another word; practical vocabularies have next to none.
 
     Args:
         tokens: token ids, `(T,)` uint16.

@@ -1,4 +1,4 @@
-"""From ids to text as a reader reads it: pieces of words, with what is known of each.
+"""Turn ids into text for a reader: pieces of words with their marks and scores.
 
 Letters: `T` tokens.
 """
@@ -11,26 +11,22 @@ from typing import Any
 
 import numpy as np
 
-# Lower ends of the levels of importance above the lowest, in log-odds: 12 %, 50 %, 88 %. From the
-# second on, `selective` may choose a token.
+from preprocess.masking import index_bounds
+
+# Lower ends of the levels of importance above the lowest, in log-odds: 12 %, 50 %, 88 %.
 LEVELS = (-2.0, 0.0, 2.0)
 IMPORTANT = 2  # level of a token that is important rather than not
 
-_CLOSING = set(".,;:!?)]}%") | {"\u201d", "\u2026"}
-_OPENING = set("([{$") | {"\u201c", "\u2018"}
-_APOSTROPHES = {"'", "\u2019"}
-_ENDINGS = {"s", "t", "re", "ve", "ll", "d", "m"}
-_JOINERS = {"-", "/"}
-INVISIBLE = "\u2423"  # stands for a token of nothing that can be seen, where it is masked
+INVISIBLE = "\u2423"  # stands for a masked token without a visible character
 _KEPT = {"\u200c", "\u200d"}  # shape letters and emoji; other invisible characters mislead
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text that is marked as one: usually one token.
+    """Text with one mark: usually one token.
 
-    text: what to print. space: whether a space stands before it. masked, compared: whether the
-    shown index, and the compared one, hold it. score: log-odds, or None.
+    space: whether a space precedes the text. masked, compared: whether the shown index and the
+    compared one hold it. score: log-odds, or None.
     """
 
     text: str
@@ -41,7 +37,7 @@ class Piece:
 
     @property
     def level(self) -> int:
-        """How important, from 0 to 3; 0 without a score."""
+        """Importance from 0 to 3; 0 without a score."""
         if self.score is None:
             return 0
         return sum(self.score > edge for edge in LEVELS)
@@ -51,75 +47,36 @@ class Piece:
 
 
 def split_text(ids: list[int], tokenizer: Any) -> list[tuple[int, str, bool]]:
-    """Turn ids into text as a reader sees it.
+    """Turn ids into text with the spacing of the tokenizer's own decoder.
 
     Args:
         ids: of one sequence.
-        tokenizer: a `tokenizers.Tokenizer`, WordPiece or byte-level BPE.
+        tokenizer: a `tokenizers.Tokenizer`.
     Returns:
-        One (number of tokens, text, whether a space stands before it) a piece. A piece has more
-        than one token where a character was cut into bytes.
+        (number of tokens, text, whether a space precedes it) per piece. A piece has more than one
+        token where a character was cut into bytes.
     """
-    if type(tokenizer.model).__name__ == "WordPiece":
-        return _split_wordpieces([tokenizer.id_to_token(i) or "?" for i in ids], tokenizer.model)
+    decode = tokenizer.decoder.decode if tokenizer.decoder else " ".join
+    names = [tokenizer.id_to_token(i) or "?" for i in ids]
     pieces, start = [], 0
     while start < len(ids):
         end = start + 1
-        text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+        # Behind an empty token: decoders treat the first token of a text differently.
+        text = decode(["", names[start]])
         # U+FFFD is half a character; no character has more than 4 bytes.
         while "\ufffd" in text and end < min(start + 4, len(ids)):
             end += 1
-            text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            text = decode(["", *names[start:end]])
         pieces.append((end - start, printable(text.strip(" ") or " "), text[:1] == " "))
         start = end
     return pieces
 
 
-def _split_wordpieces(names: list[str], model: Any) -> list[tuple[int, str, bool]]:
-    prefix = model.continuing_subword_prefix
-    pieces: list[tuple[int, str, bool]] = []
-    quoting = False
-    for i, name in enumerate(names):
-        if name.startswith(prefix) and i:
-            pieces.append((1, printable(name[len(prefix) :]), False))
-            continue
-        space = bool(i) and not _closes_up(names, i)
-        if name == '"':
-            space = space and not quoting
-            quoting = not quoting
-        elif i and names[i - 1] == '"' and quoting:
-            space = False
-        pieces.append((1, printable(name), space))
-    return pieces
-
-
-def _closes_up(names: list[str], i: int) -> bool:
-    """Whether no space stands before word i; a BERT vocabulary does not keep it.
-
-    By the habits of English: "don ' t" is don't, "( very )" (very), "well - made" well-made.
-    """
-    before, name, after = names[i - 1], names[i], (*names, "")[i + 1]
-    earlier = names[i - 2] if i > 1 else ""
-    if name in _CLOSING or before in _OPENING:
-        return True
-    if name in _APOSTROPHES and after in _ENDINGS:
-        return True
-    if before in _APOSTROPHES and name in _ENDINGS and earlier:
-        return True
-    if before == name == "-":
-        return True
-    if name in _JOINERS:
-        return before[-1].isalnum() and after[:1].isalnum()
-    if before in _JOINERS:
-        return earlier[-1:].isalnum() and name[0].isalnum()
-    return before in {".", ":"} and earlier[-1:].isdigit() and name[0].isdigit()
-
-
 def printable(text: str) -> str:
-    """Make control characters visible, and harmless to a terminal; drop other invisible ones.
+    """Make control characters visible and harmless to a terminal; drop other invisible ones.
 
-    An escape character becomes its picture (U+241B), a line end an arrow, nothing visible at all
-    `INVISIBLE`. Marks that turn the direction of writing would turn all that follows too.
+    An escape character becomes its picture (U+241B), a line end an arrow, and an invisible text
+    `INVISIBLE`. Marks that change the writing direction would affect all text after them.
     """
     shown = []
     for c in text:
@@ -141,7 +98,7 @@ def read_sequence(
     compared: np.ndarray,
     scores: np.ndarray | None,
 ) -> list[Piece]:
-    """Make the pieces of one sequence; tokens of a word that are marked alike become one piece.
+    """Make the pieces of one sequence; tokens of a word with the same marks become one piece.
 
     Args:
         ids: `(T,)` uint16. masked, compared: `(T,)` bool. scores: `(T,)` float16 or None.
@@ -171,15 +128,6 @@ def _joins(left: Piece, right: Piece) -> bool:
     return same and left.text[-1:].isalnum() and right.text[:1].isalnum()
 
 
-def marked_by(pieces: list[Piece], compared: bool) -> list[Piece]:
-    """The same pieces with the marks of one index alone; those that both hold keep both."""
-    keep = "compared" if compared else "masked"
-    return [
-        piece if getattr(piece, keep) else Piece(piece.text, piece.space, score=piece.score)
-        for piece in pieces
-    ]
-
-
 # ------------------------------------------------------------------------------ the documents
 
 
@@ -190,7 +138,6 @@ class Sequence:
     pieces: list[Piece]
     num_tokens: int
     num_masked: int
-    num_compared: int
     num_important: int | None
 
 
@@ -198,7 +145,7 @@ class Sequence:
 class Document:
     """A document to show: its number in the store, counts of its tokens, its first sequences.
 
-    num_left_out: sequences that are too far down to be shown.
+    num_left_out: number of further sequences that are not shown.
     """
 
     number: int
@@ -212,7 +159,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Opened:
-    """What is shown of a shard: tokens, offsets and arrays as in `Shard` and `store.ARRAYS`."""
+    """An opened shard: tokens, offsets and arrays as in `Shard` and `store.ARRAYS`."""
 
     tokens: np.ndarray
     sequence_offsets: np.ndarray
@@ -225,7 +172,7 @@ class Opened:
 def read_documents(
     shards: list[Opened], numbers: list[int], tokenizer: Any, max_tokens: int
 ) -> Iterator[Document]:
-    """Read documents with their marks; of long ones, sequences up to `max_tokens`."""
+    """Yield documents with their marks; long ones with sequences up to `max_tokens`."""
     starts = np.append(0, np.cumsum([len(shard.document_offsets) - 1 for shard in shards]))
     for number in numbers:
         # Empty shards share their start with the next one; the last of them holds the document.
@@ -251,7 +198,6 @@ def _read_document(
                 read_sequence(shard.tokens[a:b], tokenizer, in_mask, in_compare, scores),
                 num_tokens=b - a,
                 num_masked=int(in_mask.sum()),
-                num_compared=int(in_compare.sum()),
                 num_important=None if scores is None else int((scores > 0).sum()),
             )
         )
@@ -267,15 +213,15 @@ def _read_document(
 
 
 def _positions(index: np.ndarray | None, start: int, end: int) -> np.ndarray:
-    """The part of an index that lies in the shard's tokens `start` to `end`: `(M,)` int64."""
+    """Return the positions of an index from token `start` to `end` of the shard: `(M,)` int64."""
     if index is None:
         return np.empty(0, dtype=np.int64)
-    bounds = np.searchsorted(index, np.array([start, end], dtype=np.uint32))
-    return index[bounds[0] : bounds[1]].astype(np.int64)
+    low, high = index_bounds(index, np.array([start, end]))
+    return index[low:high].astype(np.int64)
 
 
 def _marks(index: np.ndarray | None, start: int, end: int) -> np.ndarray:
-    """True where the index holds a token of the shard's tokens `start` to `end`: bool."""
+    """Return which of the shard's tokens `start` to `end` an index holds: bool."""
     marks = np.zeros(end - start, dtype=bool)
     marks[_positions(index, start, end) - start] = True
     return marks

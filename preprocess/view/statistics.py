@@ -1,4 +1,4 @@
-"""Count what mask indices hold, over a whole store, in blocks of bounded memory.
+"""Count the contents of mask indices over a store, in blocks of bounded memory, and table them.
 
 Every count is a sum over blocks of whole sequences; nothing loops over tokens or sequences, and
 neither shards nor blocks change a result. Letters: `T` tokens, `B` sequences, `M` masked
@@ -7,6 +7,7 @@ positions, `V` vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,9 @@ from preprocess.masking import find_candidates, index_bounds
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, iterate_blocks, open_array
 from preprocess.text.continuations import WordTable
 from preprocess.view.kinds import KINDS, find_kinds, type_kinds, type_names, word_table
+from preprocess.view.tables import Share, Table, percent
 
+NUM_TYPES = 15
 # Upper ends of the bins of a sequence's mask rate, in per cent; before them, one for no mask.
 RATE_EDGES = (5, 10, 15, 20, 25, 30, 50, 100)
 # Upper ends of the bins of scores (log-odds) but the last: 2 %, 12 %, 27 %, 50 %, ...
@@ -32,7 +35,7 @@ _SCORE_BINS = np.searchsorted(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is known of each id: `names` (`V` strings), `kinds` (`(V,)` uint8), how words join."""
+    """The name of each id (`V` strings), its kind (`(V,)` uint8), and how words join."""
 
     names: list[str]
     kinds: np.ndarray
@@ -53,7 +56,7 @@ class IndexCounts:
     kind_masked: masked tokens of each of `KINDS`, `(3,)` int64.
     score_masked: masked tokens in each bin of scores, `(len(SCORE_EDGES) + 1,)` int64.
     rates: sequences without a mask, then those in each bin of `RATE_EDGES`, int64.
-    by_chance: how many of the masked tokens a random choice of as many in each sequence would be
+    by_chance: number of the masked tokens that a random choice of as many per sequence is
         expected to hit.
     """
 
@@ -73,10 +76,10 @@ class Statistics:
     """Counts over a store, or over evenly spaced blocks of it.
 
     store_tokens: tokens of the store, of which `tokens` were counted.
-    indices: one `IndexCounts` an index. type_tokens: occurrences of each id, `(V,)` int64.
+    indices: one `IndexCounts` per index. type_tokens: occurrences of each id, `(V,)` int64.
     kind_tokens, score_tokens: tokens of each kind and bin of scores, as in `IndexCounts`.
-    shared: tokens that the first two indices hold both; expected and variance: of that number, if
-        the second held as many of each sequence, drawn at random.
+    shared: tokens that both of the first two indices hold; expected and variance: of that number,
+        if the second held as many per sequence, drawn at random.
     """
 
     store_tokens: int
@@ -106,13 +109,13 @@ def count_masks(
     scores: str | None = None,
     max_tokens: int | None = None,
 ) -> Statistics:
-    """Count what mask indices hold, and how the first two overlap.
+    """Count the contents of mask indices, and how the first two overlap.
 
     Args:
         names: of the indices.
         vocabulary: to count stop words and punctuation, which takes as long again.
         scores: name of scores to sort the tokens by.
-        max_tokens: count about as many at most, in blocks spaced evenly over the store.
+        max_tokens: count at most about this many, in blocks spaced evenly over the store.
     """
     result = Statistics(
         store.num_tokens,
@@ -192,14 +195,14 @@ def _bin_rates(counts: np.ndarray, possible: np.ndarray) -> np.ndarray:
 def rank_types(
     counts: IndexCounts, type_tokens: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Find the ids that an index masks most often, most and least for how often they occur.
+    """Find the ids that an index masks most often, and at the highest and the lowest rate.
 
     Args:
         type_tokens: occurrences of each id, `(V,)` int64.
-        size: how many to give at most.
+        size: the most ids to return in each list.
     Returns:
-        Three arrays of ids, `(<= size,)` int64; and the occurrences from which on an id takes part
-        in the second and third, chosen so that 5 of them would be masked at the overall rate.
+        Three arrays of ids, `(<= size,)` int64, and the least number of occurrences for the second
+        and third: that of which 5 would be masked at the overall rate.
     """
     masked, share = counts.type_masked, counts.masked / max(int(type_tokens.sum()), 1)
     often = np.argsort(-masked, kind="stable")[:size]
@@ -207,7 +210,143 @@ def rank_types(
     ids = np.flatnonzero(type_tokens >= max(least, 1)) if share else np.empty(0, np.int64)
     rate = masked[ids] / type_tokens[ids]
     above, below = ids[rate > share], ids[rate < share]
-    # Of equal rates, the one that occurs more often says more.
+    # Of equal rates, the more frequent id is the better evidence.
     most = above[np.lexsort((-type_tokens[above], -rate[rate > share]))][:size]
     fewest = below[np.lexsort((-type_tokens[below], rate[rate < share]))][:size]
     return often[masked[often] > 0], most, fewest, least
+
+
+# -------------------------------------------------------------------------------- the tables
+
+
+def share_of(log_odds: float) -> str:
+    """Write log-odds as the probability that they stand for."""
+    # 1 / (1 + exp(-x)) would overflow where the scores are far below 0.
+    return f"{50 * (1 + math.tanh(log_odds / 2)):.0f} %"
+
+
+def make_tables(
+    statistics: Statistics, names: list[str], vocabulary: Vocabulary, with_scores: bool
+) -> list[Table]:
+    """Make all tables; `names` are those of the indices, the shown one first."""
+    tables = [overall_table(statistics, names), kinds_table(statistics, names)]
+    if with_scores:
+        tables.append(scores_table(statistics, names))
+    tables.append(rates_table(statistics, names))
+    for name, index in zip(names, statistics.indices, strict=True):
+        tables += type_tables(statistics, name, index, vocabulary.names)
+    return tables
+
+
+def overall_table(statistics: Statistics, names: list[str]) -> Table:
+    """Show how much is masked, and how much two indices share."""
+    indices = statistics.indices
+    without = [int(index.rates[0]) for index in indices]
+    rows = [
+        ["masked tokens", *(f"{index.masked:,}" for index in indices)],
+        ["of the candidates", *(percent(i.masked, statistics.candidates) for i in indices)],
+        ["sequences without a mask", *(f"{count:,}" for count in without)],
+        ["of all sequences", *(percent(count, statistics.sequences) for count in without)],
+        ["hit by chance", *(percent(index.by_chance, index.masked) for index in indices)],
+    ]
+    note = (
+        f"{statistics.tokens:,} tokens in {statistics.sequences:,} sequences, "
+        f"{statistics.candidates:,} of them candidates (not special)"
+    )
+    if statistics.tokens < statistics.store_tokens:
+        part = percent(statistics.tokens, statistics.store_tokens)
+        note += f"; counted were {part} of the store, in blocks spaced evenly"
+    note += (
+        ". Hit by chance: expected share of the masked tokens that a random choice of as many per "
+        "sequence would hit."
+    )
+    if len(names) > 1:
+        shared = statistics.shared
+        rows.insert(4, ["in the other index too", *(percent(shared, i.masked) for i in indices)])
+        low, high = (statistics.expected + sign * 2 * math.sqrt(statistics.variance)
+                     for sign in (-1, 1))
+        note += (
+            f" The two indices share {shared:,} tokens. Had one of them drawn as many per sequence "
+            f"at random, they would share {statistics.expected:,.0f} ({max(low, 0):,.0f} to "
+            f"{high:,.0f} in 95 % of draws)."
+        )
+    return Table("Overall", ("", *names), rows, note)
+
+
+def kinds_table(statistics: Statistics, names: list[str]) -> Table:
+    """Show the share of stop words and punctuation in the text and among masked tokens."""
+    columns = [statistics.kind_tokens, *(index.kind_masked for index in statistics.indices)]
+    rows = [[title, *(Share(int(column[kind]), int(column.sum())) for column in columns)]
+            for kind, title in enumerate(KINDS)]
+    return Table(
+        "Kinds of words", ("share of", "all tokens", *(f"masked in {n}" for n in names)), rows,
+        "Stop words are English words that carry no opinion by themselves; negations are not "
+        "included.",
+    )
+
+
+def scores_table(statistics: Statistics, names: list[str]) -> Table:
+    """Show how the share of masked tokens grows with the score."""
+    rows = []
+    edges = [-math.inf, *SCORE_EDGES, math.inf]
+    for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        tokens = int(statistics.score_tokens[i])
+        if low == -math.inf:
+            bounds = (f"to {high:g}", f"to {share_of(high)}")
+        elif high == math.inf:
+            bounds = (f"above {low:g}", f"above {share_of(low)}")
+        else:
+            bounds = (f"above {low:g} to {high:g}", f"{share_of(low)} to {share_of(high)}")
+        shares = (Share(int(index.score_masked[i]), tokens) for index in statistics.indices)
+        rows.append([*bounds, f"{tokens:,}", *shares])
+    return Table(
+        "Masked by importance",
+        ("log-odds", "important with", "tokens", *(f"masked in {n}" for n in names)), rows,
+        "Log-odds that a token is important, the probability they stand for, and the share of "
+        "such tokens that is masked.",
+    )
+
+
+def rates_table(statistics: Statistics, names: list[str]) -> Table:
+    """Show the distribution of mask rates over sequences."""
+    titles = ["no mask"]
+    titles += [f"above {low} to {high} %" for low, high in
+               zip((0, *RATE_EDGES[:-1]), RATE_EDGES, strict=True)]
+    rows = [[title, *(Share(int(one.rates[i]), statistics.sequences) for one in statistics.indices)]
+            for i, title in enumerate(titles)]
+    return Table(
+        "Mask rate of each sequence",
+        ("mask rate", *(f"sequences, {name}" for name in names)), rows,
+        "Share of all sequences with that mask rate.",
+    )
+
+
+def type_tables(
+    statistics: Statistics, name: str, index: IndexCounts, type_names: list[str]
+) -> list[Table]:
+    """Show which tokens an index masks most often, above their share, and below it."""
+    often, most, fewest, least = rank_types(index, statistics.type_tokens, NUM_TYPES)
+    overall = index.masked / max(statistics.tokens, 1)
+
+    def table(title: str, ids: np.ndarray, note: str) -> Table:
+        rows = []
+        for i in ids.tolist():
+            masked, occurs = int(index.type_masked[i]), int(statistics.type_tokens[i])
+            rows.append([type_names[i], f"{occurs:,}", f"{masked:,}", Share(masked, occurs),
+                         f"{masked / occurs / overall:.1f} x"])
+        head = ("token", "occurs", "masked", "rate", "lift")
+        return Table(f"{name}: {title}", head, rows, note, subject=name)
+
+    lift = f"Lift: a token's rate over that of all tokens, {percent(overall, 1)}."
+    at_least = f"Of tokens that occur {least:,} times or more."
+    by_chance = ""
+    if least:
+        # Four standard deviations of the number of masks of the rarest token listed: among
+        # thousands of tokens, few exceed it.
+        chance = 1 + 4 * math.sqrt((1 - overall) / (least * overall))
+        by_chance = f" The rarest of them may reach a lift of {chance:.1f} by chance."
+    return [
+        table("masked most often", often, lift),
+        table("masked above their share", most, at_least + by_chance),
+        table("passed over", fewest, at_least),
+    ]

@@ -1,179 +1,167 @@
-"""The statistics of mask indices as tables, for the terminal and the page alike."""
+"""Hold rows under columns, and write them as text, CSV or HTML: the one table of the house.
+
+An HTML page is one file that needs no network and runs no script: its content security policy lets
+it load nothing but inlined pictures. All text is escaped here.
+"""
 
 from __future__ import annotations
 
-import math
+import csv
+import html
+import io
+import re
+import textwrap
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+_BAR = 12  # characters of the longest bar
+_NUMBER = re.compile(r"|-|[+-]?\d.*")
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = """
+.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .3em 0;
+  font: .85em/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid #bbb; padding: .1em .6em; text-align: left; white-space: nowrap;
+  vertical-align: top; }
+th { border-bottom: 2px solid #555; } .number { text-align: right; }
+th:first-child, td:first-child { padding-left: 0; }
+.note { color: #444; font-size: .85em; max-width: 50em; line-height: 1.45; margin: .3em 0; }
+i { display: inline-block; height: .7em; background: #555; border: 1px solid #000;
+  box-sizing: border-box; }
+.bar { display: inline-block; width: 4em; text-align: left; margin-left: .5em; }
+@media print { .scroll { overflow: visible; } tr { break-inside: avoid; }
+  h2, h3 { break-after: avoid; } }
+"""
 
-from preprocess.view.kinds import KINDS
-from preprocess.view.statistics import (
-    RATE_EDGES,
-    SCORE_EDGES,
-    IndexCounts,
-    Statistics,
-    Vocabulary,
-    rank_types,
-)
 
-NUM_TYPES = 15
-Row = tuple[str | tuple[str, float], ...]
+@dataclass(frozen=True)
+class Share:
+    """A cell that may have a bar behind it, as long as `part` is of `whole`."""
+
+    part: float
+    whole: float
+
+    @property
+    def length(self) -> float:
+        """Length of the bar, from 0 to 1."""
+        return min(self.part / self.whole, 1.0) if self.whole else 0.0
+
+    def __str__(self) -> str:
+        return percent(self.part, self.whole)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table to show. A cell is its text, or (text, length of a bar from 0 to 1).
+    """Rows of cells under a title.
 
-    subject: name of the index that the table is about, if it is about one.
+    Attributes:
+        title: a few words.
+        columns: their names, in order; a first column without a name is "".
+        rows: one cell per column: a text, a number, or a `Share`.
+        note: the meaning of the numbers, in sentences.
+        file: name of its CSV without ending, if it has one.
+        subject: name of the mask index that it is about, if it is about one.
     """
 
     title: str
-    head: tuple[str, ...]
-    rows: list[Row]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
     note: str = ""
+    file: str = ""
     subject: str | None = None
+
+    @classmethod
+    def of(cls, title: str, rows: Sequence[dict[str, Any]], note: str = "", file: str = "",
+           columns: Sequence[str] | None = None) -> Table:
+        """Make a table of dictionaries; `columns` are their keys, those of the first by default."""
+        keys = list(rows[0]) if columns is None else columns
+        return cls(title, keys, [[row[key] for key in keys] for row in rows], note, file)
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Whether each column holds numbers, with or without a unit behind them."""
+        return [all(_NUMBER.fullmatch(str(row[i])) for row in self.rows)
+                for i in range(len(self.columns))]
+
+    def as_text(self, width: int = 100) -> str:
+        """Align the cells, words left and numbers right; bars and long notes respect `width`."""
+        lines = self._lines(bars=True)
+        if max(map(text_width, lines)) > width:
+            lines = self._lines(bars=False)
+        lines = [self.title, *(f"  {line}" for line in lines)] if self.title else lines
+        return "\n".join([*lines, *_wrap_note(self.note, width)])
+
+    def _lines(self, bars: bool) -> list[str]:
+        def write(cell: Any) -> str:
+            if not bars or not isinstance(cell, Share):
+                return str(cell)
+            return f"{cell!s:>7} {'#' * round(cell.length * _BAR):<{_BAR}}"
+
+        cells = [list(self.columns), *([write(cell) for cell in row] for row in self.rows)]
+        widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
+        lines = []
+        for row in cells:
+            parts = []
+            for cell, width, number in zip(row, widths, self.numeric, strict=True):
+                gap = " " * (width - text_width(cell))
+                parts.append(gap + cell if number else cell + gap)
+            lines.append("  ".join(parts).rstrip())
+        return lines
+
+    def as_csv(self) -> str:
+        """Write a line of column names and one line per row."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([self.columns, *self.rows])
+        return out.getvalue()
+
+    def as_html(self, level: int = 2) -> str:
+        """Write a heading of that level, the note, and the table."""
+        kinds = [' class="number"' if number else "" for number in self.numeric]
+
+        def line(tag: str, cells: Iterable[Any]) -> str:
+            inside = (f"<{tag}{kind}>{_html_cell(cell)}</{tag}>"
+                      for cell, kind in zip(cells, kinds, strict=True))
+            return f"<tr>{''.join(inside)}</tr>"
+
+        head = line("th", (column.replace("_", " ") for column in self.columns))
+        body = "\n".join(line("td", row) for row in self.rows)
+        note = f'<p class="note">{html.escape(self.note)}</p>\n' if self.note else ""
+        return (f"<h{level}>{html.escape(self.title)}</h{level}>\n{note}"
+                f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n'
+                "</table></div>")
+
+
+def _wrap_note(note: str, width: int) -> list[str]:
+    lines = textwrap.wrap(note, max(width - 2, 20), break_on_hyphens=False)
+    return [f"  {line}" for line in lines]
+
+
+def _html_cell(cell: Any) -> str:
+    if not isinstance(cell, Share):
+        return f"<bdi>{html.escape(str(cell))}</bdi>"
+    bar = f'<i style="width:{100 * cell.length:.1f}%"></i>' if cell.length else ""
+    return f'{cell}<span class="bar">{bar}</span>'
 
 
 def percent(part: float, whole: float) -> str:
+    """Write a share, such as 12.5 %; "-" of nothing."""
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def share_of(log_odds: float) -> str:
-    """Write log-odds as the probability that they stand for."""
-    # 1 / (1 + exp(-x)) would overflow where the scores are far below 0.
-    return f"{50 * (1 + math.tanh(log_odds / 2)):.0f} %"
+def text_width(text: str) -> int:
+    """Count the terminal cells that a text takes."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
 
 
-def make_tables(
-    statistics: Statistics, names: list[str], vocabulary: Vocabulary, with_scores: bool
-) -> list[Table]:
-    """Make every table; `names` are those of the indices, the shown one first."""
-    tables = [overall_table(statistics, names), kinds_table(statistics, names)]
-    if with_scores:
-        tables.append(scores_table(statistics, names))
-    tables.append(rates_table(statistics, names))
-    for name, index in zip(names, statistics.indices, strict=True):
-        tables += type_tables(statistics, name, index, vocabulary)
-    return tables
-
-
-def overall_table(statistics: Statistics, names: list[str]) -> Table:
-    """How much is masked, and how much two indices share."""
-    indices = statistics.indices
-    without = [int(index.rates[0]) for index in indices]
-    rows: list[Row] = [
-        ("masked tokens", *(f"{index.masked:,}" for index in indices)),
-        ("of those that may be", *(percent(i.masked, statistics.candidates) for i in indices)),
-        ("sequences without a mask", *(f"{count:,}" for count in without)),
-        ("of all sequences", *(percent(count, statistics.sequences) for count in without)),
-        ("hit by chance", *(percent(index.by_chance, index.masked) for index in indices)),
-    ]
-    note = (
-        f"{statistics.tokens:,} tokens in {statistics.sequences:,} sequences, "
-        f"{statistics.candidates:,} of which may be masked"
+def html_page(title: str, style: str, parts: Iterable[str]) -> str:
+    """Write a page with the title as its heading; `style` comes after that of tables."""
+    head, body = html.escape(title), "\n".join(parts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{head}</title>\n<style>{_STYLE}{style}</style></head>\n"
+        f"<body>\n<h1>{head}</h1>\n{body}\n</body></html>\n"
     )
-    if statistics.tokens < statistics.store_tokens:
-        part = percent(statistics.tokens, statistics.store_tokens)
-        note += f" ({part} of the store, in blocks spaced evenly)"
-    note += (
-        ". Hit by chance: the share of the masked tokens that a random choice of as many in each "
-        "sequence is expected to hit."
-    )
-    if len(names) > 1:
-        shared = statistics.shared
-        rows.insert(4, ("in the other index too", *(percent(shared, i.masked) for i in indices)))
-        low, high = (statistics.expected + sign * 2 * math.sqrt(statistics.variance)
-                     for sign in (-1, 1))
-        note += (
-            f" The two indices share {shared:,} tokens. If one of them had drawn as many of each "
-            f"sequence at random, they would share {statistics.expected:,.0f} (between "
-            f"{max(low, 0):,.0f} and {high:,.0f} in 95 of 100 draws)."
-        )
-    return Table("Overall", ("", *names), rows, note)
-
-
-def kinds_table(statistics: Statistics, names: list[str]) -> Table:
-    """Shares of stop words and punctuation, in the text and among what is masked."""
-    columns = [statistics.kind_tokens, *(index.kind_masked for index in statistics.indices)]
-    rows: list[Row] = []
-    for kind, title in enumerate(KINDS):
-        counts = [(int(column[kind]), int(column.sum())) for column in columns]
-        rows.append((title, *((percent(*c), c[0] / max(c[1], 1)) for c in counts)))
-    return Table(
-        "Kinds of words", ("share of", "all tokens", *(f"masked in {n}" for n in names)), rows,
-        "Stop words are English words that carry no opinion by themselves; negations are not "
-        "among them.",
-    )
-
-
-def scores_table(statistics: Statistics, names: list[str]) -> Table:
-    """How the share of masked tokens grows with the score."""
-    rows: list[Row] = []
-    edges = [-math.inf, *SCORE_EDGES, math.inf]
-    for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        tokens = int(statistics.score_tokens[i])
-        if low == -math.inf:
-            bounds = (f"to {high:g}", f"to {share_of(high)}")
-        elif high == math.inf:
-            bounds = (f"above {low:g}", f"above {share_of(low)}")
-        else:
-            bounds = (f"above {low:g} to {high:g}", f"{share_of(low)} to {share_of(high)}")
-        masked = [int(index.score_masked[i]) for index in statistics.indices]
-        cells = ((percent(count, tokens), count / max(tokens, 1)) for count in masked)
-        rows.append((*bounds, f"{tokens:,}", *cells))
-    return Table(
-        "Masked by importance",
-        ("log-odds", "important with", "tokens", *(f"masked in {n}" for n in names)), rows,
-        "The scorer's log-odds that a token is important, the probability that they stand for, "
-        "and the share of such tokens that is masked.",
-    )
-
-
-def rates_table(statistics: Statistics, names: list[str]) -> Table:
-    """How many sequences have how large a share masked."""
-    titles = ["no mask"]
-    titles += [f"above {low} to {high} %" for low, high in
-               zip((0, *RATE_EDGES[:-1]), RATE_EDGES, strict=True)]
-    rows: list[Row] = []
-    for i, title in enumerate(titles):
-        counts = [int(index.rates[i]) for index in statistics.indices]
-        cells = ((percent(c, statistics.sequences), c / max(statistics.sequences, 1))
-                 for c in counts)
-        rows.append((title, *cells))
-    return Table(
-        "Mask rate of each sequence",
-        ("share of it masked", *(f"sequences, {name}" for name in names)), rows,
-        "How many of all sequences have so large a share of their tokens masked.",
-    )
-
-
-def type_tables(
-    statistics: Statistics, name: str, index: IndexCounts, vocabulary: Vocabulary
-) -> list[Table]:
-    """Which tokens an index masks most often, above their share, and below it."""
-    often, most, fewest, least = rank_types(index, statistics.type_tokens, NUM_TYPES)
-    overall = index.masked / max(statistics.tokens, 1)
-
-    def table(title: str, ids: np.ndarray, note: str) -> Table:
-        rows: list[Row] = []
-        for i in ids.tolist():
-            masked, occurs = int(index.type_masked[i]), int(statistics.type_tokens[i])
-            share = (percent(masked, occurs), masked / occurs)
-            rows.append((vocabulary.names[i], f"{occurs:,}", f"{masked:,}", share,
-                         f"{masked / occurs / overall:.1f} x"))
-        head = ("token", "occurs", "masked", "of them", "lift")
-        return Table(f"{name}: {title}", head, rows, note, name)
-
-    lift = f"Lift is its rate over that of all tokens, {percent(overall, 1)}."
-    at_least = f"Of tokens that occur {least:,} times or more."
-    if least:
-        # Four standard deviations of the number of masks of the rarest token that is listed: among
-        # thousands of tokens, few go beyond.
-        chance = 1 + 4 * math.sqrt((1 - overall) / (least * overall))
-        at_least += f" The rarest of them may reach a lift of {chance:.1f} by chance."
-    return [
-        table("masked most often", often, lift),
-        table("masked above their share", most, at_least),
-        table("passed over", fewest, f"Of tokens that occur {least:,} times or more."),
-    ]

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from preprocess import masking as masks
 from preprocess.errors import ConfigError
 from preprocess.masking import (
-    DRAWN,
-    PREBUILT,
     STRATEGIES,
     Sequences,
     corrupt,
@@ -30,6 +28,7 @@ from preprocess.masking import (
 from preprocess.text.continuations import continuation_table, find_continuations
 
 ALL = sorted(STRATEGIES)
+DRAWN = [name for name in ALL if STRATEGIES[name].drawn]
 SPECIAL = (0, 3, 4)
 
 
@@ -58,8 +57,16 @@ def counts_of(chosen: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.diff(np.searchsorted(chosen, offsets))
 
 
-def test_every_strategy_is_drawn_or_prebuilt():
-    assert sorted((*DRAWN, *PREBUILT)) == ALL
+def test_every_record_is_filled_in():
+    for name, strategy in STRATEGIES.items():
+        assert strategy.needs <= {"scores", "match", "words"}
+        assert strategy.budget in ("rate", "at_most", "match")
+        # What reads an array is built beside it; a count is matched from an index.
+        assert not (strategy.drawn and strategy.needs & masks.ARRAY_NEEDS.keys()), name
+        assert (strategy.budget == "match") == ("match" in strategy.needs)
+        assert strategy.rule.endswith(".") and strategy.rule[0].isupper()
+    assert STRATEGIES[masks.BASELINE].drawn
+    assert not STRATEGIES[masks.MATCHED].drawn and "match" not in STRATEGIES[masks.MATCHED].needs
 
 
 # ------------------------------------------------------------------------------ every strategy
@@ -68,7 +75,7 @@ def test_every_strategy_is_drawn_or_prebuilt():
 @pytest.mark.parametrize("name", ALL)
 def test_positions_ascend_are_unique_and_never_special(name):
     batch = make_batch(20_000)
-    chosen = STRATEGIES[name](batch)
+    chosen = STRATEGIES[name].choose(batch)
     assert chosen.dtype == np.int64 and len(chosen) > 500
     assert (np.diff(chosen) > 0).all()
     assert batch.candidates[chosen].all()
@@ -77,7 +84,7 @@ def test_positions_ascend_are_unique_and_never_special(name):
 @pytest.mark.parametrize("name", ALL)
 def test_same_seed_same_positions_other_seed_or_epoch_others(name):
     def choose(**changes):
-        return STRATEGIES[name](make_batch(20_000, **changes)).tolist()
+        return STRATEGIES[name].choose(make_batch(20_000, **changes)).tolist()
 
     assert choose() == choose()
     assert choose() != choose(seed=2)
@@ -103,8 +110,8 @@ def test_positions_do_not_depend_on_how_the_batch_is_cut(name, cut):
             continues_word=whole.continues_word[tokens],
             matched_counts=whole.matched_counts[first : first + cut],
         )
-        parts.append(STRATEGIES[name](part) + offsets[0])
-    assert np.concatenate(parts).tolist() == STRATEGIES[name](whole).tolist()
+        parts.append(STRATEGIES[name].choose(part) + offsets[0])
+    assert np.concatenate(parts).tolist() == STRATEGIES[name].choose(whole).tolist()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -122,10 +129,10 @@ def test_empty_batches_sequences_and_candidates(name, offsets):
         continues_word=np.ones(num_tokens, dtype=bool),
         matched_counts=np.zeros(num_sequences, dtype=np.int64),
     )
-    assert STRATEGIES[name](batch).tolist() == []
+    assert STRATEGIES[name].choose(batch).tolist() == []
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != "selective"])
+@pytest.mark.parametrize("name", [n for n in ALL if STRATEGIES[n].budget != "at_most"])
 def test_every_candidate_is_equally_likely_where_scores_do_not_decide(name):
     hits = np.zeros(20)
     for epoch in range(3_000):
@@ -140,9 +147,9 @@ def test_every_candidate_is_equally_likely_where_scores_do_not_decide(name):
             continues_word=np.zeros(20, dtype=bool),
             matched_counts=np.array([4]),
         )
-        hits[STRATEGIES[name](batch)] += 1
+        hits[STRATEGIES[name].choose(batch)] += 1
     share = hits / 3_000
-    expected = 4 / 19 if name == "random_matched" else 0.2
+    expected = 4 / 19 if STRATEGIES[name].budget == "match" else 0.2
     assert share[4] == 0
     # one standard deviation is 0.0073
     assert np.abs(np.delete(share, 4) - expected).max() < 0.03
@@ -157,7 +164,7 @@ def test_drawn_budget_is_met_over_100_000_tokens(name):
     everything = np.ones(100_000, dtype=bool)
     for seed in range(10):
         batch = make_batch(seed=seed, offsets=rows, matched_counts=None, candidates=everything)
-        assert abs(len(STRATEGIES[name](batch)) - 15_000) <= 0.001 * 15_000
+        assert abs(len(STRATEGIES[name].choose(batch)) - 15_000) <= 0.001 * 15_000
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -165,7 +172,7 @@ def test_drawn_budget_is_met_in_expectation_by_short_sequences_too(name):
     masked, budget = 0, 0.0
     for epoch in range(40):
         batch = make_batch(epoch=epoch)
-        masked += len(STRATEGIES[name](batch))
+        masked += len(STRATEGIES[name].choose(batch))
         budget += 0.15 * batch.candidates.sum()
     assert abs(masked - budget) <= 0.001 * budget  # one sd is 0.03 %
 
@@ -185,7 +192,7 @@ def test_random_meets_its_budget_in_every_draw():
 def test_random_masks_exactly_the_drawn_count():
     batch = make_batch()
     counts = draw_counts(batch)
-    assert counts_of(STRATEGIES["random"](batch), batch.offsets).tolist() == counts.tolist()
+    assert counts_of(STRATEGIES["random"].choose(batch), batch.offsets).tolist() == counts.tolist()
     possible = counts_of(np.flatnonzero(batch.candidates), batch.offsets)
     assert (counts >= np.floor(0.15 * possible)).all()
     assert (counts <= np.ceil(0.15 * possible)).all()
@@ -204,7 +211,7 @@ def test_whole_word_budget_is_exact_in_expectation_for_one_sequence():
     )
     total = 0
     for epoch in range(4_000):
-        chosen = STRATEGIES["whole_word"](dataclasses.replace(batch, epoch=epoch)).tolist()
+        chosen = STRATEGIES["whole_word"].choose(dataclasses.replace(batch, epoch=epoch)).tolist()
         for word in ([0, 1, 2], [3, 4], [5, 6], [7]):
             assert len(set(word) & set(chosen)) in (0, len(word))
         total += len(chosen)
@@ -213,7 +220,7 @@ def test_whole_word_budget_is_exact_in_expectation_for_one_sequence():
 
 def test_whole_word_rate_one_masks_everything():
     batch = make_batch(2_000, rate=1.0)
-    chosen = STRATEGIES["whole_word"](batch)
+    chosen = STRATEGIES["whole_word"].choose(batch)
     assert chosen.tolist() == np.flatnonzero(batch.candidates).tolist()
 
 
@@ -229,7 +236,7 @@ def test_a_word_does_not_reach_over_a_special_token_or_a_sequence():
     )
     seen = set()
     for epoch in range(60):
-        chosen = STRATEGIES["whole_word"](dataclasses.replace(batch, epoch=epoch))
+        chosen = STRATEGIES["whole_word"].choose(dataclasses.replace(batch, epoch=epoch))
         seen.add(tuple(chosen.tolist()))
     assert seen == {(0,), (2,), (0, 3), (2, 3)}
 
@@ -254,16 +261,16 @@ def test_selective_by_hand():
         scores=np.array(scores, dtype=np.float16),
     )
     # 5 candidates allow 2: the best are 2 and 1. Nothing above 0 in the second. 8 allow 4.
-    assert STRATEGIES["selective"](batch).tolist() == [1, 2, 8, 9, 14, 15]
+    assert STRATEGIES["selective"].choose(batch).tolist() == [1, 2, 8, 9, 14, 15]
     # A subnormal score is above 0; 0 itself is not.
     everything = dataclasses.replace(batch, rate=1.0)
-    assert 11 in STRATEGIES["selective"](everything)
-    assert 5 not in STRATEGIES["selective"](everything)
+    assert 11 in STRATEGIES["selective"].choose(everything)
+    assert 5 not in STRATEGIES["selective"].choose(everything)
 
 
 def test_selective_budget():
     batch = make_batch()
-    chosen = STRATEGIES["selective"](batch)
+    chosen = STRATEGIES["selective"].choose(batch)
     assert (batch.scores[chosen] > 0).all()
     counts = counts_of(chosen, batch.offsets)
     for b, count in enumerate(counts.tolist()):
@@ -275,7 +282,7 @@ def test_selective_budget():
 
 def test_selective_ties_are_drawn_not_taken_from_the_left():
     batch = make_batch(10_000, scores=np.ones(10_000, dtype=np.float16))
-    chosen = STRATEGIES["selective"](batch)
+    chosen = STRATEGIES["selective"].choose(batch)
     sequence = np.searchsorted(batch.offsets, chosen, side="right") - 1
     place = (chosen - batch.offsets[sequence]) / np.diff(batch.offsets)[sequence]
     assert 0.45 < place.mean() < 0.55
@@ -283,7 +290,7 @@ def test_selective_ties_are_drawn_not_taken_from_the_left():
 
 def test_selective_fill_budget_and_that_it_holds_the_selective_ones():
     batch = make_batch()
-    selective, filled = STRATEGIES["selective"](batch), STRATEGIES["selective_fill"](batch)
+    selective, filled = (STRATEGIES[name].choose(batch) for name in ("selective", "selective_fill"))
     assert set(selective.tolist()) <= set(filled.tolist())
     budget = np.maximum(draw_counts(batch), counts_of(selective, batch.offsets))
     assert counts_of(filled, batch.offsets).tolist() == budget.tolist()
@@ -291,7 +298,7 @@ def test_selective_fill_budget_and_that_it_holds_the_selective_ones():
 
 def test_random_matched_takes_exactly_the_matched_counts():
     batch = make_batch()
-    chosen = STRATEGIES["random_matched"](batch)
+    chosen = STRATEGIES["random_matched"].choose(batch)
     assert counts_of(chosen, batch.offsets).tolist() == batch.matched_counts.tolist()
 
 
@@ -300,21 +307,20 @@ def test_random_matched_refuses_more_than_the_candidates():
     wrong = batch.matched_counts.copy()
     wrong[1] = 1_000
     with pytest.raises(ValueError, match="sequence 1: 1000 tokens to match"):
-        STRATEGIES["random_matched"](dataclasses.replace(batch, matched_counts=wrong))
+        STRATEGIES["random_matched"].choose(dataclasses.replace(batch, matched_counts=wrong))
 
 
-@pytest.mark.parametrize(
-    ("name", "missing"),
-    [
-        ("selective", "scores"),
-        ("selective_fill", "scores"),
-        ("whole_word", "continues_word"),
-        ("random_matched", "matched_counts"),
-    ],
-)
-def test_a_strategy_says_what_it_needs(name, missing):
+FIELDS = {"scores": "scores", "words": "continues_word", "match": "matched_counts"}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("need", "missing"), FIELDS.items())
+def test_a_strategy_needs_exactly_what_its_record_names(name, need, missing):
+    if need not in STRATEGIES[name].needs:
+        STRATEGIES[name].choose(make_batch(100, **{missing: None}))
+        return
     with pytest.raises(ValueError, match=missing):
-        STRATEGIES[name](make_batch(100, **{missing: None}))
+        STRATEGIES[name].choose(make_batch(100, **{missing: None}))
 
 
 @pytest.mark.parametrize(
@@ -427,7 +433,7 @@ def batches(draw):
 @settings(max_examples=60, deadline=None)
 @given(batch=batches())
 def test_strategy_equals_its_plain_twin(name, batch):
-    assert STRATEGIES[name](batch).tolist() == twin(name, batch)
+    assert STRATEGIES[name].choose(batch).tolist() == twin(name, batch)
 
 
 # ---------------------------------------------------------------------------------- randomness
@@ -502,7 +508,7 @@ def test_corruption_is_80_10_10():
     assert (original == 9).all()
 
 
-def test_b24_random_replacement_is_uniform_and_never_special():
+def test_random_replacement_is_uniform_and_never_special():
     original = np.full(500_000, 9, dtype=np.int64)
     new = corrupt_here(original, vocab_size=12)
     randomised = new[(new != 4) & (new != 9)]
@@ -514,7 +520,7 @@ def test_b24_random_replacement_is_uniform_and_never_special():
     assert len(counts) == 12
 
 
-def test_b24_every_ordinary_id_can_come_however_the_special_ones_lie():
+def test_every_ordinary_id_can_come_however_the_special_ones_lie():
     for special in [(), (0,), (4,), (3, 4), (0, 1, 2), (2, 4, 2), (0, 2, 4, 9)]:
         new = corrupt_here(
             np.full(2_000, 77), all_special_ids=special, vocab_size=5, mask_id=88
@@ -647,7 +653,7 @@ def test_marginal_rates_equal_those_of_the_usual_collator():
         seed=1,
         epoch=0,
     )
-    chosen = STRATEGIES["random"](batch)
+    chosen = STRATEGIES["random"].choose(batch)
     new = corrupt(
         flat[chosen],
         chosen,
@@ -672,6 +678,6 @@ def test_marginal_rates_equal_those_of_the_usual_collator():
 
 
 def test_importing_masks_is_light():
-    code = "import preprocess.masks, sys; sys.exit(int('torch' in sys.modules))"
-    root = Path(masks.__file__).parents[1]
+    code = "import preprocess.masking, sys; sys.exit(int('torch' in sys.modules))"
+    root = Path(masks.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

@@ -18,9 +18,10 @@ from preprocess.view.statistics import (
     IndexCounts,
     Vocabulary,
     count_masks,
+    make_tables,
     rank_types,
+    share_of,
 )
-from preprocess.view.tables import make_tables, share_of
 
 UNKNOWN = 1
 
@@ -137,7 +138,7 @@ def test_a_part_of_the_store_is_spread_over_it(store, vocabulary, monkeypatch):
     monkeypatch.setattr(mask_statistics, "BLOCK_TOKENS", 30)
     part = count_masks(store, ["a"], max_tokens=store.num_tokens // 4)
     assert 0.15 < part.tokens / store.num_tokens < 0.4
-    share = f"({100 * part.tokens / store.num_tokens:.1f} % of the store"
+    share = f"counted were {100 * part.tokens / store.num_tokens:.1f} % of the store"
     assert share in make_tables(part, ["a"], vocabulary, False)[0].note
     firsts = []
     monkeypatch.setattr(mask_statistics, "_count_block",
@@ -198,16 +199,16 @@ def test_tables_say_what_was_counted(store, vocabulary):
     tables = {table.title: table for table in make_tables(counted, ["a", "b"], vocabulary, True)}
     overall = {row[0]: row[1:] for row in tables["Overall"].rows}
     masked = [index.masked for index in counted.indices]
-    assert overall["masked tokens"] == tuple(f"{m:,}" for m in masked)
+    assert overall["masked tokens"] == [f"{m:,}" for m in masked]
     assert overall["in the other index too"][1] == f"{100 * counted.shared / masked[1]:.1f} %"
     assert f"share {counted.shared:,} tokens" in tables["Overall"].note
     assert "of the store" not in tables["Overall"].note
     for title in ("Kinds of words", "Mask rate of each sequence"):
         for column in (1, 2):  # shares of a whole
-            assert sum(row[column][1] for row in tables[title].rows) == pytest.approx(1)
+            assert sum(row[column].length for row in tables[title].rows) == pytest.approx(1)
     for row, tokens, of_a in zip(tables["Masked by importance"].rows, counted.score_tokens,
                                  counted.indices[0].score_masked, strict=True):
-        assert row[2] == f"{tokens:,}" and row[3][1] == pytest.approx(of_a / max(tokens, 1))
+        assert row[2] == f"{tokens:,}" and row[3].length == pytest.approx(of_a / max(tokens, 1))
     often = tables["a: masked most often"]
     assert often.subject == "a" and often.rows
     for token, occurs, of_it, share, lift in often.rows:
@@ -215,7 +216,7 @@ def test_tables_say_what_was_counted(store, vocabulary):
         assert occurs == f"{counted.type_tokens[i]:,}"
         assert of_it == f"{counted.indices[0].type_masked[i]:,}"
         rate = counted.indices[0].type_masked[i] / counted.type_tokens[i]
-        assert share[1] == pytest.approx(rate)
+        assert share.length == pytest.approx(rate)
         assert float(lift[:-2]) == pytest.approx(rate / (masked[0] / counted.tokens), abs=0.051)
 
 
@@ -233,4 +234,4 @@ def test_tables_of_nothing(tmp_path, tiny_tokenizer):
     vocabulary = Vocabulary.read(tiny_tokenizer.backend_tokenizer, store.vocab_size)
     counted = count_masks(store, ["a", "a"], vocabulary, "z")
     tables = make_tables(counted, ["a", "a"], vocabulary, True)
-    assert tables[0].rows[1] == ("of those that may be", "-", "-")
+    assert tables[0].rows[1] == ["of the candidates", "-", "-"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from preprocess.errors import ConfigError, run_command
 from train import engine as ds
-from train import finetune, fit_scorer, pretrain
-from train.config import AnnotateConfig, ScoreConfig, TrainingConfig
+from train import pretrain
+from train.config import TrainingConfig
 from train.engine import schema as ds_schema
 
 ZERO3 = {"stage": 3}
@@ -48,51 +49,34 @@ JSONS = {
     "offload-typo": (offload("offload_optimizer", 2, pin_mem=True), "did you mean 'pin_memory'?"),
     "fp16-typo": (fp16(initial_scale=16), "did you mean 'initial_scale_power'?"),
     "optimizer-typo": (adam(learning_rate=1e-4), "unknown key 'optimizer.params.learning_rate'"),
-    "optimizer-beta": (adam(beta=[0.9, 0.99]), "did you mean 'betas'?"),
     "scheduler-typo": (warmup(warmup_steps=10), "did you mean 'warmup_num_steps'?"),
     "wrong-block": ({"stage": 2}, "did you mean 'zero_optimization.stage'?"),
-    "profiler-typo": ({"flops_profiler": {"enable": True}}, "did you mean 'enabled'?"),
-    "torch-optimizer-typo": ({"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}},
-                             "did you mean 'momentum'?"),
     # Wrong types: DeepSpeed takes most of them, some with another meaning.
     "lr-text": (adam(lr="1e-4"), "optimizer.params.lr '1e-4': must be a number in [0, 1000]; "
                                  "write it without quotes"),
-    "decay-text": (adam(weight_decay="0.01"), "write it without quotes"),
-    "lr-list": (adam(lr=[1e-4]), "optimizer.params.lr [0.0001]: must be a number"),
     "lr-null": (adam(lr=None), "optimizer.params.lr None: must be a number"),
     "stage-text": (zero(stage="2"), "stage '2': must be 0, 1, 2 or 3; write it without quotes"),
     "stage-true": (zero(stage=True), "stage True: must be 0, 1, 2 or 3"),
-    "stage-float": (zero(stage=2.0), "stage 2.0: must be 0, 1, 2 or 3"),
-    "enabled-text": ({"fp16": {"enabled": "true"}}, "fp16.enabled 'true': must be true or false"),
-    "enabled-number": ({"bf16": {"enabled": 1}}, "bf16.enabled 1: must be true or false"),
+    "enabled-text": ({"fp16": {"enabled": "true"}}, "'true': DeepSpeed would take it as true"),
+    "enabled-number": ({"bf16": {"enabled": 1}}, "bf16.enabled 1: DeepSpeed would take it as true"),
     "block-true": ({"fp16": True}, "fp16 True: must be an object in braces"),
-    "block-number": ({"zero_optimization": 2}, "zero_optimization 2: must be an object in braces"),
     "block-text": ({"optimizer": "AdamW"}, "optimizer 'AdamW': must be an object in braces"),
     "offload-null": (zero(offload_optimizer=None), "offload_optimizer None: must be an object"),
-    "bucket-text": (zero(reduce_bucket_size="5e8"), "must be a whole number of 1 or more; write"),
-    "bucket-half": (zero(reduce_bucket_size=0.5), "0.5: must be a whole number"),
-    "clip-text": ({"gradient_clipping": "1.0"}, "gradient_clipping '1.0': must be a number"),
+    "bucket-half": (zero(reduce_bucket_size=0.5), "0.5: must be a valid integer"),
     "batch-half": ({"train_batch_size": 8.5}, "8.5: must be a whole number of 1 or more"),
-    "betas-one": (adam(betas=0.9), "betas 0.9: must be two numbers in [0, 1)"),
-    "names-text": (zero(leaf_module={"classes": "Bert"}), "must be a list of names in quotes"),
+    "names-text": (zero(leaf_module={"classes": "Bert"}), "would take it as [\"Bert\"]"),
     "long-value": ({"steps_per_print": ["x" * 1000]}, "xxx...: must be a whole number"),
     # Out of range.
     "clip-negative": ({"gradient_clipping": -1.0}, "gradient_clipping -1.0: must be a number in"),
     "lr-negative": (adam(lr=-1e-4), "optimizer.params.lr -0.0001: must be a number in [0, 1000]"),
-    "decay-two": (adam(weight_decay=2), "optimizer.params.weight_decay 2: must be a number"),
     "beta-one": (adam(betas=[0.9, 1.0]), "betas [0.9, 1.0]: must be two numbers in [0, 1)"),
-    "eps-negative": (adam(eps=-1e-8), "optimizer.params.eps -1e-08"),
     "stage-4": (zero(stage=4), "zero_optimization.stage 4: must be 0, 1, 2 or 3"),
-    "bucket-zero": (zero(reduce_bucket_size=0), "must be a whole number of 1 or more"),
+    "bucket-zero": (zero(reduce_bucket_size=0), "reduce_bucket_size 0: must be greater than 0"),
     "scale-power": (fp16(initial_scale_power=64), "initial_scale_power 64: must be a whole number"),
-    "scale-window": (fp16(loss_scale_window=0), "loss_scale_window 0: must be a whole number"),
-    "scale-floor": (fp16(min_loss_scale=0), "min_loss_scale 0: must be a whole number"),
-    "scale-negative": (fp16(loss_scale=-1), "fp16.loss_scale -1: must be a number"),
-    "predivide-zero": ({"gradient_predivide_factor": 0}, "gradient_predivide_factor 0: must be"),
+    "scale-negative": (fp16(loss_scale=-1), "fp16.loss_scale -1: fp16.loss_scale must be >= 0"),
     "infinite": ('{"gradient_clipping": 1e999}', "gradient_clipping inf: must be a number"),
     "huge": ('{"steps_per_print": 1' + "0" * 400 + "}", "steps_per_print 1000"),
-    "device": (offload("offload_optimizer", 2, device="gpu"), "must be none, cpu or nvme"),
-    "dtype": ({"communication_data_type": "fp8"}, "'fp8': must be fp32, fp16 or bf16"),
+    "device": (offload("offload_optimizer", 2, device="gpu"), "must be 'none', 'cpu' or 'nvme'"),
     "warmup-type": (warmup(warmup_type="cosine"), "warmup_type 'cosine': must be linear or log"),
     "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "must be bfloat16"),
     # "auto" that nothing fills.
@@ -101,34 +85,25 @@ JSONS = {
     "auto-betas": (adam(betas=["auto", 0.9]), '"auto" at optimizer.params.betas'),
     "auto-enabled": ({"fp16": {"enabled": "auto"}}, '"auto" at fp16.enabled'),
     "auto-block": ({"zero_optimization": "auto"}, '"auto" at zero_optimization'),
-    "auto-type": ({"optimizer": {"type": "auto"}}, "optimizer.type 'auto': must be adam, adamw"),
-    "tensorboard": ({"tensorboard": {"enabled": True}}, "leave the tensorboard block out"),
+    "tensorboard": ({"tensorboard": {"enabled": True}}, "the run writes its own tb/ already"),
     # Removed from DeepSpeed, or without effect here.
     "elasticity": ({"elasticity": {"enabled": True}}, "elasticity: DeepSpeed has removed this"),
-    "amp": ({"amp": {"enabled": True}}, "amp: DeepSpeed has removed Apex AMP; write fp16 or bf16"),
-    "compression": ({"compression_training": {}}, "DeepSpeed has removed this"),
     "mics": (zero(mics_shard_size=2), "mics_shard_size: DeepSpeed has removed this"),
     "old-bf16": ({"bfloat16": {"enabled": True}}, "bfloat16: write bf16"),
     "old-offload": (zero(cpu_offload=True), 'write "offload_optimizer": {"device": "cpu"}'),
     "unused-recompute": ({"activation_checkpointing": {}}, "give --gradient_checkpointing"),
-    "unused-loader": ({"dataloader_drop_last": True}, "our loader reads the data"),
-    "unused-compile": ({"compile": {"deepcompile": True}}, "give --torch_compile"),
     "sum": ({"gradient_allreduce_op": "sum"}, "gradients are always averaged"),
-    "own-accumulation": ({"managed_gradient_accumulation": False}, "must count the micro batches"),
     "unchecked-bf16": ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "must be true"),
     "unchecked-norm": (zero(compute_grad_norm=False), "compute_grad_norm False: must be true"),
     "clip-in-optimizer": (adam(max_grad_norm=1.0), "write gradient_clipping at the top level"),
     "universal": ({"checkpoint": {"load_universal": True}}, "set by us on resuming"),
     # Types of optimizer and schedule.
-    "optimizer-type": ({"optimizer": {"type": "AdamX"}}, "did you mean adam?"),
-    "optimizer-no-type": ({"optimizer": {"params": {}}}, "optimizer.type None: must be adam"),
-    "optimizer-removed": ({"optimizer": {"type": "OneBitAdam"}}, "optimizer.type 'OneBitAdam'"),
-    "optimizer-other": ({"optimizer": {"type": "LBFGS"}}, "torch.optim with lr and weight_decay"),
-    "optimizer-not-one": ({"optimizer": {"type": "lr_scheduler"}}, "optimizer.type 'lr_scheduler'"),
+    "optimizer-type": ({"optimizer": {"type": "AdamX"}}, "'AdamX': must be Adam or AdamW"),
+    "optimizer-no-type": ({"optimizer": {"params": {}}}, "optimizer.type is missing: must be Adam"),
     "optimizer-muon": ({"optimizer": {"type": "Muon"}}, "optimizer.type 'Muon': must be"),
-    "scheduler-type": ({"scheduler": {"type": "WarmupDecay"}}, "did you mean warmupdecaylr?"),
-    "scheduler-call": ({"scheduler": {"type": "LambdaLR", "params": {}}}, "lr_lambda"),
-    "torch-value": ({"optimizer": {"type": "SGD", "params": {"momentum": -1}}}, "Invalid momentum"),
+    "scheduler-type": ({"scheduler": {"type": "WarmupDecay"}}, "must be WarmupLR, WarmupDecayLR"),
+    "scheduler-key": ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}},
+                      "unknown key 'scheduler.params.total_num_steps' of WarmupLR"),
     # Contradictions.
     "both-halves": ({**fp16(), "bf16": {"enabled": True}}, "enables fp16 and bf16; keep one"),
     "fp16-on-cpu": (fp16(), "fp16, which this CPU lacks; type --precision auto"),
@@ -136,8 +111,8 @@ JSONS = {
                        "bf16": {"enabled": True}}, "enables torch_autocast and bf16; keep one"),
     "offload-stage-0": (offload("offload_optimizer", 0), "needs stage 1 or more"),
     "offload-param": (offload("offload_param", 2), "offload_param with stage 2: needs stage 3"),
-    "offload-part": (offload("offload_optimizer", 2, ratio=0.5), "ratio below 1: needs stage 3"),
-    "nvme-nowhere": (offload("offload_param", 3, device="nvme"), "needs stage 3 and nvme_path"),
+    "offload-part": (offload("offload_optimizer", 2, ratio=0.5), "only supported for ZeRO Stage 3"),
+    "nvme": (offload("offload_param", 3, device="nvme"), "'nvme': not supported here; write cpu"),
     "warmup-long": (warmup(warmup_num_steps=90, total_num_steps=9), "warmup_num_steps 90 is more "
                                                                     "than total_num_steps 9"),
     "total-short": (warmup(warmup_num_steps=2, total_num_steps=3), "total_num_steps 3 in the "
@@ -145,29 +120,18 @@ JSONS = {
     "warmup-upside": (warmup(warmup_min_lr=1, warmup_max_lr=1e-3), "warmup_min_lr 1 is more than"),
     "accumulate-dtype": ({"data_types": {"grad_accum_dtype": "bf16"}}, "it must be 'fp32'"),
     "param-dtype": ({"data_types": {"param_dtype": "bf16"}}, "the run is in fp32"),
-    "lamb-cpu": ({"optimizer": {"type": "Lamb"}}, "optimizer.type 'Lamb': needs a GPU"),
-    "untested": ({**zero(), "optimizer": {"type": "SGD"}}, "DeepSpeed has not tested them"),
-    "adagrad-zero": ({**zero(), "optimizer": {"type": "Adagrad"}}, "write stage 0, or AdamW"),
     "torch-adam": (adam(torch_adam=False, amsgrad=True), "only the Adam of torch has it"),
     "own-adam": (adam(torch_adam=True, bias_correction=False), "only the Adam of DeepSpeed has it"),
     "quantized": (zero(zero_quantized_gradients=True), "needs stage 3 and a GPU"),
-    "one-cycle": ({"scheduler": {"type": "OneCycle", "params": {}}}, "cycle_min_lr is missing"),
-    "comet": ({"comet": {"enabled": True}}, "comet_ml is not installed"),
+    "comet": ({"comet": {"enabled": True}}, "comet: not supported here; leave it out"),
     # Batch arithmetic (the flag --train_batch_size is 8).
-    "batch-flag": ({"train_batch_size": 16}, "--train_batch_size 8 contradicts train_batch_size"),
     "batch-odd": ({"train_micro_batch_size_per_gpu": 3}, "batch sizes do not fit: micro 3"),
-    "batch-large": ({"train_micro_batch_size_per_gpu": 16}, "must equal train_batch_size 8"),
-    "batch-product": ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3},
-                      "micro 2 x accumulation 3 x 1 ranks must equal train_batch_size 8"),
     # The file.
     "file-empty": ("", "not valid JSON"),
-    "file-cut": ('{"fp16": {', "not valid JSON"),
     "file-comment": ('{"steps_per_print": 8} // eight', "not valid JSON"),
     "file-list": ("[]", "must hold one JSON object"),
-    "file-twice": ('{"steps_per_print": 8, "steps_per_print": 9}', "appears twice"),
     "file-twice-inside": ('{"fp16": {"enabled": true, "enabled": false}}', "'enabled' appears"),
     "file-nan": ('{"gradient_clipping": NaN}', "NaN is no number of JSON"),
-    "file-infinity": ('{"gradient_clipping": -Infinity}', "-Infinity is no number of JSON"),
     "file-deep": ("[" * 100_000, "too deep"),
     "file-binary": (b"\xff\xfe\x00{", "not valid JSON"),
 }
@@ -175,19 +139,10 @@ JSONS = {
 # Flags after the good ones (the last of equals counts), and what the one line must say.
 FLAGS = {
     "absent-file": (["--deepspeed_config", "nowhere.json"], "no such file; ds_configs/ has cpu"),
-    "no-file": (["--deepspeed_config", ""], "no such file"),
-    "folder": (["--deepspeed_config", "ds_configs"], "no such file"),
     "unknown": (["--max_step", "3"], "did you mean --max_steps?"),
-    "type": (["--max_steps", "ten"], "--max_steps/--max-steps: invalid int value: 'ten'"),
+    "type": (["--max_steps", "ten"], "--max_steps: invalid int value: 'ten'"),
     "choice": (["--precision", "half"], "--precision: invalid choice: 'half'"),
-    "no-value": (["--max_steps"], "--max_steps/--max-steps: expected one argument"),
     "nan": (["--learning_rate", "nan"], "--learning_rate nan: must be a positive number"),
-    "infinite": (["--max_grad_norm", "inf"], "--max_grad_norm inf: must be a positive number"),
-    "negative": (["--warmup_ratio", "-0.1"], "--warmup_ratio -0.1: must be in [0, 1]"),
-    "head-rate": (["--head_learning_rate", "inf"], "--head_learning_rate inf: must be a positive"),
-    "head-steps": (["--head_only_steps", "9"], "--head_only_steps 9: must be between 0 and --max"),
-    "seed": (["--seed", "-1"], "--seed -1: must be between 0 and 2^32 - 1"),
-    "rows": (["--max_seq_length", "4"], "--max_seq_length 4: must be between 8 and 65535"),
     "both-models": (["--model_config", "bert-tiny"], "give exactly one of --model_config"),
     "both-masks": (["--masking", "random", "--mask_index", "x"], "exclude each other"),
 }
@@ -249,42 +204,6 @@ def test_fp16_without_zero_is_refused(monkeypatch):
             ds.resolve_ds_config(raw, options, total_steps=9, world_size=1)
 
 
-@pytest.mark.parametrize(
-    ("command", "flags", "fragment"),
-    [
-        (finetune, ["--task", "mr", "--seeds", "13,x"], "--seeds '13,x': must be whole numbers"),
-        (finetune, ["--task", "mr", "--num_train_epochs", "0"], "--num_train_epochs 0"),
-        (finetune, ["--task", "mr", "--num_train_epochs", "1.5"], "invalid int value: '1.5'"),
-        (fit_scorer, ["--annotations", "a", "--positive_weight", "inf"], "--positive_weight inf"),
-        (fit_scorer, ["--annotations", "a", "--per_device_eval_batch_size", "0"], "1 or more"),
-        (fit_scorer, ["--annotations", "a", "--dev_fraction", "1"], "--dev_fraction 1.0"),
-    ],
-)
-def test_the_other_commands_refuse_as_well(command, flags, fragment, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_command(
-            lambda: command.main(["--output_dir", "run", "--model_name_or_path", "m", *flags])
-        )
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and fragment in said
-
-
-@pytest.mark.parametrize(
-    ("config", "values"),
-    [
-        (AnnotateConfig, {"logging_steps": 0}), (AnnotateConfig, {"max_train_samples": 0}),
-        (AnnotateConfig, {"delta": 1.0}), (ScoreConfig, {"logging_steps": 0}),
-        (ScoreConfig, {"batch_tokens": 1}),
-    ],
-)
-def test_commands_without_training_check_their_ranges(config, values):
-    good: dict = {"model_name_or_path": "m"}
-    good |= {"tokens": "p", "name": "n"} if config is ScoreConfig else {"task": "mr", "output": "o"}
-    config(**good)
-    with pytest.raises(ConfigError, match=f"--{next(iter(values))} "):
-        config(**{**good, **values})
-
-
 @pytest.mark.slow
 def test_two_ranks_say_it_once(tmp_path, run_command_line, reviews_store, still_encoder):
     path = tmp_path / "ds.json"
@@ -328,11 +247,8 @@ def test_good_configurations_pass():
         {**fp16(loss_scale=0, min_loss_scale=1, hysteresis=2), "zero_optimization": ZERO3},
         {"zero_optimization": {**ZERO3, "reduce_bucket_size": 5e8, "stage3_max_reuse_distance": 1e9,
                                "max_live_parameters": 10, "offload_param": {"device": "none"}}},
-        {"optimizer": {"type": "SGD", "params": {"momentum": 0.9, "nesterov": True}}},
         {"optimizer": {"type": "adamW", "params": {"lr": "auto", "betas": [0.9, 0.95]}}},
-        {"scheduler": {"type": "CosineAnnealingLR", "params": {"T_max": 10}}},
-        {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 1e-3}}},
-        {"tensorboard": {"enabled": False, "output_path": "x"}, "wall_clock_breakdown": True},
+        {"timers": {"throughput": {"enabled": False}}, "wall_clock_breakdown": True},
         {"gradient_clipping": 0, "steps_per_print": 10**9},
     ):
         ds_schema.check(config)
@@ -340,54 +256,24 @@ def test_good_configurations_pass():
         ds_schema.check_together(settled, "fp32", has_gpu=False)
 
 
-def test_the_keys_are_those_of_deepspeed():
-    """A new version of DeepSpeed that knows other keys makes this fail."""
-    from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.monitor import config as monitor
+def test_what_deepspeed_has_removed_is_refused():
+    """A new version of DeepSpeed that removes more makes this fail."""
     from deepspeed.runtime import config as top
-    from deepspeed.runtime import precision_config
-    from deepspeed.runtime.zero import config as zero_config
-    from deepspeed.runtime.zero import leaf_module_config, offload_config
 
-    models = {
-        "zero_optimization": zero_config.DeepSpeedZeroConfig,
-        "zero_optimization.offload_param": offload_config.DeepSpeedZeroOffloadParamConfig,
-        "zero_optimization.offload_optimizer": offload_config.DeepSpeedZeroOffloadOptimizerConfig,
-        "zero_optimization.leaf_module": leaf_module_config.DeepSpeedZeroLeafModuleConfig,
-        "fp16": precision_config.DeepSpeedFP16Config, "bf16": precision_config.DeepSpeedBF16Config,
-        "tensorboard": monitor.TensorBoardConfig, "wandb": monitor.WandbConfig,
-        "csv_monitor": monitor.CSVConfig, "comet": monitor.CometConfig,
-        "comms_logger": CommsLoggerConfig,
-    }
-    for path, model in models.items():
-        block = ds_schema.SCHEMA
-        for part in path.split("."):
-            block = block[part]
-        theirs = set(model.model_fields)
-        theirs |= {field.alias for field in model.model_fields.values() if field.alias}
-        refused = {
-            key.removeprefix(f"{path}.") for key in ds_schema.REFUSED if key.startswith(f"{path}.")
-        }
-        assert block.keys() <= theirs, path
-        assert theirs <= block.keys() | refused, path
     removed = {*top._REMOVED_TOP_LEVEL_CONFIG_KEYS}
     removed |= {f"zero_optimization.{key}" for key in top._REMOVED_ZERO_CONFIG_KEYS}
     assert removed <= ds_schema.REFUSED.keys()
 
 
 def test_the_parameters_of_schedules_are_those_of_deepspeed():
-    import inspect
-
     from deepspeed.runtime import lr_schedules
 
-    assert set(ds_schema.SCHEDULERS) == set(lr_schedules.VALID_LR_SCHEDULES)
-    for name, rules in ds_schema.SCHEDULERS.items():
+    for name, keys in ds_schema.SCHEDULERS.items():
         theirs = set(inspect.signature(getattr(lr_schedules, name)).parameters)
-        assert theirs - {"optimizer", "last_batch_iteration"} == set(rules), name
+        assert theirs - {"optimizer", "last_batch_iteration"} == keys, name
 
 
-def test_a_schema_knows_every_key_that_is_filled_or_refused():
-    paths = set(ds_schema._paths(ds_schema.SCHEMA))
-    assert not paths & ds_schema.REFUSED.keys()
-    for path in ds_schema.FILLED:
-        assert path in paths or path.startswith(("optimizer.params.", "scheduler.params."))
+def test_every_key_that_is_filled_is_known_and_none_that_is_refused():
+    blocks = ds_schema.known_paths()
+    paths = {f"{block}.{key}".lstrip(".") for block, keys in blocks.items() for key in keys}
+    assert paths >= ds_schema.FILLED and not paths & ds_schema.REFUSED.keys()

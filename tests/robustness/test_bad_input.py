@@ -1,4 +1,4 @@
-"""Input that is broken or odd: a rule for each, as the README's table has it.
+"""Broken or unusual input: one rule for each, as the table in preprocess/README.md has it.
 
 Kept, skipped and counted, or refused with the file and the line.
 """

@@ -1,4 +1,4 @@
-"""Numbers go wrong: a loss or gradient that is not finite, and the loss scale of fp16."""
+"""A loss or gradient that is not finite, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ from safetensors.torch import load_file
 from deepspeed.accelerator import get_accelerator
 from preprocess.errors import NonFiniteError, run_command
 from pathlib import Path
-from train import checkpoint, finetune, pretrain, supervised
 from train import engine as ds
+from train import finetune, pretrain
 from train.config import PretrainConfig, parse
+from train.engine import ds_json, steps
+from train.run_dir import folder as run_folder
+from train.stages import supervised
 
 # DeepSpeed refuses fp16 on a CPU because it is slow there; its optimizers are the same code.
 type(get_accelerator()).is_fp16_supported = lambda self: True
@@ -39,7 +42,7 @@ def as_written(config, options):
     return (names or ["fp32"])[0], []
 
 
-ds._settle_precision = as_written
+ds_json._settle_precision = as_written
 plain_loss, plain_build = csrc.masked_lm_loss, ds.build_engine
 plain_supervised = supervised.weighted_loss
 scenario, built, calls = {}, [], [0]
@@ -73,7 +76,7 @@ def spoilt_supervised(logits, *words):
 
 if not ds.is_main():
     # These ranks come from an earlier run of this process, and may look while rank 0 writes.
-    checkpoint.check_run_dir = lambda config: Path(config.output_dir)
+    run_folder.check_run_dir = lambda config: Path(config.output_dir)
 ds.build_engine = supervised.build_engine = remember
 finetune.finish = lambda: None
 csrc.masked_lm_loss = spoilt_loss
@@ -81,7 +84,7 @@ supervised.weighted_loss = spoilt_supervised
 
 
 def moved_since(folder):
-    """Names of the parameters that are not those that were exported before."""
+    """Return the names of the parameters that differ from those of an export."""
     state = ds.full_state_dict(built[0])
     if state is None:
         return None
@@ -105,7 +108,7 @@ def main():
         scenario.clear()
         scenario.update(told)
         found = {"name": scenario["name"]}
-        ds.MAX_SKIPPED_IN_A_ROW = scenario.get("limit")
+        steps.MAX_SKIPPED_IN_A_ROW = scenario.get("limit")
         if scenario.get("uncaught"):
             run()
         try:
@@ -125,7 +128,7 @@ run_command(main)
 
 
 def ds_config(folder: Path, name: str, stage: int, precision: str, **values) -> str:
-    """A CPU configuration with this ZeRO stage and precision."""
+    """Write a CPU configuration with this ZeRO stage and precision."""
     config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
     config["zero_optimization"] = {"stage": stage}
     if precision != "fp32":
@@ -141,7 +144,7 @@ def words(**options) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, reviews_store, still_encoder, labelled_files, run_command_line):
-    """What every scenario did: its folder, and what each rank found."""
+    """Run every scenario; return the folder, the process, and what each rank found."""
     folder = tmp_path_factory.mktemp("numbers")
     scenarios = []
 
@@ -166,7 +169,7 @@ def runs(tmp_path_factory, reviews_store, still_encoder, labelled_files, run_com
             for fault in ("loss", "nan" if stage % 2 else "inf"):
                 pretrain(f"{precision}-zero{stage}-{fault}", stage, precision, fault)
         if stage % 2 == 0:
-            continue  # 0 is refused, see tests/test_bad_configs.py; 1 and 2 are the same class
+            continue  # 0 is refused, see test_bad_configs.py; 1 and 2 are the same class
         # 256 times too large: the scale must fall from 2^16 before a step can be taken.
         pretrain(f"fp16-zero{stage}-recovers", stage, "fp16", "256", (1, 99), max_steps=8,
                  config={"fp16": {"hysteresis": 1}})
@@ -301,7 +304,7 @@ def test_the_command_ends_in_one_line_and_exit_code_4(runs):
 
 
 class Overflowing:
-    """As much of an fp16 engine as `take_step` asks for; overflows in the steps it is told."""
+    """The part of an fp16 engine that `take_step` uses; overflows in the steps `bad`."""
 
     def __init__(self, scale: float, bad: set[int], floor: float = 1.0, hysteresis: int = 1):
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler

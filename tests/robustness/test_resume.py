@@ -1,4 +1,4 @@
-"""Exact resume: 2N steps straight and N, a stop, and N again end in the same bits."""
+"""Exact resume: 2N steps in one go end in the same bits as N, a stop, and N more."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS = [(p, s) for p in PRECISIONS for s in range(4) if (p, s) != ("fp16", 0
 
 
 def ds_config(folder: Path, stage: int, precision: str) -> Path:
-    """A JSON of this stage and precision; the fp16 scale starts too high and moves both ways."""
+    """Write a JSON; the fp16 scale starts too high and moves both ways."""
     config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
     config["zero_optimization"] = {"stage": stage}
     if precision == "bf16":
@@ -45,7 +45,7 @@ def ds_config(folder: Path, stage: int, precision: str) -> Path:
 
 @pytest.fixture
 def all_precisions(monkeypatch):
-    """Let DeepSpeed's fp16 optimizers and loss scaler run here; it refuses as they are slow."""
+    """Let DeepSpeed's fp16 optimizers run on a CPU, where it refuses them as slow."""
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
@@ -59,7 +59,7 @@ def all_precisions(monkeypatch):
 
 @pytest.fixture
 def batches_seen(monkeypatch) -> list[list[np.ndarray]]:
-    """Ids, positions and labels of every step that is taken, in order."""
+    """Record ids, positions and labels of every step, in order."""
     seen: list[list[np.ndarray]] = []
     plain = mlm.train_step
 
@@ -79,11 +79,7 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = mlm.train_step
 
     def noted(engine: Any, *words: Any, **names: Any) -> Any:
-        result = plain(engine, *words, **names)
-        monkeypatch.setattr(
-            ds.StopSignal, "asked_anywhere", lambda self: engine.global_steps == step
-        )
-        return result
+        return plain(engine, *words, **names)._replace(stopping=engine.global_steps == step)
 
     monkeypatch.setattr(mlm, "train_step", noted)
 
@@ -134,7 +130,7 @@ SHORT = 8
 
 
 def full_states(engine: Any) -> dict[str, torch.Tensor]:
-    """Weights in fp32 and both moments of every parameter, whole, by name; collective."""
+    """Return fp32 weights and both moments of every parameter, unsharded, by name; collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     found = {}
@@ -160,7 +156,7 @@ def full_states(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def run_all(runs: list[list[str]]) -> None:
-    """On every rank: each run, and its whole states where it was saved or loaded half-way."""
+    """Do each run, and keep its unsharded states where it is saved or loaded half-way."""
     from deepspeed.accelerator import get_accelerator
 
     from train import pretrain
@@ -178,9 +174,9 @@ def run_all(runs: list[list[str]]) -> None:
         if ds.is_main() and not (run_dir / name).exists():  # the first save is that half-way
             torch.save(found, run_dir / name)
 
-    def save_and_keep(engine: Any, folder: Path, *words: Any) -> None:
+    def save_and_keep(engine: Any, folder: Path, *words: Any) -> Any:
         keep(engine, folder, "saved.pt")
-        save(engine, folder, *words)
+        return save(engine, folder, *words)
 
     def load_and_keep(engine: Any, folder: Path, *words: Any) -> Any:
         result = load(engine, folder, *words)
@@ -196,7 +192,7 @@ def run_all(runs: list[list[str]]) -> None:
 def world(tmp_path_factory, reviews_store, still_encoder) -> Path:
     """Runs at 1, 2 and 4 ranks, and runs that changed their number half-way.
 
-    `ranksR-CONFIG` are whole; `FROM-TO-CONFIG` went on at another number of ranks.
+    `ranksR-CONFIG` are uninterrupted; `FROM-TO-CONFIG` resumed at another number of ranks.
     """
     folder = tmp_path_factory.mktemp("world")
     configs = {}

@@ -1,10 +1,10 @@
 """Ranks without their imports: a server that has imported everything once, and forks.
 
 A launch costs 15 seconds of imports, a fork next to nothing, so that a test can kill a hundred
-runs. `Server` is what tests use; run as a script, this file is the server. It reads one JSON job
-a line and answers one JSON line when all ranks of the job have ended. What a rank imported, the
-server imports as well, before the next job. Like DeepSpeed's launcher it sends SIGTERM to the
-others when a rank ends with an error.
+runs. Tests use `Server`; run as a script, this file is the server. It reads one JSON job per line
+and answers one JSON line when all ranks of the job have ended. Before the next job it imports
+whatever a rank has imported. Like DeepSpeed's launcher it sends SIGTERM to the other ranks when one
+ends with an error.
 """
 
 from __future__ import annotations

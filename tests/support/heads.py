@@ -13,7 +13,7 @@ def make_head(
     width: int, vocab: int, *, transform: bool = True, biases: bool = True,
     activation: str = "gelu", offset: float = 0.0,
 ) -> csrc.MaskedLMHead:
-    """A head with weights like a trained one's, in float64."""
+    """Make a head with weights like those of a trained one, in float64."""
     options = {"dtype": torch.float64}
     bias = {"decoder_bias": offset + torch.randn(vocab, **options)} if biases else {}
     if transform:
@@ -31,16 +31,16 @@ def make_head(
 def make_batch(
     shape: tuple[int, ...], masked: list[int], vocab: int, padding: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, positions and labels; the first label is 0, the last V - 1."""
+    """Draw hidden states, positions and labels; the first label is 0, the last V - 1."""
     positions = torch.tensor([*masked, *[-1] * padding], dtype=torch.int64)
-    labels = torch.randint(vocab, positions.shape)
+    labels = torch.where(positions < 0, -1, torch.randint(vocab, positions.shape))
     if masked:
         labels[0], labels[len(masked) - 1] = 0, vocab - 1
     return torch.randn(shape, dtype=torch.float64), positions, labels
 
 
 def cast(head: csrc.MaskedLMHead, dtype: torch.dtype, device: str) -> csrc.MaskedLMHead:
-    """The head as leaves of a dtype on a device."""
+    """Copy the head to leaves of a dtype on a device."""
     return dataclasses.replace(head, **{
         name: tensor.detach().to(device, dtype).requires_grad_()
         for name, tensor in head.tensors().items()
@@ -49,14 +49,18 @@ def cast(head: csrc.MaskedLMHead, dtype: torch.dtype, device: str) -> csrc.Maske
 
 def outcome(
     implementation: str | None, hidden, positions, labels, head, dtype=torch.float32,
-    device="cpu", grad_output=1.0,
+    device="cpu", grad_output=1.0, gathered=False,
 ) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
-    """Loss, hits and gradients, computed in `dtype` on `device`, as float64 on the CPU."""
+    """Return loss, hits and gradients, computed in `dtype` on `device`, as float64 on the CPU.
+
+    With `gathered`, the operation gets the masked rows and no positions.
+    """
     hidden = hidden.detach().to(device, dtype).requires_grad_()
-    head = cast(head, dtype, device)
-    loss, hits = csrc.masked_lm_loss(
-        hidden, positions.to(device), labels.to(device), head, implementation
-    )
+    head, positions, labels = cast(head, dtype, device), positions.to(device), labels.to(device)
+    given = (hidden, positions)
+    if gathered:
+        given = (hidden.flatten(0, -2)[positions.clamp(min=0).long()], None)
+    loss, hits = csrc.masked_lm_loss(*given, labels, head, implementation)
     assert loss.shape == () and loss.dtype == torch.promote_types(dtype, torch.float32)
     assert hits.shape == () and hits.dtype == torch.int64
     inputs = {"hidden": hidden, **head.tensors()}

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from preprocess.identity import build
 from train import engine as ds
 from train import pretrain
 from train.config import PretrainConfig, parse
+from train.run_dir.hf_folder import make_stage
 
 STEPS = 4
+
+
+def made_up_stage(
+    command: str = "pretrain", masking: str | None = None, seed: int = 42, weights: str = "w",
+    **totals: float,
+) -> dict[str, Any]:
+    """A stage of a lineage that nobody trained."""
+    identity = build(command, inputs={"weights": weights},
+                     choice={"masking": masking, "seed": seed})
+    records = {"identity": identity, "numerics": {}}
+    return make_stage(records, None, **{"steps": 0, "seconds": 0.0, **totals})
+
+
+def write_lineage(folder: Path, *stages: dict[str, Any]) -> None:
+    """An `hf/` folder with a lineage and no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lineage = {"version": 2, "files": {}, "stages": stages}
+    (folder / "lineage.json").write_text(json.dumps(lineage))
+
+
 def write_ds_config(folder: Path, stage: int, **zero) -> str:
     """A CPU configuration with this ZeRO stage."""
     config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
@@ -24,20 +47,24 @@ def write_ds_config(folder: Path, stage: int, **zero) -> str:
 
 def arguments(store: str, model: str, out: Path, **options) -> list[str]:
     """Flags of a short run."""
-    flags = {
+    return words({
         "tokens": store, "model_name_or_path": model, "output_dir": out, "max_steps": STEPS,
         "max_seq_length": 32, "train_batch_size": 8, "learning_rate": 5e-3, "eval_fraction": 0.2,
         "logging_steps": 1, "warmup_ratio": 0.5, **options,
-    }
-    words = []
+    })
+
+
+def words(flags: dict[str, Any]) -> list[str]:
+    """Flags as they are typed; None leaves one out."""
+    typed = []
     for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
+        if isinstance(value, bool):
+            typed.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
+            typed += [f"--{name}", *map(str, value)]
         elif value is not None:
-            words += [f"--{name}", str(value)]
-    return words
+            typed += [f"--{name}", str(value)]
+    return typed
 
 
 def pretrained(store: str, model: str, out: Path, **options) -> Path:

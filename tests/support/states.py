@@ -11,7 +11,7 @@ import torch
 
 
 def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value and tensor of nested containers and objects, by its path."""
+    """Yield every plain value and tensor of nested containers and objects, by its path."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):
@@ -27,7 +27,7 @@ def leaves(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def states(checkpoint: Path) -> dict[str, Any]:
-    """Everything in the files of a checkpoint, but for what is measured in seconds."""
+    """Return every value in the files of a checkpoint, except for durations."""
     found = {}
     for file in sorted(checkpoint.rglob("*.pt")):
         content = torch.load(file, map_location="cpu", weights_only=False)

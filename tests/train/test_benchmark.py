@@ -14,16 +14,7 @@ from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, write_array
 from train import benchmark, data, engine, model
-from train.bench import (
-    bare_loop,
-    baselines,
-    maskings,
-    throughput,
-    whole_step,
-)
-from train.bench import (
-    tables as benchmark_report,
-)
+from train.bench import baselines, maskings, tables, throughput
 from train.config import BenchmarkConfig
 from train.model import flops
 from train.stages import masked_lm as mlm
@@ -187,7 +178,6 @@ def test_bad_input_is_refused_before_anything_runs(config, change, error, words)
     [
         ({"max_seq_lengths": [32, 32]}, "max_seq_lengths"),
         ({"max_seq_lengths": [4]}, "max_seq_lengths"),
-        ({"max_seq_lengths": [32, 64], "whole_step": True}, "one length"),
         ({"mlm_probability": 1.0}, "mlm_probability"),
         ({"compare": ["a.json"]}, "two files"),
     ],
@@ -416,27 +406,13 @@ def test_the_loop_takes_the_step_of_a_plain_trainer(config, still_batch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "modernbert"])
-def test_the_logits_of_each_family_are_those_of_its_head(family):
-    from transformers import AutoConfig, AutoModelForMaskedLM
-
-    sizes = {"distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}}.get(
-        family, {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                 "intermediate_size": 32, "pad_token_id": 0})
-    hf = AutoModelForMaskedLM.from_config(AutoConfig.for_model(family, vocab_size=60, **sizes))
-    hf.eval()
-    ids, family_of = torch.arange(5, 15)[None], model.FAMILIES[family]
-    hidden = family_of.encoder(hf)(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(family_of.logits(hf, hidden), hf(input_ids=ids).logits)
-
-
 def test_time_of_the_heads_alone_leaves_no_gradients(config, still_batch):
     module, batch = still_batch
     inputs = benchmark.read_inputs(config)
     loop = baselines.TrainerLoop(module, inputs.resolved, torch.device("cpu"), 1)
     for name in baselines.LOSSES:
         assert baselines.head_seconds(module, batch, name, loop) > 0
-    bare = bare_loop.BareLoop(mlm.build_model(config, inputs.store), inputs.resolved,
+    bare = baselines.BareLoop(mlm.build_model(config, inputs.store), inputs.resolved,
                               torch.device("cpu"))
     assert bare.head_seconds(loader(inputs).step(0)) > 0
     assert all(p.grad is None for m in (module, bare.module) for p in m.parameters())
@@ -458,13 +434,13 @@ def test_bare_step_trains(config, precision):
     resolved = dataclasses.replace(inputs.resolved, precision=precision)
     resolved.config["optimizer"]["params"]["lr"] = 1e-2
     module, batch = mlm.build_model(inputs.config, inputs.store), loader(inputs).step(0)
-    bare = bare_loop.BareLoop(module, resolved, torch.device("cpu"))
+    bare = baselines.BareLoop(module, resolved, torch.device("cpu"))
     micro_batch = batch.micro_batches[0].inputs(torch.device("cpu"))
     before = module(**micro_batch)[0].item()
     for _ in range(5):
         bare.step(bare.prepare(batch))
     assert module(**micro_batch)[0].item() < 0.8 * before
-    assert {p.dtype for p in module.parameters()} == {bare_loop.DTYPES[precision]}
+    assert {p.dtype for p in module.parameters()} == {baselines.DTYPES[precision]}
 
 
 def test_one_rank_trains_alike_without_reduction_and_with_fused_adam(config, still_encoder):
@@ -528,7 +504,6 @@ def test_compare_shows_ratios_and_what_differs(tmp_path, capsys):
         ("[1", "second"),
         ("[]", "second"),
         ('{"rows": []}', "measure again"),
-        ('{"benchmark": "whole_step"}', "--whole_step"),
         ({"lengths": []}, "in common"),
         ({"lengths": [{"max_seq_length": 128, "rows": [{"name": "random"}]}]}, "is missing"),
         ({"lengths": 3}, "is missing"),
@@ -542,15 +517,14 @@ def test_compare_refuses_what_is_no_result(tmp_path, content, words):
     elif content is not None:
         (tmp_path / "second.json").write_text(content)
     with pytest.raises((ConfigError, DataError), match=words):
-        benchmark_report.compare(first, second)
+        tables.compare(first, second)
 
 
-# ------------------------------------------------------------------------------ whole step
+# ------------------------------------------------------------------------------------- passes
 
 
-def test_whole_step_compares_ways_to_the_same_loss(config, prefix):
-    config = dataclasses.replace(config, whole_step=True, max_seq_length=64)
-    inputs = benchmark.read_inputs(config)
+def test_passes_are_ways_to_the_same_loss(config, prefix):
+    inputs = benchmark.read_inputs(dataclasses.replace(config, max_seq_length=64))
     module = mlm.build_model(config, inputs.store).eval()
     (table,) = inputs.tables.values()
     loader = data.PackedData(inputs.store, table, data.drawn_masking(inputs.store, "random", RATE),
@@ -561,29 +535,26 @@ def test_whole_step_compares_ways_to_the_same_loss(config, prefix):
         if batch.document_ids.max() == 0 and batch.num_masked > 3  # nothing to keep apart
     )
     losses, gradients = {}, {}
-    passes = whole_step.make_passes(module, alone, torch.device("cpu"))
+    passes = baselines.make_passes(module, alone, torch.device("cpu"))
     for name, call in passes.items():
         module.zero_grad()
         loss = call()
         loss.backward()
         losses[name] = loss.item()
         gradients[name] = {key: p.grad for key, p in module.named_parameters()}
-    assert list(losses) == ["transformers", "gather", "head", "head + subset"]
-    assert list(losses.values()) == pytest.approx([losses["transformers"]] * 4, rel=1e-5)
+    assert tuple(losses) == baselines.PASSES
+    assert list(losses.values()) == pytest.approx([losses[baselines.PASSES[0]]] * 4, rel=1e-5)
     for found in gradients.values():
-        torch.testing.assert_close(found, gradients["transformers"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found, gradients[baselines.PASSES[0]], rtol=1e-4, atol=1e-6)
 
 
-def test_whole_step_writes_its_table(config, run_here, tmp_path, capsys):
-    run_here("train/benchmark.py", *flags(config), "--whole_step")
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    assert [row["variant"] for row in result["rows"]][0] == "transformers"
-    assert result["rows"][0]["speedup"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
-    assert all(row["counted_steps"] == 4 for row in result["rows"])
-
-
-def test_whole_step_runs_on_one_rank(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="--whole_step on 2 ranks"):
-        benchmark.read_inputs(dataclasses.replace(config, whole_step=True))
+def test_passes_are_rows_of_the_table(config, run_here, tmp_path, capsys):
+    config = dataclasses.replace(
+        config, strategies=["random"], mask_indices=[], baselines=["none"], rounds=1)
+    run_here("train/benchmark.py", *flags(config), "--passes")
+    out = capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    rows = {row["name"]: row for row in saved["lengths"][0]["rows"]}
+    assert list(rows) == ["random", "bare", *baselines.PASSES]
+    assert rows["pass-transformers"]["over_full"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
+    assert all(rows[name]["counted_steps"] == 2 and name in out for name in baselines.PASSES)

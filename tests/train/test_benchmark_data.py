@@ -41,7 +41,7 @@ def test_every_table_is_filled_and_every_store_removed(tmp_path, capsys, monkeyp
     assert rows == sorted(rows) and rows[2] > 50 * rows[0]
     printed = capsys.readouterr().out
     for title in ("Building masks", "The loader", "The order of one epoch",
-                  "What grows with the corpus"):
+                  "Growth with the corpus"):
         assert title in printed
 
 

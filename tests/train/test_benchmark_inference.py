@@ -59,8 +59,8 @@ def test_all_ways_find_the_same(inputs, capsys):
         assert published["padding_percent"] > ours["padding_percent"]
         assert len({row["tokens"] for row in rows}) == 1, "the same work"
     passes = {row["way"]: (row["passes"], row["inputs"]) for row in annotating["rows"]}
-    assert passes["one a pass"][0] == passes["one a pass"][1] > passes["selmask"][0]
-    assert "tokens annotated otherwise than one a pass: 0 by selmask" in capsys.readouterr().out
+    assert passes["one per pass"][0] == passes["one per pass"][1] > passes["selmask"][0]
+    assert "tokens annotated otherwise than one per pass: 0 by selmask" in capsys.readouterr().out
 
 
 def test_sentences_are_whole(inputs):

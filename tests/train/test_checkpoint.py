@@ -1,4 +1,4 @@
-"""Only whole checkpoints load, pruning keeps one, and nothing in a file of one runs."""
+"""Only complete checkpoints load, pruning keeps one, and no code in their files runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def newest(run_dir: Path) -> Path:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a manifest and seal it again, as somebody would who means harm."""
+    """Change a manifest and seal it again, as an attacker would."""
     manifest = json.loads((path / MANIFEST).read_text())
     changed = change(manifest)
     manifest = manifest if changed is None else changed
@@ -91,7 +91,7 @@ def test_what_a_checkpoint_holds(finished):
 
 
 def flip(file: Path, generator: random.Random) -> None:
-    """Turn one bit over."""
+    """Flip one bit."""
     content = bytearray(file.read_bytes())
     content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
     file.write_bytes(content)
@@ -140,10 +140,6 @@ def test_no_byte_of_a_manifest_may_change(broken):
         except ValueError:
             same = False
         assert (problem is None) == same, changed
-
-
-def nothing(manifest: dict[str, Any]) -> None:
-    """Leave it."""
 
 
 MANIFESTS: dict[str, tuple[Any, str]] = {
@@ -221,7 +217,7 @@ def test_none_is_whole(broken, capsys):
         os.truncate(broken / "checkpoints" / f"step_{step}" / "generators_rank0.pt", 5)
     assert find_checkpoint(broken, "auto") is None
     assert capsys.readouterr().out.count("warning") == 2
-    with pytest.raises(DataError, match="no whole checkpoint.*--resume auto") as refused:
+    with pytest.raises(DataError, match="no complete checkpoint.*--resume auto") as refused:
         find_checkpoint(broken, "must")
     assert refused.value.exit_code == 3
 
@@ -344,7 +340,7 @@ def test_a_kill_before_the_options_were_written_is_no_other_run(tmp_path):
 
 @pytest.fixture
 def on_two_nodes(monkeypatch) -> Callable[..., list[Any]]:
-    """Call a function on two ranks of two hosts, here threads: what it returned or raised."""
+    """Call a function on two ranks of two hosts (threads here); return or catch its results."""
     here, gate, shared = threading.local(), threading.Barrier(2), [None, None]
 
     def gather(value: Any) -> list[Any]:
@@ -375,8 +371,8 @@ def on_two_nodes(monkeypatch) -> Callable[..., list[Any]]:
 
 
 def test_a_run_directory_that_not_all_nodes_see_is_refused(tmp_path, on_two_nodes, monkeypatch):
-    def prepare(folder: str) -> Path:
-        return folder.prepare_run_dir(TrainingConfig(output_dir=str(tmp_path / folder)), None)
+    def prepare(name: str) -> Path:
+        return folder.prepare_run_dir(TrainingConfig(output_dir=str(tmp_path / name)), None)
 
     assert on_two_nodes(prepare, "shared", "shared") == [tmp_path / "shared"] * 2
     names = sorted(os.listdir(tmp_path / "shared"))
@@ -413,6 +409,16 @@ def test_tasks_of_srun_without_ranks_do_not_train_alone(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------- what belongs to this run
+
+
+def test_another_run_is_refused(broken, reviews_store, still_encoder, options):
+    with pytest.raises(ConfigError, match="--resume is never"):
+        pretrained(reviews_store, still_encoder, broken, **options, resume="never")
+    with pytest.raises(ConfigError, match="made with seed 42, and this run has 7"):
+        pretrained(reviews_store, still_encoder, broken, **options, seed=7)
+    shutil.rmtree(broken / "checkpoints")
+    with pytest.raises(DataError, match="--resume is must"):
+        pretrained(reviews_store, still_encoder, broken, **options, resume="must")
 
 
 @pytest.mark.slow
@@ -477,7 +483,7 @@ def engine(broken, reviews_store, still_encoder, options):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("world_size", [1, 2], ids=["as it is", "converted"])
 def test_a_planted_object_never_runs(part, world_size, broken, engine, tmp_path):
-    """Neither where a checkpoint is loaded as it is nor where it is converted."""
+    """Neither on a plain load nor in a conversion."""
     path, canary = newest(broken), tmp_path / "canary"
     plant(path / part, canary)
     accept(path)
@@ -527,5 +533,5 @@ def test_names_of_parameters_cannot_leave_the_folder(where, broken, engine, tmp_
 
 def test_an_optimizer_that_cannot_be_converted_is_said(broken, engine, monkeypatch):
     monkeypatch.setattr(states_room, "CONVERTIBLE", ("Lion",))
-    with pytest.raises(ConfigError, match="AdamW cannot be shared out anew.*as many ranks"):
+    with pytest.raises(ConfigError, match="AdamW cannot be divided anew.*as many ranks"):
         ds.load_state(engine, newest(broken), 2)

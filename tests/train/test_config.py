@@ -1,4 +1,4 @@
-"""Options: parsing under every launcher, refusals, and help."""
+"""Flags of the training commands: parsing under every launcher, bounds, and refusals."""
 
 from __future__ import annotations
 
@@ -10,28 +10,52 @@ from preprocess.errors import ConfigError
 from train import config
 from train.config import parse
 
-CLASSES = [
-    config.PretrainConfig, config.FinetuneConfig, config.FitScorerConfig, config.AnnotateConfig,
-    config.ScoreConfig, config.BenchmarkConfig, config.PipelineConfig,
-]
-PRETRAIN = ["--output_dir", "r", "--tokens", "p", "--model_config", "bert-tiny"]
+# Each command and its required flags.
+REQUIRED = {
+    config.PretrainConfig: ["--output_dir", "r", "--tokens", "p", "--model_config", "bert-tiny"],
+    config.FinetuneConfig: ["--output_dir", "r", "--task", "mr", "--model_name_or_path", "m"],
+    config.FitScorerConfig: ["--output_dir", "r", "--annotations", "a", "--model_name_or_path",
+                             "m"],
+    config.AnnotateConfig: ["--output", "o", "--task", "mr", "--model_name_or_path", "m"],
+    config.ScoreConfig: ["--tokens", "p", "--name", "n", "--model_name_or_path", "m"],
+    config.BenchmarkConfig: ["--tokens", "p", "--model_config", "bert-tiny"],
+    config.PipelineConfig: ["--output_dir", "r", "--recipe", "r.yaml"],
+}
+each_command = pytest.mark.parametrize("command", REQUIRED, ids=lambda c: c.__name__)
 
 
-@pytest.mark.parametrize("config_class", CLASSES, ids=lambda c: c.__name__)
-def test_every_option_says_what_it_is(config_class):
-    for option in dataclasses.fields(config_class):
-        assert len(option.metadata["help"]) > 5, option.name
-    assert config_class.__doc__
+@each_command
+def test_a_required_flag_that_is_missing_is_named(command):
+    needed = {option.name for option in dataclasses.fields(command) if "missing" in option.metadata}
+    words = REQUIRED[command]
+    parse(command, words)
+    for name in needed:
+        at = words.index(f"--{name}")
+        with pytest.raises(ConfigError, match=f"^--{name} is missing: "):
+            parse(command, words[:at] + words[at + 2:])
 
 
-def test_b17_launchers_spell_local_rank_in_two_ways():
-    assert parse(config.PretrainConfig, [*PRETRAIN, "--local_rank=1"]).local_rank == 1
-    assert parse(config.PretrainConfig, ["--local-rank=1", *PRETRAIN]).local_rank == 1
+@each_command
+def test_every_number_has_bounds(command):
+    """Two kinds have none of their own: those that another flag bounds, and those of a launcher."""
+    free = {"head_only_steps", "shard_index", "local_rank"}
+    for option in dataclasses.fields(command):
+        value, bounds = option.default, option.metadata["bounds"]
+        if type(value) in (int, float) and option.name not in free:
+            assert bounds.holds(value), option.name
+            assert not any(map(bounds.holds, (-2, float("nan")))), option.name
+
+
+def test_launchers_spell_local_rank_in_two_ways():
+    """DeepSpeed passes --local_rank=1, older launchers of torch --local-rank=1."""
+    words = REQUIRED[config.PretrainConfig]
+    assert parse(config.PretrainConfig, [*words, "--local_rank=1"]).local_rank == 1
+    assert parse(config.PretrainConfig, ["--local-rank=1", *words]).local_rank == 1
 
 
 def test_unknown_flag_is_usage():
     with pytest.raises(ConfigError, match="--max_step.*did you mean --max_steps"):
-        parse(config.PretrainConfig, [*PRETRAIN, "--max_step", "3"])
+        parse(config.PretrainConfig, [*REQUIRED[config.PretrainConfig], "--max_step", "3"])
 
 
 @pytest.mark.parametrize(
@@ -50,8 +74,8 @@ def test_unknown_flag_is_usage():
         (["--train_batch_size", "0"], "1 or more"),
     ],
 )
-def test_bad_values_are_said_in_a_sentence(words, message):
-    good = ["--output_dir", "r", "--task", "mr", "--model_name_or_path", "m"]
+def test_bad_values_are_refused_in_one_sentence(words, message):
+    good = REQUIRED[config.FinetuneConfig]
     assert parse(config.FinetuneConfig, good).seed_list() == [13]
     with pytest.raises(ConfigError, match=message) as error:
         parse(config.FinetuneConfig, [*good, *words])

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from preprocess.identity import build
+from tests.support.runs import made_up_stage, write_lineage
 from train.reports.curves import read_curves, run_rows
 from train.run_dir.metrics import (
     EVAL_LOSS,
@@ -32,18 +34,17 @@ def log(run: Path, start: int, stop: int, every: int = 5, rate: float = RATE) ->
     writer.close()
 
 
-def finish(run: Path, steps: int, tokens: float, **fields) -> None:
-    stage = {"stage": "pretrain", "mask_strategy": "selective", "steps": steps, "tokens": tokens,
-             "masked_tokens": 777, "seconds": 12.3, **fields}
-    (run / "hf").mkdir()
-    (run / "hf" / "lineage.json").write_text(json.dumps({"stages": [{"steps": 9}, stage]}))
+def finish(run: Path, steps: int, tokens: float) -> None:
+    write_lineage(run / "hf", made_up_stage(steps=9), made_up_stage(
+        masking="selective", steps=steps, tokens=tokens, masked_tokens=777, seconds=12.3))
 
 
-def configure(run: Path, rows: int = 4, slots: int = 32, masking: str = "") -> None:
+def configure(run: Path, rows: int = 4, slots: int = 32, masking: str = "random") -> None:
     run.mkdir(exist_ok=True)
     (run / "ds_config.resolved.json").write_text(json.dumps({"train_batch_size": rows}))
-    (run / "config.resolved.yaml").write_text(
-        f"max_seq_length: {slots}\nmax_steps: 60\nmask_index: ''\nmasking: '{masking}'\n")
+    (run / "config.resolved.yaml").write_text(f"max_seq_length: {slots}\nmax_steps: 60\n")
+    identity = build("pretrain", choice={"masking": masking})
+    (run / "env.json").write_text(json.dumps({"identity": identity}))
 
 
 def test_tokens_and_seconds_follow_from_the_rates(tmp_path):
@@ -87,7 +88,7 @@ def test_a_run_still_going_is_placed_by_its_full_rows(tmp_path):
 def test_without_batch_size_there_are_steps_alone(tmp_path):
     log(tmp_path / "run", 0, 20)
     (run,), notes = read_curves([tmp_path])
-    assert run.spent([10]) is None and "masked tokens and seconds are not known" in notes[1]
+    assert run.spent([10]) is None and "masked tokens and seconds are unknown" in notes[1]
     (row,) = run_rows([run])
     assert (row["steps"], row["masked_tokens"], row["seconds"]) == (20, "", "")
 
@@ -109,7 +110,7 @@ def test_a_broken_event_file_is_named_and_its_beginning_shown(tmp_path, damage):
     path.write_bytes(content)
     curves, notes = read_curves([tmp_path])
     if damage != "empty":
-        assert notes[0].startswith(f"{path}: cut off, damaged or still being written: ")
+        assert notes[0].startswith(f"{path}: truncated, damaged or still being written: ")
     if damage in ("garbage", "empty"):
         assert curves == [] and notes[-1] == f"{run}/tb: no loss has been logged yet."
     else:

@@ -22,7 +22,7 @@ from preprocess.errors import ConfigError, DataError
 from preprocess.store import Shard, StoreWriter, TokenStore, write_array
 from preprocess.text.continuations import find_continuations
 from train import data
-from train.data import Masking, PackedData, RowTable, batches, make_tables, permute, row_tables
+from train.data import Masking, PackedData, RowTable, make_tables, permute, row_tables
 from train.data import rows as packing
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # of `tiny_tokenizer`
@@ -30,7 +30,7 @@ FIRST_WORD = 5
 
 
 def write_store(prefix, tokenizer, shards: list[list[list[list[int]]]]) -> TokenStore:
-    """A store of shards of documents of sentences of ids."""
+    """Write a store from shards of documents of sentences of ids."""
     for i, documents in enumerate(shards):
         with StoreWriter(
             str(prefix), tokenizer, {}, shard=(i, len(shards)) if len(shards) > 1 else None
@@ -41,7 +41,7 @@ def write_store(prefix, tokenizer, shards: list[list[list[list[int]]]]) -> Token
 
 
 def random_documents(generator, count: int, low: int, high: int, sentences=6, words=12):
-    """Documents of sentences of ids in [low, high)."""
+    """Draw documents of sentences of ids in [low, high)."""
     return [
         [
             list(generator.integers(low, high, size=int(generator.integers(1, words + 1))))
@@ -77,7 +77,7 @@ def all_tokens(store: TokenStore) -> np.ndarray:
 
 
 def pack_rows(store: TokenStore, documents: list[np.ndarray], slots: int) -> RowTable:
-    """The rows of the chosen documents of each shard, `(D,)` bool each."""
+    """Pack the chosen documents of each shard, `(D,)` bool each."""
     chosen = {id(shard): flags for shard, flags in zip(store.shards, documents, strict=True)}
     packed = packing.pack_rows(
         store, slots, lambda shard, block, bounds: ~chosen[id(shard)][block]
@@ -90,7 +90,7 @@ def table_of(store: TokenStore, slots: int = 32) -> RowTable:
 
 
 def some_index(store: TokenStore, generator, share: float = 0.2) -> Masking:
-    """A mask index of arbitrary positions."""
+    """Draw a mask index of arbitrary positions."""
     index = [
         np.flatnonzero(generator.random(shard.num_tokens) < share).astype(np.uint32)
         for shard in store.shards
@@ -99,7 +99,8 @@ def some_index(store: TokenStore, generator, share: float = 0.2) -> Masking:
 
 
 def maskings(store: TokenStore) -> dict[str, Masking]:
-    drawn = {name: data.drawn_masking(store, name, 0.15) for name in masks.DRAWN}
+    drawn = {name: data.drawn_masking(store, name, 0.15)
+             for name, strategy in masks.STRATEGIES.items() if strategy.drawn}
     return {**drawn, "index": some_index(store, np.random.default_rng(5))}
 
 
@@ -107,7 +108,7 @@ def maskings(store: TokenStore) -> dict[str, Masking]:
 
 
 def make_shards(lengths: list[list[list[int]]]) -> SimpleNamespace:
-    """What `pack_rows` reads of a store whose shards have documents of such sentences."""
+    """Make what `pack_rows` reads of a store whose sentences have these lengths."""
     shards, start = [], 0
     for documents in lengths:
         sentences = np.array([n for document in documents for n in document], dtype=np.int64)
@@ -144,7 +145,7 @@ def test_packer_places_every_token_once(lengths, slots, picks, open_rows, block)
 
 
 def check_packing(lengths: list[list[list[int]]], slots: int, picks: int) -> None:
-    """Bit d of `picks` tells whether document d (modulo 32) is packed."""
+    """Pack document d if bit d (modulo 32) of `picks` is set, and check the rows."""
     store = make_shards(lengths)
     chosen, number = [], 0
     for documents in lengths:
@@ -208,7 +209,7 @@ def test_sentences_longer_than_a_row_are_cut_evenly():
 
 
 def document_ids_of(store: TokenStore, table: RowTable) -> set[bytes]:
-    """Contents of the documents that a table's pieces come from."""
+    """Return the contents of the documents that a table's pieces come from."""
     bounds, contents = [], []
     for shard in store.shards:
         tokens = shard.sequence_offsets[shard.document_offsets]
@@ -304,7 +305,7 @@ def test_shards_packed_at_once_give_the_same_rows(sharded_store, num_workers):
     assert same_tables(alone, at_once) and alone[1].num_rows
 
 
-def test_a_killed_packer_is_said(sharded_store):
+def test_a_killed_packer_is_reported(sharded_store):
     parent = os.getpid()
 
     def held_out(*block):
@@ -312,7 +313,7 @@ def test_a_killed_packer_is_said(sharded_store):
             os.kill(os.getpid(), signal.SIGKILL)
         return packing.hold_out(*block, fraction=0.3)
 
-    with pytest.raises(DataError, match="killed, perhaps for want of memory"):
+    with pytest.raises(DataError, match="killed, perhaps for lack of memory"):
         list(packing.pack_rows(sharded_store, 32, held_out, 2))
 
 
@@ -351,7 +352,7 @@ def test_a_read_only_store_can_be_read(tmp_path, tiny_tokenizer, monkeypatch, nu
     assert train.num_tokens == store.num_tokens and not list(tmp_path.glob("p.rows-*"))
 
 
-def test_a_full_disk_is_said(tmp_path, tiny_tokenizer, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, tiny_tokenizer, monkeypatch):
     store = write_store(tmp_path / "p", tiny_tokenizer, [[[[5, 6]]]])
 
     def refuse(self, name, block):
@@ -407,14 +408,12 @@ def test_batch_layout(tmp_path, tiny_tokenizer, monkeypatch):
         [2, 2, 2, 2, 2, -1, -1, -1, -1],
         [3, 3, 3, -1, -1, -1, -1, -1, -1],
     ]
-    assert batch.masked_positions.tolist() == [2, 5, 11, 12, -1, -1]  # at most 2 a row, 3 rows
-    assert batch.masked_labels.tolist() == [21, 13, 11, 12, 0, 0]
-    assert batch.masked_cu_seqlens.tolist() == [0, 2, 4, 4]
+    assert batch.masked_positions.tolist() == [2, 5, 11, 12]
+    assert batch.masked_labels.tolist() == [21, 13, 11, 12]
     for name in ("input_ids", "position_ids", "document_ids", "masked_positions", "masked_labels"):
         assert getattr(batch, name).dtype == torch.int64
         assert torch.equal(batch.inputs(torch.device("cpu"))[name], getattr(batch, name))
-    assert batch.masked_cu_seqlens.dtype == torch.int32
-    assert (batch.num_tokens, batch.num_masked) == (16, 4)
+    assert (batch.num_tokens, batch.num_masked, batch.most_masked) == (16, 4, 2)
     assert step.rows.tolist() == [0, 1, 2] and step.epoch == 0
     assert (step.step_tokens, step.step_masked_tokens) == (16, 4)
 
@@ -451,7 +450,7 @@ def plain_row(
         if index is None:
             words = masking.words
             ids, offsets = tokens[positions].astype(np.uint16), np.array([0, length])
-            chosen = masks.STRATEGIES[masking.name](masks.Sequences(
+            chosen = masks.STRATEGIES[masking.name].choose(masks.Sequences(
                 offsets=offsets, positions=positions, rate=masking.rate, seed=seed, epoch=epoch,
                 candidates=~np.isin(ids, store.all_special_ids),
                 continues_word=words and find_continuations(ids, offsets, words),
@@ -480,16 +479,13 @@ def plain_row(
 
 
 def unpack(batch: data.PackedBatch) -> list[PlainRow]:
-    """The rows of a packed batch; checks what must hold of any batch."""
-    slots = batch.input_ids.shape[1]
-    positions = batch.masked_positions[:batch.num_masked]
+    """Split a packed batch into rows, and check what must hold of any batch."""
+    slots, positions = batch.input_ids.shape[1], batch.masked_positions
     assert (positions[1:] > positions[:-1]).all() and (positions >= 0).all()
-    assert (batch.masked_positions[batch.num_masked:] == -1).all()
-    assert (batch.masked_labels[batch.num_masked:] == 0).all()
-    assert len(batch.masked_labels) == len(batch.masked_positions)
+    assert len(batch.masked_labels) == len(positions) == batch.num_masked
     assert int((batch.document_ids >= 0).sum()) == batch.num_tokens
-    bounds = batch.masked_cu_seqlens.tolist()
-    assert bounds[0] == 0 and bounds[-1] == batch.num_masked
+    bounds = np.searchsorted(positions, np.arange(len(batch.input_ids) + 1) * slots).tolist()
+    assert bounds[-1] == batch.num_masked and batch.most_masked == np.diff(bounds).max()
     rows = []
     for r in range(len(batch.input_ids)):
         mine = slice(bounds[r], bounds[r + 1])
@@ -533,7 +529,6 @@ def test_batches_equal_their_plain_twin(which, kind, plain_store, sharded_store)
             masked += len(plain.masked)
         assert masked == batch.num_masked == step.step_masked_tokens
         assert step.step_tokens == batch.num_tokens
-        assert len(batch.masked_positions) == packed.capacity
         assert step.epoch == number * size // table.num_rows
 
 
@@ -548,11 +543,10 @@ def test_labels_are_the_originals_and_only_masked_slots_change(sharded_store):
     (original,) = PackedData(
         sharded_store, table, bare, seed=3, micro_batch_size=size
     ).step(0).micro_batches
-    assert original.num_masked == 0 and (original.masked_positions == -1).all()
-    positions = batch.masked_positions[:batch.num_masked]
+    assert original.num_masked == 0
     restored = batch.input_ids.flatten().clone()
-    assert (restored[positions] != batch.masked_labels[:batch.num_masked]).float().mean() > 0.7
-    restored[positions] = batch.masked_labels[:batch.num_masked]
+    assert (restored[batch.masked_positions] != batch.masked_labels).float().mean() > 0.7
+    restored[batch.masked_positions] = batch.masked_labels
     assert torch.equal(restored, original.input_ids.flatten())
     assert torch.equal(batch.document_ids, original.document_ids)
     share = batch.num_masked / table.num_tokens
@@ -563,7 +557,7 @@ def test_labels_are_the_originals_and_only_masked_slots_change(sharded_store):
 
 
 def global_rows(store, table, masking, number, *, world, accumulation, micro, seed=11):
-    """Unpacked rows of global batch `number` in its order, their numbers, and sums over ranks."""
+    """Return the rows of global batch `number` in order, their numbers, and sums over ranks."""
     steps = [
         PackedData(
             store, table, masking, seed=seed, micro_batch_size=micro,
@@ -677,7 +671,7 @@ def test_steps_are_the_steps(plain_store):
 
 
 def masked_tokens_of_epoch(packed: PackedData, epoch: int) -> dict[tuple[int, int], tuple]:
-    """(row, slot) -> (label, id shown there), of an epoch whose batch is all rows."""
+    """Map (row, slot) to (label, corrupted id), for an epoch in one batch."""
     step = packed.step(epoch)
     (batch,) = step.micro_batches
     return {
@@ -725,7 +719,7 @@ def test_an_order_holds_every_row_once(size):
     assert np.array_equal(permute(places, size, 1, 0, "store"), orders[0][places])
 
 
-def test_large_orders_are_worked_out_in_place():
+def test_large_orders_need_no_array():
     places = np.array([0, 1, 2, 10**15 // 2, 10**15 - 1])
     found = permute(places, 10**15, 1, 0, "store")
     assert len(set(found.tolist())) == 5 and (found >= 0).all() and (found < 10**15).all()
@@ -762,8 +756,8 @@ def test_all_orders_of_few_rows_are_as_frequent(size):
 # ---------------------------------------------------------------------------------- shards
 
 
-def test_b1_rows_of_a_shard_come_from_that_shard(sharded_store):
-    # The published pipeline merged shards by repeating row i of shard i.
+def test_rows_of_a_shard_come_from_that_shard(sharded_store):
+    """The published pipeline merged shards by repeating row i of shard i."""
     table = table_of(sharded_store)
     masking = Masking("none", index=[np.zeros(0, np.uint32)] * 5)
     packed = PackedData(sharded_store, table, masking, seed=0, micro_batch_size=table.num_rows)
@@ -780,13 +774,13 @@ def test_b1_rows_of_a_shard_come_from_that_shard(sharded_store):
     assert len(set(rows)) == len(rows)
 
 
-def test_b1_mask_indices_of_shards(sharded_store, tmp_path):
-    # Positions in an index count from the shard's own beginning.
+def test_mask_indices_of_shards(sharded_store, tmp_path):
+    """Positions in an index count from the beginning of their shard."""
     generator = np.random.default_rng(9)
     masking = some_index(sharded_store, generator)
     for shard, positions in zip(sharded_store.shards, masking.index, strict=True):
-        write_array(shard, "b1", "mask", positions, {"options": {"strategy": "by hand"}})
-    opened = data.prebuilt_masking(sharded_store, "b1")
+        write_array(shard, "by-hand", "mask", positions, {"options": {"strategy": "by hand"}})
+    opened = data.prebuilt_masking(sharded_store, "by-hand")
     assert opened.options == {"strategy": "by hand"}
     table = table_of(sharded_store)
     packed = PackedData(sharded_store, table, opened, seed=0, micro_batch_size=table.num_rows)
@@ -810,8 +804,8 @@ def test_an_index_is_another_one_if_any_shard_differs(sharded_store):
     assert len(fingerprints) == 1 + sum(len(positions) > 0 for positions in index)
 
 
-def test_b2_no_row_is_empty(sharded_store):
-    # The published pipeline left nine tenths of its dev rows, and a tenth of the others, zero.
+def test_no_row_is_empty(sharded_store):
+    """The published pipeline left nine tenths of its dev rows, and a tenth of the others, zero."""
     train, held = row_tables(sharded_store, 32, 0.3)
     assert train.num_rows and held.num_rows
     masking = maskings(sharded_store)["random"]
@@ -823,69 +817,24 @@ def test_b2_no_row_is_empty(sharded_store):
             assert (batch.input_ids[:, 0] == CLS).all()
 
 
-# ------------------------------------------------------------------------------- capacity
+# -------------------------------------------------------------------------------- padding
 
 
-def test_capacity_is_never_too_small(tmp_path, tiny_tokenizer):
-    vocabulary = tiny_tokenizer.get_vocab()
-    word = [vocabulary["film"]] + [vocabulary["##s"]] * 40
-    store = write_store(tmp_path / "p", tiny_tokenizer, [[[word]] * 12])
-    table = table_of(store, 43)
-    assert table.num_rows == 12
-    masking = data.drawn_masking(store, "whole_word", 0.15)
-    packed = PackedData(store, table, masking, seed=0, micro_batch_size=1)
-    assert packed.capacity == 7 + data.LONGEST_WORD  # ceil(0.15 * 41) and the allowance
-    sizes = set()
-    for number in range(60):
-        step = packed.step(number)
-        (batch,) = step.micro_batches
-        assert batch.num_masked in (0, 41) and batch.num_masked == step.step_masked_tokens
-        assert (batch.masked_labels[:batch.num_masked].tolist() == word) or not batch.num_masked
-        sizes.add((batch.num_masked, len(batch.masked_positions)))
-    assert sizes == {(0, packed.capacity), (41, 2 * packed.capacity)}
-
-    # The same where a micro batch is joined from two epochs.
-    joined = PackedData(store, table, masking, seed=0, micro_batch_size=5)
-    for number in range(24):
-        (batch,) = joined.step(number).micro_batches
-        assert batch.num_masked % 41 == 0
-        unpack(batch)
-
-
-def test_rows_beyond_those_looked_at_outgrow_the_capacity(plain_store, monkeypatch):
-    monkeypatch.setattr(batches, "_BLOCK_ROWS", 4)
-    monkeypatch.setattr(batches, "_MOST_BLOCKS", 2)
+@pytest.mark.parametrize("count, padded", [(0, 128), (1, 128), (128, 128), (129, 256)])
+def test_masks_are_padded_by_the_batchs_own_count(count, padded, plain_store):
+    index = np.arange(count, dtype=np.uint32)
     table = table_of(plain_store)
-    first, second = 0, -(-table.num_rows // 8) * 4  # the blocks that are looked at
-    assert second + 4 < table.num_rows
-    looked_at = np.r_[first:first + 4, second:second + 4]
-    few = table.piece_starts[table.row_offsets[looked_at]]
-    every = np.arange(plain_store.shards[0].num_tokens, dtype=np.uint32)
-    in_pieces = np.zeros(len(every), bool)
-    for row in looked_at:
-        for piece in range(table.row_offsets[row], table.row_offsets[row + 1]):
-            start = table.piece_starts[piece]
-            in_pieces[start:start + table.piece_lengths[piece]] = True
-    index = np.sort(np.r_[every[~in_pieces], few.astype(np.uint32)])
-    packed = PackedData(
-        plain_store, table, Masking("all but a few", index=[index]), seed=0, micro_batch_size=1
-    )
-    assert packed.capacity == 1
-    masked = [packed.step(number).micro_batches[0] for number in range(table.num_rows)]
-    assert sum(batch.num_masked for batch in masked) == len(index)
-    assert max(len(batch.masked_positions) for batch in masked) > 8
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), rate=st.floats(0.01, 0.99), micro=st.integers(1, 9))
-def test_random_masks_fit_the_capacity(plain_store, seed, rate, micro):
-    table = table_of(plain_store)
-    packed = PackedData(
-        plain_store, table, Masking("random", rate=rate), seed=seed, micro_batch_size=micro
-    )
-    for number in range(3):
-        (batch,) = packed.step(number).micro_batches
-        assert batch.num_masked <= len(batch.masked_positions) == packed.capacity
+    packed = PackedData(plain_store, table, Masking("first", index=[index]), seed=0,
+                        micro_batch_size=table.num_rows)
+    (batch,) = packed.step(0).micro_batches
+    assert batch.num_masked == len(batch.masked_labels) == count
+    on_gpu = batch.inputs(torch.device("meta"))
+    on_cpu = batch.inputs(torch.device("cpu"))
+    for name in ("masked_positions", "masked_labels"):
+        assert on_gpu[name].shape == (padded,)
+        # One padded position at least, so that every rank runs the same modules.
+        assert on_cpu[name].tolist() == (getattr(batch, name).tolist() or [-1])
+    assert on_cpu["most_masked"] % 8 == 0 <= on_cpu["most_masked"] - batch.most_masked < 8
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -893,8 +842,8 @@ def test_random_masks_fit_the_capacity(plain_store, seed, rate, micro):
 
 @pytest.mark.parametrize("which", ["random", "whole_word", "index"])
 @pytest.mark.parametrize("max_rows", [1, 5, 10**6])
-def test_b3_evaluation_covers_each_held_out_row_once(which, max_rows, sharded_store):
-    # The published pipeline evaluated on the last training batch, again and again.
+def test_evaluation_covers_each_held_out_row_once(which, max_rows, sharded_store):
+    """The published pipeline evaluated on the last training batch, again and again."""
     _, held = row_tables(sharded_store, 32, 0.4)
     masking = maskings(sharded_store)[which]
     wanted = [
@@ -965,7 +914,7 @@ def test_unknown_tokens_are_never_masked(tmp_path, tiny_tokenizer):
     )
     (batch,) = packed.step(0).micro_batches
     assert batch.num_masked == 20
-    assert set(batch.masked_labels[:20].tolist()) == {9}
+    assert set(batch.masked_labels.tolist()) == {9}
     assert not set(batch.input_ids.flatten().tolist()) - {PAD, UNK, CLS, SEP, MASK, 9} - set(
         range(FIRST_WORD, len(tiny_tokenizer))
     )

@@ -1,11 +1,11 @@
-"""The DeepSpeed JSON: filled, checked, refused; and the optimizer's parameter groups."""
+"""The DeepSpeed JSON: filled, checked, refused; the optimizer's parameter groups; the ranks."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
-import re
 
 import pytest
 import torch
@@ -27,16 +27,10 @@ def options(**flags) -> TrainingConfig:
     return TrainingConfig(output_dir="run", **flags)
 
 
-def resolve(raw: dict, *, world_size: int = 1, total_steps: int = 100, defaults=None, **flags):
+def resolve(raw: dict, *, world_size: int = 1, total_steps=100, defaults=None, **flags):
     return engine.resolve_ds_config(
         raw, options(**flags), total_steps=total_steps, world_size=world_size, **(defaults or {})
     )
-
-
-def written(tmp_path, content) -> str:
-    path = tmp_path / "ds.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return str(path)
 
 
 def leaves(value, where="") -> dict[str, object]:
@@ -121,16 +115,6 @@ def test_shipped_configurations_on_a_gpu(name, monkeypatch):
             resolve(raw)
 
 
-def test_shipped_zero_blocks_are_known_to_deepspeed():
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    for name in SHIPPED:
-        raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
-        zero = DeepSpeedZeroConfig(**raw["zero_optimization"])  # an unknown key raises
-        digits = re.search(r"zero(\d)", name)
-        assert int(zero.stage) == (int(digits[1]) if digits else 0)
-
-
 def test_default_configuration(monkeypatch):
     assert engine.read_ds_config(None) == json.loads((engine.DS_CONFIGS / "cpu.json").read_text())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -209,6 +193,11 @@ def test_schedule(kind, total_steps, ratio, expected, how):
     assert schedule == expected
 
 
+def test_the_number_of_steps_may_depend_on_the_batch():
+    resolved = resolve({"train_batch_size": 16}, total_steps=lambda batch: 800 // batch)
+    assert resolved.config["scheduler"]["params"]["total_num_steps"] == 51
+
+
 def test_what_the_json_says_stays():
     raw = {
         "optimizer": {"type": "Adam", "params": {"lr": 5e-5, "weight_decay": 0.1}},
@@ -226,11 +215,6 @@ def test_what_the_json_says_stays():
     # A flag that agrees with what is written is no contradiction.
     again = resolve(raw, world_size=3, learning_rate=5e-5, train_batch_size=12, max_grad_norm=0.25)
     assert again == resolved
-
-
-def test_other_schedules_are_left_alone():
-    raw = {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 1e-3}}}
-    assert resolve(raw).config["scheduler"] == raw["scheduler"]
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -268,30 +252,6 @@ REFUSED = {
     "all-three": ({"train_batch_size": 64, "gradient_accumulation_steps": 3}, {
                   "per_device_train_batch_size": 8}, "micro 8 x accumulation 3 x 1 ranks"),
     "zero-batch": ({"train_batch_size": 0}, {}, "train_batch_size 0: must be a whole number"),
-    "half-batch": ({"train_batch_size": 8.5}, {}, "8.5: must be a whole number of 1 or more"),
-    "true-batch": ({"gradient_accumulation_steps": True}, {}, "True: must be a whole number"),
-    "text-batch": ({"train_micro_batch_size_per_gpu": "8"}, {}, "'8': must be a whole number"),
-    # Numbers.
-    "lr-text": (optimizer(lr="1e-4"), {}, "optimizer.params.lr '1e-4': must be a number"),
-    "lr-negative": (optimizer(lr=-1), {}, "optimizer.params.lr -1"),
-    "lr-true": (optimizer(lr=True), {}, "optimizer.params.lr True"),
-    "lr-nan": (optimizer(lr=float("nan")), {}, "optimizer.params.lr nan"),
-    "decay-two": (optimizer(weight_decay=2), {}, "optimizer.params.weight_decay 2"),
-    "clip-negative": ({"gradient_clipping": -1}, {}, "gradient_clipping -1: must be a number"),
-    "stage-4": ({"zero_optimization": {"stage": 4}}, {}, "stage 4: must be 0, 1, 2 or 3"),
-    "stage-text": ({"zero_optimization": {"stage": "2"}}, {}, "stage '2': must be"),
-    # Precision.
-    "both": ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, {}, "keep one"),
-    "no-fp16": ({"fp16": {"enabled": True}}, {"precision": "config"}, "--precision auto"),
-    # "auto" that nothing fills.
-    "auto-zero": ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, {},
-                  '"auto" at zero_optimization.reduce_bucket_size'),
-    "auto-deep": ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}}, {},
-                  '"auto" at zero_optimization.offload_optimizer.device'),
-    "auto-print": ({"steps_per_print": "auto"}, {}, '"auto" at steps_per_print'),
-    "auto-betas": (optimizer(betas="auto"), {}, '"auto" at optimizer.params.betas'),
-    "auto-min": (scheduler(warmup_min_lr="auto"), {}, '"auto" at scheduler.params.warmup_min_lr'),
-    "auto-block": ({"flops_profiler": "auto"}, {}, '"auto" at flops_profiler'),
 }
 
 
@@ -303,96 +263,10 @@ def test_refused_configurations(name):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "content, fragment",
-    [
-        ({"zero_optimizaton": {"stage": 2}},
-         "unknown key 'zero_optimizaton'; did you mean 'zero_optimization'?"),
-        ({"train_batchsize": 8}, "did you mean 'train_batch_size'?"),
-        ({"FP16": {}}, "unknown key 'FP16'"),
-        ({"xyzzy": 1}, "unknown key 'xyzzy'; remove it"),
-        ('{"train_batch_size": 8, "train_batch_size": 16}', "key 'train_batch_size' appears twice"),
-        ('{"optimizer": {"type": "AdamW", "type": "Adam"}}', "key 'type' appears twice"),
-        ("[1, 2]", "must hold one JSON object"),
-        ('"text"', "must hold one JSON object"),
-        ("", "not valid JSON"),
-        ("{", "not valid JSON"),
-        ("{'a': 1}", "not valid JSON"),
-        ('{"train_batch_size": 8} // eight', "not valid JSON"),
-    ],
-)
-def test_refused_files(content, fragment, tmp_path):
-    path = written(tmp_path, content)
-    with pytest.raises(ConfigError, match=re.escape(fragment)) as refused:
-        engine.read_ds_config(path)
-    assert path in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_refused_paths(tmp_path):
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="not valid JSON"):
-        engine.read_ds_config(str(tmp_path / "binary.json"))
-    for path in (tmp_path / "absent.json", tmp_path):
-        with pytest.raises(ConfigError, match="no such file; ds_configs/ has cpu.json, zero1_"):
-            engine.read_ds_config(str(path))
-
-
-# A value where a block belongs, a block without its type: a sentence, never a traceback.
-MISSHAPEN = {
-    "fp16-true": ({"fp16": True}, "fp16"),
-    "zero-number": ({"zero_optimization": 2}, "zero_optimization"),
-    "offload-text": ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
-                     "offload_optimizer"),
-    "optimizer-text": ({"optimizer": "AdamW"}, "optimizer"),
-    "optimizer-params-list": ({"optimizer": {"type": "AdamW", "params": []}}, "optimizer.params"),
-    "scheduler-text": ({"scheduler": "WarmupLR"}, "scheduler"),
-    "scheduler-params-null": ({"scheduler": {"type": "WarmupLR", "params": None}},
-                              "scheduler.params"),
-    "stage-true": ({"zero_optimization": {"stage": True}}, "stage True"),
-    "warmup-text": (scheduler(warmup_num_steps="ten"), "warmup_num_steps 'ten'"),
-    "warmup-negative": (scheduler(warmup_num_steps=-1), "warmup_num_steps -1"),
-    "total-text": (scheduler(total_num_steps="many"), "total_num_steps 'many'"),
-    "auto-in-list": (optimizer(betas=["auto", 0.9]), '"auto" at optimizer.params.betas'),
-    "fp16-auto": ({"fp16": {"enabled": "auto"}}, '"auto" at fp16.enabled'),
-    "both-auto": ({"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}, '"auto" at'),
-    "no-optimizer-type": ({"optimizer": {"params": {}}}, "optimizer.type"),
-    "no-scheduler-type": ({"scheduler": {"params": {}}}, "scheduler.type"),
-    "schedule-type": ({"scheduler": {"type": "WarmupDecay", "params": {}}},
-                      "scheduler.type 'WarmupDecay'"),
-    "optimizer-type": ({"optimizer": {"type": "AdamZ", "params": {}}}, "optimizer.type 'AdamZ'"),
-}
-
-
-@pytest.mark.parametrize("name", MISSHAPEN)
-def test_misshapen_configurations_are_refused(name):
-    raw, fragment = MISSHAPEN[name]
-    with pytest.raises(ConfigError, match=fragment):
-        resolve(raw)
-
-
 def test_a_learning_rate_that_the_schedule_overrides_is_a_contradiction():
     raw = {**optimizer(lr="auto"), **scheduler(warmup_max_lr=5e-5)}
     with pytest.raises(ConfigError, match="--learning_rate 0.001 contradicts warmup_max_lr 5e-05"):
         resolve(raw, learning_rate=1e-3)
-
-
-@pytest.mark.parametrize(
-    "flags, fragment",
-    [
-        ({"learning_rate": 0.0}, "--learning_rate 0.0: must be a positive number"),
-        ({"max_grad_norm": -1.0}, "--max_grad_norm -1.0"),
-        ({"weight_decay": 1.0}, r"--weight_decay 1.0: must be in \[0, 1\)"),
-        ({"warmup_ratio": 1.5}, r"--warmup_ratio 1.5: must be in \[0, 1\]"),
-        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: must be 1 or more"),
-        ({"train_batch_size": -8}, "--train_batch_size -8"),
-        ({"max_seq_length": 4}, "--max_seq_length 4: must be between 8 and 65535"),
-        ({"seed": -1}, "--seed -1"),
-        ({"save_total_limit": 0}, "--save_total_limit 0"),
-    ],
-)
-def test_refused_flags(flags, fragment):
-    with pytest.raises(ConfigError, match=fragment):
-        options(**flags)
 
 
 # ----------------------------------------------------------------- parameter groups, ranks
@@ -487,6 +361,26 @@ def test_ranks_come_from_the_launcher(monkeypatch):
     engine.finish()  # no group to leave
     monkeypatch.setattr(os, "environ", {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
     assert engine.ranks() == engine.Ranks(5, 8, 1) and not engine.is_main()
+
+
+def test_what_is_replaced_in_deepspeed_is_still_there():
+    """The list in `train/engine/__init__.py`; a new version that changes one makes this fail."""
+    import deepspeed
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    for name, used in (
+        ("_save_checkpoint", "self.checkpoint_engine.save(state_dict=state, path=save_path)"),
+        ("_save_zero_checkpoint", "self.checkpoint_engine.save("),
+        ("load_universal_checkpoint", "self._config.load_universal_checkpoint"),
+        ("__init__", "self.enable_backward_allreduce = True"),
+    ):
+        assert used in inspect.getsource(getattr(DeepSpeedEngine, name)), name
+    assert "if self.enable_backward_allreduce and" in inspect.getsource(DeepSpeedEngine)
+    assert "self.load_universal_checkpoint =" in inspect.getsource(DeepSpeedConfig)
+    assert "torch.load(" in inspect.getsource(TorchCheckpointEngine.load)
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
 
 
 def test_ranks_that_do_not_find_each_other_say_where_they_looked(monkeypatch):

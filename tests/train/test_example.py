@@ -1,4 +1,4 @@
-"""The held-out text that a run shows: always the same one, read as a person reads, and harmless."""
+"""The held-out text that a run shows: always the same, readable, and escaped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def held_out(store: TokenStore, micro_batch_size: int = 4, max_seq_length: int =
 
 
 class Oracle:
-    """Guesses the original ids, or always the same one."""
+    """Guess the original ids, or always the same one."""
 
     def __init__(self, always: int | None = None) -> None:
         self.always = always
@@ -41,7 +41,7 @@ class Oracle:
 
 
 def shown(example: Example, engine: Oracle) -> dict[str, str]:
-    """The rows of the table as the text page shows them, by their first word."""
+    """Return the rows of the table as the text page shows them, by first word."""
     from tensorboard.plugin_util import markdown_to_safe_html
 
     page = markdown_to_safe_html(example.table(example.predict(engine, torch.device("cpu"))))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from train.reports.intervals import paired_difference, student_quantiles
+from train.reports.intervals import paired_difference
 
 
 def simulated(generator, shape, pretrain=0.0, finetune=0.0, item=1.0, mean=0.0) -> np.ndarray:
@@ -114,13 +114,3 @@ def test_sign_and_refusals():
         paired_difference(delta, zero[:, :, :8])
     with pytest.raises(ValueError, match="one shape"):
         paired_difference(delta[:, :, :0], zero[:, :, :0])
-
-
-@pytest.mark.parametrize("freedom", [1, 1.7, 2, 5.5, 40, 200, 3000, math.inf])
-def test_quantiles_equal_scipy(freedom):
-    stats = pytest.importorskip("scipy.stats")
-    probabilities = [0.005, 0.2, 0.5, 0.8, 0.975, 0.995]
-    np.testing.assert_allclose(
-        student_quantiles(probabilities, freedom), stats.t.ppf(probabilities, freedom),
-        rtol=1e-3, atol=1e-6,
-    )

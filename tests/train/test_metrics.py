@@ -1,4 +1,4 @@
-"""What TensorBoard reads of a run: each step once, one row on the HParams page."""
+"""TensorBoard shows each step of a run once, and one row on the HParams page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from train.run_dir.metrics import EVAL_LOSS, EXAMPLE, TRAIN_LOSS, MetricsWriter
 
 
 def read_events(run_dir: Path):
-    """The events of a run as the server of TensorBoard reads them, none left out."""
+    """Read all events of a run as TensorBoard's server does."""
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
     return EventAccumulator(str(run_dir / "tb"), tensor_size_guidance={"": 0, "scalars": 0,
@@ -21,14 +21,14 @@ def read_events(run_dir: Path):
 
 
 def points_of(events, tag: str) -> list[tuple[int, Any]]:
-    """Steps and values of a tag, in the order of the files."""
+    """Return steps and values of a tag, in the order of the files."""
     from tensorboard.util.tensor_util import make_ndarray
 
     return [(event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(tag)]
 
 
 def log(run_dir: Path, start: int, end: int, loss: float) -> MetricsWriter:
-    """What a process logs that goes on from `start` and ends, or is killed, after `end`."""
+    """Log as a process does that resumes at `start` and ends, or is killed, after `end`."""
     writer = MetricsWriter(run_dir, start)
     writer.hyperparameters({"command": "pretrain", "seed": 1, "learning_rate": loss})
     if start == 0:
@@ -48,7 +48,7 @@ def test_no_step_appears_twice(tmp_path, start):
     events = read_events(tmp_path)
     points = points_of(events, TRAIN_LOSS)
     assert points == [(step, 1.0 if step <= start else 2.0) for step in range(1, 10)]
-    texts = [(step, text.decode()) for step, text in points_of(events, EXAMPLE)]
+    texts = [(step, text.decode()) for step, text in points_of(events, f"{EXAMPLE}/text_summary")]
     assert texts == [(step, f"text {1.0 if step <= start and start else 2.0}")
                      for step in (0, 3, 6, 9)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -1,7 +1,8 @@
-"""Model families: packed equals alone, what goes in and out of folders, and what is refused."""
+"""Model families: packed equals alone, loading and export, and what is refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 import csrc
 from preprocess.errors import ConfigError, DataError
+from tests.support.runs import made_up_stage
 from train import model
 from train.run_dir import hf_folder
 
@@ -24,7 +26,7 @@ WIDE = {
 
 
 def tiny_config(family: str):
-    """A configuration of two layers (four of ModernBERT: both kinds of attention), 64 slots."""
+    """Make a configuration of two layers (four for ModernBERT: both kinds of attention)."""
     from transformers import BertConfig, DistilBertConfig, ModernBertConfig, RobertaConfig
 
     if family == "bert":
@@ -50,7 +52,7 @@ FAMILIES = sorted(model.FAMILIES)
 
 
 def packed_rows(lengths: list[list[int]], slots: int = 64, seed: int = 0):
-    """Rows of random pieces of these lengths (special tokens included): ids, positions, pieces."""
+    """Make rows of random pieces of these lengths, special tokens included."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.zeros(len(lengths), slots, dtype=torch.int64)
     positions, pieces, number = torch.zeros_like(ids), torch.full_like(ids, -1), 0
@@ -139,7 +141,7 @@ def test_loss_is_the_cross_entropy_of_masked_positions(family):
     module = model.build_masked_lm(tiny_config(family), seed=0).eval()
     ids, positions, pieces = packed_rows(LENGTHS)
     masked = torch.tensor([1, 7, 22, 64, 100, 130, -1, -1])
-    labels = torch.tensor([9, 8, 7, 6, 5, 59, 0, 0])
+    labels = torch.tensor([9, 8, 7, 6, 5, 59, -1, -1])
     loss, hits = module(ids, positions, pieces, masked, labels)
     hidden = module.encode(ids, positions, pieces)
     logits = csrc.reference.logits(hidden.flatten(0, 1), module.head())
@@ -157,7 +159,7 @@ def test_a_batch_without_masks_reaches_every_parameter(family):
     module = model.build_masked_lm(tiny_config(family), seed=0)
     ids, positions, pieces = packed_rows([[]])
     nothing = torch.full((4,), -1)
-    loss, hits = module(ids, positions, pieces, nothing, torch.zeros(4, dtype=torch.int64))
+    loss, hits = module(ids, positions, pieces, nothing, nothing)
     assert loss.item() == 0 and hits.item() == 0
     loss.backward()
     for name, parameter in module.named_parameters():
@@ -199,9 +201,9 @@ def test_compiling_changes_nothing():
 
 
 def masked_at(*slots: int, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions, and labels that go with them."""
+    """Return positions, and labels that go with them."""
     positions = torch.tensor([*slots, *[-1] * padding], dtype=torch.int64)
-    return positions, (7 * positions + 11) % VOCAB
+    return positions, torch.where(positions < 0, -1, (7 * positions + 11) % VOCAB)
 
 
 SUBSETS = {
@@ -210,7 +212,7 @@ SUBSETS = {
     "first and last slot": masked_at(0, 255),
     "every slot": masked_at(*range(256)),
     "none": masked_at(padding=4),
-    "no capacity": masked_at(),
+    "not even padding": masked_at(),
 }
 
 
@@ -237,7 +239,7 @@ def test_last_layer_subset_equals_the_whole_layer(family, where, dtype, toleranc
 
 
 def multiply_adds(call) -> int:
-    """Multiplications of matrices in a call, forward and backward, as multiply-adds."""
+    """Count the multiply-adds of matrix products in a call, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -247,7 +249,7 @@ def multiply_adds(call) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_last_layer_subset_saves_work(family):
-    """Without a padding mask too: every row is full, and two of its 64 slots are masked."""
+    """Every row is full, so that there is no padding mask, and 2 of its 64 slots are masked."""
     module = model.build_masked_lm(tiny_config(family), seed=0).train()
     batch = packed_rows([[64]] * 4)
     masked, labels = masked_at(*(64 * row + slot for row in range(4) for slot in (3, 40)))
@@ -267,7 +269,7 @@ def test_last_layer_subset_saves_work(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_subset_applies_the_dropout_of_its_layer(family):
-    """Dropout of rows that are not computed cannot be the same; it must still be there."""
+    """Dropout draws differ from the complete layer, but there must be dropout."""
     config = tiny_config(family)
     names = [name for name in vars(config) if "drop" in name and "classifier" not in name
              and isinstance(getattr(config, name), float)]
@@ -291,18 +293,18 @@ def test_subset_applies_the_dropout_of_its_layer(family):
 
 
 def test_queries_by_hand():
-    queries = model.find_queries(torch.tensor([1, 6, 7, -1]), num_rows=3, num_slots=4)
-    assert queries.slots.tolist() == [1, 6, 7, 0]
+    queries = model.find_queries(torch.tensor([1, 6, 7, -1, -1]), num_rows=3, num_slots=4)
+    assert queries.slots.tolist() == [1, 6, 7, 7, 7]  # padding repeats the last one
     assert queries.table.shape == (3, 2)  # row 1 has two
     assert queries.table[0, 0] == 0 and queries.table[1].tolist() == [1, 2]
-    assert queries.places[:3].tolist() == [0, 2, 3]
-    wide = model.find_queries(torch.tensor([1, 6, 7, -1]), 3, 4, most=8)
-    assert wide.table.shape == (3, 8) and wide.places[:3].tolist() == [0, 8, 9]
+    assert queries.places.tolist() == [0, 2, 3, 3, 3]
+    wide = model.find_queries(torch.tensor([1, 6, 7, -1, -1]), 3, 4, most=8)
+    assert wide.table.shape == (3, 8) and wide.places.tolist() == [0, 8, 9, 9, 9]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_encoder_by_itself_is_untouched(family):
-    """Fine-tuning and export see the layer as transformers made it."""
+    """Fine-tuning and export use the original layer."""
     module = model.build_masked_lm(tiny_config(family), seed=0).eval()
     plain = type(module.hf)(tiny_config(family)).eval()
     assert plain.load_state_dict(module.hf.state_dict()).missing_keys == []
@@ -382,7 +384,7 @@ def test_output_bias(family):
     module.set_output_bias(frequencies)
     rows = torch.zeros(1, 32)
     logits = csrc.reference.logits(rows, module.head())[0].double()
-    # Ids that the tokenizer does not have are no likelier than the rarest that it has.
+    # Ids that the tokenizer lacks are no likelier than its rarest id.
     expected = torch.full((VOCAB,), float(np.log(1 / 50)), dtype=torch.float64)
     torch.testing.assert_close(logits.detach(), expected, atol=1e-5, rtol=1e-5)
 
@@ -401,7 +403,7 @@ def test_row_length(family):
 
 
 def hf_state(module) -> dict[str, torch.Tensor]:
-    """What training hands to `save_hf`: parameters by name, tied ones once."""
+    """Return what training passes to `save_hf`: parameters by name, tied ones once."""
     return {name: p.detach().clone() for name, p in module.hf.named_parameters()}
 
 
@@ -438,13 +440,19 @@ def test_saving_does_not_read_the_weights_of_the_model(tmp_path, tiny_tokenizer)
         assert torch.equal(written[name], value), name
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_a_pooler_comes_in_and_goes_out(family, tmp_path, tiny_tokenizer):
+@pytest.mark.parametrize("family, kind", [
+    ("bert", "safetensors"), ("roberta", "safetensors"), ("bert", "shards"), ("bert", "bin"),
+])
+def test_a_pooler_is_loaded_and_exported(family, kind, tmp_path, tiny_tokenizer):
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
     encoder = AutoModel.from_config(tiny_config(family))
-    encoder.save_pretrained(tmp_path / "in")
+    encoder.save_pretrained(tmp_path / "in",
+                            max_shard_size="20KB" if kind == "shards" else "1GB")
+    if kind == "bin":
+        (tmp_path / "in" / "model.safetensors").unlink()
+        torch.save(encoder.state_dict(), tmp_path / "in" / "pytorch_model.bin")
     pooler = {name: value for name, value in encoder.state_dict().items() if "pooler" in name}
     assert pooler
     module = model.load_masked_lm(str(tmp_path / "in"), seed=0)
@@ -474,7 +482,7 @@ def test_no_pooler_is_made_up(tmp_path, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_head_is_said_and_drawn_from_the_seed(family, tmp_path, capsys):
+def test_a_fresh_head_is_reported_and_drawn_from_the_seed(family, tmp_path, capsys):
     from transformers import AutoModel
 
     torch.manual_seed(0)
@@ -499,7 +507,7 @@ def test_a_fresh_head_is_said_and_drawn_from_the_seed(family, tmp_path, capsys):
     assert all(torch.equal(first[n], state[n.removeprefix(prefix)]) for n in shared)
 
 
-def test_a_whole_checkpoint_is_loaded_without_a_word(tiny_encoder, capsys):
+def test_a_complete_checkpoint_is_loaded_silently(tiny_encoder, capsys):
     module = model.load_masked_lm(tiny_encoder, seed=0)
     assert not module.fresh_head
     captured = capsys.readouterr()
@@ -514,7 +522,7 @@ LOADERS = {
 
 
 def damaged(tiny_encoder, folder, change) -> str:
-    """A copy of the checkpoint with `change(weights)` in it."""
+    """Copy the checkpoint and apply `change` to its weights."""
     shutil.copytree(tiny_encoder, folder)
     weights = load_file(folder / "model.safetensors")
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
@@ -531,15 +539,15 @@ def damaged(tiny_encoder, folder, change) -> str:
         lambda weights: {"unrelated": torch.zeros(2)},
     ],
 )
-def test_b7_a_checkpoint_with_other_keys_is_refused(loader, change, tiny_encoder, tmp_path):
-    # The published loader looked for the wrong key, found nothing, and trained from noise.
+def test_a_checkpoint_with_other_keys_is_refused(loader, change, tiny_encoder, tmp_path):
+    """The published loader looked for the wrong key, found nothing, and trained from noise."""
     folder = damaged(tiny_encoder, tmp_path / "ckpt", change)
     with pytest.raises(ConfigError, match="encoder weights are missing, as .*bert"):
         LOADERS[loader](folder)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_b7_weights_of_another_shape_are_refused(loader, tiny_encoder, tmp_path):
+def test_weights_of_another_shape_are_refused(loader, tiny_encoder, tmp_path):
     folder = damaged(
         tiny_encoder, tmp_path / "ckpt",
         lambda weights: {n: v[:-1] if "word_embeddings" in n else v for n, v in weights.items()},
@@ -599,37 +607,51 @@ def test_paths_that_are_not_there(tmp_path):
 
 def test_lineage(tmp_path, tiny_encoder, tiny_tokenizer):
     module = model.load_masked_lm(tiny_encoder, seed=0)
-    stages = [
-        {"stage": "pretrain", "masking": "random", "steps": 10, "masked_tokens": 99, "seconds": 1},
-        {"stage": "pretrain", "masking": "mr-sel", "steps": 20, "masked_tokens": 77, "seconds": 2},
-    ]
-    assert hf_folder.read_lineage(tiny_encoder) == []
+    stages = [made_up_stage(masking=masking, steps=steps, masked_tokens=99, seconds=2)
+              for masking, steps in (("random", 10), ("selective", 20))]
+    before = hf_folder.open_weights(tiny_encoder)
+    assert before.stages == []  # a plain checkpoint is always welcome
     folder = tmp_path / "runs" / "hf"
     hf_folder.save_hf(module.hf, hf_state(module), tiny_tokenizer, folder, stages, module.carried)
-    assert hf_folder.read_lineage(str(folder)) == stages
-    card = (folder / "README.md").read_text()
-    assert "| pretrain | mr-sel | 20 | 77 | 2 |" in card
-    for broken in ("{", "[]", "{}"):
+    after = hf_folder.open_weights(str(folder))
+    assert after.stages == stages == hf_folder.read_stages(folder)
+    assert after.hf_digest != before.hf_digest and len(after.hf_digest) == 64
+    file = folder / "model.safetensors"
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    line = f"model.safetensors {file.stat().st_size} {sha256}\n"
+    assert after.hf_digest == hashlib.sha256(line.encode()).hexdigest()
+    assert "| pretrain | selective | 20 | 99 | 2 |" in (folder / "README.md").read_text()
+    content = (folder / "lineage.json").read_text()
+    for broken in ("{", "[]", "{}", content.replace('"identity"', '"identiti"')):
         (folder / "lineage.json").write_text(broken)
         with pytest.raises(DataError, match="lineage.json: not a lineage"):
-            hf_folder.read_lineage(str(folder))
+            hf_folder.open_weights(str(folder))
+    (folder / "lineage.json").write_text(json.dumps({"stages": [{"stage": "pretrain"}]}))
+    with pytest.raises(DataError, match="lineage of version 1, .*--output_dir, or delete lineage"):
+        hf_folder.open_weights(str(folder))
+    (folder / "lineage.json").write_text(content)
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(DataError, match="delete lineage.json if you changed the model yourself"):
+        hf_folder.open_weights(str(folder))
+    (folder / "lineage.json").unlink()
+    assert hf_folder.open_weights(str(folder)).stages == []
 
 
 def test_a_failed_export_leaves_the_old_one(tmp_path, tiny_encoder, tiny_tokenizer):
     module = model.load_masked_lm(tiny_encoder, seed=0)
     folder = tmp_path / "hf"
     state = hf_state(module)
-    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "one"}])
+    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [made_up_stage("one")])
 
     class NoSpace:
         def save_pretrained(self, folder):
             raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        hf_folder.save_hf(module.hf, state, NoSpace(), folder, [{"stage": "two"}])
-    assert hf_folder.read_lineage(str(folder)) == [{"stage": "one"}]
+        hf_folder.save_hf(module.hf, state, NoSpace(), folder, [made_up_stage("two")])
+    assert hf_folder.read_stages(folder) == [made_up_stage("one")]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [{"stage": "three"}])
-    assert hf_folder.read_lineage(str(folder)) == [{"stage": "three"}]
+    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [made_up_stage("three")])
+    assert hf_folder.read_stages(folder) == [made_up_stage("three")]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert folder.stat().st_mode & 0o777 == 0o755

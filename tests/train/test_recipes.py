@@ -23,7 +23,13 @@ from train.config import (
     parse,
 )
 from train.recipes import run as run_room
-from train.recipes.recipe import ARMS, MASK_FLAGS, REPOSITORY, TOKENIZE_FLAGS, load_recipe
+from train.recipes.recipe import (
+    MASK_FLAGS,
+    REPOSITORY,
+    TOKENIZE_FLAGS,
+    VOCABULARY_FLAGS,
+    load_recipe,
+)
 
 RECIPES = sorted((REPOSITORY / "train" / "recipes").glob("*.yaml"))
 CONFIGS = {
@@ -70,16 +76,20 @@ def test_recipe_becomes_commands_that_their_parsers_accept(path, monkeypatch):
             load_recipe(path, [])
         return
     recipe = load_recipe(path, SETTINGS.get(path.stem, []))
-    for name, words in commands(recipe).items():
-        if not words:
-            assert name == "naive_bayes"
+    for step in pipeline.plan(recipe, "R")[0]:
+        if step.compute:
+            assert step.name == "naive_bayes"
             continue
-        script, *flags = words
+        script, *flags = step.command
         assert (REPOSITORY / script).is_file(), script
         if Path(script).name in CONFIGS:
             parse(CONFIGS[Path(script).name], flags)
         elif script.endswith("tokenize_corpus.py"):
             from preprocess.tokenize_corpus import build_parser
+
+            build_parser().parse_args(flags)
+        elif script.endswith("train_tokenizer.py"):
+            from preprocess.train_tokenizer import build_parser
 
             build_parser().parse_args(flags)
         elif script.endswith("build_masks.py"):
@@ -109,18 +119,12 @@ def test_recipes_of_the_paper_have_the_published_settings(name):
     assert len(flag_value(words["finetune-none"], "seeds").split(",")) == 10
 
 
-def test_all_registered_strategies_are_arms():
-    from preprocess.masking import STRATEGIES
-
-    assert set(STRATEGIES) == set(ARMS) - {"none"}
-
-
 def test_flags_of_preprocess_sections_exist():
+    from preprocess import tokenize_corpus, train_tokenizer
     from preprocess.build_masks import parse_arguments
-    from preprocess.tokenize_corpus import build_parser
 
-    known = {action.dest for action in build_parser()._actions}
-    assert set(TOKENIZE_FLAGS) <= known
+    for command, flags in ((tokenize_corpus, TOKENIZE_FLAGS), (train_tokenizer, VOCABULARY_FLAGS)):
+        assert set(flags) <= {action.dest for action in command.build_parser()._actions}
     args = parse_arguments(["--tokens", "P", "--name", "n", "--strategy", "random"])
     assert set(MASK_FLAGS) <= set(vars(args))
 
@@ -148,6 +152,9 @@ def test_set_replaces_variables_and_settings(tmp_path):
     ("pretrain_seeds: [x]", [], "whole numbers"),
     ("export_steps: [10]", [], "export_steps are lengths of stage 1"),
     ("encoder: null", [], "give either encoder"),
+    ("vocabulary: {vocab_size: 9}", [], "vocabulary needs input and vocab_size"),
+    ("vocabulary: {vocab_size: 9, input: a}", [], "an encoder brings its vocabulary"),
+    ("encoder: null", ["general={model_config: bert-tiny}"], "either tokenizer"),
     ("general: {max_steps: 1}", [], "general needs general_text.input"),
     ("task: 3", [], "task must hold flags"),
     ("domain_text: {input: []}", [], "domain_text.input is missing"),
@@ -206,13 +213,31 @@ floors: {untrained: true, naive_bayes: true}
         seen.add(step.name)
 
 
-def test_models_and_stores_between_steps_are_those_that_steps_write(tmp_path):
-    recipe = load_recipe(write_recipe(tmp_path), [])
+def test_the_quick_demo_learns_a_vocabulary_and_three_arms_from_scratch():
+    target = (REPOSITORY / "Makefile").read_text().split("\ndemo-quick:")[1].split("\n\n")[0]
+    assert "--recipe train/recipes/demo_quick.yaml" in target and "--launcher python" in target
+    steps, arms = pipeline.plan(load_recipe(REPOSITORY / "train/recipes/demo_quick.yaml", []), "R")
+    words = {step.name: step.command for step in steps}
+    assert [step.name for step in steps if "vocabulary" in step.needs] == [
+        "tokenize-general", "tokenize-domain"]
+    for name in ("tokenize-general", "tokenize-domain"):
+        assert flag_value(words[name], "tokenizer") == flag_value(words["vocabulary"], "output")
+    assert flag_value(words["stage1"], "model_config") == "bert-tiny"
+    assert "--model_name_or_path" not in words["stage1"]
+    assert len(flag_value(words["finetune-selective-seed42"], "seeds").split(",")) == 2
+    assert [arm["name"] for arm in arms if not arm["floor"]] == [
+        "none", "random_matched", "selective"]
+
+
+@pytest.mark.parametrize("path", ["demo_quick.yaml", ""])
+def test_models_and_stores_between_steps_are_those_that_steps_write(tmp_path, path):
+    recipe = load_recipe(
+        REPOSITORY / "train/recipes" / path if path else write_recipe(tmp_path), [])
     words = commands(recipe)
     written = {flag_value(c, flag) for c in words.values() for flag in ("output", "output_dir")
                if f"--{flag}" in c}
     for name, command in words.items():
-        for flag in ("model_name_or_path", "tokens", "annotations"):
+        for flag in ("model_name_or_path", "tokens", "annotations", "tokenizer"):
             if f"--{flag}" in command and (value := flag_value(command, flag)).startswith("R/"):
                 assert any(value == w or value.startswith(w + "/") for w in written), (name, value)
 
@@ -235,105 +260,119 @@ def test_dry_run_prints_commands_that_a_shell_reads_back(tmp_path, capsys):
 
 
 SCRIPT = """
-import pathlib, sys
-name, text, code = sys.argv[1:4]
-print("hello from", name)
+import json, pathlib, sys, time
+path, text, code = sys.argv[1:4]
+print("hello from", path, flush=True)
 if code == "0":
-    pathlib.Path(name).write_text(text)
+    pathlib.Path(path).write_text(json.dumps({"text": text[:1], "seconds": time.time()}))
 sys.exit(int(code))
 """
 
 
 @pytest.fixture
 def chain(tmp_path):
-    """Two steps, each a real process that writes a file; the second reads the first's."""
+    """Two steps, each a real process that writes a file; the second reads the first's.
+
+    Only the first letter of its text goes into a file, as only some flags change a result.
+    """
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    root = tmp_path / "R"
 
-    def run(first="1", second="2", codes=("0", "0"), *flags):
+    def run(first="1", second="2", codes=("0", "0"), *flags, root=tmp_path / "R"):
         options = parse(PipelineConfig, ["--recipe", "x", "--output_dir", str(root), *flags])
         root.mkdir(exist_ok=True)
+        files = {name: str(root / f"{name}.json") for name in ("one", "two")}
         steps = [
-            pipeline.Step(
-                name, [str(script), str(root / name), text, code],
-                is_whole=(root / name).is_file, outputs=[str(root / name)], needs=needs,
-            )
+            pipeline.Step(name, [str(script), files[name], text, code], outputs=[files[name]],
+                          records=[files[name]], needs=needs)
             for name, text, code, needs in (
                 ("one", first, codes[0], []), ("two", second, codes[1], ["one"]))
         ]
         pipeline.run_steps(steps, pipeline.Journal(root), options)
 
-    run.root = root
+    run.root = tmp_path / "R"
     return run
 
 
-def test_whole_steps_are_skipped_and_logs_kept(chain, capsys):
-    chain()
+@pytest.mark.parametrize("launcher", ["deepspeed", "python"])
+def test_finished_steps_are_skipped_and_logs_kept(chain, capsys, launcher):
+    """Also after the folder has moved; `--launcher python` forks instead of starting Python."""
+    chain("1", "2", ("0", "0"), "--launcher", launcher)
     out = capsys.readouterr().out
-    assert f"hello from {chain.root}/one" in out and "whole, skipped" not in out
+    assert f"hello from {chain.root}/one" in out and "finished, skipped" not in out
     assert "hello from" in (chain.root / "logs" / "02-two.log").read_text()
-    chain()
-    out = capsys.readouterr().out
-    assert "hello from" not in out and out.count("whole, skipped") == 2
-
-
-def test_output_folder_may_be_moved(chain):
-    chain()
     moved = chain.root.parent / "moved"
     os.rename(chain.root, moved)
-    steps = [pipeline.Step("one", ["s.py", f"{moved}/one", "1", "0"], is_whole=lambda: True,
-                           outputs=[f"{moved}/one"])]
-    assert pipeline.Journal(moved).objection(steps[0], True) is None
+    chain(root=moved)
+    out = capsys.readouterr().out
+    assert "hello from" not in out and out.count("finished, skipped") == 2
 
 
-def test_b14_another_command_is_refused_until_rerun(chain, capsys):
+def test_another_command_is_refused_until_rerun(chain, capsys):
+    """The published code took whatever lay in the folder."""
     chain()
     with pytest.raises(ConfigError, match="step one was run with another command .*was .*--rerun"):
         chain("other")
-    assert (chain.root / "one").read_text() == "1"
+    assert '"1"' in (chain.root / "one.json").read_text()
     chain("other", "2", ("0", "0"), "--rerun")
-    assert (chain.root / "one").read_text() == "other"
-    out = capsys.readouterr().out
-    assert "step two is older than step one" in out  # and was made again as well
+    assert '"o"' in (chain.root / "one.json").read_text()
+    assert "step two is older than step one" in capsys.readouterr().out  # and was made again too
     chain("other")
 
 
-def test_only_what_changed_in_a_command_is_shown():
-    was = ["s.py", "--lr", "1", "--steps", "6", "--flag", "--out", "x"]
-    now = ["s.py", "--lr", "1", "--steps", "7", "--out", "x", "--more", "y"]
-    assert run_room._changed_words(was, now) == (
-        "was `--steps 6 --flag`, is `--steps 7`; was ``, is `--more y`")
-
-
-def test_b14_older_than_its_input_is_refused(chain):
-    chain()
-    (chain.root / "one").unlink()
+def test_a_lost_output_is_made_again_and_its_readers_only_if_it_differs(chain, capsys):
+    chain("1a")
+    (chain.root / "one.json").unlink()
+    chain("1a")  # the same but for the seconds
+    assert capsys.readouterr().out.count("hello from") == 3
+    journal = pipeline.Journal(chain.root)
+    journal.steps["two"]["inputs"]["one"] = "another"
+    (chain.root / "steps.json").write_text(json.dumps(journal.steps))
     with pytest.raises(ConfigError, match="step two is older than step one, which it reads"):
-        chain()
-    assert not (chain.root / "one").exists()  # refused before hours of work, not after
+        chain("1a")
+    # Found out before hours of work, not after.
+    (chain.root / "one.json").unlink()
+    with pytest.raises(ConfigError, match="step two is older"):
+        chain("1a")
+    assert not (chain.root / "one.json").exists()
 
 
-def test_b14_edited_deepspeed_json_is_refused(tmp_path):
-    config = tmp_path / "ds.json"
+def test_a_changed_record_or_deepspeed_json_is_noticed(tmp_path):
+    config, made = tmp_path / "ds.json", tmp_path / "made.json"
     config.write_text("{}")
-    (tmp_path / "made").write_text("")
+    made.write_text('{"a": 1, "seconds": 2}')
     step = pipeline.Step("s", ["s.py", "--deepspeed_config", str(config), "--x", "1"],
-                         is_whole=lambda: True, outputs=[str(tmp_path / "made")])
+                         outputs=[str(made)], records=[str(made)])
     journal = pipeline.Journal(tmp_path)
     journal.start(step)
-    journal.finish(step)
-    assert pipeline.Journal(tmp_path).objection(step, True) is None
+    journal.end(step, 1.0, success=True)
+    journal = pipeline.Journal(tmp_path)
+    made.write_text('{"a": 1, "seconds": 3}')
+    assert journal.is_finished(step) and journal.objection(step) is None
+    made.write_text('{"a": 2, "seconds": 2}')
+    assert not journal.is_finished(step)
     config.write_text('{"zero_optimization": {}}')
-    assert "other content" in pipeline.Journal(tmp_path).objection(step, True)
+    assert "was `--deepspeed_config" in journal.objection(step)
+
+
+def test_only_the_flags_that_changed_are_shown(tmp_path):
+    journal = pipeline.Journal(tmp_path)
+
+    def step(*words: str) -> pipeline.Step:
+        return pipeline.Step("s", ["s.py", *words], [str(tmp_path)], [])
+
+    journal.start(step("--lr", "1", "--steps", "6", "--flag", "--out", "x"))
+    assert journal.objection(step("--lr", "1", "--steps", "7", "--out", "x", "--more", "y")) == (
+        "step s was run with another command (was `--steps 6`, is `--steps 7`; was `--flag`, "
+        "is ``; was ``, is `--more y`)")
 
 
 def test_what_the_pipeline_did_not_make_is_refused(chain):
     chain.root.mkdir()
-    (chain.root / "one").write_text("mine")
+    (chain.root / "one.json").write_text("mine")
     with pytest.raises(ConfigError, match="this pipeline did not make it"):
         chain()
-    assert (chain.root / "one").read_text() == "mine"
+    assert (chain.root / "one.json").read_text() == "mine"
 
 
 def test_failures_stop_the_pipeline_with_their_code(chain, capsys):
@@ -342,7 +381,7 @@ def test_failures_stop_the_pipeline_with_their_code(chain, capsys):
     assert stopped.value.code == 3
     error = capsys.readouterr().err
     assert "step one failed with exit code 3" in error and "logs/01-one.log" in error
-    assert not (chain.root / "two").exists()
+    assert not (chain.root / "two.json").exists()
     with pytest.raises(StopRequested, match="step one stopped on request"):
         chain("1", "2", ("75", "0"), "--rerun")
 
@@ -350,21 +389,25 @@ def test_failures_stop_the_pipeline_with_their_code(chain, capsys):
 def test_a_step_that_writes_nothing_whole_is_noticed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("")
-    step = pipeline.Step("lazy", [str(script)], is_whole=lambda: False, outputs=["x"])
+    step = pipeline.Step("lazy", [str(script)], outputs=["x"], records=["x"])
     options = parse(PipelineConfig, ["--recipe", "x", "--output_dir", str(tmp_path)])
     with pytest.raises(DataError, match="step lazy ended without an error, but"):
         pipeline.run_steps([step], pipeline.Journal(tmp_path), options)
 
 
-def test_silent_commands_show_that_they_run(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("warm", [False, True])
+def test_silent_commands_show_that_they_run(tmp_path, capsys, monkeypatch, warm):
     monkeypatch.setattr(run_room, "HEARTBEAT_SECONDS", 0.2)
-    code = run_room.run_process(
-        [sys.executable, "-c", "import time; time.sleep(0.9); print('done')"], tmp_path / "log")
+    script = tmp_path / "script.py"
+    script.write_text("import sys, time; time.sleep(0.9); print('done'); sys.exit('why')")
+    assert run_room.run_process([sys.executable, str(script)], tmp_path / "log", warm) == 1
     out = capsys.readouterr().out
-    assert code == 0 and "... running for" in out and "done" in out
+    assert "... running for" in out and "done" in out and "why" in out
+    assert (tmp_path / "log").read_text().count("why") == 1
 
 
-def test_a_stop_reaches_the_workers_of_a_launcher_that_dies_first(tmp_path):
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_stop_reaches_the_workers_of_a_launcher_that_dies_first(tmp_path, warm):
     # As DeepSpeed's: its runner does not handle SIGTERM. The worker still stops in its own way,
     # and the pipeline reports the request, not the launcher's death.
     worker, launcher = tmp_path / "worker.py", tmp_path / "launcher.py"
@@ -378,14 +421,14 @@ def test_a_stop_reaches_the_workers_of_a_launcher_that_dies_first(tmp_path):
     launcher.write_text(
         f"import subprocess, sys\nsubprocess.run([sys.executable, {str(worker)!r}])\n")
     driver = (
-        "import sys; from pathlib import Path; from train import pipeline\n"
-        f"sys.exit(run_room.run_process([sys.executable, {str(launcher)!r}], "
-        f"Path({str(tmp_path / 'log')!r})))"
+        "import sys; from pathlib import Path; from train.recipes.run import run_process\n"
+        f"sys.exit(run_process([sys.executable, {str(launcher)!r}], "
+        f"Path({str(tmp_path / 'log')!r}), {warm}))"
     )
     process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
-    assert "ready" in process.stdout.readline()
+    assert any("ready" in line for line in process.stdout)
     process.terminate()
-    assert process.wait(timeout=20) == 75
+    assert process.wait(timeout=60) == 75
     assert (tmp_path / "checkpoint").read_text() == "saved"
 
 
@@ -410,8 +453,7 @@ floors: {{naive_bayes: true}}
 """
     recipe = load_recipe(write_recipe(tmp_path, text), [])
     steps, _ = pipeline.plan(recipe, tmp_path / "R")
-    assert not steps[0].is_whole()
     steps[0].compute()
-    assert steps[0].is_whole()
+    assert pipeline.Journal(tmp_path / "R").digest(steps[0])
     answers = tmp_path / "R" / "floors" / "naive_bayes" / "seed_0" / "predictions.jsonl"
     assert len(answers.read_text().splitlines()) == 7

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from preprocess.errors import ConfigError, DataError
+from tests.support.runs import made_up_stage, write_lineage
 from train import report
+from train.reports.page import Picture, as_html
 from train.run_dir.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
 
 
 def pretrain_stage(strategy: str, seed: int, steps: int, seconds: float) -> dict:
     """A pre-training stage in a lineage."""
-    return {"stage": "pretrain", "mask_strategy": strategy, "seed": seed, "steps": steps,
-            "seconds": seconds, "weights": f"before-{seconds}", "started_from": "elsewhere"}
+    return made_up_stage(masking=strategy, seed=seed, steps=steps, seconds=seconds,
+                         weights=f"before-{seconds}")
 
 
 def write_finetune(path: Path, accuracy: float, *, steps: int = 0, seeds=(13, 43, 83),
@@ -28,9 +30,7 @@ def write_finetune(path: Path, accuracy: float, *, steps: int = 0, seeds=(13, 43
     rows = []
     for seed in seeds:
         right = generator.random(items) < accuracy
-        (path / f"seed_{seed}" / "hf").mkdir(parents=True)
-        (path / f"seed_{seed}" / "hf" / "lineage.json").write_text(
-            json.dumps({"stages": [*stages, {"stage": "finetune"}]}))
+        write_lineage(path / f"seed_{seed}" / "hf", *stages, made_up_stage("finetune"))
         answers = [{"item": str(n), "label": 1, "prediction": int(ok)}
                    for n, ok in enumerate(right)]
         (path / f"seed_{seed}" / "predictions.jsonl").write_text(
@@ -129,13 +129,12 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     assert is_png(output / "loss.png") and is_png(output / "accuracy.png")
     assert not (output / "steps.png").exists()
     out = capsys.readouterr().out
-    assert f"none ({accuracy['none']['mean']}) is not above the floor naive_bayes" in out
+    assert f"none ({accuracy['none']['mean']}) is not above the baseline naive_bayes" in out
     assert "95 % intervals" in out and "start from one stage-1 checkpoint" in out
     assert out.index("Pre-training runs") < out.index("Results") < out.index("Differences")
     page = (output / "report.html").read_text()
     assert all(part in page for part in ("Results", "Differences", "Notes", "random_matched"))
     assert page.count("data:image/png") == 3 and "http" not in page.replace("http-equiv", "")
-    assert "![" in (output / "report.md").read_text()
 
 
 def test_several_stage_1_lengths_are_compared_each_for_itself(tmp_path):
@@ -181,9 +180,9 @@ def test_runs_that_still_train_give_curves_and_no_table(tmp_path, capsys):
     write_curve(tmp_path / "run", 6.0)
     output = tmp_path / "out"
     report.main([str(tmp_path / "run"), "--output_dir", str(output)])
-    assert "No fine-tuning results yet" in capsys.readouterr().out
+    assert "No table of results" in capsys.readouterr().out
     assert {path.name for path in output.iterdir()} == {
-        "loss.png", "pretraining.csv", "report.html", "report.md"}
+        "loss.png", "pretraining.csv", "report.html"}
 
 
 def test_no_run_at_all_is_an_error(tmp_path):
@@ -201,7 +200,7 @@ def test_without_matplotlib_there_is_a_table_and_a_sentence(tmp_path, capsys, mo
     output = tmp_path / "out"
     report.main([str(tmp_path / "a"), "--output_dir", str(output)])
     assert "matplotlib is not installed" in capsys.readouterr().out
-    assert {path.name for path in output.iterdir()} == {"table.csv", "report.html", "report.md"}
+    assert {path.name for path in output.iterdir()} == {"table.csv", "report.html"}
 
 
 def test_runs_of_different_tasks_are_kept_apart(tmp_path, capsys, no_figures):
@@ -216,7 +215,7 @@ def test_runs_of_different_tasks_are_kept_apart(tmp_path, capsys, no_figures):
     report.main([str(tmp_path / "R"), "--output_dir", str(output)])
     (row,) = [r for r in read_csv(output / "table.csv") if r["metric"] == "accuracy"]
     assert (row["arm"], row["task"], row["seeds"]) == ("mixed", "mr", "3")
-    assert "R/b is of task sst2, the runs before it of mr; it is left out." in (
+    assert "R/b has task sst2, the runs before it mr; it is left out." in (
         capsys.readouterr().out)
 
 
@@ -231,7 +230,7 @@ def test_runs_that_differ_in_the_seed_alone_become_one_arm(tmp_path, capsys, no_
     report.main([str(tmp_path / "R"), "--output_dir", str(output)])
     seeds = {row["arm"]: row["seeds"] for row in read_csv(output / "table.csv")}
     assert seeds == {"again": "3", "random": "6", "selective": "6"}
-    assert "R/random-seed1" not in seeds and "taken as the pre-training seeds of one arm, random" \
+    assert "R/random-seed1" not in seeds and "treated as pre-training seeds of one arm, random" \
         in capsys.readouterr().out
     costs = {row["arm"]: row for row in read_csv(output / "costs.csv")}
     assert costs["random"]["masking"] == "0" and costs["selective"]["masking"] == ""
@@ -285,7 +284,7 @@ def test_costs_without_recorded_seconds_stay_empty(tmp_path, capsys, no_figures)
         costs = {row["arm"]: row for row in read_csv(output / "costs.csv")}
         assert costs["selective"]["masking"] == costs["selective"]["total"] == ""
         assert costs["none"]["total"] == "200"
-        assert "What masking cost is known only" in capsys.readouterr().out
+        assert "The cost of masking is known only" in capsys.readouterr().out
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path, no_figures):
@@ -302,3 +301,7 @@ def test_names_from_outside_are_text_in_the_page(tmp_path, no_figures):
     report.main([str(tmp_path / "R"), "--output_dir", str(output)])
     page = (output / "report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x" in page
+    picture, evil = Picture("loss", '"><script>', b"\x89PNG bytes"), "<script>alert(1)</script>"
+    page = as_html("t", [], [picture], [evil])
+    assert "<script" not in page and page.count("&lt;script&gt;") == 3
+    assert '<img alt="&quot;&gt;' in page and 'src="data:image/png;base64,' in page

@@ -1,4 +1,4 @@
-"""Means, differences and the naive Bayes floor of `train/results.py`."""
+"""Means, differences and the naive Bayes floor, as a reader sees them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from preprocess.errors import DataError
+from tests.support.runs import made_up_stage, write_lineage
 from train.reports import results
 from train.stages import floors
 
@@ -26,11 +27,10 @@ def write_run(
         for seed, right in zip(seeds, correct, strict=True):
             row = {"seed": seed, "task": task, "test_accuracy": float(right.mean()),
                    "test_macro_f1": 0.5, "pretraining": cost or {},
-                   "identity": {"weights": weights}}
+                   "identity": {"inputs": {"weights": weights}}}
             file.write(json.dumps(row) + "\n")
-            (path / f"seed_{seed}" / "hf").mkdir(parents=True)
-            lineage = {"stages": [*(stages or []), {"stage": "finetune", "seed": seed}]}
-            (path / f"seed_{seed}" / "hf" / "lineage.json").write_text(json.dumps(lineage))
+            write_lineage(path / f"seed_{seed}" / "hf", *(stages or []),
+                          made_up_stage("finetune", seed=seed))
             with open(path / f"seed_{seed}" / "predictions.jsonl", "w") as predictions:
                 for item, ok in zip(items, right, strict=True):
                     answer = {"item": item, "label": 1, "prediction": int(ok)}
@@ -44,24 +44,14 @@ def test_mean_and_sd():
     assert mean == 0.5 and math.isnan(sd)
 
 
-def test_naive_bayes_equals_scikit_learn():
-    text = pytest.importorskip("sklearn.feature_extraction.text")
-    bayes = pytest.importorskip("sklearn.naive_bayes")
-    generator = np.random.default_rng(7)
-    words = ["good", "bad", "film", "It's", "don't", "plot", "x"]
-
-    def draw(count: int) -> list[str]:
-        return [" ".join(generator.choice(words, size=generator.integers(0, 9))) for _ in
-                range(count)]
-
-    train, test = draw(60), [*draw(40), "unseen words only", ""]
-    labels = generator.integers(0, 3, size=60).tolist()
-    vectoriser = text.CountVectorizer(analyzer=floors.split_words)
-    model = bayes.MultinomialNB(alpha=0.7).fit(vectoriser.fit_transform(train), labels)
-    ours = floors.naive_bayes_probabilities(train, labels, test, num_labels=3, smoothing=0.7)
-    np.testing.assert_allclose(
-        ours, model.predict_proba(vectoriser.transform(test)), rtol=1e-9, atol=1e-12
-    )
+def test_naive_bayes_by_hand():
+    texts, labels = ["Good good film", "bad film", "isn't bad"], [0, 1, 1]
+    found = floors.naive_bayes_probabilities(
+        texts, labels, ["good", "unseen words", ""], num_labels=3)
+    # Of the words good, film, bad and isn't: 2, 1, 0, 0 in class 0, and 0, 1, 2, 1 in class 1.
+    odds = np.array([1 / 3 * (2 + 1) / (3 + 4), 2 / 3 * (0 + 1) / (4 + 4), 0])
+    np.testing.assert_allclose(found[0], odds / odds.sum())
+    np.testing.assert_allclose(found[1:], [[1 / 3, 2 / 3, 0]] * 2)
 
 
 def test_naive_bayes_floor_is_read_like_any_run(tmp_path):
@@ -141,12 +131,12 @@ def test_arms_that_cannot_be_compared_are_named(tmp_path):
 
 def test_chance_that_is_not_counted_is_said(tmp_path):
     generator = np.random.default_rng(9)
-    general = {"stage": "pretrain", "mask_strategy": "random", "seed": 42, "steps": 100}
+    general = made_up_stage(masking="random", steps=100)
 
     def arm(name: str, weights: list[str], shape=(3, 30)) -> results.Arm:
         runs = []
         for seed, given in enumerate(weights):
-            guided = {"stage": "pretrain", "mask_strategy": name, "seed": seed, "steps": 20}
+            guided = made_up_stage(masking=name, seed=seed, steps=20)
             path = write_run(tmp_path / f"{name}{seed}", generator.random(shape) < 0.7,
                              weights=given, stages=[general, guided])
             runs.append(results.read_finetune_run(path))
@@ -200,9 +190,19 @@ def test_a_broken_run_shows_what_is_left(tmp_path):
         results.read_finetune_run(path)
 
 
-def test_lineages_that_are_of_no_use_are_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"stages": 3}', '{"version": 2, "files": {}, "stages": ["x"]}',
+                '{"stages": [{"stage": "pretrain"}]}'],
+)
+def test_a_lineage_of_no_use_is_named_and_left_alone(tmp_path, content):
     path = write_run(tmp_path / "run", np.ones((1, 2), dtype=bool))
-    for content in ("{", "[]", '{"stages": 3}', '{"stages": ["x", {"stage": "finetune"}]}'):
-        (path / "seed_13" / "hf" / "lineage.json").write_text(content)
-        run = results.read_finetune_run(path)
-        assert run.stages == [] and run.strategy == "none"
+    (path / "seed_13" / "hf" / "lineage.json").write_text(content)
+    run = results.read_finetune_run(path)
+    assert run.stages == [] and run.strategy == "none" and "lineage.json" in run.notes[0]
+
+
+def test_stage_1_from_fresh_weights_alone_is_no_masking(tmp_path):
+    for name, weights, strategy in (("fresh", "fresh", "none"), ("on", "0123", "whole_word")):
+        stage = made_up_stage(masking="whole_word", weights=weights)
+        path = write_run(tmp_path / name, np.ones((1, 2), dtype=bool), stages=[stage])
+        assert results.read_finetune_run(path).strategy == strategy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -21,11 +20,18 @@ from transformers import (
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import seal
-from preprocess.masking import Sequences, choose_selective
+from preprocess.masking import STRATEGIES, Sequences
 from preprocess.progress import Progress
-from preprocess.store import StoreWriter, TokenStore, iterate_blocks, lock_array, open_array
+from preprocess.store import (
+    StoreWriter,
+    TokenStore,
+    array_path,
+    iterate_blocks,
+    lock_array,
+    open_array,
+)
 from train import engine, score_tokens
-from train.model import weights_fingerprint
+from train.run_dir.hf_folder import open_weights
 from train.stages import scoring
 from train.stages.inference import Runner, budget_batches, one_by_one, special_template
 
@@ -119,8 +125,7 @@ def test_equals_one_sentence_at_a_time(store, scorer, one_process, batch_tokens,
         alone = score_alone(model, shard.tokens, shard.sequence_offsets, 14)
         np.testing.assert_allclose(scores.astype(float), alone, rtol=1e-3, atol=1e-3)
         assert scores.std() > 0.1, "an untrained scorer that answers the same to all tests nothing"
-        weights = (scorer[0] / "model.safetensors").read_bytes()
-        assert info["model_fingerprint"] == hashlib.sha256(weights).hexdigest()
+        assert info["identity"]["inputs"]["weights"] == open_weights(str(scorer[0])).hf_digest
 
 
 def test_ranks_share_the_work(store, scorer, monkeypatch):
@@ -147,17 +152,18 @@ def test_ranks_share_the_work(store, scorer, monkeypatch):
 
 def test_whole_shards_are_skipped_and_others_refused(store, scorer, one_process, capsys):
     run(store, scorer)
-    paths = [score_tokens.array_path(shard, "mr", "scores") for shard in store.shards]
+    paths = [array_path(shard, "mr", "scores") for shard in store.shards]
     before = [path.stat().st_mtime_ns for path in paths]
     paths[1].with_suffix(".json").unlink()
     run(store, scorer)
     after = [path.stat().st_mtime_ns for path in paths]
     assert after[0] == before[0] and after[1] != before[1]
     assert "1 of 2 shards are scored already" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="max_seq_length 16, not 12.*--overwrite"):
+    with pytest.raises(ConfigError, match="--max_seq_length 16, .* has 12; .*--overwrite"):
         run(store, scorer, "--max_seq_length", "12")
     run(store, scorer, "--max_seq_length", "12", "--overwrite")
-    assert json.loads(paths[0].with_suffix(".json").read_text())["max_seq_length"] == 12
+    info = json.loads(paths[0].with_suffix(".json").read_text())
+    assert info["identity"]["train"]["max_seq_length"] == 12
 
 
 def test_one_writer_of_scores(store, scorer, one_process):
@@ -170,18 +176,9 @@ def test_one_writer_of_scores(store, scorer, one_process):
     assert not list(Path(store.prefix).parent.glob("*.lock"))
 
 
-def test_b14_scores_of_another_scorer_are_not_reused(store, scorer, one_process, tmp_path):
-    run(store, scorer)
-    torch.manual_seed(1)
-    BertForTokenClassification(tiny_config(scorer[1])).save_pretrained(tmp_path / "other")
-    scorer[1].save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match="model_fingerprint"):
-        run(store, (tmp_path / "other", scorer[1]))
-
-
 def test_scores_of_another_store_are_refused(store, scorer, one_process):
     run(store, scorer)
-    path = score_tokens.array_path(store.shards[0], "mr", "scores").with_suffix(".json")
+    path = array_path(store.shards[0], "mr", "scores").with_suffix(".json")
     info = json.loads(path.read_text())
     path.write_text(json.dumps(seal({**info, "store_fingerprint": "0123"})))
     with pytest.raises(DataError, match="0123"):
@@ -302,9 +299,9 @@ def test_inputs_equal_the_tokenizers(scorer):
     assert (counts.passes, counts.inputs, counts.tokens, counts.slots) == (1, 2, 15, 18)
 
 
-def test_fingerprint_of_a_folder_without_weights(tmp_path):
+def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(DataError, match="no .safetensors"):
-        weights_fingerprint(tmp_path, None)
+        open_weights(str(tmp_path))
 
 
 # ------------------------------------------------------------------ one shard of many
@@ -315,7 +312,7 @@ SECOND = ("--shard_index", "1", "--num_shards", "2")
 
 def test_one_shard_at_a_time_gives_the_same_scores(store, scorer, one_process, capsys):
     run(store, scorer, name="whole")
-    paths = [score_tokens.array_path(shard, "mr", "scores") for shard in store.shards]
+    paths = [array_path(shard, "mr", "scores") for shard in store.shards]
     with lock_array(store, "mr", "scores", 0):  # another process is at the first shard
         run(store, scorer, *SECOND)
     said = capsys.readouterr().out
@@ -360,7 +357,7 @@ def test_masks_do_not_depend_on_the_batches(scorer):
         runner = Runner(model, special_template(scorer[1], pair=False), scorer[1],
                         torch.device("cpu"), 8192, **options)
         scores.append(scoring.score_block(tokens, offsets, runner, 14, Progress(len(tokens))))
-        chosen = choose_selective(Sequences(
+        chosen = STRATEGIES["selective"].choose(Sequences(
             offsets=offsets, positions=np.arange(len(tokens)),
             candidates=np.ones(len(tokens), bool), rate=0.15, seed=0, epoch=0, scores=scores[-1]))
         masks.append(np.isin(np.arange(len(tokens)), chosen))

@@ -1,18 +1,21 @@
-"""What selmask's speed is compared with: masked-LM training as Hugging Face's `run_mlm.py` does it.
+"""Baselines of speed: masked-LM training as Hugging Face's `run_mlm.py` does it, and its parts.
 
-The same model in transformers' own classes, the same texts, as many rows a step. `run_mlm.py` makes
-them into rows in two ways, and each is trained as it comes and with a patch of ten lines:
+The same model in transformers' own classes, the same texts, as many rows per step. `run_mlm.py`
+makes rows of them in two ways; each is trained unchanged and with a patch of ten lines:
 
     transformers-grouped  texts as `[CLS] ... [SEP]`, one after the other, cut every S tokens; the
                           remainder of every 1,000 texts is dropped; attention across texts
-    transformers-lines    `--line_by_line`: a text a row, cut off at S, padded to the longest of its
-                          batch
-    gather-...            the same, with logits of the masked slots alone (`gather_loss`)
+    transformers-lines    `--line_by_line`: one text per row, truncated at S, padded to the longest
+                          of its batch
+    gather-...            the same, with logits of the masked slots only (`gather_loss`)
 
-Masks and padding are `DataCollatorForLanguageModeling`'s. The loop is `Trainer`'s, which itself
-needs a package that selmask does not: `DataLoader` in the training process, fused AdamW, gradients
-clipped, linear schedule, in 16 bit autocast with fp32 weights. The loss is looked at after every
-micro batch, as `Trainer` does.
+Masks and padding are `DataCollatorForLanguageModeling`'s. The loop is `Trainer`'s, without the
+package that it depends on: `DataLoader` in the training process, fused AdamW, gradients
+clipped, linear schedule, in 16 bit autocast with fp32 weights. As in `Trainer`, the loss is
+checked after every micro batch.
+
+Beside them stand `BareLoop`, forward, backward and AdamW of one prepared batch in plain PyTorch
+(what DeepSpeed and the loader cost), and `make_passes`, forward and backward alone.
 """
 
 from __future__ import annotations
@@ -27,9 +30,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+import csrc
+from csrc import reference
 from preprocess.store import TokenStore
 from train import engine as ds
-from train.bench.throughput import synchronize
+from train.bench.throughput import Laps, no_laps, synchronize
+from train.data import PackedBatch, StepBatch
 from train.model import PackedMaskedLM
 
 BASELINES = ("transformers-grouped", "transformers-lines", "gather-grouped", "gather-lines")
@@ -42,7 +48,7 @@ LossFunction = Callable[[PackedMaskedLM, Batch], torch.Tensor]
 
 
 def draw_texts(store: TokenStore, seed: int) -> Iterator[np.ndarray]:
-    """The documents of a store in random order, once: `(n,)` uint16 each."""
+    """Yield the documents of a store once, in random order: `(n,)` uint16 each."""
     bounds = [shard.sequence_offsets[shard.document_offsets] for shard in store.shards]
     first = np.cumsum([0, *(len(ends) - 1 for ends in bounds)])
     for number in np.random.default_rng(seed).permutation(first[-1]):
@@ -59,7 +65,7 @@ def _wrap(store: TokenStore, text: np.ndarray) -> list[int]:
 def grouped_rows(
     store: TokenStore, max_seq_length: int, num_rows: int, seed: int
 ) -> list[list[int]]:
-    """Ids of rows as `run_mlm.py` makes them by default: all of `max_seq_length` tokens."""
+    """Return ids of rows as `run_mlm.py` makes them by default, each of `max_seq_length` tokens."""
     rows: list[list[int]] = []
     joined: list[int] = []
     for number, text in enumerate(draw_texts(store, seed), 1):
@@ -73,7 +79,7 @@ def grouped_rows(
 
 
 def line_rows(store: TokenStore, max_seq_length: int, num_rows: int, seed: int) -> list[list[int]]:
-    """Ids of rows as `run_mlm.py --line_by_line` makes them: a text each, cut off."""
+    """Return ids of rows as `run_mlm.py --line_by_line` makes them: one truncated text each."""
     rows = []
     for text in draw_texts(store, seed):
         rows.append(_wrap(store, text[:max_seq_length - 2]))
@@ -86,7 +92,7 @@ def line_rows(store: TokenStore, max_seq_length: int, num_rows: int, seed: int) 
 class TextBatch:
     """One optimizer step: for each micro batch `input_ids`, `attention_mask`, `labels`, `(B, L)`.
 
-    `L` is the longest row of the micro batch; labels are -100 where nothing is masked.
+    `L` is the longest row of the micro batch; labels are -100 at unmasked slots.
     """
 
     micro_batches: list[Batch]
@@ -97,7 +103,7 @@ class TextBatch:
 
     @property
     def tokens(self) -> int:
-        """Slots that are not padding."""
+        """Number of slots without padding."""
         return sum(int(batch["attention_mask"].sum()) for batch in self.micro_batches)
 
     @property
@@ -105,7 +111,7 @@ class TextBatch:
         return sum(int((batch["labels"] != -100).sum()) for batch in self.micro_batches)
 
     def text_tokens(self, all_special_ids: tuple[int, ...]) -> int:
-        """Tokens that are not special."""
+        """Count the tokens without special tokens."""
         special = torch.tensor(all_special_ids)
         masked = [batch["labels"] != -100 for batch in self.micro_batches]
         rest = [batch["input_ids"][~where] for batch, where in
@@ -117,7 +123,7 @@ def make_batches(
     store: TokenStore, rows: list[list[int]], *, micro_batch_size: int, accumulation_steps: int,
     mlm_probability: float, seed: int, pin_memory: bool = False,
 ) -> Iterator[TextBatch]:
-    """Endless batches, as `Trainer` makes them in its own process: the waiting is the work.
+    """Yield endless batches, made in the training process as `Trainer` does by default.
 
     Args:
         rows: ids of each, from `grouped_rows` or `line_rows`.
@@ -154,19 +160,18 @@ def make_batches(
 
 
 def full_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
-    """The mean loss as the model of transformers computes it."""
+    """Return the mean loss as the model of transformers computes it."""
     return module.hf(**batch).loss
 
 
 def gather_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
-    """The same, with logits of the masked slots alone."""
-    family, hf = module.family, module.hf
-    hidden = family.encoder(hf)(
+    """Return the same loss, with logits of the masked slots only."""
+    hidden = module.family.encoder(module.hf)(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
     ).last_hidden_state
     labels = batch["labels"].flatten()
     masked = labels != -100
-    logits = family.logits(hf, hidden.flatten(0, 1)[masked])
+    logits = reference.logits(hidden.flatten(0, 1)[masked], module.head())
     return functional.cross_entropy(logits, labels[masked])
 
 
@@ -176,7 +181,7 @@ LOSSES: dict[str, LossFunction] = {"transformers": full_loss, "gather": gather_l
 def head_seconds(
     module: PackedMaskedLM, batch: TextBatch, loss_name: str, loop: TrainerLoop
 ) -> float:
-    """Seconds of the MLM head and the loss alone, forward and backward, on a step's rows."""
+    """Measure the MLM head and the loss alone, forward and backward, on a step's rows; seconds."""
     family, hf, total = module.family, module.hf, 0.0
     for micro_batch in batch.micro_batches:
         micro_batch = loop.on_device(micro_batch)
@@ -189,12 +194,11 @@ def head_seconds(
         synchronize()
         start = time.perf_counter()
         with loop.autocast():
+            rows = hidden
             if loss_name == "gather":
                 masked = labels != -100
-                logits, labels = family.logits(hf, hidden[masked]), labels[masked]
-            else:
-                logits = family.logits(hf, hidden)
-            loss = functional.cross_entropy(logits, labels)
+                rows, labels = hidden[masked], labels[masked]
+            loss = functional.cross_entropy(reference.logits(rows, module.head()), labels)
         torch.autograd.grad(loss, [hidden, *head_parameters(module)])
         synchronize()
         total += time.perf_counter() - start
@@ -202,7 +206,7 @@ def head_seconds(
 
 
 def head_parameters(module: PackedMaskedLM) -> list[torch.Tensor]:
-    """The weights of the MLM head that learn, the shared embedding included."""
+    """Return the trainable weights of the MLM head, the shared embedding included."""
     return [tensor for tensor in module.head().tensors().values() if tensor.requires_grad]
 
 
@@ -214,9 +218,9 @@ class TrainerLoop:
     """The step of `Trainer` on one rank.
 
     Attributes:
-        module: trained in fp32, in 16 bit under autocast.
-        resolved: where rate, decay, clipping and precision come from.
-        total_steps: at which the rate reaches 0.
+        module: trained in fp32, or under autocast in 16 bit.
+        resolved: gives learning rate, weight decay, clipping and precision.
+        total_steps: when the learning rate reaches 0.
     """
 
     module: PackedMaskedLM
@@ -241,7 +245,7 @@ class TrainerLoop:
         self.loss_sum = torch.zeros((), device=self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Where forward passes run."""
+        """Return the context of forward passes."""
         if self.resolved.precision == "fp32":
             return contextlib.nullcontext()
         dtype = torch.float16 if self.resolved.precision == "fp16" else torch.bfloat16
@@ -277,3 +281,122 @@ class TrainerLoop:
         self.schedule.step()
         self.module.zero_grad()
         lap("optimizer")
+
+
+# --------------------------------------------------------------------------------------- bare
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class BareLoop:
+    """Forward, backward and AdamW of prepared batches in plain PyTorch: the loop's lower bound.
+
+    In 16 bit the optimizer works on fp32 masters, as DeepSpeed's does. The loss is read once per
+    step, as in the loop, so that both synchronize a GPU equally often.
+    """
+
+    def __init__(
+        self, module: PackedMaskedLM, resolved: ds.Resolved, device: torch.device
+    ) -> None:
+        given = resolved.config["optimizer"]["params"]
+        groups = ds.parameter_groups(module, given["weight_decay"], module.head_prefixes)
+        self.module, self.device = module.to(device).train(), device
+        self._weights = [weight for group in groups for weight in group["params"]]
+        self._masters: list[torch.Tensor] = []  # none in fp32
+        if resolved.precision != "fp32":
+            for group in groups:
+                group["params"] = [w.detach().clone().requires_grad_() for w in group["params"]]
+                self._masters += group["params"]
+            module.to(DTYPES[resolved.precision])
+        self._optimizer = torch.optim.AdamW(
+            groups, lr=given["lr"], betas=tuple(given.get("betas", (0.9, 0.999))),
+            eps=given.get("eps", 1e-8), fused=True,
+        )
+
+    def prepare(self, batch: StepBatch) -> tuple[list[dict[str, Any]], float]:
+        """Return the inputs of a batch's micro batches on the device, and the scale of the loss."""
+        inputs = [micro_batch.inputs(self.device) for micro_batch in batch.micro_batches]
+        return inputs, ds.ranks().world_size / max(batch.step_masked_tokens, 1)
+
+    def step(
+        self, prepared: tuple[list[dict[str, Any]], float],
+        lap: Callable[[str], None] = no_laps,
+    ) -> None:
+        """Take one step on a prepared batch."""
+        micro_batches, scale = prepared
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro_batch in micro_batches:
+            loss, _ = self.module(**micro_batch)
+            lap("forward")
+            (loss * scale).backward()
+            loss_sum += loss.detach()
+            lap("backward")
+        loss_sum.item()
+        if self._masters:
+            for master, weight in zip(self._masters, self._weights, strict=True):
+                master.grad = weight.grad.float()
+        self._optimizer.step()
+        if self._masters:
+            with torch.no_grad():
+                torch._foreach_copy_(self._weights, self._masters)
+        self._optimizer.zero_grad()
+        self.module.zero_grad()
+        lap("optimizer")
+
+    def head_seconds(self, batch: StepBatch) -> float:
+        """Measure `csrc.masked_lm_loss` alone, forward and backward, on a batch; seconds.
+
+        Both, because some implementations form the gradients in the forward pass.
+        """
+        laps = Laps()
+        learning = head_parameters(self.module)
+        for micro_batch in batch.micro_batches:
+            inputs = micro_batch.inputs(self.device)
+            labels = inputs.pop("masked_labels")
+            with torch.no_grad():
+                hidden, positions = self.module.encode_masked(**inputs)
+            hidden.requires_grad_()
+            laps("encoder")
+            loss, _ = csrc.masked_lm_loss(
+                hidden, positions, labels, self.module.head(), self.module.head_implementation)
+            torch.autograd.grad(loss, [hidden, *learning], allow_unused=True)
+            laps("head")
+        return laps.seconds["head"]
+
+
+# ------------------------------------------------------------------------------------- passes
+
+PASSES = ("pass-transformers", "pass-gather", "pass-head", "pass-subset")
+
+
+def make_passes(
+    module: PackedMaskedLM, batch: PackedBatch, device: torch.device
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return the forward passes to one loss of a batch, by the names in `PASSES`.
+
+    They show what the MLM head and the last-layer subset are worth, without optimizer, loader and
+    DeepSpeed: logits of every slot; the head on masked rows in plain PyTorch; `csrc`'s head; that
+    and the last encoder layer on masked rows. The first attends across documents: transformers has
+    no packed attention.
+    """
+    inputs = batch.inputs(device)
+    labels = torch.full_like(batch.input_ids, -100).flatten()
+    labels[batch.masked_positions] = batch.masked_labels
+    labels = labels.view_as(batch.input_ids).to(device)
+    filled = (batch.document_ids >= 0).long().to(device)
+
+    def packed(subset: bool, implementation: str | None) -> torch.Tensor:
+        usual = module.last_layer_subset, module.head_implementation
+        module.last_layer_subset, module.head_implementation = subset, implementation
+        loss = module(**inputs)[0] / max(batch.num_masked, 1)
+        module.last_layer_subset, module.head_implementation = usual
+        return loss
+
+    usual = module.head_implementation
+    return dict(zip(PASSES, (
+        lambda: module.hf(
+            input_ids=inputs["input_ids"], attention_mask=filled, labels=labels).loss,
+        lambda: packed(False, "reference"),
+        lambda: packed(False, usual),
+        lambda: packed(True, usual),
+    ), strict=True))

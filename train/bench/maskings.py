@@ -1,7 +1,7 @@
-"""The maskings that the benchmark compares: built in memory, thinned to equal numbers, with costs.
+"""Build the maskings that the benchmark compares, thin them to equal numbers, and cost them.
 
 A mask index is built as `build_masks.py` builds it, but kept in memory, so that a benchmark leaves
-nothing beside the store.
+no file beside the store.
 """
 
 from __future__ import annotations
@@ -13,30 +13,33 @@ from typing import Any
 
 import numpy as np
 
-from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
-from preprocess.masking import NEEDS, Inputs, choose_positions
+from preprocess.masking import (
+    ARRAY_NEEDS,
+    BASELINE,
+    MATCHED,
+    STRATEGIES,
+    StrategyInputs,
+    choose_positions,
+)
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, array_path, open_array
+from preprocess.text.continuations import continuation_table, open_tokenizer
 from train import data
 
-BASELINE = "random"
-MATCHED = "selective"  # whose counts `random_matched` takes
-DRAWN_BLOCKS = 16  # of each shard, in which a strategy drawn on the fly is timed
+DRAWN_BLOCKS = 16  # of each shard: the sample on which drawing is timed
 
 
 def choose_strategies(names: list[str], scores: str) -> list[str]:
-    """The strategies to measure, `random` first; none named are all that can be built.
+    """Return the strategies to measure, the baseline first; by default all that can be built.
 
     Raises:
-        ConfigError: an unknown strategy, one named twice, or one that needs scores without any.
+        ConfigError: an unknown strategy, a repeated one, or one that needs scores without any.
     """
-    chosen = names or [
-        name for name in masks.STRATEGIES if name in masks.DRAWN or scores or name not in NEEDS
-    ]
+    chosen = names or [name for name in STRATEGIES if scores or not _reads_scores(name)]
     for name in chosen:
-        if name not in masks.STRATEGIES:
-            raise ConfigError(f"--strategies {name}: known are {', '.join(masks.STRATEGIES)}")
-        if name in NEEDS and not scores:
+        if name not in STRATEGIES:
+            raise ConfigError(f"--strategies {name}: known are {', '.join(STRATEGIES)}")
+        if _reads_scores(name) and not scores:
             raise ConfigError(
                 f"--strategies {name}: needs scores; give --scores NAME, as score_tokens.py wrote "
                 "them, or build an index and name it with --mask_indices"
@@ -46,18 +49,23 @@ def choose_strategies(names: list[str], scores: str) -> list[str]:
     return [BASELINE, *(name for name in chosen if name != BASELINE)]
 
 
+def _reads_scores(name: str) -> bool:
+    """Return whether a strategy reads scores, its own or those of the index it is matched to."""
+    return not STRATEGIES[name].needs.isdisjoint(ARRAY_NEEDS)
+
+
 def open_scores(store: TokenStore, name: str) -> list[np.ndarray | None]:
-    """The scores of each shard, `(tokens of it,)` float16, or None without a name."""
+    """Open the scores of each shard, one float16 per token; without a name, None each."""
     return [open_array(shard, name, "scores")[0] if name else None for shard in store.shards]
 
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-    """What building masks reads.
+    """Builds maskings of a store.
 
     Attributes:
         scores: of each shard, or None each.
-        rate: share of a sequence to mask.
+        rate: share of a sequence to mask, in (0, 1].
     """
 
     store: TokenStore
@@ -66,19 +74,22 @@ class Builder:
     seed: int
 
     def index(self, strategy: str, match: list[np.ndarray] | None = None) -> list[np.ndarray]:
-        """Masked positions of each shard, ascending, `(m,)` uint32 each.
+        """Choose the masked positions of each shard, ascending, `(m,)` uint32 each.
 
         Args:
-            match: the index whose counts `random_matched` takes.
+            match: the index whose counts are taken, for a strategy that needs one.
         """
         counts: Any = [None] * len(self.store.shards) if match is None else match
+        words = None
+        if "words" in STRATEGIES[strategy].needs:
+            words = continuation_table(open_tokenizer(self.store.tokenizer_dir))
         return [
-            self._choose(strategy, shard, Inputs(scores=scores, match=matched))
+            self._choose(strategy, shard, StrategyInputs(scores, matched, words))
             for shard, scores, matched in zip(self.store.shards, self.scores, counts, strict=True)
         ]
 
     def _choose(
-        self, strategy: str, shard: Shard, inputs: Inputs, max_blocks: int | None = None
+        self, strategy: str, shard: Shard, inputs: StrategyInputs, max_blocks: int | None = None
     ) -> np.ndarray:
         blocks = choose_positions(
             shard, strategy, inputs, rate=self.rate, seed=self.seed,
@@ -88,21 +99,21 @@ class Builder:
         return np.concatenate([np.zeros(0, dtype=np.uint32), *found])
 
     def build(self, strategy: str) -> tuple[data.Masking, dict[str, Any]]:
-        """A masking, and what it cost.
+        """Build a masking, and measure its cost.
 
         Raises:
-            DataError: an index that masks nothing.
+            DataError: the index masks no token.
         """
-        if strategy in masks.DRAWN:
+        if STRATEGIES[strategy].drawn:
             masking = data.drawn_masking(self.store, strategy, self.rate)
             return masking, self._cost_of_drawing(masking)
-        match = self.index(MATCHED) if NEEDS.get(strategy) == "match" else None
+        match = self.index(MATCHED) if "match" in STRATEGIES[strategy].needs else None
         start = time.perf_counter()
         index = self.index(strategy, match)
         seconds = time.perf_counter() - start
         masking = data.Masking(strategy, index=index)
         if not any(len(positions) for positions in index):
-            raise DataError(f"{self.store.prefix}: {strategy} masks nothing with these scores; "
+            raise DataError(f"{self.store.prefix}: {strategy} masks no token with these scores; "
                             "give others")
         # An .npy file is its data and a header.
         size = sum(positions.nbytes + 128 for positions in index)
@@ -110,12 +121,13 @@ class Builder:
                              sum(map(len, index)), size)
 
     def _cost_of_drawing(self, masking: data.Masking) -> dict[str, Any]:
-        """Time one draw of the beginning of each shard, scaled up to the store."""
+        """Time one draw over the beginning of each shard, and scale it up to the store."""
         num_tokens = sum(min(shard.num_tokens, DRAWN_BLOCKS * BLOCK_TOKENS)
                          for shard in self.store.shards)
         start = time.perf_counter()
         num_masked = sum(
-            len(self._choose(masking.name, shard, Inputs(words=masking.words), DRAWN_BLOCKS))
+            len(self._choose(masking.name, shard, StrategyInputs(words=masking.words),
+                             DRAWN_BLOCKS))
             for shard in self.store.shards
         )
         scale = self.store.num_tokens / max(num_tokens, 1)
@@ -126,7 +138,7 @@ class Builder:
 
 def cost(name: str, when: str, seconds: float | None, num_tokens: int, num_masked: int,
          num_bytes: int) -> dict[str, Any]:
-    """One row of the table of costs."""
+    """Return one row of the table of costs."""
     return {
         "name": name, "when": when, "seconds": seconds,
         "seconds_per_million_tokens": None if seconds is None else seconds / num_tokens * 1e6,
@@ -135,7 +147,7 @@ def cost(name: str, when: str, seconds: float | None, num_tokens: int, num_maske
 
 
 def read_index(store: TokenStore, name: str) -> tuple[data.Masking, dict[str, Any]]:
-    """A mask index beside the store, and its size: what building it cost is not known."""
+    """Open a mask index beside the store; of its cost only the size is known."""
     masking = data.prebuilt_masking(store, name)
     size = sum(array_path(shard, name, "mask").stat().st_size for shard in store.shards)
     assert masking.index is not None
@@ -145,10 +157,10 @@ def read_index(store: TokenStore, name: str) -> tuple[data.Masking, dict[str, An
 def equal_maskings(
     maskings: dict[str, data.Masking], costs: list[dict[str, Any]], seed: int
 ) -> tuple[dict[str, data.Masking], int]:
-    """The same maskings with as many masked tokens in the store as the most sparing one has.
+    """Thin all maskings to the number of masked tokens of the one with the fewest.
 
-    An index loses positions at random, to exactly that number; a strategy drawn on the fly draws at
-    a lower rate, and meets the number in expectation.
+    An index loses positions at random, to exactly that number; a drawn strategy gets a lower rate
+    and meets the number in expectation.
 
     Returns:
         The maskings by the same names, and the number.
@@ -166,7 +178,7 @@ def equal_maskings(
 
 
 def _thin(index: list[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
-    """Keep `count` positions of all shards together, at random, ascending in each."""
+    """Keep `count` random positions over all shards, ascending in each."""
     ends = np.cumsum([0, *map(len, index)])
     kept = np.sort(np.random.default_rng(seed).choice(ends[-1], count, replace=False))
     bounds = np.searchsorted(kept, ends)

@@ -10,6 +10,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import read_json
+from preprocess.view.tables import Table
 
 SHARES = ("head", "optimizer", "loader", "rest")
 KINDS = {  # colour (Okabe and Ito 2008) and hatching of each kind of row: print needs the second
@@ -23,16 +24,6 @@ def _between(values: dict[str, float], digits: int) -> str:
     """`median (p20-p80)`."""
     median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
     return f"{median} ({low}-{high})"
-
-
-def align(rows: list[list[str]]) -> str:
-    """Cells as text, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if number == 0 else cell.rjust(width)
-                  for number, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    )
 
 
 # -------------------------------------------------------------------------------------- tables
@@ -51,7 +42,7 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
             _between(row["over_random"], 2),
             *[_between(row["over_grouped"], 2) for _ in range(grouped)],
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()
 
 
 def time_table(rows: list[dict[str, Any]]) -> str:
@@ -63,7 +54,15 @@ def time_table(rows: list[dict[str, Any]]) -> str:
             *(f"{row['share_percent'][name]:.1f} %" for name in SHARES),
             f"{row['peak_memory_gib']:.2f}",
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()
+
+
+def pass_table(rows: list[dict[str, Any]]) -> str:
+    """Forward and backward alone, beside logits of every slot."""
+    cells = [["forward + backward", "step ms (p20-p80)", "/pass-transformers (p20-p80)"]]
+    cells += [[row["name"], _between(row["step_ms"], 1), _between(row["over_full"], 2)]
+              for row in rows]
+    return Table("", cells[0], cells[1:]).as_text()
 
 
 def equal_table(rows: list[dict[str, Any]]) -> str:
@@ -77,7 +76,7 @@ def equal_table(rows: list[dict[str, Any]]) -> str:
             f"{row['tokens_per_second']:,.0f}", _between(row["step_ms"], 1),
             _between(row["over_random"], 2),
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()
 
 
 def cost_table(costs: list[dict[str, Any]]) -> str:
@@ -90,7 +89,12 @@ def cost_table(costs: list[dict[str, Any]]) -> str:
             *("-" if value is None else f"{value:.3f}" for value in seconds),
             f"{cost['masked_tokens']:,}", f"{cost['bytes_on_disk']:,}",
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()
+
+
+def training_rows(length: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows that train with their own masks."""
+    return [row for row in length["rows"] if row["kind"] not in ("equal", "pass")]
 
 
 def format_result(result: dict[str, Any]) -> str:
@@ -98,16 +102,18 @@ def format_result(result: dict[str, Any]) -> str:
     peak = result["peak"]
     parts = []
     for length in result["lengths"]:
-        rows = [row for row in length["rows"] if row["kind"] != "equal"]
-        equal = [row for row in length["rows"] if row["kind"] == "equal"]
+        rows = training_rows(length)
+        equal, passes = ([row for row in length["rows"] if row["kind"] == kind]
+                         for kind in ("equal", "pass"))
         count, ratio = length["flops"], length["loop_over_bare"]
         parts += [
             f"Rows of {length['max_seq_length']} slots",
             speed_table(rows),
             f"loop / bare: {_between(ratio, 3)}, random masks, over rounds",
-            f"MFU: {count['per_token'] / 1e6:.1f} million operations a real token and "
-            f"{count['per_masked_token'] / 1e6:.1f} a masked one in every row (train/flops.py), of "
-            f"{peak['flops_per_second'] / 1e9:,.0f} billion a second and device ({peak['source']})",
+            f"MFU: {count['per_token'] / 1e6:.1f} MFLOP per real token and "
+            f"{count['per_masked_token'] / 1e6:.1f} per masked token in every row "
+            f"(train/model/flops.py), of {peak['flops_per_second'] / 1e12:,.3f} TFLOP/s per device "
+            f"({peak['source']})",
             "",
             f"Where the time goes, rows of {length['max_seq_length']} slots", time_table(rows),
             "",
@@ -120,9 +126,12 @@ def format_result(result: dict[str, Any]) -> str:
                 equal_table(equal),
                 "Equal are the rows and the number of masked tokens in the whole store, that of "
                 "the most sparing strategy:",
-                "indices lose positions at random, to exactly that number; random and whole_word "
-                "draw at a lower rate, and meet it in expectation.", "",
+                "indices lose positions at random, to exactly that number; strategies drawn anew "
+                "each epoch draw at a lower rate, and meet it in expectation.", "",
             ]
+        if passes:
+            parts += [f"One batch alone, rows of {length['max_seq_length']} slots",
+                      pass_table(passes), ""]
     parts += [
         "Choosing the masks, without the scores that some need; \"each epoch\" is in the loader",
         cost_table(result["mask_costs"]), "", *reading_aids(result),
@@ -163,13 +172,13 @@ def draw(result: dict[str, Any], path: Path) -> str:
     import matplotlib.pyplot as plt
 
     lengths = result["lengths"]
-    tallest = max(len([row for row in one["rows"] if row["kind"] != "equal"]) for one in lengths)
+    tallest = max(len(training_rows(one)) for one in lengths)
     figure, axes = plt.subplots(
         len(lengths), 2, figsize=(11, 1.5 + (0.9 + 0.27 * tallest) * len(lengths)),
         layout="constrained", squeeze=False, sharey="row",
     )
     for (left, right), length in zip(axes, lengths, strict=True):
-        rows = [row for row in length["rows"] if row["kind"] != "equal"]
+        rows = training_rows(length)
         _draw_speed(left, rows)
         _draw_shares(right, rows)
         left.set_title(f"Rows of {length['max_seq_length']} slots", loc="left", fontsize=10)
@@ -230,7 +239,7 @@ def read_result(path: str) -> dict[str, Any]:
     """A `benchmark.json` of the pre-training loop.
 
     Raises:
-        ConfigError, DataError: no such file; not a result of this command, or of --whole_step.
+        ConfigError, DataError: no such file; not a result of this command.
     """
     file = Path(path)
     if file.is_dir():
@@ -238,9 +247,6 @@ def read_result(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"--compare {path}: no such file; give two benchmark.json")
     result = read_json(file)
-    if result.get("benchmark") == "whole_step":
-        raise DataError(f"{file}: made with --whole_step, which has one table and no rows to "
-                        "compare; give results of the whole loop")
     needed = {"lengths", "mask_costs", "options", "versions", "platform", "cpus", "commit"}
     if result.get("benchmark") != "pretrain" or not needed <= result.keys():
         raise DataError(f"{file}: not a result of this train/benchmark.py; measure again")
@@ -324,4 +330,4 @@ def _compare_table(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
             *(f"{row['peak_memory_gib']:.2f}" for row in (one, other)),
             *(f"{100 * row['masked_rate']:.2f} %" for row in (one, other)),
         ])
-    return align(cells)
+    return Table("", cells[0], cells[1:]).as_text()

@@ -1,10 +1,9 @@
-"""Measuring loops that take turns: what a step counts, where its time goes, what follows from it.
+"""Measure interleaved training loops: counts per step, where the time goes, and the figures.
 
-A `Row` of the benchmark's table is a loop: batches and what is done with one. Rows take turns over
-rounds, each round begun by another one, so that a machine whose speed drifts favours none. A turn
-is one step that is not counted (its batch was made during the turn of another), the counted steps,
-and one more that is taken apart: the device is waited for after each of its parts, which would slow
-the counted ones.
+A `Row` of the benchmark's table is a loop: its batches and its step. Rows are interleaved over
+rounds, and each round starts with another row, so that a drift of the machine's speed favours none.
+A turn is one uncounted step (its batch was made during another row's turn), the counted steps, and
+one profiled step, which waits for the device after each part and would slow the counted steps.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ PARTS = ("forward", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class Counts:
-    """What one step processed, over all ranks.
+    """Counts of one step, over all ranks.
 
     Attributes:
-        tokens: slots that are not padding; masked: of them, masked ones; text_tokens: of them,
-            those that are not special; slots: with padding; rows: that the model saw.
+        tokens: slots without padding; masked: masked tokens; text_tokens: tokens without special
+            tokens; slots: with padding; rows: rows that the model sees.
     """
 
     tokens: int
@@ -47,12 +46,12 @@ class Row:
     """One loop of the table.
 
     Attributes:
-        name, kind: what it is, and of which group: "strategy", "equal", "bare" or "baseline".
-        batches: one a step, without end; asking for the next one is waiting for the loader.
+        name: of the row. kind: "strategy", "equal", "bare", "baseline" or "pass".
+        batches: one per step, endless; the wait for the next one is the loader's time.
         step: takes an optimizer step; calls its second argument after each of `PARTS`.
-        count: what a batch holds.
-        head_seconds: time of the MLM head and loss alone on a batch, forward and backward.
-        standing: name of the model that trains here; rows may share one.
+        count: returns the counts of a batch.
+        head_seconds: returns the time of the MLM head and loss alone, forward and backward.
+        standing: name of the model that this row trains; rows may share one.
     """
 
     name: str
@@ -66,12 +65,12 @@ class Row:
 
 @dataclass
 class Measured:
-    """Steps of one row.
+    """Measurements of one row.
 
     Attributes:
-        seconds, waited: of each counted step, and of that for the loader.
+        seconds, waited: seconds per counted step, and of them the wait for the loader.
         counts: of each counted step.
-        apart: seconds of `PARTS`, "loader" and "head" of the steps taken apart.
+        apart: seconds of `PARTS`, "loader" and "head" of each profiled step.
         peak_gib: largest memory of one rank, without the models of other rows.
     """
 
@@ -89,7 +88,7 @@ def synchronize() -> None:
 
 
 class Laps:
-    """Adds up the time between calls, by the name that the call gives."""
+    """Add up the time between calls, by the name that each call gives."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -104,21 +103,21 @@ class Laps:
 
 
 def no_laps(part: str) -> None:
-    """For steps that are counted."""
+    """Measure nothing, in counted steps."""
 
 
 # ------------------------------------------------------------------------------------- memory
 
 
 def resident_gib() -> float:
-    """Memory in use now: of the GPU, or of the process without one."""
+    """Return the memory in use, GiB: of the GPU, or of the process without one."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**30
     return _status_gib("VmRSS")
 
 
 def reset_peak() -> bool:
-    """Let `peak_gib` begin anew; False where the kernel of a machine without GPU refuses that."""
+    """Reset `peak_gib`; return False where the kernel of a machine without GPU refuses."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
@@ -130,7 +129,7 @@ def reset_peak() -> bool:
 
 
 def peak_gib() -> float:
-    """The most memory since `reset_peak`: of the GPU, or of the process without one."""
+    """Return the peak memory since `reset_peak`, GiB: of the GPU, or of the process."""
     return metrics.peak_memory_gib() if torch.cuda.is_available() else _status_gib("VmHWM")
 
 
@@ -145,7 +144,7 @@ def _status_gib(name: str) -> float:
 
 
 def turns(names: list[str], rounds: int) -> Iterator[str]:
-    """Whose turn it is: every name once a round, each round begun by another one."""
+    """Yield every name once per round; each round starts with another name."""
     progress = Progress(rounds * len(names), "turn", len(names), label="benchmark")
     for number in range(rounds):
         shift = number % len(names)
@@ -156,7 +155,7 @@ def turns(names: list[str], rounds: int) -> Iterator[str]:
 
 
 def warm_up(row: Row, steps: int) -> float:
-    """Take steps that are not counted; the result is by how many GiB memory has grown."""
+    """Take uncounted steps; return the growth of memory in GiB."""
     before = resident_gib()
     for _ in range(steps):
         row.step(next(row.batches), no_laps)
@@ -167,7 +166,7 @@ def take_turn(row: Row, measured: Measured, timed_steps: int, foreign_gib: float
     """Take the steps of one turn.
 
     Args:
-        foreign_gib: memory that is not this row's: the states of other models.
+        foreign_gib: memory of other rows' models and optimizer states.
     """
     row.step(next(row.batches), no_laps)
     ds.barrier()
@@ -191,11 +190,11 @@ def take_turn(row: Row, measured: Measured, timed_steps: int, foreign_gib: float
 def measure(
     rows: list[Row], rounds: int, timed_steps: int, standing_gib: dict[str, float]
 ) -> dict[str, Measured]:
-    """Let the rows take turns; collective. The result is that of all ranks.
+    """Measure interleaved rows; collective. Return the result over all ranks.
 
     Args:
         rows: warmed up.
-        standing_gib: memory of each model that trains.
+        standing_gib: memory of each model in training.
     """
     measured = {row.name: Measured() for row in rows}
     by_name = {row.name: row for row in rows}
@@ -205,7 +204,7 @@ def measure(
         take_turn(row, measured[name], timed_steps, foreign)
     for one in measured.values():
         everyone = ds.gather_objects(one)
-        # A step is over when the slowest rank has ended it.
+        # A step ends when the slowest rank ends it.
         one.seconds = np.max([rank.seconds for rank in everyone], axis=0).tolist()
         one.waited = np.mean([rank.waited for rank in everyone], axis=0).tolist()
         one.peak_gib = max(rank.peak_gib for rank in everyone)
@@ -216,45 +215,45 @@ def measure(
 
 
 def spread(values: Any) -> dict[str, float]:
-    """Median, 20th and 80th percentile."""
+    """Return the median and the 20th and 80th percentiles."""
     p20, median, p80 = np.percentile(values, [20, 50, 80])
     return {"median": float(median), "p20": float(p20), "p80": float(p80)}
 
 
 def total(measured: Measured, name: str) -> int:
-    """Sum of one of the `Counts` over the counted steps."""
+    """Sum one of the `Counts` over the counted steps."""
     return sum(getattr(counts, name) for counts in measured.counts)
 
 
 def round_rates(measured: Measured, rounds: int) -> np.ndarray:
-    """Tokens a second in each round, `(rounds,)` float64."""
+    """Return tokens per second in each round, `(rounds,)` float64."""
     tokens = np.reshape([counts.tokens for counts in measured.counts], (rounds, -1))
     return tokens.sum(axis=1) / np.reshape(measured.seconds, (rounds, -1)).sum(axis=1)
 
 
 def shares(measured: Measured) -> dict[str, float]:
-    """Percent of a step's time: in the loader, the head, the optimizer, and elsewhere.
+    """Return the loader's, head's, optimizer's and remaining share of a step's time, percent.
 
-    The loader's is that of the counted steps. The others come from the steps taken apart: the
+    The loader's share is that of the counted steps. The others come from the profiled steps: the
     optimizer with clipping and reduction; the head, measured again on the same rows, forward and
-    backward; the rest is the encoder, and what the loop does beside it.
+    backward; the rest is the encoder and the loop itself.
     """
     apart = {name: sum(one.get(name, 0.0) for one in measured.apart)
              for name in (*PARTS, "head")}
     whole = max(sum(apart[part] for part in PARTS), 1e-12)
     loader = sum(measured.waited) / sum(measured.seconds)
     optimizer, head = ((1 - loader) * apart[name] / whole for name in ("optimizer", "head"))
-    head = min(head, 1 - loader - optimizer)  # measured apart, it may come out longer than it was
+    head = min(head, 1 - loader - optimizer)  # measured alone, it may come out longer
     rest = 1 - loader - optimizer - head
     found = {"loader": loader, "head": head, "optimizer": optimizer, "rest": rest}
     return {name: 100 * share for name, share in found.items()}
 
 
 def summarise(row: Row, measured: Measured, flops: StepFlops, peak: float) -> dict[str, Any]:
-    """The figures of one row; rates are mean counts of a step over the median step.
+    """Return the figures of one row; a rate is the mean count per step over the median step.
 
     Args:
-        peak: operations a second of all devices together.
+        peak: FLOP/s of all devices together.
     """
     step = spread(measured.seconds)
     steps = len(measured.seconds)
@@ -279,5 +278,5 @@ def summarise(row: Row, measured: Measured, flops: StepFlops, peak: float) -> di
 
 
 def speed_over(one: Measured, other: Measured, rounds: int) -> dict[str, float]:
-    """Tokens a second over those of another row, round by round."""
+    """Return the ratio of tokens per second to another row's, round by round."""
     return spread(round_rates(one, rounds) / round_rates(other, rounds))

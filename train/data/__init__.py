@@ -3,7 +3,6 @@
 from train.data.batches import (
     EVAL_RATE,
     EVAL_SEED,
-    LONGEST_WORD,
     ORDER_VERSION,
     PackedBatch,
     PackedData,
@@ -27,7 +26,6 @@ __all__ = [
     "COLUMNS",
     "EVAL_RATE",
     "EVAL_SEED",
-    "LONGEST_WORD",
     "Masking",
     "OPEN_ROWS",
     "ORDER_VERSION",

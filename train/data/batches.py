@@ -1,16 +1,15 @@
-"""A token store and masks become packed batches: order, sharding over ranks, masks, layout.
+"""Packed batches from a token store and its masks: order, sharding over ranks, masks, layout.
 
-An epoch is a permutation of the rows of `train/rows.py`, and the global batch b of a run is the
-same set of rows with the same masks at any number of ranks. A rank works out its own rows alone;
-the counts of the global batch, of which the number of masked tokens must be known before the first
-micro batch, are summed over the ranks once a step.
+An epoch is a permutation of the rows of `train/data/rows.py`, and the global batch b of a run is
+the same set of rows with the same masks at any number of ranks. Each rank computes only its own
+rows. The counts of the global batch are summed over the ranks once per step: the number of masked
+tokens must be known before the first micro batch.
 
 Letters: `P` pieces, `B` rows of a micro batch, `S` slots of a row, `M` masked positions.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,21 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from preprocess import masking as masks
 from preprocess.errors import DataError
-from preprocess.store import TokenStore, ranges, recall, remember
+from preprocess.store import TokenStore, ranges
 from preprocess.text.continuations import find_continuations
 from train.data.masking import Masking
 from train.data.order import permute
 from train.data.rows import RowTable
 
-LONGEST_WORD = 16  # tokens; only sizes the arrays of `whole_word`, which may grow
 EVAL_SEED = 20201116  # masks of the held-out rows: the same for every run and every arm
 EVAL_RATE = 0.15
-ORDER_VERSION = 2  # of rows and their order: a run does not go on under another one
-_BLOCK_ROWS = 1 << 16
-_MOST_BLOCKS = 16  # that are looked at for the capacity: about a million rows
+ORDER_VERSION = 2  # of rows and their order: a run is not resumed under another one
+PADDED_ROWS = 128  # on a GPU, the masked rows of a batch are a multiple of this
+PADDED_QUERIES = 8  # so that kernels see few different numbers of masked positions per row
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,10 @@ class PackedBatch:
         input_ids: corrupted ids, padded, `(B, S)` int64.
         position_ids: position in the piece, from 0, `(B, S)` int64.
         document_ids: piece of each slot, -1 at padding, `(B, S)` int64.
-        masked_positions: flat slots, ascending, padded with -1 to the capacity, `(M,)` int64.
-        masked_labels: original ids there, `(M,)` int64, 0 at padding.
-        masked_cu_seqlens: masked positions before each row, and the end, `(B+1,)` int32.
+        masked_positions: flat slots, ascending, `(M,)` int64.
+        masked_labels: original ids there, `(M,)` int64.
+        most_masked: masked positions of the fullest row.
         num_tokens: filled slots, special tokens included.
-        num_masked: masked positions without padding.
     """
 
     input_ids: torch.Tensor
@@ -55,17 +53,32 @@ class PackedBatch:
     document_ids: torch.Tensor
     masked_positions: torch.Tensor
     masked_labels: torch.Tensor
-    masked_cu_seqlens: torch.Tensor
+    most_masked: int
     num_tokens: int
-    num_masked: int
+
+    @property
+    def num_masked(self) -> int:
+        return len(self.masked_positions)
 
     def inputs(self, device: torch.device) -> dict[str, Any]:
-        """What `PackedMaskedLM.forward` takes, tensors on `device`."""
-        names = ("input_ids", "position_ids", "document_ids", "masked_positions", "masked_labels")
-        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        # In eights, so that kernels see few different shapes.
-        most = 8 * math.ceil(int(self.masked_cu_seqlens.diff().max()) / 8)
-        return {**tensors, "most_masked": most}
+        """Return the arguments of `PackedMaskedLM.forward`, tensors on `device`.
+
+        The masked arrays are padded with -1 to a multiple of `PADDED_ROWS`, and not at all on a
+        CPU. A batch without masks has padding, too, so that every rank runs the same modules.
+        """
+        step = 1 if device.type == "cpu" else PADDED_ROWS
+        padding = (0, step * max(1, -(-self.num_masked // step)) - self.num_masked)
+        tensors = {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "document_ids": self.document_ids,
+            "masked_positions": functional.pad(self.masked_positions, padding, value=-1),
+            "masked_labels": functional.pad(self.masked_labels, padding, value=-1),
+        }
+        return {
+            **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
+            "most_masked": PADDED_QUERIES * -(-self.most_masked // PADDED_QUERIES),
+        }
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,8 @@ class StepBatch:
     Attributes:
         rows: this rank's rows in order, `(micro batches x B,)` int64.
         epoch: of the first row of the global batch.
-        step_rows, step_pieces, step_tokens, step_masked_tokens: of all ranks as `PackedData.steps`
-            gives them, of this rank as `PackedData.step` does. Tokens count special ones too.
+        step_rows, step_pieces, step_tokens, step_masked_tokens: counts over all ranks from
+            `PackedData.steps`, of this rank from `PackedData.step`; tokens include special ones.
     """
 
     micro_batches: list[PackedBatch]
@@ -95,10 +108,13 @@ class StepBatch:
 class _Pieces:
     """The pieces of some rows and their masked tokens, flat.
 
-    row: row of each piece in the batch, `(p,)`; slot: its [CLS] in that row, `(p,)`; start,
-    length: its tokens, `(p,)`; tokens: their ids, one piece after the other, uint16. masked: masked
-    tokens in the whole store, ascending within a piece, `(m,)`; masked_counts: how many of them
-    each piece has, `(p,)`.
+    Attributes:
+        row: row of each piece in the batch, `(P,)`.
+        slot: slot of its [CLS] in that row, `(P,)`.
+        start, length: its tokens in the store, `(P,)`.
+        tokens: ids of all pieces, one after the other, uint16.
+        masked: masked tokens as positions in the store, ascending within a piece, `(M,)`.
+        masked_counts: number of masked tokens of each piece, `(P,)`.
     """
 
     row: np.ndarray
@@ -114,7 +130,7 @@ class PackedData:
     """Packed batches of a store under one masking.
 
     Args:
-        store, table, masking: what to read, which rows, which positions.
+        store, table, masking: the tokens, the rows, the masked positions.
         seed: of order, masks and corruption.
         micro_batch_size, accumulation_steps, world_size, rank: the batch arithmetic.
     """
@@ -133,47 +149,11 @@ class PackedData:
         self._shard_starts = np.array([shard.token_start for shard in store.shards])
         # As plain arrays: numpy's class for mapped files makes each slice several times slower.
         self._index = masking.index and [np.asarray(positions) for positions in masking.index]
-        self.capacity = max(1, micro_batch_size * self._largest_row())
-
-    def _largest_row(self) -> int:
-        """The most masked positions that a row may have, over rows from all parts of the table.
-
-        One beyond them is no harm: its batch has larger arrays.
-        """
-        key = (
-            f"largest row, {self.table.fingerprint}, {self.masking.name}, {self.masking.rate}, "
-            f"{self.masking.fingerprint}"
-        )
-        kept = bool(self.table.fingerprint) and (
-            self._index is None or self.masking.fingerprint is not None
-        )
-        largest = recall(self.store.prefix, key) if kept else None
-        if type(largest) is not int:
-            firsts = range(0, self.table.num_rows, _BLOCK_ROWS)
-            firsts = firsts[::max(1, -(-len(firsts) // _MOST_BLOCKS))]
-            largest = max((self._largest_of(first) for first in firsts), default=0)
-            if kept:
-                remember(self.store.prefix, key, largest)
-        return largest
-
-    def _largest_of(self, first: int) -> int:
-        """The same for the rows of one block."""
-        offsets = np.array(self.table.row_offsets[first:first + _BLOCK_ROWS + 1])
-        lengths = self.table.piece_lengths[offsets[0]:offsets[-1]]
-        if self._index is not None:
-            starts = self.table.piece_starts[offsets[0]:offsets[-1]]
-            low, high, _ = self._index_bounds(starts, lengths)
-            per_piece = high - low
-        else:
-            per_piece = np.ceil(self.masking.rate * lengths).astype(np.int64)
-            if self.masking.name == "whole_word":
-                per_piece = np.minimum(per_piece + LONGEST_WORD, lengths)
-        return int(np.add.reduceat(per_piece, offsets[:-1] - offsets[0]).max())
 
     def _index_bounds(
         self, starts: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where each piece's positions begin and end in its shard's mask index, and the shard."""
+        """Find where each piece begins and ends in its shard's mask index, and the shard."""
         assert self._index is not None
         shard_of = np.searchsorted(self._shard_starts, starts, side="right") - 1
         bounds = np.stack([starts, starts + lengths]) - self._shard_starts[shard_of]
@@ -185,7 +165,7 @@ class PackedData:
         return bounds[0], bounds[1], shard_of
 
     def _pieces(self, rows: np.ndarray, epoch: int) -> _Pieces:
-        """Pieces of `rows` (-1: an empty row) and their masks in `epoch`."""
+        """Read the pieces of `rows` (-1: an empty row) and choose their masks in `epoch`."""
         table = self.table
         real = np.maximum(rows, 0)
         first = np.asarray(table.row_offsets[real])
@@ -206,7 +186,7 @@ class PackedData:
     def _choose(
         self, start: np.ndarray, length: np.ndarray, tokens: np.ndarray, epoch: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Masked tokens (in the whole store) of pieces, and how many each piece has."""
+        """Choose the masked tokens of pieces; returns positions in the store, and their counts."""
         if self._index is not None:
             low, high, shard_of = self._index_bounds(start, length)
             spans = zip(shard_of.tolist(), low.tolist(), high.tolist(), strict=True)
@@ -217,7 +197,7 @@ class PackedData:
         positions = ranges(start, length)
         offsets = np.concatenate([[0], np.cumsum(length)])
         words = self.masking.words
-        chosen = masks.STRATEGIES[self.masking.name](
+        chosen = masks.STRATEGIES[self.masking.name].choose(
             masks.Sequences(
                 offsets=offsets,
                 positions=positions,
@@ -260,32 +240,25 @@ class PackedData:
             labels, masked, seed=self.seed, epoch=epoch, mask_id=special["mask"],
             vocab_size=self.store.vocab_size, all_special_ids=self.store.all_special_ids,
         )
-        # A row that the capacity was not worked out from may outgrow it, and so may `whole_word`
-        # by a word of more than LONGEST_WORD tokens.
-        capacity = self.capacity * max(1, -(-len(positions) // self.capacity))
-        padding = (0, capacity - len(positions))
         return PackedBatch(
             input_ids=torch.from_numpy(input_ids.reshape(shape)),
             position_ids=torch.from_numpy(position_ids.reshape(shape)),
             document_ids=torch.from_numpy(document_ids.reshape(shape)),
-            masked_positions=torch.from_numpy(np.pad(positions, padding, constant_values=-1)),
-            masked_labels=torch.from_numpy(np.pad(labels, padding)),
-            masked_cu_seqlens=torch.from_numpy(
-                np.searchsorted(positions, np.arange(num_rows + 1) * slots).astype(np.int32)
-            ),
+            masked_positions=torch.from_numpy(positions),
+            masked_labels=torch.from_numpy(labels),
+            most_masked=int(np.bincount(positions // slots, minlength=1).max()),
             num_tokens=len(filled),
-            num_masked=len(positions),
         )
 
     def _order(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """The rows at some places of an epoch: a function of seed, epoch and store."""
+        """Return the rows at some places of an epoch: a function of seed, epoch and store."""
         return permute(places, self.table.num_rows, self.seed, epoch, self.store.fingerprint)
 
     def step(self, step: int) -> StepBatch:
-        """This rank's micro batches of optimizer step `step`, counted from 0.
+        """Make this rank's micro batches of optimizer step `step`, counted from 0.
 
-        Rows come from the endless sequence of epochs, so a batch may hold the end of one epoch
-        and the beginning of the next; nothing is dropped. Micro batch m of rank r holds rows
+        Rows come from an endless sequence of epochs, so a batch may hold the end of one epoch and
+        the beginning of the next; nothing is dropped. Micro batch m of rank r holds rows
         `(m * world_size + r) * micro_batch_size ...` of the global batch.
         """
         size, first = self.micro_batch_size, step * self.global_batch
@@ -318,11 +291,11 @@ class PackedData:
     def steps(
         self, first: int, end: int, sum_over_ranks: Callable[..., list[float]] | None = None
     ) -> Iterator[StepBatch]:
-        """Steps `first` to `end - 1`, the next one made while the last is used.
+        """Yield steps `first` to `end - 1`, each prepared while the one before it is used.
 
         Args:
-            sum_over_ranks: sums each of its numbers over all ranks; collective, and called when a
-                step is asked for. Without one, counts are those of this rank.
+            sum_over_ranks: sums each of its numbers over all ranks; collective, called when a
+                step is asked for. Without it, counts are those of this rank.
         """
         if first >= end:
             return
@@ -344,10 +317,10 @@ class PackedData:
                 yield batch
 
     def in_order(self, max_rows: int) -> Iterator[PackedBatch]:
-        """The first rows of the table once, with the masks of epoch 0, for evaluation.
+        """Yield the first rows of the table once, with the masks of epoch 0, for evaluation.
 
-        Every rank yields equally many micro batches (ZeRO-3 needs that); rows that are missing
-        at the end are empty.
+        Every rank yields the same number of micro batches, as ZeRO-3 requires; the last ones are
+        filled up with empty rows.
         """
         num_rows = min(max_rows, self.table.num_rows)
         stride = self.micro_batch_size * self.world_size
@@ -358,25 +331,14 @@ class PackedData:
 
 
 def _join(parts: list[PackedBatch]) -> PackedBatch:
-    """One micro batch from parts with consecutive rows."""
-    slots = parts[0].input_ids.shape[1]
-    positions, labels, counts, row = [], [], [torch.zeros(1, dtype=torch.int32)], 0
-    for part in parts:
-        positions.append(part.masked_positions[:part.num_masked] + row * slots)
-        labels.append(part.masked_labels[:part.num_masked])
-        counts.append(part.masked_cu_seqlens[1:] + counts[-1][-1])
-        row += len(part.input_ids)
-    used = sum(part.num_masked for part in parts)
-    capacity = max(len(part.masked_positions) for part in parts)
-    while capacity < used:
-        capacity += len(parts[0].masked_positions)
-    padding = capacity - used
-    fields = ("input_ids", "position_ids", "document_ids")
+    """Join parts with consecutive rows to one micro batch."""
+    starts = np.cumsum([0, *(part.input_ids.numel() for part in parts)]).tolist()
+    fields = ("input_ids", "position_ids", "document_ids", "masked_labels")
     return PackedBatch(
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in fields},
-        masked_positions=torch.cat([*positions, torch.full((padding,), -1)]),
-        masked_labels=torch.cat([*labels, torch.zeros(padding, dtype=torch.int64)]),
-        masked_cu_seqlens=torch.cat(counts),
+        masked_positions=torch.cat(
+            [part.masked_positions + start for part, start in zip(parts, starts, strict=False)]
+        ),
+        most_masked=max(part.most_masked for part in parts),
         num_tokens=sum(part.num_tokens for part in parts),
-        num_masked=used,
     )

@@ -1,4 +1,4 @@
-"""Where the masks of a run come from: drawn each epoch, or a prebuilt index."""
+"""Open the masks of a run: drawn anew each epoch, or a prebuilt index."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import fingerprint_text
+from preprocess.masking import STRATEGIES
 from preprocess.store import TokenStore, open_array
-from preprocess.text.continuations import WordTable, continuation_table
+from preprocess.text.continuations import WordTable, continuation_table, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Masking:
 
     Attributes:
         name: the strategy's name, or the index's.
-        index: mask positions of each shard, `(m,)` uint32 ascending, or None to draw.
-        rate: mask rate of a drawn strategy.
-        words: table for `whole_word`.
+        index: masked positions of each shard, `(m,)` uint32 ascending, or None to draw.
+        rate: mask rate of a drawn strategy, in (0, 1].
+        words: word boundaries, for a drawn strategy that needs them.
         options: how the index was built: its strategy, rate and seed.
         fingerprint: of the index, over all shards.
     """
@@ -36,35 +36,33 @@ class Masking:
 
 
 def drawn_masking(store: TokenStore, name: str, rate: float) -> Masking:
-    """A strategy that is drawn anew in each epoch.
+    """Return a strategy that is drawn anew each epoch.
 
     Raises:
         ConfigError: not a strategy, or one that needs a prebuilt index.
     """
-    if name not in masks.DRAWN:
-        hint = (
-            "build it with preprocess/build_masks.py and give --mask_index"
-            if name in masks.PREBUILT else f"known: {', '.join(masks.DRAWN)}"
-        )
-        raise ConfigError(f"--masking {name}: not drawn on the fly; {hint}")
+    strategy = STRATEGIES.get(name)
+    if strategy is None or not strategy.drawn:
+        drawn = ", ".join(key for key, one in STRATEGIES.items() if one.drawn)
+        hint = ("build an index with preprocess/build_masks.py and give --mask_index" if strategy
+                else f"known: {drawn}")
+        raise ConfigError(f"--masking {name}: not drawn anew each epoch; {hint}")
     words = None
-    if name == "whole_word":
-        from transformers import AutoTokenizer
-
-        words = continuation_table(AutoTokenizer.from_pretrained(store.tokenizer_dir))
+    if "words" in strategy.needs:
+        words = continuation_table(open_tokenizer(store.tokenizer_dir))
     return Masking(name, rate=rate, words=words)
 
 
 def prebuilt_masking(store: TokenStore, name: str) -> Masking:
-    """A mask index beside the store.
+    """Open a mask index beside the store.
 
     Raises:
-        DataError: absent, made for another store, or without a single position.
+        DataError: absent, made for another store, or empty.
     """
     opened = [open_array(shard, name, "mask") for shard in store.shards]
     index, infos = [positions for positions, _ in opened], [info for _, info in opened]
     if not any(len(positions) for positions in index):
-        raise DataError(f"{store.prefix}: mask index {name} masks nothing; build another")
+        raise DataError(f"{store.prefix}: mask index {name} masks no token; build another")
     return Masking(
         name, index=index, options=infos[0].get("options") or {},
         fingerprint=fingerprint_text(*(info["sha256"] for info in infos)),

@@ -1,8 +1,9 @@
-"""The order of the rows in an epoch, worked out for each row by itself.
+"""The order of the rows in an epoch, computed for each place on its own.
 
-A permutation of `n` rows as an array takes 8 bytes a row and must be drawn anew in each epoch, by
-every rank. Here the row at a place is a function of the place: a Feistel network is a bijection of
-all numbers of so many bits, and places whose number is not below `n` walk on until theirs is.
+A permutation of `n` rows as an array takes 8 bytes per row and must be drawn anew in each epoch, by
+every rank. Here the row at a place is a function of the place. A Feistel network is a bijection of
+all numbers with a given number of bits; results that are not below `n` are mapped again until they
+are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _FIRST, _SECOND = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
 
 
 def permute(places: np.ndarray, size: int, *key: object) -> np.ndarray:
-    """Give the number at each place of a permutation of `size` numbers.
+    """Return the number at each place of a permutation of `size` numbers.
 
     Args:
         places: from 0 to `size - 1`, any shape, any integer dtype.
@@ -37,10 +38,10 @@ def permute(places: np.ndarray, size: int, *key: object) -> np.ndarray:
 
 
 def _shuffle_bits(numbers: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """A bijection of the numbers below 2^bits; `(n,)` uint64.
+    """Apply a bijection of the numbers below 2^bits; `(n,)` uint64.
 
-    Of the two halves of the bits each is in turn changed by a hash of the other, which can be
-    undone, so no two numbers become one.
+    Each half of the bits in turn is changed by a hash of the other half. Each change can be undone,
+    so no two numbers become the same.
     """
     width = bits // 2
     high, low = numbers >> np.uint64(width), numbers & np.uint64((1 << width) - 1)

@@ -1,8 +1,8 @@
-"""Which tokens of a store make up which row: packing, and the table that is kept of it.
+"""Pack the tokens of a store into rows, and keep the table of rows beside the store.
 
 A *piece* is a run of consecutive sequences of one document, at most `max_seq_length - 2` tokens;
-a *row* holds several pieces, each as `[CLS] ... [SEP]`. The table is built once for a store and a
-length, without randomness, and lies beside the store: no rank keeps it in memory.
+a *row* holds several pieces, each as `[CLS] ... [SEP]`. The table is built once per store and
+length, without randomness, and mapped from its files: no rank keeps it in memory.
 
 Letters: `R` rows, `P` pieces, `D` documents.
 """
@@ -33,9 +33,9 @@ from preprocess.progress import Progress, say
 from preprocess.store import Shard, TableWriter, TokenStore, open_table
 
 ROW_TABLE_VERSION = 2
-OPEN_ROWS = 32  # rows that are being filled at once; more of them waste less and cost more time
-SHORTEST_PIECE = 1 / 8  # of a row; shorter pieces are made only of what is left of a document
-BLOCK_TOKENS = 1 << 20  # read and packed at once, or one document
+OPEN_ROWS = 32  # rows filled at the same time; more of them waste fewer slots and more time
+SHORTEST_PIECE = 1 / 8  # of a row; only the rest of a document may become a shorter piece
+BLOCK_TOKENS = 1 << 20  # read and packed at once; or one document, if longer
 SIDES = ("train", "held")
 COLUMNS = {
     f"{side}_{name}": np.dtype(kind)
@@ -46,21 +46,19 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class RowTable:
-    """Which tokens make up which row; mapped from files, or in memory.
+    """The tokens of each row; mapped from files, or in memory.
 
     Attributes:
         piece_starts: first token of each piece in the whole store, `(P,)` int64.
         piece_lengths: tokens of each piece, `(P,)` int32.
         row_offsets: first piece of each row, and the end, `(R+1,)` int64.
-        max_seq_length: slots of a row, two of them taken by each piece's special tokens.
-        fingerprint: of all that the table follows from; empty for one that is not kept.
+        max_seq_length: slots per row; the special tokens of each piece take two of them.
     """
 
     piece_starts: np.ndarray
     piece_lengths: np.ndarray
     row_offsets: np.ndarray
     max_seq_length: int
-    fingerprint: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -68,7 +66,7 @@ class RowTable:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the store that are in a row, without special ones."""
+        """Tokens of the store in all rows, without special ones."""
         return int(self.piece_lengths.sum(dtype=np.int64))
 
     @property
@@ -80,7 +78,7 @@ class RowTable:
 
 @dataclass
 class _Rows:
-    """Rows that are full: starts and lengths of their pieces, and pieces of each row."""
+    """Finished rows: starts and lengths of their pieces, and the number of pieces per row."""
 
     starts: compact_list = field(default_factory=lambda: compact_list("q"))
     lengths: compact_list = field(default_factory=lambda: compact_list("i"))
@@ -88,30 +86,31 @@ class _Rows:
 
 
 class _Packer:
-    """Fill rows with pieces, keeping `OPEN_ROWS` open and wasting as little as possible.
+    """Fill rows with pieces, keeping `OPEN_ROWS` open and wasting as few slots as possible.
 
-    Which rooms there are is told by the bits of one whole number, so the smallest room that holds
-    a piece is found at once: in plain Python this is several times faster than numpy on 32 rows.
+    The room left in a row is the number of tokens that one more piece may have. The bits of one
+    integer say which rooms exist, so the smallest room that holds a piece is found at once: in
+    plain Python this is several times faster than numpy on 32 rows.
     """
 
     def __init__(self, max_seq_length: int) -> None:
         self._longest = max_seq_length - 2
         self._shortest = max(1, int(SHORTEST_PIECE * max_seq_length))
-        # Open rows by the tokens that one more piece may have; a row is start, length, start, ...
+        # Open rows by room; a row is start, length, start, ...
         self._by_room: list[list[list[int]]] = [[] for _ in range(self._longest + 1)]
         self._by_room[self._longest] = [[] for _ in range(OPEN_ROWS)]
-        self._rooms = 1 << self._longest  # bit r is set where a row has room r
+        self._rooms = 1 << self._longest  # bit r is set if a row has room r
         self.full = _Rows()
 
     def add_document(self, cuts: list[int]) -> None:
-        """Place a document given by the tokens at which it may be cut, ascending strictly."""
+        """Place a document, given the tokens at which it may be cut, strictly ascending."""
         at, last = 0, len(cuts) - 1
         while at < last:
             start = cuts[at]
             reach = bisect_right(cuts, start + self._longest, at + 1, last + 1) - 1
             end, room = self._best_fit(cuts, at, reach, last)
             if room < 0:
-                # No open row fits: empty the fullest and take all that an empty row holds.
+                # No open row fits: finish the fullest, and fill an empty row as far as possible.
                 self._close((self._rooms & -self._rooms).bit_length() - 1)
                 end, room = reach, self._longest
             row = self._take(room)
@@ -125,7 +124,7 @@ class _Packer:
             at = end
 
     def _best_fit(self, cuts: list[int], at: int, reach: int, last: int) -> tuple[int, int]:
-        """The cut and the room that leave least; room -1 if no row has any for a piece."""
+        """Return the cut and the room that waste least; room -1 if no piece fits any row."""
         start, least, best, best_room = cuts[at], self._longest + 1, reach, -1
         for end in range(reach, at, -1):
             length = cuts[end] - start
@@ -159,22 +158,22 @@ class _Packer:
         self._rooms |= 1 << self._longest
 
     def finish(self) -> None:
-        """Close every open row."""
+        """Finish every open row."""
         for rows in self._by_room:
             for row in filter(None, rows):
                 self._end_row(row)
 
     def take_full(self) -> _Rows:
-        """Give out the rows that are full, once."""
+        """Return the finished rows, and forget them."""
         full, self.full = self.full, _Rows()
         return full
 
 
-# ------------------------------------------------------------------------------ a whole store
+# ---------------------------------------------------------------------------- a complete store
 
 
 def hold_out(shard: Shard, documents: slice, bounds: np.ndarray, fraction: float) -> np.ndarray:
-    """Tell which documents are held out, by a hash of their ids.
+    """Choose the held-out documents, by a hash of their ids.
 
     Args:
         bounds: first token of each of the documents, and the end, `(D+1,)` int64.
@@ -193,16 +192,16 @@ def hold_out(shard: Shard, documents: slice, bounds: np.ndarray, fraction: float
 
 
 def _document_blocks(shard: Shard) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Runs of documents of about `BLOCK_TOKENS`, or one.
+    """Split a shard into runs of documents of about `BLOCK_TOKENS`, or one document.
 
     Yields:
-        Which documents; first sequence of each in the block, and the end, `(D+1,)` int64; offset
-        of each sequence, and the end, `(N+1,)` int64.
+        The documents; the first sequence of each in the block, and the end, `(D+1,)` int64; the
+        offset of each sequence, and the end, `(N+1,)` int64.
     """
     first, count = 0, shard.num_documents
     while first < count:
         start = shard.sequence_offsets[shard.document_offsets[first]]
-        # The sequence, then the document, that ends within reach.
+        # The last sequence, then the last document, that ends within BLOCK_TOKENS.
         sequence = np.searchsorted(shard.sequence_offsets, start + BLOCK_TOKENS, side="right") - 1
         last = int(np.searchsorted(shard.document_offsets, sequence, side="right")) - 1
         last = min(max(last, first + 1), count)
@@ -213,7 +212,7 @@ def _document_blocks(shard: Shard) -> Iterator[tuple[slice, np.ndarray, np.ndarr
 
 
 def _cut_points(offsets: np.ndarray, longest: int) -> list[int]:
-    """Ends of sequences, and cuts inside those longer than `longest`, ascending strictly.
+    """List the ends of sequences, and cuts inside those longer than `longest`.
 
     # offsets 0 3 3 10, longest 4 -> 0 3 7 10
     """
@@ -225,7 +224,7 @@ def _cut_points(offsets: np.ndarray, longest: int) -> list[int]:
 
 
 HeldOut = Callable[[Shard, slice, np.ndarray], np.ndarray]
-_Packed = tuple[str, _Rows, int]  # a side, rows of it, and the tokens that were read for them
+_Packed = tuple[str, _Rows, int]  # a side, its rows, and the number of tokens read for them
 
 
 def pack_rows(
@@ -234,10 +233,10 @@ def pack_rows(
     """Pack documents into rows; a row never crosses shards.
 
     Args:
-        held_out: which documents go to the other side, as `hold_out` tells it.
-        num_workers: shards packed at once, each by a process; they change nothing else.
+        held_out: chooses the documents of the side "held", as `hold_out` does.
+        num_workers: shards packed at once, one process each; the rows stay the same.
     Yields:
-        A side and rows of it, in order.
+        A side and its next rows, in order.
     """
     total = sum(len(shard.tokens) for shard in store.shards)
     num_workers = min(num_workers, len(store.shards))
@@ -277,13 +276,13 @@ def _pack_shard(shard: Shard, max_seq_length: int, held_out: HeldOut) -> Iterato
         yield side, packer.take_full(), 0
 
 
-_forked: dict[str, Any] = {}  # what the workers below are born with
+_forked: dict[str, Any] = {}  # inherited by the workers below
 
 
 def _pack_at_once(
     store: TokenStore, max_seq_length: int, held_out: HeldOut, num_workers: int
 ) -> Iterator[_Packed]:
-    """The same in order, a worker a shard, and no more of them ahead than there are workers."""
+    """Pack with one worker per shard, in order, at most `num_workers` shards ahead."""
     _forked.update(shards=store.shards, length=max_seq_length, held_out=held_out)
     numbers = iter(range(len(store.shards)))
     with ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork")) as pool:
@@ -295,7 +294,7 @@ def _pack_at_once(
                 yield from waiting.popleft().result()
             except BrokenProcessPool:
                 raise DataError(
-                    f"{store.prefix}: a process that packs rows was killed, perhaps for want of "
+                    f"{store.prefix}: a process that packs rows was killed, perhaps for lack of "
                     "memory; give the same command fewer cores (taskset)"
                 ) from None
             waiting.extend(pool.submit(_pack_numbered, i) for i in itertools.islice(numbers, 1))
@@ -306,7 +305,7 @@ def _pack_numbered(number: int) -> list[_Packed]:
 
 
 def _columns(packed: Iterator[tuple[str, _Rows]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Blocks of the columns of a table."""
+    """Yield blocks of the columns of a table, by name."""
     ends = dict.fromkeys(SIDES, 0)
     for side in SIDES:
         yield f"{side}_rows", np.zeros(1, np.int64)
@@ -321,7 +320,7 @@ def _columns(packed: Iterator[tuple[str, _Rows]]) -> Iterator[tuple[str, np.ndar
 def make_tables(
     packed: Iterator[tuple[str, _Rows]], max_seq_length: int
 ) -> tuple[RowTable, RowTable]:
-    """The rows to train on and the rows held out, in memory."""
+    """Make the tables of training and held-out rows in memory."""
     blocks: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     for name, block in _columns(packed):
         blocks[name].append(block)
@@ -329,17 +328,13 @@ def make_tables(
         name: np.concatenate([np.empty(0, COLUMNS[name]), *parts])
         for name, parts in blocks.items()
     }
-    return _as_tables(found, max_seq_length, "")
+    return _as_tables(found, max_seq_length)
 
 
-def _as_tables(
-    columns: dict[str, np.ndarray], max_seq_length: int, fingerprint: str
-) -> tuple[RowTable, RowTable]:
+def _as_tables(columns: dict[str, np.ndarray], max_seq_length: int) -> tuple[RowTable, RowTable]:
     train, held = (
-        RowTable(
-            columns[f"{side}_starts"], columns[f"{side}_lengths"], columns[f"{side}_rows"],
-            max_seq_length, fingerprint and f"{side} {fingerprint}",
-        )
+        RowTable(columns[f"{side}_starts"], columns[f"{side}_lengths"], columns[f"{side}_rows"],
+                 max_seq_length)
         for side in SIDES
     )
     return train, held
@@ -348,13 +343,13 @@ def _as_tables(
 def row_tables(
     store: TokenStore, max_seq_length: int, eval_fraction: float
 ) -> tuple[RowTable, RowTable]:
-    """The rows to train on and the rows held out, mapped from beside the store.
+    """Open the tables of training and held-out rows beside the store; build them if absent.
 
-    Of several ranks that find no table one builds it, and the others wait. Where nothing can be
-    written it is built in memory, by every rank and every time.
+    Of several ranks that find no table, one builds it and the others wait. Where nothing can be
+    written, every rank builds it in memory, every time.
 
     Raises:
-        DataError: nothing is left to train on.
+        DataError: there are no tokens to train on.
     """
     key = json.dumps(
         [ROW_TABLE_VERSION, store.fingerprint, max_seq_length, eval_fraction], sort_keys=True
@@ -388,7 +383,7 @@ def row_tables(
                 raise
     tables = (
         make_tables(packed(1), max_seq_length) if columns is None
-        else _as_tables(columns, max_seq_length, name)
+        else _as_tables(columns, max_seq_length)
     )
     if tables[0].num_rows == 0:
         raise DataError(f"{store.prefix}: no tokens to train on; tokenize a larger corpus")

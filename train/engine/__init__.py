@@ -1,4 +1,20 @@
-"""The layer over DeepSpeed; nothing else imports it."""
+"""The layer over DeepSpeed; no other room imports it.
+
+DeepSpeed is imported inside functions (the import takes seconds), so that `--help` and every check
+of the user's flags come first. It has no option for the following, so they are replaced here:
+
+- `engine.checkpoint_engine` (states.py), while saving: a synchronous writer that notes which files
+  are this rank's.
+- `torch.load` (states.py), while loading: DeepSpeed reads its files with `weights_only=False`, and
+  a pickle can run any code.
+- `engine._config.load_universal_checkpoint` (states.py), while loading at another number of ranks.
+- `engine.enable_backward_allreduce` (steps.py), on one rank without ZeRO: there is nothing to
+  reduce, and DeepSpeed would copy all gradients there and back.
+- `deepspeed.ops.__compatible_ops__` (group.py), without a GPU: DeepSpeed would compile an
+  all-reduce that only its inference engine uses.
+
+`test_what_is_replaced_in_deepspeed_is_still_there` fails when a new version changes one of them.
+"""
 
 from train.engine.ds_json import (
     DEFAULT_LEARNING_RATE,

@@ -1,8 +1,12 @@
-"""The DeepSpeed JSON: read it, fill "auto", settle batch size, precision and schedule."""
+"""The DeepSpeed JSON: read it, fill "auto", settle batch size, precision and schedule.
+
+It is filled and checked before DeepSpeed sees it, which does not know the word "auto".
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +21,14 @@ from train.engine import schema as ds_schema
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_BATCH = 32
-WARMUP_SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
 
 @dataclass(frozen=True)
 class Resolved:
     """A DeepSpeed configuration without "auto", and its batch arithmetic.
 
-    `train_batch_size == micro_batch_size * accumulation_steps * world_size` (rows a step).
-    `notes` are lines to say to the user; `precision` is fp32, fp16 or bf16.
+    `train_batch_size == micro_batch_size * accumulation_steps * world_size` (rows per step).
+    `notes` are lines to report to the user; `precision` is fp32, fp16 or bf16.
     """
 
     config: dict[str, Any]
@@ -40,7 +43,7 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
     """Read a DeepSpeed JSON; the default depends on whether there is a GPU.
 
     Raises:
-        ConfigError: no such file, not JSON, not an object, or a key or value that is not known.
+        ConfigError: no such file, not JSON, not an object, or an unknown key or a bad value.
     """
     default = "zero1_fp16.json" if torch.cuda.is_available() else "cpu.json"
     file = Path(DS_CONFIGS / default if path is None else path)
@@ -70,17 +73,13 @@ def _settle(config: dict[str, Any], key: str, flag: str, given: Any, default: An
 
 def _settle_batch(config: dict[str, Any], options: TrainingConfig, world_size: int,
                   default_batch: int) -> tuple[int, int, int]:
-    """Solve train = micro * accumulation * world for what is not said."""
+    """Solve train = micro * accumulation * world for the sizes that are not given."""
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
     flags = ("per_device_train_batch_size", "gradient_accumulation_steps", "train_batch_size")
     micro, accumulation, train = (
         _settle(config, name, flag, getattr(options, flag), None)
         for name, flag in zip(names, flags, strict=True)
     )
-    for name, value in zip(names, (micro, accumulation, train), strict=True):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)
-                                  or value < 1):
-            raise ConfigError(f"{name} {value!r}: must be a whole number of 1 or more")
     given = (micro, accumulation, train)
     if train is None:
         accumulation = accumulation or 1
@@ -103,7 +102,7 @@ def _settle_batch(config: dict[str, Any], options: TrainingConfig, world_size: i
 
 
 def _settle_precision(config: dict[str, Any], options: TrainingConfig) -> tuple[str, list[str]]:
-    """Which precision the JSON asks for, and what this device has instead."""
+    """Return the precision of the run, and a note where the device lacks the one asked for."""
     wanted = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
     if len(wanted) == 2:
         raise ConfigError("the DeepSpeed JSON enables fp16 and bf16; keep one")
@@ -128,7 +127,7 @@ def resolve_ds_config(
     raw: dict[str, Any],
     options: TrainingConfig,
     *,
-    total_steps: int,
+    total_steps: int | Callable[[int], int],
     world_size: int,
     default_learning_rate: float = DEFAULT_LEARNING_RATE,
     default_warmup_ratio: float = 0.1,
@@ -138,17 +137,19 @@ def resolve_ds_config(
 
     Args:
         raw: the JSON as read; not changed.
-        options: flags; None where the user said nothing.
-        total_steps: optimizer steps of the run, for the schedule.
+        options: flags; None where the user gave none.
+        total_steps: optimizer steps of the run, for the schedule; or a function of
+            `train_batch_size` that returns them.
         world_size: number of ranks.
-        default_learning_rate, default_warmup_ratio, default_batch: what this command takes where
-            neither the JSON nor a flag says anything.
+        default_learning_rate, default_warmup_ratio, default_batch: of this command, where neither
+            the JSON nor a flag gives a value.
     Raises:
         ConfigError: a contradiction, a bad value, or an "auto" that nothing fills.
     """
     config = json.loads(json.dumps(raw))
     ds_schema.check(config)
     micro, accumulation, train = _settle_batch(config, options, world_size, default_batch)
+    num_steps = total_steps(train) if callable(total_steps) else total_steps
     _settle(config, "gradient_clipping", "max_grad_norm", options.max_grad_norm, 1.0)
     optimizer = config.setdefault("optimizer", {"type": "AdamW", "params": {}})
     parameters = optimizer.setdefault("params", {})
@@ -165,7 +166,7 @@ def resolve_ds_config(
     if not torch.cuda.is_available() and offload.get("pin_memory"):
         offload["pin_memory"] = False  # pinning needs a GPU
     precision, notes = _settle_precision(config, options)
-    _settle_schedule(config, options, total_steps, default_warmup_ratio, parameters["lr"])
+    _settle_schedule(config, options, num_steps, default_warmup_ratio, parameters["lr"])
     ds_schema.check_together(config, precision, torch.cuda.is_available())
     return Resolved(config, micro, accumulation, train, precision, tuple(notes))
 
@@ -176,8 +177,6 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
     if scheduler is None:
         scheduler = config["scheduler"] = {"type": "WarmupDecayLR", "params": {}}
     schedule = scheduler.setdefault("params", {})
-    if scheduler["type"] not in WARMUP_SCHEDULERS:
-        return
     ratio = default_warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
     if schedule.get("warmup_num_steps", "auto") == "auto":
         # DeepSpeed refuses warm-ups below 2 steps: it divides by log(warmup_num_steps).
@@ -190,12 +189,12 @@ def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_step
     schedule.setdefault("warmup_type", "linear")  # DeepSpeed's own default is logarithmic
     if scheduler["type"] != "WarmupCosineLR":
         schedule.setdefault("warmup_min_lr", 0)
-        # The schedule's peak is what trains; the optimizer's lr only says it once more.
+        # The schedule sets the rate; the optimizer's lr only repeats its peak.
         _settle(schedule, "warmup_max_lr", "learning_rate", options.learning_rate, learning_rate)
     if scheduler["type"] == "WarmupLR":
         return
     if schedule.get("total_num_steps", "auto") == "auto":
-        # One more than there are, so that the last step still has a rate above 0.
+        # One more than the run has, so that its last step has a rate above 0.
         schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"]) + 1
     elif schedule["total_num_steps"] < total_steps:
         raise ConfigError(

@@ -13,13 +13,13 @@ import torch
 
 from preprocess.errors import ConfigError
 
-# Within it a node sees what another one wrote: NFS keeps what it knows of a folder for up to 60 s.
+# A node sees the files of another one within this time: NFS caches a folder for up to 60 s.
 SHARED_DISK_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `world_size`, `local_rank` on its machine."""
+    """The place of this process: `rank` of `world_size`, `local_rank` on its machine."""
 
     rank: int
     world_size: int
@@ -36,13 +36,22 @@ def ranks() -> Ranks:
 
 
 def is_main() -> bool:
-    """Whether this is the first rank."""
+    """Return whether this is the first rank."""
     return ranks().rank == 0
 
 
+def load_deepspeed() -> Any:
+    """Import deepspeed (seconds, the first time) for this machine's device, without its chatter."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu")
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    return deepspeed
+
+
 def supported_precisions() -> dict[str, bool]:
-    """Whether DeepSpeed takes fp16 and bf16 on this machine."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    """Return whether DeepSpeed takes fp16 and bf16 on this machine."""
+    load_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
@@ -53,12 +62,9 @@ def start() -> torch.device:
     """Join the process group (idempotent) and pick this rank's device.
 
     Raises:
-        ConfigError: the others did not come within DeepSpeed's 10 minutes, or the port is taken.
+        ConfigError: other ranks did not join within DeepSpeed's 10 minutes, or the port is taken.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-
-    deepspeed.logger.setLevel("ERROR")
+    deepspeed = load_deepspeed()
     if "RANK" not in os.environ:  # plain `python`: a group of one
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -67,8 +73,6 @@ def start() -> torch.device:
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
     if not torch.cuda.is_available():
-        # On a CPU DeepSpeed would compile a shared-memory all-reduce here (a minute, and a
-        # compiler) that only its inference engine uses.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(verbose=False)
@@ -77,8 +81,8 @@ def start() -> torch.device:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(
             f"rank {here.rank} of {here.world_size} found no process group at {where} ({first}); "
-            f"look at what the other nodes said, and give a --master_addr that they reach and a "
-            f"free --master_port"
+            f"look at the output of the other nodes, and give a --master_addr that they reach and "
+            f"a free --master_port"
         ) from None
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks().local_rank)
@@ -93,18 +97,24 @@ def finish() -> None:
         torch.distributed.destroy_process_group()
 
 
-def all_reduce_sum(*values: float) -> list[float]:
-    """Sum each number over all ranks (float64)."""
-    if ranks().world_size == 1:
-        return list(map(float, values))
+def all_reduce_sum(*values: float | torch.Tensor) -> list[float]:
+    """Sum each number over all ranks (float64), in one collective and one copy to the host.
+
+    Args:
+        values: numbers, or tensors `()`, which stay on their device until they are summed.
+    """
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(tensor)
-    return tensor.tolist()
+    stacked = torch.stack([
+        value.to(torch.float64) if isinstance(value, torch.Tensor)
+        else torch.full((), value, dtype=torch.float64, device=device) for value in values
+    ])
+    if ranks().world_size > 1:
+        torch.distributed.all_reduce(stacked)
+    return stacked.tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, in the order of ranks, on every rank."""
+    """Return every rank's `value`, in the order of ranks, on every rank."""
     if ranks().world_size == 1:
         return [value]
     gathered: list[Any] = [None] * ranks().world_size
@@ -115,7 +125,7 @@ def gather_objects(value: Any) -> list[Any]:
 def nodes_without(folder: Path) -> list[str]:
     """Return the hosts that do not see what rank 0 writes to `folder`; collective.
 
-    A network disk may show a new file late, so a host that misses it looks for a while.
+    A network disk may show a new file late, so a host that misses it keeps looking for a while.
     """
     if ranks().world_size == 1:
         return []
@@ -136,7 +146,7 @@ def nodes_without(folder: Path) -> list[str]:
 
 
 def is_started() -> bool:
-    """Whether this process has joined the process group."""
+    """Return whether this process has joined the process group."""
     return torch.distributed.is_initialized()
 
 

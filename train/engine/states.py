@@ -6,8 +6,8 @@ import argparse
 import io
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from train.engine.group import barrier, is_main, ranks
 
 GENERATORS = "generators_rank{rank}.pt"
 # Optimizers whose state is a first and a second moment, which is what DeepSpeed can convert.
-CONVERTIBLE = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam", "FusedLamb")
+CONVERTIBLE = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 
 
 def describe(engine: Any) -> dict[str, Any]:
-    """What of the DeepSpeed JSON decides which states there are."""
+    """Return the settings of the DeepSpeed JSON that decide which states exist."""
     precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
     return {
         "ZeRO stage": int(engine.zero_optimization_stage()), "precision": precision,
@@ -31,28 +31,26 @@ def describe(engine: Any) -> dict[str, Any]:
     }
 
 
-def save_state(
-    engine: Any, folder: str | Path, client_state: dict[str, Any],
-    seal: Callable[[Path], AbstractContextManager[None]],
-) -> None:
-    """Write what `load_state` needs to go on bit for bit; collective.
+def save_state(engine: Any, folder: str | Path, client_state: dict[str, Any]) -> list[Path]:
+    """Write what `load_state` needs to continue bit for bit; collective.
 
-    DeepSpeed's own `latest` file is not written: it may name a checkpoint that is not whole.
+    DeepSpeed's own `latest` file is not written: it may name an incomplete checkpoint.
 
-    Args:
-        seal: entered around the writing of each file of this rank, from its first byte to its
-            last. What DeepSpeed writes besides (scripts, offloaded tensors) does not pass it.
+    Returns:
+        The files that this rank wrote, but for DeepSpeed's conversion script.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    class SealingEngine(TorchCheckpointEngine):
-        """DeepSpeed's file writer; synchronous, whatever the JSON asks for."""
+    written: list[Path] = []
+
+    class NotingEngine(TorchCheckpointEngine):
+        """DeepSpeed's synchronous file writer, which notes what it has written."""
 
         def save(self, state_dict: Any, path: str) -> None:
-            with writing(path, _num_bytes(state_dict)), seal(Path(path)):
-                torch.save(state_dict, path)
+            torch.save(state_dict, path)
+            written.append(Path(path))
 
-    engine.checkpoint_engine = SealingEngine()
+    engine.checkpoint_engine = NotingEngine()
     # The converter to other numbers of ranks asks for this entry.
     state = {**client_state, "universal_checkpoint_info": {}}
     engine.save_checkpoint(str(folder), tag="state", client_state=state, save_latest=False)
@@ -60,39 +58,20 @@ def save_state(
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
     path = Path(folder) / GENERATORS.format(rank=ranks().rank)
-    with writing(path), seal(path):
-        torch.save(generators, path)
-
-
-def _num_bytes(state: Any) -> int:
-    """Bytes of the tensors in nested dictionaries and lists; shared memory counts once."""
-    storages: dict[int, int] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict):
-            for inner in value.values():
-                visit(inner)
-        elif isinstance(value, (list, tuple)):
-            for inner in value:
-                visit(inner)
-
-    visit(state)
-    return sum(storages.values())
+    torch.save(generators, path)
+    return [*written, path]
 
 
 def load_state(engine: Any, folder: str | Path, world_size: int) -> dict[str, Any]:
     """Load what `save_state` wrote, without running anything that is pickled in it; collective.
 
-    At the same number of ranks everything goes on bit for bit. At another one parameters, moments,
-    schedule and loss scaler are those that were saved, shared out anew; so are the batches, which
-    do not depend on the ranks. Dropout differs: rank r draws from a generator seeded by the saved
-    state of rank 0, the number of ranks and r, the same each time.
+    At the same number of ranks the run continues bit for bit. At another one, parameters, moments,
+    schedule and loss scaler are the saved ones, divided anew; batches do not depend on the ranks.
+    Dropout differs: rank r draws from a generator seeded by the saved state of rank 0, the number
+    of ranks and r, the same each time.
 
     Args:
-        world_size: number of ranks that wrote it.
+        world_size: number of ranks that wrote the files.
     Returns:
         The `client_state`.
     Raises:
@@ -124,11 +103,11 @@ def load_state(engine: Any, folder: str | Path, world_size: int) -> dict[str, An
 
 @contextmanager
 def _safe_torch_load(engine: Any) -> Iterator[None]:
-    """Let nothing in this process unpickle more than tensors, plain values and a few of DeepSpeed.
+    """Let this process unpickle only tensors, plain values and four classes of DeepSpeed.
 
-    DeepSpeed reads its own files, and those that its converter makes of them, with
-    `weights_only=False`; a pickle can run any code. The names of parameters become paths there, so
-    names that are not of this model are refused as well.
+    DeepSpeed reads its own files, and those that its converter makes, with `weights_only=False`; a
+    pickle can run any code. The converter makes paths of parameter names, so names that are not of
+    this model are refused as well.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -164,7 +143,7 @@ def _safe_torch_load(engine: Any) -> Iterator[None]:
 
 
 def _parameter_names(state: Any) -> set[str]:
-    """Every name of a parameter or buffer in a file of DeepSpeed's."""
+    """Return every name of a parameter or buffer in a file of DeepSpeed."""
     if not isinstance(state, dict):
         return set()
     optimizer = state.get("optimizer_state_dict") or {}
@@ -174,16 +153,16 @@ def _parameter_names(state: Any) -> set[str]:
 
 
 def _load_converted(engine: Any, folder: Path) -> dict[str, Any]:
-    """Load the ZeRO states of another number of ranks by way of DeepSpeed's universal format.
+    """Load the ZeRO states of another number of ranks through DeepSpeed's universal format.
 
-    Rank 0 makes it beside the checkpoint (12 bytes a parameter, for a while twice that) and
+    Rank 0 writes it beside the checkpoint (12 bytes per parameter, for a while twice that) and
     removes it when all ranks have read it.
     """
     kind = type(engine.basic_optimizer).__name__
     amsgrad = any(group.get("amsgrad") for group in engine.basic_optimizer.param_groups)
     if kind not in CONVERTIBLE or amsgrad:
         raise ConfigError(
-            f"{folder}: the states of the optimizer {kind} cannot be shared out anew (those of "
+            f"{folder}: the states of the optimizer {kind} cannot be divided anew (those of "
             f"{', '.join(CONVERTIBLE)} without amsgrad can); start as many ranks as wrote it"
         )
     universal = folder.with_name(f"{folder.name}.universal.tmp")
@@ -202,7 +181,7 @@ def _load_converted(engine: Any, folder: Path) -> dict[str, Any]:
             for group, values in zip(engine.optimizer.param_groups, saved["param_groups"],
                                      strict=True):
                 group.update({key: value for key, value in values.items() if key != "params"})
-            # And all of them one tensor to count their steps, which each then adds to.
+            # And all parameters one tensor to count their steps, which each then adds to.
             for state in engine.basic_optimizer.state.values():
                 if isinstance(state.get("step"), torch.Tensor):
                     state["step"] = state["step"].clone()

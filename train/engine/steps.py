@@ -1,9 +1,4 @@
-"""The thin layer over DeepSpeed: its JSON, its process group, its engine.
-
-The only importer of deepspeed, and that inside functions (the import takes seconds), so that
-`--help` and every check of a user's input come first. The JSON is filled and checked here
-before DeepSpeed sees it: it does not know the word "auto" and ignores a misspelt block.
-"""
+"""The engine and its steps: parameter groups, one safe optimizer step, the full state."""
 
 from __future__ import annotations
 
@@ -16,10 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from preprocess.errors import NonFiniteError
-from train.engine.ds_json import WARMUP_SCHEDULERS, Resolved
+from train.engine.ds_json import Resolved
 from train.engine.group import is_main, ranks
 
-# fp16 steps skipped in a row before a run stops; from a scale of 2^32 to 1 it takes 33.
+# fp16 steps skipped in a row before a run stops; a scale of 2^32 reaches 1 after 33.
 MAX_SKIPPED_IN_A_ROW = 50
 
 
@@ -32,8 +27,8 @@ def parameter_groups(
     """Split parameters for the optimizer: biases and norms (one dimension) are not decayed.
 
     Args:
-        head_prefixes: parameters whose names start so go to the groups named "head".
-        head_scale: learning rate of the head over that of the encoder.
+        head_prefixes: parameters whose names start with one of these go to the "head" groups.
+        head_scale: learning rate of the head divided by that of the encoder.
     Returns:
         Non-empty groups, each with `params`, `weight_decay`, `name` and `lr_scale`.
     """
@@ -54,7 +49,7 @@ def parameter_groups(
 
 
 def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved: Resolved) -> Any:
-    """Wrap `module` in a DeepSpeed engine; call `start` before."""
+    """Wrap `module` in a DeepSpeed engine; call `start` first."""
     import deepspeed
 
     config = json.loads(json.dumps(resolved.config))
@@ -73,24 +68,22 @@ def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved
         for borrower, parameter in getattr(module, "borrowed_parameters", list)():
             deepspeed.zero.register_external_parameter(borrower, parameter)
     if ranks().world_size == 1 and resolved.precision == "fp32" and not engine.zero_optimization():
-        # One rank has nothing to reduce, and DeepSpeed would copy all gradients there and back.
         engine.enable_backward_allreduce = False
-    if config["scheduler"]["type"] in WARMUP_SCHEDULERS:
-        # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and
-        # at its step 0. From here, step n of the run has the rate of the schedule's step n.
-        engine.lr_scheduler.step(1)
+    # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and at its
+    # step 0. From here, step n of the run has the rate of the schedule's step n.
+    engine.lr_scheduler.step(1)
     return engine
 
 
 class _LossScaleHistory:
-    """The last changes of an engine's loss scale, and the steps it has skipped since the last."""
+    """The last changes of an engine's loss scale, and the steps it has skipped in a row."""
 
     def __init__(self) -> None:
         self._changes: deque[tuple[int, float]] = deque(maxlen=8)
         self.skipped_in_a_row = 0
 
     def note(self, step: int, scale: float) -> None:
-        """Step `step` is taken at `scale`."""
+        """Note that step `step` is taken at `scale`."""
         if not self._changes or self._changes[-1][1] != scale:
             self._changes.append((step, scale))
 
@@ -102,15 +95,15 @@ _loss_scales: WeakKeyDictionary[Any, _LossScaleHistory] = WeakKeyDictionary()
 
 
 def take_step(engine: Any) -> Any:
-    """`engine.step()`, which never trains on a gradient that is not a number.
+    """Call `engine.step()`, but never train on a gradient that is not a number.
 
     Gradients are reduced over all ranks before this, so every rank finds the same. In fp32 and
-    bf16 the run stops. In fp16 an overflow is how the loss scale is found: the step is skipped,
-    as long as a lower scale can help.
+    bf16 the run stops. In fp16 the loss scale is found by overflows: the step is skipped, as long
+    as a lower scale can help.
 
     Returns:
         Global norm of the gradients before clipping, a number or a tensor `()`; None between
-        optimizer steps and for a skipped one.
+        optimizer steps and for a skipped step.
     Raises:
         NonFiniteError: on every rank; nothing has been updated.
     """
@@ -121,7 +114,7 @@ def take_step(engine: Any) -> Any:
     step = engine.global_steps + 1
     norm = None
     if not (engine.zero_optimization_stage() or engine.bfloat16_enabled()):
-        # Plain fp32 is the one set-up in which DeepSpeed looks at no gradient.
+        # Only in plain fp32 does DeepSpeed check no gradient.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
     if norm is None or math.isfinite(norm):
@@ -135,7 +128,7 @@ def take_step(engine: Any) -> Any:
 
 
 def _take_fp16_step(engine: Any) -> Any:
-    """The fp16 part of `take_step`; a skipped step is bounded, and said with its history."""
+    """Take an fp16 step; bound the skipped steps, and report the history of the loss scale."""
     step, scale = engine.global_steps + 1, float(engine.optimizer.loss_scale)
     history = _loss_scales.setdefault(engine, _LossScaleHistory())
     history.note(step, scale)
@@ -169,7 +162,7 @@ def _take_fp16_step(engine: Any) -> Any:
 
 
 def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
-    """All parameters and buffers in fp32 on the CPU, from ZeRO 0 to 3; collective.
+    """Return all parameters and buffers in fp32 on the CPU, for ZeRO 0 to 3; collective.
 
     The optimizer's fp32 masters are preferred to 16-bit copies. Tied parameters appear once,
     under their first name. None on ranks other than the first.

@@ -20,7 +20,6 @@ from train.model.loading import (
     load_tokenizer,
     local_checkpoint,
     named_config,
-    weights_fingerprint,
 )
 from train.model.packed import PackedMaskedLM
 
@@ -46,5 +45,4 @@ __all__ = [
     "local_checkpoint",
     "named_config",
     "peak_flops",
-    "weights_fingerprint",
 ]

@@ -1,8 +1,15 @@
-"""Model families, packed attention, and what goes in and out of `hf/` folders.
+"""Model families and packed attention.
 
-The only file that names transformers' model classes. A family is a row of `FAMILIES`: where
-its encoder, its MLM head and its first position are, and how it takes a block-diagonal
-attention mask. Letters: `B` rows, `S` slots of a row, `M` masked positions, `D` hidden size.
+The only file that names the parts of transformers' models. A family is an entry of `FAMILIES`:
+where its encoder, its MLM head and its first position are, and what its last layer computes.
+
+One method of transformers is replaced, on the instance: the `forward` of an encoder's last layer,
+because transformers cannot compute a layer for some slots only.
+
+- `PackedMaskedLM` (packed.py): with an argument `queries`, the layer computes masked slots only.
+- `first_slot_only`: the layer computes [CLS] only, for inference with a classifier.
+
+Letters: `B` rows, `S` slots of a row, `C` queries, `D` hidden size, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -17,10 +24,10 @@ from torch.nn import functional
 
 
 class Queries(NamedTuple):
-    """The slots of a batch that the last layer computes: `C` of them, at most `K` in a row.
+    """The slots of a batch that the last layer computes: `C` of them, at most `K` per row.
 
     Attributes:
-        slots: flat slots, `(C,)` int64; padding points at slot 0.
+        slots: flat slots, `(C,)` int64; padding repeats the last one.
         table: number of the query that row b has at place k, `(B, K)` int64; places that a row
             does not fill hold any number.
         places: flat place `b * K + k` of each query, `(C,)` int64.
@@ -31,7 +38,7 @@ class Queries(NamedTuple):
     places: torch.Tensor
 
     def of(self, states: torch.Tensor) -> torch.Tensor:
-        """The states of the queries, `(B, S, D)` to `(C, D)`."""
+        """Select the states of the queries, `(B, S, D)` to `(C, D)`."""
         return states.flatten(0, 1).index_select(0, self.slots)
 
 
@@ -41,29 +48,30 @@ def find_queries(
     """Arrange masked positions by row.
 
     Args:
-        masked_positions: flat slots, ascending, padded at the end with -1, `(C,)`.
+        masked_positions: flat slots, ascending, padded at the end with -1, `(C,)`, at least one.
         num_rows, num_slots: `B` and `S` of the batch.
         most: positions of the fullest row, or more; counted (the host waits for a GPU) if None.
     """
-    valid = masked_positions >= 0
-    slots = masked_positions.clamp(min=0)
-    row = torch.where(valid, slots // num_slots, num_rows)  # ascending, padding after the last
-    device = slots.device
-    bounds = torch.searchsorted(row, torch.arange(num_rows + 1, device=device))
+    size, device = len(masked_positions), masked_positions.device
+    count = (masked_positions >= 0).sum()
+    # Padding repeats the last position: numbers of another slot could be inf or NaN, and 0 x inf
+    # would put NaN into the gradients.
+    number = torch.minimum(torch.arange(size, device=device), (count - 1).clamp(min=0))
+    slots = masked_positions[number].clamp(min=0)
+    row = slots // num_slots
+    bounds = torch.searchsorted(row, torch.arange(num_rows + 1, device=device)).clamp(max=count)
     if most is None:
         most = int(bounds.diff().max())
     most = max(1, most)
-    place = torch.arange(len(slots), device=device) - bounds[row.clamp(max=num_rows - 1)]
-    places = torch.where(valid, row * most + place, 0)
     table = bounds[:-1, None] + torch.arange(most, device=device)
-    return Queries(slots, table.clamp(max=len(slots) - 1), places)
+    return Queries(slots, table.clamp(max=size - 1), row * most + number - bounds[row])
 
 
 def _attend(
     queries: Queries, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     mask: torch.Tensor, num_heads: int, dropout: float,
 ) -> torch.Tensor:
-    """Attention of the queries to all slots of their rows.
+    """Let the queries attend to all slots of their rows.
 
     Args:
         query: `(C, D)`.
@@ -113,7 +121,7 @@ def _distilbert_last_layer(
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2021) of `(..., heads, d)` by `(..., d)`, in fp32."""
+    """Apply rotary position embedding (Su et al. 2021) to `(..., heads, d)`, in fp32."""
     # Step by step as in transformers, in float64 too: full and subset must agree.
     first, second = states.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
@@ -152,21 +160,19 @@ class Family:
 
     Attributes:
         encoder: `...ForMaskedLM` -> its encoder module.
-        logits: (`...ForMaskedLM`, hidden `(..., D)`) -> `(..., V)`, its whole MLM head.
         transform: `...ForMaskedLM` -> dense layer, layer norm and activation of its MLM head; the
             activation by transformers' name.
         head_prefixes: names under which the MLM head's own parameters are stored.
         first_position: configuration -> position id of the first token of a piece.
         local_window: configuration -> half width of local attention, None where all is global.
-        num_positions: configuration -> slots that a row may have.
+        num_positions: configuration -> largest number of slots per row.
         layers: encoder -> its layers.
-        last_layer: (layer, hidden `(B, S, D)`, mask, queries, what else the encoder hands to a
-            layer) -> `(C, D)`, what the layer computes for the slots of the queries alone.
-        split_linear: last layer -> the linear layers whose weights `last_layer` takes apart.
+        last_layer: (layer, hidden `(B, S, D)`, mask, queries, the encoder's other arguments) ->
+            `(C, D)`, the layer's output at the slots of the queries.
+        split_linear: last layer -> the linear layers whose weights `last_layer` splits.
     """
 
     encoder: Callable[[Any], nn.Module]
-    logits: Callable[[Any, torch.Tensor], torch.Tensor]
     transform: Callable[[Any], tuple[nn.Linear, nn.LayerNorm, str]]
     head_prefixes: tuple[str, ...]
     first_position: Callable[[Any], int]
@@ -185,7 +191,6 @@ def _bert_transform(model: Any) -> tuple[nn.Linear, nn.LayerNorm, str]:
 FAMILIES: dict[str, Family] = {
     "bert": Family(
         encoder=lambda model: model.bert,
-        logits=lambda model, hidden: model.cls(hidden),
         transform=_bert_transform,
         head_prefixes=("cls.",),
         first_position=lambda config: 0,
@@ -196,7 +201,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "roberta": Family(
         encoder=lambda model: model.roberta,
-        logits=lambda model, hidden: model.lm_head(hidden),
         # Its head has the exact GELU, whatever `hidden_act` says.
         transform=lambda model: (model.lm_head.dense, model.lm_head.layer_norm, "gelu"),
         head_prefixes=("lm_head.",),
@@ -209,9 +213,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "distilbert": Family(
         encoder=lambda model: model.distilbert,
-        logits=lambda model, hidden: model.vocab_projector(
-            model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
-        ),
         transform=lambda model: (
             model.vocab_transform, model.vocab_layer_norm, model.config.activation
         ),
@@ -224,7 +225,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "modernbert": Family(
         encoder=lambda model: model.model,
-        logits=lambda model, hidden: model.decoder(model.head(hidden)),
         transform=lambda model: (
             model.head.dense, model.head.norm, model.config.classifier_activation
         ),
@@ -243,15 +243,15 @@ def attention_mask(
     family: Family, config: Any, document_ids: torch.Tensor, position_ids: torch.Tensor,
     dtype: torch.dtype,
 ) -> Any:
-    """Let each slot attend to the slots of its own piece only.
+    """Build the mask that lets each slot attend to the slots of its own piece only.
 
     Args:
-        document_ids: piece of each slot, `(B, S)`; padding slots share one id of their own, so
-            that no softmax row is empty.
-        position_ids: position of each slot in its piece, from 0, `(B, S)`.
+        document_ids: piece of each slot, `(B, S)` int64; padding slots share an id of their own,
+            so that no softmax row is empty.
+        position_ids: position of each slot in its piece, from 0, `(B, S)` int64.
         dtype: of the activations; the mask is additive, 0 or the lowest number.
     Returns:
-        `(B, 1, S, S)`, or for families with local attention a dictionary of two such masks.
+        `(B, 1, S, S)`, or a dictionary of two such masks for families with local attention.
         # pieces [0 0 1] -> rows [1 1 0], [1 1 0], [0 0 1]
     """
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
@@ -271,10 +271,10 @@ def attention_mask(
 
 
 def first_slot_only(classifier: Any) -> None:
-    """Let the last layer of a sequence classifier compute the first slot alone, for inference.
+    """Let the last layer of a sequence classifier compute the first slot only, for inference.
 
-    Nothing else is read by its top, so the logits stay the same. One that reads more (mean
-    pooling), or of a family not known here, is left as it is.
+    Its top reads nothing else, so the logits stay the same. A classifier that reads more (mean
+    pooling) or belongs to an unknown family is left unchanged.
     """
     family = FAMILIES.get(classifier.config.model_type)
     if family is None or getattr(classifier.config, "classifier_pooling", "cls") != "cls":
@@ -293,7 +293,7 @@ def first_slot_only(classifier: Any) -> None:
 
 
 def checkpoint_activations(hf_model: Any) -> None:
-    """Recompute the activations of each layer in the backward pass instead of keeping them."""
-    # transformers renamed it in 5.x; both names take the same argument.
+    """Recompute the activations of each layer in the backward pass instead of storing them."""
+    # transformers 5 renamed the method; both names take the same argument.
     enable = getattr(hf_model, "activation_checkpointing_enable", None)
     (enable or hf_model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -1,24 +1,26 @@
-"""Useful arithmetic of a masked-LM step, and what the device could do: the two halves of MFU.
+"""Useful arithmetic of a masked-LM step, the device's peak (together: MFU), and memory.
 
-One count for every way of computing the same step: linear layers of the encoder for each real
-token, attention of a token over a whole row, the MLM head for masked tokens alone. Logits of other
-slots, padding, and work done twice are not useful and count nothing; what the last-layer subset
-leaves out is counted as if it had been done. A multiply-add is two operations, and the backward
-pass costs twice the forward pass (Kaplan et al. 2020, section 2.1).
+The count is the same for every way of computing a step: linear layers of the encoder for each real
+token, attention of each token over a complete row, the MLM head for masked tokens only. Logits of
+other slots, padding and recomputation do not count; work that the last-layer subset avoids does
+count. A multiply-add is two operations, and the backward pass costs twice the forward pass (Kaplan
+et al. 2020, section 2.1).
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+import csrc
 from train.model.packed import PackedMaskedLM
 
-# Dense 16-bit tensor-core rates of the makers' data sheets, operations a second; a name is looked
-# for in that of the device, the longest first.
+# Dense 16-bit tensor-core rates of the makers' data sheets, operations per second. The longest name
+# that is part of the device's name counts.
 GPU_PEAKS = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "V100": 125e12,
@@ -28,32 +30,32 @@ GPU_PEAKS = {
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of forward and backward: for each real token, and each masked one on top."""
+    """Forward and backward operations per real token, and in addition per masked token."""
 
     per_token: float
     per_masked_token: float
 
     def of(self, tokens: float, masked_tokens: float) -> float:
-        """Operations for so many tokens, of which so many are masked."""
+        """Count the operations for `tokens` tokens, `masked_tokens` of them masked."""
         return tokens * self.per_token + masked_tokens * self.per_masked_token
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What one device could do, operations a second, and where that number comes from."""
+    """Peak rate of one device, in operations per second, and the source of that number."""
 
     flops_per_second: float
     source: str
 
 
 def count_flops(module: PackedMaskedLM, max_seq_length: int) -> StepFlops:
-    """Useful operations of a token, and of the MLM head for a masked one.
+    """Count the useful operations per token, and of the MLM head per masked token.
 
     A linear layer of `D x K` costs 2DK forward and twice that backward. Attention costs 4SD forward
-    in each layer (scores and their weighted sum, over `S = max_seq_length` slots).
+    per layer (scores and their weighted sum, over `S = max_seq_length` slots).
 
     Args:
-        module: the model; its weights may be shared out by ZeRO-3 already.
+        module: the model; its weights may already be partitioned by ZeRO-3.
     """
     family, config = module.family, module.hf.config
     layers = family.layers(family.encoder(module.hf))
@@ -68,7 +70,7 @@ def _weights(linear: nn.Linear) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> Peak:
-    """The data sheet's rate of a known GPU in 16 bit; of anything else, that of a matrix product.
+    """Look up the rate of a known GPU in 16 bit, or measure that of a matrix product.
 
     Args:
         precision: fp32, fp16 or bf16, in which the run computes.
@@ -84,9 +86,10 @@ def peak_flops(device: torch.device, precision: str) -> Peak:
     return Peak(rate, f"measured: {precision} product of two {size} x {size} matrices")
 
 
+@functools.cache
 def _measure_matmul(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of a few square products."""
-    first = torch.randn(size, size, device=device, dtype=dtype)
+    """Measure operations per second of the fastest of a few square products."""
+    first = torch.ones(size, size, device=device, dtype=dtype)  # draws from no generator
     out = torch.empty_like(first)
     best = float("inf")
     for _ in range(4):
@@ -98,3 +101,30 @@ def _measure_matmul(size: int, device: torch.device, dtype: torch.dtype) -> floa
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def memory_line(
+    module: PackedMaskedLM, *, stage: int, world_size: int, precision: str, micro_batch_slots: int,
+    mask_rate: float, gradient_checkpointing: bool,
+) -> str:
+    """Estimate what one rank needs: states, and the largest activations.
+
+    Args:
+        stage: of ZeRO.
+        micro_batch_slots: rows times slots of a micro batch.
+        mask_rate: masked share of the slots.
+    """
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    # Bytes per parameter: weights and gradients 2 + 2 (16 bit) or 4 + 4; fp32 master and two
+    # moments 12, or two moments 8 in fp32.
+    size = 4 if precision == "fp32" else 2
+    kinds = [8 if precision == "fp32" else 12, size, size]  # states, gradients, weights
+    states = parameters * (sum(kinds[stage:]) + sum(kinds[:stage]) / world_size)
+    config = module.hf.config
+    # About 18 hidden widths per layer are kept for the backward pass.
+    layers = 1 if gradient_checkpointing else config.num_hidden_layers
+    activations = micro_batch_slots * config.hidden_size * 18 * size * layers
+    logits = min(mask_rate * micro_batch_slots * config.vocab_size * size, csrc.ONE_CHUNK_BYTES)
+    parts = zip(("states", "activations", "logits"), (states, activations, logits), strict=True)
+    return (f"model: {parameters:,} parameters; estimated memory per rank: "
+            + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in parts))

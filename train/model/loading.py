@@ -1,4 +1,4 @@
-"""Checkpoints, tokenizers and configurations: from a folder, the hub, or a size's name."""
+"""Load checkpoints, tokenizers and configurations from a folder, the hub, or a size's name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 
 from preprocess.corpus import resolve_path
 from preprocess.errors import ConfigError, DataError
-from preprocess.files import file_sha256, fingerprint_text
 from preprocess.progress import say
 from preprocess.store import TokenStore
 from train.model.families import FAMILIES
@@ -31,7 +31,7 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 def _quiet_transformers() -> None:
-    """Keep transformers' loading reports and bars off the terminal; we say what matters."""
+    """Keep transformers' loading reports and bars off the terminal."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -57,7 +57,7 @@ def local_checkpoint(name: str) -> str:
 
 
 def _load_with(auto_class: Any, name: str, trust_remote_code: bool) -> Any:
-    """What `auto_class` makes of a checkpoint folder, hub name or pypi: spec."""
+    """Load a checkpoint folder, hub name or pypi: spec with `auto_class`."""
     _quiet_transformers()
     path = local_checkpoint(name)
     try:
@@ -90,7 +90,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def named_config(name: str, vocab_size: int, pad_token_id: int) -> Any:
-    """The configuration of a published BERT size, or of a folder with a config.json."""
+    """Make the configuration of a published BERT size, or of a folder with a config.json."""
     from transformers import BertConfig
 
     if name in BERT_SIZES:
@@ -120,7 +120,7 @@ def check_row_length(config: Any, max_seq_length: int) -> None:
 
 
 def build_masked_lm(config: Any, seed: int) -> PackedMaskedLM:
-    """A model with fresh weights drawn from `seed`."""
+    """Build a model with fresh weights drawn from `seed`."""
     from transformers import AutoModelForMaskedLM
 
     _quiet_transformers()
@@ -129,12 +129,12 @@ def build_masked_lm(config: Any, seed: int) -> PackedMaskedLM:
 
 
 def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> PackedMaskedLM:
-    """Load an encoder with its MLM head; draw the head from `seed` where there is none.
+    """Load an encoder with its MLM head; draw the head from `seed` if it is absent.
 
     Raises:
         ConfigError: not a checkpoint of a known family, or one without its encoder's weights.
     """
-    from transformers import AutoModel, AutoModelForMaskedLM
+    from transformers import AutoModelForMaskedLM
 
     load_config(name, trust_remote_code)
     path = local_checkpoint(name)
@@ -159,24 +159,39 @@ def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> Pac
             f"{name} has no MLM head: a fresh one is drawn from seed {seed}, its bias set to the "
             "log-frequencies of the tokens"
         )
-    # A pooler that came in goes out; MLM models have none, so it is read through the base model.
-    base, base_info = AutoModel.from_pretrained(
-        path, output_loading_info=True, trust_remote_code=trust_remote_code, dtype=torch.float32
-    )
-    prefix = hf.base_model_prefix
-    carried = {
-        f"{prefix}.{key}": value.detach().clone()
-        for key, value in base.state_dict().items()
-        if key.startswith("pooler.") and key not in base_info["missing_keys"]
-    }
+    carried = _read_pooler(path, f"{hf.base_model_prefix}.")
     return PackedMaskedLM(hf, carried, fresh_head=bool(missing_head))
+
+
+def _read_pooler(path: str, prefix: str) -> dict[str, torch.Tensor]:
+    """Read the pooler of a checkpoint, fp32, by full names; MLM models have none to load it into.
+
+    Args:
+        path: a folder, or a hub name that has been loaded.
+        prefix: of the encoder's parameters; a checkpoint of the encoder alone has none.
+    """
+    cached = try_to_load_from_cache(path, "config.json") if not os.path.isdir(path) else None
+    folder = Path(cached).parent if isinstance(cached, str) else Path(path)
+    found: dict[str, torch.Tensor] = {}
+    for file in list_weights(folder):
+        if file.suffix == ".bin":
+            read = torch.load(file, map_location="cpu", weights_only=True)
+            found |= {key: read[key] for key in read if "pooler." in key}
+        else:
+            with safe_open(file, "pt") as weights:
+                found |= {key: weights.get_tensor(key) for key in weights.keys()
+                          if "pooler." in key}
+    return {
+        f"{prefix}{key.removeprefix(prefix)}": value.float() for key, value in found.items()
+        if key.removeprefix(prefix).startswith("pooler.")
+    }
 
 
 def _load_with_fresh_top(
     auto_class: Any, name: str, seed: int, top: tuple[str, ...], trust_remote_code: bool,
     **options: Any,
 ) -> Any:
-    """Load a checkpoint into a model whose top may be absent from it; draw that from `seed`."""
+    """Load a checkpoint; draw the model's top from `seed` if the checkpoint lacks it."""
     load_config(name, trust_remote_code)
     torch.manual_seed(seed)
     try:
@@ -198,7 +213,7 @@ def _load_with_fresh_top(
 def load_classifier(
     name: str, label_names: tuple[str, ...], seed: int, trust_remote_code: bool = False
 ) -> Any:
-    """A sequence classifier on a checkpoint's encoder; its top is drawn from `seed` if absent."""
+    """Load a sequence classifier; its top is drawn from `seed` if absent."""
     from transformers import AutoModelForSequenceClassification
 
     return _load_with_fresh_top(
@@ -211,7 +226,7 @@ def load_classifier(
 
 
 def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
-    """A token classifier (0 not important, 1 important); its top is drawn from `seed` if absent."""
+    """Load a token classifier (1: important); its top is drawn from `seed` if absent."""
     from transformers import AutoModelForTokenClassification
 
     return _load_with_fresh_top(
@@ -221,7 +236,7 @@ def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
 
 
 def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str, remedy: str) -> None:
-    """Refuse a model whose ids mean other pieces than the store's.
+    """Refuse a model whose vocabulary differs from the store's.
 
     Args:
         tokenizer: of the model `name`.
@@ -235,18 +250,6 @@ def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str, remedy: 
         )
 
 
-def weights_fingerprint(folder: str | Path, config: Any) -> str:
-    """Name the weights of a checkpoint: the sha256 of its files, or the hub's commit.
-
-    Raises:
-        DataError: a folder without weights.
-    """
-    if not Path(folder).is_dir():
-        return f"{folder}@{getattr(config, '_commit_hash', None)}"
-    files = sorted(Path(folder).glob("*.safetensors")) or sorted(
-        Path(folder).glob("pytorch_model*.bin"))
-    if not files:
-        raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
-                        "of a finished run, or another checkpoint with weights")
-    prints = [file_sha256(file) for file in files]
-    return prints[0] if len(prints) == 1 else fingerprint_text(*prints)
+def list_weights(folder: Path) -> list[Path]:
+    """List a checkpoint's weight files, safetensors where there are any."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

@@ -25,12 +25,12 @@ class PackedMaskedLM(nn.Module):
 
     Attributes:
         hf: the transformers `...ForMaskedLM` model; its parameters are the only ones here.
-        carried: tensors of the source checkpoint that MLM does not use but that go out again
-            with `hf/` (a pooler), by their full names.
+        carried: tensors of the source checkpoint that MLM does not use but that are exported
+            again with `hf/` (a pooler), by their full names.
         fresh_head: whether the checkpoint had no MLM head.
         last_layer_subset: whether the last layer computes queries, attention output, feed-forward
             and norms for masked positions only; loss and gradients are the same.
-        head_implementation: a name in `csrc.IMPLEMENTATIONS`; None takes the device's.
+        head_implementation: a name in `csrc.IMPLEMENTATIONS`; None takes the device's default.
     """
 
     def __init__(self, hf: Any, carried: dict[str, torch.Tensor], fresh_head: bool) -> None:
@@ -51,7 +51,7 @@ class PackedMaskedLM(nn.Module):
         self._let_last_layer_take_queries()
 
     def _let_last_layer_take_queries(self) -> None:
-        """Give the last layer an argument `queries`; without it, it does what it did."""
+        """Give the last layer an argument `queries`; without it, nothing changes."""
         family = self.family
         layer: Any = family.layers(family.encoder(self.hf))[-1]
         whole = layer.forward
@@ -65,7 +65,7 @@ class PackedMaskedLM(nn.Module):
         layer.forward = forward
 
     def head(self) -> csrc.MaskedLMHead:
-        """The tensors of the MLM head."""
+        """Return the tensors of the MLM head."""
         dense, norm, activation = self.family.transform(self.hf)
         decoder = self.hf.get_output_embeddings()
         return csrc.MaskedLMHead(
@@ -74,9 +74,9 @@ class PackedMaskedLM(nn.Module):
         )
 
     def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
-        """Parameters that a module's forward pass uses though they belong to another module.
+        """List parameters that a module's forward pass uses but that belong to another module.
 
-        ZeRO-3 must be told: it makes parameters whole only while their own module runs.
+        ZeRO-3 needs the list: it gathers parameters only while their own module runs.
         """
         layer = self.family.layers(self.family.encoder(self.hf))[-1]
         split = [p for linear in self.family.split_linear(layer) for p in linear.parameters()]
@@ -84,11 +84,11 @@ class PackedMaskedLM(nn.Module):
         return [(self, p) for p in head] + [(layer, p) for p in split]
 
     def set_output_bias(self, log_frequency: np.ndarray) -> None:
-        """Start the head's output bias, where it has one, at log-frequencies, `(V,)` float64."""
+        """Set the head's output bias, where it has one, to log-frequencies, `(V,)` float64."""
         bias = self.hf.get_output_embeddings().bias
         if bias is not None:
             with torch.no_grad():
-                # Ids that the tokenizer lacks: at 0 they would be the likeliest.
+                # Ids that the tokenizer lacks would be the likeliest at 0.
                 bias.fill_(float(log_frequency.min()))
                 bias[:len(log_frequency)] = torch.from_numpy(log_frequency).to(bias.dtype)
 
@@ -96,7 +96,7 @@ class PackedMaskedLM(nn.Module):
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor,
         queries: Queries | None = None,
     ) -> torch.Tensor:
-        """Hidden states of packed rows: `(B, S, D)`, or `(C, D)` of the queries alone.
+        """Return the hidden states of packed rows, `(B, S, D)`, or `(C, D)` of the queries only.
 
         See `attention_mask` for the other arguments.
         """
@@ -119,43 +119,37 @@ class PackedMaskedLM(nn.Module):
         most_masked: int | None = None,
         predict: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """Sum of the cross entropies over masked positions, and how many were guessed right.
+        """Sum the cross entropies over masked positions, and count the correct guesses.
 
         Args:
             input_ids: corrupted ids, `(B, S)` int64.
             position_ids, document_ids: see `attention_mask`.
-            masked_positions, masked_labels: see `csrc.masked_lm_loss`, `(M,)`.
-            most_masked: masked positions of the fullest row, or more; without it they are
-                counted, for which the host waits for a GPU.
-            predict: return the likeliest id at each masked position instead, `(M,)` int64;
-                positions of the padding may be missing.
+            masked_positions, masked_labels: see `csrc.masked_lm_loss`, `(M,)` int64.
+            most_masked: masked positions of the fullest row, or more; counted if None, for which
+                the host waits for a GPU.
+            predict: return the likeliest id at each masked position instead, `(M,)` int64,
+                anything at padding.
         """
-        hidden, positions, labels = self.encode_masked(
-            input_ids, position_ids, document_ids, masked_positions, masked_labels, most_masked
+        hidden, positions = self.encode_masked(
+            input_ids, position_ids, document_ids, masked_positions, most_masked
         )
         if predict:
-            rows = hidden.flatten(0, -2).index_select(0, positions.clamp(min=0))
-            return reference.logits(rows, self.head()).argmax(-1)
+            return reference.logits(reference.gather(hidden, positions), self.head()).argmax(-1)
         return csrc.masked_lm_loss(
-            hidden, positions, labels, self.head(), self.head_implementation
+            hidden, positions, masked_labels, self.head(), self.head_implementation
         )
 
     def encode_masked(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor,
-        masked_positions: torch.Tensor, masked_labels: torch.Tensor, most_masked: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `csrc.masked_lm_loss` takes: hidden states, masked positions in them, labels.
+        masked_positions: torch.Tensor, most_masked: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the first two arguments of `csrc.masked_lm_loss`; see `forward` for the others.
 
-        The arguments are those of `forward`.
+        With the last-layer subset these are the masked rows, `(M, D)`, and None; otherwise all
+        hidden states, `(B, S, D)`, and the masked positions.
         """
         if not (self.last_layer_subset and len(masked_positions)):
-            hidden = self.encode(input_ids, position_ids, document_ids)
-            return hidden, masked_positions, masked_labels
-        if not masked_positions.is_cuda:  # padding is rows to compute; here it can be cut
-            used = max(1, int((masked_positions >= 0).sum()))
-            masked_positions, masked_labels = masked_positions[:used], masked_labels[:used]
+            return self.encode(input_ids, position_ids, document_ids), masked_positions
         num_rows, num_slots = input_ids.shape
         queries = find_queries(masked_positions, num_rows, num_slots, most_masked)
-        hidden = self.encode(input_ids, position_ids, document_ids, queries)
-        number = torch.arange(len(masked_positions), device=masked_positions.device)
-        return hidden, torch.where(masked_positions >= 0, number, -1), masked_labels
+        return self.encode(input_ids, position_ids, document_ids, queries), None

@@ -1,4 +1,4 @@
-"""What a recipe becomes: the steps, their flags and their outputs."""
+"""Turn a recipe into steps: their commands, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError
-from preprocess.store import TokenStore, array_path
+from preprocess.errors import ConfigError
+from preprocess.masking import ARRAY_NEEDS, MATCHED, STRATEGIES
 from train.config import FinetuneConfig
-from train.recipes.recipe import BUILT_ARMS, NEGATED, REPOSITORY, needs_domain
-from train.reports.results import finished_seeds
+from train.recipes.recipe import NEGATED, REPOSITORY, needs_domain
 from train.stages.floors import write_naive_bayes
 
 
@@ -24,30 +23,33 @@ class Step:
 
     Attributes:
         name: as in the logs and in `steps.json`.
-        command: script and flags; empty for the one floor that is computed here.
-        is_whole: whether everything the step writes is there and complete.
-        outputs: files (patterns) and folders that are this step's alone; `--rerun` deletes them.
-        needs: names of the steps whose output it reads.
-        launched: whether the command is started by the deepspeed launcher.
-        compute: what to do where there is no command, and
-        settings: what it depends on.
+        command: script and flags.
+        outputs: patterns of the files and folders that belong to this step alone; `--rerun`
+            deletes them.
+        records: patterns of the files by which the step is judged: each must match a file, and
+            none may change afterwards. Without any the step runs every time.
+        needs: names of the steps whose outputs it reads.
+        launched: whether the deepspeed launcher starts the command.
+        resumes: whether the command continues or keeps what an interrupted attempt left.
+        compute: called instead of the command, which then only says what it depends on.
     """
 
     name: str
     command: list[str]
-    is_whole: Callable[[], bool]
     outputs: list[str]
+    records: list[str]
     needs: list[str] = field(default_factory=list)
     launched: bool = False
+    resumes: bool = True
     compute: Callable[[], None] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def flag_words(flags: dict[str, Any]) -> list[str]:
-    """Flags as words of a command line; None and False leave a flag out, True is the flag alone.
+    """Turn flags into words of a command line.
 
     Args:
-        flags: name -> value; a list becomes several words, a dictionary `key=value` words.
+        flags: name -> value; None and False leave a flag out, True is the flag alone, a list
+            becomes several words and a dictionary `key=value` words.
     """
     words: list[str] = []
     for name, value in flags.items():
@@ -66,33 +68,30 @@ def flag_words(flags: dict[str, Any]) -> list[str]:
 
 
 def _seeds(flags: dict[str, Any]) -> str:
-    """`seeds` of a section, `13,43` or a YAML list or one number, as the command wants it."""
+    """Return the seeds of a section as the command takes them; YAML may hold a list or a number."""
     value = flags.get("seeds", FinetuneConfig.seeds)
     return ",".join(str(seed) for seed in value) if isinstance(value, list) else str(value)
 
 
-def _holds_model(folder: Path) -> bool:
-    return (
-        (folder / "config.json").is_file() and (folder / "lineage.json").is_file()
-        and any(folder.glob("*.safetensors"))
-    )
+def _inside(folder: Path, *patterns: str) -> list[str]:
+    """Patterns of files in a folder whose own name may hold any character."""
+    return [os.path.join(glob.escape(str(folder)), pattern) for pattern in patterns]
 
 
-def _holds_store(prefix: Path, kind: str = "", name: str = "") -> bool:
-    """Whether there is a whole store, with the array `name` of `kind` if one is asked for."""
-    try:
-        store = TokenStore.open(prefix)
-    except (DataError, OSError):
-        return False
-    arrays = [array_path(shard, name, kind) for shard in store.shards] if kind else []
-    return all(a.is_file() and a.with_suffix(".json").is_file() for a in arrays)
+def _model(folder: Path) -> list[str]:
+    """Patterns of an exported model."""
+    return _inside(folder, "lineage.json", "*.safetensors")
 
 
-def _holds_seeds(folder: Path, seeds: str) -> bool:
-    try:
-        return {int(seed) for seed in seeds.split(",")} <= set(finished_seeds(folder))
-    except (DataError, ValueError):
-        return False
+def _store(prefix: Path) -> list[str]:
+    """Patterns of a token store, sharded or not."""
+    name = prefix.name
+    return _inside(prefix.parent, f"{name}.json", f"{name}*.bin", f"{name}*.idx")
+
+
+def _array(prefix: Path, name: str) -> list[str]:
+    """Patterns of an array `NAME.KIND` beside a store, sharded or not."""
+    return _inside(prefix.parent, *(f"{prefix.name}*.{name}.{end}" for end in ("npy", "json")))
 
 
 def plan(recipe: dict[str, Any], output_dir: str | Path) -> tuple[list[Step], list[dict]]:
@@ -100,26 +99,31 @@ def plan(recipe: dict[str, Any], output_dir: str | Path) -> tuple[list[Step], li
 
     Returns:
         `(steps, arms)`; `arms` is what `train/report.py` reads from `arms.json`: name, runs (one
-        folder a pre-training seed, relative to the output folder), whether it is a floor, and the
-        steps that made its masks, whose seconds are in `steps.json`.
+        folder per pre-training seed, relative to the output folder), whether it is a trivial
+        baseline (`floor`), and the steps that made its masks, whose seconds are in `steps.json`.
     """
-    return _Planner(recipe, Path(output_dir)).build()
+    planner = _Planner(recipe, Path(output_dir))
+    planner.build()
+    return planner.steps, planner.arms
 
 
 class _Planner:
-    """The list of steps in the making."""
+    """Collects the steps and the arms."""
 
     def __init__(self, recipe: dict[str, Any], root: Path) -> None:
         self.recipe, self.root = recipe, root
+        self.domain = root / "domain" / "text"
         self.steps: list[Step] = []
         self.arms: list[dict[str, Any]] = []
         self.deepspeed_config = _find_config(recipe["deepspeed_config"])
         self.tokenizer = recipe["tokenizer"] or recipe["encoder"]
 
-    def build(self) -> tuple[list[Step], list[dict]]:
-        """All steps: first what reads the user's files, so that a mistake there shows early."""
+    def build(self) -> None:
+        """Plan all steps; those that read the user's files come first, so mistakes show early."""
         recipe = self.recipe
-        floors = [self.naive_bayes()] if recipe["floors"].get("naive_bayes") else []
+        baselines = [self.naive_bayes()] if recipe["floors"].get("naive_bayes") else []
+        if recipe["vocabulary"] is not None:
+            self.vocabulary()
         if recipe["general"] is not None:
             self.tokenize("general")
         if needs_domain(recipe):
@@ -129,34 +133,40 @@ class _Planner:
         for length in recipe["export_steps"] or [None]:
             self.one_length(length)
         if recipe["floors"].get("untrained"):
-            floors.append(self.untrained())
-        for run in floors:
+            baselines.append(self.untrained())
+        for run in baselines:
             self.arm(run.name, [run], [], floor=True)
-        self.report()
-        return self.steps, self.arms
-
-    def script(self, path: str) -> str:
-        """A script of ours as typed from where the user is."""
-        full = REPOSITORY / path
-        return os.path.relpath(full) if Path.cwd().is_relative_to(REPOSITORY) else str(full)
+        self.add("report", "train/report.py", {}, outputs=[], records=[])
+        self.steps[-1].command.extend([str(self.root), "--output_dir", str(self.root / "report")])
 
     def add(self, name: str, script: str, flags: dict[str, Any], **options: Any) -> str:
-        self.steps.append(Step(name, [self.script(script), *flag_words(flags)], **options))
+        """Add a step that runs one of our scripts, as typed from the current folder."""
+        full = REPOSITORY / script
+        typed = os.path.relpath(full) if Path.cwd().is_relative_to(REPOSITORY) else str(full)
+        self.steps.append(Step(name, [typed, *flag_words(flags)], **options))
         return name
+
+    def train(self, name: str, script: str, section: str, run: Path, flags: dict[str, Any],
+              needs: list[str], records: list[str] | None = None) -> str:
+        """Add a training command: the section's flags, then the pipeline's own."""
+        settings = {"deepspeed_config": self.deepspeed_config, **(self.recipe[section] or {}),
+                    **flags, "output_dir": run}
+        return self.add(name, script, settings, outputs=_inside(run, ""), needs=needs,
+                        records=records or _model(run / "hf"), launched=True)
+
+    def vocabulary(self) -> None:
+        self.tokenizer = self.root / "vocabulary"
+        self.add("vocabulary", "preprocess/train_tokenizer.py",
+                 {**self.recipe["vocabulary"], "output": self.tokenizer},
+                 outputs=_inside(self.tokenizer, ""), resumes=False,
+                 records=_inside(self.tokenizer, "tokenizer.json"))
 
     def tokenize(self, which: str) -> None:
         prefix = self.root / which / "text"
         flags = {**self.recipe[f"{which}_text"], "tokenizer": self.tokenizer, "output": prefix}
         self.add(f"tokenize-{which}", "preprocess/tokenize_corpus.py", flags,
-                 is_whole=lambda: _holds_store(prefix), outputs=[str(prefix.parent)])
-
-    def train(self, name: str, script: str, section: str, run: Path, flags: dict[str, Any],
-              is_whole: Callable[[], bool], needs: list[str]) -> str:
-        """A training command: the section's flags, then the pipeline's own."""
-        settings = {"deepspeed_config": self.deepspeed_config, **(self.recipe[section] or {}),
-                    **flags, "output_dir": run}
-        return self.add(name, script, settings, is_whole=is_whole, outputs=[str(run)],
-                        needs=needs, launched=True)
+                 outputs=_inside(prefix.parent, ""), records=_store(prefix),
+                 needs=[step.name for step in self.steps if step.name == "vocabulary"])
 
     def stage1(self) -> None:
         run, exports = self.root / "stage1", self.recipe["export_steps"]
@@ -164,23 +174,22 @@ class _Planner:
         self.train(
             "stage1", "train/pretrain.py", "general", run,
             {"tokens": self.root / "general" / "text", "export_steps": exports,
-             "model_name_or_path": self.recipe["encoder"]},
-            lambda: all(map(_holds_model, folders)), ["tokenize-general"],
+             "model_name_or_path": self.recipe["encoder"]}, ["tokenize-general"],
+            [pattern for folder in folders for pattern in _model(folder)],
         )
 
     def finetune(self, name: str, section: str, run: Path, model: str | Path,
                  needs: list[str], seeds: str = "") -> str:
-        seeds = seeds or _seeds(self.recipe[section])
         return self.train(
             name, "train/finetune.py", section, run,
-            {**self.recipe["task"], "model_name_or_path": model, "seeds": seeds},
-            lambda: _holds_seeds(run, seeds) and all(
-                _holds_model(run / f"seed_{seed}" / "hf") for seed in seeds.split(",")),
-            needs,
+            {**self.recipe["task"], "model_name_or_path": model,
+             "seeds": seeds or _seeds(self.recipe[section])},
+            needs, _inside(run, "results.jsonl", "seed_*/predictions.jsonl",
+                           "seed_*/hf/lineage.json", "seed_*/hf/*.safetensors"),
         )
 
     def one_length(self, length: int | None) -> None:
-        """All arms behind one stage-1 model."""
+        """Plan all arms behind one stage-1 model."""
         recipe = self.recipe
         root = self.root if length is None else self.root / f"step_{length}"
         tag = "" if length is None else f"-step_{length}"
@@ -188,8 +197,12 @@ class _Planner:
         base: str | Path = recipe["encoder"]
         if recipe["general"] is not None:
             base = self.root / "stage1" / ("hf" if length is None else f"hf_step_{length}")
-        if any(arm in BUILT_ARMS for arm in recipe["arms"]):
-            self.choose_masks(root, tag, base, after)
+        built = [arm for arm in STRATEGIES
+                 if arm in recipe["arms"] and not STRATEGIES[arm].drawn]
+        if any(not STRATEGIES[arm].needs.isdisjoint(ARRAY_NEEDS) for arm in built):
+            self.score(root, tag, base, after)
+        for arm in built:
+            self.masks(arm, tag)
         for arm in recipe["arms"]:
             label = arm if length is None else f"{arm}@{length}"
             if arm == "none":
@@ -201,9 +214,9 @@ class _Planner:
                     for seed in recipe["pretrain_seeds"]]
             self.arm(label, runs, self.behind_masks(f"masks-{arm}{tag}"))
 
-    def choose_masks(self, root: Path, tag: str, base: str | Path, after: list[str]) -> None:
-        """Classifier, annotation, scorer, scores, and the mask indices of the arms."""
-        recipe, domain = self.recipe, self.root / "domain" / "text"
+    def score(self, root: Path, tag: str, base: str | Path, after: list[str]) -> None:
+        """Plan the classifier, the annotation, the scorer and the scores."""
+        recipe = self.recipe
         classifier, annotations = root / "classifier", root / "annotations" / "text"
         seed = _seeds(recipe["classifier"]).split(",")[0]
         self.finetune(f"classifier{tag}", "classifier", classifier, base, after)
@@ -211,53 +224,52 @@ class _Planner:
             f"annotate{tag}", "train/annotate.py",
             {**recipe["annotate"], **recipe["task"],
              "model_name_or_path": classifier / f"seed_{seed}" / "hf", "output": annotations},
-            is_whole=lambda: _holds_store(annotations, "importance"), launched=True,
-            outputs=[str(annotations.parent)], needs=[f"classifier{tag}"],
+            outputs=_inside(annotations.parent, ""), launched=True, needs=[f"classifier{tag}"],
+            records=[*_store(annotations), *_inside(annotations.parent, "text*.importance.*")],
         )
         self.train(
             f"scorer{tag}", "train/fit_scorer.py", "scorer", root / "scorer",
-            {"annotations": annotations, "model_name_or_path": base},
-            lambda: _holds_model(root / "scorer" / "hf"), [f"annotate{tag}", *after],
+            {"annotations": annotations, "model_name_or_path": base}, [f"annotate{tag}", *after],
         )
-        scores = f"task{tag}"
+        array = _array(self.domain, f"task{tag}.scores")
         self.add(
             f"score{tag}", "train/score_tokens.py",
-            {**recipe["score"], "model_name_or_path": root / "scorer" / "hf", "tokens": domain,
-             "name": scores},
-            is_whole=lambda: _holds_store(domain, "scores", scores), launched=True,
-            outputs=_array_files(domain, scores, "scores"),
+            {**recipe["score"], "model_name_or_path": root / "scorer" / "hf",
+             "tokens": self.domain, "name": f"task{tag}"},
+            outputs=array, records=array, launched=True,
             needs=["tokenize-domain", f"scorer{tag}"],
         )
-        for arm in BUILT_ARMS:
-            if arm in recipe["arms"]:
-                self.masks(arm, tag, domain)
 
-    def masks(self, arm: str, tag: str, domain: Path) -> None:
-        if any(step.name == f"masks-{arm}{tag}" for step in self.steps):
-            return
-        source, needs = {"scores": f"task{tag}"}, [f"score{tag}"]
-        if arm == "random_matched":
-            self.masks("selective", tag, domain)  # the control's counts, even without that arm
-            source, needs = {"match": f"selective{tag}"}, [f"masks-selective{tag}"]
+    def masks(self, arm: str, tag: str) -> None:
         name = f"{arm}{tag}"
+        if any(step.name == f"masks-{name}" for step in self.steps):
+            return
+        source, needs = {}, []
+        if "scores" in STRATEGIES[arm].needs:
+            source["scores"] = f"task{tag}"
+            needs.append(f"score{tag}")
+        if "match" in STRATEGIES[arm].needs:
+            self.masks(MATCHED, tag)  # the control's counts, even without that arm
+            source["match"] = f"{MATCHED}{tag}"
+            needs.append(f"masks-{MATCHED}{tag}")
+        array = _array(self.domain, f"{name}.mask")
         self.add(
             f"masks-{name}", "preprocess/build_masks.py",
-            {"tokens": domain, "strategy": arm, **source, **self.recipe["masks"], "name": name},
-            is_whole=lambda: _holds_store(domain, "mask", name),
-            outputs=_array_files(domain, name, "mask"), needs=needs,
+            {"tokens": self.domain, "strategy": arm, **source, **self.recipe["masks"],
+             "name": name},
+            outputs=array, records=array, needs=needs or ["tokenize-domain"],
         )
 
     def one_arm(self, arm: str, seed: int, root: Path, tag: str, base: str | Path,
                 after: list[str]) -> Path:
-        """Stage 2 with one seed, and fine-tuning of what it made."""
-        built = arm in BUILT_ARMS
+        """Plan stage 2 with one seed, and the fine-tuning of its model."""
+        built = not STRATEGIES[arm].drawn
         run = root / "task_guided" / f"{arm}-seed{seed}"
         name = self.train(
             f"task_guided-{arm}-seed{seed}{tag}", "train/pretrain.py", "task_guided", run,
-            {"tokens": self.root / "domain" / "text",
+            {"tokens": self.domain,
              ("mask_index" if built else "masking"): f"{arm}{tag}" if built else arm,
              "model_name_or_path": base, "seed": seed},
-            lambda: _holds_model(run / "hf"),
             [f"masks-{arm}{tag}" if built else "tokenize-domain", *after],
         )
         target = root / "finetune" / f"{arm}-seed{seed}"
@@ -265,7 +277,7 @@ class _Planner:
         return target
 
     def behind_masks(self, name: str) -> list[str]:
-        """The step `name` and what it reads, and so on, up to general pre-training and the text."""
+        """Name the step and all that it needs, up to general pre-training and the text."""
         for step in self.steps:
             if step.name == name:
                 needs = [need for need in step.needs
@@ -279,19 +291,19 @@ class _Planner:
         self.arms.append({"name": name, "runs": relative, "floor": floor, "masking": masking})
 
     def naive_bayes(self) -> Path:
-        """A floor: word counts."""
+        """Plan a trivial baseline: word counts."""
         run = self.root / "floors" / "naive_bayes"
-        settings = dict(self.recipe["task"])
-        for limit in ("max_train_samples", "max_eval_samples"):
-            settings[limit] = self.recipe["finetune"].get(limit)
+        limits = {name: self.recipe["finetune"].get(name)
+                  for name in ("max_train_samples", "max_eval_samples")}
         self.steps.append(Step(
-            "naive_bayes", [], is_whole=lambda: _holds_seeds(run, "0"), outputs=[str(run)],
-            compute=lambda: _naive_bayes(self.recipe, run), settings=settings,
+            "naive_bayes", flag_words({**self.recipe["task"], **limits}), _inside(run, ""),
+            _inside(run, "results.jsonl", "seed_0/predictions.jsonl"),
+            compute=lambda: _naive_bayes(self.recipe["task"], limits, run),
         ))
         return run
 
     def untrained(self) -> Path:
-        """A floor: the same network with fresh weights, fine-tuned the same way."""
+        """Plan a trivial baseline: the same network with fresh weights, fine-tuned."""
         recipe, model = self.recipe, self.root / "floors" / "untrained_model"
         which = "general" if recipe["general"] is not None else "domain"
         if which == "domain" and not needs_domain(recipe):
@@ -306,44 +318,29 @@ class _Planner:
             {"deepspeed_config": self.deepspeed_config, **start,
              "tokens": self.root / which / "text", "max_steps": 0,
              "max_seq_length": trained.get("max_seq_length"), "output_dir": model},
-            is_whole=lambda: _holds_model(model / "hf"), launched=True, outputs=[str(model)],
+            outputs=_inside(model, ""), records=_model(model / "hf"), launched=True,
             needs=[f"tokenize-{which}"],
         )
         run = self.root / "floors" / "untrained"
-        first = _seeds(recipe["finetune"]).split(",")[0]  # a floor needs no interval
+        first = _seeds(recipe["finetune"]).split(",")[0]  # a baseline needs no interval
         self.finetune("finetune-untrained", "finetune", run, model / "hf", [name], seeds=first)
         return run
 
-    def report(self) -> None:
-        """Always made again: cheap, and it shows what is there."""
-        self.add("report", "train/report.py", {}, is_whole=lambda: False, outputs=[])
-        self.steps[-1].command.extend([str(self.root), "--output_dir", str(self.root / "report")])
-
-
-def _array_files(prefix: Path, name: str, kind: str) -> list[str]:
-    """Patterns of an array's files beside a store of one piece or of shards."""
-    stem = glob.escape(str(prefix))
-    return [f"{stem}{shard}.{name}.{kind}.{ending}"
-            for shard in ("", "-[0-9]*-of-[0-9]*") for ending in ("npy", "json")]
-
 
 def _find_config(path: str | None) -> str | None:
-    """A DeepSpeed JSON as given, or the repository's one of that name."""
+    """Return a DeepSpeed JSON as given, or the repository's one of that name."""
     if path and not Path(path).exists() and (REPOSITORY / path).exists():
         return str(REPOSITORY / path)
     return path
 
 
-def _naive_bayes(recipe: dict[str, Any], run: Path) -> None:
-    """Naive Bayes on the sentences that fine-tuning uses."""
+def _naive_bayes(task: dict[str, Any], limits: dict[str, int | None], run: Path) -> None:
+    """Run naive Bayes on the sentences that fine-tuning uses."""
     from preprocess.corpus import load_task, take_fixed
 
-    options = {key: value for key, value in recipe["task"].items() if key != "task"}
-    task = load_task(recipe["task"]["task"], **options)
-    limits = {"train": recipe["finetune"].get("max_train_samples")}
-    eval_limit = recipe["finetune"].get("max_eval_samples")
+    loaded = load_task(task["task"], **{key: task[key] for key in task if key != "task"})
     splits = {
-        name: take_fixed(examples, limits.get(name, eval_limit))
-        for name, examples in task.splits.items()
+        name: take_fixed(examples, limits[f"max_{'train' if name == 'train' else 'eval'}_samples"])
+        for name, examples in loaded.splits.items()
     }
-    write_naive_bayes(dataclasses.replace(task, splits=splits), run)
+    write_naive_bayes(dataclasses.replace(loaded, splits=splits), run)

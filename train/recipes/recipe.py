@@ -1,4 +1,4 @@
-"""What a recipe may say: its sections, variables and checks.
+"""Read a recipe: its sections, variables and checks.
 
 A recipe is YAML: variables, the task, the texts, flags for each stage, the arms to compare. It may
 extend another one. Every key is checked before anything runs, with "did you mean".
@@ -14,6 +14,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError
 from preprocess.files import parse_yaml, read_yaml
+from preprocess.masking import STRATEGIES
 from train.config import (
     AnnotateConfig,
     FinetuneConfig,
@@ -24,19 +25,17 @@ from train.config import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BUILT_ARMS = ("selective", "selective_fill", "random_matched")  # read a prebuilt mask index
-DRAWN_ARMS = ("random", "whole_word")
-ARMS = ("none", *DRAWN_ARMS, *BUILT_ARMS)
 TOKENIZE_FLAGS = (
     "input", "text_column", "where", "split", "split_sentences", "language",
     "blank_line_documents", "max_documents", "num_workers", "num_shards",
 )
-NEGATED = ("split_sentences",)  # argparse flags whose negation is --no-NAME
+VOCABULARY_FLAGS = ("input", "text_column", "vocab_size", "kind", "lowercase")
+NEGATED = ("split_sentences", "lowercase")  # argparse flags whose negation is --no-NAME
 MASK_FLAGS = ("mlm_probability", "seed")
 
 
 def _flags_of(config_class: type) -> tuple[str, ...]:
-    """Flags of a training command, without those that the pipeline or the launcher sets."""
+    """Return the flags of a training command, without those that the pipeline sets itself."""
     ours = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
             "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite"}
     ours |= {f.name for f in dataclasses.fields(TaskOptions)}
@@ -46,6 +45,7 @@ def _flags_of(config_class: type) -> tuple[str, ...]:
 # The sections of a recipe that are flags of a command, and the flags each may hold.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "task": tuple(f.name for f in dataclasses.fields(TaskOptions)),
+    "vocabulary": VOCABULARY_FLAGS,
     "general_text": TOKENIZE_FLAGS,
     "domain_text": TOKENIZE_FLAGS,
     "general": _flags_of(PretrainConfig),
@@ -60,6 +60,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "finetune": _flags_of(FinetuneConfig),
 }
+OPTIONAL = ("vocabulary", "general")  # sections whose absence leaves a step out
 DEFAULTS: dict[str, Any] = {
     "variables": {},
     "deepspeed_config": None,
@@ -70,7 +71,7 @@ DEFAULTS: dict[str, Any] = {
     "export_steps": [],
     "floors": {},
     **{section: {} for section in SECTIONS},
-    "general": None,
+    **{section: None for section in OPTIONAL},
 }
 FLOORS = ("naive_bayes", "untrained")
 REQUIRED = "???"
@@ -108,7 +109,7 @@ def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """One YAML file merged over the one it extends, if any."""
+    """Read one YAML file and merge it over the one that it extends, if any."""
     if path.resolve() in seen:
         raise ConfigError(f"recipe {path} extends itself: remove `extends` somewhere")
     if not path.is_file():
@@ -131,7 +132,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
             if entry.get("trust_remote_code", False) is not False:
                 raise ConfigError(
                     f"recipe {path}: trust_remote_code cannot be given in a file; if you trust the "
-                    "checkpoint, type --set finetune.trust_remote_code=true, and so for each stage"
+                    "checkpoint, type --set finetune.trust_remote_code=true for each stage"
                 )
             entries += entry.values()
         elif isinstance(entry, list):
@@ -139,7 +140,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`; sections are merged key by key, everything else is replaced."""
+    """Merge sections key by key; `over` replaces everything else."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(merged.get(key), dict) and isinstance(value, dict)
@@ -177,7 +178,7 @@ def _check_known(name: str, known: Any, complaint: str, also: Any = ()) -> None:
 
 
 def _fill_in(value: Any, variables: dict[str, Any], path: str | Path) -> Any:
-    """Replace `${name}` in all strings below `value`; alone in a string it keeps its type."""
+    """Replace `${name}` in all strings below `value`; a variable alone keeps its type."""
     if isinstance(value, dict):
         return {key: _fill_in(entry, variables, path) for key, entry in value.items()}
     if isinstance(value, list):
@@ -195,7 +196,7 @@ def _fill_in(value: Any, variables: dict[str, Any], path: str | Path) -> Any:
 def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
     for section, flags in SECTIONS.items():
         content = recipe[section]
-        if content is None and section == "general":
+        if content is None and section in OPTIONAL:
             continue
         if not isinstance(content, dict):
             raise ConfigError(f"recipe {path}: {section} must hold flags, as `max_steps: 100`; "
@@ -213,7 +214,7 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
     if not recipe["arms"] or not recipe["pretrain_seeds"]:
         raise ConfigError(f"recipe {path}: arms and pretrain_seeds need at least one entry")
     for arm in recipe["arms"]:
-        _check_known(arm, ARMS, f"recipe {path}: unknown arm")
+        _check_known(arm, ("none", *STRATEGIES), f"recipe {path}: unknown arm")
     if not isinstance(recipe["floors"], dict):
         raise ConfigError(f"recipe {path}: floors must be as {{naive_bayes: true}}")
     for floor in recipe["floors"]:
@@ -227,8 +228,15 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
     if bool(recipe["encoder"]) == scratch:
         raise ConfigError(f"recipe {path}: give either encoder (a checkpoint to start from) or "
                           "general.model_config (fresh weights)")
-    if scratch and not recipe["tokenizer"]:
-        raise ConfigError(f"recipe {path}: tokenizer is missing; fresh weights need one")
+    learnt = recipe["vocabulary"] is not None
+    if learnt and not all(recipe["vocabulary"].get(flag) for flag in ("input", "vocab_size")):
+        raise ConfigError(f"recipe {path}: vocabulary needs input and vocab_size")
+    if learnt and not scratch:
+        raise ConfigError(f"recipe {path}: an encoder brings its vocabulary; remove vocabulary, or "
+                          "give general.model_config (fresh weights) instead of encoder")
+    if scratch and learnt == bool(recipe["tokenizer"]):
+        raise ConfigError(f"recipe {path}: fresh weights need either tokenizer (one that exists) "
+                          "or vocabulary (one to learn)")
     if general is not None and not recipe["general_text"].get("input"):
         raise ConfigError(f"recipe {path}: general needs general_text.input")
     if recipe["export_steps"] and general is None:
@@ -237,5 +245,5 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
 
 
 def needs_domain(recipe: dict[str, Any]) -> bool:
-    """Whether any arm trains on the in-domain text."""
+    """Tell whether any arm trains on the in-domain text."""
     return any(arm != "none" for arm in recipe["arms"])

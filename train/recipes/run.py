@@ -1,13 +1,16 @@
-"""Run the steps of a plan: processes, logs, and what is finished or stale."""
+"""Run the steps of a plan: processes, logs, and which steps are finished or stale."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import glob
+import hashlib
+import json
+import multiprocessing
 import os
 import queue
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -23,17 +26,24 @@ from typing import Any
 from preprocess.errors import ConfigError, DataError, StopRequested
 from preprocess.files import atomic_write_json, file_sha256, read_json
 from train.config import PipelineConfig
-from train.recipes.plan import Step, flag_words
+from train.recipes.plan import Step
 
 HEARTBEAT_SECONDS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Imported once under `--launcher python`. Not deepspeed: it looks for a CUDA device, and a process
+# that has done so cannot be forked.
+PRELOADED = ["train.pretrain", "train.finetune", "train.annotate", "train.fit_scorer",
+             "preprocess.tokenize_corpus", "transformers.models.bert.modeling_bert",
+             "transformers.models.bert.tokenization_bert", "torch.utils.tensorboard"]
 
 
 class Journal:
-    """`steps.json`: what each step was run with, its seconds, and the order of finishing.
+    """`steps.json`: per step its command, a digest of its outputs, and its seconds.
 
-    Seconds are those of the whole process, its start included, summed over attempts that went on
-    from each other; an attempt that died with the pipeline itself is not in them.
+    A step is finished if its outputs still have the digest that they had when it ended, and stale
+    if a step that it reads has ended with another digest since.
+    Seconds are those of the whole process, its start included, summed over attempts that continued
+    each other; an attempt that died with the pipeline itself is not in them.
     """
 
     def __init__(self, root: Path) -> None:
@@ -44,154 +54,164 @@ class Journal:
                 self.path, "delete it and run again with --rerun, or take another --output_dir"
             )
 
-    def describe(self, step: Step) -> dict[str, Any]:
-        """What must not change under a finished step; the output folder may be moved."""
-        words = step.command[1:] or flag_words(step.settings)
-        described: dict[str, Any] = {}
-        if "--deepspeed_config" in words:  # its content counts, not where it lies
-            i = words.index("--deepspeed_config")
-            config = Path(words[i + 1])
-            described["deepspeed_config"] = file_sha256(config) if config.is_file() else None
-            words = words[:i] + words[i + 2 :]
-        root = str(self.root)
-        described["command"] = [
-            "OUTPUT_DIR" + word[len(root) :] if word == root or word.startswith(root + "/")
-            else word
-            for word in words
-        ]
-        return described
+    def command(self, step: Step) -> list[str]:
+        """Return the words that must not change; the output folder may be moved."""
+        words = list(step.command if step.compute else step.command[1:])
+        if "--deepspeed_config" in words:  # its content counts, not its path
+            at = words.index("--deepspeed_config") + 1
+            words[at] = file_sha256(words[at]) if os.path.isfile(words[at]) else words[at]
+        root = re.compile(re.escape(str(self.root)) + "(?=/|$)")
+        return [root.sub("OUTPUT_DIR", word, count=1) if root.match(word) else word
+                for word in words]
 
-    def objection(self, step: Step, whole: bool) -> str | None:
-        """Why what is there cannot be used, as a sentence; None if it can, or nothing is."""
-        there = whole or any(_files_of(step))
-        record = self.steps.get(step.name)
+    def digest(self, step: Step) -> str | None:
+        """Return the sha256 of the outputs' records; None if one is missing."""
+        found = [sorted(glob.glob(pattern)) for pattern in step.records]
+        if not all(found):
+            return None
+        told = {os.path.relpath(path, self.root): _record(path) for paths in found
+                for path in paths}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def is_finished(self, step: Step) -> bool:
+        ended = self.steps.get(step.name, {}).get("finished")
+        return bool(step.records) and ended is not None and ended == self.digest(step)
+
+    def objection(self, step: Step) -> str | None:
+        """Return why the outputs that exist cannot be used; None if they can, or do not exist."""
+        there, entry = _existing(step), self.steps.get(step.name)
         if not there:
             return None
-        if record is None:
-            return f"step {step.name}: {step.outputs[0]} exists, but this pipeline did not make it"
-        was, now = record["made_with"], self.describe(step)
+        if entry is None:
+            return f"step {step.name}: {there[0]} exists, but this pipeline did not make it"
+        was, now = _by_flag(entry.get("command", [])), _by_flag(self.command(step))
         if was != now:
-            change = _changed_words(was["command"], now["command"])
-            return f"step {step.name} was run with another command ({change})"
-        for need in step.needs:
-            finished = self.steps.get(need, {}).get("finished")
-            if whole and record["finished"] and finished and finished > record["finished"]:
+            changes = "; ".join(
+                f"was `{was.get(flag, '')}`, is `{now.get(flag, '')}`"
+                for flag in {**was, **now} if was.get(flag) != now.get(flag)
+            )
+            return f"step {step.name} was run with another command ({changes})"
+        for need, then in entry["inputs"].items():
+            if self.steps.get(need, {}).get("finished") not in (None, then):
                 return f"step {step.name} is older than step {need}, which it reads"
         return None
 
     def start(self, step: Step) -> None:
-        earlier = self.steps.get(step.name, {}).get("seconds") if any(_files_of(step)) else None
-        self.steps[step.name] = {"made_with": self.describe(step), "finished": None}
-        if earlier is not None:
-            self.steps[step.name]["seconds"] = earlier
+        """Note the command and the inputs of a step that runs now."""
+        earlier = self.steps.get(step.name, {}).get("seconds", 0.0) if _existing(step) else 0.0
+        inputs = {need: self.steps[need]["finished"] for need in step.needs}
+        self.steps[step.name] = {"command": self.command(step), "inputs": inputs,
+                                 "finished": None, "seconds": earlier}
         atomic_write_json(self.path, self.steps)
 
-    def count(self, step: Step, seconds: float) -> None:
-        record = self.steps[step.name]
-        record["seconds"] = round(record.get("seconds", 0.0) + seconds, 1)
-        atomic_write_json(self.path, self.steps)
-
-    def finish(self, step: Step) -> None:
-        last = max((record["finished"] or 0 for record in self.steps.values()), default=0)
-        self.steps[step.name]["finished"] = last + 1
+    def end(self, step: Step, seconds: float, success: bool) -> None:
+        """Add the seconds of an attempt and, after a success, the digest of the outputs."""
+        entry = self.steps[step.name]
+        entry["seconds"] = round(entry["seconds"] + seconds, 1)
+        entry["finished"] = self.digest(step) if success else None
         atomic_write_json(self.path, self.steps)
 
 
-def _changed_words(was: list[str], now: list[str]) -> str:
-    """What differs between two commands, with the flag it belongs to."""
-    changes = []
-    matcher = difflib.SequenceMatcher(a=was, b=now, autojunk=False)
-    for kind, a, b, c, d in matcher.get_opcodes():
-        if kind != "equal":
-            here = (*was[a:b], *now[c:d])[0]
-            flag = [] if here.startswith("--") else was[max(a - 1, 0) : a]
-            before, after = (shlex.join([*flag, *words]) for words in (was[a:b], now[c:d]))
-            changes.append(f"was `{before}`, is `{after}`")
-    return "; ".join(changes) or "the DeepSpeed JSON has other content"
+def _record(path: str) -> Any:
+    """Return what a JSON file says of its result; the size of any other file."""
+    name = os.path.basename(path)
+    if not name.endswith(".json") and name != "results.jsonl":
+        return os.path.getsize(path)
+    content = Path(path).read_bytes()
+    try:
+        lines = content.splitlines() if name == "results.jsonl" else [content]
+        return [json.loads(line, object_hook=_identity) for line in lines]
+    except ValueError:
+        return hashlib.sha256(content).hexdigest()
 
 
-def _files_of(step: Step) -> list[str]:
-    return [path for pattern in step.outputs for path in
-            ([pattern] if os.path.isdir(pattern) else glob.glob(pattern))]
+def _identity(obj: dict[str, Any]) -> Any:
+    """Return the identity that a record names, or all of it but times, places and seals."""
+    if "identity_digest" in obj:
+        return obj["identity_digest"]
+    return {key: value for key, value in obj.items()
+            if "seconds" not in key and key != "json_sha256"
+            and not (isinstance(value, str) and os.path.isabs(value))}
+
+
+def _by_flag(words: list[str]) -> dict[str, str]:
+    """Split a command into its flags, each with its values as typed."""
+    typed = shlex.join(words)
+    return {part.split(" ")[0]: part for part in re.split(r" (?=--)", typed)}
+
+
+def _existing(step: Step) -> list[str]:
+    return [path for pattern in step.outputs for path in glob.glob(pattern)]
 
 
 def _delete(step: Step) -> None:
-    for path in _files_of(step):
+    for path in _existing(step):
         print(f"  deleting {path}", flush=True)
         shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> None:
-    """Run what is not whole, in order.
+    """Run the steps that are not finished, in order.
 
     Raises:
-        ConfigError: something there was made otherwise, and `--rerun` is not given.
+        ConfigError: outputs were made otherwise, and `--rerun` is not given.
         StopRequested: a command stopped on request (exit 75).
         SystemExit: a command failed; with its exit code.
     """
     begin = time.monotonic()
     if not options.rerun:
-        _refuse_stale(steps, journal)
+        for step in steps:  # before hours of work rather than after them
+            _refuse(journal.objection(step))
     for number, step in enumerate(steps, start=1):
         title = f"[{number}/{len(steps)}] {step.name}"
-        whole = step.is_whole()
-        objection = journal.objection(step, whole)
-        if objection:
-            print(f"{title}: {objection}", flush=True)
-            _delete(step)
-        elif whole:
-            print(f"{title}: whole, skipped", flush=True)
-            if journal.steps[step.name]["finished"] is None:  # killed between the two writes
-                journal.finish(step)
+        objection = journal.objection(step)
+        if objection and not options.rerun:  # an input that was lost came out different
+            _refuse(objection)
+        if not objection and journal.is_finished(step):
+            print(f"{title}: finished, skipped", flush=True)
             continue
-        print(f"{title}\n  {shown(step, options)}", flush=True)
-        started = time.monotonic()
+        print(f"{title}: {objection}" if objection else title, flush=True)
+        if objection or not step.resumes:
+            _delete(step)
+        print(f"  {shown(step, options)}", flush=True)
+        started, success = time.monotonic(), False
         journal.start(step)
         try:
+            log = journal.root / "logs" / f"{number:02d}-{step.name}.log"
             if step.compute is not None:
                 step.compute()
             else:
-                log = journal.root / "logs" / f"{number:02d}-{step.name}.log"
-                _check_exit(run_process(started_as(step, options), log), step, log, options)
+                warm = options.launcher == "python"
+                _check_exit(run_process(started_as(step, options), log, warm), step, log, options)
+            success = True
         finally:
-            journal.count(step, time.monotonic() - started)
-        journal.finish(step)
+            journal.end(step, time.monotonic() - started, success)
+        if step.records and not journal.steps[step.name]["finished"]:
+            raise DataError(f"step {step.name} ended without an error, but its outputs are not "
+                            f"complete: {', '.join(step.records)}; see {log}")
         now = time.monotonic()
-        print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in all", flush=True)
+        print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total", flush=True)
 
 
-def _refuse_stale(steps: list[Step], journal: Journal) -> None:
-    """Stop before anything runs if something there cannot be used, or could not afterwards."""
-    to_run: set[str] = set()
-    for step in steps:
-        whole = step.is_whole()
-        objection = journal.objection(step, whole)
-        if whole and not objection:
-            for need in to_run.intersection(step.needs):
-                objection = f"step {step.name} is older than step {need}, which it reads"
-        if objection:
-            raise ConfigError(f"{objection}: take another --output_dir, or add --rerun to delete "
-                              "it and make it again")
-        if not whole:
-            to_run.add(step.name)
+def _refuse(objection: str | None) -> None:
+    if objection:
+        raise ConfigError(f"{objection}: give another --output_dir, or add --rerun to delete "
+                          "it and make it again")
 
 
 def _check_exit(code: int, step: Step, log: Path, options: PipelineConfig) -> None:
     if code == StopRequested.exit_code:
-        raise StopRequested(f"step {step.name} stopped on request; the same command goes on "
+        raise StopRequested(f"step {step.name} stopped on request; the same command continues "
                             "from its checkpoint")
     if code:
         print(f"pipeline.py: step {step.name} failed with exit code {code}: "
               f"{shown(step, options)}; its output is in {log}", file=sys.stderr, flush=True)
         sys.exit(code if code > 0 else 128 - code)
-    if step.name != "report" and not step.is_whole():
-        raise DataError(f"step {step.name} ended without an error, but what it should have "
-                        f"written is not whole: {', '.join(step.outputs)}; see {log}")
 
 
 def shown(step: Step, options: PipelineConfig) -> str:
-    """The step as a user would type it."""
-    if not step.command:
+    """Return the step as a user would type it."""
+    if step.compute is not None:
         return f"# {step.name}: computed by the pipeline itself"
     start = ["python"]
     if step.launched and options.launcher == "deepspeed":
@@ -202,7 +222,7 @@ def shown(step: Step, options: PipelineConfig) -> str:
 
 
 def started_as(step: Step, options: PipelineConfig) -> list[str]:
-    """The step's process: the same interpreter, and a free port for the launcher."""
+    """Return the step's process: the same interpreter, and a free port for the launcher."""
     if step.launched and options.launcher == "deepspeed":
         port = options.master_port or _free_port()
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus",
@@ -216,46 +236,87 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def run_process(command: list[str], log_path: Path) -> int:
-    """Run a command, echo its lines and log them; a line at least every ten seconds.
+def run_process(command: list[str], log_path: Path, warm: bool = False) -> int:
+    """Run a command, echo its lines and log them; print a line at least every ten seconds.
 
-    SIGTERM and SIGINT go on to all its processes as SIGTERM (the launcher itself would die and
-    leave its workers), so that a training command can write its checkpoint; a second one kills.
-    Where somebody else ends the launcher by such a signal, its workers are stopped the same way.
+    SIGTERM and SIGINT are passed on to all its processes as SIGTERM (the launcher itself would die
+    and leave its workers), so that a training command can write its checkpoint; a second one kills.
+    If somebody else ends the launcher by such a signal, its workers are stopped the same way.
 
+    Args:
+        command: a Python interpreter, a script and its flags.
+        log_path: file to which the output is appended.
+        warm: fork a process that has imported torch already instead of starting the interpreter.
     Returns:
         The exit code; 75 if a signal asked for the stop, whatever the launcher made of it.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
-    )
+    stream, process, poll = (_fork if warm else _spawn)(command)
     requests: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
         requests.append(number)
+        wanted = signal.SIGKILL if len(requests) > 1 else signal.SIGTERM
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL if len(requests) > 1 else signal.SIGTERM)
+            try:
+                os.killpg(process, wanted)
+            except ProcessLookupError:  # a fork that has not got its own group yet
+                os.kill(process, wanted)
 
     def look_after() -> None:
-        if not requests and -(process.poll() or 0) in STOPPING:
+        if not requests and -(poll() or 0) in STOPPING:
             pass_on(signal.SIGTERM, None)
 
     handlers = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         with open(log_path, "a", encoding="utf-8") as log:  # after an earlier attempt
             log.write(shlex.join(command) + "\n")
-            for line in _lines_and_heartbeats(process.stdout, look_after):
+            for line in _lines_and_heartbeats(stream, look_after):
                 log.write(line)
                 log.flush()
                 if not _LAUNCHER_CHATTER.search(line):
                     print(f"  {line.rstrip()}", flush=True)
-        code = process.wait()
+        while (code := poll()) is None:
+            time.sleep(0.01)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return StopRequested.exit_code if requests or -code in STOPPING else code
+
+
+def _spawn(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
+    """Start a process in its own group; return its output, its id and its exit code so far."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+    )
+    return process.stdout, process.pid, process.poll
+
+
+def _fork(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
+    """Start a script as `_spawn` does, but from a fork server that has done the slow imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_run_script, args=(command[1:], writer))
+    process.start()
+    writer.close()
+    stream = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")  # noqa: SIM115
+    assert process.pid is not None
+    return stream, process.pid, lambda: process.exitcode
+
+
+def _run_script(words: list[str], output: Any) -> None:
+    """Become a script's process: its group, its output, its arguments."""
+    os.setsid()
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    output.close()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    sys.argv = list(words)
+    sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
+    runpy.run_path(words[0], run_name="__main__")
 
 
 _LAUNCHER_CHATTER = re.compile(
@@ -264,7 +325,7 @@ _LAUNCHER_CHATTER = re.compile(
 
 
 def _lines_and_heartbeats(stream: Any, every_second: Callable[[], None]) -> Iterator[str]:
-    """Lines of a stream until its end; a line that says so while it is silent for long."""
+    """Yield the lines of a stream until its end, and a line of our own while it is silent."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -273,7 +334,7 @@ def _lines_and_heartbeats(stream: Any, every_second: Callable[[], None]) -> Iter
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    started = said = looked = time.monotonic()
+    started = spoke = looked = time.monotonic()
     while True:
         line: str | None = ""
         with contextlib.suppress(queue.Empty):
@@ -284,8 +345,8 @@ def _lines_and_heartbeats(stream: Any, every_second: Callable[[], None]) -> Iter
             every_second()
         if line is None:
             return
-        if not line and now - said >= HEARTBEAT_SECONDS:
+        if not line and now - spoke >= HEARTBEAT_SECONDS:
             line = f"... running for {now - started:.0f} s\n"
         if line:
-            said = now
+            spoke = now
             yield line

@@ -1,13 +1,12 @@
-"""Training curves of run directories: what was logged, at which step, token and second.
+"""Read the training curves of run directories, against steps, masked tokens and seconds.
 
-It owns the reading of event files. The axes other than steps are worked out from what is logged,
-window by window between two points of the training loss: tokens are the steps of the window times
-the tokens of a step (constant to a per cent or two, since rows are packed); masked tokens are the
-tokens times `train/masked_fraction`; seconds are the tokens over `throughput/tokens_per_sec`. So
-seconds are those of training steps, without evaluation, saving, or the pause before a resume, and
-steps that were lost to a kill and made again count once. The tokens of a step are those of the
-whole run by its `lineage.json`; a run without one is taken to fill its rows, which is a few per
-cent too many.
+Only this file reads event files. Axes other than steps are derived from the logged scalars, per
+window between two points of the training loss: tokens are the steps of the window times the tokens
+per step (constant to a per cent or two, since rows are packed); masked tokens are the tokens times
+`train/masked_fraction`; seconds are the tokens over `throughput/tokens_per_sec`. Seconds therefore
+cover training steps only, without evaluation, saving or pauses, and steps repeated after a kill
+count once. The tokens per step are the mean of the run by its `lineage.json`; without one, rows
+count as full, which is a few per cent too many.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.files import read_json, read_yaml
-from train.reports.results import number, read_stages, strategy_of
+from train.reports.results import number, read_summaries, strategy_of
 from train.run_dir.metrics import (
     EVAL_LOSS,
     EVAL_PERPLEXITY,
@@ -43,11 +42,11 @@ class Curves:
 
     Attributes:
         name: unique in a report.
-        scalars: tag -> (steps, values), steps ascending; empty where the event files are lost.
-        masking: strategy of a pre-training run; empty where nothing tells.
-        stage: the run's own stage in its lineage; empty as long as it is not finished.
-        tokens_per_step: real tokens of a step; None where nothing tells.
-        max_steps: how many steps are planned; None where nothing tells.
+        scalars: tag -> (steps, values), steps ascending; empty without event files.
+        masking: strategy of a pre-training run; empty if unknown.
+        stage: the run's own stage in its lineage; empty until it is finished.
+        tokens_per_step: tokens per step, without padding; None if unknown.
+        max_steps: planned steps; None if unknown.
     """
 
     name: str
@@ -67,7 +66,7 @@ class Curves:
         return max((steps[-1] for steps, _ in self.scalars.values()), default=0)
 
     def spent(self, steps: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Masked tokens and seconds of training up to each step; None where nothing tells.
+        """Return masked tokens and seconds of training up to each step; None if unknown.
 
         Returns:
             Two arrays, `(len(steps),)` float64.
@@ -85,7 +84,7 @@ class Curves:
 
 
 def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
-    """Training curves of all runs below the folders, and a sentence for what cannot be read."""
+    """Return the curves of all runs below the folders, and a sentence per unreadable part."""
     curves: list[Curves] = []
     notes: list[str] = []
     seen: set[Path] = set()
@@ -98,7 +97,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
             name = short_name(run, folders)
             scalars = _read_events(path, notes)
             if scalars:
-                curves.append(_with_lineage(name, scalars, run))
+                curves.append(_with_lineage(name, scalars, run, notes))
                 notes += _state_notes(curves[-1], run)
             else:
                 notes.append(f"{path}: no loss has been logged yet.")
@@ -107,26 +106,26 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
                 continue
             seen.add(run.resolve())
             notes.append(f"{run}: no event files in it (tb/), so no curves.")
-            found = _with_lineage(short_name(run, folders), {}, run)
+            found = _with_lineage(short_name(run, folders), {}, run, notes)
             if found.is_pretraining:
                 curves.append(found)
     return curves, notes
 
 
 def without_events(folder: Path) -> list[Path]:
-    """Run directories below this one, or itself, that trained and have no event file."""
+    """Return run directories, this one or below it, that trained and have no event file."""
     runs = [path.parent for path in sorted(folder.rglob("config.resolved.yaml"))]
     return [run for run in runs if not any(run.rglob(PATTERN))
             and _read_config(run / "config.resolved.yaml").get("max_steps") != 0]
 
 
 def event_folders(folder: Path) -> list[Path]:
-    """Folders with event files, below this one or itself."""
+    """Return the folders with event files, this one or below it."""
     return sorted({path.parent for path in folder.rglob(PATTERN)})
 
 
 def short_name(path: Path, folders: Sequence[Path]) -> str:
-    """The part of a path below the one folder of a report, or what tells it from the others."""
+    """Return a path relative to the one folder of a report, or to the parent of several."""
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) == 1:
         name = os.path.relpath(path.resolve(), resolved[0])
@@ -135,32 +134,32 @@ def short_name(path: Path, folders: Sequence[Path]) -> str:
 
 
 def _read_events(folder: Path, notes: list[str]) -> dict[str, tuple[list[int], list[float]]]:
-    """The scalars of all event files of a folder; steps that were made again count once."""
+    """Return the scalars of all event files of a folder; repeated steps count once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     for path in sorted(folder.glob(PATTERN)):
         size = path.stat().st_size
-        # The loader stops in silence at a record that is cut off or does not match its checksum;
-        # a record has 16 bytes around it.
+        # The loader stops silently at a record that is truncated or does not match its checksum.
+        # Each record has 16 bytes of framing.
         whole = sum(len(record) + 16 for record in RawEventFileLoader(str(path)).Load())
         if whole < size:
             notes.append(
-                f"{path}: cut off, damaged or still being written: {whole:,} of {size:,} bytes can "
-                "be read, and what they hold is shown."
+                f"{path}: truncated, damaged or still being written: {whole:,} of {size:,} bytes "
+                "can be read; their content is shown."
             )
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1})
     try:
         events.Reload()
-    except Exception as error:  # whatever the library makes of whole records that are no events
-        notes.append(f"{folder}: holds something else than events ({type(error).__name__}).")
+    except Exception as error:  # complete records that are no events: any type of error
+        notes.append(f"{folder}: holds records that are no events ({type(error).__name__}).")
     found = set(events.Tags()["scalars"])
     return {tag: _ascending(events.Scalars(tag)) for tag in TAGS if tag in found}
 
 
 def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:
-    """Steps and values; of several points of one step the first counts."""
+    """Return steps and values; of several points at one step, the first."""
     steps: list[int] = []
     values: list[float] = []
     for point in points:
@@ -171,20 +170,25 @@ def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:
 
 
 def _with_lineage(
-    name: str, scalars: dict[str, tuple[list[int], list[float]]], run: Path
+    name: str, scalars: dict[str, tuple[list[int], list[float]]], run: Path, notes: list[str]
 ) -> Curves:
-    """What the run directory tells beside the event files."""
-    stages = read_stages(run / "hf")
+    """Add what the run directory tells beside the event files."""
+    stages = read_summaries(run / "hf", notes)
     stage = stages[-1] if stages else {}
     config = _read_config(run / "config.resolved.yaml")
-    named = config.get("mask_index") or config.get("masking")
-    if not named and "mask_index" in config:
-        named = "random"  # the default
-    masking = strategy_of(stage or {"mask_strategy": named})
+    masking = strategy_of(stage) or _planned_masking(run)
     tokens, steps = number(stage.get("tokens")), number(stage.get("steps"))
     per_step = tokens / steps if tokens and steps else _full_rows(run, config)
     return Curves(name, scalars, masking, stage, per_step,
                   number(config.get("max_steps")))
+
+
+def _planned_masking(run: Path) -> str:
+    """Return the masking of a run that is not finished, by the identity in its env.json."""
+    try:
+        return str(read_json(run / "env.json")["identity"]["choice"]["masking"] or "")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -195,7 +199,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _full_rows(run: Path, config: dict[str, Any]) -> float | None:
-    """Tokens of a step if all rows were full."""
+    """Return the tokens per step if all rows were full."""
     try:
         rows = number(read_json(run / "ds_config.resolved.json").get("train_batch_size"))
     except (OSError, ValueError):
@@ -211,12 +215,12 @@ def _state_notes(run: Curves, path: Path) -> list[str]:
     notes = [f"{path}: not finished (no hf/ in it), shown up to step {run.last_step}{planned}."]
     if run.tokens_per_step is None:
         notes.append(f"{path}: without ds_config.resolved.json its masked tokens and seconds are "
-                     "not known.")
+                     "unknown.")
     return notes
 
 
 def run_rows(curves: Sequence[Curves]) -> list[dict[str, Any]]:
-    """One row for each pre-training run, with the keys of `RUN_COLUMNS`."""
+    """Return one table row per pre-training run, with the keys of `RUN_COLUMNS`."""
     rows = []
     for run in curves:
         if not run.is_pretraining:

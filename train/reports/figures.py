@@ -1,8 +1,8 @@
-"""The figures of a report, each as a PNG.
+"""Draw the figures of a report, each as a PNG.
 
 Colours are those of Okabe and Ito, distinct under the common colour-vision deficiencies; line
-styles and markers tell apart what shares a colour, so that a grey print can be read as well.
-Legends stand outside the axes.
+styles and markers distinguish lines of one colour, so that a grey print is readable too. Legends
+are outside the axes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.run_dir.metrics import EVAL_LOSS, TRAIN_LOSS
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 LINES = ("-", "--", ":", "-.")
-MAX_NAMES = 16  # lines with a name of their own in a legend; more are named by their masking
+MAX_NAMES = 16  # lines named one by one in a legend; more share a name per kind
 DOTS_PER_INCH = 150
 
 
@@ -37,12 +37,15 @@ def _as_png(figure: Any) -> bytes:
 
 
 def _kind(run: Curves) -> str:
-    """The name of a run without its seeds: what runs of one colour share."""
+    """Return the name of a run without its seeds; runs of one kind share a colour."""
     return re.sub(r"[-_/]seed_?\d+", "", run.name)
 
 
 def _styles(curves: Sequence[Curves]) -> list[dict[str, Any]]:
-    """Colour by kind, line style by the runs that share it; many runs are named by kind alone."""
+    """Return a style per run: a colour per kind, a line style per run of it.
+
+    More than `MAX_NAMES` runs are named by kind alone.
+    """
     totals = Counter(map(_kind, curves))
     kinds = list(totals)
     enough = len(kinds) <= len(COLOURS) and max(totals.values(), default=0) <= len(LINES)
@@ -65,20 +68,20 @@ def _styles(curves: Sequence[Curves]) -> list[dict[str, Any]]:
 
 
 def loss_figure(curves: Sequence[Curves]) -> bytes | None:
-    """Training and held-out loss of pre-training against steps, masked tokens and seconds."""
+    """Draw training and held-out loss of pre-training against steps, masked tokens, seconds."""
     runs = [run for run in curves if run.is_pretraining and run.last_step]
     return _losses(runs, ("training loss", "held-out loss, same masks"),
                    ("step", "masked tokens", "seconds of training"))
 
 
 def supervised_figure(curves: Sequence[Curves]) -> bytes | None:
-    """Training and validation loss of classifiers and scorers against steps."""
+    """Draw training and validation loss of classifiers and scorers against steps."""
     runs = [run for run in curves if not run.is_pretraining]
     return _losses(runs, ("training loss", "validation loss"), ("step",))
 
 
 def _losses(runs: Sequence[Curves], titles: Sequence[str], axes: Sequence[str]) -> bytes | None:
-    """A row of panels for each kind of loss, a column for each horizontal axis."""
+    """Draw one row of panels per kind of loss, one column per horizontal axis."""
     import matplotlib.pyplot as plt
 
     rows = [(title, tag) for title, tag in zip(titles, (TRAIN_LOSS, EVAL_LOSS), strict=True)
@@ -117,7 +120,7 @@ def _losses(runs: Sequence[Curves], titles: Sequence[str], axes: Sequence[str]) 
 
 
 def _places(run: Curves, tag: str, column: int) -> np.ndarray | None:
-    """Where the points of a tag lie on axis 0 (steps), 1 (masked tokens) or 2 (seconds)."""
+    """Return the places of a tag's points on axis 0 (steps), 1 (masked tokens) or 2 (seconds)."""
     if tag not in run.scalars:
         return None
     steps = run.scalars[tag][0]
@@ -135,7 +138,7 @@ def _by_task(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
 
 
 def accuracy_figure(arms: Sequence[Arm], floors: Sequence[Arm]) -> bytes | None:
-    """Test accuracy of each arm, a panel for each task: seeds, mean and standard deviation."""
+    """Draw test accuracy per arm, one panel per task: seeds, mean and standard deviation."""
     import matplotlib.pyplot as plt
 
     tasks = _by_task([*arms, *floors])
@@ -166,9 +169,9 @@ def accuracy_figure(arms: Sequence[Arm], floors: Sequence[Arm]) -> bytes | None:
 
 
 def steps_figure(arms: Sequence[Arm]) -> bytes | None:
-    """Accuracy against all steps of pre-training, a line for each masking, a panel for each task.
+    """Draw accuracy against all steps of pre-training: a line per masking, a panel per task.
 
-    None where no task has arms of more than two lengths: the other figure says it all.
+    Returns None if no task has arms of more than two lengths; `accuracy_figure` shows those.
     """
     import matplotlib.pyplot as plt
 
@@ -184,7 +187,7 @@ def steps_figure(arms: Sequence[Arm]) -> bytes | None:
         width = max(map(max, lengths.values())) - min(map(min, lengths.values()))
         for place, (name, points) in enumerate(lines.items()):
             steps, means, sds = (np.array(column) for column in zip(*sorted(points), strict=True))
-            # Arms of one length stand side by side, so that their bars can be told apart.
+            # Arms of one length are drawn side by side, so that their bars do not overlap.
             beside = [other for other in lines if lengths[other] & lengths[name]]
             shift = 0.008 * width * (beside.index(name) - (len(beside) - 1) / 2)
             panel.errorbar(
@@ -203,7 +206,7 @@ def steps_figure(arms: Sequence[Arm]) -> bytes | None:
 
 
 def _lines(arms: Sequence[Arm]) -> dict[str, list[tuple[float, float, float]]]:
-    """Points (steps, mean, standard deviation) of each line, accuracy in per cent."""
+    """Return the points (steps, mean, standard deviation) of each line, accuracy in per cent."""
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for arm in arms:
         steps = [s for run in arm.runs if (s := number(run.cost.get("steps"))) is not None]

@@ -1,24 +1,23 @@
-"""How sure a difference between two arms is: its interval, and what could have been seen.
+"""Estimate a difference between two arms: its interval, and the detectable difference.
 
-The interval is that of a hierarchical paired bootstrap, widened for small numbers of seeds. Every
-source of chance (pre-training seeds, fine-tuning seeds, test items) is resampled for itself while
-the two arms stay paired (seed s with seed s, item n with item n), and the variances add up. Of
-`k` units `k-1` are drawn, or the variance would come out `(k-1)/k` times too small. Such a
-bootstrap has a closed form, so nothing is drawn here: the variance of resampled means of `k`
-numbers is `s**2 / k`, with their sample variance `s**2`. `tests/test_intervals.py` draws.
+The interval adds up the variance components of a paired design: pre-training seeds, fine-tuning
+seeds and test items, with the two arms paired (seed s with seed s, item n with item n). Each
+component is the variance of the mean over its `k` units, `s**2 / k` with their sample variance
+`s**2`. A bootstrap that resamples `k-1` of the `k` units has the same variance in expectation;
+`tests/train/test_intervals.py` draws one to compare.
 
-Percentiles of the draws would not do: of two seeds the interval could not leave their values,
-and missed the true difference in a quarter of simulations where seeds vary most. Instead the
-interval is `difference +- t * standard error`, with the quantile of Student's t at Satterthwaite's
-degrees of freedom: near normal where items decide, 12.7 where two seeds do.
+Percentiles of such draws are too narrow for few seeds: with two seeds the interval cannot leave
+their values, and missed the true difference in a quarter of the simulations where seeds vary most.
+So the interval is `difference +- t * standard error`, with the quantile of Student's t at
+Satterthwaite's degrees of freedom: near the normal one if items dominate, 12.7 if two seeds do.
 
-What varies with seed and item together is in both variances, which errs on the wide side;
-Satterthwaite's degrees of freedom err on the narrow side for two or three units. Simulated (1,500
-repetitions, 200 items), a 95 % interval covered 92 to 98 % with three or more units of every
-source that varies, and 88 % with two pre-training seeds that vary ten times as much as the mean
-of the items. A source with one unit cannot be counted: with one pre-training seed that varies
-as much as the mean of the items, the interval covered 78 %, and less where it varies more. Whoever
-shows such an interval must say so.
+Variance of seed and item together is in both components, which makes the interval wider than
+necessary; Satterthwaite's degrees of freedom make it narrower for two or three units. Simulated
+(1,500 repetitions, 200 items), a 95 % interval covered 92 to 98 % with three or more units of every
+component that varies, and 88 % with two pre-training seeds that vary ten times as much as the mean
+of the items. A component with one unit cannot be estimated: with one pre-training seed that varies
+as much as the mean of the items, the interval covered 78 %, and less if it varies more. Show such
+an interval only with a note that says so.
 
 Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
 """
@@ -26,7 +25,6 @@ Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +40,9 @@ class Difference:
     Attributes:
         mean: the difference.
         low, high: the interval.
-        detectable: the smallest true difference that such runs would tell from none.
+        detectable: the smallest true difference that so many seeds and items reveal.
         standard_error: of the mean.
-        freedom: Satterthwaite's degrees of freedom.
+        freedom: Satterthwaite's degrees of freedom; infinite without any variance.
     """
 
     mean: float
@@ -64,14 +62,13 @@ def paired_difference(
 ) -> Difference:
     """Compare two arms that answered the same items with the same seeds.
 
-    The smallest detectable difference is `(t(1 - (1 - confidence) / 2) + t(power)) * standard
-    error`: a true difference of that size would give an interval without 0 in `power` of all
-    repetitions.
+    The detectable difference is `(t(1 - (1 - confidence) / 2) + t(power)) * standard error`: a
+    true difference of that size gives an interval without 0 in a share `power` of repetitions.
 
     Args:
         first, second: whether each answer is right, `(P, S, N)` bool or float.
         confidence: coverage of the interval, in (0, 1).
-        power: chance to see the detectable difference, in (0, 1).
+        power: probability of revealing the detectable difference, in (0, 1).
     Raises:
         ValueError: the arms differ in shape, or there is nothing to compare.
     """
@@ -80,6 +77,8 @@ def paired_difference(
             f"paired arms need one shape (P, S, N) without empty axes: got {first.shape} and "
             f"{second.shape}"
         )
+    from scipy import stats
+
     delta = first.astype(np.float64) - second.astype(np.float64)
     mean = float(delta.mean())
     variances = np.array([_variance_of_mean(delta, axis) for axis in range(3)])
@@ -88,31 +87,13 @@ def paired_difference(
         return Difference(mean, mean, mean, 0.0, 0.0, math.inf)
     others = np.maximum(np.array(delta.shape) - 1, 1)
     freedom = float(variances.sum() ** 2 / (variances**2 / others).sum())
-    reach, more = student_quantiles([1 - (1 - confidence) / 2, power], freedom)
+    reach, more = stats.t.ppf([1 - (1 - confidence) / 2, power], freedom).tolist()
     return Difference(
         mean, mean - reach * error, mean + reach * error, (reach + more) * error, error, freedom
     )
 
 
 def _variance_of_mean(delta: np.ndarray, axis: int) -> float:
-    """Variance of the mean when the units of one axis of `(P, S, N)` are resampled."""
+    """Return the variance of the mean over the units of one axis of `(P, S, N)`."""
     units = delta.mean(axis=tuple(other for other in range(3) if other != axis))
     return float(units.var(ddof=1) / len(units)) if len(units) > 1 else 0.0
-
-
-def student_quantiles(probabilities: Sequence[float], freedom: float) -> list[float]:
-    """Quantiles of Student's t; torch and numpy have none, and scipy is no dependency.
-
-    With `t = sqrt(freedom) * tan(angle)` the density is `cos(angle) ** (freedom - 1)` on
-    (-pi/2, pi/2), which is summed on a grid.
-
-    Args:
-        probabilities: in (0, 1).
-        freedom: degrees of freedom, at least 1; above 10,000 it makes no difference.
-    """
-    freedom = min(freedom, 10_000.0)
-    widest = min(np.pi / 2, 12 / math.sqrt(freedom))  # nothing beyond: cos**freedom < 1e-20
-    edges = np.linspace(-widest, widest, 20_001)
-    density = np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1)
-    shares = np.append(0, np.cumsum(density)) / density.sum()
-    return (math.sqrt(freedom) * np.tan(np.interp(probabilities, shares, edges))).tolist()

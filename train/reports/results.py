@@ -1,8 +1,8 @@
-"""Reads what fine-tuning left behind: means, differences between arms, and floors.
+"""Read what fine-tuning left behind: means, and differences between arms.
 
-It owns the shape of `results.jsonl` and `predictions.jsonl` as seen by a reader, what may be
-compared with what, and the naive Bayes floor. It runs no network and draws no figure;
-`train/report.py` and `train/pipeline.py` share it.
+It owns the shape of `results.jsonl` and `predictions.jsonl` as seen by a reader, and what may be
+compared with what. It runs no network and draws no figure; `train/report.py` and
+`train/pipeline.py` share it.
 
 Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
 """
@@ -14,16 +14,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from preprocess.errors import DataError
 from preprocess.files import parse_json
+from preprocess.identity import flatten
 from train.reports.intervals import paired_difference
-
-if TYPE_CHECKING:
-    pass
+from train.run_dir.hf_folder import read_stages
 
 METRICS = {"accuracy": "test_accuracy", "macro_f1": "test_macro_f1"}
 TABLE_COLUMNS = ("arm", "task", "metric", "mean", "sd", "seeds", "masked_tokens", "steps",
@@ -33,15 +32,16 @@ DIFFERENCE_COLUMNS = ("arm", "against", "difference", "low", "high", "detectable
 
 @dataclass(frozen=True)
 class FinetuneRun:
-    """One finished fine-tuning directory: one model a seed, all tested on the same items.
+    """One finished fine-tuning directory: one model per seed, all tested on the same items.
 
     Attributes:
         path: the directory.
-        rows: `results.jsonl`, one dictionary a seed, in the order of the file.
+        rows: `results.jsonl`, one dictionary per seed, in the order of the file.
         items: ids of the test items, in the order of the test split; empty without predictions.
         correct: whether seed s is right about item n, `(S, N)` bool; None without predictions.
         cost: masked_tokens, steps and seconds of all pre-training behind the run.
-        stages: the pre-training stages behind it, oldest first; empty where nothing tells.
+        stages: the pre-training stages behind it as `summarise` gives them, oldest first; empty
+            where nothing tells.
         notes: a sentence for everything that could not be read.
     """
 
@@ -63,19 +63,17 @@ class FinetuneRun:
 
     @property
     def weights(self) -> str | None:
-        """Fingerprint of the checkpoint that was fine-tuned, where the rows tell it."""
-        identity = self.rows[0].get("identity")
-        return str(identity["weights"]) if isinstance(identity, dict) and identity.get(
-            "weights") else None
+        """Digest of the weights that were fine-tuned, where the rows tell it."""
+        try:
+            return str(self.rows[0]["identity"]["inputs"]["weights"] or "") or None
+        except (KeyError, TypeError):
+            return None
 
     @property
     def strategy(self) -> str:
         """Masking of the last pre-training; `none` where only stage 1 from scratch lies behind."""
-        if not self.stages:
-            return "none"
-        last = self.stages[-1]
-        scratch = last.get("weights") in ("fresh", last.get("started_from"))
-        return "none" if len(self.stages) == 1 and scratch else strategy_of(last)
+        scratch = len(self.stages) == 1 and self.stages[0].get("weights") == "fresh"
+        return "none" if scratch or not self.stages else strategy_of(self.stages[-1])
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,12 @@ class Arm:
         return self.runs[0].task
 
     def values(self, metric: str) -> list[float]:
-        """All values of a metric, pre-training seeds one after the other."""
+        """Return all values of a metric, pre-training seeds one after the other."""
         found = [number(row.get(METRICS[metric])) for run in self.runs for row in run.rows]
         return [value for value in found if value is not None]
 
     def correct(self) -> np.ndarray | None:
-        """`(P, S, N)` bool, or None if predictions or seeds are missing somewhere."""
+        """Return `(P, S, N)` bool, or None if predictions or seeds are missing somewhere."""
         arrays = [run.correct for run in self.runs if run.correct is not None]
         if len(arrays) < len(self.runs) or len({array.shape for array in arrays}) != 1:
             return None
@@ -112,7 +110,7 @@ class Arm:
 
 
 def read_json_lines(path: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line.
+    """Read a file with one JSON object per line.
 
     Args:
         broken: where to put a sentence for every bad line, instead of an error.
@@ -140,28 +138,39 @@ def read_json_lines(path: Path, broken: list[str] | None = None) -> list[dict[st
     return rows
 
 
-def read_stages(folder: Path) -> list[dict[str, Any]]:
-    """Stages in the `lineage.json` of an `hf/` folder, oldest first; empty if it is of no use."""
+def read_summaries(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Read the stages behind an `hf/` folder, oldest first; none if its lineage is of no use.
+
+    Args:
+        notes: where to put a sentence about a lineage that cannot be read.
+    """
     try:
-        stages = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))["stages"]
-        return [stage for stage in stages if isinstance(stage, dict)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [summarise(stage) for stage in read_stages(folder)]
+    except (DataError, OSError) as error:
+        notes.append(str(error))
         return []
 
 
+def summarise(stage: dict[str, Any]) -> dict[str, Any]:
+    """Return what decided a stage, and its totals, in one dictionary."""
+    totals = {key: stage["totals"].get(key)
+              for key in ("steps", "tokens", "masked_tokens", "seconds")}
+    return {"stage": stage["stage"], **flatten(stage["identity"]), **totals}
+
+
 def strategy_of(stage: dict[str, Any]) -> str:
-    """The masking strategy of a pre-training stage; "" if it does not say."""
-    return str(stage.get("mask_strategy") or "")
+    """Return the masking strategy of a pre-training stage; "" if it does not say."""
+    return str(stage.get("masking") or "")
 
 
 def number(value: Any) -> float | None:
-    """A finite number from a file, or None."""
+    """Return a finite number from a file, or None."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if plain and math.isfinite(value) else None
 
 
 def finished_seeds(run_dir: Path) -> list[int]:
-    """Seeds that have a row in `run_dir/results.jsonl` and their predictions."""
+    """List the seeds that have a row in `run_dir/results.jsonl` and their predictions."""
     path = Path(run_dir) / "results.jsonl"
     if not path.is_file():
         return []
@@ -199,7 +208,7 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
             )
     whole = len(known) == len(rows)
     cost = rows[0].get("pretraining")
-    lineage = read_stages(run_dir / f"seed_{rows[0]['seed']}" / "hf")
+    lineage = read_summaries(run_dir / f"seed_{rows[0]['seed']}" / "hf", notes)
     return FinetuneRun(
         path=run_dir,
         rows=rows,
@@ -207,16 +216,18 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
         correct=np.array([right for _, right in known], dtype=bool) if whole else None,
         cost={key: value for key, given in (cost if isinstance(cost, dict) else {}).items()
               if (value := number(given)) is not None},
-        stages=[stage for stage in lineage if stage.get("stage") == "pretrain"],
+        stages=[stage for stage in lineage if stage["stage"] == "pretrain"],
         notes=notes,
     )
 
 
 def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], list[bool]] | None:
-    """Items of one seed's test split, and whether each answer is right; None if not all are there.
+    """Read the items of one seed's test split, and whether each answer is right.
 
     Args:
         notes: where to put a sentence about what is missing.
+    Returns:
+        None if not all are there.
     """
     if not path.is_file():
         notes.append(f"{path}: absent, so this run is not compared")
@@ -231,7 +242,7 @@ def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], lis
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter is nan for a single value."""
+    """Return mean and sample standard deviation; the latter is nan for a single value."""
     if not values:
         raise ValueError("mean_and_sd needs at least one value")
     array = np.asarray(values, dtype=np.float64)
@@ -239,7 +250,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
 
 
 def table_rows(arms: Iterable[Arm]) -> list[dict[str, Any]]:
-    """One row for each arm and metric, with the keys of `TABLE_COLUMNS`.
+    """Make one row per arm and metric, with the keys of `TABLE_COLUMNS`.
 
     The cost columns are means over the arm's pre-training seeds, empty where the rows do not tell.
     """
@@ -263,7 +274,7 @@ def table_rows(arms: Iterable[Arm]) -> list[dict[str, Any]]:
 
 
 def difference_rows(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Differences in accuracy with their 95 % intervals, keys as in `DIFFERENCE_COLUMNS`.
+    """Compute differences in accuracy with their 95 % intervals, keys as in `DIFFERENCE_COLUMNS`.
 
     An arm without stage 2 has one run, the others one for each pre-training seed: the single
     run is then compared with each of them.
@@ -298,7 +309,7 @@ def difference_rows(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[dict[str, An
 
 
 def uncounted_chance(pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:
-    """Sentences about sources of chance that the intervals of these pairs leave out."""
+    """Describe the sources of chance that the intervals of these pairs leave out."""
     arms = list({arm.name: arm for pair in pairs for arm in pair}.values())
 
     def named(chosen: Iterable[Arm]) -> str:

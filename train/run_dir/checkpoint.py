@@ -1,36 +1,33 @@
-"""What makes a checkpoint valid, and what a run directory holds.
+"""Checkpoints: how one is committed, which ones are valid, and which one a run resumes from.
 
-How one is committed, so that a kill at any moment leaves the checkpoints before it whole:
+The commit protocol. A kill at any moment leaves the earlier checkpoints complete:
 
 1. every rank writes its files to `checkpoints/step_N.tmp`;
-2. meanwhile it brings them to the disk (fsync) and takes their sha256;
+2. it brings them to the disk (fsync) and takes their sha256;
 3. rank 0 gathers the digests, writes them as `manifest.json` and syncs the folder;
-4. it renames the folder to `step_N`: from here on it counts;
+4. it renames the folder to `step_N`: from here on the checkpoint counts;
 5. it replaces `latest`, for people to read (loading looks at the folders), and only then removes
    older checkpoints, by renaming them to `.tmp` first.
 
-A rank gives its digests when its files are on the disk, so nothing is committed without every
-rank. What ends in `.tmp` never counts, and the next save removes it.
+A rank sends its digests once its files are on the disk, so nothing is committed without every
+rank. A folder whose name ends in `.tmp` never counts; the next save removes it.
 
-Loading takes the newest checkpoint whose files all agree with its manifest, on all ranks the
-same, and says which ones it passed over and why. At another number of ranks it is converted.
+Loading takes the newest checkpoint whose files all agree with its manifest, the same on all
+ranks, and reports the ones it passed over and why. For another number of ranks it is converted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, writing
 from preprocess.files import atomic_write_bytes, atomic_write_json, file_sha256, seal, sync
+from preprocess.identity import compare
 from preprocess.progress import say
 from train import engine as ds
 
@@ -52,9 +49,9 @@ def save_checkpoint(
     """Commit a checkpoint of `step`, then remove the oldest beyond `limit`; collective.
 
     Args:
-        client_state: plain values to get back from `load_checkpoint`; its `identity`, if any, is
-            what must not change when the run is resumed.
-        extras: further files of the checkpoint, name -> content; those of rank 0 are written.
+        client_state: plain values that `load_checkpoint` returns; its `identity`, if any, must not
+            change when the run is resumed.
+        extras: further files of the checkpoint, name -> content; only rank 0 writes them.
     Raises:
         DiskFullError: nothing has been committed or removed.
     """
@@ -66,23 +63,19 @@ def save_checkpoint(
                 _remove_debris(folder)
                 temporary.mkdir(parents=True)
             ds.barrier()
-            seals = _Seals(temporary)
-            ds.save_state(engine, temporary, {**client_state, "step": step}, seals.around)
-            shares = ds.gather_objects(seals.finish())
+            mine = ds.save_state(engine, temporary, {**client_state, "step": step})
+            shares = ds.gather_objects(_seal_files(temporary, mine))
             if ds.is_main():
                 for name, content in (extras or {}).items():
                     (temporary / name).write_bytes(content)
                 files = {name: entry for share in shares for name, entry in share.items()}
-                # And what DeepSpeed writes without being asked, as its scripts.
-                for file in _files(temporary):
-                    if _name(temporary, file) not in files:
-                        with seals.around(file):
-                            pass
+                # DeepSpeed also writes its conversion script.
+                others = [f for f in _files(temporary) if _name(temporary, f) not in files]
                 manifest = {
                     "version": MANIFEST_VERSION, "step": step,
                     "world_size": ds.ranks().world_size, "engine": ds.describe(engine),
                     "identity": client_state.get("identity", {}),
-                    "files": files | seals.finish(),
+                    "files": files | _seal_files(temporary, others),
                 }
                 _commit(temporary, final, manifest)
     except Exception:
@@ -102,64 +95,23 @@ def _name(folder: Path, file: Path) -> str:
     return file.relative_to(folder).as_posix()
 
 
-class _Seals:
-    """Size and sha256 of files, taken while they are written, and brought to the disk meanwhile.
-
-    Two threads follow each file, so that on a machine with a processor to spare a save takes
-    little longer than the disk does. Files must be written from beginning to end, as `torch.save`
-    does.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._entries: dict[str, dict[str, Any]] = {}
-
-    @contextmanager
-    def around(self, path: Path) -> Iterator[None]:
-        """Follow what the block writes to `path`; a file that is there is taken as it is."""
-        path.touch()
-        done = threading.Event()
-        with ThreadPoolExecutor(2) as pool:
-            digest = pool.submit(_follow_with_sha256, path, done)
-            synced = pool.submit(_follow_with_fsync, path, done)
-            try:
-                yield
-            finally:
-                done.set()
-        synced.result()
-        size = path.stat().st_size
-        self._entries[_name(self._folder, path)] = {"bytes": size, "sha256": digest.result()}
-
-    def finish(self) -> dict[str, dict[str, Any]]:
-        """What the manifest says of the files, by name; their folders are on the disk too."""
-        for parent in {(self._folder / name).parent for name in self._entries}:
-            sync(parent)
-        return self._entries
-
-
-def _follow_with_sha256(path: Path, done: threading.Event) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as stream:
-        while True:
-            last = done.wait(0.01)
-            while block := stream.read(1 << 20):
-                digest.update(block)
-            if last:
-                return digest.hexdigest()
-
-
-def _follow_with_fsync(path: Path, done: threading.Event) -> None:
-    while not done.wait(0.1):
-        sync(path)
-    sync(path)
+def _seal_files(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Bring files and their folders to the disk; return size and sha256 of each, by name."""
+    entries = {}
+    for file in files:
+        sync(file)
+        entries[_name(folder, file)] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    for parent in {(folder / name).parent for name in entries}:
+        sync(parent)
+    return entries
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, rename the folder, replace `latest`."""
     atomic_write_json(temporary / MANIFEST, seal(manifest))
     if final.exists():
-        # Damaged: a run goes on from its newest whole checkpoint, so it comes back to the step of
-        # another one only if that was passed over.
+        # Damaged: a run resumes from its newest complete checkpoint, so it returns to the step of
+        # another one only if that one was passed over.
         os.rename(final, final.with_name(f"{final.name}.old.tmp"))
     os.rename(temporary, final)
     sync(final.parent)
@@ -167,7 +119,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Steps of the committed checkpoints, newest first."""
+    """Return the steps of the committed checkpoints, newest first."""
     names = (p.name for p in folder.glob("step_*") if p.name[5:].isdecimal())
     return sorted((int(name[5:]) for name in names), reverse=True)
 
@@ -175,8 +127,8 @@ def _steps(folder: Path) -> list[int]:
 def _prune(folder: Path, step: int, limit: int) -> None:
     """Keep the newest `limit` checkpoints up to that of `step`, which has just been committed.
 
-    Later ones are damaged: the run would have gone on from them. They do not count, or they would
-    push out the good ones. Nothing is removed unless the new one is there with all its files.
+    Later ones are damaged, or the run would have resumed from them. They do not count, or they
+    would push out the good ones. Nothing is removed unless the new one has all its files.
     """
     problem = check_checkpoint(folder / f"step_{step}", digests=False)
     if problem:
@@ -190,7 +142,7 @@ def _prune(folder: Path, step: int, limit: int) -> None:
 
 
 def _remove_debris(folder: Path) -> None:
-    """Remove what a save, a conversion or a removal left that did not come to its end."""
+    """Remove what an interrupted save, conversion or removal left."""
     for path in folder.glob("step_*.tmp"):
         shutil.rmtree(path)
 
@@ -201,11 +153,11 @@ def _remove_debris(folder: Path) -> None:
 def check_checkpoint(
     path: Path, *, digests: bool = True, share: tuple[int, int] = (0, 1)
 ) -> str | None:
-    """What is wrong with a checkpoint, or None.
+    """Return what is wrong with a checkpoint, or None.
 
     Args:
         digests: compare the sha256 of the files too, not only names and sizes.
-        share: `(i, n)`: take every n-th digest from the i-th on; n ranks check all of them.
+        share: `(i, n)`: check every n-th digest from the i-th on; n ranks check all of them.
     """
     manifest_file = path / MANIFEST
     if not manifest_file.is_file():
@@ -240,10 +192,10 @@ def check_checkpoint(
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint `path`.
+    """Read the manifest of the checkpoint `path`.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is not as we write it.
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is damaged.
     """
     manifest = json.loads((path / MANIFEST).read_bytes())
     if seal(manifest) != manifest:
@@ -262,10 +214,26 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
-    """The newest whole checkpoint of a run, or None.
+def check_identity(run_dir: str | Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on from a run of another identity, before anything is written or started.
 
-    In a process group it is collective: the ranks share the work and come to the same answer.
+    Raises:
+        ConfigError: the newest checkpoint has another identity; says what differs.
+    """
+    for step in _steps(Path(run_dir) / "checkpoints"):
+        try:
+            manifest = _read_manifest(Path(run_dir) / "checkpoints" / f"step_{step}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # `find_checkpoint` says what is wrong with it
+        where = f"--output_dir {run_dir}, stopped at step {step}"
+        compare(manifest["identity"], identity, where, "give another --output_dir")
+        return
+
+
+def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None.
+
+    In a process group this is collective: the ranks share the work and get the same answer.
 
     Args:
         mode: auto, must or never, as `--resume`.
@@ -289,7 +257,8 @@ def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
         say(f"warning: checkpoint {path} passed over: {problem}")
     if mode == "must":
         raise DataError(
-            f"{folder}: no whole checkpoint, and --resume is must; type --resume auto to start anew"
+            f"{folder}: no complete checkpoint, and --resume is must; type --resume auto to start "
+            "anew"
         )
     return None
 
@@ -300,26 +269,23 @@ def load_checkpoint(
     """Load a checkpoint that `find_checkpoint` found; collective.
 
     Args:
-        identity: what must not change between the parts of a run (fingerprints, seed, ...).
-        allow_world_size_change: whether it may come from another number of ranks; see
-            `engine.load_state` for what that changes.
+        identity: values that must not change between the parts of a run (fingerprints, seed, ...).
+        allow_world_size_change: accept a checkpoint of another number of ranks; `engine.load_state`
+            says what that changes.
     Returns:
         The `client_state`.
     Raises:
-        ConfigError: it does not belong to this run: says what differs.
-        DataError: a file of it holds what is never loaded.
+        ConfigError: it does not belong to this run; the message says what differs.
+        DataError: one of its files holds objects that are never loaded.
     """
     manifest = _read_manifest(path)
-    for saved, now, remedy in (
-        (manifest["identity"], identity, "give the same, or another --output_dir"),
-        (manifest["engine"], ds.describe(engine), "give the DeepSpeed JSON of then, or another "
-                                                  "--output_dir"),
-    ):
-        for key, value in now.items():
-            if saved.get(key) != value:
-                raise ConfigError(
-                    f"{path}: made with {key} {saved.get(key)}, and this run has {value}; {remedy}"
-                )
+    compare(manifest["identity"], identity, str(path), "give another --output_dir")
+    for key, value in ds.describe(engine).items():
+        if manifest["engine"].get(key) != value:
+            raise ConfigError(
+                f"{path}: made with {key} {manifest['engine'].get(key)}, and this run has {value}; "
+                "give the DeepSpeed JSON of then, or another --output_dir"
+            )
     world_size = manifest["world_size"]
     if world_size != ds.ranks().world_size:
         if not allow_world_size_change:

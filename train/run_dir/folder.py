@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,25 +17,27 @@ from train import engine as ds
 from train.config import TrainingConfig, as_dict, command_line
 
 # What a killed process may leave in a run directory, beside `checkpoints/*.tmp`: files and an
-# export that had not got their name yet.
+# export under their temporary names.
 _LEFTOVER = re.compile(r"\.(.+\.tmp-\d+|hf(_step_\d+)?\..+)")
 
 
-def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Path:
+def prepare_run_dir(
+    config: TrainingConfig, resolved: ds.Resolved | None, identity: dict[str, Any] | None = None
+) -> Path:
     """Check that the run directory may be written, and record options and environment in it.
 
-    Joins the process group: rank 0 writes when every rank has looked, or a slow rank would take
-    what the first one writes for another run.
+    Joins the process group: rank 0 writes once every rank has looked, or a slow rank would take
+    the files of rank 0 for another run.
 
     Raises:
         ConfigError: it is not a run directory of ours, or holds a run under `--resume never`, or
-            is not the same one on all nodes.
+            is not the same folder on all nodes.
     """
     run_dir = check_run_dir(config)
     ds.start()
     ds.barrier()
     if ds.is_main():
-        _write_run_dir(run_dir, config, resolved)
+        _write_run_dir(run_dir, config, resolved, identity)
     # Checkpoints are written by all ranks into one folder: better said now than at the first save.
     blind = ds.nodes_without(run_dir)
     if blind:
@@ -49,7 +49,8 @@ def prepare_run_dir(config: TrainingConfig, resolved: ds.Resolved | None) -> Pat
 
 
 def _write_run_dir(
-    run_dir: Path, config: TrainingConfig, resolved: ds.Resolved | None
+    run_dir: Path, config: TrainingConfig, resolved: ds.Resolved | None,
+    identity: dict[str, Any] | None,
 ) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     for path in (*run_dir.glob(".*"), *run_dir.glob("seed_*/.*")):
@@ -59,11 +60,11 @@ def _write_run_dir(
     atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
     if resolved is not None:
         atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
-    atomic_write_json(run_dir / "env.json", environment())
+    atomic_write_json(run_dir / "env.json", {**environment(), "identity": identity})
 
 
 def check_run_dir(config: TrainingConfig) -> Path:
-    """The checks of `prepare_run_dir`, without writing anything."""
+    """Do the checks of `prepare_run_dir` without writing anything."""
     run_dir = Path(config.output_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"--output_dir {run_dir}: is a file; give a folder")
@@ -88,12 +89,12 @@ def _refuse_tasks_without_ranks() -> None:
     if "RANK" not in os.environ and tasks != "1":
         raise ConfigError(
             f"srun has started {tasks} tasks that have no RANK, and each would train alone; let "
-            f"srun start one launcher a node (deepspeed --no_ssh or torchrun), as the README shows"
+            f"srun start one launcher per node (deepspeed --no_ssh or torchrun), as README.md shows"
         )
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, command and time, for `env.json`."""
+    """Return machine, versions, command and time, for `env.json`."""
     import torch
 
     return {
@@ -103,8 +104,3 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def identity_digest(values: Any) -> str:
-    """A short name for plain values, for `identity`."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

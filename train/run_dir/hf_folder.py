@@ -1,42 +1,154 @@
-"""The `hf/` folder of a run: weights, tokenizer, model card and lineage."""
+"""The `hf/` folder of a run: weights, tokenizer, model card, and the lineage behind the weights."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from preprocess.errors import DataError, writing
-from preprocess.files import sync
-from train.model.loading import local_checkpoint
+from preprocess.files import file_sha256, sync
+from preprocess.identity import sealed
+from train.model.loading import list_weights, local_checkpoint
+
+VERSION = 2
+_HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+              "pytorch_model.bin.index.json")
+
+Files = dict[str, dict[str, Any]]
 
 
-def read_lineage(name: str) -> list[dict[str, Any]]:
-    """The stages behind an `hf/` folder, oldest first; empty for a checkpoint that is not ours."""
-    file = Path(local_checkpoint(name)) / "lineage.json"
+@dataclass(frozen=True)
+class Weights:
+    """The weights that a stage starts from.
+
+    hf_digest: names the weight files by their content. stages: those behind them, oldest first;
+    empty for a checkpoint that is not ours.
+    """
+
+    hf_digest: str
+    stages: list[dict[str, Any]]
+
+
+def _describe(files: Iterable[Path]) -> Files:
+    return {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+            for file in sorted(files)}
+
+
+def _digest(files: Files) -> str:
+    lines = [f"{name} {entry['bytes']} {entry['sha256']}\n" for name, entry in files.items()]
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def weight_files(name: str) -> list[Path]:
+    """List the weight files of a checkpoint folder, hub name or pypi: spec.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = Path(local_checkpoint(name))
+    if not folder.is_dir():
+        return _hub_files(name)
+    files = list_weights(folder)
+    if not files:
+        raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
+                        "of a finished run, or another checkpoint with weights")
+    return files
+
+
+def _hub_files(name: str) -> list[Path]:
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    for file in _HUB_FILES:
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            parts = get_checkpoint_shard_files(name, found)[0] if "index" in file else [found]
+            return list(map(Path, parts))
+    raise DataError(f"{name}: the hub has no weights of it; give another checkpoint")
+
+
+def open_weights(name: str) -> Weights:
+    """Hash the weights of a checkpoint and read the lineage beside them.
+
+    Raises:
+        DataError: no weights; or a lineage that is broken, of an older version, or of others.
+    """
+    folder = local_checkpoint(name)
+    files, file = _describe(weight_files(folder)), Path(folder) / "lineage.json"
+    lineage = _read_lineage(file)
+    if lineage and lineage["files"] != files:
+        raise DataError(
+            f"{file}: written for other weights than those beside it; delete lineage.json if you "
+            "changed the model yourself"
+        )
+    return Weights(_digest(files), lineage.get("stages", []))
+
+
+def read_stages(folder: Path) -> list[dict[str, Any]]:
+    """Return the stages behind an `hf/` folder, oldest first, without a look at its weights.
+
+    Raises:
+        DataError: a lineage that is broken or of an older version.
+    """
+    return _read_lineage(folder / "lineage.json").get("stages", [])
+
+
+def _read_lineage(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        return []
+        return {}
+    again = "run the command that wrote this folder again in another --output_dir"
     try:
-        stages = json.loads(file.read_text())["stages"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: not a lineage ({error}); export the model again") from None
-    return stages
+        lineage = json.loads(file.read_bytes())
+        version, stages = lineage.get("version", 1), lineage["stages"]
+        if version == VERSION:
+            _digest(lineage["files"])
+            for stage in stages:
+                stage["identity"]["inputs"], stage["totals"]["steps"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file}: not a lineage ({error}); {again}") from None
+    if version != VERSION:
+        raise DataError(
+            f"{file}: lineage of version {version}, and this program reads {VERSION}; {again}, or "
+            "delete lineage.json to use its weights as a plain checkpoint"
+        )
+    return lineage
+
+
+def make_stage(
+    records: dict[str, dict[str, Any]], parent: Weights | None, *, steps: int, seconds: float,
+    tokens: int | None = None, masked_tokens: int | None = None, flops: float | None = None,
+) -> dict[str, Any]:
+    """Make the stage that a command adds to the lineage.
+
+    Args:
+        records: its `identity` and its `numerics`.
+        parent: the weights that it started from; None for fresh ones.
+    """
+    return {
+        "stage": records["identity"]["command"], **sealed(records["identity"]),
+        "numerics": records["numerics"],
+        "parent": {"hf_digest": parent and parent.hf_digest},
+        "totals": {"steps": steps, "tokens": tokens, "masked_tokens": masked_tokens,
+                   "seconds": round(seconds, 2), "flops": flops},
+    }
 
 
 def _model_card(stages: list[dict[str, Any]], out_name: str) -> str:
-    """A README for an `hf/` folder."""
     lines = ["---", "library_name: transformers", "tags:", "- selmask", "---", "", f"# {out_name}"]
     lines += ["", "Trained with selmask. Stages, oldest first:", ""]
     lines += ["| stage | masking | steps | masked tokens | seconds |", "|---|---|---|---|---|"]
     for stage in stages:
-        cells = (stage.get(key, "") for key in
-                 ("stage", "masking", "steps", "masked_tokens", "seconds"))
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        totals = [stage["totals"][key] for key in ("steps", "masked_tokens", "seconds")]
+        cells = [stage["stage"], stage["identity"]["choice"]["masking"], *totals]
+        lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -66,8 +178,9 @@ def save_hf(
             hf_model.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(_model_card(stages, out.name))
-            lineage = json.dumps({"stages": stages}, indent=2) + "\n"
-            (temporary / "lineage.json").write_text(lineage)
+            files = _describe(weight_files(str(temporary)))
+            lineage = {"version": VERSION, "files": files, "stages": stages}
+            (temporary / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
             for path in (*temporary.iterdir(), temporary):
                 sync(path)
             temporary.chmod(0o755)

@@ -78,7 +78,7 @@ class Example:
         first, last = np.flatnonzero(documents == piece)[[0, -1]] + row * slots
         first, last = first + 1, min(last, first + 1 + NUM_TOKENS)  # without [CLS] and [SEP]
         corrupted = batch.input_ids.flatten()[first:last].clone()
-        positions = batch.masked_positions[:batch.num_masked]
+        positions = batch.masked_positions
         self._numbers = torch.nonzero((positions >= first) & (positions < last)).flatten()
         self._places = (positions[self._numbers] - first).tolist()
         self._seen = corrupted.tolist()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORED = -100
+"""Target of a token that is left out of the loss and of the metrics."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Examples:
     token_type_ids: N arrays `(L_i,)` int64, or None for a model without segments.
     targets: N arrays int64: `()`, the class of the text, or `(L_i,)`, the class of each token,
         with `IGNORED` where there is none.
-    mass: what an example adds to the denominator of the mean loss, `(N,)` float64.
+    mass: share of an example in the denominator of the mean loss, `(N,)` float64.
     """
 
     input_ids: list[np.ndarray]
@@ -34,7 +35,7 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, `(N,)` int64."""
+        """Count the tokens of each example, `(N,)` int64."""
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
 
 
@@ -44,7 +45,7 @@ def make_examples(
     targets: Sequence[Any],
     class_weights: Sequence[float],
 ) -> Examples:
-    """Put examples together; the mass of one is the sum of its targets' class weights."""
+    """Build a split; the mass of an example is the sum of its targets' class weights."""
     table = np.asarray(class_weights, dtype=np.float64)
     arrays = [np.asarray(target, dtype=np.int64) for target in targets]
     mass = [table[target[target != IGNORED]].sum() for target in arrays]
@@ -57,7 +58,7 @@ def make_examples(
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch, `(N,)` int64: a function of seed and epoch, never of the rank."""
+    """Return the order of an epoch, `(N,)` int64: a function of seed and epoch alone."""
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
@@ -147,8 +148,8 @@ def global_batches(
 ) -> Iterator[np.ndarray]:
     """Yield the global batch of each step from `start_step`: `(n,)` int64, shortest first.
 
-    The last batch of an epoch holds what is left over. Lengths are sorted within a batch only,
-    so that its micro batches hold equals; which examples it holds is left to chance.
+    The last batch of an epoch holds the remainder. Lengths are sorted within a batch only,
+    so that its micro batches hold similar ones; which examples it holds is random.
     """
     per_epoch = -(-len(examples) // batch_size)
     lengths = examples.lengths

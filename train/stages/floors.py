@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from preprocess.corpus import Task
+    from preprocess.corpus import Example, Task
 
 
-def split_words(text: str) -> list[str]:
-    """Lower-case words of a text, the features of the naive Bayes floor."""
-    return re.findall(r"\w+(?:'\w+)?", text.lower())
+WORD = r"\w+(?:'\w+)?"
 
 
 def naive_bayes_probabilities(
@@ -25,39 +23,24 @@ def naive_bayes_probabilities(
     test_texts: Sequence[str],
     *,
     num_labels: int,
-    smoothing: float = 1.0,
 ) -> np.ndarray:
-    """Class probabilities of a multinomial naive Bayes on word counts.
+    """Return class probabilities of a multinomial naive Bayes on counts of lower-case words.
 
     Args:
         train_texts, train_labels: the training split; labels in `[0, num_labels)`.
-        test_texts: texts to classify; words not seen in training count for nothing.
-        smoothing: added to every word's count.
+        test_texts: texts to classify; words not seen in training count for nothing, and a class
+            without training texts is impossible.
     Returns:
         `(N, num_labels)` float64, rows sum to 1.
-    Raises:
-        ValueError: there is no training text.
     """
-    if not train_texts:
-        raise ValueError("naive Bayes needs at least one training text")
-    vocabulary: dict[str, int] = {}
-    words, labels = [], []
-    for text, label in zip(train_texts, train_labels, strict=True):
-        for word in split_words(text):
-            words.append(vocabulary.setdefault(word, len(vocabulary)))
-            labels.append(label)
-    counts = np.full((num_labels, len(vocabulary)), smoothing)
-    np.add.at(counts, (np.array(labels, np.int64), np.array(words, np.int64)), 1)
-    log_words = np.log(counts / counts.sum(axis=1, keepdims=True))
-    with np.errstate(divide="ignore"):  # a class without training texts is impossible: log 0
-        log_prior = np.log(np.bincount(train_labels, minlength=num_labels) / len(train_labels))
-    scores = np.empty((len(test_texts), num_labels))
-    for row, text in enumerate(test_texts):
-        known = [vocabulary[word] for word in split_words(text) if word in vocabulary]
-        scores[row] = log_prior + log_words[:, known].sum(axis=1)
-    scores -= scores.max(axis=1, keepdims=True)
-    probabilities = np.exp(scores)
-    return probabilities / probabilities.sum(axis=1, keepdims=True)
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+
+    counter = CountVectorizer(token_pattern=WORD)
+    model = MultinomialNB()  # one is added to every count
+    with np.errstate(divide="ignore"):  # log 0, the prior of a class without texts
+        model.partial_fit(counter.fit_transform(train_texts), train_labels, range(num_labels))
+    return model.predict_proba(counter.transform(test_texts))
 
 
 def write_naive_bayes(task: Task, run_dir: Path | str) -> None:
@@ -69,13 +52,11 @@ def write_naive_bayes(task: Task, run_dir: Path | str) -> None:
     from preprocess.files import atomic_write_bytes
     from train.stages.scores import accuracy, macro_f1
 
-    texts = {
-        split: [
-            f"{e.text} aspect_{'_'.join(split_words(e.aspect))}" if e.aspect else e.text
-            for e in task.splits[split]
-        ]
-        for split in ("train", "test")
-    }
+    def text_of(example: Example) -> str:
+        aspect = re.findall(WORD, (example.aspect or "").lower())
+        return example.text + (f" aspect_{'_'.join(aspect)}" if aspect else "")
+
+    texts = {split: [text_of(e) for e in task.splits[split]] for split in ("train", "test")}
     test = task.splits["test"]
     probabilities = naive_bayes_probabilities(
         texts["train"], [e.label for e in task.splits["train"]], texts["test"],

@@ -1,18 +1,17 @@
-"""Which tokens of a text matter to a classifier: the buffer heuristic, its queries, its answers.
+"""Find the tokens of a text that matter to a classifier: the buffer heuristic and its queries.
 
 A sequence is read from left to right. A *buffer* holds the tokens seen so far that were not found
 important. The token that brings the classifier's confidence in the right label to within `delta`
 of its confidence in the whole sequence is important, and leaves the buffer again.
 
-One forward pass a token would be slow one sequence at a time, so all sequences advance together:
-step t asks for the confidence of every buffer that holds its t-th token. A buffer is at no time a
-list: the kept tokens of a sequence stand at the front of its own room in one array.
+One forward pass per token would be slow one sequence at a time, so all sequences advance together:
+step t asks for the confidence of every buffer that holds its t-th token. A buffer is never a list:
+the kept tokens of a sequence stand at the front of its own room in one array.
 
 The last digits of a confidence depend on what else is in its batch (about 1e-7 in fp32), and could
-turn a decision that hangs on them. So what comes within `EDGE` of turning is asked again, each
-input alone in its pass, and decided by that: the answers are those of one query at a time, whatever
-the batches and the number of ranks. (Rounding would not help: it only moves the edge to where a
-rounded number turns.)
+turn a close decision. So inputs within `EDGE` of turning are repeated, each alone in its pass, and
+decided by that: the answers are those of one query at a time, whatever the batches and the number
+of ranks. (Rounding would only move the edge to where a rounded number turns.)
 
 Letters: `N` sequences, `B` inputs, `C` classes.
 """
@@ -34,15 +33,15 @@ from train.stages.inference import IdLists, Runner, one_by_one
 Confidence = Callable[[IdLists, list[int]], "np.ndarray | Sequence[float]"]
 
 EDGE = 1e-5
-"""Of a probability. What a batch does to one in fp32 was at most 2e-7 (4 and 6 layers)."""
+"""Of a probability. A batch changed one in fp32 by at most 2e-7 (4 and 6 layers)."""
 
 
 class Criterion(NamedTuple):
-    """When a buffer counts as close to its whole sequence.
+    """When a buffer counts as close to its complete sequence.
 
     `close(full, part, delta)` compares confidences, `(B,)` float64 each, and returns `(B,)` bool.
     With `test_empty`, a sequence whose empty buffer is close already has no important token: the
-    label is explained by nothing at all, as it happens with a majority class.
+    label is explained by nothing, as happens with a majority class.
     """
 
     close: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
@@ -50,7 +49,7 @@ class Criterion(NamedTuple):
 
 
 def _close_signed(full: np.ndarray, part: np.ndarray, delta: float) -> np.ndarray:
-    """Also close where the part is more confident than the whole."""
+    """Call it close also where the part is more confident than the complete sequence."""
     return full - part < delta
 
 
@@ -81,18 +80,18 @@ def find_important(
 
     Args:
         confidence: `confidence(buffers, owners)` returns P(right label) of each buffer, one float
-            each; `owners[i]` is the index in `sequences` that buffer i came from. Called once a
-            step with the buffers of all unfinished sequences, which are `IdLists`: they can be
-            read one by one as lists of ids. Under `strict` the first call asks for the empty
-            buffers.
+            per buffer; `owners[i]` is the index in `sequences` that buffer i came from. Called
+            once per step with the buffers of all unfinished sequences, which are `IdLists`: they
+            can be read one by one as lists of ids. Under `strict` the first call asks for the
+            empty buffers.
         sequences: token ids; may be empty, then the result is empty.
         full_confidence: P(right label) of the whole sequences, one float each.
         delta: largest difference in probability, exclusive.
         criterion: a name in `CRITERIA`.
     Returns:
-        One array a sequence, as long as it, bool: True where the token is important.
+        One bool array per sequence, as long as it: True where the token is important.
     Raises:
-        ValueError: unknown criterion, or not one full confidence a sequence.
+        ValueError: unknown criterion, or not one full confidence per sequence.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion {criterion!r}: must be one of {', '.join(CRITERIA)}")
@@ -108,7 +107,7 @@ def find_important(
     def ask(active: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         buffers = IdLists(kept, whole.starts[active], lengths)
         part = np.asarray(confidence(buffers, active.tolist()), dtype=np.float64).reshape(-1)
-        assert len(part) == len(buffers), "one confidence a buffer"
+        assert len(part) == len(buffers), "one confidence per buffer"
         return close(full[active], part, delta)
 
     active = np.flatnonzero(whole.lengths)
@@ -123,9 +122,6 @@ def find_important(
         step += 1
         active = active[whole.lengths[active] > step]
     return [important[a : a + n] for a, n in zip(whole.starts, whole.lengths, strict=True)]
-
-
-MEASURES: dict[str, Callable[..., list[np.ndarray]]] = {"buffer": find_important}
 
 
 # --------------------------------------------------------------------------- from texts to queries
@@ -147,7 +143,7 @@ class Query:
 
 
 def match_labels(task: Task, hf_config: Any, model_name: str) -> list[int]:
-    """The classifier's class for each label of the task, by name.
+    """Return the classifier's class for each label of the task, by name.
 
     Raises:
         ConfigError: the classifier knows other labels.
@@ -162,7 +158,7 @@ def match_labels(task: Task, hf_config: Any, model_name: str) -> list[int]:
 
 
 def group_by_text(examples: Iterable[Example]) -> dict[str, list[Example]]:
-    """The different (aspect, label) examples of each text, in order of first appearance."""
+    """Group the distinct (aspect, label) examples by text, in order of first appearance."""
     groups: dict[str, dict[Example, None]] = {}
     for example in examples:
         groups.setdefault(example.text, {})[example] = None
@@ -170,7 +166,7 @@ def group_by_text(examples: Iterable[Example]) -> dict[str, list[Example]]:
 
 
 def encode_texts(tokenizer: Any, texts: list[str], language: str | None) -> list[list[np.ndarray]]:
-    """Ids of each text's sentences, uint16, cut as `tokenize_corpus.py` cuts them.
+    """Return the ids of each text's sentences, uint16, cut as `tokenize_corpus.py` cuts them.
 
     Args:
         language: of the sentences; None keeps a text in one sequence.
@@ -198,7 +194,7 @@ def plan_queries(
     tokenizer: Any,
     limit: int,
 ) -> list[Query]:
-    """List what to ask the classifier: every sequence of every text, once for each aspect.
+    """List the questions to the classifier: every sequence of every text, once per aspect.
 
     Args:
         groups: the examples of each document's text.
@@ -224,9 +220,9 @@ def plan_queries(
 
 
 class Classifier:
-    """Probabilities of the classes for what stands in place of the text of some queries.
+    """Probabilities of the classes for inputs in place of the text of some queries.
 
-    num_alone: inputs that were asked for alone.
+    num_alone: inputs that were repeated alone.
     """
 
     def __init__(self, runner: Runner, queries: list[Query]) -> None:
@@ -241,7 +237,7 @@ class Classifier:
         self, which: np.ndarray, texts: IdLists, progress: Progress | None = None,
         alone: bool = False,
     ) -> np.ndarray:
-        """P of every class, `(B, C)` float64.
+        """Return P of every class, `(B, C)` float64.
 
         Args:
             which: the query of each text, `(B,)` int64.
@@ -262,13 +258,13 @@ class Classifier:
         self, which: np.ndarray, texts: IdLists, progress: Progress | None = None,
         alone: bool = False,
     ) -> np.ndarray:
-        """P of the right class, `(B,)` float64; see `classes`."""
+        """Return P of the right class, `(B,)` float64; see `classes`."""
         found = self.classes(which, texts, progress, alone)
         return found[np.arange(len(which)), self.labels[which]]
 
 
 def classify(ask: Classifier, edge: float, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """Ask for the whole sequences of all queries.
+    """Classify the complete sequences of all queries.
 
     Returns:
         P of the right class, `(N,)` float64; and which ones the classifier gets right, int64.
@@ -291,7 +287,6 @@ def explain(
     queries: list[Query],
     delta: float,
     criterion: str = "signed",
-    measure: str = "buffer",
     *,
     edge: float = EDGE,
     who: str = "",
@@ -300,12 +295,12 @@ def explain(
     """Find the important tokens of this process's queries.
 
     Args:
-        edge: what is within it of turning is asked for again, alone; 0 for nothing.
+        edge: inputs within it of turning are repeated alone; 0 for none.
         who: which process this is, for the lines of progress.
         every: inputs between two of them.
     Returns:
-        One bool array a query, as long as its tokens, None where the classifier is wrong; and how
-        many inputs were asked for again.
+        One bool array per query, as long as its tokens, None where the classifier is wrong; and
+        how many inputs were repeated.
     Raises:
         DataError: the classifier's answers are not numbers.
     """
@@ -327,7 +322,7 @@ def explain(
         return part
 
     with Progress(num_buffers, "buffer", every, label=f"annotate{who}") as progress:
-        found = MEASURES[measure](confidence, ask.texts.take(right), full[right], delta, criterion)
+        found = find_important(confidence, ask.texts.take(right), full[right], delta, criterion)
     important: list[np.ndarray | None] = [None] * len(queries)
     for i, marks in zip(right.tolist(), found, strict=True):
         important[i] = marks

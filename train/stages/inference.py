@@ -1,9 +1,9 @@
 """Forward passes over many short sequences of ids: batches, special tokens, logits.
 
-What annotation and scoring share. Sequences lie one after the other in one array; they are sorted
-by length and cut into batches of equal lengths, or nearly so, by a budget of token slots. So
-padding is little, most batches need no attention mask, no Python code runs for each sequence, and
-the order of the answers is the order of the questions.
+Shared by annotation and scoring. Sequences lie one after the other in one array; they are sorted
+by length and cut into batches of nearly equal lengths, by a budget of token slots. So there is
+little padding, most batches need no attention mask, no Python code runs per sequence, and answers
+come with the indices of their questions.
 
 Letters: `N` sequences, `T` tokens of all, `B` sequences of a batch, `L` padded length, `C` classes.
 """
@@ -38,7 +38,7 @@ class Template(NamedTuple):
 
 
 def special_template(tokenizer: Any, pair: bool) -> Template:
-    """Learn from the tokenizer itself where it puts special tokens around a text or a pair."""
+    """Find out from the tokenizer where it puts special tokens around a text or a pair."""
     texts = ("a", "a") if pair else ("a",)
     encoded = tokenizer(*texts, return_special_tokens_mask=True, return_token_type_ids=True)
     runs: list[list[int]] = [[]]
@@ -55,7 +55,7 @@ def special_template(tokenizer: Any, pair: bool) -> Template:
 
 
 def check_trained(config: Any, suffix: str, name: str, remedy: str) -> None:
-    """Refuse a checkpoint without the trained top that is needed: a fresh one knows nothing."""
+    """Refuse a checkpoint without the trained top that is needed."""
     found = config.architectures or []
     if not any(architecture.endswith(suffix) for architecture in found):
         raise ConfigError(
@@ -69,10 +69,10 @@ def check_trained(config: Any, suffix: str, name: str, remedy: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class IdLists(Sequence[list[int]]):
-    """Sequences of ids that lie in one array; item i is the list of the ids of sequence i.
+    """Sequences of ids in one array; item i is the list of the ids of sequence i.
 
     Attributes:
-        flat: ids, any integer type; what lies between the sequences is not looked at.
+        flat: ids, any integer type; entries between the sequences are not read.
         starts, lengths: of each sequence in `flat`, `(N,)` int64.
     """
 
@@ -97,26 +97,26 @@ class IdLists(Sequence[list[int]]):
         return self.flat[self.starts[i] : self.starts[i] + self.lengths[i]].tolist()
 
     def take(self, which: np.ndarray) -> IdLists:
-        """The sequences of these numbers, `(M,)` int64; their ids stay where they are."""
+        """Select sequences by number, `(M,)` int64; their ids are not copied."""
         return IdLists(self.flat, self.starts[which], self.lengths[which])
 
     def tokens(self) -> np.ndarray:
-        """The ids of all sequences without gaps, `(T,)`."""
+        """Return the ids of all sequences without gaps, `(T,)`."""
         return self.flat[ranges(self.starts, self.lengths)]
 
     def packed(self) -> IdLists:
-        """A copy without gaps."""
+        """Return a copy without gaps."""
         return IdLists(self.tokens(), np.cumsum(self.lengths) - self.lengths, self.lengths)
 
 
 PASS_SLOTS = 128
-"""Token slots in whose time a CPU could make one more pass."""
+"""Token slots that cost a CPU as much time as one more pass."""
 
 
 def budget_batches(
     lengths: Sequence[int] | np.ndarray, batch_tokens: int, pass_slots: int = PASS_SLOTS
 ) -> list[np.ndarray]:
-    """Group inputs of like length so that `B * L <= batch_tokens`, at least one to a batch.
+    """Group inputs of similar length so that `B * L <= batch_tokens`, at least one per batch.
 
     A batch ends where the length changes, unless it and the padding of what comes next stay
     within `pass_slots`: then padding costs less than one more pass.
@@ -143,7 +143,7 @@ def budget_batches(
 
 
 def one_by_one(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """A batch for each input."""
+    """Return one batch per input."""
     return list(np.arange(len(lengths))[:, None])
 
 
@@ -152,7 +152,7 @@ def one_by_one(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 @dataclass
 class Counts:
-    """What the forward passes cost: passes, inputs, real tokens, and slots with padding."""
+    """The cost of the forward passes: passes, inputs, real tokens, and slots with padding."""
 
     passes: int = 0
     inputs: int = 0
@@ -165,14 +165,14 @@ Cut = Callable[[np.ndarray, int], list[np.ndarray]]
 
 @dataclass
 class Runner:
-    """A model without dropout and gradients, and how its inputs are made.
+    """A model without dropout and gradients, and the way its inputs are made.
 
     model: a transformers model; called with `input_ids`, if it knows segments `token_type_ids`,
         and where there is padding `attention_mask`, `(B, L)` int64 each; returns an object with
         `logits`.
-    half: compute in fp16 where it pays (a GPU).
+    half: compute in fp16 on a GPU.
     cut: lengths `(N,)` and budget of slots -> indices of the inputs of each batch.
-    min_width: slots that every input is padded to at least; with it comes a mask.
+    min_width: slots to which every input is padded at least; implies a mask.
     """
 
     model: Any
@@ -200,9 +200,9 @@ class Runner:
 
         Args:
             sequences: ids without special tokens; may be empty.
-            firsts: what stands before each, in a segment of its own; needs a pair template.
-            share: `(rank, world_size)`: run only every world_size-th batch. What a batch holds
-                does not depend on the number of ranks, and so neither do the logits.
+            firsts: ids before each, in a segment of their own; needs a pair template.
+            share: `(rank, world_size)`: run only every world_size-th batch. Batches, and so
+                logits, do not depend on the number of ranks.
         Yields:
             Indices in `sequences`, `(B,)` int64; logits, `(B, C)` or `(B, L, C)` float32; slot of
             each sequence's first token, `(B,)` int64.
@@ -220,7 +220,7 @@ class Runner:
             self.counts.inputs += len(batch)
             self.counts.tokens += int(lengths[batch].sum())
             self.counts.slots += inputs["input_ids"].size
-            # A GPU works at this batch while the next one is assembled and the last one is used.
+            # A GPU computes this batch while the next one is assembled and the last one is used.
             started = batch, self._start(inputs), starts
             if waiting is not None:
                 yield waiting[0], waiting[1].float().cpu().numpy(), waiting[2]
@@ -231,7 +231,7 @@ class Runner:
     def _assemble(
         self, seconds: IdLists, firsts: IdLists | None
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The inputs of one batch, and the slot of each sequence's first token."""
+        """Return the inputs of one batch, and the slot of each sequence's first token."""
         before, between, after, second_type = self.template
         num_rows = len(seconds)
         starts = np.full(num_rows, len(before) + len(between))

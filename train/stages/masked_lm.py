@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,17 +78,29 @@ def build_model(
     return module
 
 
+class Step(NamedTuple):
+    """One optimizer step; the same on every rank.
+
+    `loss` and `accuracy` are means over the masked tokens of the global batch; `norm` is that of
+    the gradient, None if it is not wanted or fp16 skipped the step; `stopping` says that some rank
+    was asked to stop before the step was taken.
+    """
+
+    loss: float
+    accuracy: float
+    norm: float | None
+    stopping: bool
+
+
 def train_step(
     engine: Any, batch: data.StepBatch, device: torch.device, want_norm: bool,
-    lap: Callable[[str], None] = lambda part: None,
-) -> tuple[float, float, float | None]:
+    lap: Callable[[str], None] = lambda part: None, asked: Callable[[], bool] = lambda: False,
+) -> Step:
     """Take one optimizer step.
 
     Args:
         lap: called after each part of a micro step: "forward", "backward", "optimizer".
-    Returns:
-        Mean loss and accuracy over the masked tokens of the global batch, and the norm of the
-        gradient if it is wanted; None too for a step that fp16 skipped.
+        asked: whether this rank was asked to stop.
     Raises:
         NonFiniteError: the loss or the gradient is not a number, on any rank; nothing has been
             updated.
@@ -106,7 +118,7 @@ def train_step(
         loss_sum += loss.detach()
         hits += right
         if engine.is_gradient_accumulation_boundary():
-            total, right_total = ds.all_reduce_sum(loss_sum.item(), hits.item())
+            total, right_total, num_asked = ds.all_reduce_sum(loss_sum, hits, asked())
             if not math.isfinite(total):
                 raise NonFiniteError(
                     f"the loss became {total} at step {engine.global_steps + 1}; lower "
@@ -117,4 +129,4 @@ def train_step(
         lap("optimizer")
     count = max(batch.step_masked_tokens, 1)
     norm = float(norm) if want_norm and norm is not None else None
-    return total / count, right_total / count, norm
+    return Step(total / count, right_total / count, norm, num_asked > 0)

@@ -1,14 +1,14 @@
-"""Log-odds of a store's tokens by a scorer: windows, blocks, and how ranks share them.
+"""Compute log-odds of a store's tokens: windows, blocks, and how ranks share them.
 
 Each sentence is scored alone; one that is longer than the limit is cut into windows of about equal
 length, which do not see each other. The store is streamed in blocks of whole sentences, so memory
 does not grow with it.
 
-Sentences are packed by length, not into rows: a block has so many that those of one length fill
-their batches. Padding, measured on Yelp and Amazon reviews: 0.2 % of the slots in blocks of 2^20
-tokens, 1 % in 200,000, 5 % in 20,000. Rows of several sentences under a block-diagonal mask compute
-attention between sentences only to drop it; on a CPU they took 1.1 to 1.4 times as long even on
-20,000 tokens (BERT-mini, rows of 128, 256 and 512 slots).
+Sentences are batched by length, not packed into rows: a block holds enough of them that those of
+one length fill their batches. Padding, measured on Yelp and Amazon reviews: 0.2 % of the slots in
+blocks of 2^20 tokens, 1 % in 200,000, 5 % in 20,000. Rows of several sentences under a
+block-diagonal mask compute attention between sentences only to drop it; on a CPU they took 1.1 to
+1.4 times as long even on 20,000 tokens (BERT-mini, rows of 128, 256 and 512 slots).
 
 Letters: `T` tokens, `N` sequences.
 """
@@ -26,7 +26,7 @@ from train import engine
 from train.stages.inference import IdLists, Runner
 
 BLOCK_TOKENS = 1 << 20
-"""Tokens scored between two writes: enough to find sentences of like length."""
+"""Tokens scored between two writes: enough to find sentences of similar length."""
 
 
 def cut_windows(offsets: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ def cut_windows(offsets: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray
 
 
 def to_log_odds(logits: np.ndarray) -> np.ndarray:
-    """Log-odds of class 1 from logits `(..., 2)`, as float16, clipped to finite values."""
+    """Return log-odds of class 1 from logits `(..., 2)`, as float16, clipped to finite values."""
     odds = logits[..., 1].astype(np.float32) - logits[..., 0]
     limit = np.finfo(np.float16).max
     return np.clip(odds, -limit, limit).astype(np.float16)
@@ -58,7 +58,7 @@ def to_log_odds(logits: np.ndarray) -> np.ndarray:
 def score_block(
     tokens: np.ndarray, offsets: np.ndarray, runner: Runner, limit: int, progress: Progress
 ) -> np.ndarray:
-    """Score whole sequences; the ranks share the work, and every rank gets all of it.
+    """Score complete sequences; the ranks share the work, and every rank gets all scores.
 
     Args:
         tokens: ids of the block, `(T,)` uint16.
@@ -82,7 +82,7 @@ def score_block(
         row = np.arange(len(batch)) * odds.shape[1]
         found[place] = odds.reshape(-1)[ranges(row + slots, lengths[batch])]
         done[place] = True
-        amount = min(len(place) * where.world_size, len(tokens) - shown)  # others are as far
+        amount = min(len(place) * where.world_size, len(tokens) - shown)  # other ranks are as far
         shown += amount
         progress.update(amount)
     if where.world_size > 1:

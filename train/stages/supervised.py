@@ -1,9 +1,8 @@
 """Supervised training, shared by the task classifier and the token scorer.
 
-Owns the order of labelled examples, their way into batches, the loss as a mean over the global
-batch, the choice of the best epoch, and the metrics of both commands. Examples are few (a task,
-not a corpus), so all of them stay in memory on every rank, and every rank computes every decision
-from the same gathered numbers.
+The loss is a mean over the global batch; the best epoch is kept. Examples are few (a task, not a
+corpus), so all of them stay in memory on every rank, and every rank takes every decision from the
+same gathered numbers.
 
 Letters: `N` examples, `B` examples of a micro batch, `L` padded length, `C` classes, `T` tokens.
 """
@@ -41,7 +40,7 @@ from train.engine import (
 )
 from train.model import checkpoint_activations
 from train.run_dir.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from train.run_dir.hf_folder import read_lineage
+from train.run_dir.identity import report_changes
 from train.run_dir.metrics import (
     EPOCH,
     EVAL_BEST,
@@ -51,7 +50,6 @@ from train.run_dir.metrics import (
     TRAIN_LOSS,
     MetricsWriter,
     engine_scalars,
-    resolved_hyperparameters,
 )
 from train.stages.examples import (
     IGNORED,
@@ -62,11 +60,11 @@ from train.stages.examples import (
     weighted_loss,
 )
 
-"""Target of a token that is left out of the loss and of the metrics."""
+Config = FinetuneConfig | FitScorerConfig
 
 
 def mean_loss(logits: list[np.ndarray], examples: Examples, class_weights: np.ndarray) -> float:
-    """The loss of training, over a whole split, from gathered logits (float64)."""
+    """Return the training loss over a complete split, from gathered logits (float64)."""
     flat = np.concatenate([one.reshape(-1, len(class_weights)) for one in logits]).astype(float)
     targets = np.concatenate([one.reshape(-1) for one in examples.targets])
     keep = targets != IGNORED
@@ -86,7 +84,7 @@ def predict(
     label: str = "evaluate",
     part: bool = True,
 ) -> list[np.ndarray]:
-    """Compute the logits of every example once; every rank does a share and gets all of them.
+    """Compute the logits of every example once; each rank does a share and gets all of them.
 
     Args:
         forward: a model or an engine in evaluation mode; returns an object with `.logits`.
@@ -97,7 +95,7 @@ def predict(
     """
     where = ranks()
     lengths = examples.lengths
-    order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once
+    order = np.argsort(-lengths, kind="stable")  # longest first: memory runs out at once
     mine: list[tuple[int, np.ndarray]] = []
     with Progress(len(examples), "example", label=label, part=part) as progress:
         for start in range(0, len(examples), batch_size * where.world_size):
@@ -121,17 +119,20 @@ def train_step(
     batch: np.ndarray,
     pad_id: int,
     class_weights: torch.Tensor,
-) -> tuple[float, Any]:
+    asked: Callable[[], bool],
+) -> tuple[float, Any, bool]:
     """Take one optimizer step on a global batch.
 
     The loss is the sum over the global batch divided by the batch's mass. DeepSpeed averages over
-    ranks and divides by the accumulation steps, so both factors are put back here: the step is the
-    same at any number of ranks and micro batches.
+    ranks and divides by the accumulation steps; both factors are undone here, so that the step is
+    the same at any number of ranks and micro batches.
 
     Args:
         batch: indices, `(n,)` int64.
+        asked: whether this rank was asked to stop.
     Returns:
-        The mean loss of the global batch, and the norm of its gradient as `take_step` gives it.
+        The mean loss of the global batch, the norm of its gradient as `take_step` gives it, and
+        whether any rank was asked to stop.
     Raises:
         NonFiniteError: the loss or the gradient is not a number, on any rank; nothing has been
             updated.
@@ -150,21 +151,21 @@ def train_step(
         engine.backward(loss * factor)
         total += loss.detach()
         if engine.is_gradient_accumulation_boundary():
-            (mean,) = all_reduce_sum(total.item())
+            mean, num_asked = all_reduce_sum(total, asked())
             _refuse_non_finite(mean, "training loss", engine.global_steps + 1)
         norm = take_step(engine)
-    return mean, norm
+    return mean, norm, num_asked > 0
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Seed dropout by (seed, step, rank), so that a resumed step draws what it would have."""
+    """Seed dropout by (seed, step, rank), so that a resumed step draws the same numbers."""
     state = np.random.SeedSequence([seed, step, ranks().rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) % 2**63)
 
 
 @dataclass
 class Progressed:
-    """What training has found so far; all but `best_state` is the same on every rank.
+    """Training so far; all but `best_state` is the same on every rank.
 
     history: the dev metrics of each finished epoch. best_epoch: counts from 1; 0 before the first.
     best_state: the weights after that epoch, float32 on the CPU; None on other ranks than the
@@ -180,11 +181,11 @@ class Progressed:
 
     @property
     def best(self) -> dict[str, float]:
-        """The dev metrics of the best epoch."""
+        """Return the dev metrics of the best epoch."""
         return self.history[self.best_epoch - 1]
 
     def add_epoch(self, scores: dict[str, float], select: str) -> bool:
-        """Note an epoch's dev metrics; return whether it is strictly better than all before."""
+        """Add an epoch's dev metrics; return whether it is strictly better than all before."""
         is_better = not self.best_epoch or scores[select] > self.best[select]
         self.history.append(scores)
         if is_better:
@@ -193,64 +194,39 @@ class Progressed:
 
 
 def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
-    """Optimizer steps of a run; the last batch of an epoch counts as one even if it is small."""
+    """Count the optimizer steps of a run; a small last batch of an epoch is one step too."""
     return num_epochs * -(-num_examples // batch_size)
 
 
 def resolve(
     config: FinetuneConfig | FitScorerConfig, train: Examples, default_learning_rate: float
 ) -> Resolved:
-    """Fill the DeepSpeed JSON for a run over `train`; the schedule needs the batch size first."""
-    raw, world_size = read_ds_config(config.deepspeed_config), ranks().world_size
-    resolved = resolve_ds_config(
-        raw, config, total_steps=1, world_size=world_size,
-        default_learning_rate=default_learning_rate,
-    )
-    total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
+    """Fill the DeepSpeed JSON for a run over `train`."""
     return resolve_ds_config(
-        raw, config, total_steps=total, world_size=world_size,
+        read_ds_config(config.deepspeed_config), config, world_size=ranks().world_size,
+        total_steps=lambda batch: num_steps(len(train), batch, config.num_train_epochs),
         default_learning_rate=default_learning_rate,
     )
 
 
 def describe_plan(
-    config: FinetuneConfig | FitScorerConfig, resolved: Resolved, train: Examples, runs: int = 1
+    config: Config, resolved: Resolved, train: Examples, runs: int = 1
 ) -> list[str]:
-    """Say the batch arithmetic in words, one line each."""
+    """Describe the batch arithmetic, one line each."""
     total = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
     schedule = resolved.config["scheduler"].get("params", {})
     longest = int(train.lengths.max())
     return [
         *resolved.notes,
         f"batch: {resolved.micro_batch_size} examples x {resolved.accumulation_steps} micro "
-        f"batches x {ranks().world_size} ranks = {resolved.train_batch_size} a step, "
+        f"batches x {ranks().world_size} ranks = {resolved.train_batch_size} per step, "
         f"{resolved.precision}",
-        f"steps: {total // config.num_train_epochs} an epoch x {config.num_train_epochs} epochs = "
+        f"steps: {total // config.num_train_epochs} per epoch x {config.num_train_epochs} epochs = "
         f"{total}" + (f", {runs} times" if runs > 1 else "")
         + f"; warm-up {schedule.get('warmup_num_steps', 0)}, "
         f"learning rate {resolved.config['optimizer']['params']['lr']:g}",
-        f"tokens: {train.lengths.mean():.1f} an example, {longest} at most",
+        f"tokens: {train.lengths.mean():.1f} per example, {longest} at most",
     ]
-
-
-def hyperparameters(
-    command: str, data: str, config: FinetuneConfig | FitScorerConfig, resolved: Resolved,
-    train: Examples, seed: int,
-) -> dict[str, Any]:
-    """The row of one seed on TensorBoard's HParams page; masking is that of the encoder's stages.
-
-    Args:
-        data: what it learns from.
-    """
-    stages = read_lineage(config.model_name_or_path)
-    masked = [stage.get("masking") for stage in stages if stage.get("stage") == "pretrain"]
-    return {
-        "command": command, "model": config.model_name_or_path, "data": data,
-        "masking": masked[-1] if masked else None, "seed": seed,
-        "max_seq_length": config.max_seq_length, "num_train_epochs": config.num_train_epochs,
-        "max_steps": num_steps(len(train), resolved.train_batch_size, config.num_train_epochs),
-        **resolved_hyperparameters(resolved),
-    }
 
 
 def fit(
@@ -260,12 +236,12 @@ def fit(
     dev: Examples,
     assess: Callable[[list[np.ndarray]], dict[str, float]],
     *,
-    config: FinetuneConfig | FitScorerConfig,
+    config: Config,
     **options: Any,
 ) -> Progressed:
     """Train a fresh model with a fresh optimizer; see `train_and_select` for the options.
 
-    The engine and its memory are gone afterwards, so that one process can train many seeds.
+    The engine and its memory are released, so that one process can train many seeds.
     """
     if config.gradient_checkpointing:
         checkpoint_activations(model)
@@ -276,7 +252,7 @@ def fit(
     try:
         with StopSignal() as stop:
             return train_and_select(
-                engine, resolved, train, dev, assess, config=config, stop=stop.asked_anywhere,
+                engine, resolved, train, dev, assess, config=config, stop=stop.asked,
                 **options,
             )
     finally:
@@ -294,7 +270,7 @@ def train_and_select(
     dev: Examples,
     assess: Callable[[list[np.ndarray]], dict[str, float]],
     *,
-    config: FinetuneConfig | FitScorerConfig,
+    config: Config,
     seed: int,
     select: str,
     tags: dict[str, str],
@@ -302,13 +278,13 @@ def train_and_select(
     pad_id: int,
     run_dir: Path,
     device: torch.device,
-    identity: dict[str, Any],
+    records: dict[str, dict[str, Any]],
     hyperparameters: dict[str, Any],
     stop: Callable[[], bool],
 ) -> Progressed:
     """Train for `config.num_train_epochs` and keep the weights of the best epoch.
 
-    Goes on from the newest whole checkpoint in `run_dir` unless `--resume never`.
+    Resumes from the newest complete checkpoint in `run_dir` unless `--resume never`.
 
     Args:
         engine: a fresh DeepSpeed engine.
@@ -317,18 +293,18 @@ def train_and_select(
         tags: TensorBoard tag of each metric; those without one are not logged.
         class_weights: `(C,)` float64.
         run_dir: folder of this seed.
-        identity: what must not change while a run is resumed (fingerprints of data, weights, ...).
+        records: the `identity` and the `numerics` of this seed, kept in its checkpoints.
         hyperparameters: the row on TensorBoard's HParams page.
-        stop: whether a stop was asked for; the same answer on every rank.
+        stop: whether this rank was asked to stop.
     Returns:
-        What was found, with a log that the caller closes.
+        The result, with a log that the caller closes.
     Raises:
         NonFiniteError: a loss or a gradient is not a number, on every rank at once.
         StopRequested: after a checkpoint.
     """
     total_steps = num_steps(len(train), resolved.train_batch_size, config.num_train_epochs)
     per_epoch = total_steps // config.num_train_epochs
-    found = _restore(engine, run_dir, config, identity)
+    found = _restore(engine, run_dir, config, records)
     step, first_step = found.steps, found.steps
     started = time.monotonic() - found.seconds
     found.log = MetricsWriter(run_dir, step)
@@ -338,7 +314,7 @@ def train_and_select(
     )
     batches = global_batches(train, resolved.train_batch_size, seed, step, total_steps)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
-    window, text = _Window(), ""
+    window, text, stopping = _Window(), "", False
     engine.train()
     with progress:
         while True:
@@ -352,11 +328,10 @@ def train_and_select(
                     found.best_state = full_state_dict(engine)
                 scalars = {tag: scores[name] for name, tag in tags.items()}
                 found.log.scalars(step, {**scalars, EVAL_BEST: found.best[select]})
-            stopping = stop()
             due = config.save_steps and step > first_step and step % config.save_steps == 0
             if stopping or due:
                 found.steps, found.seconds = step, time.monotonic() - started
-                _save(engine, run_dir, found, config.save_total_limit, identity)
+                _save(engine, run_dir, found, config.save_total_limit, records)
             if stopping:
                 raise StopRequested(
                     f"stopped at step {step} of {total_steps} of seed {seed}, with a checkpoint; "
@@ -367,7 +342,9 @@ def train_and_select(
             learning_rate, begun = engine.get_lr()[0], time.monotonic()
             seed_dropout(seed, step)
             batch = next(batches)
-            loss, norm = train_step(engine, resolved, train, batch, pad_id, weights)
+            loss, norm, stopping = train_step(
+                engine, resolved, train, batch, pad_id, weights, stop
+            )
             window.add(loss, int(train.lengths[batch].sum()), time.monotonic() - begun)
             step += 1
             if step % config.logging_steps == 0 or step % per_epoch == 0:
@@ -401,7 +378,7 @@ class _Window:
         self.seconds, self.steps = self.seconds + seconds, self.steps + 1
 
     def scalars(self) -> dict[str, float]:
-        """Mean loss and speed, by tag."""
+        """Return mean loss and speed, by tag."""
         return {TRAIN_LOSS: self.loss / self.steps,
                 TOKENS_PER_SECOND: self.tokens / max(self.seconds, 1e-9)}
 
@@ -418,14 +395,14 @@ BEST = "best.safetensors"
 
 
 def _save(
-    engine: Any, run_dir: Path, found: Progressed, limit: int, identity: dict[str, Any]
+    engine: Any, run_dir: Path, found: Progressed, limit: int, records: dict[str, Any]
 ) -> None:
     """Write a checkpoint, with the best weights so far."""
     from safetensors.torch import save
 
     notes = {
         "history": found.history, "best_epoch": found.best_epoch, "seconds": found.seconds,
-        "steps": found.steps, "identity": identity,
+        "steps": found.steps, **records,
     }
     extras = {} if found.best_state is None else {BEST: save(found.best_state)}
     save_checkpoint(engine, run_dir, found.steps, notes, limit, extras)
@@ -438,16 +415,17 @@ def remove_resume_state(run_dir: Path) -> None:
 
 
 def _restore(
-    engine: Any, run_dir: Path, config: FinetuneConfig | FitScorerConfig, identity: dict[str, Any]
+    engine: Any, run_dir: Path, config: Config, records: dict[str, Any]
 ) -> Progressed:
-    """Load the newest whole checkpoint, if there is one and `--resume` allows it."""
+    """Load the newest complete checkpoint, if there is one and `--resume` allows it."""
     from safetensors.torch import load_file
 
     # One seed of several may well have none: `must` is for the command to check.
     path = find_checkpoint(run_dir, "never" if config.resume == "never" else "auto")
     if path is None:
         return Progressed()
-    notes = load_checkpoint(engine, path, identity, config.allow_world_size_change)
+    notes = load_checkpoint(engine, path, records["identity"], config.allow_world_size_change)
+    report_changes(notes["numerics"], records["numerics"])
     say(f"resumed from {path}")
     best_state = None
     if notes["best_epoch"] and is_main():

@@ -1,0 +1,176 @@
+"""The `selmask` command, and `--help` of every command."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import importlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preprocess.flags import OTHER, USUAL
+from train import cli, config
+
+ROOT = Path(__file__).resolve().parents[2]
+WITH_GROUPS = [name for name, module in cli.MODULES.items() if not module.startswith("csrc")]
+
+
+def exit_of(monkeypatch, *words: str) -> int:
+    """Return the exit code of `selmask WORDS`."""
+    monkeypatch.setattr(sys, "argv", ["/bin/selmask", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+def test_every_command_has_its_name():
+    there = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for room in ("preprocess", "train", "csrc") for path in (ROOT / room).glob("*.py")
+        if '\nif __name__ == "__main__":' in path.read_text()
+    }
+    assert sorted(cli.MODULES.values()) == sorted(there - {"train.cli"})
+
+
+def test_the_list_has_a_line_for_each_command(monkeypatch, capsys):
+    assert exit_of(monkeypatch, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = dict(re.findall(r"^  (\w+) +(\S.*)$", "\n".join(lines), re.MULTILINE))
+    assert list(listed) == list(cli.MODULES)
+    for name, text in listed.items():
+        assert importlib.import_module(cli.MODULES[name]).__doc__.startswith(text + "\n")
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_the_list_imports_nothing_and_takes_no_time():
+    script = ("import sys\nfrom train import cli\nsys.argv = ['selmask', '--help']\n"
+              "try: cli.main()\nexcept SystemExit: pass\n"
+              "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+              "sys.exit(bool(loaded & {'torch', 'numpy', 'transformers', 'deepspeed'}))")
+    before = os.times()
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    after = os.times()
+    seconds = sum(after[2:4]) - sum(before[2:4])  # of the processor, whatever else is running
+    assert seconds < 0.3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["pretrian"], 2, "selmask: unknown command pretrian; did you mean pretrain?"),
+        (["xyzzy"], 2, "selmask: unknown command xyzzy; selmask --help lists the commands"),
+        (["report", "nowhere"], 3, "selmask report: nowhere: no such folder; name run directories"),
+        (["build_masks", "--seed", "x"], 2, "selmask build_masks: argument --seed: invalid int "
+                                            "value: 'x'; --help lists the flags"),
+        (["doctor", "--output"], 2, "selmask doctor: unknown argument --output; did you mean "
+                                    "--output_dir?"),
+    ],
+)
+def test_mistakes_end_as_those_of_the_command(words, code, message, monkeypatch, capsys):
+    assert exit_of(monkeypatch, *words) == code
+    assert capsys.readouterr().err == message + "\n"
+
+
+def test_the_main_of_the_command_is_started(monkeypatch):
+    module = importlib.import_module("train.pretrain")
+    monkeypatch.setattr(module, "main", lambda: started.append(config.command_line()))
+    started: list[str] = []
+    assert exit_of(monkeypatch, "pretrain", "--tokens", "P") == 0
+    assert started == ["selmask pretrain --tokens P"]
+
+
+def test_the_entry_point_and_the_version(monkeypatch, capsys):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    scripts = setup["options.entry_points"]["console_scripts"].split("\n")
+    assert scripts == ["", "selmask = train.cli:main"]
+    assert exit_of(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"selmask {setup['metadata']['version']}\n"
+
+
+# ------------------------------------------------------------------------------- --help of each
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """What `--help` of each command prints on a terminal of 100 columns."""
+    texts = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "100")
+        for name in WITH_GROUPS:
+            out = io.StringIO()
+            patch.setattr(sys, "argv", [f"selmask {name}"])
+            with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+                importlib.import_module(cli.MODULES[name]).main(["--help"])
+            texts[name] = out.getvalue()
+    return texts
+
+
+@pytest.fixture
+def groups(helps, request) -> dict[str, list[tuple[str, str]]]:
+    """The flags and their texts, by heading."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    _, heading, text = helps[request.param].partition(f"\n{USUAL}:\n")
+    for line in (heading + text).strip().splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            entries = found[line[:-1]] = []
+        elif line.startswith("  ") and line[2] != " ":
+            flag, _, text = line.strip().partition("  ")
+            entries.append((flag.split()[0], text.strip()))
+        elif line:
+            entries[-1] = entries[-1][0], f"{entries[-1][1]} {line.strip()}".strip()
+    return found
+
+
+each_command = pytest.mark.parametrize("groups", WITH_GROUPS, indirect=True)
+
+
+@pytest.mark.parametrize("name", WITH_GROUPS)
+def test_help_fits_the_terminal(name, helps):
+    usage = helps[name].split("\n\n")[0]
+    assert usage.startswith(f"usage: selmask {name} ") and usage.endswith(" [flags]")
+    assert all(len(line) <= 100 for line in helps[name].splitlines())
+
+
+@each_command
+def test_help_shows_each_flag_once(groups):
+    flags = [flag for entries in groups.values() for flag, _ in entries]
+    meanings = [re.sub("^--(no[-_])?", "", flag).replace("-", "_") for flag in flags]
+    assert len(set(meanings)) == len(meanings) and "local_rank" not in meanings
+
+
+@each_command
+def test_help_explains_each_flag(groups):
+    for entries in groups.values():
+        for flag, text in entries:
+            assert len(text) > 5, flag
+            assert not re.search(r"default: *(None|True|False|-1)?\)", text), (flag, text)
+
+
+@each_command
+def test_help_begins_with_the_flags_that_people_need(groups):
+    first, *others = groups
+    assert first == USUAL and others[-1] == OTHER
+    assert 1 <= len(groups[USUAL]) <= 8
+    assert len(groups[OTHER]) <= 6
+
+
+@pytest.mark.parametrize(
+    "words", [["--dry-run"], ["--dry_run", "True"], ["--dry_run"], ["--dry_run", "--save-steps=3"]]
+)
+def test_spellings_that_are_not_shown_still_parse(words):
+    needed = ["--tokens", "P", "--model-config", "bert-tiny", "--output_dir", "R"]
+    parsed = config.parse(config.PretrainConfig, [*needed, *words])
+    assert parsed.dry_run and parsed.last_layer_subset
+    for flag in ("--no_last_layer_subset", "--no-last-layer-subset"):
+        assert not config.parse(config.PretrainConfig, [*needed, flag]).last_layer_subset
+    assert config.parse(config.PretrainConfig, [*needed, "--last_layer_subset"]).last_layer_subset
