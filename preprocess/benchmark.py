@@ -64,7 +64,7 @@ class Run:
 
 
 @dataclass
-class Row:
+class Method:
     """A row of the table: one way to tokenize.
 
     Attributes:
@@ -84,11 +84,11 @@ class Row:
         return [run.seconds - statistics.median(self.starts) for run in self.runs]
 
 
-def make_rows(num_workers: int) -> dict[str, Row]:
+def make_rows(num_workers: int) -> dict[str, Method]:
     """Return the rows of the table, the baseline first."""
-    rows = {BASELINE: Row(num_workers, None), "1 worker": Row(1, [])}
-    rows[f"{num_workers} workers"] = Row(num_workers, [])
-    rows[f"{num_workers} workers, documents"] = Row(num_workers, ["--no-split_sentences"])
+    rows = {BASELINE: Method(num_workers, None), "1 worker": Method(1, [])}
+    rows[f"{num_workers} workers"] = Method(num_workers, [])
+    rows[f"{num_workers} workers, documents"] = Method(num_workers, ["--no-split_sentences"])
     return rows
 
 
@@ -157,7 +157,7 @@ def run(command: list[str], output: Path) -> Run:
     return Run(seconds, usage.ru_maxrss * 1024, disk)
 
 
-def command_of(row: Row, file: Path, tokenizer: Path, output: Path) -> list[str]:
+def command_of(row: Method, file: Path, tokenizer: Path, output: Path) -> list[str]:
     """Return the command line of a row."""
     if row.flags is None:
         call = (str(file), str(tokenizer), str(output / "hf"), row.num_workers)
@@ -170,7 +170,7 @@ def command_of(row: Row, file: Path, tokenizer: Path, output: Path) -> list[str]
     ]
 
 
-def turn(row: Row, file: Path, tokenizer: Path, scratch: Path) -> tuple[Run, dict[str, Any]]:
+def turn(row: Method, file: Path, tokenizer: Path, scratch: Path) -> tuple[Run, dict[str, Any]]:
     """Run a row once; return the measurement, and the `P.json` it made, if any."""
     output = scratch / "output"
     try:
@@ -211,7 +211,7 @@ def compare(args: argparse.Namespace, file: Path, tokenizer: Path, scratch: Path
     return {"tokens": num_tokens, "rounds": args.rounds, "rows": found}
 
 
-def summarize(rows: dict[str, Row], num_tokens: int) -> list[dict[str, Any]]:
+def summarize(rows: dict[str, Method], num_tokens: int) -> list[dict[str, Any]]:
     """Return the numbers of each row; ratios are medians over rounds of runs of one round."""
     base, one = rows[BASELINE].seconds(), rows["1 worker"].seconds()
 
@@ -273,7 +273,7 @@ def measure_large(
     repeat(file, large, args.repeat_to)
     num_bytes = large.stat().st_size
     print(f"\n{num_bytes:,} bytes made by repetition", flush=True)
-    made, info = turn(Row(args.num_workers, []), large, tokenizer, scratch)
+    made, info = turn(Method(args.num_workers, []), large, tokenizer, scratch)
     counts = info["counts"]
     rate = counts["tokens"] / made.seconds
     print(

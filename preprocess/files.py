@@ -298,7 +298,7 @@ class WriterLock:
                     if owner and not _is_of_this_host(owner):
                         remedy += "; if it was killed, it is taken over after 5 minutes"
                     raise ConfigError(
-                        f"{self.path}: another process is writing here "
+                        f"{self.path}: another process writes here "
                         f"({owner or 'just started'}); {remedy}"
                     )
                 time.sleep(0.02)

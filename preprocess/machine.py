@@ -23,10 +23,12 @@ def commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
     try:
         name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "diff", "HEAD", "--quiet"], capture_output=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        )
     except OSError:
         return None
-    return name.stdout.strip() + "+" * bool(changed.returncode) if name.returncode == 0 else None
+    return name.stdout.strip() + "+" * bool(changed.stdout) if name.returncode == 0 else None
 
 
 def environment(packages: Iterable[str] = ()) -> dict[str, Any]:

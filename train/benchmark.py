@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -393,19 +392,6 @@ def measure(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """Return the commit of these sources, with "+" if they differ from it, or None."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    return name.stdout.strip() + "+" * bool(status.stdout) if name.returncode == 0 else None
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     config = parse(BenchmarkConfig, argv)
@@ -421,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     result = {"options": as_dict(config), "ds_config": inputs.resolved.config,
               "precision": inputs.resolved.precision, "store": inputs.store.fingerprint,
-              **environment(), "commit": commit()}
+              **environment()}
     result |= measure(inputs)
     if not ds.is_main():
         return

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from preprocess.errors import ConfigError
+from preprocess.errors import ConfigError, check_shard
 from preprocess.flags import OTHER, USUAL, Parser
 from preprocess.masking import BASELINE, STRATEGIES
 
@@ -424,11 +424,7 @@ class ScoreConfig(_InferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.shard_index is None) != (self.num_shards is None):
-            raise ConfigError("--shard_index i and --num_shards N go together: give both or none")
-        if self.num_shards is not None and self.shard_index is not None:
-            _require(0 <= self.shard_index < self.num_shards, "shard_index", self.shard_index,
-                     f"0 to {self.num_shards - 1} with --num_shards {self.num_shards}")
+        check_shard(self.shard_index, self.num_shards)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from preprocess import benchmark
-from preprocess.benchmark import Row, Run, format_table, make_rows, repeat, run, summarize
+from preprocess.benchmark import Method, Run, format_table, make_rows, repeat, run, summarize
 from preprocess.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,7 +132,7 @@ def test_an_interrupt_removes_the_large_file(tmp_path, reviews_file, tiny_encode
 @pytest.mark.slow
 def test_the_whole_benchmark(tmp_path, reviews_file, tiny_encoder, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(Row, "seconds", lambda row: [made.seconds for made in row.runs])
+    monkeypatch.setattr(Method, "seconds", lambda row: [made.seconds for made in row.runs])
     benchmark.main([
         "--input", reviews_file, "--tokenizer", tiny_encoder, "--rounds", "1", "--repeat_to",
         "1MB", "--scratch", str(tmp_path),

@@ -423,16 +423,18 @@ def test_the_lock_of_a_dead_writer_is_taken_over(tmp_path, capsys):
     ready, told = os.pipe()
 
     def hold() -> None:
-        WriterLock(tmp_path / "s")
-        os.write(told, b"x")
-        signal.pause()
+        with WriterLock(tmp_path / "s"):
+            os.write(told, b"x")
+            signal.pause()
 
     pid = in_child(hold)
     os.read(ready, 1)
-    with pytest.raises(ConfigError, match=f"{pid}@.*wait"):
-        WriterLock(tmp_path / "s")
-    os.kill(pid, signal.SIGKILL)
-    exit_code(pid)
+    try:
+        with pytest.raises(ConfigError, match=f"{pid}@.*wait"):
+            WriterLock(tmp_path / "s")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        exit_code(pid)
     with WriterLock(tmp_path / "s") as lock:
         assert lock.interrupted
     assert f"s.lock: taken over from {pid}@" in capsys.readouterr().err

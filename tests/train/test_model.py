@@ -622,9 +622,12 @@ def test_lineage(tmp_path, tiny_encoder, tiny_tokenizer):
     assert after.hf_digest == hashlib.sha256(line.encode()).hexdigest()
     assert "| pretrain | selective | 20 | 99 | 2 |" in (folder / "README.md").read_text()
     content = (folder / "lineage.json").read_text()
-    for broken in ("{", "[]", "{}", content.replace('"identity"', '"identiti"')):
+    for broken, problem in (
+        ("{", "not valid JSON"), ("[]", "must hold one JSON object"), ("{}", "no 'stages' in it"),
+        (content.replace('"identity"', '"identiti"'), "not a lineage"),
+    ):
         (folder / "lineage.json").write_text(broken)
-        with pytest.raises(DataError, match="lineage.json: not a lineage"):
+        with pytest.raises(DataError, match=rf"lineage\.json: {problem}.*another --output_dir"):
             hf_folder.open_weights(str(folder))
     (folder / "lineage.json").write_text(json.dumps({"stages": [{"stage": "pretrain"}]}))
     with pytest.raises(DataError, match="lineage of version 1, .*--output_dir, or delete lineage"):

@@ -18,7 +18,6 @@ ranks, and reports the ones it passed over and why. For another number of ranks 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -26,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, writing
-from preprocess.files import atomic_write_bytes, atomic_write_json, file_sha256, seal, sync
+from preprocess.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    file_sha256,
+    parse_json,
+    seal,
+    sync,
+)
 from preprocess.identity import compare
 from preprocess.progress import say
 from train import engine as ds
@@ -184,7 +190,7 @@ def check_checkpoint(
             for name in names[share[0]::share[1]]:
                 if file_sha256(path / name) != entries[name]["sha256"]:
                     return f"{path / name} differs from its sha256"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{manifest_file} is damaged ({error})"
     except OSError as error:
         return f"{error.filename or path} cannot be read ({error.strerror})"
@@ -195,9 +201,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """Read the manifest of the checkpoint `path`.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is damaged.
+        ValueError, KeyError, TypeError, AttributeError: it is damaged.
     """
-    manifest = json.loads((path / MANIFEST).read_bytes())
+    manifest = parse_json((path / MANIFEST).read_bytes())
     if seal(manifest) != manifest:
         raise ValueError("its content is not what was written")
     if manifest["version"] != MANIFEST_VERSION:
@@ -223,7 +229,7 @@ def check_identity(run_dir: str | Path, identity: dict[str, Any]) -> None:
     for step in _steps(Path(run_dir) / "checkpoints"):
         try:
             manifest = _read_manifest(Path(run_dir) / "checkpoints" / f"step_{step}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # `find_checkpoint` says what is wrong with it
         where = f"--output_dir {run_dir}, stopped at step {step}"
         compare(manifest["identity"], identity, where, "give another --output_dir")

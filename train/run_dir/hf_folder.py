@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from preprocess.errors import DataError, writing
-from preprocess.files import file_sha256, sync
+from preprocess.files import file_sha256, read_json, sync
 from preprocess.identity import sealed
 from train.model.loading import list_weights, local_checkpoint
 
@@ -105,14 +105,14 @@ def _read_lineage(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     again = "run the command that wrote this folder again in another --output_dir"
+    lineage = read_json(file, again, keys=["stages"])
+    version, stages = lineage.get("version", 1), lineage["stages"]
     try:
-        lineage = json.loads(file.read_bytes())
-        version, stages = lineage.get("version", 1), lineage["stages"]
         if version == VERSION:
             _digest(lineage["files"])
             for stage in stages:
                 stage["identity"]["inputs"], stage["totals"]["steps"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: not a lineage ({error}); {again}") from None
     if version != VERSION:
         raise DataError(
