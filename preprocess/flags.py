@@ -56,8 +56,8 @@ class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose `--help` fits a reader and whose mistakes are one sentence."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        options.setdefault("formatter_class", HelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **options)
+        options = {"formatter_class": HelpFormatter, "allow_abbrev": False, **options}
+        super().__init__(*args, **options)
         self._optionals.title = OTHER
 
     def format_help(self) -> str:
@@ -67,7 +67,9 @@ class Parser(argparse.ArgumentParser):
             group._group_actions.sort(key=lambda action: not action.required)
         return super().format_help()
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Parse the command line.
 
         Raises:
