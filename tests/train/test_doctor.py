@@ -250,12 +250,6 @@ def test_table_and_exit_code(status, as_json, monkeypatch, capsys):
         assert "not ready to train: compiler" in err
 
 
-def test_an_unknown_flag_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: doctor.main(["--out", "x"]))
-    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
 @pytest.mark.slow
 def test_the_command_on_this_machine(run_command_line, tmp_path):
     started = time.monotonic()
