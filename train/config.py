@@ -85,11 +85,17 @@ class _Checked:
                 _require(bounds.holds(value), option.name, value, bounds.words)
 
 
-_MODEL_MISSING = "give an hf/ folder or a hub name"
+@dataclass(frozen=True, kw_only=True)
+class _CommandConfig(_Checked):
+    """What every command that runs a network has in common."""
+
+    dry_run: bool = _flag(False, "check everything, print the plan, and exit")
+    trust_remote_code: bool = _flag(False, "let a hub checkpoint run its own code", MODEL)
+    local_rank: int = _flag(-1, argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(_Checked):
+class TrainingConfig(_CommandConfig):
     """What every command that trains has in common."""
 
     output_dir: str = _flag(
@@ -116,7 +122,6 @@ class TrainingConfig(_Checked):
         False, "continue from a checkpoint of another number of ranks, with the same batches, "
         "masks and optimizer states; only dropout draws other numbers", CHECKPOINTS,
     )
-    dry_run: bool = _flag(False, "check everything, print the plan, and exit")
     seed: int = _flag(42, "seed of data order, masks, dropout and fresh weights", bounds=SEED)
     learning_rate: float | None = _flag(
         None, "peak learning rate (default: 1e-4 for pre-training, 2e-5 for fine-tuning, 1e-5 for "
@@ -154,8 +159,6 @@ class TrainingConfig(_Checked):
     gradient_checkpointing: bool = _flag(
         False, "recompute activations in the backward pass, to save memory", SPEED
     )
-    trust_remote_code: bool = _flag(False, "let a hub checkpoint run its own code", MODEL)
-    local_rank: int = _flag(-1, argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,26 +278,32 @@ class TaskOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig, TaskOptions):
+class _SupervisedConfig(TrainingConfig):
+    """What the commands that learn from labels have in common."""
+
+    model_name_or_path: str = _flag(
+        "", "model to start from: an hf/ folder or a hub name", USUAL, metavar="MODEL",
+        missing="give an hf/ folder or a hub name",
+    )
+    num_train_epochs: int = _flag(10, "passes over the training examples", USUAL, _at_least(1))
+    per_device_eval_batch_size: int = _flag(
+        64, "sentences per evaluation batch per rank", EVALUATION, _at_least(1)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(_SupervisedConfig, TaskOptions):
     """Fine-tune a classifier on a task: stage 3, and the task classifier of stage 2.
 
         deepspeed train/finetune.py --task mr --data_dir D --model_name_or_path R2/hf \\
             --seeds 13,43,83 --output_dir R3
     """
 
-    model_name_or_path: str = _flag(
-        "", "model to fine-tune: an hf/ folder or a hub name", USUAL, metavar="MODEL",
-        missing=_MODEL_MISSING,
-    )
     seeds: str = _flag(
         "13", "seeds separated by commas; each trains one model", USUAL, metavar="N,N,..."
     )
-    num_train_epochs: int = _flag(10, "passes over the training split", USUAL, _at_least(1))
     max_seq_length: int = _flag(
         256, "largest input length in tokens, including special tokens", DATA, ROW
-    )
-    per_device_eval_batch_size: int = _flag(
-        64, "sentences per evaluation batch per rank", EVALUATION, _at_least(1)
     )
     max_train_samples: int | None = _flag(
         None, "use only this many training examples (a fixed choice)", DATA, _at_least(1)
@@ -321,7 +330,7 @@ class FinetuneConfig(TrainingConfig, TaskOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitScorerConfig(TrainingConfig):
+class FitScorerConfig(_SupervisedConfig):
     """Fit the token scorer of stage 2 to annotated texts.
 
         deepspeed train/fit_scorer.py --annotations A --model_name_or_path R1/hf --output_dir RS
@@ -331,16 +340,8 @@ class FitScorerConfig(TrainingConfig):
         "", "prefix of the annotated token store, from train/annotate.py", USUAL, metavar="A",
         missing="give the prefix that annotate.py wrote",
     )
-    model_name_or_path: str = _flag(
-        "", "encoder of the scorer: an hf/ folder or a hub name", USUAL, metavar="MODEL",
-        missing=_MODEL_MISSING,
-    )
     positive_weight: float = _flag(
         3.0, "class weight of important tokens; the others weigh 1", OPTIMIZATION, POSITIVE
-    )
-    num_train_epochs: int = _flag(10, "passes over the annotated sentences", USUAL, _at_least(1))
-    per_device_eval_batch_size: int = _flag(
-        64, "sentences per evaluation batch per rank", EVALUATION, _at_least(1)
     )
     dev_fraction: float = _flag(
         0.1, "fraction of the texts held out to choose the epoch", EVALUATION, FRACTION
@@ -348,14 +349,11 @@ class FitScorerConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _InferenceConfig(_Checked):
+class _InferenceConfig(_CommandConfig):
     """What every command that runs a trained network over text has in common."""
 
     batch_tokens: int = _flag(8192, "token slots per forward pass", SPEED, _at_least(16))
-    dry_run: bool = _flag(False, "check everything, print the plan, and exit")
     logging_steps: int = _flag(50, "forward passes between log lines", bounds=_at_least(1))
-    trust_remote_code: bool = _flag(False, "let a hub checkpoint run its own code", MODEL)
-    local_rank: int = _flag(-1, argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,11 @@ class Finding:
     remedy: str = ""
 
 
+def judge(ok: object, name: str, found: str, remedy: str, otherwise: str = "fail") -> Finding:
+    """Return a finding that is ok, or has the status `otherwise` and a remedy."""
+    return Finding(name, "ok", found) if ok else Finding(name, otherwise, found, remedy)
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the checks are about: the folder for runs, and whether torch sees a GPU."""
@@ -73,11 +78,8 @@ def check_imports(asked: Asked) -> Iterator[Finding]:
     specs = {name: importlib.util.find_spec(name) for name in ("preprocess", "train", "csrc")}
     found = {name: Path(spec.origin).resolve().parents[1] if spec and spec.origin else None
              for name, spec in specs.items()}
-    if set(found.values()) == {ROOT}:
-        yield Finding("imports", "ok", f"{', '.join(found)} from {ROOT}")
-    else:
-        places = ", ".join(f"{name} from {place}" for name, place in found.items())
-        yield Finding("imports", "fail", f"{places}; expected {ROOT}", f"set PYTHONPATH={ROOT}")
+    places = ", ".join(f"{name} from {place}" for name, place in found.items())
+    yield judge(set(found.values()) == {ROOT}, "imports", places, f"set PYTHONPATH={ROOT}")
 
 
 def check_packages(asked: Asked) -> Iterator[Finding]:
@@ -93,23 +95,19 @@ def check_packages(asked: Asked) -> Iterator[Finding]:
         yield Finding("python", "ok", version)
         yield Finding("packages", "fail", f"{error.name} is not installed", INSTALL)
         return
-    if SpecifierSet(limits).contains(version, prereleases=True):
-        yield Finding("python", "ok", f"{version} ({limits})")
-    else:
-        yield Finding("python", "fail", f"{version}, needs {limits}", "install another Python")
+    yield judge(SpecifierSet(limits).contains(version), "python", f"{version}, needs {limits}",
+                "install another Python")
     for package in map(Requirement, lines):
         if package.marker and not package.marker.evaluate({"extra": ""}):
             continue
-        limits = str(package.specifier)
         try:
             version = metadata.version(package.name)
         except metadata.PackageNotFoundError:
             yield Finding(package.name, "fail", "not installed", INSTALL)
             continue
-        if package.specifier.contains(version, prereleases=True):
-            yield Finding(package.name, "ok", f"{version} ({limits})" if limits else version)
-        else:
-            yield Finding(package.name, "fail", f"{version}, needs {limits}", INSTALL)
+        needed = f", needs {package.specifier}" if package.specifier else ""
+        yield judge(package.specifier.contains(version, prereleases=True), package.name,
+                    f"{version}{needed}", INSTALL)
 
 
 def check_torch(asked: Asked) -> Iterator[Finding]:
@@ -117,13 +115,10 @@ def check_torch(asked: Asked) -> Iterator[Finding]:
 
     build = torch.version.cuda or torch.version.hip
     found = f"{torch.__version__}, built for {f'CUDA {build}' if build else 'CPUs'}"
-    if asked.has_gpu or not NVIDIA_DRIVER.exists():
-        yield Finding("torch build", "ok", found)
-    else:
-        yield Finding(
-            "torch build", "warn", f"{found}, but there is an NVIDIA driver",
-            "compare nvidia-smi with the build" if build else "install a torch built for CUDA",
-        )
+    unused = NVIDIA_DRIVER.exists() and not asked.has_gpu
+    yield judge(not unused, "torch build", found + ", with an NVIDIA driver" * unused,
+                "compare nvidia-smi with the build" if build else "install a torch built for CUDA",
+                "warn")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         yield Finding(
@@ -149,35 +144,24 @@ def check_precision(asked: Asked) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------- compilers
 
 
-def first_line(*command: str) -> str | None:
-    """Return the first line that a command prints, or None if it is absent or fails."""
+def printed(*command: str) -> str:
+    """Return what a command prints; nothing if it is absent or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.split("\n")
-    return lines[0].strip() if done.returncode == 0 else None
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
 
 
 def check_compiler(asked: Asked) -> Iterator[Finding]:
-    compiler = os.environ.get("CXX", "c++")
-    said = first_line(compiler, "--version")
-    if said:
-        yield Finding("C++ compiler", "ok", said)
-    else:
-        yield Finding(
-            "C++ compiler", asked.if_missing,
-            f"{compiler} does not run; --torch_compile and DeepSpeed's own operations need it",
-            "apt install g++, or set CXX",
-        )
-    ninja = first_line("ninja", "--version")
-    if ninja:
-        yield Finding("ninja", "ok", ninja)
-    else:
-        yield Finding(
-            "ninja", asked.if_missing, "does not run; DeepSpeed's own operations need it",
-            "pip install ninja",
-        )
+    for name, command, users, remedy in (
+        ("C++ compiler", os.environ.get("CXX", "c++"), "--torch_compile and DeepSpeed's operations",
+         "apt install g++, or set CXX"),
+        ("ninja", "ninja", "DeepSpeed's operations", "pip install ninja"),
+    ):
+        version = printed(command, "--version").partition("\n")[0].strip()
+        missing = f"{command} does not run; {users} need it"
+        yield judge(version, name, version or missing, remedy, asked.if_missing)
 
 
 def check_nvcc(asked: Asked) -> Iterator[Finding]:
@@ -187,35 +171,25 @@ def check_nvcc(asked: Asked) -> Iterator[Finding]:
 
     home = os.environ.get("CUDA_HOME")
     nvcc = str(Path(home, "bin", "nvcc")) if home else "nvcc"
-    try:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=10)
-        release = re.search(r"release (\d+\.\d+)", said.stdout)
-    except (OSError, subprocess.TimeoutExpired):
-        release = None
+    release = re.search(r"release (\d+)(\.\d+)", printed(nvcc, "--version"))
     built = str(torch.version.cuda)
     if release is None:
         yield Finding(
             "nvcc", "fail", f"{nvcc} does not run; DeepSpeed's Adam is compiled with it",
             f'install the CUDA {built} toolkit, or write "torch_adam": true in the DeepSpeed JSON',
         )
-    elif release[1].split(".")[0] != built.split(".")[0]:
-        yield Finding(
-            "nvcc", "fail", f"CUDA {release[1]}, and torch is built for {built}",
-            f"set CUDA_HOME to a CUDA {built.split('.')[0]} toolkit",
-        )
     else:
-        yield Finding("nvcc", "ok", f"CUDA {release[1]}")
+        major = built.split(".")[0]
+        yield judge(release[1] == major, "nvcc", f"CUDA {release[1]}{release[2]}, torch is built "
+                    f"for {built}", f"set CUDA_HOME to a CUDA {major} toolkit")
 
 
 def check_triton(asked: Asked) -> Iterator[Finding]:
     try:
         yield Finding("triton", "ok", metadata.version("triton"))
     except metadata.PackageNotFoundError:
-        if asked.has_gpu:
-            yield Finding("triton", "warn", "not installed: the slow MLM head is used",
-                          "pip install triton")
-        else:
-            yield Finding("triton", "ok", "not installed; only a GPU needs it")
+        yield judge(not asked.has_gpu, "triton", "not installed; on a GPU the slow MLM head is "
+                    "used without it", "pip install triton", "warn")
 
 
 # -------------------------------------------------------------------------------------- machine
@@ -253,11 +227,8 @@ def room(name: str, folder: Path, needed: float, wanted: float, what: str) -> Fi
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         return Finding(name, "fail", f"{place} cannot be written", "give another folder")
     free = shutil.disk_usage(place).free
-    found = f"{place}: {free / GIB:.1f} GiB free"
-    if free >= wanted:
-        return Finding(name, "ok", found)
-    remedy = f"free some space: {what}"
-    return Finding(name, "fail" if free < needed else "warn", found, remedy)
+    return judge(free >= wanted, name, f"{place}: {free / GIB:.1f} GiB free",
+                 f"free some space: {what}", "fail" if free < needed else "warn")
 
 
 def check_disk(asked: Asked) -> Iterator[Finding]:
@@ -275,12 +246,10 @@ def check_limits(asked: Asked) -> Iterator[Finding]:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= 4096:
-        yield Finding("open files", "ok", f"at most {soft}")
-    else:
-        most = "unlimited" if hard == resource.RLIM_INFINITY else str(min(hard, 65536))
-        yield Finding("open files", "fail" if soft < 256 else "warn",
-                      f"at most {soft}; a store of many shards needs more", f"ulimit -n {most}")
+    most = "unlimited" if hard == resource.RLIM_INFINITY else str(min(hard, 65536))
+    yield judge(soft == resource.RLIM_INFINITY or soft >= 4096, "open files",
+                f"at most {soft}; a store of many shards needs 4096", f"ulimit -n {most}",
+                "fail" if soft < 256 else "warn")
 
 
 CHECKS: tuple[Callable[[Asked], Iterator[Finding]], ...] = (

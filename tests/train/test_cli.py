@@ -119,8 +119,9 @@ def helps() -> dict[str, str]:
 def groups(helps, request) -> dict[str, list[tuple[str, str]]]:
     """The flags and their texts, by heading."""
     found: dict[str, list[tuple[str, str]]] = {}
-    _, heading, text = helps[request.param].partition(f"\n{USUAL}:\n")
-    for line in (heading + text).strip().splitlines():
+    before, heading, last = helps[request.param].partition(f"\n{OTHER}:\n")
+    before = before[before.index(f"\n{USUAL}:\n"):]
+    for line in (before + heading + last.partition("\n\n")[0]).strip().splitlines():
         if line.endswith(":") and not line.startswith(" "):
             entries = found[line[:-1]] = []
         elif line.startswith("  ") and line[2] != " ":

@@ -63,7 +63,7 @@ def test_packages_are_held_against_the_requirements_of_selmask(monkeypatch):
     assert {name: finding.status for name, finding in findings.items()} == {
         "python": "fail", "deepspeed": "fail", "torch": "ok", "numpy": "ok", "absent": "fail"}
     assert "needs >=9.1" in findings["python"].found
-    assert findings["torch"].found == "2.13.0+cpu (>=2.10)"
+    assert findings["torch"].found == "2.13.0+cpu, needs >=2.10"
     assert findings["deepspeed"].found == "0.15.0, needs <0.20,>=0.19.8"
     assert "constraints.txt" in findings["deepspeed"].remedy
 
@@ -84,11 +84,11 @@ def test_before_anything_is_installed(absent, monkeypatch):
 
 def test_the_doctor_needs_the_standard_library_alone():
     script = ("import sys, train.doctor\n"
-              "names = {name.partition('.')[0] for name in sys.modules} - {'preprocess', 'train'}\n"
-              "print(*(name for name in names - set(sys.stdlib_module_names)))")
+              "print(*{name.partition('.')[0] for name in sys.modules})")
     done = subprocess.run([sys.executable, "-S", "-c", script], cwd=ROOT, capture_output=True,
                           text=True, check=True)
-    assert done.stdout.split() == ["__main__"] or not done.stdout.strip()
+    others = set(done.stdout.split()) - set(sys.stdlib_module_names)
+    assert others == {"__main__", "preprocess", "train"}
 
 
 def test_packages_of_another_clone(tmp_path, monkeypatch):
@@ -248,12 +248,6 @@ def test_table_and_exit_code(status, as_json, monkeypatch, capsys):
     assert err.count("\n") == (status == "fail")
     if status == "fail":
         assert "not ready to train: compiler" in err
-
-
-def test_an_unknown_flag_is_one_line(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: doctor.main(["--out", "x"]))
-    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.slow
