@@ -945,7 +945,7 @@ def test_only_drawn_strategies_are_drawn(plain_store, name, fragment):
 
 def test_an_index_that_masks_nothing_is_refused(plain_store):
     write_array(plain_store.shards[0], "nothing", "mask", np.zeros(0, np.uint32), {})
-    with pytest.raises(DataError, match="masks nothing"):
+    with pytest.raises(DataError, match="masks no token"):
         data.prebuilt_masking(plain_store, "nothing")
     with pytest.raises(DataError, match="build_masks.py"):
         data.prebuilt_masking(plain_store, "absent")
