@@ -936,7 +936,7 @@ def test_evaluating_nothing(plain_store):
 
 @pytest.mark.parametrize(
     "name, fragment",
-    [("selective", "build it with preprocess/build_masks.py"), ("randon", "known: random")],
+    [("selective", "an index with preprocess/build_masks.py"), ("randon", "known: random")],
 )
 def test_only_drawn_strategies_are_drawn(plain_store, name, fragment):
     with pytest.raises(ConfigError, match=fragment):
