@@ -319,7 +319,7 @@ def test_options_rule_and_scorer_are_printed(made, capsys):
     capsys.readouterr()
     main(["--tokens", made, "--mask_index", "chosen", "--compare", "control", *options])
     out = capsys.readouterr().out
-    blocks = {text.splitlines()[0]: text for text in out.split("\n\n")}
+    blocks = {text.partition("\n")[0]: text for text in out.split("\n\n")}
     assert list(blocks)[:3] == ["mask index chosen", "mask index control", "scores mr"]
     chosen, control, scores = list(blocks.values())[:3]
     assert "  strategy: selective\n" in chosen and "  mlm_probability: 0.25\n" in chosen
@@ -361,7 +361,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag != "meta":
+        if tag not in ("meta", "br"):
             self.open.append((tag, dict(attributes).get("class") or ""))
 
     def handle_endtag(self, tag):

@@ -884,7 +884,7 @@ def test_evaluating_nothing(plain_store):
 
 @pytest.mark.parametrize(
     "name, fragment",
-    [("selective", "build it with preprocess/build_masks.py"), ("randon", "known: random")],
+    [("selective", "an index with preprocess/build_masks.py"), ("randon", "known: random")],
 )
 def test_only_drawn_strategies_are_drawn(plain_store, name, fragment):
     with pytest.raises(ConfigError, match=fragment):
@@ -893,7 +893,7 @@ def test_only_drawn_strategies_are_drawn(plain_store, name, fragment):
 
 def test_an_index_that_masks_nothing_is_refused(plain_store):
     write_array(plain_store.shards[0], "nothing", "mask", np.zeros(0, np.uint32), {})
-    with pytest.raises(DataError, match="masks nothing"):
+    with pytest.raises(DataError, match="masks no token"):
         data.prebuilt_masking(plain_store, "nothing")
     with pytest.raises(DataError, match="build_masks.py"):
         data.prebuilt_masking(plain_store, "absent")
