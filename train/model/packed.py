@@ -150,5 +150,6 @@ class PackedMaskedLM(nn.Module):
         """
         if not (self.last_layer_subset and len(masked_positions)):
             return self.encode(input_ids, position_ids, document_ids), masked_positions
-        queries = find_queries(masked_positions, *input_ids.shape, most_masked)
+        num_rows, num_slots = input_ids.shape
+        queries = find_queries(masked_positions, num_rows, num_slots, most_masked)
         return self.encode(input_ids, position_ids, document_ids, queries), None
