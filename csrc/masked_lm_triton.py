@@ -399,11 +399,10 @@ def _transform(
     assert head.dense_weight is not None
     num_rows, width = len(hidden if positions is None else positions), hidden.shape[1]
     u = hidden.new_empty(num_rows, width)
-    if positions is None:  # with `out`, autocast changes nothing
-        if head.dense_bias is None:
-            torch.mm(hidden, head.dense_weight.t(), out=u)
-        else:
-            torch.addmm(head.dense_bias, hidden, head.dense_weight.t(), out=u)
+    if positions is None and head.dense_bias is not None:
+        torch.addmm(head.dense_bias, hidden, head.dense_weight.t(), out=u)
+    elif positions is None:
+        torch.mm(hidden, head.dense_weight.t(), out=u)  # with `out`, autocast changes nothing
     else:
         tile = DENSE_TILES[hidden.element_size()]
         grid = (triton.cdiv(width, tile.columns), triton.cdiv(num_rows, tile.rows))

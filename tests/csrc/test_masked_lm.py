@@ -254,7 +254,7 @@ def test_hits(implementation, device):
     head = cast(csrc.MaskedLMHead(weight), torch.float32, device)
     positions = torch.tensor([0, 1, 3, 4, -1])
     for at_four, expected in ((4, 3), (5, 2)):
-        labels = torch.tensor([0, 2, 3, at_four, 0])
+        labels = torch.tensor([0, 2, 3, at_four, -1])
         loss, hits = csrc.masked_lm_loss(
             hidden.to(device), positions.to(device), labels.to(device), head, implementation
         )

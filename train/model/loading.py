@@ -128,6 +128,34 @@ def build_masked_lm(config: Any, seed: int) -> PackedMaskedLM:
     return PackedMaskedLM(AutoModelForMaskedLM.from_config(config), {}, fresh_head=True)
 
 
+def _load_with_top(
+    auto_class: Any, name: str, seed: int, top: tuple[str, ...], trust_remote_code: bool,
+    **options: Any,
+) -> tuple[Any, bool]:
+    """Load a checkpoint in fp32; draw parameters of its top from `seed` if they are absent.
+
+    Args:
+        top: parts of the names of these parameters.
+    Returns:
+        The model, and whether any parameter was absent.
+    """
+    torch.manual_seed(seed)
+    try:
+        model, info = auto_class.from_pretrained(
+            local_checkpoint(name), output_loading_info=True, dtype=torch.float32,
+            trust_remote_code=trust_remote_code, **options,
+        )
+    except LOAD_ERRORS as error:
+        raise _hub_error(name, error) from None
+    lost = [key for key in info["missing_keys"] if not any(part in key for part in top)]
+    if lost:
+        raise ConfigError(
+            f"--model_name_or_path {name}: {len(lost)} encoder weights are missing, as "
+            f"{sorted(lost)[0]}; it is not such a checkpoint"
+        )
+    return model, bool(info["missing_keys"])
+
+
 def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> PackedMaskedLM:
     """Load an encoder with its MLM head; draw the head from `seed` if it is absent.
 
@@ -136,31 +164,15 @@ def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> Pac
     """
     from transformers import AutoModelForMaskedLM
 
-    load_config(name, trust_remote_code)
-    path = local_checkpoint(name)
-    torch.manual_seed(seed)
-    try:
-        hf, info = AutoModelForMaskedLM.from_pretrained(
-            path, output_loading_info=True, trust_remote_code=trust_remote_code,
-            dtype=torch.float32,
-        )
-    except LOAD_ERRORS as error:
-        raise _hub_error(name, error) from None
-    family = FAMILIES[hf.config.model_type]
-    missing = set(info["missing_keys"])
-    missing_head = {key for key in missing if key.startswith(family.head_prefixes)}
-    if missing - missing_head:
-        raise ConfigError(
-            f"--model_name_or_path {name}: {len(missing - missing_head)} encoder weights are "
-            f"missing, as {sorted(missing - missing_head)[0]}; it is not such a checkpoint"
-        )
-    if missing_head:
+    top = FAMILIES[load_config(name, trust_remote_code).model_type].head_prefixes
+    hf, fresh_head = _load_with_top(AutoModelForMaskedLM, name, seed, top, trust_remote_code)
+    if fresh_head:
         say(
             f"{name} has no MLM head: a fresh one is drawn from seed {seed}, its bias set to the "
             "log-frequencies of the tokens"
         )
-    carried = _read_pooler(path, f"{hf.base_model_prefix}.")
-    return PackedMaskedLM(hf, carried, fresh_head=bool(missing_head))
+    carried = _read_pooler(local_checkpoint(name), f"{hf.base_model_prefix}.")
+    return PackedMaskedLM(hf, carried, fresh_head)
 
 
 def _read_pooler(path: str, prefix: str) -> dict[str, torch.Tensor]:
@@ -187,52 +199,31 @@ def _read_pooler(path: str, prefix: str) -> dict[str, torch.Tensor]:
     }
 
 
-def _load_with_fresh_top(
-    auto_class: Any, name: str, seed: int, top: tuple[str, ...], trust_remote_code: bool,
-    **options: Any,
-) -> Any:
-    """Load a checkpoint; draw the model's top from `seed` if the checkpoint lacks it."""
-    load_config(name, trust_remote_code)
-    torch.manual_seed(seed)
-    try:
-        model, info = auto_class.from_pretrained(
-            local_checkpoint(name), output_loading_info=True, dtype=torch.float32,
-            trust_remote_code=trust_remote_code, **options,
-        )
-    except LOAD_ERRORS as error:
-        raise _hub_error(name, error) from None
-    lost = [key for key in info["missing_keys"] if not any(part in key for part in top)]
-    if lost:
-        raise ConfigError(
-            f"--model_name_or_path {name}: {len(lost)} encoder weights are missing, as "
-            f"{sorted(lost)[0]}; it is not such a checkpoint"
-        )
-    return model
-
-
 def load_classifier(
     name: str, label_names: tuple[str, ...], seed: int, trust_remote_code: bool = False
 ) -> Any:
     """Load a sequence classifier; its top is drawn from `seed` if absent."""
     from transformers import AutoModelForSequenceClassification
 
-    return _load_with_fresh_top(
+    load_config(name, trust_remote_code)
+    return _load_with_top(
         AutoModelForSequenceClassification, name, seed,
         ("pooler.", "classifier.", "pre_classifier.", "head."), trust_remote_code,
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
         label2id={label: index for index, label in enumerate(label_names)},
-    )
+    )[0]
 
 
 def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
     """Load a token classifier (1: important); its top is drawn from `seed` if absent."""
     from transformers import AutoModelForTokenClassification
 
-    return _load_with_fresh_top(
+    load_config(name, trust_remote_code)
+    return _load_with_top(
         AutoModelForTokenClassification, name, seed, ("classifier.", "head."), trust_remote_code,
         num_labels=2, id2label={0: "other", 1: "important"}, label2id={"other": 0, "important": 1},
-    )
+    )[0]
 
 
 def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str, remedy: str) -> None:
