@@ -89,7 +89,8 @@ def _refuse_tasks_without_ranks() -> None:
     if "RANK" not in os.environ and tasks != "1":
         raise ConfigError(
             f"srun has started {tasks} tasks that have no RANK, and each would train alone; let "
-            f"srun start one launcher per node (deepspeed --no_ssh or torchrun), as README.md shows"
+            "srun start one launcher per node (deepspeed --no_ssh or torchrun), as train/README.md "
+            "shows"
         )
 
 
