@@ -1,4 +1,4 @@
-"""Show which tokens a mask index holds: documents with marks, how it was made, statistics.
+"""Show which tokens a mask index holds: documents, statistics, options.
 
     python preprocess/show_masks.py --tokens P --mask_index mr-sel --compare mr-ctl
     python preprocess/show_masks.py --tokens P --mask_index mr-sel --random --containing waiter \\

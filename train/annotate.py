@@ -1,4 +1,4 @@
-"""Annotate which tokens of the task's training texts matter to the task classifier.
+"""Annotate which tokens of the task texts matter to the classifier.
 
 A sequence (a sentence; for aspect tasks a whole text with its aspect) is read from left to right.
 A *buffer* holds the tokens seen so far that were not found important. The token that brings the

@@ -1,4 +1,4 @@
-"""Measure the throughput of pre-training per masking strategy, and of baselines.
+"""Measure the throughput of pre-training per strategy, and of baselines.
 
     deepspeed train/benchmark.py --deepspeed_config ds_configs/zero1_fp16.json --tokens P2 \
         --model_config bert-base --scores mr --max_seq_lengths 128 512

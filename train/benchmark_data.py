@@ -1,4 +1,4 @@
-"""Measure mask building and the loader in tokens per second, and growth with the corpus.
+"""Measure mask building, the loader, and their growth with the corpus.
 
     python train/benchmark_data.py --output_dir runs/benchmark_data
     python train/benchmark_data.py --num_tokens 1000000000 --output_dir runs/benchmark_data

@@ -1,4 +1,4 @@
-"""Measure annotating and scoring in tokens per second, beside the published way.
+"""Measure annotating and scoring, beside the published way.
 
     python train/benchmark_inference.py --classifier RC/seed_42/hf --task mr --data_dir D \\
         --scorer RS/hf --tokens P2 --output_dir runs/benchmark_inference

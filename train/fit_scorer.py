@@ -1,4 +1,4 @@
-"""Fit the token scorer: it learns from annotated task texts which tokens matter.
+"""Fit the token scorer on annotated task texts.
 
 Each annotated sentence is one example, `[CLS] sentence [SEP]`; a token is important (1) or not
 (0), and an important one counts `--positive_weight` times. Tokens that were not annotated and

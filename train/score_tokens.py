@@ -1,4 +1,4 @@
-"""Score how much each token of a domain's text matters to the task: log-odds by the scorer.
+"""Score how much each token of a store matters to the task.
 
 Each sentence is scored alone, as the scorer was fitted (`train/stages/scoring.py`). Log-odds are
 kept in float16; probabilities would tie the best tokens at 1.

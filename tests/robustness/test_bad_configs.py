@@ -131,7 +131,7 @@ JSONS = {
     "file-comment": ('{"steps_per_print": 8} // eight', "not valid JSON"),
     "file-list": ("[]", "must hold one JSON object"),
     "file-twice-inside": ('{"fp16": {"enabled": true, "enabled": false}}', "'enabled' appears"),
-    "file-nan": ('{"gradient_clipping": NaN}', "NaN is no number of JSON"),
+    "file-nan": ('{"gradient_clipping": NaN}', "NaN is not a JSON number"),
     "file-deep": ("[" * 100_000, "too deep"),
     "file-binary": (b"\xff\xfe\x00{", "not valid JSON"),
 }

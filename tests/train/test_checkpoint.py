@@ -414,7 +414,7 @@ def test_tasks_of_srun_without_ranks_do_not_train_alone(tmp_path, monkeypatch):
 def test_another_run_is_refused(broken, reviews_store, still_encoder, options):
     with pytest.raises(ConfigError, match="--resume is never"):
         pretrained(reviews_store, still_encoder, broken, **options, resume="never")
-    with pytest.raises(ConfigError, match="made with seed 42, and this run has 7"):
+    with pytest.raises(ConfigError, match="made with --seed 42, and this run has 7"):
         pretrained(reviews_store, still_encoder, broken, **options, seed=7)
     shutil.rmtree(broken / "checkpoints")
     with pytest.raises(DataError, match="--resume is must"):

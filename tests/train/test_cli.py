@@ -68,7 +68,7 @@ def test_the_list_imports_nothing_and_takes_no_time():
     [
         (["pretrian"], 2, "selmask: unknown command pretrian; did you mean pretrain?"),
         (["xyzzy"], 2, "selmask: unknown command xyzzy; selmask --help lists the commands"),
-        (["report", "nowhere"], 3, "selmask report: nowhere: no such folder; name run directories"),
+        (["report", "nowhere"], 3, "selmask report: nowhere: no such folder; give run directories"),
         (["build_masks", "--seed", "x"], 2, "selmask build_masks: argument --seed: invalid int "
                                             "value: 'x'; --help lists the flags"),
         (["doctor", "--output"], 2, "selmask doctor: unknown argument --output; did you mean "

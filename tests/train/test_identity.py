@@ -282,7 +282,7 @@ def build_masks(score_tokens, store, run_here) -> Case:
         "mlm_probability": ({"mlm_probability": 0.3}, "--mlm_probability 0.15, .* has 0.3"),
         "seed": ({"seed": 7}, "--seed 42, .* has 7"),
     }
-    return Case("preprocess/build_masks.py", None, flags, "whole, made with the same", decides,
+    return Case("preprocess/build_masks.py", None, flags, "complete, made with the same", decides,
                 {"shard_index": 0, "num_shards": 1}, {"tokens"})
 
 
