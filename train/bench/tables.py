@@ -5,6 +5,7 @@ A result is the dictionary that `benchmark.json` holds; nothing here measures.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,70 +27,39 @@ def _between(values: dict[str, float], digits: int) -> str:
     return f"{median} ({low}-{high})"
 
 
-# -------------------------------------------------------------------------------------- tables
+# The columns of the tables, by heading: how each is read from a row of a result.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "masked": lambda row: f"{100 * row['masked_rate']:.2f} %",
+    "masked/step": lambda row: f"{row['masked_per_step']:.1f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "rows/s": lambda row: f"{row['rows_per_second']:.1f}",
+    "masked/s": lambda row: f"{row['masked_tokens_per_second']:,.0f}",
+    "step ms (p20-p80)": lambda row: _between(row["step_ms"], 1),
+    "MFU": lambda row: f"{row['mfu_percent']:.1f} %",
+    "/random (p20-p80)": lambda row: _between(row["over_random"], 2),
+    "/grouped (p20-p80)": lambda row: _between(row["over_grouped"], 2),
+    "/pass-transformers (p20-p80)": lambda row: _between(row["over_full"], 2),
+    "filled": lambda row: f"{row['filled_percent']:.1f} %",
+    **{share: lambda row, share=share: f"{row['share_percent'][share]:.1f} %"  # type: ignore
+       for share in SHARES},
+    "peak GiB": lambda row: f"{row['peak_memory_gib']:.2f}",
+    "when": lambda row: row["when"],
+    "seconds": lambda row: _or_dash(row["seconds"]),
+    "s / million tokens": lambda row: _or_dash(row["seconds_per_million_tokens"]),
+    "masked tokens": lambda row: f"{row['masked_tokens']:,}",
+    "bytes on disk": lambda row: f"{row['bytes_on_disk']:,}",
+}
 
 
-def speed_table(rows: list[dict[str, Any]]) -> str:
-    """How fast each row is."""
-    grouped = "over_grouped" in rows[0]
-    cells = [["", "masked", "tokens/s", "rows/s", "masked/s", "step ms (p20-p80)", "MFU",
-              "/random (p20-p80)", *["/grouped (p20-p80)"] * grouped]]
-    for row in rows:
-        cells.append([
-            row["name"], f"{100 * row['masked_rate']:.2f} %", f"{row['tokens_per_second']:,.0f}",
-            f"{row['rows_per_second']:.1f}", f"{row['masked_tokens_per_second']:,.0f}",
-            _between(row["step_ms"], 1), f"{row['mfu_percent']:.1f} %",
-            _between(row["over_random"], 2),
-            *[_between(row["over_grouped"], 2) for _ in range(grouped)],
-        ])
-    return Table("", cells[0], cells[1:]).as_text()
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
-def time_table(rows: list[dict[str, Any]]) -> str:
-    """Where each row's time goes, how full its rows are, and its memory."""
-    cells = [["", "filled", "head", "optimizer", "loader", "rest", "peak GiB"]]
-    for row in rows:
-        cells.append([
-            row["name"], f"{row['filled_percent']:.1f} %",
-            *(f"{row['share_percent'][name]:.1f} %" for name in SHARES),
-            f"{row['peak_memory_gib']:.2f}",
-        ])
-    return Table("", cells[0], cells[1:]).as_text()
-
-
-def pass_table(rows: list[dict[str, Any]]) -> str:
-    """Forward and backward alone, beside logits of every slot."""
-    cells = [["forward + backward", "step ms (p20-p80)", "/pass-transformers (p20-p80)"]]
-    cells += [[row["name"], _between(row["step_ms"], 1), _between(row["over_full"], 2)]
-              for row in rows]
-    return Table("", cells[0], cells[1:]).as_text()
-
-
-def equal_table(rows: list[dict[str, Any]]) -> str:
-    """The strategies with equally many masked tokens."""
-    cells = [["", "masked", "masked a step", "masked/s", "tokens/s", "step ms (p20-p80)",
-              "/random (p20-p80)"]]
-    for row in rows:
-        cells.append([
-            row["name"].removesuffix(" ="), f"{100 * row['masked_rate']:.2f} %",
-            f"{row['masked_per_step']:.1f}", f"{row['masked_tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second']:,.0f}", _between(row["step_ms"], 1),
-            _between(row["over_random"], 2),
-        ])
-    return Table("", cells[0], cells[1:]).as_text()
-
-
-def cost_table(costs: list[dict[str, Any]]) -> str:
-    """What choosing the masks costs."""
-    cells = [["", "when", "seconds", "s / million tokens", "masked tokens", "bytes on disk"]]
-    for cost in costs:
-        seconds = [cost["seconds"], cost["seconds_per_million_tokens"]]
-        cells.append([
-            cost["name"], cost["when"],
-            *("-" if value is None else f"{value:.3f}" for value in seconds),
-            f"{cost['masked_tokens']:,}", f"{cost['bytes_on_disk']:,}",
-        ])
-    return Table("", cells[0], cells[1:]).as_text()
+def make_table(rows: list[dict[str, Any]], *columns: str) -> str:
+    """Return a table of some of `COLUMNS` as text, one line per row."""
+    cells = [[row["name"].removesuffix(" ="), *(COLUMNS[column](row) for column in columns)]
+             for row in rows]
+    return Table("", ["", *columns], cells).as_text()
 
 
 def training_rows(length: dict[str, Any]) -> list[dict[str, Any]]:
@@ -108,14 +78,17 @@ def format_result(result: dict[str, Any]) -> str:
         count, ratio = length["flops"], length["loop_over_bare"]
         parts += [
             f"Rows of {length['max_seq_length']} slots",
-            speed_table(rows),
+            make_table(
+                rows, "masked", "tokens/s", "rows/s", "masked/s", "step ms (p20-p80)", "MFU",
+                "/random (p20-p80)", *["/grouped (p20-p80)"] * ("over_grouped" in rows[0])),
             f"loop / bare: {_between(ratio, 3)}, random masks, over rounds",
             f"MFU: {count['per_token'] / 1e6:.1f} MFLOP per real token and "
             f"{count['per_masked_token'] / 1e6:.1f} per masked token in every row "
             f"(train/model/flops.py), of {peak['flops_per_second'] / 1e12:,.3f} TFLOP/s per device "
             f"({peak['source']})",
             "",
-            f"Where the time goes, rows of {length['max_seq_length']} slots", time_table(rows),
+            f"Where the time goes, rows of {length['max_seq_length']} slots",
+            make_table(rows, "filled", *SHARES, "peak GiB"),
             "",
         ]
         if equal:
@@ -123,7 +96,8 @@ def format_result(result: dict[str, Any]) -> str:
                 f"Equally many masked tokens, rows of {length['max_seq_length']} slots: "
                 f"{result['equal_masked_tokens']:,} of the store's {result['store_tokens']:,} "
                 "tokens",
-                equal_table(equal),
+                make_table(equal, "masked", "masked/step", "masked/s", "tokens/s",
+                           "step ms (p20-p80)", "/random (p20-p80)"),
                 "Equal are the rows and the number of masked tokens in the whole store, that of "
                 "the most sparing strategy:",
                 "indices lose positions at random, to exactly that number; strategies drawn anew "
@@ -131,10 +105,11 @@ def format_result(result: dict[str, Any]) -> str:
             ]
         if passes:
             parts += [f"One batch alone, rows of {length['max_seq_length']} slots",
-                      pass_table(passes), ""]
+                      make_table(passes, "step ms (p20-p80)", "/pass-transformers (p20-p80)"), ""]
     parts += [
         "Choosing the masks, without the scores that some need; \"each epoch\" is in the loader",
-        cost_table(result["mask_costs"]), "", *reading_aids(result),
+        make_table(result["mask_costs"], "when", "seconds", "s / million tokens", "masked tokens",
+                   "bytes on disk"), "", *reading_aids(result),
     ]
     return "\n".join(parts)
 
@@ -143,19 +118,21 @@ def reading_aids(result: dict[str, Any]) -> list[str]:
     """How the figures were made."""
     options = result["options"]
     memory = ("peak of the GPU's allocator" if result["gpu"] else "peak of resident memory")
+    note = (
+        f"{memory} in a row's turns, without the states of the other rows' models"
+        if result["memory_of_each_row"] else
+        "that of the whole process so far; this machine cannot reset it per row"
+    )
     return [
-        f"Dropped: {options['warmup_steps']} warm-up steps a row, the first step of each turn "
+        f"Not counted: {options['warmup_steps']} warm-up steps per row, the first step of each turn "
         "(its batch was ready) and the last.",
-        "The last is taken apart: optimizer is clipping, reduction and update; head is the MLM "
+        "The last step is profiled: optimizer is clipping, reduction and update; head is the MLM "
         "head and loss, forward and",
         "backward, measured again alone on the same rows. loader is the wait in counted steps; "
-        "rest is the encoder and all else.",
-        "tokens: not padding; filled: of all slots. transformers' rows count their special tokens "
-        "as selmask's do.",
-        f"peak GiB: {memory} in a row's turns, without the states of the other rows' models."
-        if result["memory_of_each_row"] else
-        "peak GiB: that of the whole process so far; this machine does not let it be measured anew "
-        "for each row.",
+        "rest is the encoder and the loop.",
+        "tokens: without padding; filled: share of all slots. transformers counts special "
+        "tokens, as selmask does.",
+        f"peak GiB: {note}.",
     ]
 
 
@@ -315,19 +292,15 @@ def _pairs(first: dict[str, Any], second: dict[str, Any]
 
 
 def _compare_table(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
-    cells = [["", "tokens/s A", "B", "B / A", "masked/s A", "B", "MFU A", "B", "GiB A", "B",
-              "masked A", "B"]]
+    shown = ("tokens/s", "masked/s", "MFU", "peak GiB", "masked")
+    cells = []
     for one, other in pairs:
         steps = (one["step_ms"], other["step_ms"])
         overlap = max(step["p20"] for step in steps) <= min(step["p80"] for step in steps)
         ratio = other["tokens_per_second"] / one["tokens_per_second"]
-        cells.append([
-            one["name"],
-            *(f"{row['tokens_per_second']:,.0f}" for row in (one, other)),
-            f"{ratio:.3f}{'*' if overlap else ' '}",
-            *(f"{row['masked_tokens_per_second']:,.0f}" for row in (one, other)),
-            *(f"{row['mfu_percent']:.1f} %" for row in (one, other)),
-            *(f"{row['peak_memory_gib']:.2f}" for row in (one, other)),
-            *(f"{100 * row['masked_rate']:.2f} %" for row in (one, other)),
-        ])
-    return Table("", cells[0], cells[1:]).as_text()
+        values = [[COLUMNS[column](row) for row in (one, other)] for column in shown]
+        values[0].append(f"{ratio:.3f}{'*' if overlap else ' '}")
+        cells.append([one["name"], *(value for column in values for value in column)])
+    heads = [[f"{column} A", "B"] for column in shown]
+    heads[0].append("B / A")
+    return Table("", ["", *(head for column in heads for head in column)], cells).as_text()
