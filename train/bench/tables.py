@@ -124,7 +124,7 @@ def reading_aids(result: dict[str, Any]) -> list[str]:
         "that of the whole process so far; this machine cannot reset it per row"
     )
     return [
-        f"Not counted: {options['warmup_steps']} warm-up steps per row, the first step of each turn "
+        f"Not counted: {options['warmup_steps']} warm-up steps per row, each turn's first step "
         "(its batch was ready) and the last.",
         "The last step is profiled: optimizer is clipping, reduction and update; head is the MLM "
         "head and loss, forward and",
