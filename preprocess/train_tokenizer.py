@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="F", help="files, hub:NAME or pypi:...")
     add("--text_column", default="text", metavar="C", help="column of the text (default: text)")
+    add("--max_documents", type=int, metavar="N", help="learn from the first N documents only")
     add("--vocab_size", type=int, required=True, metavar="N", help=f"ids, at most {MAX_VOCAB:,}")
     add("--output", required=True, metavar="DIR", help="folder to write; must not exist")
     add("--kind", choices=sorted(KINDS), default="wordpiece", help="default: wordpiece")
@@ -139,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the same vocabulary on any number of cores
 
     def read() -> Iterator[str]:
-        return _with_lines(read_documents(args.input, args.text_column))
+        return _with_lines(read_documents(
+            args.input, args.text_column, max_documents=args.max_documents))
 
     tokenizer = KINDS[args.kind](read, args.vocab_size, args.lowercase is not False)
     if len(tokenizer) > args.vocab_size:

@@ -33,7 +33,7 @@ TOKENIZE_FLAGS = (
     "input", "text_column", "where", "split", "split_sentences", "language",
     "blank_line_documents", "max_documents", "num_workers", "num_shards",
 )
-VOCABULARY_FLAGS = ("input", "text_column", "vocab_size", "kind", "lowercase")
+VOCABULARY_FLAGS = ("input", "text_column", "max_documents", "vocab_size", "kind", "lowercase")
 NEGATED = ("split_sentences", "lowercase")  # argparse flags whose negation is --no-NAME
 MASK_FLAGS = ("mlm_probability", "seed")
 
