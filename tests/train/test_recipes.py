@@ -127,8 +127,8 @@ def test_all_registered_strategies_are_arms():
 
 
 def test_flags_of_preprocess_sections_exist():
-    from preprocess.build_masks import parse_arguments
     from preprocess import tokenize_corpus, train_tokenizer
+    from preprocess.build_masks import parse_arguments
 
     for command, flags in ((tokenize_corpus, TOKENIZE_FLAGS), (train_tokenizer, VOCABULARY_FLAGS)):
         assert set(flags) <= {action.dest for action in command.build_parser()._actions}
