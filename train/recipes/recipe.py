@@ -243,7 +243,8 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
     scratch, learnt = bool(general and general.get("model_config")), vocabulary is not None
     for wrong, message in (
         (bool(recipe["encoder"]) == scratch,
-         "give either encoder (a checkpoint to start from) or general.model_config (fresh weights)"),
+         "give either encoder (a checkpoint to start from) or general.model_config (fresh "
+         "weights)"),
         (learnt and not (vocabulary.get("input") and vocabulary.get("vocab_size")),
          "vocabulary needs input and vocab_size"),
         (learnt and not scratch,
