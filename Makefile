@@ -32,7 +32,7 @@ test: setup
 test-quick: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not slow"
 
-# The long campaign: every kill and every byte. Another SELMASK_FAULT_SEED gives other moments.
+# The long campaign: kills at every moment, damage to every byte. SELMASK_FAULT_SEED varies them.
 test-faults: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults -s
 

@@ -35,6 +35,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group(USUAL).add_argument
     add("--input", nargs="+", required=True, metavar="F", help="files, hub:NAME or pypi:...")
     add("--text_column", default="text", metavar="C", help="column with the text")
+    add("--max_documents", type=int, metavar="N",
+        help="learn from the first N documents only (default: all)")
     add("--vocab_size", type=int, required=True, metavar="N",
         help=f"number of ids, at most {MAX_VOCAB:,}")
     add("--output", required=True, metavar="DIR", help="folder to write; must not exist")
@@ -132,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the same vocabulary on any number of cores
 
     def read() -> Iterator[str]:
-        return _with_progress(read_documents(args.input, args.text_column))
+        return _with_progress(read_documents(
+            args.input, args.text_column, max_documents=args.max_documents))
 
     tokenizer = KINDS[args.kind](read, args.vocab_size, args.lowercase is not False)
     if len(tokenizer) > args.vocab_size:

@@ -2,15 +2,15 @@
 
     python train/pipeline.py --recipe train/recipes/demo.yaml --output_dir runs/demo [--dry_run]
 
-It owns the recipe's meaning and the layout of the output folder; it trains nothing itself. A
-recipe becomes a flat list of steps. A step is one process; what is whole is skipped, and what was
-made by another command, or before something that it reads, is never taken silently: `steps.json`
-remembers the command of every step and the order in which they ran.
+A recipe becomes a flat list of steps; each step is one process that trains or prepares something.
+Typed again, the pipeline skips the finished steps and continues the interrupted one. Outputs made
+by another command, or older than their inputs, are refused until `--rerun`.
 
-In the output folder: `general/` and `domain/` (token stores with their arrays), `stage1/`,
-`classifier/`, `annotations/`, `scorer/`, `task_guided/ARM-seedN/`, `finetune/ARM-seedN/`,
-`floors/`, `report/`, `logs/`. With `export_steps` everything that depends on the length of stage 1
-lies under `step_N/`.
+The output folder holds `vocabulary/`, `general/` and `domain/` (token stores with their arrays),
+`stage1/`, `classifier/`, `annotations/`, `scorer/`, `task_guided/ARM-seedN/`,
+`finetune/ARM-seedN/`, `floors/` (trivial baselines), `report/`, `logs/`, and `steps.json` (the
+command, outputs and seconds of each step). With `export_steps`, everything that depends on the
+length of stage 1 lies under `step_N/`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from train.recipes.plan import Step, plan
 from train.recipes.recipe import load_recipe
 from train.recipes.run import Journal, run_steps, shown
 
-"""Signals that ask for a stop: what they ended is no failure."""
-
 
 def where_to_look(root: Path, steps: list[Step]) -> str:
-    """The last lines: what to open next."""
+    """Return the last lines: what to open next."""
     lines = [f"table and figures: {root}/report", f"curves: tensorboard --logdir {root}"]
     for step in steps:
         if step.name.startswith("masks-selective"):
@@ -40,7 +38,7 @@ def where_to_look(root: Path, steps: list[Step]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the command."""
+    """Run the command."""
     options = parse(PipelineConfig, argv)
     recipe = load_recipe(options.recipe, options.set)
     root = Path(options.output_dir)

@@ -312,6 +312,14 @@ def test_lowercase_is_an_option_of_wordpiece(tmp_path, corpus_file):
         train_tokenizer.main([*common, str(tmp_path / "x"), "--lowercase", "--kind", "bpe"])
 
 
+def test_a_vocabulary_of_the_first_documents(tmp_path):
+    (tmp_path / "text").write_text("abba\nzebra\n")
+    train_tokenizer.main(["--input", str(tmp_path / "text"), "--max_documents", "1",
+                          "--vocab_size", "20", "--output", str(tmp_path / "v")])
+    tokens = json.loads((tmp_path / "v" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "abba" in tokens and "z" not in tokens
+
+
 @pytest.mark.parametrize(
     ("more", "error", "match"),
     [

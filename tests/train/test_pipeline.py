@@ -243,7 +243,8 @@ def epoch_pieces(store: TokenStore, table: RowTable, masking: data.Masking) -> l
     return found
 
 
-def test_b1_b2_an_epoch_shows_every_document_of_the_domain_once(finished, reviews_file):
+def test_an_epoch_shows_every_document_of_the_domain_once(finished, reviews_file):
+    """The published code merged shards into copies of one row each, and empty rows."""
     store = domain(finished[0])
     lines = Path(reviews_file).read_text().splitlines()
     assert store.num_documents == len(lines) == len(set(lines))
@@ -263,7 +264,8 @@ def test_b1_b2_an_epoch_shows_every_document_of_the_domain_once(finished, review
         assert " ".join(f" {token} " for token in shard.tokens[first:end]) in text
 
 
-def test_b3_the_held_out_loss_is_that_of_held_out_documents(finished):
+def test_the_held_out_loss_is_that_of_held_out_documents(finished):
+    """The published code evaluated on its last training batch instead."""
     from transformers import AutoModelForMaskedLM
 
     root = finished[0]

@@ -1,1 +1,1 @@
-"""What a recipe says, what it becomes, and how it runs."""
+"""Recipes: read one, plan its steps, run them."""

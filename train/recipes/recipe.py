@@ -29,7 +29,7 @@ TOKENIZE_FLAGS = (
     "input", "text_column", "where", "split", "split_sentences", "language",
     "blank_line_documents", "max_documents", "num_workers", "num_shards",
 )
-VOCABULARY_FLAGS = ("input", "text_column", "vocab_size", "kind", "lowercase")
+VOCABULARY_FLAGS = ("input", "text_column", "max_documents", "vocab_size", "kind", "lowercase")
 NEGATED = ("split_sentences", "lowercase")  # argparse flags whose negation is --no-NAME
 MASK_FLAGS = ("mlm_probability", "seed")
 
@@ -223,25 +223,26 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
         if not recipe[section].get(flag) and (section == "task" or needs_domain(recipe)):
             raise ConfigError(f"recipe {path}: {section}.{flag} is missing; --set "
                               f"{section}.{flag}=...")
-    general = recipe["general"]
-    scratch = bool(general and general.get("model_config"))
-    if bool(recipe["encoder"]) == scratch:
-        raise ConfigError(f"recipe {path}: give either encoder (a checkpoint to start from) or "
-                          "general.model_config (fresh weights)")
-    learnt = recipe["vocabulary"] is not None
-    if learnt and not all(recipe["vocabulary"].get(flag) for flag in ("input", "vocab_size")):
-        raise ConfigError(f"recipe {path}: vocabulary needs input and vocab_size")
-    if learnt and not scratch:
-        raise ConfigError(f"recipe {path}: an encoder brings its vocabulary; remove vocabulary, or "
-                          "give general.model_config (fresh weights) instead of encoder")
-    if scratch and learnt == bool(recipe["tokenizer"]):
-        raise ConfigError(f"recipe {path}: fresh weights need either tokenizer (one that exists) "
-                          "or vocabulary (one to learn)")
-    if general is not None and not recipe["general_text"].get("input"):
-        raise ConfigError(f"recipe {path}: general needs general_text.input")
-    if recipe["export_steps"] and general is None:
-        raise ConfigError(f"recipe {path}: export_steps are lengths of stage 1: give general, or "
-                          "leave export_steps out")
+    general, vocabulary = recipe["general"], recipe["vocabulary"]
+    scratch, learnt = bool(general and general.get("model_config")), vocabulary is not None
+    for wrong, message in (
+        (bool(recipe["encoder"]) == scratch,
+         "give either encoder (a checkpoint to start from) or general.model_config (fresh "
+         "weights)"),
+        (learnt and not (vocabulary.get("input") and vocabulary.get("vocab_size")),
+         "vocabulary needs input and vocab_size"),
+        (learnt and not scratch,
+         "an encoder brings its vocabulary; remove vocabulary, or give general.model_config (fresh "
+         "weights) instead of encoder"),
+        (scratch and learnt == bool(recipe["tokenizer"]),
+         "fresh weights need either tokenizer (one that exists) or vocabulary (one to learn)"),
+        (general is not None and not recipe["general_text"].get("input"),
+         "general needs general_text.input"),
+        (recipe["export_steps"] and general is None,
+         "export_steps are lengths of stage 1: give general, or leave export_steps out"),
+    ):
+        if wrong:
+            raise ConfigError(f"recipe {path}: {message}")
 
 
 def needs_domain(recipe: dict[str, Any]) -> bool:

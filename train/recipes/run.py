@@ -8,16 +8,15 @@ import hashlib
 import json
 import multiprocessing
 import os
-import queue
 import re
 import runpy
+import select
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,8 +59,8 @@ class Journal:
         if "--deepspeed_config" in words:  # its content counts, not its path
             at = words.index("--deepspeed_config") + 1
             words[at] = file_sha256(words[at]) if os.path.isfile(words[at]) else words[at]
-        root = re.compile(re.escape(str(self.root)) + "(?=/|$)")
-        return [root.sub("OUTPUT_DIR", word, count=1) if root.match(word) else word
+        root = str(self.root)
+        return [word.replace(root, "OUTPUT_DIR", 1) if f"{word}/".startswith(f"{root}/") else word
                 for word in words]
 
     def digest(self, step: Step) -> str | None:
@@ -213,27 +212,24 @@ def shown(step: Step, options: PipelineConfig) -> str:
     """Return the step as a user would type it."""
     if step.compute is not None:
         return f"# {step.name}: computed by the pipeline itself"
-    start = ["python"]
-    if step.launched and options.launcher == "deepspeed":
-        start = ["deepspeed", "--num_gpus", str(options.num_gpus)]
-        if options.master_port:
-            start += ["--master_port", str(options.master_port)]
-    return shlex.join([*start, *step.command])
+    return shlex.join(_words(step, options, options.master_port))
+
+
+def _words(step: Step, options: PipelineConfig, port: int) -> list[str]:
+    if not step.launched or options.launcher == "python":
+        return ["python", *step.command]
+    chosen = ["--master_port", str(port)] if port else []
+    return ["deepspeed", "--num_gpus", str(options.num_gpus), *chosen, *step.command]
 
 
 def started_as(step: Step, options: PipelineConfig) -> list[str]:
     """Return the step's process: the same interpreter, and a free port for the launcher."""
-    if step.launched and options.launcher == "deepspeed":
-        port = options.master_port or _free_port()
-        return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus",
-                str(options.num_gpus), "--master_port", str(port), *step.command]
-    return [sys.executable, *step.command]
-
-
-def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+        port = options.master_port or server.getsockname()[1]
+    program, *words = _words(step, options, port)
+    launcher = ["-m", "deepspeed.launcher.runner"] if program == "deepspeed" else []
+    return [sys.executable, *launcher, *words]
 
 
 def run_process(command: list[str], log_path: Path, warm: bool = False) -> int:
@@ -251,7 +247,7 @@ def run_process(command: list[str], log_path: Path, warm: bool = False) -> int:
         The exit code; 75 if a signal asked for the stop, whatever the launcher made of it.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    stream, process, poll = (_fork if warm else _spawn)(command)
+    output, process, poll = (_fork if warm else _spawn)(command)
     requests: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -271,7 +267,7 @@ def run_process(command: list[str], log_path: Path, warm: bool = False) -> int:
     try:
         with open(log_path, "a", encoding="utf-8") as log:  # after an earlier attempt
             log.write(shlex.join(command) + "\n")
-            for line in _lines_and_heartbeats(stream, look_after):
+            for line in _lines_and_heartbeats(output, look_after):
                 log.write(line)
                 log.flush()
                 if not _LAUNCHER_CHATTER.search(line):
@@ -287,7 +283,7 @@ def run_process(command: list[str], log_path: Path, warm: bool = False) -> int:
 def _spawn(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
     """Start a process in its own group; return its output, its id and its exit code so far."""
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
     )
     return process.stdout, process.pid, process.poll
@@ -297,13 +293,12 @@ def _fork(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
     """Start a script as `_spawn` does, but from a fork server that has done the slow imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    reader, writer = context.Pipe(duplex=False)
+    output, writer = context.Pipe(duplex=False)
     process = context.Process(target=_run_script, args=(command[1:], writer))
     process.start()
     writer.close()
-    stream = open(os.dup(reader.fileno()), encoding="utf-8", errors="replace")  # noqa: SIM115
     assert process.pid is not None
-    return stream, process.pid, lambda: process.exitcode
+    return output, process.pid, lambda: process.exitcode
 
 
 def _run_script(words: list[str], output: Any) -> None:
@@ -324,29 +319,26 @@ _LAUNCHER_CHATTER = re.compile(
 )
 
 
-def _lines_and_heartbeats(stream: Any, every_second: Callable[[], None]) -> Iterator[str]:
-    """Yield the lines of a stream until its end, and a line of our own while it is silent."""
-    lines: queue.Queue[str | None] = queue.Queue()
+def _lines_and_heartbeats(output: Any, look_after: Callable[[], None]) -> Iterator[str]:
+    """Yield the lines of a pipe until its end, and a line of our own while it is silent.
 
-    def read() -> None:
-        for line in stream:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    started = spoke = looked = time.monotonic()
+    Args:
+        look_after: called at least once per second.
+    """
+    started = spoke = time.monotonic()
+    rest = b""
     while True:
-        line: str | None = ""
-        with contextlib.suppress(queue.Empty):
-            line = lines.get(timeout=min(1, HEARTBEAT_SECONDS))
+        look_after()
+        ready, _, _ = select.select([output], [], [], min(1, HEARTBEAT_SECONDS))
         now = time.monotonic()
-        if now - looked >= 1:
-            looked = now
-            every_second()
-        if line is None:
-            return
-        if not line and now - spoke >= HEARTBEAT_SECONDS:
-            line = f"... running for {now - started:.0f} s\n"
-        if line:
+        if ready:
+            chunk = os.read(output.fileno(), 1 << 16)
+            *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
+            for line in lines if chunk or lines[0] else ():
+                yield line.decode(errors="replace") + "\n"
+                spoke = now
+            if not chunk:
+                return
+        elif now - spoke >= HEARTBEAT_SECONDS:
+            yield f"... running for {now - started:.0f} s\n"
             spoke = now
-            yield line
