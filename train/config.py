@@ -525,8 +525,8 @@ class PipelineConfig(_Checked):
         bounds=Bounds(lambda value: 0 <= value < 65536, "a port number"),
     )
     launcher: Literal["deepspeed", "python"] = _flag(
-        "deepspeed", "what starts the training commands; python: one process, which saves the "
-        "launcher's few seconds per command"
+        "deepspeed", "starts the training commands; python: one process per step, forked from one "
+        "that has imported torch"
     )
     rerun: bool = _flag(
         False, "delete and redo what another command or older inputs made in --output_dir"
