@@ -71,30 +71,21 @@ def test_shipped_configurations_resolve_on_a_cpu(name):
     assert values["optimizer.params.torch_adam"] is True
     assert not any(values.get(key) for key in values if key.endswith("pin_memory"))
     half = next((kind for kind in ("fp16", "bf16") if kind in raw), None)
-    if half:
-        assert resolved.notes == (
-            f"no {half} on this CPU: running in fp32 (--precision auto)",
-        )
+    assert resolved.notes == (
+        (f"no {half} on this CPU: running in fp32 (--precision auto)",) if half else ()
+    )
+    if half == "fp16":
+        with pytest.raises(ConfigError, match="fp16, which this CPU lacks; type --precision auto"):
+            resolve(raw, precision="config")
     else:
-        assert resolved.notes == ()
+        as_written = resolve(raw, precision="config")
+        assert (as_written.precision, as_written.notes) == (half or "fp32", ())
     if "offload" in name:
         assert values["zero_force_ds_cpu_optimizer"] is False
     # What was written stays.
     for key, value in leaves(before).items():
         if value != "auto" and not key.startswith(("fp16", "bf16")) and "pin_memory" not in key:
             assert values[key] == value
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_precision_config_keeps_what_the_json_asks_for(name):
-    raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
-    if "fp16" in raw:
-        with pytest.raises(ConfigError, match="fp16, which this CPU lacks; type --precision auto"):
-            resolve(raw, precision="config")
-    else:
-        resolved = resolve(raw, precision="config")
-        assert resolved.precision == ("bf16" if "bf16" in raw else "fp32")
-        assert resolved.notes == ()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -242,6 +233,9 @@ REFUSED = {
     "lr": (optimizer(lr=1e-3), {"learning_rate": 1e-4}, "--learning_rate 0.0001 contradicts lr"),
     "decay": (optimizer(weight_decay=0.1), {"weight_decay": 0.0},
               "--weight_decay 0.0 contradicts weight_decay 0.1"),
+    "lr-of-the-schedule": ({**optimizer(lr="auto"), **scheduler(warmup_max_lr=5e-5)}, {
+                           "learning_rate": 1e-3},
+                           "--learning_rate 0.001 contradicts warmup_max_lr 5e-05"),
     "warmup": (scheduler(warmup_num_steps=50), {"warmup_ratio": 0.1},
                "--warmup_ratio 0.1 contradicts warmup_num_steps 50"),
     # Batches that do not work out.
@@ -263,12 +257,6 @@ def test_refused_configurations(name):
     assert "\n" not in str(refused.value)
 
 
-def test_a_learning_rate_that_the_schedule_overrides_is_a_contradiction():
-    raw = {**optimizer(lr="auto"), **scheduler(warmup_max_lr=5e-5)}
-    with pytest.raises(ConfigError, match="--learning_rate 0.001 contradicts warmup_max_lr 5e-05"):
-        resolve(raw, learning_rate=1e-3)
-
-
 # ----------------------------------------------------------------- parameter groups, ranks
 
 
@@ -288,31 +276,25 @@ def named_groups(module, **arguments) -> dict[str, dict]:
     }
 
 
-def test_biases_and_norms_are_not_decayed():
-    groups = named_groups(tiny_classifier(), weight_decay=0.1)
-    assert groups == {
-        "encoder": {
-            "name": "encoder", "weight_decay": 0.1, "lr_scale": 1.0,
-            "params": {"body.0.weight", "body.table.weight", "head.weight"},
-        },
-        "encoder_no_decay": {
-            "name": "encoder_no_decay", "weight_decay": 0.0, "lr_scale": 1.0,
-            "params": {"body.0.bias", "body.1.weight", "body.1.bias", "head.bias"},
-        },
-    }
-
-
-def test_the_head_has_groups_and_a_rate_of_its_own():
-    groups = named_groups(
-        tiny_classifier(), weight_decay=0.1, head_prefixes=("head.",), head_scale=10.0
-    )
-    keys = ("params", "weight_decay", "lr_scale")
-    assert {name: tuple(group[key] for key in keys) for name, group in groups.items()} == {
+@pytest.mark.parametrize("head, expected", [
+    ({}, {
+        "encoder": ({"body.0.weight", "body.table.weight", "head.weight"}, 0.1, 1.0),
+        "encoder_no_decay": (
+            {"body.0.bias", "body.1.weight", "body.1.bias", "head.bias"}, 0.0, 1.0),
+    }),
+    ({"head_prefixes": ("head.",), "head_scale": 10.0}, {
         "encoder": ({"body.0.weight", "body.table.weight"}, 0.1, 1.0),
         "encoder_no_decay": ({"body.0.bias", "body.1.weight", "body.1.bias"}, 0.0, 1.0),
         "head": ({"head.weight"}, 0.1, 10.0),
         "head_no_decay": ({"head.bias"}, 0.0, 10.0),
-    }
+    }),
+])
+def test_groups_of_biases_and_norms_and_of_the_head(head, expected):
+    groups = named_groups(tiny_classifier(), weight_decay=0.1, **head)
+    assert all(group.keys() == {"name", "params", "weight_decay", "lr_scale"}
+               for group in groups.values())
+    assert {name: (group["params"], group["weight_decay"], group["lr_scale"])
+            for name, group in groups.items()} == expected
 
 
 def test_frozen_and_tied_parameters():
