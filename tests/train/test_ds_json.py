@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from preprocess.errors import ConfigError
+from tests.support.states import leaves
 from train import engine
 from train.config import TrainingConfig
 
@@ -33,15 +34,9 @@ def resolve(raw: dict, *, world_size: int = 1, total_steps=100, defaults=None, *
     )
 
 
-def leaves(value, where="") -> dict[str, object]:
+def flat(config: dict) -> dict[str, object]:
     """Every plain value of a nested configuration, by its path."""
-    if isinstance(value, dict):
-        items = [(f"{where}.{key}" if where else key, inner) for key, inner in value.items()]
-    elif isinstance(value, list):
-        items = [(f"{where}[{i}]", inner) for i, inner in enumerate(value)]
-    else:
-        return {where: value}
-    return {path: leaf for key, inner in items for path, leaf in leaves(inner, key).items()}
+    return {path[1:]: leaf for path, leaf in leaves(config)}
 
 
 # ---------------------------------------------------------------------------- shipped set-ups
@@ -53,7 +48,7 @@ def test_shipped_configurations_resolve_on_a_cpu(name):
     before = copy.deepcopy(raw)
     resolved = resolve(raw, world_size=2, learning_rate=2e-4, weight_decay=0.02, max_grad_norm=0.5)
     assert raw == before
-    values = leaves(resolved.config)
+    values = flat(resolved.config)
     assert "auto" not in values.values()
     assert (resolved.micro_batch_size, resolved.accumulation_steps) == (16, 1)
     assert resolved.train_batch_size == values["train_batch_size"] == 32
@@ -83,7 +78,7 @@ def test_shipped_configurations_resolve_on_a_cpu(name):
     if "offload" in name:
         assert values["zero_force_ds_cpu_optimizer"] is False
     # What was written stays.
-    for key, value in leaves(before).items():
+    for key, value in flat(before).items():
         if value != "auto" and not key.startswith(("fp16", "bf16")) and "pin_memory" not in key:
             assert values[key] == value
 
@@ -94,7 +89,7 @@ def test_shipped_configurations_on_a_gpu(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
     resolved = resolve(raw)
-    values = leaves(resolved.config)
+    values = flat(resolved.config)
     assert "auto" not in values.values() and resolved.notes == ()
     assert values["optimizer.params.torch_adam"] is False
     half = next((kind for kind in ("fp16", "bf16") if kind in raw), "fp32")
@@ -153,7 +148,7 @@ def test_nothing_said_means_the_defaults_of_the_command():
     resolved = resolve({}, defaults={
         "default_learning_rate": 3e-5, "default_warmup_ratio": 0.2, "default_batch": 6,
     })
-    values = leaves(resolved.config)
+    values = flat(resolved.config)
     assert values["optimizer.params.lr"] == values["scheduler.params.warmup_max_lr"] == 3e-5
     assert values["optimizer.params.weight_decay"] == 0.01 and values["gradient_clipping"] == 1.0
     assert values["scheduler.params.warmup_num_steps"] == 20
@@ -199,8 +194,8 @@ def test_what_the_json_says_stays():
         "gradient_clipping": 0.25, "train_batch_size": 12, "steps_per_print": 5,
     }
     resolved = resolve(raw, world_size=3)
-    values = leaves(resolved.config)
-    for key, value in leaves(raw).items():
+    values = flat(resolved.config)
+    for key, value in flat(raw).items():
         assert values[key] == value
     assert resolved.micro_batch_size == 4
     # A flag that agrees with what is written is no contradiction.

@@ -476,7 +476,8 @@ BROKEN = {
                                         if "layer.1.output.dense" not in name}), MISSING),
     "unrelated": (weights(lambda old: {"unrelated": torch.zeros(2)}), MISSING),
     "other shape": (weights(lambda old: {
-        name: old[name][:-1] if "word_embeddings" in name else old[name] for name in old}), ""),
+        name: old[name][:-1] if "word_embeddings" in name else old[name] for name in old}),
+                    "ckpt"),
     "cut": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "cannot be loaded"),
     "empty": (lambda folder: os.truncate(folder / "model.safetensors", 0), "cannot be loaded"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
