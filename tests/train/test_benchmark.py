@@ -14,6 +14,7 @@ from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, write_array
 from tests.support.runs import words
+from tests.support.stores import read
 from train import benchmark, data, engine, model
 from train.bench import baselines, maskings, tables, throughput
 from train.config import BenchmarkConfig
@@ -270,9 +271,7 @@ def test_a_built_index_is_that_of_the_command(config, prefix, run_here):
 
 
 def documents(store: TokenStore) -> list[list[int]]:
-    (shard,) = store.shards
-    ends = shard.sequence_offsets[shard.document_offsets]
-    return [shard.tokens[a:b].tolist() for a, b in itertools.pairwise(ends)]
+    return [list(itertools.chain(*document)) for document in read(store.shards[0])]
 
 
 @pytest.mark.parametrize("texts_a_map", [2, baselines.TEXTS_A_MAP])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -293,10 +294,7 @@ def test_a_save_that_fails_leaves_what_was(
     before = {file: (broken / file).read_bytes() for file in names_of(broken / "checkpoints")
               for file in [f"checkpoints/{file}"]}
 
-    def failing(*words: Any) -> None:
-        raise OSError(5, "Input/output error")
-
-    plain = checkpoint.save_checkpoint
+    failing, plain = Mock(side_effect=OSError(5, "Input/output error")), checkpoint.save_checkpoint
 
     def with_bad_disk(*words: Any, **names: Any) -> Any:
         with monkeypatch.context() as patch:

@@ -24,7 +24,6 @@ from preprocess.store import TokenStore, write_array
 from tests.support.launch import free_port, launch_environment
 from tests.support.runs import STEPS, arguments, logged, pretrained, weights, write_ds_config
 from train import engine as ds
-from train import pretrain
 from train.run_dir import metrics
 from train.run_dir.hf_folder import open_weights, read_stages
 
@@ -400,9 +399,3 @@ def test_two_nodes_give_the_losses_of_one(recipe, tmp_path, two_ranks, reviews_s
         assert logged(tmp_path / "run", tag) == logged(two_ranks[1], tag)
     assert all(torch.equal(value, weights(two_ranks[1])[name])
                for name, value in weights(tmp_path / "run").items())
-
-
-def test_command_without_arguments_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
-    with pytest.raises(ConfigError, match="--output_dir is missing"):
-        pretrain.main()
