@@ -205,7 +205,7 @@ def test_any_shape(data):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", [True, False])
 @pytest.mark.parametrize("masked, chunk_rows", [
-    (range(0, 48, 2), 10), ([], 10), (range(129), 64), (range(129), 50),  # and a smaller one
+    (range(0, 48, 2), 10), ([], 10), (range(65), 32), (range(65), 25),  # and a smaller one
 ], ids=["some", "none", "chunks", "odd chunks"])
 def test_several_chunks_never_read_new_memory(
     masked, chunk_rows, transform, dtype, small_tiles, monkeypatch
