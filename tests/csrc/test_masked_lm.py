@@ -17,7 +17,15 @@ from torch.nn import functional
 
 import csrc
 from csrc import masked_lm_chunked
-from tests.support.heads import cast, make_batch, make_head, outcome
+from tests.support.heads import (
+    cast,
+    check,
+    draw_case,
+    make_batch,
+    make_head,
+    outcome,
+    poisoned_memory,
+)
 
 # With a GPU, Triton's interpreter is off.
 ON_CPU = [name for name in sorted(csrc.IMPLEMENTATIONS)
@@ -27,43 +35,17 @@ EVERY_CASE = pytest.mark.parametrize("implementation, device", [
     pytest.param(name, device, marks=[pytest.mark.gpu] if device == "cuda" else [])
     for name, device in CASES
 ])
-FACTOR = 3  # times the error of plain PyTorch
 
 
-def check(
-    implementation: str, batch, head, dtype=torch.float32, device="cpu", grad_output=1.0,
-) -> None:
-    """Compare errors, with positions and with gathered rows, with those of plain PyTorch."""
-    rounded = dataclasses.replace(
-        head, **{name: t.detach().to(dtype).double() for name, t in head.tensors().items()}
-    )
-    hidden, positions, labels = batch
-    batch = (hidden.to(dtype).double(), positions, labels)
-    kind = {"dtype": dtype, "device": device, "grad_output": grad_output}
-    truth = outcome("reference", *batch, rounded, dtype=torch.float64, grad_output=grad_output)
-    plain = outcome("reference", *batch, rounded, **kind)
-    for gathered in (False, True):
-        ours = outcome(implementation, *batch, rounded, gathered=gathered, **kind)
-        assert ours[1] == truth[1] or dtype != torch.float32  # 16 bits have ties that 64 have not
-        for name, true, usual, found in [
-            ("loss", truth[0], plain[0], ours[0]),
-            *((name, truth[2][name], plain[2][name], ours[2][name]) for name in truth[2]),
-        ]:
-            size = true.abs().max() if true.numel() else torch.zeros(())
-            floor = 8 * torch.finfo(dtype).eps * max(size, 1)  # plain PyTorch can be right by luck
-            error, usual_error = ((x - true).abs().max() if true.numel() else size
-                                  for x in (found, usual))
-            assert torch.isfinite(found).all(), name
-            assert error <= FACTOR * usual_error + floor, (
-                f"{name}: off by {error:.3g}, plain PyTorch by {usual_error:.3g}, size {size:.3g}"
-            )
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 # --------------------------------------------------------------------------- values, gradients
 
 
 def test_reference_is_full_logits_with_the_unmasked_ignored():
-    torch.manual_seed(0)
     head, (hidden, positions, labels) = make_head(16, 37), make_batch((3, 8, 16), [0, 5, 23], 37, 2)
     loss, hits, gradients = outcome("reference", hidden, positions, labels, head,
                                     dtype=torch.float64)
@@ -94,10 +76,9 @@ SHAPES = {
 @EVERY_CASE
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_truth(shape, implementation, device):
-    torch.manual_seed(0)
     size, masked, padding, vocab = SHAPES[shape]
     check(implementation, make_batch(size, masked, vocab, padding), make_head(size[-1], vocab),
-          device=device)
+          device=device, grad_output=-0.37)
 
 
 @EVERY_CASE
@@ -109,7 +90,6 @@ def test_equals_the_truth(shape, implementation, device):
          "no decoder bias"],
 )
 def test_heads_of_every_family(options, implementation, device):
-    torch.manual_seed(0)
     given, absent = ({}, {options: None}) if isinstance(options, str) else (options, {})
     head = dataclasses.replace(make_head(24, 50, **given), **absent)
     check(implementation, make_batch((2, 16, 24), [0, 9, 17, 31], 50, 1), head, device=device)
@@ -119,7 +99,6 @@ def test_heads_of_every_family(options, implementation, device):
 @pytest.mark.parametrize("vocab", [1000, pytest.param(30522, marks=pytest.mark.slow),
                                    pytest.param(50368, marks=pytest.mark.slow)])
 def test_chunked_at_the_edges_of_tiles(rows, vocab):
-    torch.manual_seed(0)
     check("chunked", make_batch((2, 80, 32), list(range(rows)), vocab, 3), make_head(32, vocab))
 
 
@@ -127,7 +106,6 @@ def test_chunked_at_the_edges_of_tiles(rows, vocab):
     (4915, 1000), pytest.param(4915, 30522, marks=pytest.mark.slow),
 ])
 def test_chunked_over_several_chunks(rows, vocab, monkeypatch):
-    torch.manual_seed(0)
     # Chunks of 2,048 rows: three, the last one smaller.
     monkeypatch.setattr(masked_lm_chunked, "CHUNK_BYTES", 2048 * 4 * vocab)
     check("chunked", make_batch((5000, 16), list(range(rows)), vocab), make_head(16, vocab))
@@ -136,17 +114,10 @@ def test_chunked_over_several_chunks(rows, vocab, monkeypatch):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_chunked_with_any_shape(data):
-    width, vocab = data.draw(st.integers(2, 40)), data.draw(st.integers(2, 1200))
-    rows, slots = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
-    masked = sorted(data.draw(st.sets(st.integers(0, rows * slots - 1))))
-    torch.manual_seed(data.draw(st.integers(0, 1000)))
-    head = make_head(
-        width, vocab, transform=data.draw(st.booleans()), biases=data.draw(st.booleans()),
-        activation=data.draw(st.sampled_from(["gelu", "gelu_tanh"])),
-    )
-    batch = make_batch((rows, slots, width), masked, vocab, data.draw(st.integers(0, 5)))
+    head, batch = draw_case(data, min_width=2, vocab=1200, rows=4, slots=40)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masked_lm_chunked, "CHUNK_BYTES", 8 * vocab * data.draw(st.integers(1, 9)))
+        chunk = 8 * len(head.decoder_weight) * data.draw(st.integers(1, 9))
+        patch.setattr(masked_lm_chunked, "CHUNK_BYTES", chunk)
         patch.setattr(masked_lm_chunked, "GROUP_ROWS", data.draw(st.integers(1, 5)))
         found, truth = (outcome(name, *batch, head, dtype=torch.float64, grad_output=0.3)
                         for name in ("chunked", "reference"))
@@ -154,7 +125,6 @@ def test_chunked_with_any_shape(data):
 
 
 def test_reference_gradients_against_finite_differences():
-    torch.manual_seed(0)
     hidden, positions, labels = make_batch((2, 3, 4), [1, 2, 5], 9, 2)
     head = cast(make_head(4, 9), torch.float64, "cpu")
     names = list(head.tensors())
@@ -169,27 +139,17 @@ def test_reference_gradients_against_finite_differences():
 @EVERY_CASE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bits(dtype, implementation, device):
-    if implementation == "chunked":
-        pytest.skip("float32 and float64 only")
-    if implementation == "triton" and device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("the interpreter's bf16 products are wrong")
-    torch.manual_seed(0)
+    on_cpu = (("chunked", torch.float16), ("chunked", torch.bfloat16), ("triton", torch.bfloat16))
+    if device == "cpu" and (implementation, dtype) in on_cpu:
+        pytest.skip("float32 and float64 only, or products that the interpreter gets wrong")
     batch = make_batch((4, 9, 32), [0, 3, 9, 17, 35], 50, 3)
     for grad_output in (1.0, 2.0**16 / 600):  # a mean over 600 under a loss scale of 2^16
         check(implementation, batch, make_head(32, 50), dtype, device, grad_output)
 
 
 @EVERY_CASE
-def test_incoming_gradient(implementation, device):
-    torch.manual_seed(0)
-    batch = make_batch((3, 8, 16), [0, 5, 7], 37, 2)
-    check(implementation, batch, make_head(16, 37), device=device, grad_output=-0.37)
-
-
-@EVERY_CASE
 def test_large_logits(implementation, device):
     """Shifted by 1e4, the logits lose digits; nothing overflows, and no more is lost."""
-    torch.manual_seed(0)
     head = make_head(16, 37, offset=1e4)
     check(implementation, make_batch((3, 8, 16), [0, 5, 7], 37), head, device=device)
     far = dataclasses.replace(head, decoder_bias=torch.linspace(-1e4, 1e4, 37).double())
@@ -197,18 +157,10 @@ def test_large_logits(implementation, device):
 
 
 @EVERY_CASE
-def test_uninitialised_memory_is_never_read(implementation, device, monkeypatch):
-    def poisoned(allocate):
-        def call(*arguments, **options):
-            tensor = allocate(*arguments, **options)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-        return call
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    torch.manual_seed(0)
-    check(implementation, make_batch((3, 8, 16), [0, 5, 7], 37, 6), make_head(16, 37),
-          device=device)
+def test_uninitialised_memory_is_never_read(implementation, device):
+    batch, head = make_batch((3, 8, 16), [0, 5, 7], 37, 6), make_head(16, 37)
+    with poisoned_memory():
+        check(implementation, batch, head, device=device)
 
 
 # ------------------------------------------------------------------------------ padding, nothing
@@ -217,7 +169,6 @@ def test_uninitialised_memory_is_never_read(implementation, device, monkeypatch)
 @EVERY_CASE
 @pytest.mark.parametrize("capacity", [0, 6])
 def test_no_masked_position(capacity, implementation, device):
-    torch.manual_seed(0)
     batch = make_batch((3, 8, 16), [], 37, capacity)
     loss, hits, gradients = outcome(implementation, *batch, make_head(16, 37), device=device)
     assert loss == 0 and hits == 0
@@ -229,7 +180,6 @@ def test_no_masked_position(capacity, implementation, device):
 @EVERY_CASE
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_padding_has_no_weight(index, implementation, device):
-    torch.manual_seed(0)
     head, (hidden, positions, labels) = make_head(16, 37), make_batch((3, 8, 16), [0, 5, 7], 37)
     # The row that a clamped -1 would point at is the best guess of all.
     head.decoder_bias[labels[0]] += 20
@@ -265,7 +215,6 @@ def test_hits(implementation, device):
 @EVERY_CASE
 def test_tied_weight_gets_both_gradients_and_accumulates(implementation, device):
     """The decoder is the embedding; two micro batches of half the rows are one of all."""
-    torch.manual_seed(0)
     made = make_head(16, 37)
     hidden, positions, labels = make_batch((4, 6, 16), [1, 5, 6, 11, 13, 22, 23], 37)
     ids = torch.randint(37, (4, 6))
@@ -292,12 +241,9 @@ def test_tied_weight_gets_both_gradients_and_accumulates(implementation, device)
 
 @pytest.mark.parametrize("implementation", ON_CPU)
 def test_only_what_is_wanted_is_computed(implementation):
-    torch.manual_seed(0)
-    hidden, positions, labels = make_batch((3, 8, 16), [0, 5, 7], 37, 2)
-    whole = outcome(implementation, hidden, positions, labels, make_head(16, 37))
-    torch.manual_seed(0)
-    hidden, positions, labels = make_batch((3, 8, 16), [0, 5, 7], 37, 2)
-    head = cast(make_head(16, 37), torch.float32, "cpu")
+    made, (hidden, positions, labels) = make_head(16, 37), make_batch((3, 8, 16), [0, 5, 7], 37, 2)
+    whole = outcome(implementation, hidden, positions, labels, made)
+    head = cast(made, torch.float32, "cpu")
     with torch.no_grad():
         loss, hits = csrc.masked_lm_loss(hidden.float(), positions, labels, head, implementation)
     assert not loss.requires_grad

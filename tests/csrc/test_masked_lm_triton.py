@@ -22,11 +22,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional
 
 import csrc
-from csrc import reference
-from tests.support.heads import cast, make_batch, make_head, outcome
+from tests.support.heads import (
+    cast,
+    check,
+    draw_case,
+    make_batch,
+    make_head,
+    outcome,
+    poisoned_memory,
+)
 
 triton = pytest.importorskip("triton")
 from csrc import masked_lm_triton  # noqa: E402
@@ -36,6 +42,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
 DTYPES = [torch.float32, torch.float16, BFLOAT16]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -53,43 +64,8 @@ def set_small_tiles(monkeypatch) -> None:
     monkeypatch.setattr(masked_lm_triton, "NORM_ROWS", 4)
 
 
-def row_losses(hidden, positions, labels, head, dtype) -> torch.Tensor:
-    """Compute the loss of each masked row in plain PyTorch, from logits in `dtype`, float64."""
-    valid = positions >= 0
-    rows = hidden.flatten(0, -2)[positions[valid].long()].to(DEVICE, dtype)
-    with torch.no_grad():
-        scores = reference.logits(rows, cast(head, dtype, DEVICE)).double()
-    return functional.cross_entropy(scores, labels[valid].long().to(DEVICE), reduction="none")
-
-
 def compare(batch, head, dtype=torch.float32, grad_output=1.0) -> dict[str, torch.Tensor]:
-    """Hold loss and gradients to 3 times (root mean square: twice) plain PyTorch's error.
-
-    Both with positions and with gathered rows. Returns the gradients.
-    """
-    head = dataclasses.replace(
-        head, **{name: t.detach().to(dtype).double() for name, t in head.tensors().items()}
-    )
-    batch = (batch[0].detach().to(dtype).double(), *batch[1:])
-    kind = {"device": DEVICE, "grad_output": grad_output}
-    truth = outcome("reference", *batch, head, dtype=torch.float64, **kind)
-    plain = outcome("reference", *batch, head, dtype=dtype, **kind)
-    ulp = torch.finfo(torch.float32).eps  # what a sum of a few terms may be off by
-    # A sum may be right by luck; so its error is measured by those of its terms, too.
-    rows, true_rows = (row_losses(*batch, head, kind) for kind in (dtype, torch.float64))
-    usual_loss = max((plain[0] - truth[0]).abs(), (rows - true_rows).norm())
-    allowed = 3 * usual_loss + 2 * ulp * truth[0].abs()
-    for gathered in (True, False):
-        ours = outcome("triton", *batch, head, dtype=dtype, gathered=gathered, **kind)
-        if dtype == torch.float32:  # 16 bits have ties that 64 have not
-            assert ours[1] == truth[1]
-        assert (ours[0] - truth[0]).abs() <= allowed, f"{ours[0]}, true {truth[0]}, +-{allowed}"
-        for name, true in truth[2].items():
-            found, usual = ours[2][name] - true, plain[2][name] - true
-            size = true.abs().max() if true.numel() else 0.0
-            assert found.abs().max() <= 3 * usual.abs().max() + ulp * size, name
-            assert found.norm() <= 2 * usual.norm() + ulp * true.norm(), name
-    return ours[2]
+    return check("triton", batch, head, dtype, DEVICE, grad_output)
 
 
 # ------------------------------------------------------------------------------ values, gradients
@@ -99,7 +75,6 @@ def compare(batch, head, dtype=torch.float32, grad_output=1.0) -> dict[str, torc
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 129])
 def test_edges_of_tiles(rows, dtype):
     """Use the real tiles: 129 rows, 136 columns and 600 ids are more than one of each."""
-    torch.manual_seed(0)
     compare(make_batch((2, 80, 136), list(range(3, 3 + rows)), 600), make_head(136, 600), dtype)
 
 
@@ -108,20 +83,9 @@ def test_edges_of_tiles(rows, dtype):
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "no transform"])
 def test_every_family_over_many_tiles(kind, biases, dtype, small_tiles):
-    torch.manual_seed(0)
     head = make_head(40, 150, transform=kind != "no transform", biases=biases,
                      activation="gelu_tanh" if kind == "gelu_tanh" else "gelu")
     compare(make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5), head, dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk_rows", [64, 50])
-def test_several_chunks(chunk_rows, dtype, small_tiles, monkeypatch):
-    monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", 0)
-    monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", chunk_rows)  # and a smaller one at the end
-    torch.manual_seed(0)
-    compare(make_batch((2, 80, 24), list(range(129)), 100, 3), make_head(24, 100), dtype)
 
 
 @pytest.mark.parametrize("limit, chunks", [(0, 3), (20 * 256 * 4 - 1, 3), (20 * 256 * 4, 1)])
@@ -132,14 +96,12 @@ def test_one_chunk_up_to_the_limit(limit, chunks, monkeypatch):
     products, product = [], masked_lm_triton._product
     monkeypatch.setattr(masked_lm_triton, "_product",
                         lambda *given, **named: products.append(1) or product(*given, **named))
-    torch.manual_seed(0)
     compare(make_batch((1, 20, 16), list(range(20)), 130), make_head(16, 130, transform=False))
     assert len(products) == 2 * 2 * chunks  # with positions and with gathered rows
 
 
 def test_the_loss_is_shifted(small_tiles):
     """Whole logits near 1e4 are exact, so no digit of the loss may be lost."""
-    torch.manual_seed(0)
     weight = torch.randint(-1, 2, (150, 16)).double()
     head = csrc.MaskedLMHead(weight, torch.full((150,), 1e4, dtype=torch.float64))
     hidden, positions, labels = make_batch((3, 16, 16), list(range(0, 48, 2)), 150, 5)
@@ -157,7 +119,6 @@ def test_far_apart_logits(small_tiles):
 
 def test_excluded_ids(small_tiles):
     """A bias of -inf excludes ids, even all of the first tiles."""
-    torch.manual_seed(0)
     head = make_head(40, 150)
     head.decoder_bias[:70] = -torch.inf
     head.decoder_bias[149] = -torch.inf
@@ -170,7 +131,6 @@ def test_excluded_ids(small_tiles):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_inf_reach_loss_and_gradients(dtype):
     """A row of NaN makes the loss NaN and the gradients too: loss scaling looks for them."""
-    torch.manual_seed(0)
     hidden, positions, labels = make_batch((3, 8, 16), [0, 5, 7], 37, 2)
     for value, gathered in itertools.product((torch.nan, torch.inf), (False, True)):
         hidden[0, 5] = value
@@ -184,7 +144,6 @@ def test_nan_and_inf_reach_loss_and_gradients(dtype):
 
 def test_small_probabilities_survive_fp16():
     """1e-5 / 4,915 is 0 in fp16, so the count may not meet dz before the loss scale does."""
-    torch.manual_seed(0)
     head = make_head(16, 200)
     head.decoder_weight.mul_(0.01)
     head.decoder_bias.zero_()[1:199] = -11.0  # p of about 1e-5
@@ -199,7 +158,6 @@ def test_small_probabilities_survive_fp16():
 
 def test_hits_with_ties_are_argmax(small_tiles):
     """Whole numbers tie often, within a tile and across tiles; the first column wins."""
-    torch.manual_seed(0)
     hidden = torch.randint(-1, 2, (1, 64, 16)).double()
     weight = torch.randint(-1, 2, (150, 16)).double()
     weight[75:] = weight[:75]
@@ -219,17 +177,9 @@ def test_hits_with_ties_are_argmax(small_tiles):
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_shape(data):
-    width, vocab = data.draw(st.integers(1, 40)), data.draw(st.integers(2, 200))
-    rows, slots = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
-    masked = sorted(data.draw(st.sets(st.integers(0, rows * slots - 1))))
-    torch.manual_seed(data.draw(st.integers(0, 1000)))
-    head = make_head(
-        width, vocab, transform=data.draw(st.booleans()), biases=data.draw(st.booleans()),
-        activation=data.draw(st.sampled_from(["gelu", "gelu_tanh"])),
-    )
+    head, batch = draw_case(data, min_width=1, vocab=200, rows=3, slots=20)
     # Narrow rows may have next to no variance, which the usual 1e-12 would blow up.
     head = dataclasses.replace(head, norm_eps=1e-5)
-    batch = make_batch((rows, slots, width), masked, vocab, data.draw(st.integers(0, 5)))
     index = data.draw(st.sampled_from([torch.int32, torch.int64]))
     batch = (batch[0], *(each.to(index) for each in batch[1:]))
     with pytest.MonkeyPatch.context() as patch:
@@ -251,32 +201,26 @@ def test_any_shape(data):
 # ---------------------------------------------------------------------------- memory, repetition
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """PyTorch fills new memory with NaN, and integers with the largest."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", [True, False])
-@pytest.mark.parametrize("masked", [list(range(0, 48, 2)), []], ids=["some", "none"])
-def test_new_memory_is_never_read(masked, transform, dtype, small_tiles, poison, monkeypatch):
+@pytest.mark.parametrize("masked, chunk_rows", [
+    (range(0, 48, 2), 10), ([], 10), (range(65), 32), (range(65), 25),  # and a smaller one
+], ids=["some", "none", "chunks", "odd chunks"])
+def test_several_chunks_never_read_new_memory(
+    masked, chunk_rows, transform, dtype, small_tiles, monkeypatch
+):
     monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", 0)
-    monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", 10)
-    assert torch.empty(5).isnan().all() and torch.zeros(1).new_empty(5).isnan().all()
-    torch.manual_seed(0)
-    compare(make_batch((3, 16, 40), masked, 150, 5), make_head(40, 150, transform=transform), dtype)
+    monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", chunk_rows)
+    batch = make_batch((3, 48, 40), list(masked), 150, 5)
+    head = make_head(40, 150, transform=transform)
+    with poisoned_memory():
+        compare(batch, head, dtype)
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_padding_and_unmasked_rows(index, small_tiles):
     """Hidden states at other positions change no bit of anything."""
-    torch.manual_seed(0)
     head = make_head(40, 150)
     hidden, positions, labels = make_batch((3, 16, 40), [1, 5, 22, 46], 150, 7)
     masked = torch.zeros(48, dtype=torch.bool).index_fill(0, positions[:4], True).view(3, 16)
@@ -291,17 +235,8 @@ def test_padding_and_unmasked_rows(index, small_tiles):
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_runs_repeat_bit_for_bit(dtype, small_tiles):
-    torch.manual_seed(0)
-    head, batch = make_head(40, 150), make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5)
-    first, second = (outcome("triton", *batch, head, dtype=dtype, device=DEVICE) for _ in range(2))
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
 def test_any_memory_layout():
     """Every other column of wider hidden states, and transposed weights."""
-    torch.manual_seed(0)
     head = cast(make_head(16, 37), torch.float32, DEVICE)
     hidden, positions, labels = make_batch((3, 8, 16), [0, 5, 7], 37, 2)
     straight = outcome("triton", hidden, positions, labels, head, device=DEVICE)
@@ -333,7 +268,6 @@ def test_unneeded_products_are_not_computed(trained, products, grad_mode, monkey
     made, product = [], masked_lm_triton._product
     monkeypatch.setattr(masked_lm_triton, "_product",
                         lambda *given, **named: made.append(1) or product(*given, **named))
-    torch.manual_seed(0)
     head = cast(make_head(16, 37), torch.float32, DEVICE)
     hidden, positions, labels = (
         each.to(DEVICE) for each in make_batch((3, 8, 16), [0, 5, 7], 37, 2)
@@ -352,7 +286,6 @@ def test_unneeded_products_are_not_computed(trained, products, grad_mode, monkey
 
 
 def test_autocast_changes_nothing():
-    torch.manual_seed(0)
     head, batch = make_head(16, 37), make_batch((3, 8, 16), [0, 5, 7], 37, 2)
     plain = outcome("triton", *batch, head, device=DEVICE)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -380,7 +313,6 @@ def test_refusals(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [30522, 50368])
 def test_full_size(vocab, dtype):
-    torch.manual_seed(0)
     batch = make_batch((256, 128, 768), list(range(5, 5 + 6 * 4915, 6)), vocab, 61)
     head = make_head(768, vocab)
     compare(batch, head, dtype, grad_output=2.0**16 / 4915)
@@ -390,7 +322,6 @@ def test_full_size(vocab, dtype):
 
 @pytest.mark.gpu
 def test_the_host_never_waits():
-    torch.manual_seed(0)
     head = cast(make_head(768, 30522), torch.float16, DEVICE)
     hidden, positions, labels = (
         each.to(DEVICE) for each in make_batch((64, 128, 768), list(range(1200)), 30522, 80)
@@ -408,7 +339,6 @@ def test_the_host_never_waits():
 @pytest.mark.gpu
 def test_more_logits_than_32_bits_count(monkeypatch):
     """70,400 x 30,592 is more than 2^31: offsets are 64 bit."""
-    torch.manual_seed(0)
     batch, head = make_batch((1, 70400, 64), list(range(70400)), 30522), make_head(64, 30522)
     chunked = outcome("triton", *batch, head, dtype=torch.float16, device=DEVICE)
     monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", 2**40)

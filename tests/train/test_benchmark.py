@@ -13,6 +13,8 @@ import torch
 from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, write_array
+from tests.support.runs import words
+from tests.support.stores import read
 from train import benchmark, data, engine, model
 from train.bench import baselines, maskings, tables, throughput
 from train.config import BenchmarkConfig
@@ -49,16 +51,9 @@ def config(prefix, tiny_encoder, tmp_path) -> BenchmarkConfig:
 
 def flags(config: BenchmarkConfig) -> list[str]:
     """The command line of `config`."""
-    names = (
-        "tokens", "model_name_or_path", "output_dir", "max_seq_length", "mlm_probability",
-        "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps",
-        "timed_steps", "rounds",
-    )
-    line = [part for name in names for part in (f"--{name}", str(getattr(config, name)))]
-    for name in ("strategies", "mask_indices", "baselines", "max_seq_lengths"):
-        line += [f"--{name}", *map(str, getattr(config, name))] if getattr(config, name) else []
-    line += [] if config.equal_masks else ["--no_equal_masks"]
-    return [*line, "--scores", config.scores] if config.scores else line
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return words({name: value for name, value in vars(config).items()
+                  if value not in ([], defaults[name])})
 
 
 ROW_KEYS = {
@@ -142,17 +137,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_fewer_rows_on_request(config, run_here, tmp_path):
-    config = dataclasses.replace(
-        config, strategies=["whole_word"], mask_indices=[], baselines=["none"], equal_masks=False,
-        rounds=1, timed_steps=1)
-    run_here("train/benchmark.py", *flags(config))
-    saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    assert [row["name"] for row in saved["lengths"][0]["rows"]] == ["random", "whole_word", "bare"]
-
-
 @pytest.mark.parametrize(
-    ("change", "error", "words"),
+    ("change", "error", "fragment"),
     [
         ({"strategies": ["spans"]}, ConfigError, "spans.*random, whole_word"),
         ({"strategies": ["selective"]}, ConfigError, "selective.*--scores.*--mask_indices"),
@@ -166,32 +152,15 @@ def test_fewer_rows_on_request(config, run_here, tmp_path):
         ({"max_seq_lengths": [32, 512]}, ConfigError, "512.*64 positions"),
         ({"deepspeed_config": "no.json"}, ConfigError, "no.json"),
         ({"model_name_or_path": None, "model_config": "bert-huge"}, ConfigError, "bert-tiny"),
+        ({"max_seq_lengths": [32, 32]}, ConfigError, "max_seq_lengths"),
+        ({"max_seq_lengths": [4]}, ConfigError, "max_seq_lengths"),
+        ({"mlm_probability": 1.0}, ConfigError, "mlm_probability"),
+        ({"compare": ["a.json"]}, ConfigError, "two files"),
     ],
 )
-def test_bad_input_is_refused_before_anything_runs(config, change, error, words):
-    with pytest.raises(error, match=words):
+def test_bad_input_is_refused_before_anything_runs(config, change, error, fragment):
+    with pytest.raises(error, match=fragment):
         benchmark.read_inputs(dataclasses.replace(config, **change))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"max_seq_lengths": [32, 32]}, "max_seq_lengths"),
-        ({"max_seq_lengths": [4]}, "max_seq_lengths"),
-        ({"mlm_probability": 1.0}, "mlm_probability"),
-        ({"compare": ["a.json"]}, "two files"),
-    ],
-)
-def test_bad_options_are_refused(config, change, words):
-    with pytest.raises(ConfigError, match=words):
-        dataclasses.replace(config, **change)
-
-
-def test_unknown_strategy_exits_with_2(config, run_command_line):
-    line = flags(dataclasses.replace(config, strategies=["spans"]))
-    done = run_command_line("train/benchmark.py", *line, check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "spans" in done.stderr
 
 
 # ------------------------------------------------------------------------------------ figures
@@ -302,28 +271,19 @@ def test_a_built_index_is_that_of_the_command(config, prefix, run_here):
 
 
 def documents(store: TokenStore) -> list[list[int]]:
-    (shard,) = store.shards
-    ends = shard.sequence_offsets[shard.document_offsets]
-    return [shard.tokens[a:b].tolist() for a, b in itertools.pairwise(ends)]
+    return [list(itertools.chain(*document)) for document in read(store.shards[0])]
 
 
-def test_grouped_rows_are_all_texts_end_to_end_in_full_blocks(prefix):
+@pytest.mark.parametrize("texts_a_map", [2, baselines.TEXTS_A_MAP])
+def test_grouped_rows_are_all_texts_end_to_end_in_full_blocks(prefix, texts_a_map, monkeypatch):
+    """The remainder of a map is dropped."""
+    monkeypatch.setattr(baselines, "TEXTS_A_MAP", texts_a_map)
     store = TokenStore.open(prefix)
     texts = [text.tolist() for text in baselines.draw_texts(store, seed=3)]
     assert sorted(texts) == sorted(documents(store))
-    rows = baselines.grouped_rows(store, 32, 10_000, seed=3)
-    joined = [token for text in texts for token in (2, *text, 3)]
-    assert {len(row) for row in rows} == {32}
-    assert [token for row in rows for token in row] == joined[:len(joined) // 32 * 32]
-
-
-def test_the_remainder_of_a_map_is_dropped(prefix, monkeypatch):
-    monkeypatch.setattr(baselines, "TEXTS_A_MAP", 2)
-    store = TokenStore.open(prefix)
-    texts = [text.tolist() for text in baselines.draw_texts(store, seed=3)]
     expected = []
-    for pair in zip(texts[::2], texts[1::2], strict=True):
-        joined = [token for text in pair for token in (2, *text, 3)]
+    for start in range(0, len(texts), texts_a_map):
+        joined = [token for text in texts[start:start + texts_a_map] for token in (2, *text, 3)]
         expected += [joined[at:at + 32] for at in range(0, len(joined) - 31, 32)]
     assert baselines.grouped_rows(store, 32, 10_000, seed=3) == expected
 
@@ -498,7 +458,7 @@ def test_compare_shows_ratios_and_what_differs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "fragment"),
     [
         (None, "no such file"),
         ("[1", "second"),
@@ -509,14 +469,14 @@ def test_compare_shows_ratios_and_what_differs(tmp_path, capsys):
         ({"lengths": 3}, "is missing"),
     ],
 )
-def test_compare_refuses_what_is_no_result(tmp_path, content, words):
+def test_compare_refuses_what_is_no_result(tmp_path, content, fragment):
     first = made_result(tmp_path, "first.json", 1000)
     second = str(tmp_path / "second.json")
     if isinstance(content, dict):
         second = made_result(tmp_path, "second.json", 1000, **content)
     elif content is not None:
         (tmp_path / "second.json").write_text(content)
-    with pytest.raises((ConfigError, DataError), match=words):
+    with pytest.raises((ConfigError, DataError), match=fragment):
         tables.compare(first, second)
 
 
@@ -548,13 +508,14 @@ def test_passes_are_ways_to_the_same_loss(config, prefix):
         torch.testing.assert_close(found, gradients[baselines.PASSES[0]], rtol=1e-4, atol=1e-6)
 
 
-def test_passes_are_rows_of_the_table(config, run_here, tmp_path, capsys):
+def test_passes_and_fewer_rows_on_request(config, run_here, tmp_path, capsys):
     config = dataclasses.replace(
-        config, strategies=["random"], mask_indices=[], baselines=["none"], rounds=1)
-    run_here("train/benchmark.py", *flags(config), "--passes")
+        config, strategies=["whole_word"], mask_indices=[], baselines=["none"], equal_masks=False,
+        rounds=1, passes=True)
+    run_here("train/benchmark.py", *flags(config))
     out = capsys.readouterr().out
     saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     rows = {row["name"]: row for row in saved["lengths"][0]["rows"]}
-    assert list(rows) == ["random", "bare", *baselines.PASSES]
+    assert list(rows) == ["random", "whole_word", "bare", *baselines.PASSES]
     assert rows["pass-transformers"]["over_full"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
     assert all(rows[name]["counted_steps"] == 2 and name in out for name in baselines.PASSES)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from preprocess.errors import ConfigError
+from tests.support.states import leaves
 from train import engine
 from train.config import TrainingConfig
 
@@ -33,15 +34,9 @@ def resolve(raw: dict, *, world_size: int = 1, total_steps=100, defaults=None, *
     )
 
 
-def leaves(value, where="") -> dict[str, object]:
+def flat(config: dict) -> dict[str, object]:
     """Every plain value of a nested configuration, by its path."""
-    if isinstance(value, dict):
-        items = [(f"{where}.{key}" if where else key, inner) for key, inner in value.items()]
-    elif isinstance(value, list):
-        items = [(f"{where}[{i}]", inner) for i, inner in enumerate(value)]
-    else:
-        return {where: value}
-    return {path: leaf for key, inner in items for path, leaf in leaves(inner, key).items()}
+    return {path[1:]: leaf for path, leaf in leaves(config)}
 
 
 # ---------------------------------------------------------------------------- shipped set-ups
@@ -53,7 +48,7 @@ def test_shipped_configurations_resolve_on_a_cpu(name):
     before = copy.deepcopy(raw)
     resolved = resolve(raw, world_size=2, learning_rate=2e-4, weight_decay=0.02, max_grad_norm=0.5)
     assert raw == before
-    values = leaves(resolved.config)
+    values = flat(resolved.config)
     assert "auto" not in values.values()
     assert (resolved.micro_batch_size, resolved.accumulation_steps) == (16, 1)
     assert resolved.train_batch_size == values["train_batch_size"] == 32
@@ -71,30 +66,21 @@ def test_shipped_configurations_resolve_on_a_cpu(name):
     assert values["optimizer.params.torch_adam"] is True
     assert not any(values.get(key) for key in values if key.endswith("pin_memory"))
     half = next((kind for kind in ("fp16", "bf16") if kind in raw), None)
-    if half:
-        assert resolved.notes == (
-            f"no {half} on this CPU: running in fp32 (--precision auto)",
-        )
-    else:
-        assert resolved.notes == ()
-    if "offload" in name:
-        assert values["zero_force_ds_cpu_optimizer"] is False
-    # What was written stays.
-    for key, value in leaves(before).items():
-        if value != "auto" and not key.startswith(("fp16", "bf16")) and "pin_memory" not in key:
-            assert values[key] == value
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_precision_config_keeps_what_the_json_asks_for(name):
-    raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
-    if "fp16" in raw:
+    assert resolved.notes == (
+        (f"no {half} on this CPU: running in fp32 (--precision auto)",) if half else ()
+    )
+    if half == "fp16":
         with pytest.raises(ConfigError, match="fp16, which this CPU lacks; type --precision auto"):
             resolve(raw, precision="config")
     else:
-        resolved = resolve(raw, precision="config")
-        assert resolved.precision == ("bf16" if "bf16" in raw else "fp32")
-        assert resolved.notes == ()
+        as_written = resolve(raw, precision="config")
+        assert (as_written.precision, as_written.notes) == (half or "fp32", ())
+    if "offload" in name:
+        assert values["zero_force_ds_cpu_optimizer"] is False
+    # What was written stays.
+    for key, value in flat(before).items():
+        if value != "auto" and not key.startswith(("fp16", "bf16")) and "pin_memory" not in key:
+            assert values[key] == value
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -103,7 +89,7 @@ def test_shipped_configurations_on_a_gpu(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
     resolved = resolve(raw)
-    values = leaves(resolved.config)
+    values = flat(resolved.config)
     assert "auto" not in values.values() and resolved.notes == ()
     assert values["optimizer.params.torch_adam"] is False
     half = next((kind for kind in ("fp16", "bf16") if kind in raw), "fp32")
@@ -162,7 +148,7 @@ def test_nothing_said_means_the_defaults_of_the_command():
     resolved = resolve({}, defaults={
         "default_learning_rate": 3e-5, "default_warmup_ratio": 0.2, "default_batch": 6,
     })
-    values = leaves(resolved.config)
+    values = flat(resolved.config)
     assert values["optimizer.params.lr"] == values["scheduler.params.warmup_max_lr"] == 3e-5
     assert values["optimizer.params.weight_decay"] == 0.01 and values["gradient_clipping"] == 1.0
     assert values["scheduler.params.warmup_num_steps"] == 20
@@ -208,8 +194,8 @@ def test_what_the_json_says_stays():
         "gradient_clipping": 0.25, "train_batch_size": 12, "steps_per_print": 5,
     }
     resolved = resolve(raw, world_size=3)
-    values = leaves(resolved.config)
-    for key, value in leaves(raw).items():
+    values = flat(resolved.config)
+    for key, value in flat(raw).items():
         assert values[key] == value
     assert resolved.micro_batch_size == 4
     # A flag that agrees with what is written is no contradiction.
@@ -242,6 +228,9 @@ REFUSED = {
     "lr": (optimizer(lr=1e-3), {"learning_rate": 1e-4}, "--learning_rate 0.0001 contradicts lr"),
     "decay": (optimizer(weight_decay=0.1), {"weight_decay": 0.0},
               "--weight_decay 0.0 contradicts weight_decay 0.1"),
+    "lr-of-the-schedule": ({**optimizer(lr="auto"), **scheduler(warmup_max_lr=5e-5)}, {
+                           "learning_rate": 1e-3},
+                           "--learning_rate 0.001 contradicts warmup_max_lr 5e-05"),
     "warmup": (scheduler(warmup_num_steps=50), {"warmup_ratio": 0.1},
                "--warmup_ratio 0.1 contradicts warmup_num_steps 50"),
     # Batches that do not work out.
@@ -263,12 +252,6 @@ def test_refused_configurations(name):
     assert "\n" not in str(refused.value)
 
 
-def test_a_learning_rate_that_the_schedule_overrides_is_a_contradiction():
-    raw = {**optimizer(lr="auto"), **scheduler(warmup_max_lr=5e-5)}
-    with pytest.raises(ConfigError, match="--learning_rate 0.001 contradicts warmup_max_lr 5e-05"):
-        resolve(raw, learning_rate=1e-3)
-
-
 # ----------------------------------------------------------------- parameter groups, ranks
 
 
@@ -288,31 +271,25 @@ def named_groups(module, **arguments) -> dict[str, dict]:
     }
 
 
-def test_biases_and_norms_are_not_decayed():
-    groups = named_groups(tiny_classifier(), weight_decay=0.1)
-    assert groups == {
-        "encoder": {
-            "name": "encoder", "weight_decay": 0.1, "lr_scale": 1.0,
-            "params": {"body.0.weight", "body.table.weight", "head.weight"},
-        },
-        "encoder_no_decay": {
-            "name": "encoder_no_decay", "weight_decay": 0.0, "lr_scale": 1.0,
-            "params": {"body.0.bias", "body.1.weight", "body.1.bias", "head.bias"},
-        },
-    }
-
-
-def test_the_head_has_groups_and_a_rate_of_its_own():
-    groups = named_groups(
-        tiny_classifier(), weight_decay=0.1, head_prefixes=("head.",), head_scale=10.0
-    )
-    keys = ("params", "weight_decay", "lr_scale")
-    assert {name: tuple(group[key] for key in keys) for name, group in groups.items()} == {
+@pytest.mark.parametrize("head, expected", [
+    ({}, {
+        "encoder": ({"body.0.weight", "body.table.weight", "head.weight"}, 0.1, 1.0),
+        "encoder_no_decay": (
+            {"body.0.bias", "body.1.weight", "body.1.bias", "head.bias"}, 0.0, 1.0),
+    }),
+    ({"head_prefixes": ("head.",), "head_scale": 10.0}, {
         "encoder": ({"body.0.weight", "body.table.weight"}, 0.1, 1.0),
         "encoder_no_decay": ({"body.0.bias", "body.1.weight", "body.1.bias"}, 0.0, 1.0),
         "head": ({"head.weight"}, 0.1, 10.0),
         "head_no_decay": ({"head.bias"}, 0.0, 10.0),
-    }
+    }),
+])
+def test_groups_of_biases_and_norms_and_of_the_head(head, expected):
+    groups = named_groups(tiny_classifier(), weight_decay=0.1, **head)
+    assert all(group.keys() == {"name", "params", "weight_decay", "lr_scale"}
+               for group in groups.values())
+    assert {name: (group["params"], group["weight_decay"], group["lr_scale"])
+            for name, group in groups.items()} == expected
 
 
 def test_frozen_and_tied_parameters():

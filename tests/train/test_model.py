@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -90,19 +91,6 @@ def test_packed_equals_alone(family, attention):
             torch.testing.assert_close(logits[mine], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pieces_do_not_see_each_other(family):
-    module = model.build_masked_lm(tiny_config(family), seed=0).eval()
-    ids, positions, pieces = packed_rows([[20, 20, 20]])
-    changed = ids.clone()
-    changed[0, 20:40] = ids[0, 20:40].flip(0)
-    with torch.no_grad():
-        before, after = (module.encode(i, positions, pieces)[0] for i in (ids, changed))
-    outside = pieces[0] != 1
-    torch.testing.assert_close(before[outside], after[outside], atol=1e-6, rtol=1e-6)
-    assert (before[~outside] - after[~outside]).abs().max() > 0.1
-
-
 def test_mask_by_hand():
     config = tiny_config("modernbert")
     config.local_attention = 2
@@ -121,19 +109,6 @@ def test_mask_by_hand():
     assert one.shape == (1, 1, 5, 5) and one.dtype == torch.bfloat16
     assert (one[0, 0] == 0).int().tolist() == whole
     assert set(one.unique().tolist()) == {0.0, torch.finfo(torch.bfloat16).min}
-
-
-@pytest.mark.parametrize("family, first", [("bert", 0), ("roberta", 2), ("distilbert", 0)])
-def test_first_position(family, first):
-    module = model.build_masked_lm(tiny_config(family), seed=0)
-    table = next(
-        m for name, m in module.hf.named_modules() if name.endswith("position_embeddings")
-    )
-    seen = []
-    table.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    ids, positions, pieces = packed_rows([[2, 3]], slots=6)
-    module.encode(ids, positions, pieces)
-    assert seen[0].flatten().tolist() == [p + first for p in (0, 1, 0, 1, 2, 0)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,37 +141,6 @@ def test_a_batch_without_masks_reaches_every_parameter(family):
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_changes_nothing(family):
-    results = []
-    for checkpointing in (False, True):
-        module = model.build_masked_lm(tiny_config(family), seed=0).train()
-        if checkpointing:
-            model.checkpoint_activations(module.hf)
-            assert module.hf.is_gradient_checkpointing
-        ids, positions, pieces = packed_rows(LENGTHS)
-        torch.manual_seed(5)  # dropout is drawn, and drawn again alike in the backward pass
-        loss, _ = module(ids, positions, pieces, torch.tensor([1, 70]), torch.tensor([8, 9]))
-        loss.backward()
-        results.append((loss, {name: p.grad for name, p in module.named_parameters()}))
-    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiling_changes_nothing():
-    results = []
-    for compiled in (False, True):
-        module = model.build_masked_lm(tiny_config("bert"), seed=0).eval()
-        if compiled:
-            module.family.encoder(module.hf).compile()
-        ids, positions, pieces = packed_rows(LENGTHS)
-        loss, _ = module(ids, positions, pieces, torch.tensor([1, 70]), torch.tensor([8, 9]))
-        loss.backward()
-        results.append((loss, {name: p.grad for name, p in module.named_parameters()}))
-    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
-
-
 # ------------------------------------------------------------------------- last-layer subset
 
 
@@ -223,6 +167,26 @@ def loss_and_gradients(module, batch, masked, labels, **options):
     return loss.detach(), hits, {name: p.grad for name, p in module.named_parameters()}
 
 
+@pytest.mark.parametrize("family, how, tolerance", [
+    *((family, "checkpointing", 1e-6) for family in FAMILIES),
+    pytest.param("bert", "compiled", 1e-4, marks=[pytest.mark.slow, pytest.mark.skipif(
+        not shutil.which("g++"), reason="torch.compile needs a C++ compiler")]),
+])
+def test_checkpointing_and_compiling_change_nothing(family, how, tolerance):
+    results = []
+    for changed in (False, True):
+        module = model.build_masked_lm(tiny_config(family), seed=0).train(how == "checkpointing")
+        if changed and how == "compiled":
+            module.family.encoder(module.hf).compile()
+        elif changed:
+            model.checkpoint_activations(module.hf)
+            assert module.hf.is_gradient_checkpointing
+        torch.manual_seed(5)  # dropout is drawn, and drawn again alike in the backward pass
+        batch = packed_rows(LENGTHS)
+        results.append(loss_and_gradients(module, batch, *SUBSETS["spread"]))
+    torch.testing.assert_close(*results, atol=min(tolerance, 1e-5), rtol=tolerance)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("where", SUBSETS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -238,25 +202,20 @@ def test_last_layer_subset_equals_the_whole_layer(family, where, dtype, toleranc
     torch.testing.assert_close(known, whole, rtol=tolerance, atol=tolerance)
 
 
-def multiply_adds(call) -> int:
-    """Count the multiply-adds of matrix products in a call, forward and backward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() // 2
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_last_layer_subset_saves_work(family):
     """Every row is full, so that there is no padding mask, and 2 of its 64 slots are masked."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     module = model.build_masked_lm(tiny_config(family), seed=0).train()
     batch = packed_rows([[64]] * 4)
     masked, labels = masked_at(*(64 * row + slot for row in range(4) for slot in (3, 40)))
     work = {}
     for subset in (False, True):
         module.last_layer_subset = subset
-        work[subset] = multiply_adds(lambda: loss_and_gradients(module, batch, masked, labels))
+        with FlopCounterMode(display=False) as counter:  # of matrix products, both passes
+            loss_and_gradients(module, batch, masked, labels)
+        work[subset] = counter.get_total_flops() // 2  # multiply-adds
     slots, queries, width, inner = 256, 8, 32, 64
     linears = 2 * width**2 + 2 * width * inner  # query and output; feed-forward
     if family == "modernbert":  # its feed-forward is gated, and 1152 wide by default
@@ -300,17 +259,6 @@ def test_queries_by_hand():
     assert queries.places.tolist() == [0, 2, 3, 3, 3]
     wide = model.find_queries(torch.tensor([1, 6, 7, -1, -1]), 3, 4, most=8)
     assert wide.table.shape == (3, 8) and wide.places.tolist() == [0, 8, 9, 9, 9]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_encoder_by_itself_is_untouched(family):
-    """Fine-tuning and export use the original layer."""
-    module = model.build_masked_lm(tiny_config(family), seed=0).eval()
-    plain = type(module.hf)(tiny_config(family)).eval()
-    assert plain.load_state_dict(module.hf.state_dict()).missing_keys == []
-    ids = packed_rows([[64]])[0]
-    with torch.no_grad():
-        torch.testing.assert_close(module.hf(ids).logits, plain(ids).logits)
 
 
 def test_an_activation_that_the_head_does_not_know_is_refused():
@@ -395,8 +343,6 @@ def test_row_length(family):
     model.check_row_length(config, 64)
     with pytest.raises(ConfigError, match="--max_seq_length 65: this model has 64 positions"):
         model.check_row_length(config, 65)
-    module = model.build_masked_lm(config, seed=0)  # and 64 slots do run
-    assert module.encode(*packed_rows([[64]])).shape == (1, 64, 32)
 
 
 # --------------------------------------------------------------------------- folders in and out
@@ -408,36 +354,28 @@ def hf_state(module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_folder_round_trip(family, tmp_path, tiny_tokenizer):
+def test_folder_round_trip(family, tmp_path, tiny_tokenizer, capsys):
     from transformers import AutoModelForMaskedLM
 
-    module = model.build_masked_lm(tiny_config(family), seed=0).eval()
-    folder = tmp_path / "hf"
-    hf_folder.save_hf(module.hf, hf_state(module), tiny_tokenizer, folder, [])
+    module, twin = (model.build_masked_lm(tiny_config(family), seed=0).eval() for _ in range(2))
+    folder, state = tmp_path / "hf", hf_state(module)
+    with torch.no_grad():  # saving does not read the weights: under ZeRO-3 they are not there
+        for parameter in module.parameters():
+            parameter.zero_()
+    hf_folder.save_hf(module.hf, state, tiny_tokenizer, folder, [])
     loaded, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = packed_rows([[30]], slots=30)[0]
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(ids).logits, module.hf(ids).logits)
+        assert torch.equal(loaded.eval()(ids).logits, twin.hf(ids).logits)
 
+    capsys.readouterr()
     again = model.load_masked_lm(str(folder), seed=9)
-    assert not again.fresh_head
-    torch.testing.assert_close(parameters(again), parameters(module), atol=0, rtol=0)
+    assert capsys.readouterr() == ("", "")  # a complete checkpoint
+    assert not again.fresh_head and again.carried == {}  # no pooler is made up
+    torch.testing.assert_close(parameters(again), parameters(twin), atol=0, rtol=0)
     tokenizer = model.load_tokenizer(str(folder))
     assert tokenizer.backend_tokenizer.to_str() == tiny_tokenizer.backend_tokenizer.to_str()
-
-
-def test_saving_does_not_read_the_weights_of_the_model(tmp_path, tiny_tokenizer):
-    # Under ZeRO-3 they are not there.
-    module = model.build_masked_lm(tiny_config("bert"), seed=0)
-    state = hf_state(module)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
-    hf_folder.save_hf(module.hf, state, tiny_tokenizer, tmp_path / "hf", [])
-    written = load_file(tmp_path / "hf" / "model.safetensors")
-    for name, value in state.items():
-        assert torch.equal(written[name], value), name
 
 
 @pytest.mark.parametrize("family, kind", [
@@ -475,12 +413,6 @@ def test_a_pooler_is_loaded_and_exported(family, kind, tmp_path, tiny_tokenizer)
                 assert torch.equal(classifier.bert.state_dict()[name], value)
 
 
-def test_no_pooler_is_made_up(tmp_path, tiny_tokenizer):
-    module = model.build_masked_lm(tiny_config("bert"), seed=0)
-    hf_folder.save_hf(module.hf, hf_state(module), tiny_tokenizer, tmp_path / "hf", [])
-    assert model.load_masked_lm(str(tmp_path / "hf"), seed=0).carried == {}
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_head_is_reported_and_drawn_from_the_seed(family, tmp_path, capsys):
     from transformers import AutoModel
@@ -507,13 +439,6 @@ def test_a_fresh_head_is_reported_and_drawn_from_the_seed(family, tmp_path, caps
     assert all(torch.equal(first[n], state[n.removeprefix(prefix)]) for n in shared)
 
 
-def test_a_complete_checkpoint_is_loaded_silently(tiny_encoder, capsys):
-    module = model.load_masked_lm(tiny_encoder, seed=0)
-    assert not module.fresh_head
-    captured = capsys.readouterr()
-    assert captured.out + captured.err == ""
-
-
 LOADERS = {
     "masked_lm": lambda folder: model.load_masked_lm(folder, seed=0),
     "classifier": lambda folder: model.load_classifier(folder, ("no", "yes"), seed=0),
@@ -521,44 +446,12 @@ LOADERS = {
 }
 
 
-def damaged(tiny_encoder, folder, change) -> str:
-    """Copy the checkpoint and apply `change` to its weights."""
-    shutil.copytree(tiny_encoder, folder)
-    weights = load_file(folder / "model.safetensors")
-    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
-
-
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda weights: {f"wrapped.{name}": value for name, value in weights.items()},
-        lambda weights: {f"model.encoder.{name}": value for name, value in weights.items()},
-        lambda weights: {n: v for n, v in weights.items() if "layer.1.output.dense" not in n},
-        lambda weights: {"unrelated": torch.zeros(2)},
-    ],
-)
-def test_a_checkpoint_with_other_keys_is_refused(loader, change, tiny_encoder, tmp_path):
-    """The published loader looked for the wrong key, found nothing, and trained from noise."""
-    folder = damaged(tiny_encoder, tmp_path / "ckpt", change)
-    with pytest.raises(ConfigError, match="encoder weights are missing, as .*bert"):
-        LOADERS[loader](folder)
-
-
-@pytest.mark.parametrize("loader", LOADERS)
-def test_weights_of_another_shape_are_refused(loader, tiny_encoder, tmp_path):
-    folder = damaged(
-        tiny_encoder, tmp_path / "ckpt",
-        lambda weights: {n: v[:-1] if "word_embeddings" in n else v for n, v in weights.items()},
+def weights(change):
+    """Return what applies `change` to the weights in a folder."""
+    return lambda folder: save_file(
+        change(load_file(folder / "model.safetensors")), folder / "model.safetensors",
+        metadata={"format": "pt"},
     )
-    with pytest.raises(ConfigError, match="ckpt"):
-        LOADERS[loader](folder)
-
-
-def cut_weights(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
 
 
 def set_config(**changes):
@@ -569,23 +462,33 @@ def set_config(**changes):
     return change
 
 
+MISSING = "encoder weights are missing, as .*bert"
+BROKEN = {
+    # The published loader looked for the wrong key, found nothing, and trained from noise.
+    "wrapped": (weights(lambda old: {f"wrapped.{name}": old[name] for name in old}), MISSING),
+    "encoder": (weights(lambda old: {f"model.encoder.{name}": old[name] for name in old}), MISSING),
+    "no layer 1": (weights(lambda old: {name: old[name] for name in old
+                                        if "layer.1.output.dense" not in name}), MISSING),
+    "unrelated": (weights(lambda old: {"unrelated": torch.zeros(2)}), MISSING),
+    "other shape": (weights(lambda old: {
+        name: old[name][:-1] if "word_embeddings" in name else old[name] for name in old}),
+                    "ckpt"),
+    "absent": (shutil.rmtree, "ckpt: no such folder"),
+    "cut": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "cannot be loaded"),
+    "empty": (lambda folder: os.truncate(folder / "model.safetensors", 0), "cannot be loaded"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
+    "bad json": (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+    "gpt2": (set_config(model_type="gpt2"), "'gpt2' is not supported; known: bert, "),
+    "berd": (set_config(model_type="berd"), "cannot be loaded"),
+    "more layers": (set_config(num_hidden_layers=3), "encoder weights are missing"),
+}
+
+
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize(
-    "break_it, fragment",
-    [
-        (cut_weights, "cannot be loaded"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be loaded"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
-        (lambda folder: (folder / "config.json").unlink(), "cannot be loaded"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
-        (set_config(model_type="gpt2"), "'gpt2' is not supported; known: bert, "),
-        (set_config(model_type="berd"), "cannot be loaded"),
-        (set_config(num_hidden_layers=3), "encoder weights are missing"),
-    ],
-    ids=["cut", "empty", "no-weights", "no-config", "bad-json", "gpt2", "berd", "more-layers"],
-)
-def test_broken_checkpoints_are_refused(loader, break_it, fragment, tiny_encoder, tmp_path):
-    folder = tmp_path / "ckpt"
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_checkpoints_are_refused(loader, broken, tiny_encoder, tmp_path):
+    folder, (break_it, fragment) = tmp_path / "ckpt", BROKEN[broken]
     shutil.copytree(tiny_encoder, folder)
     break_it(folder)
     with pytest.raises(ConfigError, match=fragment) as refused:
@@ -593,13 +496,10 @@ def test_broken_checkpoints_are_refused(loader, break_it, fragment, tiny_encoder
     assert "ckpt" in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_paths_that_are_not_there(tmp_path):
-    for load in (model.load_tokenizer, *LOADERS.values()):
-        with pytest.raises(ConfigError, match="absent: no such folder"):
-            load(str(tmp_path / "absent"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        model.load_tokenizer(str(tmp_path / "empty"))
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    for folder, fragment in (("absent", "absent: no such folder"), ("", "cannot be loaded")):
+        with pytest.raises(ConfigError, match=fragment):
+            model.load_tokenizer(str(tmp_path / folder))
 
 
 # ----------------------------------------------------------------------------- lineage, atomicity
