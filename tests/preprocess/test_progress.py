@@ -18,7 +18,7 @@ import pytest
 
 from preprocess import progress
 from preprocess.corpus import num_bytes, read_documents
-from preprocess.progress import Progress, say
+from preprocess.progress import Progress
 from tests.support.launch import ROOT
 
 WORK = """
@@ -161,10 +161,3 @@ def test_tokenizing_shows_how_much_is_left(tmp_path, reviews_file, tiny_encoder)
     assert re.search(r"tokenize: 100%.*B/s, 120 documents, [\d,]+ tokens\]", shown)
     lines = [line.split("\r")[-1] for line in shown.split("\r\n")]
     assert sum("empty documents dropped" in line for line in lines) == 2
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_say(rank, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", rank)
-    say("hello")
-    assert capsys.readouterr().out == ("hello\n" if rank == "0" else "")

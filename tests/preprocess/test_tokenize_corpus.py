@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -20,7 +19,6 @@ from preprocess.store import TokenStore
 from preprocess.text.encode import cut_sentences, encode_batch, prepare_backend
 from tests.support.stores import foreign
 
-ROOT = Path(__file__).resolve().parents[2]
 LINES = [
     "The first film was good. Mr. Smith is not warm! Is he?",
     "[SEP] one  [MASK] plot <s> too.",
@@ -163,14 +161,15 @@ def test_rerun_skips_refuses_and_replaces(tmp_path, corpus_file, tokenizers, cap
     capsys.readouterr()
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2, "--overwrite")
     assert Path(f"{prefix}-00000-of-00002.bin").stat().st_mtime_ns != before
-    capsys.readouterr()
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2)
     assert capsys.readouterr().out.count("complete already, skipped") == 2
-    with pytest.raises(ConfigError, match="split_sentences was True, is False.*--overwrite"):
-        more = ["--num_shards", 2, "--no-split_sentences"]
-        tokenize(corpus_file, tokenizers["bpe"], prefix, *more)
-    with pytest.raises(ConfigError, match="the tokenizer was"):
-        tokenize(corpus_file, tokenizers["wordpiece"], prefix, "--num_shards", 2)
+    for kind, more, match in (
+        ("bpe", ["--no-split_sentences"], "split_sentences was True, is False.*--overwrite"),
+        ("bpe", ["--num_shards", 4, "--shard_index", 3], "num_shards was 2, is 4"),
+        ("wordpiece", [], "the tokenizer was"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            tokenize(corpus_file, tokenizers[kind], prefix, "--num_shards", 2, *more)
     os.remove(f"{prefix}.json")  # a run that died between the last shard and the list
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2)
 
@@ -257,22 +256,17 @@ def test_adoption(tmp_path, tokenizers, monkeypatch, code, in_place):
     assert counts["documents_dropped"] == 1
 
 
-def test_adoption_refuses_ids_of_another_vocabulary(tmp_path, tokenizers):
-    prefix = str(tmp_path / "made")
-    foreign(prefix, [[50, 60000]], [0, 1])
-    before = files(prefix)
-    with pytest.raises(DataError, match="made.bin: token id 60000.*0 to 319"):
-        tokenize_corpus.main(["--adopt", "--tokenizer", tokenizers["bpe"], "--output", prefix])
-    assert files(prefix) == before
-
-
 def test_adoption_refuses_what_it_cannot_read(tmp_path, tokenizers):
     prefix = str(tmp_path / "made")
-    foreign(prefix, [[50]], [0, 1])
-    Path(prefix + ".bin").write_bytes(b"")
     command = ["--adopt", "--tokenizer", tokenizers["bpe"], "--output", prefix]
-    with pytest.raises(DataError, match="made.bin"):
-        tokenize_corpus.main(command)
+    foreign(prefix, [[50, 60000]], [0, 1])
+    for data, match in ((None, "token id 60000.*0 to 319"), (b"", "")):
+        if data is not None:
+            Path(prefix + ".bin").write_bytes(data)
+        before = files(prefix)
+        with pytest.raises(DataError, match=f"made.bin.*{match}"):
+            tokenize_corpus.main(command)
+        assert files(prefix) == before
     os.remove(prefix + ".idx")
     with pytest.raises(DataError, match="made.idx: no such file"):
         tokenize_corpus.main(command)
@@ -330,23 +324,6 @@ def test_wrong_vocabulary_options(tmp_path, corpus_file, monkeypatch, more, erro
 
 
 # --------------------------------------------------------------------------- as commands
-
-
-@pytest.mark.slow
-def test_command_line_exit_codes(tmp_path, corpus_file, tokenizers):
-    run = ["--tokenizer", tokenizers["bpe"], "--output", str(tmp_path / "s"), "--input"]
-    for command in (["preprocess/tokenize_corpus.py"], ["-m", "preprocess.tokenize_corpus"]):
-        done = subprocess.run(
-            [sys.executable, *command, *run, "absent.txt"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 3 and "absent.txt" in done.stderr
-        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
-    done = subprocess.run(
-        [sys.executable, "preprocess/tokenize_corpus.py", *run, corpus_file],
-        cwd=ROOT, capture_output=True, text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "s.json").read_text())["counts"]["documents"] == 160
 
 
 def test_help_imports_nothing_heavy():
