@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
+import json
 import tarfile
 import zipfile
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,9 +28,6 @@ def documents(*args, **kwargs) -> list[str]:
 
 def write_rows(folder, kind) -> str:
     """The same four rows, columns text and kind, in each format."""
-    import csv
-    import json
-
     path = folder / f"rows.{kind}"
     rows = [{"text": t, "kind": "ab"[i % 2]} for i, t in enumerate(TEXTS)]
     if kind == "csv":
@@ -37,9 +38,6 @@ def write_rows(folder, kind) -> str:
     elif kind == "jsonl":
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     else:
-        import pyarrow
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return str(path)
 
@@ -59,8 +57,6 @@ def test_rows_of_each_format(tmp_path, kind):
 
 @pytest.mark.parametrize("packing", ["gz", "zst"])
 def test_packed_files(tmp_path, packing):
-    import pyarrow
-
     data = open(write_rows(tmp_path, "csv"), "rb").read()
     path = tmp_path / f"packed.csv.{packing}"
     with pyarrow.CompressedOutputStream(str(path), {"gz": "gzip", "zst": "zstd"}[packing]) as out:
@@ -72,14 +68,7 @@ def test_packed_files(tmp_path, packing):
         documents([str(path)])
 
 
-def test_plain_text(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\nthree, four\n\n\nfive")
-    assert documents([str(path)]) == ["one", "two", "", "three, four", "", "", "five"]
-    assert documents([str(path)], blank_line_documents=True) == ["one\ntwo", "three, four", "five"]
-
-
-def test_b23_written_line_ends_become_line_ends(tmp_path):
+def test_line_ends_written_as_text_become_line_ends(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('5,"Great.\\nSaid ""wow"".\\n\\nAgain"\n')
     assert documents([str(path)], "1") == ['Great.\\nSaid "wow".\\n\\nAgain']
@@ -254,12 +243,12 @@ def test_mr_release_and_csv(tmp_path):
     assert task.labels == ("negative", "positive")
     sizes = {split: len(examples) for split, examples in task.splits.items()}
     assert sum(sizes.values()) == 200 and sizes["train"] > 140 and min(sizes.values()) > 8
-    csv = tmp_path / "all.csv"
+    table = tmp_path / "all.csv"
     rows = [(e.text, e.label) for examples in task.splits.values() for e in examples]
-    csv.write_text(
+    table.write_text(
         "text,label,source\nother,1,imdb\n" + "".join(f"{t},{n},rotten_tomatoes\n" for t, n in rows)
     )
-    again = load_task("mr", data_dir=str(csv))  # the split is the content's, not the order's
+    again = load_task("mr", data_dir=str(table))  # the split is the content's, not the order's
     for split in sizes:
         assert set(again.splits[split]) == set(task.splits[split])
     items = [e.item for examples in task.splits.values() for e in examples]

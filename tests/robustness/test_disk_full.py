@@ -365,15 +365,8 @@ def test_metrics_and_tensorboard(disk):
 
 
 @on_a_small_disk
-def test_a_log_is_appended_to_whole_or_not_at_all(disk):
-    path = disk.folder / "log"
-    append_bytes(path, b"x" * 5000)
-    assert disk.fails_cleanly(lambda: append_bytes(path, b"y" * 9000)) >= 2
-    assert path.read_bytes() == b"x" * 5000 + b"y" * 9000
-
-
-@on_a_small_disk
-def test_results(disk):
+def test_logs_and_results(disk):
+    """They are written, and appended to, completely or not at all."""
     from preprocess.corpus import Example, Task
     from train.finetune import write_lines
     from train.reports.results import finished_seeds
@@ -382,6 +375,10 @@ def test_results(disk):
     examples = [Example(f"word{i % 7} " * 20, i % 2, None, str(i)) for i in range(60)]
     task = Task("t", ("a", "b"), {"train": examples, "test": examples})
 
+    path = disk.folder / "log"
+    append_bytes(path, b"x" * 5000)
+    assert disk.fails_cleanly(lambda: append_bytes(path, b"y" * 9000)) >= 2
+    assert path.read_bytes() == b"x" * 5000 + b"y" * 9000
     path = disk.folder / "results.jsonl"
     rows = [{"seed": i, "text": "x" * 500} for i in range(20)]
     write_lines(path, rows[:3])
@@ -421,7 +418,7 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
     from safetensors.torch import load_file
 
     from tests.support.runs import arguments
-    from train import engine, finetune, pretrain
+    from train import finetune, pretrain
     from train.config import PretrainConfig, parse
     from train.run_dir import checkpoint, metrics
     from train.run_dir import folder as run_folder
@@ -480,7 +477,6 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
         assert sorted(set(steps)) == [0, 1, 2, 3, 4], name
-        print(name, flush=True)
         shutil.rmtree(run_dir)
 
     run_dir = disk.folder / "tuned"
@@ -493,7 +489,7 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
     def tune() -> None:
         finetune.main(finetune_flags)
 
-    engine_finish, finetune.finish = finetune.finish, lambda: None
+    finetune.finish = lambda: None  # more runs follow in this process
     for name, owner, function, call, where in (
         ("model of the second seed", finetune, "save_hf", 1, "/seed_2/hf: "),
         ("predictions", finetune, "write_lines", 1, "predictions.jsonl"),
@@ -508,12 +504,9 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
         tested(name, tune, wrap(owner, function, call, disk, 0), where)
         rows = (run_dir / "results.jsonl").read_text().splitlines()
         assert [json.loads(row)["seed"] for row in rows] == [1], name
-        print(name, flush=True)
     tune()
     rows = (run_dir / "results.jsonl").read_text().splitlines()
     assert [json.loads(row)["seed"] for row in rows] == [1, 2]
-    engine_finish()
-    assert engine
 
 
 @pytest.mark.slow

@@ -29,8 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from preprocess import build_masks, files, store, tokenize_corpus
 from preprocess.errors import ConfigError, DataError
@@ -49,21 +47,13 @@ from tests.support.runs import pretrained
 from tests.support.stores import FakeTokenizer, write
 from train import data
 
-SPARE_BYTES = 512 << 20  # of address space; hypothesis takes most of it for its own notes
+SPARE_BYTES = 512 << 20  # of address space
 ALLOCATED_BYTES = 4 << 20  # by Python and numpy; files are hashed in blocks of 1 MiB
-CHANGES = st.lists(
-    st.tuples(st.integers(0, 10_000), st.integers(0, 6), st.binary(max_size=12)),
-    min_size=1, max_size=4,
-)
 DOCUMENTS = [[[1, 2], [3]], [], [[4, 50, 99], []], [[7] * 20]]
 
 
-class SmallTokenizer(FakeTokenizer):
-    """100 ids, so that most of what 16 bits can say is wrong."""
-
-    def __init__(self) -> None:
-        super().__init__(100)
-
+SmallTokenizer = partial(FakeTokenizer, 100)
+"""100 ids, so that most of what 16 bits can say is wrong."""
 
 ARRAYS = (("n", "mask"), ("n", "scores"), ("", "importance"))
 
@@ -148,33 +138,16 @@ def little_memory():
 
 
 def test_every_byte_matters_or_is_white_space(samples, little_memory):
-    """One bit of each byte in turn: what is not refused is white space between JSON tokens."""
+    """One bit of each byte, and one byte more: what is accepted has white space between tokens."""
     tried = refused = 0
     for sample in samples:
-        for place in range(len(sample.data)):
-            changed = bytearray(sample.data)
-            changed[place] ^= 1 << place % 8
-            refused += check(sample, bytes(changed))
-            tried += 1
+        for place, byte in enumerate(sample.data):
+            before, after = sample.data[:place], sample.data[place + 1 :]
+            for changed in ([byte ^ 1 << place % 8], [1, byte]):
+                refused += check(sample, before + bytes(changed) + after)
+                tried += 1
         sample.path.write_bytes(sample.data)
-    assert tried > 3000 and refused > 0.99 * tried
-
-
-def change(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
-    """Replace bytes at some places by others; a place is (where, how many, by what)."""
-    for where, count, new in changes:
-        where %= len(data) + 1
-        data = data[:where] + new + data[where + count :]
-    return data
-
-
-@settings(max_examples=500, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(number=st.integers(0, 100), changes=CHANGES)
-def test_any_change_is_refused_or_harmless(samples, little_memory, number, changes):
-    sample = samples[number % len(samples)]
-    check(sample, change(sample.data, changes))
-    sample.path.write_bytes(sample.data)
+    assert tried > 6000 and refused > 0.99 * tried
 
 
 def test_cut_at_any_length_is_refused_before_mapping(samples, monkeypatch):
@@ -582,51 +555,32 @@ OLD, NEW = [[[1, 2]], [[3]]], [[[9, 8, 7]]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["new", "overwrite", "last shard", "annotation"])
+@pytest.mark.parametrize("case", ["new", "overwrite", "annotation"])
 def test_a_killed_store_writer_leaves_nothing_wrong(tmp_path, case):
-    """Killed before each file operation: old, new or not whole; then the same bytes again."""
-    def prepare(folder: Path) -> None:
-        if case in ("overwrite", "annotation"):
-            make(folder, OLD, SmallTokenizer())
-        if case == "last shard":
-            write(folder / "s", OLD, (1, 2), SmallTokenizer())
+    """Killed before each file operation: old, new or incomplete; then the same bytes again.
 
+    Shards and their list: `test_a_killed_tokenizer_run_leaves_nothing_wrong`.
+    """
     def make(folder: Path, documents: list, tokenizer: FakeTokenizer) -> None:
-        shard = (0, 2) if case == "last shard" else None
-        writer = StoreWriter(
-            str(folder / "s"), tokenizer, {}, shard, overwrite=case in ("overwrite", "annotation")
-        )
-        with writer:
+        with StoreWriter(str(folder / "s"), tokenizer, {}, overwrite=True) as writer:
             for document in documents:
                 writer.add_document(document)
             if case == "annotation":
                 importance = np.arange(writer.num_tokens, dtype=np.uint8)
                 writer.add_array("", "importance", importance, {})
 
-    def action(folder: Path) -> None:
-        # A run that was killed after its last rename is whole, and its rerun is an overwrite.
-        with_json = (folder / "s.json").exists() and case in ("new", "last shard")
-        if with_json and TokenStore.open(folder / "s"):
-            store.tidy_store(str(folder / "s"))
-            for i in range(2):
-                store.tidy_store(f"{folder}/s-0000{i}-of-00002")
-            return
-        if case == "last shard" and (folder / "s-00000-of-00002.json").exists():
-            store.tidy_store(f"{folder}/s-00000-of-00002")
-            store.join_shards(str(folder / "s"), 2)
-            return
-        tokenizer = SmallTokenizer() if case == "last shard" else FakeTokenizer(200)
-        make(folder, NEW, tokenizer)
+    def prepare(folder: Path) -> None:
+        if case != "new":
+            make(folder, OLD, SmallTokenizer())
 
     def look(folder: Path) -> None:
-        opened = TokenStore.open(folder / "s", verify=True)
-        tokens = [shard.tokens.tolist() for shard in opened.shards]
-        assert tokens in ([[1, 2, 3]], [[9, 8, 7]], [[9, 8, 7], [1, 2, 3]])
+        (shard,) = TokenStore.open(folder / "s", verify=True).shards
+        assert shard.tokens.tolist() in ([1, 2, 3], [9, 8, 7])
         if case == "annotation":
-            open_array(opened.shards[0], "", "importance")
+            open_array(shard, "", "importance")
 
-    kills = survive_kills(tmp_path, prepare, action, look)
-    assert kills >= 15
+    action = partial(make, documents=NEW, tokenizer=FakeTokenizer(200))
+    assert survive_kills(tmp_path, prepare, action, look) >= 15
 
 
 def test_a_killed_mask_builder_leaves_nothing_wrong(tmp_path, reviews_store):

@@ -284,13 +284,11 @@ def test_a_checkpoints_code_runs_only_when_asked_for(spied, canary, reviews_file
         except (ConfigError, DataError) as error:
             assert "\n" not in str(error)
         assert not canary.exists()
-
-
-def test_an_unknown_architecture_is_no_reason_to_run_code(spied, canary):
+    # An unknown architecture is no reason to run it.
     config = json.loads((spied / "config.json").read_text())
     (spied / "config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        model.load_config(str(spied))
+        model.load_config(name)
 
 
 def test_pickled_weights_run_nothing(tmp_path, canary, tiny_encoder):
@@ -331,7 +329,7 @@ def compress(path: Path, content: bytes) -> Path:
 
 @pytest.mark.parametrize("ending", ["txt.gz", "txt.zst", "jsonl.gz", "csv.gz", "tsv.zst"])
 @pytest.mark.parametrize(
-    ("content", "line"), [(b"\0" * 10_000_000, "line [12]: "), ((b" " * 9999 + b"\n") * 1000, "")]
+    ("content", "line"), [(b"\0" * 10_000_000, "line [12]: "), ((b" " * 9999 + b"\n") * 800, "")]
 )
 def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path, ending, content, line):
     first = b'{"text": "x"}\n' if "jsonl" in ending else b"text\n"
