@@ -68,7 +68,8 @@ def words(store: TokenStore) -> list[str]:
 def test_line_ends_and_marks(tmp_path, count, end):
     """A byte range may begin inside a line, a character or a Windows line end."""
     path = tmp_path / "a.txt"
-    kept = ["caf\u00e9 \u65e5\u672c", "", "", "old\rMac", "one\u2028line\u2029still\x0b\x0c\x85", "end"]
+    kept = ["caf\u00e9 \u65e5\u672c", "", "", "old\rMac", "one\u2028line\u2029still\x0b\x0c\x85",
+            "end"]
     path.write_bytes(b"\xef\xbb\xbf" + end.join(kept).encode())
     found = [documents(path, part=(i, count)) for i in range(count)]
     assert sum(found, []) == kept

@@ -168,7 +168,7 @@ def ends(main: Callable[[], None]) -> tuple[int, str]:
     raise AssertionError
 
 
-def as_command(main: Callable[[], None], folder: Path) -> Callable[[], None]:
+def as_command(main: Callable[[], None]) -> Callable[[], None]:
     """`main` through `run_command`; exit code 3 becomes the error again, with its sentence."""
 
     def action() -> None:
@@ -293,9 +293,7 @@ def test_annotation_with_its_store(disk):
 def test_tokenize_corpus(disk, reviews_file, tiny_encoder):
     prefix = str(disk.folder / "s")
     command = ["--input", reviews_file, "--tokenizer", tiny_encoder, "--output", prefix]
-    action = as_command(
-        lambda: tokenize_corpus.main([*command, "--num_workers", "1"]), disk.folder
-    )
+    action = as_command(lambda: tokenize_corpus.main([*command, "--num_workers", "1"]))
     assert disk.fails_cleanly(action) >= 2
     assert TokenStore.open(prefix, verify=True).num_documents == 120
 
@@ -320,9 +318,7 @@ def test_build_masks(disk, tiny_tokenizer):
     with StoreWriter(prefix, tiny_tokenizer, {}) as writer:
         writer.add_document([np.arange(20_000) % 40 + 5])
     flags = ["--tokens", prefix, "--strategy", "random", "--name", "r"]
-    action = as_command(
-        lambda: build_masks.main([*flags, "--mlm_probability", "0.5"]), disk.folder
-    )
+    action = as_command(lambda: build_masks.main([*flags, "--mlm_probability", "0.5"]))
     assert disk.fails_cleanly(action) >= 10
     (shard,) = TokenStore.open(prefix).shards
     assert abs(len(open_array(shard, "r", "mask")[0]) - 10_000) < 200

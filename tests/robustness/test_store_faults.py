@@ -707,14 +707,11 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(
     for options in ({}, {"mask_index": "m"}):
         go_on(**options)
         go_on(**options)  # from its checkpoint
-    kept = tree(tmp_path / "store")
+    shutil.copytree(tmp_path / "store", tmp_path / "kept")
 
     def put_back() -> None:
         shutil.rmtree(tmp_path / "store")
-        for name, content in kept.items():
-            path = tmp_path / "store" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+        shutil.copytree(tmp_path / "kept", tmp_path / "store", copy_function=shutil.copyfile)
 
     with monkeypatch.context() as patch:  # rows in the order of another version
         patch.setattr("train.data.ORDER_VERSION", 1)
