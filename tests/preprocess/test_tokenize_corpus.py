@@ -18,7 +18,7 @@ from preprocess import tokenize_corpus, train_tokenizer
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore
 from preprocess.text.encode import cut_sentences, encode_batch, prepare_backend
-from tests.support.stores import foreign
+from tests.support.stores import foreign, tree
 
 LINES = [
     "The first film was good. Mr. Smith is not warm! Is he?",
@@ -53,11 +53,6 @@ def tokenize(corpus_file, tokenizer, prefix, *more) -> TokenStore:
     command = ["--input", corpus_file, "--tokenizer", tokenizer, "--output", str(prefix)]
     tokenize_corpus.main([*command, "--num_workers", "1", *map(str, more)])
     return TokenStore.open(prefix, verify=True)
-
-
-def files(prefix) -> dict[str, bytes]:
-    folder = Path(prefix).parent
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
 def stream(store: TokenStore) -> list[int]:
@@ -124,7 +119,7 @@ def test_bytes_do_not_depend_on_the_workers(tmp_path, corpus_file, tokenizers, n
         prefix = tmp_path / str(workers) / "s"
         more = ["--num_workers", workers, "--num_shards", num_shards]
         tokenize(corpus_file, tokenizers["bpe"], prefix, *more)
-        made.append(files(prefix))
+        made.append(tree(prefix.parent))
     assert made[0] == made[1] == made[2]
 
 
@@ -138,7 +133,7 @@ def test_shards_made_one_by_one_and_all_together(tmp_path, corpus_file, tokenize
         assert not (tmp_path / "b" / "s.json").exists()
     assert "not written yet" in capsys.readouterr().out
     tokenize_corpus.main([*command, "--shard_index", "1"])
-    assert files(tmp_path / "a" / "s") == files(tmp_path / "b" / "s")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert stream(together) == stream(whole)
     assert together.num_documents == whole.num_documents
 
@@ -175,7 +170,7 @@ def test_only_unfinished_shards_are_made_again(tmp_path, corpus_file, tokenizers
     """A killed run has left some shards complete, and of others anything but the JSON."""
     prefix = tmp_path / "s"
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 3)
-    before = files(prefix)
+    before = tree(prefix.parent)
 
     def made() -> dict[str, int]:
         return {p.name: p.stat().st_ino for p in tmp_path.glob("s-*.bin")}
@@ -186,7 +181,7 @@ def test_only_unfinished_shards_are_made_again(tmp_path, corpus_file, tokenizers
     os.truncate(f"{prefix}-00001-of-00003.bin", 10)
     Path(f"{prefix}-00001-of-00003.lock").write_text(f"1@{socket.gethostname()}")
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 3, "--num_workers", 2)
-    assert files(prefix) == before
+    assert tree(prefix.parent) == before
     again = made()
     assert {name for name in first if first[name] != again[name]} == {"s-00001-of-00003.bin"}
 
@@ -270,10 +265,10 @@ def test_adoption_refuses_what_it_cannot_read(tmp_path, tokenizers):
     for data, match in ((None, "token id 60000.*0 to 319"), (b"", "")):
         if data is not None:
             Path(prefix + ".bin").write_bytes(data)
-        before = files(prefix)
+        before = tree(tmp_path)
         with pytest.raises(DataError, match=f"made.bin.*{match}"):
             tokenize_corpus.main(command)
-        assert files(prefix) == before
+        assert tree(tmp_path) == before
     os.remove(prefix + ".idx")
     with pytest.raises(DataError, match="made.idx: no such file"):
         tokenize_corpus.main(command)

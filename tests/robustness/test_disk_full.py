@@ -411,9 +411,8 @@ def wrap(owner: Any, name: str, call: int, disk: Disk, left: int) -> Callable[[]
 def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: str) -> None:
     """What `test_training_commands` starts: one process, many runs, each meets a full disk."""
     import torch
-    from safetensors.torch import load_file
 
-    from tests.support.runs import arguments
+    from tests.support.runs import arguments, weights
     from train import finetune, pretrain
     from train.config import PretrainConfig, parse
     from train.run_dir import checkpoint, metrics
@@ -429,9 +428,6 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
 
     def train() -> None:
         pretrain.run(parse(PretrainConfig, flags))
-
-    def weights() -> dict[str, torch.Tensor]:
-        return load_file(run_dir / "hf" / "model.safetensors")
 
     def tested(name: str, main: Callable[[], None], undo: Callable[[], None], where: str) -> None:
         before = disk.tree()
@@ -453,7 +449,7 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
     disk.fill(PAGE)
     tested("row table", train, lambda: None, ".rows-")
     train()
-    expected = weights()
+    expected = weights(run_dir)
     shutil.rmtree(run_dir)
     cases: list[tuple[str, Any, str, int, int, str]] = [
         ("options of the run", run_folder, "prepare_run_dir", 1, 0, "/run"),
@@ -468,7 +464,7 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
     for name, owner, function, call, left, where in cases:
         tested(name, train, wrap(owner, function, call, disk, left), where)
         train()  # the same command again
-        found = weights()
+        found = weights(run_dir)
         assert all(torch.equal(found[key], expected[key]) for key in expected), name
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]

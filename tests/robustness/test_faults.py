@@ -22,6 +22,7 @@ import torch
 
 from preprocess.errors import StopRequested, run_command
 from tests.support.forked_ranks import Server
+from tests.support.kills import count_operations, die
 from tests.support.launch import ROOT, free_port, launch_environment
 from tests.support.runs import arguments, logged, write_ds_config
 from tests.support.states import assert_same_bits, states
@@ -37,44 +38,6 @@ SEED = int(os.environ.get("SELMASK_FAULT_SEED", "0"))
 
 
 # --------------------------------------------------------------------------- inside a rank
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def count_operations(run_dir: str, fatal: int) -> list[str]:
-    """Count what changes the files of a run; die before number `fatal`, from 1.
-
-    After every such operation a kill finds the disk in another state.
-    """
-    counted: list[str] = []
-    changes = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.truncate": None}
-
-    def note(name: str, path: str) -> None:
-        if path.startswith(run_dir):
-            counted.append(f"{name} {path.removeprefix(run_dir)}")
-            if len(counted) == fatal:
-                die()
-
-    def hook(event: str, words: tuple[Any, ...]) -> None:
-        if event in changes:
-            where = changes[event]
-            folder = -1 if where is None else words[where]
-            parts = [os.readlink(f"/proc/self/fd/{folder}")] if folder >= 0 else []
-            note(event, "/".join([*parts, str(words[0])]))
-        elif event == "open" and words[1] and words[1][0] in "wax":
-            note(event, str(words[0]))
-
-    plain = os.fsync
-
-    def sync(descriptor: int) -> None:
-        note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
-        plain(descriptor)
-
-    os.fsync = sync
-    sys.addaudithook(hook)
-    return counted
 
 
 def die_in_a_shard(fatal: int) -> None:

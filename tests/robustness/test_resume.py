@@ -22,11 +22,6 @@ from train.stages import masked_lm as mlm
 
 STEPS = 6
 HALF = 3
-PRECISIONS = ("fp32", "bf16", "fp16")
-# fp16 without ZeRO is refused: DeepSpeed 0.19 forgets the loss scale there.
-SETTINGS = [(p, s) for p in PRECISIONS for s in range(4) if (p, s) != ("fp16", 0)]
-
-
 BLOCKS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"bf16": {"enabled": True}},
@@ -34,6 +29,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 2,
                       "hysteresis": 1}},
 }
+# fp16 without ZeRO is refused: DeepSpeed 0.19 forgets the loss scale there.
+SETTINGS = [(p, s) for p in BLOCKS for s in range(4) if (p, s) != ("fp16", 0)]
 
 
 def allow_all_precisions(patch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,9 @@ from preprocess.store import (
     reader,
     write_array,
 )
+from tests.support.kills import count_operations
 from tests.support.runs import pretrained
-from tests.support.stores import FakeTokenizer, write
+from tests.support.stores import FakeTokenizer, tree, write
 from train import data
 
 SPARE_BYTES = 512 << 20  # of address space
@@ -327,45 +329,38 @@ def test_nothing_is_remembered_where_nothing_may_be_written(tmp_path, hashed, mo
 # --------------------------------------------------------------------------- two writers
 
 
-def in_child(action: Callable[[], None]) -> int:
-    """Start `action` in a forked process; the exit code is that of our errors, or 1."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        action()
-        code = 0
-    except BaseException as error:
-        code = getattr(error, "exit_code", 1)
-    finally:
-        os._exit(code)
+FORK = multiprocessing.get_context("fork")
 
 
-def exit_code(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def in_child(action: Callable[[], None]) -> ForkProcess:
+    """Start `action` in a forked process."""
+    child = FORK.Process(target=action)
+    child.start()
+    return child
+
+
+def exit_code(child: ForkProcess) -> int | None:
+    child.join()
+    return child.exitcode
 
 
 def test_of_many_writers_one_writes(tmp_path):
     """One holds the prefix until all have tried; the others end with exit code 2."""
-    all_tried = multiprocessing.get_context("fork").Barrier(6)
+    all_tried = FORK.Barrier(6)
 
     def one_writer() -> None:
         try:
             with StoreWriter(str(tmp_path / "s"), FakeTokenizer(), {}) as writer:
                 all_tried.wait()
                 writer.add_document([[os.getpid() % 65536] * 5])
-        except ConfigError:
+        except ConfigError as error:
             all_tried.wait()
-            raise
+            sys.exit(error.exit_code)
 
-    pids = [in_child(one_writer) for _ in range(6)]
-    codes = [exit_code(pid) for pid in pids]
+    children = [in_child(one_writer) for _ in range(6)]
+    codes = [exit_code(child) for child in children]
     assert sorted(codes) == [0, 2, 2, 2, 2, 2]
-    winner = pids[codes.index(0)]
+    winner = children[codes.index(0)].pid
     assert TokenStore.open(tmp_path / "s", verify=True).shards[0].tokens[0] == winner % 65536
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"s.bin", "s.idx", "s.json", "s.tokenizer"}
@@ -379,17 +374,17 @@ def test_the_lock_of_a_dead_writer_is_taken_over(tmp_path, capsys):
             os.write(told, b"x")
             signal.pause()
 
-    pid = in_child(hold)
+    child = in_child(hold)
     os.read(ready, 1)
     try:
-        with pytest.raises(ConfigError, match=f"{pid}@.*wait"):
+        with pytest.raises(ConfigError, match=f"{child.pid}@.*wait"):
             WriterLock(tmp_path / "s")
     finally:
-        os.kill(pid, signal.SIGKILL)
-        exit_code(pid)
+        child.kill()
+        exit_code(child)
     with WriterLock(tmp_path / "s") as lock:
         assert lock.interrupted
-    assert f"s.lock: taken over from {pid}@" in capsys.readouterr().err
+    assert f"s.lock: taken over from {child.pid}@" in capsys.readouterr().err
     with WriterLock(tmp_path / "s") as lock:
         assert not lock.interrupted
     (tmp_path / "s.lock").touch()  # killed between making the file and signing it
@@ -474,43 +469,19 @@ def refuse_to_open(prefix: Path) -> None:
 
 # --------------------------------------------------------------------------- killed writers
 
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-CHANGES_FILES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-
-
 def killed_at(action: Callable[[], None], folder: Path, point: int) -> bool:
-    """Run `action` in a process that kills itself before its file operation number `point`.
+    """Run `action` in a process that is killed before its file operation number `point`, from 1.
 
     Returns:
         Whether it came that far.
     """
-    seen = -1
-
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal seen
-        if event == "open":
-            if not isinstance(arguments[2], int) or not arguments[2] & WRITES:
-                return
-        elif event not in CHANGES_FILES:
-            return
-        if str(folder) in str(arguments[0]):
-            seen += 1
-            if seen == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-
     def watched() -> None:
-        sys.addaudithook(hook)
+        count_operations(str(folder), point)
         action()
 
     code = exit_code(in_child(watched))
     assert code in (0, -signal.SIGKILL)
     return code != 0
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its bytes."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def check_tree(folder: Path, expected: dict[str, bytes]) -> None:
@@ -534,7 +505,7 @@ def survive_kills(tmp_path: Path, prepare: Callable[[Path], None], action: Calla
     whole.mkdir()
     prepare(whole)
     action(whole)
-    expected, kills, point = tree(whole), 0, 0
+    expected, kills, point = tree(whole), 0, 1
     while True:
         folder = tmp_path / "killed"
         folder.mkdir()
@@ -554,7 +525,6 @@ def survive_kills(tmp_path: Path, prepare: Callable[[Path], None], action: Calla
 OLD, NEW = [[[1, 2]], [[3]]], [[[9, 8, 7]]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["new", "overwrite", "annotation"])
 def test_a_killed_store_writer_leaves_nothing_wrong(tmp_path, case):
     """Killed before each file operation: old, new or incomplete; then the same bytes again.
@@ -665,18 +635,16 @@ def test_runs_killed_at_random_leave_nothing_wrong(
             os.setsid()
             action(folder)  # noqa: B023
 
-        pid, wanted = in_child(alone), generator.random() * num_bytes(whole)
-        while num_bytes(folder) < wanted and not os.waitid(
-            os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
-        ):
+        child, wanted = in_child(alone), generator.random() * num_bytes(whole)
+        while num_bytes(folder) < wanted and child.is_alive():
             os.sched_yield()
         with contextlib.suppress(ProcessLookupError):  # it may have ended
-            (os.killpg if all_at_once else os.kill)(pid, signal.SIGKILL)
-        exit_code(pid)
+            (os.killpg if all_at_once else os.kill)(child.pid, signal.SIGKILL)
+        exit_code(child)
         end = time.monotonic() + 60
         with contextlib.suppress(ProcessLookupError):  # until its last worker has ended
             while time.monotonic() < end:
-                os.killpg(pid, 0)
+                os.killpg(child.pid, 0)
                 os.sched_yield()
         assert time.monotonic() < end
         with contextlib.suppress(DataError):
