@@ -235,7 +235,9 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
         raise DataError(f"{args.output}.json: not written; {missing}")
     if missing:
         print(f"{args.output}.json: not written yet; {missing}", flush=True)
-    elif to_make:
+    elif not to_make:
+        tidy_store(args.output)  # after a run that was killed when it had just joined the shards
+    else:
         counts = read_json(f"{args.output}.json")["counts"]  # opening the store reads the index
         rate = counts["tokens"] / seconds
         print(

@@ -8,15 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from preprocess import benchmark
 from preprocess.benchmark import Method, Run, format_table, make_rows, repeat, run, summarize
 from preprocess.errors import ConfigError, DataError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.launch import ROOT
 
 
 def test_the_baseline_groups_all_tokens_into_blocks(

@@ -18,19 +18,14 @@ from tests.support.runs import logged, pretrained
 from tests.support.stores import foreign
 from train.run_dir import metrics
 
-EXTRA = "pip install -e '.[engines]' -c constraints.txt"
 TASKS = 3
-
-
-def needed(name: str):
-    return pytest.importorskip(name, reason=f"{name} is not installed: {EXTRA}")
 
 
 @pytest.fixture(scope="module")
 def datatrove_stores(tmp_path_factory, reviews_file, tiny_encoder) -> list[str]:
     """What datatrove's tokenizer writes of the reviews as JSONL: one `.bin` a task."""
-    needed("datatrove")
-    needed("orjson")
+    pytest.importorskip("datatrove")
+    pytest.importorskip("orjson")
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import MegatronDocumentTokenizer
@@ -105,7 +100,7 @@ def test_several_stores_become_shards_in_their_order(tmp_path, tiny_encoder):
 
 def test_megatron_reads_a_store_of_ours(reviews_store):
     """Sequences, documents and dtype of a store that the command made."""
-    indexed = needed("megatron.core.datasets.indexed_dataset")
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     opened = indexed.IndexedDataset(reviews_store)
     (shard,) = TokenStore.open(reviews_store).shards
     bounds = shard.sequence_offsets[:].tolist()

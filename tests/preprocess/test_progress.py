@@ -18,7 +18,7 @@ import pytest
 
 from preprocess import progress
 from preprocess.corpus import num_bytes, read_documents
-from preprocess.progress import Progress, say
+from preprocess.progress import Progress
 from tests.support.launch import ROOT
 
 WORK = """
@@ -90,11 +90,8 @@ def test_slow_work_gets_a_line_every_few_seconds(monkeypatch, capsys):
         bar.update(20)
     # At 12 seconds, 60 tokens later: 5 a second, and 540 to go.
     assert capsys.readouterr().out == "token 460/1,000  5 token/s  01:48 left\n"
-
-
-def test_unknown_total_has_no_time_left(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
-    Progress(None, "document").update(3)
+    Progress(None, "document").update(3)  # no total, no time left
     line = capsys.readouterr().out
     assert line.startswith("document 3  ") and "left" not in line
 
@@ -161,10 +158,3 @@ def test_tokenizing_shows_how_much_is_left(tmp_path, reviews_file, tiny_encoder)
     assert re.search(r"tokenize: 100%.*B/s, 120 documents, [\d,]+ tokens\]", shown)
     lines = [line.split("\r")[-1] for line in shown.split("\r\n")]
     assert sum("empty documents dropped" in line for line in lines) == 2
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_say(rank, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", rank)
-    say("hello")
-    assert capsys.readouterr().out == ("hello\n" if rank == "0" else "")

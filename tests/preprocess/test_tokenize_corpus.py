@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -13,14 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from preprocess import tokenize_corpus, train_tokenizer
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore
 from preprocess.text.encode import cut_sentences, encode_batch, prepare_backend
-from tests.support.stores import foreign
+from tests.support.stores import foreign, tree
 
-ROOT = Path(__file__).resolve().parents[2]
 LINES = [
     "The first film was good. Mr. Smith is not warm! Is he?",
     "[SEP] one  [MASK] plot <s> too.",
@@ -56,19 +55,12 @@ def tokenize(corpus_file, tokenizer, prefix, *more) -> TokenStore:
     return TokenStore.open(prefix, verify=True)
 
 
-def files(prefix) -> dict[str, bytes]:
-    folder = Path(prefix).parent
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-
-
 def stream(store: TokenStore) -> list[int]:
     return np.concatenate([shard.tokens for shard in store.shards]).tolist()
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_ids_do_not_depend_on_the_cutting(tmp_path, corpus_file, tokenizers, kind):
-    from transformers import AutoTokenizer
-
     cut = tokenize(corpus_file, tokenizers[kind], tmp_path / "cut")
     whole = tokenize(corpus_file, tokenizers[kind], tmp_path / "whole", "--no-split_sentences")
     assert stream(cut) == stream(whole)
@@ -127,7 +119,7 @@ def test_bytes_do_not_depend_on_the_workers(tmp_path, corpus_file, tokenizers, n
         prefix = tmp_path / str(workers) / "s"
         more = ["--num_workers", workers, "--num_shards", num_shards]
         tokenize(corpus_file, tokenizers["bpe"], prefix, *more)
-        made.append(files(prefix))
+        made.append(tree(prefix.parent))
     assert made[0] == made[1] == made[2]
 
 
@@ -141,18 +133,16 @@ def test_shards_made_one_by_one_and_all_together(tmp_path, corpus_file, tokenize
         assert not (tmp_path / "b" / "s.json").exists()
     assert "not written yet" in capsys.readouterr().out
     tokenize_corpus.main([*command, "--shard_index", "1"])
-    assert files(tmp_path / "a" / "s") == files(tmp_path / "b" / "s")
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
     assert stream(together) == stream(whole)
     assert together.num_documents == whole.num_documents
 
 
-def test_empty_shard_and_empty_corpus(tmp_path, tokenizers):
+def test_empty_shards(tmp_path, tokenizers):
     (tmp_path / "one.txt").write_text("a single line\n")
     more = ["--num_shards", 4]
     store = tokenize(str(tmp_path / "one.txt"), tokenizers["bpe"], tmp_path / "s", *more)
     assert store.num_documents == 1 and [s.num_tokens for s in store.shards].count(0) == 3
-    (tmp_path / "none.txt").write_text("")
-    assert tokenize(str(tmp_path / "none.txt"), tokenizers["bpe"], tmp_path / "n").num_tokens == 0
 
 
 def test_rerun_skips_refuses_and_replaces(tmp_path, corpus_file, tokenizers, capsys):
@@ -163,14 +153,15 @@ def test_rerun_skips_refuses_and_replaces(tmp_path, corpus_file, tokenizers, cap
     capsys.readouterr()
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2, "--overwrite")
     assert Path(f"{prefix}-00000-of-00002.bin").stat().st_mtime_ns != before
-    capsys.readouterr()
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2)
     assert capsys.readouterr().out.count("complete already, skipped") == 2
-    with pytest.raises(ConfigError, match="split_sentences was True, is False.*--overwrite"):
-        more = ["--num_shards", 2, "--no-split_sentences"]
-        tokenize(corpus_file, tokenizers["bpe"], prefix, *more)
-    with pytest.raises(ConfigError, match="the tokenizer was"):
-        tokenize(corpus_file, tokenizers["wordpiece"], prefix, "--num_shards", 2)
+    for kind, more, match in (
+        ("bpe", ["--no-split_sentences"], "split_sentences was True, is False.*--overwrite"),
+        ("bpe", ["--num_shards", 4, "--shard_index", 3], "num_shards was 2, is 4"),
+        ("wordpiece", [], "the tokenizer was"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            tokenize(corpus_file, tokenizers[kind], prefix, "--num_shards", 2, *more)
     os.remove(f"{prefix}.json")  # a run that died between the last shard and the list
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 2)
 
@@ -179,7 +170,7 @@ def test_only_unfinished_shards_are_made_again(tmp_path, corpus_file, tokenizers
     """A killed run has left some shards complete, and of others anything but the JSON."""
     prefix = tmp_path / "s"
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 3)
-    before = files(prefix)
+    before = tree(prefix.parent)
 
     def made() -> dict[str, int]:
         return {p.name: p.stat().st_ino for p in tmp_path.glob("s-*.bin")}
@@ -190,7 +181,7 @@ def test_only_unfinished_shards_are_made_again(tmp_path, corpus_file, tokenizers
     os.truncate(f"{prefix}-00001-of-00003.bin", 10)
     Path(f"{prefix}-00001-of-00003.lock").write_text(f"1@{socket.gethostname()}")
     tokenize(corpus_file, tokenizers["bpe"], prefix, "--num_shards", 3, "--num_workers", 2)
-    assert files(prefix) == before
+    assert tree(prefix.parent) == before
     again = made()
     assert {name for name in first if first[name] != again[name]} == {"s-00001-of-00003.bin"}
 
@@ -215,20 +206,30 @@ def test_broken_input_leaves_no_store(tmp_path, tokenizers, workers, shards):
 
 
 @pytest.mark.parametrize(
-    ("more", "error", "match"),
+    ("command", "more", "error", "match"),
     [
-        (["--num_workers", "0"], ConfigError, "num_workers 0"),
-        (["--shard_index", "2", "--num_shards", "2"], ConfigError, "shard_index 2"),
-        (["--where", "nonsense"], ConfigError, "COLUMN=VALUE"),
-        (["--output", "x.bin"], ConfigError, "prefix"),
-        (["--tokenizer", "absent"], DataError, "absent: cannot be loaded"),
-        (["--text_column", "body"], DataError, "no column 'body'"),
+        (tokenize_corpus, ["--num_workers", "0"], ConfigError, "num_workers 0"),
+        (tokenize_corpus, ["--shard_index", "2", "--num_shards", "2"], ConfigError,
+         "shard_index 2"),
+        (tokenize_corpus, ["--where", "nonsense"], ConfigError, "COLUMN=VALUE"),
+        (tokenize_corpus, ["--output", "x.bin"], ConfigError, "prefix"),
+        (tokenize_corpus, ["--tokenizer", "absent"], DataError, "absent: cannot be loaded"),
+        (tokenize_corpus, ["--text_column", "body"], DataError, "no column 'body'"),
+        (train_tokenizer, ["--vocab_size", "65537"], ConfigError, "65,536"),
+        (train_tokenizer, ["--vocab_size", "100", "--kind", "bpe"], ConfigError, "alone need 261"),
+        (train_tokenizer, ["--kind", "bpe", "--lowercase"], ConfigError, "--lowercase"),
+        (train_tokenizer, ["--output", "."], DataError, "exists; give another"),
+        (train_tokenizer, ["--input", "absent.txt"], DataError, "absent.txt"),
     ],
 )
-def test_wrong_options(tmp_path, corpus_file, tokenizers, monkeypatch, more, error, match):
+def test_wrong_options(tmp_path, corpus_file, tokenizers, monkeypatch, command, more, error, match):
     monkeypatch.chdir(tmp_path)
+    flags = {
+        tokenize_corpus: ["--tokenizer", tokenizers["bpe"], "--num_workers", "1"],
+        train_tokenizer: ["--vocab_size", "320"],
+    }[command]
     with pytest.raises(error, match=match):
-        tokenize(corpus_file, tokenizers["bpe"], "s", *more)
+        command.main(["--input", corpus_file, "--output", "s", *flags, *more])
     assert not list(tmp_path.iterdir())
 
 
@@ -257,22 +258,17 @@ def test_adoption(tmp_path, tokenizers, monkeypatch, code, in_place):
     assert counts["documents_dropped"] == 1
 
 
-def test_adoption_refuses_ids_of_another_vocabulary(tmp_path, tokenizers):
-    prefix = str(tmp_path / "made")
-    foreign(prefix, [[50, 60000]], [0, 1])
-    before = files(prefix)
-    with pytest.raises(DataError, match="made.bin: token id 60000.*0 to 319"):
-        tokenize_corpus.main(["--adopt", "--tokenizer", tokenizers["bpe"], "--output", prefix])
-    assert files(prefix) == before
-
-
 def test_adoption_refuses_what_it_cannot_read(tmp_path, tokenizers):
     prefix = str(tmp_path / "made")
-    foreign(prefix, [[50]], [0, 1])
-    Path(prefix + ".bin").write_bytes(b"")
     command = ["--adopt", "--tokenizer", tokenizers["bpe"], "--output", prefix]
-    with pytest.raises(DataError, match="made.bin"):
-        tokenize_corpus.main(command)
+    foreign(prefix, [[50, 60000]], [0, 1])
+    for data, match in ((None, "token id 60000.*0 to 319"), (b"", "")):
+        if data is not None:
+            Path(prefix + ".bin").write_bytes(data)
+        before = tree(tmp_path)
+        with pytest.raises(DataError, match=f"made.bin.*{match}"):
+            tokenize_corpus.main(command)
+        assert tree(tmp_path) == before
     os.remove(prefix + ".idx")
     with pytest.raises(DataError, match="made.idx: no such file"):
         tokenize_corpus.main(command)
@@ -285,8 +281,6 @@ def test_adoption_refuses_what_it_cannot_read(tmp_path, tokenizers):
 def test_learnt_vocabulary_loads_and_is_the_same_every_time(
     tmp_path, corpus_file, tokenizers, kind
 ):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(tokenizers[kind])
     assert tokenizer.is_fast and len(tokenizer) <= 320
     for name in ("cls", "sep", "pad", "mask", "unk"):
@@ -302,14 +296,10 @@ def test_learnt_vocabulary_loads_and_is_the_same_every_time(
 
 
 def test_lowercase_is_an_option_of_wordpiece(tmp_path, corpus_file):
-    from transformers import AutoTokenizer
-
-    common = ["--input", corpus_file, "--vocab_size", "320", "--output"]
-    train_tokenizer.main([*common, str(tmp_path / "cased"), "--no-lowercase"])
+    train_tokenizer.main(["--input", corpus_file, "--vocab_size", "320", "--no-lowercase",
+                          "--output", str(tmp_path / "cased")])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cased")
     assert "Smith" in tokenizer.decode(tokenizer("Mr. Smith")["input_ids"])
-    with pytest.raises(ConfigError, match="--lowercase"):
-        train_tokenizer.main([*common, str(tmp_path / "x"), "--lowercase", "--kind", "bpe"])
 
 
 def test_a_vocabulary_of_the_first_documents(tmp_path):
@@ -320,41 +310,9 @@ def test_a_vocabulary_of_the_first_documents(tmp_path):
     assert "abba" in tokens and "z" not in tokens
 
 
-@pytest.mark.parametrize(
-    ("more", "error", "match"),
-    [
-        (["--vocab_size", "65537"], ConfigError, "65,536"),
-        (["--vocab_size", "100", "--kind", "bpe"], ConfigError, "alone need 261"),
-        (["--output", "."], DataError, "exists; give another"),
-        (["--input", "absent.txt"], DataError, "absent.txt"),
-    ],
-)
-def test_wrong_vocabulary_options(tmp_path, corpus_file, monkeypatch, more, error, match):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(error, match=match):
-        command = ["--input", corpus_file, "--vocab_size", "300", "--output", "v"]
-        train_tokenizer.main([*command, *more])
-    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------- as commands
-
-
-@pytest.mark.slow
-def test_command_line_exit_codes(tmp_path, corpus_file, tokenizers):
-    run = ["--tokenizer", tokenizers["bpe"], "--output", str(tmp_path / "s"), "--input"]
-    for command in (["preprocess/tokenize_corpus.py"], ["-m", "preprocess.tokenize_corpus"]):
-        done = subprocess.run(
-            [sys.executable, *command, *run, "absent.txt"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 3 and "absent.txt" in done.stderr
-        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
-    done = subprocess.run(
-        [sys.executable, "preprocess/tokenize_corpus.py", *run, corpus_file],
-        cwd=ROOT, capture_output=True, text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "s.json").read_text())["counts"]["documents"] == 160
 
 
 def test_help_imports_nothing_heavy():

@@ -22,7 +22,8 @@ import torch
 
 from preprocess.errors import StopRequested, run_command
 from tests.support.forked_ranks import Server
-from tests.support.launch import ROOT, free_port
+from tests.support.kills import count_operations, die
+from tests.support.launch import ROOT, free_port, launch_environment
 from tests.support.runs import arguments, logged, write_ds_config
 from tests.support.states import assert_same_bits, states
 from train import pipeline
@@ -37,44 +38,6 @@ SEED = int(os.environ.get("SELMASK_FAULT_SEED", "0"))
 
 
 # --------------------------------------------------------------------------- inside a rank
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def count_operations(run_dir: str, fatal: int) -> list[str]:
-    """Count what changes the files of a run; die before number `fatal`, from 1.
-
-    After every such operation a kill finds the disk in another state.
-    """
-    counted: list[str] = []
-    changes = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.truncate": None}
-
-    def note(name: str, path: str) -> None:
-        if path.startswith(run_dir):
-            counted.append(f"{name} {path.removeprefix(run_dir)}")
-            if len(counted) == fatal:
-                die()
-
-    def hook(event: str, words: tuple[Any, ...]) -> None:
-        if event in changes:
-            where = changes[event]
-            folder = -1 if where is None else words[where]
-            parts = [os.readlink(f"/proc/self/fd/{folder}")] if folder >= 0 else []
-            note(event, "/".join([*parts, str(words[0])]))
-        elif event == "open" and words[1] and words[1][0] in "wax":
-            note(event, str(words[0]))
-
-    plain = os.fsync
-
-    def sync(descriptor: int) -> None:
-        note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
-        plain(descriptor)
-
-    os.fsync = sync
-    sys.addaudithook(hook)
-    return counted
 
 
 def die_in_a_shard(fatal: int) -> None:
@@ -228,8 +191,9 @@ class Campaign:
         if committed and self._command == "pretrain":  # fine-tuning removes them at its end
             assert there[-1] >= committed[-1] and len(there) >= min(LIMIT, len(committed))
         losses = run_dir / "metrics.jsonl"
-        if losses.exists() and self._command == "pretrain":  # it saves at every step
-            steps = len(logged(run_dir, metrics.TRAIN_LOSS)) if _is_whole(losses) else 0
+        whole_lines = losses.exists() and losses.read_bytes().endswith(b"\n")
+        if whole_lines and self._command == "pretrain":  # it saves at every step
+            steps = len(logged(run_dir, metrics.TRAIN_LOSS))
             assert steps <= 1 or there and there[-1] >= steps - 1
 
     def check_the_end(self, run_dir: Path) -> None:
@@ -256,11 +220,6 @@ class Campaign:
         extra = f"checkpoints/step_{STEPS - LIMIT}"
         anyhow = ("tb/", "seed_13/tb/", extra)
         assert not {name for name in names ^ expected if not name.startswith(anyhow)}
-
-
-def _is_whole(path: Path) -> bool:
-    """Return whether the last line is complete."""
-    return path.read_bytes().endswith(b"\n")
 
 
 @pytest.fixture(scope="module")
@@ -334,12 +293,6 @@ def test_killed_at_a_chosen_moment(moment, campaigns):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 2, 5])
-def test_killed_inside_a_file(number, campaigns):
-    assert campaigns("pretrain").survive(f"shard {number}", kind="shard", number=number)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.7, 0.8, 0.9])
 def test_killed_at_a_random_time(share, campaigns):
     campaign = campaigns("pretrain")
@@ -348,18 +301,13 @@ def test_killed_at_a_random_time(share, campaigns):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"kind": "shard", "number": 5, "rank": 1},
-        {"kind": "operation", "number": 12, "rank": 1},
-        {"kind": "operation", "number": 150, "rank": 0},
-    ],
-    ids=lambda fault: f"{fault['kind']}-{fault['number']}-rank{fault['rank']}",
-)
-def test_one_of_two_ranks_is_killed(fault, campaigns):
+@pytest.mark.parametrize(("ranks", "stage", "kind", "number", "rank"), [
+    (1, 0, "shard", 1, 0), (1, 0, "shard", 2, 0), (1, 0, "shard", 5, 0), (2, 1, "shard", 5, 1),
+    (2, 1, "operation", 12, 1), (2, 1, "operation", 150, 0),
+])
+def test_killed_inside_a_file_or_on_one_of_two_ranks(ranks, stage, kind, number, rank, campaigns):
     """The other rank ends too and commits nothing."""
-    assert campaigns("pretrain", ranks=2, stage=1).survive("kill", **fault)
+    assert campaigns("pretrain", ranks, stage).survive("kill", kind=kind, number=number, rank=rank)
 
 
 @pytest.mark.slow
@@ -378,24 +326,14 @@ def test_killed_at_every_moment(command, ranks, stage, every, campaigns):
     """Before the n-th operation on the disk, inside files, and at random times."""
     campaign = campaigns(command, ranks, stage)
     generator = random.Random(f"{SEED} {command} {ranks} {stage}")
-    killed = tried = 0
-    begin = time.monotonic()
-    for number in range(1 + SEED % every, len(campaign.operations) + 1, every):
-        killed += campaign.survive(f"{number}", kind="operation", number=number)
-        tried += 1
-    for number in range(1, 9):
-        rank = generator.randrange(ranks)
-        killed += campaign.survive(f"shard{number}", kind="shard", number=number, rank=rank)
-        tried += 1
-    for number in range(12):
-        moment = campaign.seconds * generator.uniform(0.1, 1.0)
-        rank = generator.choice([None, *range(ranks)])
-        killed += campaign.survive(f"time{number}", kill_after=moment, kill_rank=rank)
-        tried += 1
-    seconds = time.monotonic() - begin
-    print(f"{command}, {ranks} ranks, ZeRO {stage}: {killed} kills in {tried} runs, "
-          f"{seconds:.0f} s, all went on to the same bits")
-    assert killed > 0.6 * tried
+    operations = range(1 + SEED % every, len(campaign.operations) + 1, every)
+    faults: list[dict[str, Any]] = [{"kind": "operation", "number": n} for n in operations]
+    faults += [{"kind": "shard", "number": n, "rank": generator.randrange(ranks)}
+               for n in range(1, 9)]
+    faults += [{"kill_after": campaign.seconds * generator.uniform(0.1, 1.0),
+                "kill_rank": generator.choice([None, *range(ranks)])} for _ in range(12)]
+    killed = sum(campaign.survive(f"{i}", **fault) for i, fault in enumerate(faults))
+    assert killed > 0.6 * len(faults)
 
 
 @pytest.mark.slow
@@ -413,7 +351,6 @@ def test_killed_again_and_again(number, campaigns):
         if done["codes"] == [0] * len(done["codes"]):
             break
     campaign.check_the_end(run_dir)
-    print(f"killed {attempt} times")
 
 
 # ------------------------------------------------------------------ stop requests, dead ranks
@@ -503,11 +440,9 @@ def launched(tmp_path, reviews_store, tiny_encoder) -> Iterator[Any]:
         "import sys; from pathlib import Path; from train.recipes.run import run_process\n"
         f"sys.exit(run_process({command!r}, Path({str(tmp_path / 'log')!r})))"
     )
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in names}
     process = subprocess.Popen(
         [sys.executable, "-c", driver], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**environment, "DS_ACCELERATOR": "cpu"}, text=True,
+        env=launch_environment(), text=True,
     )
     losses = run_dir / "metrics.jsonl"
     try:

@@ -19,10 +19,9 @@ import pytest
 from preprocess import files, tokenize_corpus
 from preprocess.errors import ConfigError
 from preprocess.store import StoreWriter, TokenStore, join, join_shards, list_arrays, shard_prefix
-from tests.support.launch import launch_environment
+from tests.support.launch import ROOT, launch_environment
 from tests.support.stores import FakeTokenizer, write
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_SHARDS = 3
 # A job array: every task at once, as a process of its own, whose output goes elsewhere.
 SBATCH = """#!{python}
@@ -265,24 +264,6 @@ def test_slurm_tokenizes(slurm, slurm_store, programs, one_process):
         "web-00001-of-00003.bin", "web-00001-of-00003.idx",
     }
     assert contents(slurm_store) == contents(one_process)
-
-
-@pytest.mark.slow
-def test_what_is_whole_is_left_and_another_number_refused(slurm, slurm_store, texts, tiny_encoder,
-                                                          capsys):
-    before = stamps(slurm_store)
-    command = tokenizing(texts, tiny_encoder, slurm_store)
-    tokenize_corpus.main(command)
-    assert capsys.readouterr().out.count("complete already, skipped") == NUM_SHARDS
-    more = ["--shard_index", "3", "--num_shards", "4"]
-    with pytest.raises(ConfigError, match="num_shards was 3, is 4"):
-        tokenize_corpus.main([*command, *more])
-    (listed := Path(f"{slurm_store}.json")).unlink()  # as if a task were still at work
-    with pytest.raises(ConfigError, match="one of 3 shards.*--num_shards 3"):
-        tokenize_corpus.main([*command, *more])
-    assert not listed.exists()
-    tokenize_corpus.main(command)
-    assert stamps(slurm_store) == before and TokenStore.open(slurm_store).num_documents == 120
 
 
 @pytest.fixture(scope="module")

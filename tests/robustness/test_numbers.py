@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from preprocess.errors import NonFiniteError
+from tests.support.runs import arguments, words, write_ds_config
 from train import engine as ds
 from train.run_dir import metrics
 from train.run_dir.checkpoint import check_checkpoint
@@ -127,19 +128,8 @@ run_command(main)
 '''
 
 
-def ds_config(folder: Path, name: str, stage: int, precision: str, **values) -> str:
-    """Write a CPU configuration with this ZeRO stage and precision."""
-    config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
-    config["zero_optimization"] = {"stage": stage}
-    if precision != "fp32":
-        config[precision] = {"enabled": True, **values.pop(precision, {})}
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps({**config, **values}))
-    return str(path)
-
-
-def words(**options) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+def fp16(**values: float) -> dict:
+    return {"fp16": {"enabled": True, **values}}
 
 
 @pytest.fixture(scope="module")
@@ -148,55 +138,52 @@ def runs(tmp_path_factory, reviews_store, still_encoder, labelled_files, run_com
     folder = tmp_path_factory.mktemp("numbers")
     scenarios = []
 
-    def pretrain(name, stage, precision, fault, steps=(FAULTY_STEP, FAULTY_STEP), *,
-                 max_steps=STEPS, uncaught=False, limit=50, config=None, **options):
+    def pretrain(name, stage, fault, steps=(FAULTY_STEP, FAULTY_STEP), *, config=None,
+                 max_steps=STEPS, save_steps=FAULTY_STEP - 1, uncaught=False, limit=50):
         scenarios.append({
             "name": name, "command": "pretrain", "fault": fault, "steps": steps,
             "uncaught": uncaught, "limit": limit,
             "untouched": str(folder / name / f"hf_step_{FAULTY_STEP - 1}"),
-            "words": words(
-                tokens=reviews_store, model_name_or_path=still_encoder, output_dir=folder / name,
-                deepspeed_config=ds_config(folder, name, stage, precision, **(config or {})),
-                max_steps=max_steps, max_seq_length=32, per_device_train_batch_size=2,
-                gradient_accumulation_steps=2, eval_fraction=0, learning_rate=1e-3,
-                logging_steps=1, export_steps=FAULTY_STEP - 1,
-                **{"save_steps": FAULTY_STEP - 1, **options},
+            "words": arguments(
+                reviews_store, still_encoder, folder / name, max_steps=max_steps,
+                deepspeed_config=write_ds_config(folder, stage, config, name), eval_fraction=0,
+                per_device_train_batch_size=2, learning_rate=1e-3, save_steps=save_steps,
+                export_steps=FAULTY_STEP - 1,
             ),
         })
 
     for stage in range(4):
-        for precision in ("fp32", "bf16"):
+        for precision, config in (("fp32", {}), ("bf16", {"bf16": {"enabled": True}})):
             for fault in ("loss", "nan" if stage % 2 else "inf"):
-                pretrain(f"{precision}-zero{stage}-{fault}", stage, precision, fault)
+                pretrain(f"{precision}-zero{stage}-{fault}", stage, fault, config=config)
         if stage % 2 == 0:
             continue  # 0 is refused, see test_bad_configs.py; 1 and 2 are the same class
         # 256 times too large: the scale must fall from 2^16 before a step can be taken.
-        pretrain(f"fp16-zero{stage}-recovers", stage, "fp16", "256", (1, 99), max_steps=8,
-                 config={"fp16": {"hysteresis": 1}})
-        pretrain(f"fp16-zero{stage}-floor", stage, "fp16", "inf", (FAULTY_STEP, 99), max_steps=12,
-                 config={"fp16": {"hysteresis": 1, "initial_scale_power": 4,
-                                  "min_loss_scale": 2}})
-    pretrain("fp16-zero1-loss", 1, "fp16", "loss")
-    pretrain("fp32-zero2-offload-inf", 2, "fp32", "inf", config={
+        pretrain(f"fp16-zero{stage}-recovers", stage, "256", (1, 99), max_steps=8,
+                 config=fp16(hysteresis=1))
+        pretrain(f"fp16-zero{stage}-floor", stage, "inf", (FAULTY_STEP, 99), max_steps=12,
+                 config=fp16(hysteresis=1, initial_scale_power=4, min_loss_scale=2))
+    pretrain("fp16-zero1-loss", 1, "loss", config=fp16())
+    pretrain("fp32-zero2-offload-inf", 2, "inf", config={
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
         "zero_force_ds_cpu_optimizer": False,
     })
-    pretrain("fp32-unclipped-inf", 0, "fp32", "inf", config={"gradient_clipping": 0})
-    pretrain("fp16-static", 2, "fp16", "inf", (FAULTY_STEP, 99), max_steps=99, save_steps=99,
-             limit=MAX_SKIPPED, config={"fp16": {"loss_scale": 128}})
+    pretrain("fp32-unclipped-inf", 0, "inf", config={"gradient_clipping": 0})
+    pretrain("fp16-static", 2, "inf", (FAULTY_STEP, 99), max_steps=99, save_steps=99,
+             limit=MAX_SKIPPED, config=fp16(loss_scale=128))
     for fault in ("loss", "nan"):
         name = f"finetune-{fault}"
         scenarios.append({
             "name": name, "command": "finetune", "fault": fault, "steps": (3, 3),
-            "words": words(
-                task="custom", train_file=labelled_files["train"],
-                test_file=labelled_files["test"], model_name_or_path=still_encoder,
-                output_dir=folder / name, max_seq_length=32, num_train_epochs=2,
-                per_device_train_batch_size=4, save_steps=1, logging_steps=1,
-                deepspeed_config=ds_config(folder, name, 0 if fault == "nan" else 2, "fp32"),
-            ),
+            "words": words({
+                "task": "custom", "train_file": labelled_files["train"],
+                "test_file": labelled_files["test"], "model_name_or_path": still_encoder,
+                "output_dir": folder / name, "max_seq_length": 32, "num_train_epochs": 2,
+                "per_device_train_batch_size": 4, "save_steps": 1, "logging_steps": 1,
+                "deepspeed_config": write_ds_config(folder, 0 if fault == "nan" else 2, name=name),
+            }),
         })
-    pretrain("uncaught", 1, "fp32", "nan", uncaught=True)
+    pretrain("uncaught", 1, "nan", uncaught=True)
     (folder / "driver.py").write_text(DRIVER)
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
     done = run_command_line(folder / "driver.py", folder / "scenarios.json", ranks=2, check=False)
@@ -306,42 +293,26 @@ def test_the_command_ends_in_one_line_and_exit_code_4(runs):
 class Overflowing:
     """The part of an fp16 engine that `take_step` uses; overflows in the steps `bad`."""
 
+    global_steps = skipped_steps = 0
+    applied = False
+
     def __init__(self, scale: float, bad: set[int], floor: float = 1.0, hysteresis: int = 1):
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-        self.scaler = DynamicLossScaler(
+        self.bad = bad
+        self.optimizer = DynamicLossScaler(
             init_scale=scale, scale_window=2, min_scale=floor, delayed_shift=hysteresis,
             consecutive_hysteresis=False, raise_error_at_min_scale=True,
         )
-        self.bad, self.floor = bad, floor
-        self.global_steps = self.skipped_steps = 0
-        self.applied = False
-
-    @property
-    def optimizer(self):
-        return self.scaler
-
-    def is_gradient_accumulation_boundary(self):
-        return True
-
-    def fp16_enabled(self):
-        return True
-
-    def dynamic_loss_scale(self):
-        return True
-
-    def dynamic_loss_scale_args(self):
-        return {"min_scale": self.floor}
-
-    def was_step_applied(self):
-        return self.applied
-
-    def get_global_grad_norm(self):
-        return 1.5
+        self.is_gradient_accumulation_boundary = self.fp16_enabled = lambda: True
+        self.dynamic_loss_scale = lambda: True
+        self.dynamic_loss_scale_args = lambda: {"min_scale": floor}
+        self.was_step_applied = lambda: self.applied
+        self.get_global_grad_norm = lambda: 1.5
 
     def step(self):
         overflow = self.global_steps + 1 in self.bad
-        self.scaler.update_scale(overflow)
+        self.optimizer.update_scale(overflow)
         self.applied = not overflow
         self.global_steps += 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from preprocess.errors import StopRequested
 from tests.support.forked_ranks import Server
-from tests.support.runs import arguments, logged, pretrained
+from tests.support.runs import arguments, logged, pretrained, write_ds_config
 from tests.support.states import assert_same_bits, leaves, states
 from train import data
 from train import engine as ds
@@ -23,38 +22,25 @@ from train.stages import masked_lm as mlm
 
 STEPS = 6
 HALF = 3
-PRECISIONS = ("fp32", "bf16", "fp16")
+BLOCKS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    # The scale starts too high and moves both ways.
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 2,
+                      "hysteresis": 1}},
+}
 # fp16 without ZeRO is refused: DeepSpeed 0.19 forgets the loss scale there.
-SETTINGS = [(p, s) for p in PRECISIONS for s in range(4) if (p, s) != ("fp16", 0)]
+SETTINGS = [(p, s) for p in BLOCKS for s in range(4) if (p, s) != ("fp16", 0)]
 
 
-def ds_config(folder: Path, stage: int, precision: str) -> Path:
-    """Write a JSON; the fp16 scale starts too high and moves both ways."""
-    config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
-    config["zero_optimization"] = {"stage": stage}
-    if precision == "bf16":
-        config["bf16"] = {"enabled": True}
-    if precision == "fp16":
-        config["fp16"] = {
-            "enabled": True, "initial_scale_power": 20, "loss_scale_window": 2, "hysteresis": 1,
-        }
-    path = folder / "ds.json"
-    path.write_text(json.dumps(config))
-    return path
-
-
-@pytest.fixture
-def all_precisions(monkeypatch):
+def allow_all_precisions(patch: pytest.MonkeyPatch) -> None:
     """Let DeepSpeed's fp16 optimizers run on a CPU, where it refuses them as slow."""
     from deepspeed.accelerator import get_accelerator
 
-    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
-
-    def as_written(config, options):
-        names = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
-        return (names or ["fp32"])[0], []
-
-    monkeypatch.setattr(ds_json, "_settle_precision", as_written)
+    patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    patch.setattr(ds_json, "_settle_precision", lambda config, options: (
+        next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")), "fp32"), []
+    ))
 
 
 @pytest.fixture
@@ -89,13 +75,13 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     [pytest.param(*one, marks=() if one[0] == "fp32" else pytest.mark.slow) for one in SETTINGS],
 )
 def test_stopped_and_resumed_equals_straight(
-    precision, stage, tmp_path, reviews_store, tiny_encoder, all_precisions, batches_seen,
-    monkeypatch,
+    precision, stage, tmp_path, reviews_store, tiny_encoder, batches_seen, monkeypatch
 ):
     """Dropout is on; a step has two micro batches."""
+    allow_all_precisions(monkeypatch)
     options = {
         "max_steps": STEPS, "gradient_accumulation_steps": 2, "eval_fraction": 0,
-        "deepspeed_config": ds_config(tmp_path, stage, precision),
+        "deepspeed_config": write_ds_config(tmp_path, stage, BLOCKS[precision]),
     }
     pretrained(reviews_store, tiny_encoder, tmp_path / "straight", **options)
     straight, batches_seen[:] = list(batches_seen), []
@@ -157,15 +143,10 @@ def full_states(engine: Any) -> dict[str, torch.Tensor]:
 
 def run_all(runs: list[list[str]]) -> None:
     """Do each run, and keep its unsharded states where it is saved or loaded half-way."""
-    from deepspeed.accelerator import get_accelerator
-
     from train import pretrain
     from train.config import PretrainConfig, parse
 
-    type(get_accelerator()).is_fp16_supported = lambda self: True
-    ds_json._settle_precision = lambda config, options: (
-        next((name for name in ("fp16", "bf16") if name in config), "fp32"), []
-    )
+    allow_all_precisions(pytest.MonkeyPatch())
     save, load = ds.save_state, ds.load_state
 
     def keep(engine: Any, folder: Path, name: str) -> None:
@@ -198,8 +179,7 @@ def world(tmp_path_factory, reviews_store, still_encoder) -> Path:
     configs = {}
     for precision, stage in SETTINGS:
         name = f"{precision}-zero{stage}"
-        (folder / name).mkdir()
-        configs[name] = ds_config(folder / name, stage, precision)
+        configs[name] = write_ds_config(folder, stage, BLOCKS[precision], name)
 
     def flags(run: str, config: str, micro: int = 2, **options: Any) -> list[str]:
         steps = LONG if config.startswith("fp32") else SHORT

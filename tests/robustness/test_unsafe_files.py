@@ -24,7 +24,7 @@ from preprocess.corpus import Span, load_task, read_documents, sources
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import atomic_write_json, seal
 from preprocess.store import TokenStore, open_array, write_array
-from tests.support.stores import FakeTokenizer, write
+from tests.support.stores import write
 from train import model
 from train.data import row_tables
 from train.recipes import recipe
@@ -284,13 +284,11 @@ def test_a_checkpoints_code_runs_only_when_asked_for(spied, canary, reviews_file
         except (ConfigError, DataError) as error:
             assert "\n" not in str(error)
         assert not canary.exists()
-
-
-def test_an_unknown_architecture_is_no_reason_to_run_code(spied, canary):
+    # An unknown architecture is no reason to run it.
     config = json.loads((spied / "config.json").read_text())
     (spied / "config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        model.load_config(str(spied))
+        model.load_config(name)
 
 
 def test_pickled_weights_run_nothing(tmp_path, canary, tiny_encoder):
@@ -330,20 +328,15 @@ def compress(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("ending", ["txt.gz", "txt.zst", "jsonl.gz", "csv.gz", "tsv.zst"])
-def test_ten_megabytes_of_zeros_in_a_line(tmp_path, ending):
+@pytest.mark.parametrize(
+    ("content", "line"), [(b"\0" * 10_000_000, "line [12]: "), ((b" " * 9999 + b"\n") * 800, "")]
+)
+def test_a_bomb_is_refused_before_it_fills_the_memory(tmp_path, ending, content, line):
     first = b'{"text": "x"}\n' if "jsonl" in ending else b"text\n"
-    path = compress(tmp_path / f"bomb.{ending}", first + b"\0" * 10_000_000)
+    path = compress(tmp_path / f"bomb.{ending}", first + content)
     assert path.stat().st_size < 11_000
-    with pytest.raises(DataError, match=r"bomb\..*, line [12]: more than 500 times as long"):
+    with pytest.raises(DataError, match=rf"bomb\..*{line}more than 500 times as long"):
         list(read_documents([str(path)]))
-
-
-@pytest.mark.parametrize("ending", ["gz", "zst"])
-def test_a_bomb_of_many_lines(tmp_path, ending):
-    path = compress(tmp_path / f"bomb.txt.{ending}", (b" " * 9999 + b"\n") * 1000)
-    with pytest.raises(DataError, match="more than 500 times as long"):
-        for _ in read_documents([str(path)]):
-            pass
 
 
 def test_text_that_compresses_well_is_read(tmp_path):
@@ -389,32 +382,17 @@ def test_a_block_has_an_end(tmp_path, monkeypatch):
         next(documents)
 
 
-def test_xml_does_not_laugh_a_billion_times(tmp_path):
-    entities = "".join(
-        f'<!ENTITY l{i} "{f"&l{i - 1};" * 10 if i else "ha" * 50}">' for i in range(9)
-    )
-    text = f"<!DOCTYPE s [{entities}]><sentences><sentence><text>&l8;</text></sentence></sentences>"
-    (tmp_path / "train.xml").write_text(text)
-    with pytest.raises(DataError, match=r"train\.xml: not valid XML"):
-        load_task("semeval14_laptop", data_dir=str(tmp_path))
+LAUGHS = "".join(f'<!ENTITY x{i} "{f"&x{i - 1};" * 10 if i else "ha" * 50}">' for i in range(9))
 
 
-def test_outside_entities_are_not_read(tmp_path):
+@pytest.mark.parametrize(
+    ("entities", "used"), [(LAUGHS, "x8"), ('<!ENTITY x SYSTEM "file://{}/secret">', "x")]
+)
+def test_xml_entities_neither_grow_nor_read_files(tmp_path, entities, used):
     (tmp_path / "secret").write_text("secret")
-    text = (
-        f'<!DOCTYPE s [<!ENTITY x SYSTEM "file://{tmp_path}/secret">]><sentences><sentence>'
-        "<text>&x;</text></sentence></sentences>"
+    (tmp_path / "train.xml").write_text(
+        f"<!DOCTYPE s [{entities.replace('{}', str(tmp_path))}]><sentences><sentence>"
+        f"<text>&{used};</text></sentence></sentences>"
     )
-    (tmp_path / "train.xml").write_text(text)
     with pytest.raises(DataError, match=r"train\.xml: not valid XML"):
         load_task("semeval14_laptop", data_dir=str(tmp_path))
-
-
-def test_a_deep_json_line_is_said(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
-    with pytest.raises(DataError, match=r"a\.jsonl, line 1: not JSON"):
-        list(read_documents([str(tmp_path / "a.jsonl")]))
-    write(tmp_path / "s", [[[1]]], tokenizer=FakeTokenizer(10))
-    (tmp_path / "s.json").write_text('{"a": ' + "[" * 100_000)
-    with pytest.raises(DataError, match=r"s\.json: not valid JSON"):
-        TokenStore.open(tmp_path / "s")

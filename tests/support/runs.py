@@ -36,12 +36,13 @@ def write_lineage(folder: Path, *stages: dict[str, Any]) -> None:
     (folder / "lineage.json").write_text(json.dumps(lineage))
 
 
-def write_ds_config(folder: Path, stage: int, **zero) -> str:
-    """A CPU configuration with this ZeRO stage."""
+def write_ds_config(folder: Path, stage: int, blocks: dict[str, Any] | None = None, name: str = "",
+                    **zero: Any) -> str:
+    """Write a CPU configuration with this ZeRO stage; `blocks` replace those of the same name."""
     config = json.loads((ds.DS_CONFIGS / "cpu.json").read_text())
     config["zero_optimization"] = {"stage": stage, **zero}
-    path = folder / f"zero{stage}.json"
-    path.write_text(json.dumps(config))
+    path = folder / f"{name or f'zero{stage}'}.json"
+    path.write_text(json.dumps({**config, **(blocks or {})}))
     return str(path)
 
 

@@ -47,6 +47,12 @@ def read(shard) -> list[list[list[int]]]:
     return documents
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def foreign(prefix, sequences, documents, code=8) -> None:
     """Write a Megatron-Core store byte by byte, as other programs do."""
     lengths = [len(s) for s in sequences]
