@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -457,17 +456,6 @@ def test_unknown_names_list_the_known_ones(flag, known, store):
         show(store, flag, "nope")
 
 
-def test_an_index_of_another_store_is_refused(store, tmp_path, tokenizer):
-    other = str(tmp_path / "other")
-    with StoreWriter(other, tokenizer, {}) as writer:
-        writer.add_document([[5, 6, 7]])
-    write_array(TokenStore.open(other).shards[0], "sel", "mask", np.array([0], np.uint32), {})
-    for ending in ("npy", "json"):
-        shutil.copy(f"{other}.sel.mask.{ending}", f"{store}-00000-of-00003.sel.mask.{ending}")
-    with pytest.raises(DataError, match="made for the store"):
-        show(store)
-
-
 def test_an_empty_store_is_refused(tmp_path, tokenizer):
     with StoreWriter(str(tmp_path / "e"), tokenizer, {}):
         pass
@@ -484,16 +472,6 @@ def test_a_page_that_cannot_be_written_is_refused_first(store, tmp_path, monkeyp
                                                       "nothing can be written in")):
         with pytest.raises(ConfigError, match=message):
             show(store, "--html", str(path))
-
-
-@pytest.mark.parametrize("how", [["preprocess/show_masks.py"], ["-m", "preprocess.show_masks"]])
-def test_command_by_path_and_by_module(how, store):
-    command = [sys.executable, *how]
-    shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0 and "--mask_index" in shown.stdout
-    options = ["--tokens", store, "--mask_index", "nope"]
-    failed = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 3 and len(failed.stderr.splitlines()) == 1
 
 
 def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(store):

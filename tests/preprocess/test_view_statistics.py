@@ -200,6 +200,12 @@ def test_tables_say_what_was_counted(store, vocabulary):
     overall = {row[0]: row[1:] for row in tables["Overall"].rows}
     masked = [index.masked for index in counted.indices]
     assert overall["masked tokens"] == [f"{m:,}" for m in masked]
+    of_candidates = [f"{100 * m / counted.candidates:.1f} %" for m in masked]
+    assert overall["of the candidates"] == of_candidates
+    unmasked = [f"{index.rates[0]:,}" for index in counted.indices]
+    assert overall["sequences without a mask"] == unmasked
+    by_chance = [f"{100 * one.by_chance / one.masked:.1f} %" for one in counted.indices]
+    assert overall["hit by chance"] == by_chance
     assert overall["in the other index too"][1] == f"{100 * counted.shared / masked[1]:.1f} %"
     assert f"share {counted.shared:,} tokens" in tables["Overall"].note
     assert "of the store" not in tables["Overall"].note
