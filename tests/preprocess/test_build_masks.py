@@ -24,7 +24,6 @@ from preprocess.masking import (
     find_candidates,
 )
 from preprocess.store import (
-    StoreWriter,
     TokenStore,
     array_path,
     iterate_blocks,
@@ -33,6 +32,7 @@ from preprocess.store import (
     write_array,
 )
 from preprocess.text.continuations import continuation_table, find_continuations
+from tests.support.stores import write
 
 ALL = sorted(STRATEGIES)
 ARRAYS = {"scores": "mr", "match": "sel"}  # by need: what the fixtures put beside their stores
@@ -73,20 +73,16 @@ def make_documents() -> list[list[np.ndarray]]:
     ]
 
 
-def write_store(prefix: Path, tokenizer, cuts: list[int] | None) -> str:
-    """Write the documents in one piece, or cut into shards before the documents `cuts`."""
+def write_store(prefix: Path, tokenizer, *cuts: int) -> str:
+    """Write the documents, cut into shards before the documents `cuts`, with scores and an index.
+    """
     documents = make_documents()
-    if cuts is None:
-        parts = [(None, documents)]
-    else:
-        edges = [0, *cuts, len(documents)]
-        parts = [
-            ((i, len(edges) - 1), documents[edges[i] : edges[i + 1]]) for i in range(len(edges) - 1)
-        ]
-    for shard, part in parts:
-        with StoreWriter(str(prefix), tokenizer, {}, shard=shard) as writer:
-            for document in part:
-                writer.add_document(document)
+    edges = [0, *cuts, len(documents)]
+    for i, (first, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        shard = (i, len(edges) - 1) if cuts else None
+        write(prefix, documents[first:end], shard, tokenizer)
+    add_scores(str(prefix))
+    build(str(prefix), "selective", "sel", "--scores", "mr")
     return str(prefix)
 
 
@@ -113,18 +109,12 @@ def read_index(prefix: str, name: str) -> np.ndarray:
 
 @pytest.fixture
 def single(tmp_path, tokenizer):
-    prefix = write_store(tmp_path / "one", tokenizer, None)
-    add_scores(prefix)
-    build(prefix, "selective", "sel", "--scores", "mr")
-    return prefix
+    return write_store(tmp_path / "one", tokenizer)
 
 
 @pytest.fixture
 def sharded(tmp_path, tokenizer):
-    prefix = write_store(tmp_path / "many", tokenizer, [10, 10, 45])  # the second shard is empty
-    add_scores(prefix)
-    build(prefix, "selective", "sel", "--scores", "mr")
-    return prefix
+    return write_store(tmp_path / "many", tokenizer, 10, 10, 45)  # the second shard is empty
 
 
 # ------------------------------------------------------------------------------------ results
@@ -370,8 +360,7 @@ def test_a_name_that_is_no_name_is_refused(single):
 
 
 def test_an_empty_store_gets_an_empty_index(tmp_path, tokenizer, capsys):
-    with StoreWriter(str(tmp_path / "e"), tokenizer, {}):
-        pass
+    write(tmp_path / "e", [], tokenizer=tokenizer)
     build(str(tmp_path / "e"), "whole_word", "out")
     assert read_index(str(tmp_path / "e"), "out").tolist() == []
     assert "masked" in capsys.readouterr().out

@@ -15,8 +15,9 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from preprocess.corpus import load_task
 from preprocess.errors import ConfigError
 from preprocess.files import WriterLock
-from preprocess.store import StoreWriter, TokenStore, open_array
+from preprocess.store import TokenStore, open_array
 from preprocess.text.stop_words import STOP_WORDS
+from tests.support.stores import write
 from train import annotate, engine
 from train.stages.importance import CRITERIA, cut_to_fit, find_important
 
@@ -311,8 +312,7 @@ def test_one_writer_an_annotation(task_files, make_classifier, no_process_group,
 def test_other_stores_are_not_replaced(
     task_files, make_classifier, no_process_group, tmp_path, tiny_tokenizer
 ):
-    with StoreWriter(str(tmp_path / "A"), tiny_tokenizer, {}) as writer:
-        writer.add_document([[7, 8]])
+    write(tmp_path / "A", [[[7, 8]]], tokenizer=tiny_tokenizer)
     with pytest.raises(ConfigError, match="another token store is there"):
         run(task_files, make_classifier(["neg", "pos"]), tmp_path / "A")
 

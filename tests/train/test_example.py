@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from preprocess.store import StoreWriter, TokenStore
+from preprocess.store import TokenStore
+from tests.support.stores import write
 from train import data
 from train.data import row_tables
 from train.stages.example import NUM_TOKENS, Example, escape, spell
@@ -83,9 +84,8 @@ def test_the_same_text_whatever_the_batch_and_the_place(tmp_path, reviews_store,
 
 def test_long_texts_are_cut(tmp_path, tiny_tokenizer):
     prefix = str(tmp_path / "long")
-    with StoreWriter(prefix, tiny_tokenizer, {}) as writer:
-        for start in range(8):
-            writer.add_document([(np.arange(400) + start) % 40 + 5])
+    documents = [[(np.arange(400) + start) % 40 + 5] for start in range(8)]
+    write(prefix, documents, tokenizer=tiny_tokenizer)
     example = Example(held_out(TokenStore.open(prefix), 1, 512), tiny_tokenizer)
     table = example.table(example.predict(Oracle(), torch.device("cpu")))
     assert len(spell(example._original, tiny_tokenizer)) == NUM_TOKENS

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from preprocess.errors import DataError
-from preprocess.store import StoreWriter, TokenStore, open_array, write_array
+from preprocess.store import TokenStore, open_array, write_array
+from tests.support.stores import write
 from train import fit_scorer
 from train.fit_scorer import NOT_ANNOTATED, Annotated
 from train.stages.examples import IGNORED
@@ -19,9 +20,7 @@ TEMPLATE = Template((2,), (), (3,), 0)
 
 def write_annotations(prefix, tokenizer, documents, importance) -> TokenStore:
     """A store of `documents` (lists of sentences of ids) and one importance value a token."""
-    with StoreWriter(str(prefix), tokenizer, {}) as writer:
-        for document in documents:
-            writer.add_document(document)
+    write(prefix, documents, tokenizer=tokenizer)
     store = TokenStore.open(str(prefix))
     write_array(
         store.shards[0], "", "importance", np.array(importance, dtype=np.uint8), {"made_by": "test"}

@@ -19,12 +19,12 @@ from preprocess.files import seal
 from preprocess.masking import STRATEGIES, Sequences
 from preprocess.progress import Progress
 from preprocess.store import (
-    StoreWriter,
     TokenStore,
     array_path,
     lock_array,
     open_array,
 )
+from tests.support.stores import write
 from train import engine, score_tokens
 from train.run_dir.hf_folder import open_weights
 from train.stages import scoring
@@ -61,9 +61,8 @@ def store(tmp_path, scorer):
     rng = np.random.default_rng(1)
     lengths = [[[3, 1, 0], [30]], [[14, 15], [], [7, 2, 2, 5, 11]]]
     for index, documents in enumerate(lengths):
-        with StoreWriter(str(tmp_path / "P"), scorer[1], {}, (index, 2)) as writer:
-            for document in documents:
-                writer.add_document([rng.integers(5, 35, n) for n in document])
+        sentences = [[rng.integers(5, 35, n) for n in document] for document in documents]
+        write(tmp_path / "P", sentences, (index, 2), scorer[1])
     return TokenStore.open(tmp_path / "P")
 
 
