@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore, open_array
+from tests.support.runs import read_csv
 from train import data, pipeline
 from train.data import row_tables
 from train.recipes import run as run_room
@@ -101,11 +102,6 @@ def copy(finished, tmp_path) -> Path:
 
 def stages(folder: Path) -> list[dict]:
     return json.loads((folder / "lineage.json").read_text())["stages"]
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def domain(root: Path) -> TokenStore:

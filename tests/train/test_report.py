@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from preprocess.errors import ConfigError, DataError
-from tests.support.runs import made_up_stage, write_lineage
+from tests.support.runs import made_up_stage, read_csv, write_lineage
 from train import report
 from train.reports.page import Picture, as_html
 from train.run_dir.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
@@ -100,11 +99,6 @@ def write_report(tmp_path: Path, *folders: Path) -> Path:
     output = tmp_path / "out"
     report.main([*map(str, folders or [tmp_path / "R"]), "--output_dir", str(output)])
     return output
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def is_png(path: Path) -> bool:
