@@ -130,6 +130,15 @@ def reviews_store(tmp_path_factory, tiny_encoder, reviews_file) -> str:
     return prefix
 
 
+@pytest.fixture
+def no_process_group(monkeypatch):
+    """Run commands in this process, without a process group."""
+    from train import engine
+
+    monkeypatch.setattr(engine, "start", lambda: torch.device("cpu"))
+    monkeypatch.setattr(engine, "finish", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def run_command_line() -> Callable[..., subprocess.CompletedProcess]:
     """`run`, for tests."""

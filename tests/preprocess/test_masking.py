@@ -53,10 +53,6 @@ def make_batch(num_tokens: int = 100_000, seed: int = 1, epoch: int = 0, **chang
     return dataclasses.replace(batch, **changes)
 
 
-def counts_of(chosen: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    return np.diff(np.searchsorted(chosen, offsets))
-
-
 def test_every_record_is_filled_in():
     for name, strategy in STRATEGIES.items():
         assert strategy.needs <= {"scores", "match", "words"}
@@ -92,9 +88,9 @@ def test_same_seed_same_positions_other_seed_or_epoch_others(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("cut", [1, 3, 100])
-def test_positions_do_not_depend_on_how_the_batch_is_cut(name, cut):
-    whole = make_batch(3_000)
+@pytest.mark.parametrize(("cut", "rate"), [(1, 0.15), (3, 1.0), (100, 0.15)])
+def test_positions_do_not_depend_on_how_the_batch_is_cut(name, cut, rate):
+    whole = make_batch(3_000, rate=rate)
     parts = []
     for first in range(0, len(whole.offsets) - 1, cut):
         offsets = whole.offsets[first : first + cut + 1]
@@ -111,7 +107,8 @@ def test_positions_do_not_depend_on_how_the_batch_is_cut(name, cut):
             matched_counts=whole.matched_counts[first : first + cut],
         )
         parts.append(STRATEGIES[name].choose(part) + offsets[0])
-    assert np.concatenate(parts).tolist() == STRATEGIES[name].choose(whole).tolist()
+    assert np.concatenate(parts).tolist() == twin(name, whole)
+    assert STRATEGIES[name].choose(whole).tolist() == twin(name, whole)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -189,15 +186,6 @@ def test_random_meets_its_budget_in_every_draw():
         assert abs(int(draw_counts(batch).sum()) - 15_000) <= 15
 
 
-def test_random_masks_exactly_the_drawn_count():
-    batch = make_batch()
-    counts = draw_counts(batch)
-    assert counts_of(STRATEGIES["random"].choose(batch), batch.offsets).tolist() == counts.tolist()
-    possible = counts_of(np.flatnonzero(batch.candidates), batch.offsets)
-    assert (counts >= np.floor(0.15 * possible)).all()
-    assert (counts <= np.ceil(0.15 * possible)).all()
-
-
 def test_whole_word_budget_is_exact_in_expectation_for_one_sequence():
     # Words of 3, 2, 2 and 1 tokens; the budget is 0.4 * 8 = 3.2 tokens.
     batch = Sequences(
@@ -216,29 +204,6 @@ def test_whole_word_budget_is_exact_in_expectation_for_one_sequence():
             assert len(set(word) & set(chosen)) in (0, len(word))
         total += len(chosen)
     assert abs(total / 4_000 - 3.2) < 0.06  # one sd is 0.015
-
-
-def test_whole_word_rate_one_masks_everything():
-    batch = make_batch(2_000, rate=1.0)
-    chosen = STRATEGIES["whole_word"].choose(batch)
-    assert chosen.tolist() == np.flatnonzero(batch.candidates).tolist()
-
-
-def test_a_word_does_not_reach_over_a_special_token_or_a_sequence():
-    batch = Sequences(
-        offsets=np.array([0, 3, 4]),
-        positions=np.arange(4),
-        candidates=np.array([1, 0, 1, 1], dtype=bool),
-        rate=0.5,
-        seed=0,
-        epoch=0,
-        continues_word=np.ones(4, dtype=bool),
-    )
-    seen = set()
-    for epoch in range(60):
-        chosen = STRATEGIES["whole_word"].choose(dataclasses.replace(batch, epoch=epoch))
-        seen.add(tuple(chosen.tolist()))
-    assert seen == {(0,), (2,), (0, 3), (2, 3)}
 
 
 def test_selective_limit_by_hand():
@@ -266,40 +231,6 @@ def test_selective_by_hand():
     everything = dataclasses.replace(batch, rate=1.0)
     assert 11 in STRATEGIES["selective"].choose(everything)
     assert 5 not in STRATEGIES["selective"].choose(everything)
-
-
-def test_selective_budget():
-    batch = make_batch()
-    chosen = STRATEGIES["selective"].choose(batch)
-    assert (batch.scores[chosen] > 0).all()
-    counts = counts_of(chosen, batch.offsets)
-    for b, count in enumerate(counts.tolist()):
-        tokens = slice(batch.offsets[b], batch.offsets[b + 1])
-        length = int(batch.candidates[tokens].sum())
-        above = int((batch.candidates[tokens] & (batch.scores[tokens] > 0)).sum())
-        assert count == min(above, max(1, math.floor(0.15 * length)))
-
-
-def test_selective_ties_are_drawn_not_taken_from_the_left():
-    batch = make_batch(10_000, scores=np.ones(10_000, dtype=np.float16))
-    chosen = STRATEGIES["selective"].choose(batch)
-    sequence = np.searchsorted(batch.offsets, chosen, side="right") - 1
-    place = (chosen - batch.offsets[sequence]) / np.diff(batch.offsets)[sequence]
-    assert 0.45 < place.mean() < 0.55
-
-
-def test_selective_fill_budget_and_that_it_holds_the_selective_ones():
-    batch = make_batch()
-    selective, filled = (STRATEGIES[name].choose(batch) for name in ("selective", "selective_fill"))
-    assert set(selective.tolist()) <= set(filled.tolist())
-    budget = np.maximum(draw_counts(batch), counts_of(selective, batch.offsets))
-    assert counts_of(filled, batch.offsets).tolist() == budget.tolist()
-
-
-def test_random_matched_takes_exactly_the_matched_counts():
-    batch = make_batch()
-    chosen = STRATEGIES["random_matched"].choose(batch)
-    assert counts_of(chosen, batch.offsets).tolist() == batch.matched_counts.tolist()
 
 
 def test_random_matched_refuses_more_than_the_candidates():
@@ -539,7 +470,7 @@ def test_corruption_is_redrawn_each_epoch_and_belongs_to_the_position():
     assert corrupt_here(original[:0]).shape == (0,)
 
 
-# ----------------------------------------------------------------- words and the usual collator
+# --------------------------------------------------------------------------------------- words
 
 TEXTS = [
     "Don't you think they've said it's hers? We'll see; I'm sure he'd know.",
@@ -566,7 +497,7 @@ def train_tokenizer(kind: str):
         trainer = trainers.WordPieceTrainer(
             vocab_size=170, special_tokens=special, show_progress=False
         )
-    elif kind == "bpe":
+    else:
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
@@ -575,12 +506,6 @@ def train_tokenizer(kind: str):
             special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
-        )
-    else:
-        inner = Tokenizer(models.Unigram())
-        inner.pre_tokenizer = pre_tokenizers.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=150, special_tokens=special, unk_token="[UNK]", show_progress=False
         )
     inner.train_from_iterator(TEXTS[:3] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
@@ -602,20 +527,15 @@ def compare_words(tokenizer, texts):
     return int((found != np.array(truth)).sum()), len(flat)
 
 
-def test_wordpiece_words_are_exactly_the_tokenizers():
-    wrong, num_tokens = compare_words(train_tokenizer("wordpiece"), [*TEXTS, "", *TEXTS])
-    assert wrong == 0 and num_tokens > 200
-
-
-def test_byte_level_words_are_the_tokenizers_on_ordinary_text():
-    wrong, num_tokens = compare_words(train_tokenizer("bpe"), [*TEXTS[:3], "", TEXTS[4]])
-    assert wrong == 0 and num_tokens > 120
-
-
-def test_byte_level_words_are_nearly_the_tokenizers_on_cut_characters_and_white_space():
+@pytest.mark.parametrize(("kind", "texts", "wrong_share"), [
+    ("wordpiece", [*TEXTS, "", *TEXTS], 0),
+    ("bpe", [*TEXTS[:3], "", TEXTS[4]], 0),
     # This vocabulary spells every character outside ASCII in bytes: the hardest case.
-    wrong, num_tokens = compare_words(train_tokenizer("bpe"), TEXTS)
-    assert wrong <= 0.03 * num_tokens
+    ("bpe", TEXTS, 0.03),
+])
+def test_words_are_those_of_the_tokenizer(kind, texts, wrong_share):
+    wrong, num_tokens = compare_words(train_tokenizer(kind), texts)
+    assert wrong <= wrong_share * num_tokens and num_tokens > 120
 
 
 def test_an_added_token_is_a_word_of_its_own():
@@ -627,54 +547,10 @@ def test_an_added_token_is_a_word_of_its_own():
 
 
 def test_words_of_other_tokenizers_are_refused():
+    from tokenizers import Tokenizer, models
+
     with pytest.raises(ConfigError, match="Unigram"):
-        continuation_table(train_tokenizer("unigram"))
-
-
-def test_marginal_rates_equal_those_of_the_usual_collator():
-    import torch
-    from transformers import DataCollatorForLanguageModeling
-
-    tokenizer = train_tokenizer("wordpiece")
-    size, mask_id, special = len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids
-    rng = np.random.default_rng(0)
-    rows = rng.integers(len(special), size, size=(1_000, 128))
-    rows[:, 0], rows[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=1)
-    theirs = collator([{"input_ids": torch.tensor(row)} for row in rows])
-    their_masked = (theirs["labels"] != -100).numpy()
-
-    flat = rows.ravel().astype(np.uint16)
-    batch = Sequences(
-        offsets=np.arange(0, flat.size + 1, 128),
-        positions=np.arange(flat.size),
-        candidates=find_candidates(flat, special),
-        rate=0.15,
-        seed=1,
-        epoch=0,
-    )
-    chosen = STRATEGIES["random"].choose(batch)
-    new = corrupt(
-        flat[chosen],
-        chosen,
-        seed=1,
-        epoch=0,
-        mask_id=mask_id,
-        vocab_size=size,
-        all_special_ids=special,
-    )
-    assert not their_masked[:, [0, -1]].any()
-    num_candidates = batch.candidates.sum()
-    assert num_candidates > 100_000
-    # their rate varies by 0.0010 (one sd), ours by 0.0001
-    assert abs(their_masked.sum() / num_candidates - len(chosen) / num_candidates) < 0.005
-    their_new = theirs["input_ids"].numpy()[their_masked]
-    for ours, others in (
-        ((new == mask_id).mean(), (their_new == mask_id).mean()),
-        ((new == flat[chosen]).mean(), (their_new == rows[their_masked]).mean()),
-    ):
-        # 19,000 masked tokens each: sd 0.004 of the difference; theirs also draws special ids
-        assert abs(ours - others) < 0.015
+        continuation_table(Tokenizer(models.Unigram()))
 
 
 def test_importing_masks_is_light():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -24,10 +23,11 @@ from preprocess.show_masks import (
     source_scores,
     take_documents,
 )
-from preprocess.store import StoreWriter, TokenStore, write_array
+from preprocess.store import TokenStore, write_array
 from preprocess.view import page as mask_page
 from preprocess.view.pieces import Piece, printable, read_sequence, split_text
 from preprocess.view.terminal import mark_piece
+from tests.support.stores import write
 
 ROOT = Path(show_masks.__file__).parents[1]
 WORDS = "the film is un ##believ ##able , and I ' m glad ( very ) <b> & don t . \x1b".split(" ")
@@ -69,9 +69,7 @@ def store(tmp_path, tokenizer):
     ids = [tokenizer.convert_tokens_to_ids(sentence.split(" ")) for sentence in SENTENCES]
     prefix = str(tmp_path / "s")
     for i, documents in enumerate([[ids[:2], []], [], [ids[2:]]]):
-        with StoreWriter(prefix, tokenizer, {}, shard=(i, 3)) as writer:
-            for document in documents:
-                writer.add_document(document)
+        write(prefix, documents, (i, 3), tokenizer)
     for shard, positions, other in zip(
         TokenStore.open(prefix).shards,
         ([1, 4, 5, 8], [], [0, 5]),
@@ -187,18 +185,6 @@ def test_terminal_compares_two_indices(store, capsys):
     ]
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def show_on_terminal(monkeypatch, columns, prefix, *options):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    show(prefix, *options)
-    return sys.stdout.getvalue()
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "coloured"),
     [("NO_COLOR", "", True), ("NO_COLOR", "1", False), ("TERM", "dumb", False)],
@@ -206,11 +192,15 @@ def show_on_terminal(monkeypatch, columns, prefix, *options):
 def test_colours_only_on_a_terminal_that_wants_them(
     variable, value, coloured, store, monkeypatch, capsys
 ):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv(variable, value)
+    for name, text in (("TERM", "xterm"), ("COLUMNS", "80"), (variable, value)):
+        monkeypatch.setenv(name, text)
     show(store, "--scores", "mr")
     assert "\x1b" not in capsys.readouterr().out
-    text = show_on_terminal(monkeypatch, 80, store, "--scores", "mr")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    show(store, "--scores", "mr")
+    text = terminal.getvalue()
     assert ("\x1b[38;5;16;48;5;222;1;4m[I+]" in text) == coloured
     assert "[film]" in text and ("\x1b" in text) == coloured
 
@@ -280,9 +270,9 @@ def test_first_documents_read_no_more_blocks_than_needed():
 
 
 def test_words_are_found_in_byte_level_text(tmp_path, byte_level):
-    with StoreWriter(str(tmp_path / "b"), byte_level, {}) as writer:
-        for text in ("a caf\u00e9 here", "Caf\u00e9", "caf\u00e9s", "no"):
-            writer.add_document([byte_level(text)["input_ids"]])
+    texts = ("a caf\u00e9 here", "Caf\u00e9", "caf\u00e9s", "no")
+    documents = [[byte_level(text)["input_ids"]] for text in texts]
+    write(tmp_path / "b", documents, tokenizer=byte_level)
     store = TokenStore.open(str(tmp_path / "b"))
     inner = byte_level.backend_tokenizer
     inner.enable_padding(length=30)  # as some published tokenizers come
@@ -457,20 +447,8 @@ def test_unknown_names_list_the_known_ones(flag, known, store):
         show(store, flag, "nope")
 
 
-def test_an_index_of_another_store_is_refused(store, tmp_path, tokenizer):
-    other = str(tmp_path / "other")
-    with StoreWriter(other, tokenizer, {}) as writer:
-        writer.add_document([[5, 6, 7]])
-    write_array(TokenStore.open(other).shards[0], "sel", "mask", np.array([0], np.uint32), {})
-    for ending in ("npy", "json"):
-        shutil.copy(f"{other}.sel.mask.{ending}", f"{store}-00000-of-00003.sel.mask.{ending}")
-    with pytest.raises(DataError, match="made for the store"):
-        show(store)
-
-
 def test_an_empty_store_is_refused(tmp_path, tokenizer):
-    with StoreWriter(str(tmp_path / "e"), tokenizer, {}):
-        pass
+    write(tmp_path / "e", [], tokenizer=tokenizer)
     shard = TokenStore.open(str(tmp_path / "e")).shards[0]
     write_array(shard, "sel", "mask", np.empty(0, np.uint32), {})
     with pytest.raises(DataError, match="has no documents"):
@@ -484,16 +462,6 @@ def test_a_page_that_cannot_be_written_is_refused_first(store, tmp_path, monkeyp
                                                       "nothing can be written in")):
         with pytest.raises(ConfigError, match=message):
             show(store, "--html", str(path))
-
-
-@pytest.mark.parametrize("how", [["preprocess/show_masks.py"], ["-m", "preprocess.show_masks"]])
-def test_command_by_path_and_by_module(how, store):
-    command = [sys.executable, *how]
-    shown = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert shown.returncode == 0 and "--mask_index" in shown.stdout
-    options = ["--tokens", store, "--mask_index", "nope"]
-    failed = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 3 and len(failed.stderr.splitlines()) == 1
 
 
 def test_a_reader_that_has_seen_enough_and_a_terminal_of_ascii(store):

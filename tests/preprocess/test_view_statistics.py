@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from preprocess.store import StoreWriter, TokenStore, write_array
+from preprocess.store import TokenStore, write_array
 from preprocess.text.continuations import open_tokenizer
 from preprocess.text.stop_words import STOP_WORDS, is_stop_word
 from preprocess.view import statistics as mask_statistics
@@ -22,6 +22,7 @@ from preprocess.view.statistics import (
     rank_types,
     share_of,
 )
+from tests.support.stores import write
 
 UNKNOWN = 1
 
@@ -32,13 +33,11 @@ def store(tmp_path_factory, tiny_tokenizer):
     generator = np.random.default_rng(5)
     prefix = str(tmp_path_factory.mktemp("statistics") / "s")
     for i in range(2):
-        with StoreWriter(prefix, tiny_tokenizer, {}, shard=(i, 2)) as writer:
-            for _ in range(20):
-                lengths = generator.integers(0, 25, size=generator.integers(0, 4))
-                writer.add_document([
-                    generator.choice([UNKNOWN, *range(5, len(tiny_tokenizer))], size=n)
-                    .astype(np.uint16) for n in lengths
-                ])
+        documents = [
+            [generator.choice([UNKNOWN, *range(5, len(tiny_tokenizer))], size=n).astype(np.uint16)
+             for n in generator.integers(0, 25, size=generator.integers(0, 4))]
+            for _ in range(20)]
+        write(prefix, documents, (i, 2), tiny_tokenizer)
     for shard in TokenStore.open(prefix).shards:
         allowed = np.flatnonzero(shard.tokens[:] != UNKNOWN)
         for name, share in (("a", 0.2), ("b", 0.4)):
@@ -113,8 +112,7 @@ def test_counts_are_those_of_a_loop(block_tokens, store, vocabulary, monkeypatch
 
 def test_overlap_by_chance_is_that_of_all_draws(tmp_path, tiny_tokenizer):
     """Of 5 tokens, 2 and 3: mean and variance over every pair of draws."""
-    with StoreWriter(str(tmp_path / "s"), tiny_tokenizer, {}) as writer:
-        writer.add_document([[5, 6, 7, 8, 9], [5]])
+    write(tmp_path / "s", [[[5, 6, 7, 8, 9], [5]]], tokenizer=tiny_tokenizer)
     store = TokenStore.open(str(tmp_path / "s"))
     for name, chosen in (("a", [0, 1]), ("b", [1, 2, 3])):
         write_array(store.shards[0], name, "mask", np.array(chosen, dtype=np.uint32), {})
@@ -200,6 +198,12 @@ def test_tables_say_what_was_counted(store, vocabulary):
     overall = {row[0]: row[1:] for row in tables["Overall"].rows}
     masked = [index.masked for index in counted.indices]
     assert overall["masked tokens"] == [f"{m:,}" for m in masked]
+    of_candidates = [f"{100 * m / counted.candidates:.1f} %" for m in masked]
+    assert overall["of the candidates"] == of_candidates
+    unmasked = [f"{index.rates[0]:,}" for index in counted.indices]
+    assert overall["sequences without a mask"] == unmasked
+    by_chance = [f"{100 * one.by_chance / one.masked:.1f} %" for one in counted.indices]
+    assert overall["hit by chance"] == by_chance
     assert overall["in the other index too"][1] == f"{100 * counted.shared / masked[1]:.1f} %"
     assert f"share {counted.shared:,} tokens" in tables["Overall"].note
     assert "of the store" not in tables["Overall"].note
@@ -226,8 +230,7 @@ def test_log_odds_as_shares():
 
 
 def test_tables_of_nothing(tmp_path, tiny_tokenizer):
-    with StoreWriter(str(tmp_path / "e"), tiny_tokenizer, {}) as writer:
-        writer.add_document([])
+    write(tmp_path / "e", [[]], tokenizer=tiny_tokenizer)
     store = TokenStore.open(str(tmp_path / "e"))
     write_array(store.shards[0], "a", "mask", np.empty(0, dtype=np.uint32), {})
     write_array(store.shards[0], "z", "scores", np.empty(0, dtype=np.float16), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ def pretrained(store: str, model: str, out: Path, **options) -> Path:
     """Train in this process; return the run directory."""
     pretrain.run(parse(PretrainConfig, arguments(store, model, out, **options)))
     return out
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def logged(run_dir: Path, tag: str) -> list[float]:

@@ -8,15 +8,16 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from preprocess.corpus import load_task
 from preprocess.errors import ConfigError
 from preprocess.files import WriterLock
-from preprocess.store import StoreWriter, TokenStore, open_array
+from preprocess.store import TokenStore, open_array
 from preprocess.text.stop_words import STOP_WORDS
+from tests.support.stores import write
 from train import annotate, engine
 from train.stages.importance import CRITERIA, cut_to_fit, find_important
 
@@ -47,6 +48,8 @@ def hashed(salt, owner, buffer, levels):
 
 
 @settings(max_examples=300, deadline=None)
+@example(sequences=[[], [4], []], salt=0, levels=50, delta=0.1, criterion="signed")
+@example(sequences=[[]], salt=0, levels=50, delta=0.1, criterion="strict")
 @given(
     sequences=st.lists(st.lists(st.integers(0, 5), max_size=9), max_size=6),
     salt=st.integers(0, 2**32),
@@ -55,6 +58,7 @@ def hashed(salt, owner, buffer, levels):
     criterion=st.sampled_from(sorted(CRITERIA)),
 )
 def test_equals_brute_force(sequences, salt, levels, delta, criterion):
+    """Published bug B20: a sentence without word pieces ended the program."""
     full = [hashed(salt, i, ("full", *s), levels) for i, s in enumerate(sequences)]
     calls = []
 
@@ -72,94 +76,38 @@ def test_equals_brute_force(sequences, salt, levels, delta, criterion):
     assert all(calls), "never asks about nothing"
 
 
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
-def test_equals_brute_force_on_thousands(criterion):
-    rng = np.random.default_rng(7)
-    sequences = [rng.integers(0, 4, rng.integers(0, 12)).tolist() for _ in range(3000)]
-    full = rng.random(3000)
-
-    def confidence(buffers, owners):
-        return np.array([hashed(3, o, b, 20) for b, o in zip(buffers, owners, strict=True)])
-
-    found = find_important(confidence, sequences, full, 0.1, criterion)
-    for i, sequence in enumerate(sequences):
-        def confidence_of(buffer, i=i):
-            return hashed(3, i, buffer, 20)
-
-        expected = brute_force(confidence_of, sequence, full[i], 0.1, criterion)
-        assert found[i].tolist() == expected
+ALIKE = dict.fromkeys([(), (1,), (2,)], 0.95)
 
 
-def from_table(table):
-    return lambda buffers, owners: [table[tuple(buffer)] for buffer in buffers]
-
-
-def marks(table, sequence, full, delta, criterion):
-    (found,) = find_important(from_table(table), [sequence], [full], delta, criterion)
-    assert found.dtype == bool and found.shape == (len(sequence),)
-    return found.tolist()
-
-
-def test_important_token_leaves_the_buffer():
-    # c is judged beside a alone: b was important and is gone.
-    table = {(1,): 0.5, (1, 2): 0.9, (1, 3): 0.6}
-    assert marks(table, [1, 2, 3], 0.9, 0.01, "signed") == [False, True, False]
-
-
-def test_first_token_important_leaves_an_empty_buffer():
-    table = {(1,): 0.9, (2,): 0.2, (2, 3): 0.895}
-    assert marks(table, [1, 2, 3], 0.9, 0.01, "signed") == [True, False, True]
-
-
-def test_criteria_differ_above_the_full_confidence():
-    table = {(): 0.5, (1,): 0.99}
-    assert marks(table, [1], 0.9, 0.01, "signed") == [True]
-    assert marks(table, [1], 0.9, 0.01, "strict") == [True]
-    assert marks(table, [1], 0.9, 0.01, "absolute") == [False]
-
-
-def test_strict_gives_nothing_where_the_empty_buffer_is_close():
-    table = {(): 0.95, (1,): 0.95, (2,): 0.95}
-    assert marks(table, [1, 2], 0.95, 0.01, "signed") == [True, True]
-    assert marks(table, [1, 2], 0.95, 0.01, "strict") == [False, False]
-
-
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
-def test_delta_is_exclusive(criterion):
+@pytest.mark.parametrize(("criteria", "table", "full", "delta", "expected"), [
+    # 3 is judged beside 1 alone: 2 was important and left the buffer.
+    ("signed", {(1,): 0.5, (1, 2): 0.9, (1, 3): 0.6}, 0.9, 0.01, [False, True, False]),
+    # An important first token leaves an empty buffer.
+    ("signed", {(1,): 0.9, (2,): 0.2, (2, 3): 0.895}, 0.9, 0.01, [True, False, True]),
+    # The criteria differ above the full confidence, and where the empty buffer is close to it.
+    ("signed strict", {(): 0.5, (1,): 0.99}, 0.9, 0.01, [True]),
+    ("absolute", {(): 0.5, (1,): 0.99}, 0.9, 0.01, [False]),
+    ("signed", ALIKE, 0.95, 0.01, [True, True]),
+    ("strict", ALIKE, 0.95, 0.01, [False, False]),
     # Quarters are exact in binary: the difference is delta itself, or just less.
-    assert marks({(): 0.0, (1,): 0.5}, [1], 0.75, 0.25, criterion) == [False]
-    assert marks({(): 0.0, (1,): np.nextafter(0.5, 1)}, [1], 0.75, 0.25, criterion) == [True]
-
-
-def test_sequence_without_tokens():
-    """Published bug B20: a sentence without word pieces ended the program."""
-    def never(buffers, owners):
-        raise AssertionError("nothing to ask about")
-
-    for criterion in CRITERIA:
-        assert find_important(never, [], [], 0.01, criterion) == []
-        (found,) = find_important(never, [[]], [0.9], 0.01, criterion)
-        assert found.shape == (0,)
-    found = find_important(from_table({(): 0.1, (4,): 0.9}), [[], [4], []], [0.5] * 3, 0.01)
-    assert [f.tolist() for f in found] == [[], [True], []]
-
-
-def test_owners_name_the_sequence():
-    seen = []
-
+    ("signed absolute strict", {(): 0.0, (1,): 0.5}, 0.75, 0.25, [False]),
+    ("signed absolute strict", {(): 0.0, (1,): np.nextafter(0.5, 1)}, 0.75, 0.25, [True]),
+])
+def test_importance_by_hand(criteria, table, full, delta, expected):
     def confidence(buffers, owners):
-        seen.append((list(buffers), owners))
-        return [0.0] * len(buffers)
+        return [table[tuple(buffer)] for buffer in buffers]
 
-    find_important(confidence, [[1], [], [5, 6]], [0.9, 0.9, 0.9], 0.01)
-    assert seen == [([[1], [5]], [0, 2]), ([[5, 6]], [2])]
+    for criterion in criteria.split():
+        sequence = list(range(1, len(expected) + 1))
+        (found,) = find_important(confidence, [sequence], [full], delta, criterion)
+        assert found.dtype == bool and found.tolist() == expected
 
 
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="signed, absolute, strict"):
-        find_important(from_table({}), [[1]], [0.5], 0.01, "abs")
+        find_important(None, [[1]], [0.5], 0.01, "abs")
     with pytest.raises(ValueError, match="2 full confidences for 1 sequences"):
-        find_important(from_table({}), [[1]], [0.5, 0.5], 0.01)
+        find_important(None, [[1]], [0.5, 0.5], 0.01)
 
 
 # ------------------------------------------------------------------ the command, on a tiny task
@@ -201,13 +149,6 @@ def make_classifier(tmp_path_factory, tiny_tokenizer):
         return folder
 
     return make
-
-
-@pytest.fixture
-def one_process(monkeypatch):
-    """Run commands in this process without a process group."""
-    monkeypatch.setattr(engine, "start", lambda: torch.device("cpu"))
-    monkeypatch.setattr(engine, "finish", lambda: None)
 
 
 @pytest.fixture
@@ -273,7 +214,7 @@ def annotate_alone(model, label, tokens, criterion="signed", aspect=None, delta=
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 @pytest.mark.parametrize("batch_tokens", ["16", "8192"])
 def test_command_equals_one_at_a_time(
-    task_files, make_classifier, one_process, tmp_path, criterion, batch_tokens, capsys
+    task_files, make_classifier, no_process_group, tmp_path, criterion, batch_tokens, capsys
 ):
     folder = make_classifier(["neg", "pos"])
     options = ("--criterion", criterion, "--batch_tokens", batch_tokens)
@@ -312,7 +253,7 @@ polarity="negative"/></aspectCategories></sentence>
 </sentences>"""  # the hash of its text makes the last one validation
 
 
-def test_aspects_of_a_text_are_united(make_classifier, one_process, tmp_path, tiny_tokenizer):
+def test_aspects_of_a_text_are_united(make_classifier, no_process_group, tmp_path, tiny_tokenizer):
     for name in ("train.xml", "test.xml"):
         (tmp_path / name).write_text(XML)
     flags = ["--task", "semeval14_restaurant", "--data_dir", str(tmp_path)]
@@ -329,11 +270,11 @@ def test_aspects_of_a_text_are_united(make_classifier, one_process, tmp_path, ti
         assert len(documents) == len(texts) and all(len(s) == 1 for s in documents)
         for text, ((tokens, importance),) in zip(texts, documents, strict=True):
             marks = []
-            for example in examples:
-                if example.text == text:
-                    aspect = tiny_tokenizer(example.aspect, add_special_tokens=False)["input_ids"]
+            for one in examples:
+                if one.text == text:
+                    aspect = tiny_tokenizer(one.aspect, add_special_tokens=False)["input_ids"]
                     aspect = aspect[: max(LIMIT - 3 - len(tokens), (LIMIT - 3) // 2)]
-                    label = labels.index(("positive", "negative", "neutral")[example.label])
+                    label = labels.index(("positive", "negative", "neutral")[one.label])
                     marks.append(annotate_alone(model, label, tokens, aspect=aspect))
             marks = np.array(marks)
             known = (marks == 1).any(0).astype(int)
@@ -344,35 +285,21 @@ def test_aspects_of_a_text_are_united(make_classifier, one_process, tmp_path, ti
     assert annotated >= 2 and mixed, "some text is annotated for two aspects"
 
 
-def test_another_delta_is_not_answered_from_an_old_annotation(
-    task_files, make_classifier, one_process, tmp_path, capsys
+def test_annotation_is_made_again_where_unfinished_or_asked_for(
+    task_files, make_classifier, no_process_group, tmp_path
 ):
-    """Published bug B14: caches were named by a folder, so another delta got the old ones."""
-    folder = make_classifier(["neg", "pos"])
-    run(task_files, folder, tmp_path / "A")
-    before, _ = read(tmp_path / "A")
-    stamp = (tmp_path / "A.importance.json").stat().st_mtime_ns
-    capsys.readouterr()
-    run(task_files, folder, tmp_path / "A")
-    assert "finished already" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--delta 0.1, and this run has 0.4; .*--overwrite"):
-        run(task_files, folder, tmp_path / "A", "--delta", "0.4")
-    assert stamp == (tmp_path / "A.importance.json").stat().st_mtime_ns
-    run(task_files, folder, tmp_path / "A", "--delta", "0.4", "--overwrite")
-    after, info = read(tmp_path / "A")
-    assert after != before and info["identity"]["options"]["delta"] == 0.4
-
-
-def test_unfinished_annotation_is_made_again(task_files, make_classifier, one_process, tmp_path):
     folder = make_classifier(["neg", "pos"])
     run(task_files, folder, tmp_path / "A")
     before, _ = read(tmp_path / "A")
     (tmp_path / "A.importance.json").unlink()
     run(task_files, folder, tmp_path / "A")
     assert read(tmp_path / "A")[0] == before
+    run(task_files, folder, tmp_path / "A", "--delta", "0.4", "--overwrite")
+    after, info = read(tmp_path / "A")
+    assert after != before and info["identity"]["options"]["delta"] == 0.4
 
 
-def test_one_writer_an_annotation(task_files, make_classifier, one_process, tmp_path):
+def test_one_writer_an_annotation(task_files, make_classifier, no_process_group, tmp_path):
     folder = make_classifier(["neg", "pos"])
     with WriterLock(tmp_path / "A"):
         with pytest.raises(ConfigError, match=r"A\.lock: another process writes here"):
@@ -383,10 +310,9 @@ def test_one_writer_an_annotation(task_files, make_classifier, one_process, tmp_
 
 
 def test_other_stores_are_not_replaced(
-    task_files, make_classifier, one_process, tmp_path, tiny_tokenizer
+    task_files, make_classifier, no_process_group, tmp_path, tiny_tokenizer
 ):
-    with StoreWriter(str(tmp_path / "A"), tiny_tokenizer, {}) as writer:
-        writer.add_document([[7, 8]])
+    write(tmp_path / "A", [[[7, 8]]], tokenizer=tiny_tokenizer)
     with pytest.raises(ConfigError, match="another token store is there"):
         run(task_files, make_classifier(["neg", "pos"]), tmp_path / "A")
 
@@ -400,7 +326,7 @@ def test_long_aspect_and_long_text_fit(num_aspect, num_tokens):
     assert len(tokens) >= min(num_tokens, 7)
 
 
-def test_labels_are_matched_by_name(task_files, make_classifier, one_process, tmp_path):
+def test_labels_are_matched_by_name(task_files, make_classifier, no_process_group, tmp_path):
     """Published bug B22: two readers of one task gave the labels different numbers."""
     config = classifier_config("x" * 9, ["pos", "neg"])
     files = dict(zip(task_files[::2], task_files[1::2], strict=True))
@@ -413,7 +339,7 @@ def test_labels_are_matched_by_name(task_files, make_classifier, one_process, tm
     assert not (tmp_path / "A.json").exists()
 
 
-def test_ranks_share_the_work(task_files, make_classifier, one_process, tmp_path, monkeypatch):
+def test_ranks_share_the_work(task_files, make_classifier, no_process_group, tmp_path, monkeypatch):
     folder = make_classifier(["neg", "pos"])
     run(task_files, folder, tmp_path / "A")
     whole, _ = read(tmp_path / "A")
@@ -443,7 +369,9 @@ def test_stop_words_are_whole_words_and_no_negators(tiny_tokenizer):
     assert not STOP_WORDS & set(negators.split())
 
 
-def test_dropped_stop_words_are_not_important(task_files, make_classifier, one_process, tmp_path):
+def test_dropped_stop_words_are_not_important(
+    task_files, make_classifier, no_process_group, tmp_path
+):
     folder = make_classifier(["neg", "pos"])
     run(task_files, folder, tmp_path / "A")
     run(task_files, folder, tmp_path / "B", "--drop_stop_words")
@@ -457,7 +385,7 @@ def test_dropped_stop_words_are_not_important(task_files, make_classifier, one_p
     assert dropped
 
 
-def test_wrong_options_are_refused(task_files, make_classifier, one_process, tmp_path):
+def test_wrong_options_are_refused(task_files, make_classifier, no_process_group, tmp_path):
     folder = make_classifier(["neg", "pos"])
     with pytest.raises(ConfigError, match="--criterion close: must be one of signed, absolute"):
         run(task_files, folder, tmp_path / "A", "--criterion", "close")
@@ -468,7 +396,7 @@ def test_wrong_options_are_refused(task_files, make_classifier, one_process, tmp
         run(task_files, tmp_path / "mlm", tmp_path / "A")
 
 
-def test_dry_run_and_fixed_choice(task_files, make_classifier, one_process, tmp_path, capsys):
+def test_dry_run_and_fixed_choice(task_files, make_classifier, no_process_group, tmp_path, capsys):
     folder = make_classifier(["neg", "pos"])
     run(task_files, folder, tmp_path / "A", "--dry_run", "--max_train_samples", "4")
     assert "task custom: 4 training texts" in capsys.readouterr().out

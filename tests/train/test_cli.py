@@ -132,34 +132,18 @@ def groups(helps, request) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-each_command = pytest.mark.parametrize("groups", WITH_GROUPS, indirect=True)
-
-
-@pytest.mark.parametrize("name", WITH_GROUPS)
-def test_help_fits_the_terminal(name, helps):
+@pytest.mark.parametrize(("name", "groups"), [(n, n) for n in WITH_GROUPS], indirect=["groups"])
+def test_help_fits_the_terminal_and_explains_each_flag_once(name, helps, groups):
     usage = helps[name].split("\n\n")[0]
     assert usage.startswith(f"usage: selmask {name} ") and usage.endswith(" [flags]")
     assert all(len(line) <= 100 for line in helps[name].splitlines())
-
-
-@each_command
-def test_help_shows_each_flag_once(groups):
     flags = [flag for entries in groups.values() for flag, _ in entries]
     meanings = [re.sub("^--(no[-_])?", "", flag).replace("-", "_") for flag in flags]
     assert len(set(meanings)) == len(meanings) and "local_rank" not in meanings
-
-
-@each_command
-def test_help_explains_each_flag(groups):
-    for entries in groups.values():
-        for flag, text in entries:
-            assert len(text) > 5, flag
-            assert not re.search(r"default: *(None|True|False|-1)?\)", text), (flag, text)
-
-
-@each_command
-def test_help_begins_with_the_flags_that_people_need(groups):
-    first, *others = groups
+    for flag, text in (entry for entries in groups.values() for entry in entries):
+        assert len(text) > 5, flag
+        assert not re.search(r"default: *(None|True|False|-1)?\)", text), (flag, text)
+    first, *others = groups  # the flags that people need come first
     assert first == USUAL and others[-1] == OTHER
     assert 1 <= len(groups[USUAL]) <= 8
     assert len(groups[OTHER]) <= 6

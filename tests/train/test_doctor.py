@@ -36,6 +36,11 @@ def statuses(check, asked=CPU) -> dict[str, str]:
     return {name: finding.status for name, finding in found(check, asked).items()}
 
 
+def not_installed(name: str) -> str:
+    """Stand in for what asks `importlib.metadata` about a package."""
+    raise metadata.PackageNotFoundError(name)
+
+
 def script(folder: Path, name: str, text: str) -> None:
     """An executable of that name."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,12 +54,8 @@ def script(folder: Path, name: str, text: str) -> None:
 def test_packages_are_held_against_the_requirements_of_selmask(monkeypatch):
     versions = {"deepspeed": "0.15.0", "torch": "2.13.0+cpu", "numpy": "2.0.0rc1", "extra": "0.1"}
 
-    def version(name):
-        if name not in versions:
-            raise metadata.PackageNotFoundError(name)
-        return versions[name]
-
-    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(
+        metadata, "version", lambda name: versions.get(name) or not_installed(name))
     monkeypatch.setattr(metadata, "metadata", lambda name: {"Requires-Python": ">=9.1"})
     monkeypatch.setattr(metadata, "requires", lambda name: [
         "deepspeed<0.20,>=0.19.8", "torch>=2.10", "numpy>=1.26", "absent", 'extra>1; extra == "dev"'
@@ -70,13 +71,10 @@ def test_packages_are_held_against_the_requirements_of_selmask(monkeypatch):
 
 @pytest.mark.parametrize("absent", ["packaging", "selmask"])
 def test_before_anything_is_installed(absent, monkeypatch):
-    def not_there(name):
-        raise metadata.PackageNotFoundError(name)
-
     if absent == "packaging":
         for module in ("packaging", "packaging.requirements"):
             monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(metadata, "metadata", not_there)
+    monkeypatch.setattr(metadata, "metadata", not_installed)
     findings = found(doctor.check_packages)
     assert findings["python"].status == "ok" and findings["packages"].remedy == doctor.INSTALL
     assert findings["packages"].found.startswith(absent)
@@ -153,10 +151,7 @@ def test_nvcc_of_another_cuda(tmp_path, monkeypatch):
 
 
 def test_triton_is_for_a_gpu(monkeypatch):
-    def absent(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", absent)
+    monkeypatch.setattr(metadata, "version", not_installed)
     assert statuses(doctor.check_triton) == {"triton": "ok"}
     assert statuses(doctor.check_triton, GPU) == {"triton": "warn"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from preprocess.store import StoreWriter, TokenStore
+from preprocess.store import TokenStore
+from tests.support.stores import write
 from train import data
 from train.data import row_tables
 from train.stages.example import NUM_TOKENS, Example, escape, spell
@@ -72,18 +74,18 @@ def test_original_masked_and_prediction(reviews_store, tiny_tokenizer):
     assert filled.count("[good]") == right["original"].count("[good]")
 
 
-def test_the_same_text_whatever_the_batch(reviews_store, tiny_tokenizer):
-    store = TokenStore.open(reviews_store)
-    pages = {str(shown(Example(held_out(store, size), tiny_tokenizer), Oracle()))
-             for size in (1, 3, 64)}
+def test_the_same_text_whatever_the_batch_and_the_place(tmp_path, reviews_store, tiny_tokenizer):
+    shutil.copytree(Path(reviews_store).parent, tmp_path / "copy")
+    stores = (reviews_store, str(tmp_path / "copy" / Path(reviews_store).name))
+    pages = {str(shown(Example(held_out(TokenStore.open(store), size), tiny_tokenizer), Oracle()))
+             for store in stores for size in (1, 3, 64)}
     assert len(pages) == 1
 
 
 def test_long_texts_are_cut(tmp_path, tiny_tokenizer):
     prefix = str(tmp_path / "long")
-    with StoreWriter(prefix, tiny_tokenizer, {}) as writer:
-        for start in range(8):
-            writer.add_document([(np.arange(400) + start) % 40 + 5])
+    documents = [[(np.arange(400) + start) % 40 + 5] for start in range(8)]
+    write(prefix, documents, tokenizer=tiny_tokenizer)
     example = Example(held_out(TokenStore.open(prefix), 1, 512), tiny_tokenizer)
     table = example.table(example.predict(Oracle(), torch.device("cpu")))
     assert len(spell(example._original, tiny_tokenizer)) == NUM_TOKENS
@@ -108,13 +110,3 @@ def test_text_of_a_corpus_is_only_text(text):
     (cell,) = re.findall(r"<td>(.*?)</td>", page, re.DOTALL)
     assert "<" not in cell and unescape(cell) == text.replace("\n", " ")
     assert page.count("<tr>") == 2 and "<img" not in page and "<a" not in page
-
-
-def test_a_store_of_another_place_shows_the_same(tmp_path, reviews_store, tiny_tokenizer):
-    import shutil
-
-    shutil.copytree(Path(reviews_store).parent, tmp_path / "copy")
-    copy = TokenStore.open(str(tmp_path / "copy" / Path(reviews_store).name))
-    one, two = (shown(Example(held_out(store), tiny_tokenizer), Oracle())
-                for store in (TokenStore.open(reviews_store), copy))
-    assert one == two

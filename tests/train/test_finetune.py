@@ -1,4 +1,4 @@
-"""Fine-tuning and what it shares with the scorer: batches, loss, metrics, the epoch loop."""
+"""Fine-tuning and what it shares with the scorer: batches, loss, the epoch loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from preprocess.errors import NonFiniteError, StopRequested
 from train import finetune
 from train.config import FinetuneConfig
 from train.engine import Ranks, Resolved
-from train.stages import examples, scores, supervised
+from train.stages import examples, supervised
 from train.stages.examples import IGNORED, Examples, make_examples, rank_share, weighted_loss
 
 RAGGED = [[2, 9, 3], [2, 8, 7, 6, 3], [2, 3], [2, 5, 5, 3], [2, 4, 3]]
@@ -28,65 +28,7 @@ def text_examples(labels: list[int]) -> Examples:
     ids = [RAGGED[i % len(RAGGED)] for i in range(len(labels))]
     return make_examples(ids, None, labels, [1.0, 1.0])
 
-
-# --------------------------------------------------------------------------- metrics
-
-
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
-@settings(max_examples=50, deadline=None)
-def test_accuracy_and_macro_f1_agree_with_scikit_learn(pairs):
-    metrics = pytest.importorskip("sklearn.metrics")
-    labels, predictions = map(np.array, zip(*pairs, strict=True))
-    assert scores.accuracy(labels, predictions) == metrics.accuracy_score(labels, predictions)
-    expected = metrics.f1_score(
-        labels, predictions, labels=[0, 1, 2], average="macro", zero_division=0
-    )
-    assert scores.macro_f1(labels, predictions, 3) == pytest.approx(expected)
-
-
-def binary_scores(draw_from: list[float]):
-    entry = st.tuples(st.booleans(), st.sampled_from(draw_from))
-    return st.lists(entry, min_size=1, max_size=40)
-
-
-@given(binary_scores([0.0, 0.1, 0.5, 0.5000001, 0.9]))
-@settings(max_examples=80, deadline=None)
-def test_average_precision_and_f1_agree_with_scikit_learn(pairs):
-    metrics = pytest.importorskip("sklearn.metrics")
-    labels = np.array([label for label, _ in pairs])
-    values = np.array([value for _, value in pairs])
-    expected = metrics.average_precision_score(labels, values) if labels.any() else 0.0
-    assert scores.average_precision(labels, values) == pytest.approx(expected)
-    found = scores.precision_recall_f1(labels, values > 0.3)
-    expected = metrics.precision_recall_fscore_support(
-        labels, values > 0.3, average="binary", zero_division=0
-    )[:3]
-    assert found == pytest.approx(expected)
-
-
-@given(binary_scores([0.0, 0.2, 0.4, 0.6, 0.8]))
-@settings(max_examples=50, deadline=None)
-def test_best_threshold_is_the_best_of_all(pairs):
-    labels = np.array([label for label, _ in pairs])
-    values = np.array([value for _, value in pairs])
-
-    def f1(threshold: float) -> float:
-        return scores.precision_recall_f1(labels, values >= threshold)[2]
-
-    chosen = scores.best_threshold(labels, values)
-    assert chosen in values
-    assert f1(chosen) == pytest.approx(max(f1(t) for t in values))
-
-
 # --------------------------------------------------------------------------- batches
-
-
-def test_rank_share_worked_example():
-    batch = np.array([7, 8, 9])
-    indices, weights = rank_share(batch, 2, 1, rank=1, world_size=2)
-    assert indices.tolist() == [[9, 7]] and weights.tolist() == [[1, 0]]
-    indices, weights = rank_share(batch, 2, 1, rank=0, world_size=2)
-    assert indices.tolist() == [[7, 8]] and weights.tolist() == [[1, 1]]
 
 
 @given(st.integers(1, 24), st.sampled_from([(1, 24, 1), (2, 6, 2), (4, 3, 2), (3, 2, 4)]))
@@ -191,10 +133,10 @@ class FakeEngine:
         self.global_steps = self.skipped_steps = 0
         self.seen: list[list[list[int]]] = []
         self.evaluated: list[int] = []
-        self.is_training = True
+        self.train, self.eval = self.module.train, self.module.eval
 
     def __call__(self, input_ids, attention_mask):
-        if self.is_training:
+        if self.module.training:
             self.seen.append(input_ids.tolist())
         else:
             self.evaluated += input_ids[:, 1].tolist()
@@ -207,18 +149,6 @@ class FakeEngine:
     def is_gradient_accumulation_boundary(self):
         return (self._micro_steps + 1) % self._accumulation_steps == 0
 
-    def fp16_enabled(self):
-        return False
-
-    def bfloat16_enabled(self):
-        return False
-
-    def zero_optimization_stage(self):
-        return 0
-
-    def was_step_applied(self):
-        return True
-
     def step(self):
         self._micro_steps += 1
         if self._micro_steps % self._accumulation_steps == 0:
@@ -226,14 +156,16 @@ class FakeEngine:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
+    def fp16_enabled(self):
+        return False
+
+    bfloat16_enabled = zero_optimization_stage = fp16_enabled
+
+    def was_step_applied(self):
+        return True
+
     def get_lr(self):
         return [0.5]
-
-    def train(self):
-        self.is_training = True
-
-    def eval(self):
-        self.is_training = False
 
 
 def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, assess,
@@ -271,15 +203,17 @@ def test_the_step_is_the_same_with_and_without_accumulation(monkeypatch, tmp_pat
     assert weights[0].abs().max() > 0.01
 
 
-def test_the_epoch_is_chosen_on_dev_examples(monkeypatch, tmp_path):
-    """Published bug B3: the "dev loss" was the loss of the last training batch."""
-    train = make_examples([[2, 5, 3]] * 4, None, [0, 1, 0, 1], [1.0, 1.0])
+def test_the_epoch_is_chosen_on_dev_examples_and_its_weights_are_kept(monkeypatch, tmp_path):
+    """Published bugs B3, B13: the "dev loss" was the loss of the last training batch, and the
+    best weights were loaded back into a wrapper, or not at all."""
+    train = make_examples([[2, 5, 3]] * 4, None, [0, 0, 0, 1], [1.0, 1.0])
     dev = make_examples([[2, 8, 3], [2, 9, 3], [2, 7, 3]], None, [1, 0, 1], [1.0, 1.0])
     engine = FakeEngine()
-    seen = []
+    seen, snapshots = [], []
 
     def assess(logits):
         seen.append(len(logits))
+        snapshots.append(engine.module.weight.detach().clone())
         return {"accuracy": [0.3, 0.8, 0.8][len(seen) - 1]}
 
     found = loop(
@@ -290,23 +224,8 @@ def test_the_epoch_is_chosen_on_dev_examples(monkeypatch, tmp_path):
     assert all(row[1] == 5 for batch in engine.seen for row in batch)
     assert found.best_epoch == 2  # the first of equals
     assert [row["accuracy"] for row in found.history] == [0.3, 0.8, 0.8]
-
-
-def test_the_best_weights_are_kept_not_the_last(monkeypatch, tmp_path):
-    """Published bug B13: the best weights were loaded back into a wrapper, or not at all."""
-    train = text_examples([0, 1, 0, 1, 1])
-    engine = FakeEngine()
-    snapshots = []
-
-    def assess(logits):
-        snapshots.append(engine.module.weight.detach().clone())
-        return {"accuracy": [0.9, 0.5, 0.1][len(snapshots) - 1]}
-
-    found = loop(
-        monkeypatch, tmp_path, engine, train, train, micro=2, accumulation=1, assess=assess
-    )
-    assert torch.equal(found.best_state["weight"], snapshots[0])
-    assert not torch.equal(snapshots[0], engine.module.weight)
+    assert torch.equal(found.best_state["weight"], snapshots[1])
+    assert not torch.equal(snapshots[1], engine.module.weight)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch, tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from preprocess.errors import DataError
-from preprocess.store import StoreWriter, TokenStore, open_array, write_array
+from preprocess.store import TokenStore, open_array, write_array
+from tests.support.stores import write
 from train import fit_scorer
 from train.fit_scorer import NOT_ANNOTATED, Annotated
 from train.stages.examples import IGNORED
@@ -19,9 +20,7 @@ TEMPLATE = Template((2,), (), (3,), 0)
 
 def write_annotations(prefix, tokenizer, documents, importance) -> TokenStore:
     """A store of `documents` (lists of sentences of ids) and one importance value a token."""
-    with StoreWriter(str(prefix), tokenizer, {}) as writer:
-        for document in documents:
-            writer.add_document(document)
+    write(prefix, documents, tokenizer=tokenizer)
     store = TokenStore.open(str(prefix))
     write_array(
         store.shards[0], "", "importance", np.array(importance, dtype=np.uint8), {"made_by": "test"}
@@ -42,7 +41,7 @@ def test_other_tokens_or_importance_are_other_annotations(tmp_path, tiny_tokeniz
     assert len(found) == 4
 
 
-def test_only_annotated_sentences_become_examples(tmp_path, tiny_tokenizer):
+def test_only_annotated_sentences_become_examples_cut_to_the_limit(tmp_path, tiny_tokenizer):
     store = write_annotations(
         tmp_path / "a", tiny_tokenizer,
         [[[10, 11, 12], [13]], [], [[14, 15], []]],
@@ -53,14 +52,9 @@ def test_only_annotated_sentences_become_examples(tmp_path, tiny_tokenizer):
     assert [i.tolist() for i in found.importance] == [[0, 1, 255], [0, 0]]
     tokens, labels = found.counted()
     assert tokens.tolist() == [10, 11, 14, 15] and labels.tolist() == [False, True, False, False]
-
-
-def test_a_long_sentence_is_cut_and_dropped_if_nothing_annotated_is_left(tmp_path, tiny_tokenizer):
-    store = write_annotations(
-        tmp_path / "a", tiny_tokenizer, [[[10, 11, 12]], [[13, 14, 15]]], [1, 0, 0, 255, 255, 1]
-    )
-    found = fit_scorer.read_annotations(store, limit=2)
-    assert [t.tolist() for t in found.tokens] == [[10, 11]]
+    late = write_annotations(  # nothing annotated is left of the second sentence
+        tmp_path / "b", tiny_tokenizer, [[[10, 11, 12]], [[13, 14, 15]]], [1, 0, 0, 255, 255, 1])
+    assert [t.tolist() for t in fit_scorer.read_annotations(late, limit=2).tokens] == [[10, 11]]
 
 
 @pytest.mark.parametrize(
@@ -92,14 +86,11 @@ def test_the_split_is_by_text_and_does_not_depend_on_order():
     assert not set(keys[is_dev]) & set(keys[~is_dev])
     shuffled = generator.permutation(len(keys))
     assert (fit_scorer.choose_dev(keys[shuffled], 0.1) == is_dev[shuffled]).all()
-
-
-def test_the_split_leaves_something_on_both_sides():
-    keys = np.array([5, 9], dtype=np.uint64)
-    for fraction in (0.01, 0.99):
-        assert fit_scorer.choose_dev(keys, fraction).tolist() == [True, False]
+    two = np.array([5, 9], dtype=np.uint64)
+    for fraction in (0.01, 0.99):  # something is left on both sides
+        assert fit_scorer.choose_dev(two, fraction).tolist() == [True, False]
     with pytest.raises(DataError, match="one annotated text"):
-        fit_scorer.choose_dev(keys[:1], 0.1)
+        fit_scorer.choose_dev(two[:1], 0.1)
 
 
 def test_baselines_by_hand():

@@ -19,8 +19,9 @@ import torch
 
 from preprocess import identity
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import StoreWriter, TokenStore, write_array
+from preprocess.store import TokenStore, write_array
 from tests.support.runs import words
+from tests.support.stores import write
 from train import config as options
 from train import engine as ds
 
@@ -194,9 +195,8 @@ def finetune(folder, task, still_encoder, other_encoder, other_json) -> Case:
 def fit_scorer(folder, still_encoder, other_encoder, other_json, tiny_tokenizer) -> Case:
     generator = np.random.default_rng(0)
     for name, important in (("annotated", 3), ("otherwise", 4)):
-        with StoreWriter(str(folder / name), tiny_tokenizer, {}) as writer:
-            for _ in range(24):
-                writer.add_document([generator.integers(5, 40, 6).tolist()])
+        write(folder / name, generator.integers(5, 40, (24, 1, 6)).tolist(),
+              tokenizer=tiny_tokenizer)
         (shard,) = TokenStore.open(folder / name).shards
         marks = (np.arange(shard.num_tokens) % important == 0).astype(np.uint8)
         write_array(shard, "", "importance", marks, {})

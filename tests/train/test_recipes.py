@@ -8,12 +8,14 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from preprocess import build_masks, tokenize_corpus, train_tokenizer
 from preprocess.errors import ConfigError, DataError, StopRequested
-from train import pipeline
+from train import pipeline, report
 from train.config import (
     AnnotateConfig,
     FinetuneConfig,
@@ -36,6 +38,12 @@ RECIPES = sorted((REPOSITORY / "train" / "recipes").glob("*.yaml"))
 CONFIGS = {
     "pretrain.py": PretrainConfig, "finetune.py": FinetuneConfig, "annotate.py": AnnotateConfig,
     "fit_scorer.py": FitScorerConfig, "score_tokens.py": ScoreConfig,
+}
+PARSERS = {
+    **{name: partial(parse, config) for name, config in CONFIGS.items()},
+    "tokenize_corpus.py": tokenize_corpus.build_parser().parse_args,
+    "train_tokenizer.py": train_tokenizer.build_parser().parse_args,
+    "build_masks.py": build_masks.parse_arguments, "report.py": report.parse_arguments,
 }
 # What a user must say: a value for every variable without one.
 SETTINGS = {
@@ -83,24 +91,8 @@ def test_recipe_becomes_commands_that_their_parsers_accept(path, monkeypatch):
             continue
         script, *flags = step.command
         assert (REPOSITORY / script).is_file(), script
-        if Path(script).name in CONFIGS:
-            parse(CONFIGS[Path(script).name], flags)
-        elif script.endswith("tokenize_corpus.py"):
-            from preprocess.tokenize_corpus import build_parser
-
-            build_parser().parse_args(flags)
-        elif script.endswith("train_tokenizer.py"):
-            from preprocess.train_tokenizer import build_parser
-
-            build_parser().parse_args(flags)
-        elif script.endswith("build_masks.py"):
-            from preprocess.build_masks import parse_arguments
-
-            parse_arguments(flags)
-        else:
-            from train.report import parse_arguments
-
-            assert script.endswith("report.py") and parse_arguments(flags).runs == ["R"]
+        parsed = PARSERS[Path(script).name](flags)
+        assert step.name != "report" or parsed.runs == ["R"]
 
 
 @pytest.mark.parametrize("name", ["mr_yelp", "mr_amazon", "restaurant_yelp",
@@ -121,12 +113,9 @@ def test_recipes_of_the_paper_have_the_published_settings(name):
 
 
 def test_flags_of_preprocess_sections_exist():
-    from preprocess import tokenize_corpus, train_tokenizer
-    from preprocess.build_masks import parse_arguments
-
     for command, flags in ((tokenize_corpus, TOKENIZE_FLAGS), (train_tokenizer, VOCABULARY_FLAGS)):
         assert set(flags) <= {action.dest for action in command.build_parser()._actions}
-    args = parse_arguments(["--tokens", "P", "--name", "n", "--strategy", "random"])
+    args = build_masks.parse_arguments(["--tokens", "P", "--name", "n", "--strategy", "random"])
     assert set(MASK_FLAGS) <= set(vars(args))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from preprocess.errors import ConfigError, DataError
-from tests.support.runs import made_up_stage, write_lineage
+from tests.support.runs import made_up_stage, read_csv, write_lineage
 from train import report
 from train.reports.page import Picture, as_html
 from train.run_dir.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
@@ -95,9 +94,11 @@ def no_figures(monkeypatch):
     monkeypatch.setattr(report, "draw", lambda groups, curves: ([], []))
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def write_report(tmp_path: Path, *folders: Path) -> Path:
+    """Report on these folders, or on `tmp_path / "R"`; return the folder of the report."""
+    output = tmp_path / "out"
+    report.main([*map(str, folders or [tmp_path / "R"]), "--output_dir", str(output)])
+    return output
 
 
 def is_png(path: Path) -> bool:
@@ -106,8 +107,8 @@ def is_png(path: Path) -> bool:
 
 def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    root, output = write_pipeline(tmp_path / "R"), tmp_path / "out"
-    report.main([str(root), "--output_dir", str(output)])
+    write_pipeline(tmp_path / "R")
+    output = write_report(tmp_path)
     rows = read_csv(output / "table.csv")
     assert list(rows[0]) == ["arm", "task", "metric", "mean", "sd", "seeds", "masked_tokens",
                              "steps", "seconds"]
@@ -139,8 +140,8 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
 
 def test_several_stage_1_lengths_are_compared_each_for_itself(tmp_path):
     pytest.importorskip("matplotlib")
-    root, output = write_pipeline(tmp_path / "R", lengths=(100, 200, 300)), tmp_path / "out"
-    report.main([str(root), "--output_dir", str(output)])
+    write_pipeline(tmp_path / "R", lengths=(100, 200, 300))
+    output = write_report(tmp_path)
     differences = read_csv(output / "differences.csv")
     assert len(differences) == 9
     assert all(row["arm"].split("@")[1] == row["against"].split("@")[1] for row in differences)
@@ -156,19 +157,17 @@ def test_any_runs_without_a_pipeline(tmp_path, capsys):
     write_finetune(tmp_path / "b", 0.9)
     write_curve(tmp_path / "pretraining", 6.0)
     (tmp_path / "empty" / "tb").mkdir(parents=True)
-    output = tmp_path / "out"
-    names = ["a", "b", "pretraining", "empty"]
-    report.main([*(str(tmp_path / name) for name in names), "--output_dir", str(output)])
+    output = write_report(tmp_path, *(tmp_path / n for n in ("a", "b", "pretraining", "empty")))
     assert {row["arm"].rsplit("/")[-1] for row in read_csv(output / "table.csv")} == {"a", "b"}
     assert f"{tmp_path}/empty: no run in it" in capsys.readouterr().out
     assert not any(path.name == "steps.png" for path in output.iterdir())
 
 
 def test_unfinished_arms_are_named_and_the_rest_is_shown(tmp_path, capsys, no_figures):
-    root, output = write_pipeline(tmp_path / "R"), tmp_path / "out"
+    root = write_pipeline(tmp_path / "R")
     (root / "finetune" / "selective-seed2" / "results.jsonl").unlink()
     (root / "finetune" / "none" / "results.jsonl").unlink()
-    report.main([str(root), "--output_dir", str(output)])
+    output = write_report(tmp_path)
     out = capsys.readouterr().out
     assert "Note: none: " in out and "finetune/none: holds no finished seed" in out
     rows = {row["arm"]: row["seeds"] for row in read_csv(output / "table.csv")}
@@ -178,8 +177,7 @@ def test_unfinished_arms_are_named_and_the_rest_is_shown(tmp_path, capsys, no_fi
 def test_runs_that_still_train_give_curves_and_no_table(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     write_curve(tmp_path / "run", 6.0)
-    output = tmp_path / "out"
-    report.main([str(tmp_path / "run"), "--output_dir", str(output)])
+    output = write_report(tmp_path, tmp_path / "run")
     assert "No table of results" in capsys.readouterr().out
     assert {path.name for path in output.iterdir()} == {
         "loss.png", "pretraining.csv", "report.html"}
@@ -190,15 +188,14 @@ def test_no_run_at_all_is_an_error(tmp_path):
         report.main([str(tmp_path / "absent")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no run in"):
-        report.main([str(tmp_path / "empty"), "--output_dir", str(tmp_path / "out")])
+        write_report(tmp_path, tmp_path / "empty")
     assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib_there_is_a_table_and_a_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     write_finetune(tmp_path / "a", 0.7)
-    output = tmp_path / "out"
-    report.main([str(tmp_path / "a"), "--output_dir", str(output)])
+    output = write_report(tmp_path, tmp_path / "a")
     assert "matplotlib is not installed" in capsys.readouterr().out
     assert {path.name for path in output.iterdir()} == {"table.csv", "report.html"}
 
@@ -206,13 +203,12 @@ def test_without_matplotlib_there_is_a_table_and_a_sentence(tmp_path, capsys, mo
 def test_runs_of_different_tasks_are_kept_apart(tmp_path, capsys, no_figures):
     for name, task in (("a", "mr"), ("b", "sst2"), ("c", "mr"), ("d", "sst2")):
         write_finetune(tmp_path / "R" / name, 0.7, task=task)
-    output = tmp_path / "out"
-    report.main([str(tmp_path / "R"), "--output_dir", str(output)])
+    output = write_report(tmp_path)
     assert [(row["arm"], row["against"]) for row in read_csv(output / "differences.csv")] == [
         ("c", "a"), ("d", "b")]
     arms = [{"name": "mixed", "runs": ["a", "b"], "floor": False}]
     (tmp_path / "R" / "arms.json").write_text(json.dumps(arms))
-    report.main([str(tmp_path / "R"), "--output_dir", str(output)])
+    write_report(tmp_path)
     (row,) = [r for r in read_csv(output / "table.csv") if r["metric"] == "accuracy"]
     assert (row["arm"], row["task"], row["seeds"]) == ("mixed", "mr", "3")
     assert "R/b has task sst2, the runs before it mr; it is left out." in (
@@ -226,8 +222,7 @@ def test_runs_that_differ_in_the_seed_alone_become_one_arm(tmp_path, capsys, no_
                            stages=(pretrain_stage(arm, seed, 50, 60.0 + seed),))
     write_finetune(tmp_path / "R" / "again", 0.7,
                    stages=(pretrain_stage("selective", 1, 80, 60.0),))
-    output = tmp_path / "out"
-    report.main([str(tmp_path / "R"), "--output_dir", str(output)])
+    output = write_report(tmp_path)
     seeds = {row["arm"]: row["seeds"] for row in read_csv(output / "table.csv")}
     assert seeds == {"again": "3", "random": "6", "selective": "6"}
     assert "R/random-seed1" not in seeds and "treated as pre-training seeds of one arm, random" \
@@ -239,9 +234,8 @@ def test_runs_that_differ_in_the_seed_alone_become_one_arm(tmp_path, capsys, no_
 def test_runs_of_one_name_and_one_run_twice(tmp_path, no_figures):
     for name in ("x/tuned", "y/tuned"):
         write_finetune(tmp_path / name, 0.7)
-    output = tmp_path / "out"
     folders = [tmp_path / "x" / "tuned", tmp_path / "y" / "tuned", tmp_path / "x"]
-    report.main([*map(str, folders), "--output_dir", str(output)])
+    output = write_report(tmp_path, *folders)
     arms = [row["arm"] for row in read_csv(output / "table.csv") if row["metric"] == "accuracy"]
     assert arms == ["x/tuned", "y/tuned"]
 
@@ -249,9 +243,7 @@ def test_runs_of_one_name_and_one_run_twice(tmp_path, no_figures):
 def test_two_pipelines_of_one_name(tmp_path, no_figures):
     for name in ("x", "y"):
         write_pipeline(tmp_path / name / "demo")
-    output = tmp_path / "out"
-    report.main([str(tmp_path / "x" / "demo"), str(tmp_path / "y" / "demo"), "--output_dir",
-                 str(output)])
+    output = write_report(tmp_path, tmp_path / "x" / "demo", tmp_path / "y" / "demo")
     rows = read_csv(output / "table.csv")
     assert {row["arm"].rpartition("/")[0] for row in rows} == {"x/demo", "y/demo"}
     for row in read_csv(output / "differences.csv"):
@@ -262,8 +254,7 @@ def test_results_cut_in_the_middle(tmp_path, capsys, no_figures):
     write_finetune(tmp_path / "a", 0.7)
     path = tmp_path / "a" / "results.jsonl"
     path.write_text(path.read_text()[:-30])
-    output = tmp_path / "out"
-    report.main([str(tmp_path / "a"), "--output_dir", str(output)])
+    output = write_report(tmp_path, tmp_path / "a")
     assert read_csv(output / "table.csv")[0]["seeds"] == "2"
     assert f"{path}, line 3: not a JSON object of ours, left out." in capsys.readouterr().out
 
@@ -273,14 +264,14 @@ def test_a_broken_list_of_arms_is_refused(tmp_path, content):
     write_pipeline(tmp_path / "R")
     (tmp_path / "R" / "arms.json").write_text(content)
     with pytest.raises(DataError, match="arms.json: not a list of arms; run train/pipeline.py"):
-        report.main([str(tmp_path / "R"), "--output_dir", str(tmp_path / "out")])
+        write_report(tmp_path)
 
 
 def test_costs_without_recorded_seconds_stay_empty(tmp_path, capsys, no_figures):
-    root, output = write_pipeline(tmp_path / "R"), tmp_path / "out"
+    root = write_pipeline(tmp_path / "R")
     for content in ("{", "[]", '{"scorer": {"finished": null, "seconds": 3}}'):
         (root / "steps.json").write_text(content)
-        report.main([str(root), "--output_dir", str(output)])
+        output = write_report(tmp_path)
         costs = {row["arm"]: row for row in read_csv(output / "costs.csv")}
         assert costs["selective"]["masking"] == costs["selective"]["total"] == ""
         assert costs["none"]["total"] == "200"
@@ -297,8 +288,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, no_figures):
 
 def test_names_from_outside_are_text_in_the_page(tmp_path, no_figures):
     write_finetune(tmp_path / "R" / "<img src=x onerror=alert(1)>", 0.7)
-    output = tmp_path / "out"
-    report.main([str(tmp_path / "R"), "--output_dir", str(output)])
+    output = write_report(tmp_path)
     page = (output / "report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x" in page
     picture, evil = Picture("loss", '"><script>', b"\x89PNG bytes"), "<script>alert(1)</script>"

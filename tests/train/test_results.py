@@ -38,6 +38,13 @@ def write_run(
     return path
 
 
+def made_up_arm(folder: Path, name: str, *answers: np.ndarray, **options) -> results.Arm:
+    """An arm with a run for each of `answers`; see `write_run`."""
+    return results.Arm(name, [
+        results.read_finetune_run(write_run(folder / f"{name}{number}", correct, **options))
+        for number, correct in enumerate(answers)])
+
+
 def test_mean_and_sd():
     assert results.mean_and_sd([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, 1.5275252))
     mean, sd = results.mean_and_sd([0.5])
@@ -87,12 +94,8 @@ def test_run_with_its_cost_is_read(tmp_path):
 
 def test_differences_with_several_pretraining_seeds(tmp_path):
     generator = np.random.default_rng(8)
-    none = results.Arm("none", [results.read_finetune_run(
-        write_run(tmp_path / "none", generator.random((3, 40)) < 0.6))])
-    selective = results.Arm("selective", [
-        results.read_finetune_run(write_run(tmp_path / f"s{p}", generator.random((3, 40)) < 0.8))
-        for p in range(2)
-    ])
+    none = made_up_arm(tmp_path, "none", generator.random((3, 40)) < 0.6)
+    selective = made_up_arm(tmp_path, "selective", *(generator.random((2, 3, 40)) < 0.8))
     ((row,), notes) = results.difference_rows([(selective, none)])
     assert tuple(row) == results.DIFFERENCE_COLUMNS
     assert len(notes) == 1 and "One pre-training seed lies behind none:" in notes[0]
@@ -104,22 +107,14 @@ def test_differences_with_several_pretraining_seeds(tmp_path):
 
 
 def test_arms_that_cannot_be_compared_are_named(tmp_path):
-    correct = np.ones((2, 4), dtype=bool)
-
-    def arm(name: str, correct=correct, **options) -> results.Arm:
-        run = results.read_finetune_run(write_run(tmp_path / name, correct, **options))
-        return results.Arm(name, [run])
-
-    base = arm("base")
-    other_items = arm("other_items", items=["a", "b", "c", "d"])
-    other_seeds = arm("other_seeds", seeds=[1, 2])
-    without = arm("without")
-    (tmp_path / "without" / "seed_13" / "predictions.jsonl").unlink()
-    without = results.Arm("without", [results.read_finetune_run(tmp_path / "without")])
-    other_task = arm("other_task", task="sst2")
-    rows, notes = results.difference_rows(
-        [(base, other_items), (base, other_seeds), (base, without), (base, other_task)]
-    )
+    base, *others = (
+        made_up_arm(tmp_path, name, np.ones((2, 4), dtype=bool), **options)
+        for name, options in (
+            ("base", {}), ("other_items", {"items": ["a", "b", "c", "d"]}),
+            ("other_seeds", {"seeds": [1, 2]}), ("without", {}), ("other_task", {"task": "sst2"})))
+    (tmp_path / "without0" / "seed_13" / "predictions.jsonl").unlink()
+    others[2] = results.Arm("without", [results.read_finetune_run(tmp_path / "without0")])
+    rows, notes = results.difference_rows([(base, other) for other in others])
     assert rows == []
     assert [note.split(" are not compared: ")[1] for note in notes] == [
         "they were tested on different items.",
@@ -156,9 +151,8 @@ def test_chance_that_is_not_counted_is_said(tmp_path):
 
 def test_equal_answers_have_no_detectable_difference(tmp_path):
     constant = np.array([[True, False] * 10] * 2)
-    arms = [results.Arm(name, [results.read_finetune_run(write_run(tmp_path / name, constant))])
-            for name in ("a", "b")]
-    ((row,), notes) = results.difference_rows([tuple(arms)])
+    a, b = (made_up_arm(tmp_path, name, constant) for name in ("a", "b"))
+    ((row,), notes) = results.difference_rows([(a, b)])
     assert row["detectable"] == "" and row["difference"] == "+0.0000"
     assert "An interval without width says nothing: a and b" in notes[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,69 +11,48 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    PreTrainedTokenizerFast,
-)
+from tokenizers import processors
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import seal
 from preprocess.masking import STRATEGIES, Sequences
 from preprocess.progress import Progress
 from preprocess.store import (
-    StoreWriter,
     TokenStore,
     array_path,
-    iterate_blocks,
     lock_array,
     open_array,
 )
+from tests.support.stores import write
 from train import engine, score_tokens
 from train.run_dir.hf_folder import open_weights
 from train.stages import scoring
-from train.stages.inference import Runner, budget_batches, one_by_one, special_template
-
-WORDS = [chr(c) for c in range(ord("a"), ord("z") + 1)] + ["film", "##s", "good", "bad"]
+from train.stages.inference import Runner, one_by_one, special_template
 
 
-def make_tokenizer(words=WORDS):
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    backend = Tokenizer(
-        models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
-    )
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]", model_max_length=16,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
-
-
-def tiny_config(tokenizer, **options):
+def tiny_config(tokenizer):
     return BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=16, initializer_range=0.5, num_labels=2,
-        **options,
     )
 
 
-@pytest.fixture(scope="module")
-def scorer(tmp_path_factory):
-    """An untrained token classifier in an hf folder: its path and its tokenizer."""
-    folder = tmp_path_factory.mktemp("scorer")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    BertForTokenClassification(tiny_config(tokenizer)).save_pretrained(folder)
+def save(folder, model, tokenizer):
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder, tokenizer
+    return folder
+
+
+SECOND = ("--shard_index", "1", "--num_shards", "2")
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory, tiny_tokenizer):
+    """An untrained token classifier in an hf folder: its path and its tokenizer."""
+    torch.manual_seed(0)
+    model = BertForTokenClassification(tiny_config(tiny_tokenizer))
+    return save(tmp_path_factory.mktemp("scorer"), model, tiny_tokenizer), tiny_tokenizer
 
 
 @pytest.fixture
@@ -81,17 +61,9 @@ def store(tmp_path, scorer):
     rng = np.random.default_rng(1)
     lengths = [[[3, 1, 0], [30]], [[14, 15], [], [7, 2, 2, 5, 11]]]
     for index, documents in enumerate(lengths):
-        with StoreWriter(str(tmp_path / "P"), scorer[1], {}, (index, 2)) as writer:
-            for document in documents:
-                writer.add_document([rng.integers(5, 35, n) for n in document])
+        sentences = [[rng.integers(5, 35, n) for n in document] for document in documents]
+        write(tmp_path / "P", sentences, (index, 2), scorer[1])
     return TokenStore.open(tmp_path / "P")
-
-
-@pytest.fixture
-def one_process(monkeypatch):
-    """Run commands in this process without a process group."""
-    monkeypatch.setattr(engine, "start", lambda: torch.device("cpu"))
-    monkeypatch.setattr(engine, "finish", lambda: None)
 
 
 def run(store, scorer, *options, name="mr"):
@@ -116,7 +88,7 @@ def score_alone(model, tokens, offsets, limit):
 
 
 @pytest.mark.parametrize("batch_tokens", [16, 40, 8192])
-def test_equals_one_sentence_at_a_time(store, scorer, one_process, batch_tokens, monkeypatch):
+def test_equals_one_sentence_at_a_time(store, scorer, no_process_group, batch_tokens, monkeypatch):
     monkeypatch.setattr(scoring, "BLOCK_TOKENS", 20)
     run(store, scorer, "--batch_tokens", str(batch_tokens))
     model = BertForTokenClassification.from_pretrained(scorer[0]).eval()
@@ -150,7 +122,7 @@ def test_ranks_share_the_work(store, scorer, monkeypatch):
     assert np.array_equal(together, whole), "the same batches, so the same bits"
 
 
-def test_whole_shards_are_skipped_and_others_refused(store, scorer, one_process, capsys):
+def test_whole_shards_are_skipped_and_others_refused(store, scorer, no_process_group, capsys):
     run(store, scorer)
     paths = [array_path(shard, "mr", "scores") for shard in store.shards]
     before = [path.stat().st_mtime_ns for path in paths]
@@ -166,17 +138,23 @@ def test_whole_shards_are_skipped_and_others_refused(store, scorer, one_process,
     assert info["identity"]["train"]["max_seq_length"] == 12
 
 
-def test_one_writer_of_scores(store, scorer, one_process):
+def test_one_writer_of_scores(store, scorer, no_process_group):
     with lock_array(store, "mr", "scores"):
         with pytest.raises(ConfigError, match=r"P\S*\.mr\.scores\.lock: another process"):
             run(store, scorer)
-        run(store, scorer, "--dry_run")
+        run(store, scorer, "--dry_run")  # writes nothing
+        with pytest.raises(DataError, match="score_tokens.py makes it"):
+            open_array(store.shards[0], "mr", "scores")
         run(store, scorer, name="other")
+    with lock_array(store, "mr", "scores", 1):
+        for options in (SECOND, ()):
+            with pytest.raises(ConfigError, match=r"00001-of-00002\.mr\.scores\.lock: another"):
+                run(store, scorer, *options)
     run(store, scorer)
     assert not list(Path(store.prefix).parent.glob("*.lock"))
 
 
-def test_scores_of_another_store_are_refused(store, scorer, one_process):
+def test_scores_of_another_store_are_refused(store, scorer, no_process_group):
     run(store, scorer)
     path = array_path(store.shards[0], "mr", "scores").with_suffix(".json")
     info = json.loads(path.read_text())
@@ -187,30 +165,31 @@ def test_scores_of_another_store_are_refused(store, scorer, one_process):
     open_array(store.shards[0], "mr", "scores")
 
 
-def test_scorer_with_another_vocabulary_is_refused(store, one_process, tmp_path):
-    tokenizer = make_tokenizer([*WORDS[:-1], "dull"])
-    BertForTokenClassification(tiny_config(tokenizer)).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(DataError, match="tokenizer.*is not the one of"):
-        run(store, (tmp_path / "other", tokenizer))
+def test_models_that_cannot_score_the_store_are_refused(
+    store, scorer, no_process_group, tmp_path
+):
+    tokenizer = scorer[1]
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["another"])
+    broken = BertForTokenClassification.from_pretrained(scorer[0])
+    broken.classifier.bias.data[0] = float("nan")
+    classifier = BertForSequenceClassification(tiny_config(tokenizer))
+    for number, (model, its_tokenizer, error, message) in enumerate([
+        (BertForTokenClassification(tiny_config(other)), other, DataError,
+         "tokenizer.*is not the one of"),
+        (classifier, tokenizer, ConfigError,
+         "TokenClassification; give the hf/ folder of .*fit_sco"),
+        (broken, tokenizer, DataError, "not numbers"),
+    ]):
+        folder = save(tmp_path / str(number), model, its_tokenizer)
+        with pytest.raises(error, match=message):
+            run(store, (folder, its_tokenizer))
+    assert not list(tmp_path.glob("P*scores*"))
 
 
-def test_model_that_is_no_scorer_is_refused(store, scorer, one_process, tmp_path):
-    BertForSequenceClassification(tiny_config(scorer[1])).save_pretrained(tmp_path / "other")
-    scorer[1].save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match="TokenClassification; give the hf/ folder of .*fit_sco"):
-        run(store, (tmp_path / "other", scorer[1]))
-
-
-def test_windows_longer_than_the_model_are_refused(store, scorer, one_process):
+def test_windows_longer_than_the_model_are_refused(store, scorer, no_process_group):
     with pytest.raises(ConfigError, match="--max_seq_length 17.*16"):
         run(store, scorer, "--max_seq_length", "17")
-
-
-def test_dry_run_writes_nothing(store, scorer, one_process):
-    run(store, scorer, "--dry_run")
-    with pytest.raises(DataError, match="score_tokens.py makes it"):
-        open_array(store.shards[0], "mr", "scores")
 
 
 def test_log_odds_stay_finite_in_float16():
@@ -220,47 +199,23 @@ def test_log_odds_stay_finite_in_float16():
     assert odds.tolist() == [1.5, -65504.0, 65504.0]
 
 
-def test_scores_that_are_not_numbers_are_refused(store, scorer, one_process, tmp_path):
-    model = BertForTokenClassification.from_pretrained(scorer[0])
-    model.classifier.bias.data[0] = float("nan")
-    model.save_pretrained(tmp_path / "broken")
-    scorer[1].save_pretrained(tmp_path / "broken")
-    with pytest.raises(DataError, match="not numbers"):
-        run(store, (tmp_path / "broken", scorer[1]))
-    assert not list(tmp_path.glob("P*scores*"))
-
-
 def test_windows_by_hand():
     starts, ends = scoring.cut_windows(np.array([0, 10, 10, 13]), 4)
     assert starts.tolist() == [0, 3, 6, 10] and ends.tolist() == [3, 6, 10, 13]
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 9), st.integers(1, 50))
-def test_windows_and_blocks_cover_every_token_once(lengths, limit, block_tokens):
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 9))
+def test_windows_cover_every_token_once(lengths, limit):
     offsets = np.cumsum([0, *lengths])
     starts, ends = scoring.cut_windows(offsets, limit)
     assert [*starts, offsets[-1]] == [0, *ends]
     assert (ends > starts).all() and (ends - starts <= limit).all()
     assert set(offsets.tolist()) <= {0, *ends.tolist()}, "no window crosses a sentence"
-    blocks = [(block.start, block.stop) for block in iterate_blocks(offsets, block_tokens)]
-    assert [i for a, b in blocks for i in range(a, b)] == list(range(len(lengths)))
-    assert all(offsets[b] - offsets[a] <= block_tokens or b == a + 1 for a, b in blocks)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 100))
-def test_batches_keep_the_budget(lengths, batch_tokens):
-    batches = budget_batches(lengths, batch_tokens)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    longest = [lengths[batch[0]] for batch in batches]
-    assert longest == sorted(longest, reverse=True)
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens
-
-
-def test_template_is_the_tokenizers_own():
-    tokenizer = make_tokenizer()
+def test_template_is_the_tokenizers_own(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
     assert special_template(tokenizer, pair=False) == ((2,), (), (3,), 0)
     assert special_template(tokenizer, pair=True) == ((2,), (3,), (3,), 1)
     tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(
@@ -284,13 +239,14 @@ def test_inputs_equal_the_tokenizers(scorer):
 
     pair = special_template(tokenizer, pair=True)
     runner = Runner(Recorder(), pair, tokenizer, torch.device("cpu"), 1000)
-    aspects, texts = ["good film", "a"], ["b c d e", "films"]
+    aspects, texts = ["good film", "a"], ["one of the two", "films"]
     firsts, seconds = (
         [tokenizer(text, add_special_tokens=False)["input_ids"] for text in part]
         for part in (aspects, texts)
     )
     ((batch, _, starts),) = runner.run(seconds, firsts)
-    expected = tokenizer(aspects, texts, padding=True, return_tensors="pt")
+    expected = tokenizer(
+        aspects, texts, padding=True, return_tensors="pt", return_token_type_ids=True)
     assert batch.tolist() == [0, 1] and starts.tolist() == [4, 3]
     assert seen.keys() == expected.keys()
     for key in seen:
@@ -307,10 +263,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 # ------------------------------------------------------------------ one shard of many
 
 
-SECOND = ("--shard_index", "1", "--num_shards", "2")
-
-
-def test_one_shard_at_a_time_gives_the_same_scores(store, scorer, one_process, capsys):
+def test_one_shard_at_a_time_gives_the_same_scores(store, scorer, no_process_group, capsys):
     run(store, scorer, name="whole")
     paths = [array_path(shard, "mr", "scores") for shard in store.shards]
     with lock_array(store, "mr", "scores", 0):  # another process is at the first shard
@@ -329,14 +282,7 @@ def test_one_shard_at_a_time_gives_the_same_scores(store, scorer, one_process, c
         assert np.array_equal(whole, mine)
 
 
-def test_two_writers_of_one_shard_are_refused(store, scorer, one_process):
-    with lock_array(store, "mr", "scores", 1):
-        for options in (SECOND, ()):
-            with pytest.raises(ConfigError, match=r"00001-of-00002\.mr\.scores\.lock: another"):
-                run(store, scorer, *options)
-
-
-def test_another_number_of_shards_is_refused(store, scorer, one_process):
+def test_another_number_of_shards_is_refused(store, scorer, no_process_group):
     with pytest.raises(ConfigError, match="--num_shards 3: .*has 2 shards; give --num_shards 2"):
         run(store, scorer, "--shard_index", "1", "--num_shards", "3")
     with pytest.raises(ConfigError, match="shard_index 2.*0 to 1"):
@@ -351,7 +297,7 @@ def test_masks_do_not_depend_on_the_batches(scorer):
     offsets = np.cumsum([0, *rng.integers(1, 30, 700)])
     tokens = rng.integers(5, 35, offsets[-1]).astype(np.uint16)
     model = BertForTokenClassification.from_pretrained(scorer[0])
-    model.classifier.bias.data[0] = 1.0  # fewer tokens above 0, so that some sentences have none
+    model.classifier.bias.data[1] = 2.2  # few tokens above 0, so that some sentences have none
     masks, scores = [], []
     for options in ({"cut": one_by_one}, {}):
         runner = Runner(model, special_template(scorer[1], pair=False), scorer[1],
