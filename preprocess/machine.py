@@ -20,15 +20,11 @@ def num_cores() -> int:
 
 def commit() -> str | None:
     """Return the commit of these sources, with "+" if they differ from it; None outside a clone."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    return name.stdout.strip() + "+" * bool(changed.stdout) if name.returncode == 0 else None
+    git = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(
+            git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    return None
 
 
 def environment(packages: Iterable[str] = ()) -> dict[str, Any]:

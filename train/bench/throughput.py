@@ -8,6 +8,7 @@ one profiled step, which waits for the device after each part and would slow the
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ def resident_gib() -> float:
     """Return the memory in use, GiB: of the GPU, or of the process without one."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**30
-    return _status_gib("VmRSS")
+    return status_gib("VmRSS")
 
 
 def reset_peak() -> bool:
@@ -130,14 +131,13 @@ def reset_peak() -> bool:
 
 def peak_gib() -> float:
     """Return the peak memory since `reset_peak`, GiB: of the GPU, or of the process."""
-    return metrics.peak_memory_gib() if torch.cuda.is_available() else _status_gib("VmHWM")
+    return metrics.peak_memory_gib() if torch.cuda.is_available() else status_gib("VmHWM")
 
 
-def _status_gib(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 2**20  # KiB
-    return 0.0
+def status_gib(name: str) -> float:
+    """Return one of the memory figures in the kernel's status of this process, GiB."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) / 2**20 if found else 0.0
 
 
 # -------------------------------------------------------------------------------------- turns
