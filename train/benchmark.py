@@ -287,7 +287,7 @@ class Loops:
             name, "baseline", batches=batches,
             step=lambda batch, lap: trainer.step(batch, baselines.LOSSES[head], lap),
             count=partial(count_texts, self.inputs.store),
-            head_seconds=lambda batch: baselines.head_seconds(trainer.module, batch, head, trainer),
+            head_seconds=lambda batch: trainer.head_seconds(batch, head),
             standing="transformers",
         )
 
@@ -301,12 +301,15 @@ def count_packed(table: RowTable, batch: data.StepBatch) -> speed.Counts:
     )
 
 
-def count_texts(store: TokenStore, batch: baselines.TextBatch) -> speed.Counts:
+def count_texts(store: TokenStore, batch: list[baselines.Batch]) -> speed.Counts:
     """Count a batch of transformers' loops."""
+    ids, attended, labels = (torch.cat([micro_batch[key].flatten() for micro_batch in batch])
+                             for key in ("input_ids", "attention_mask", "labels"))
+    special, masked = torch.isin(ids, torch.tensor(store.all_special_ids)), labels != -100
     return speed.Counts(
-        tokens=batch.tokens, masked=batch.masked,
-        text_tokens=batch.text_tokens(store.all_special_ids), slots=batch.slots,
-        rows=sum(len(micro_batch["input_ids"]) for micro_batch in batch.micro_batches),
+        tokens=int(attended.sum()), masked=int(masked.sum()),
+        text_tokens=int((masked | ~special).sum()), slots=len(ids),
+        rows=sum(len(micro_batch["input_ids"]) for micro_batch in batch),
     )
 
 
@@ -359,16 +362,11 @@ def measure_length(
     everyone = peak.flops_per_second * ds.ranks().world_size
     result = []
     for row in rows:
-        base = maskings.BASELINE + EQUAL * (row.kind == "equal")
-        one = speed.summarise(row, found[row.name], count, everyone)
-        one["over_random"] = speed.speed_over(found[row.name], found[base], config.rounds)
-        if GROUPED in found:
-            one["over_grouped"] = speed.speed_over(
-                found[row.name], found[GROUPED], config.rounds)
-        if row.kind == "pass":
-            one["over_full"] = speed.speed_over(
-                found[row.name], found[baselines.PASSES[0]], config.rounds)
-        result.append(one)
+        others = {"over_random": maskings.BASELINE + EQUAL * (row.kind == "equal"),
+                  "over_grouped": GROUPED, "over_full": baselines.PASSES[0]}
+        result.append(speed.summarise(row, found[row.name], count, everyone) | {
+            key: speed.speed_over(found[row.name], found[other], config.rounds)
+            for key, other in others.items() if other in found})
     return {
         "max_seq_length": max_seq_length,
         "flops": {"per_token": count.per_token, "per_masked_token": count.per_masked_token},
@@ -411,12 +409,11 @@ def main(argv: list[str] | None = None) -> None:
     result |= measure(inputs)
     if not ds.is_main():
         return
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    file = Path(config.output_dir) / "benchmark.json"
+    atomic_write_json(file, result)
     say(tables.format_result(result))
-    say(tables.draw(result, folder / "benchmark.png"))
-    atomic_write_json(folder / "benchmark.json", result)
-    say(f"wrote {folder / 'benchmark.json'}")
+    say(tables.draw(result, file.with_suffix(".png")))
+    say(f"wrote {file}")
     say(json.dumps(result))
 
 

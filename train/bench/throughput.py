@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,7 @@ from train.run_dir import metrics
 PARTS = ("forward", "backward", "optimizer")
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Counts of one step, over all ranks.
 
     Attributes:
@@ -220,11 +219,6 @@ def spread(values: Any) -> dict[str, float]:
     return {"median": float(median), "p20": float(p20), "p80": float(p80)}
 
 
-def total(measured: Measured, name: str) -> int:
-    """Sum one of the `Counts` over the counted steps."""
-    return sum(getattr(counts, name) for counts in measured.counts)
-
-
 def round_rates(measured: Measured, rounds: int) -> np.ndarray:
     """Return tokens per second in each round, `(rounds,)` float64."""
     tokens = np.reshape([counts.tokens for counts in measured.counts], (rounds, -1))
@@ -255,21 +249,20 @@ def summarise(row: Row, measured: Measured, flops: StepFlops, peak: float) -> di
     Args:
         peak: FLOP/s of all devices together.
     """
-    step = spread(measured.seconds)
-    steps = len(measured.seconds)
-    tokens, masked = total(measured, "tokens") / steps, total(measured, "masked") / steps
+    step, steps = spread(measured.seconds), len(measured.seconds)
+    tokens, masked, text_tokens, slots, rows = np.mean(measured.counts, axis=0).tolist()
     return {
         "name": row.name,
         "kind": row.kind,
-        "masked_rate": total(measured, "masked") / max(total(measured, "text_tokens"), 1),
+        "masked_rate": masked / max(text_tokens, 1),
         "masked_per_step": masked,
         "tokens_per_second": tokens / step["median"],
         "tokens_per_second_p20": tokens / step["p80"],
         "tokens_per_second_p80": tokens / step["p20"],
-        "rows_per_second": total(measured, "rows") / steps / step["median"],
+        "rows_per_second": rows / step["median"],
         "masked_tokens_per_second": masked / step["median"],
         "step_ms": {name: 1000 * value for name, value in step.items()},
-        "filled_percent": 100 * total(measured, "tokens") / total(measured, "slots"),
+        "filled_percent": 100 * tokens / slots,
         "mfu_percent": 100 * flops.of(tokens, masked) / step["median"] / peak,
         "share_percent": shares(measured),
         "peak_memory_gib": measured.peak_gib,
