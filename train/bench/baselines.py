@@ -39,7 +39,7 @@ from train.model import PackedMaskedLM
 
 BASELINES = ("transformers-grouped", "transformers-lines", "gather-grouped", "gather-lines")
 TEXTS_A_MAP = 1000  # texts that `datasets` hands to `group_texts` at once
-# A micro batch: `input_ids`, `attention_mask` and `labels`, `(B, L)`; labels are -100 where unmasked.
+# A micro batch: `input_ids`, `attention_mask`, `labels`, `(B, L)`; labels are -100 where unmasked.
 Batch = dict[str, torch.Tensor]
 LossFunction = Callable[[PackedMaskedLM, Batch], torch.Tensor]
 
