@@ -187,11 +187,11 @@ def plain_loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, lab
 
 
 def full_logits(device: str) -> Entry:
-    def operation(inputs: HeadBatch) -> torch.Tensor:
-        scores = reference.logits(inputs.hidden.flatten(0, 1), inputs.head)
-        return functional.cross_entropy(scores, inputs.all_labels, ignore_index=-100)
-
-    return Entry(operation, "takes the bias and an ignore index")
+    return Entry(
+        lambda inputs: functional.cross_entropy(
+            reference.logits(inputs.hidden.flatten(0, 1), inputs.head), inputs.all_labels,
+            ignore_index=-100),
+        "takes the bias and an ignore index")
 
 
 def gather_eager(device: str) -> Entry:
@@ -237,31 +237,22 @@ def cut_cross_entropy(device: str) -> Entry:
     return Entry(operation, f"takes the bias and an ignore index; {how}", compiles=True)
 
 
-def implementation(name: str) -> Callable[[str], Entry]:
-    """Return the function that makes the row of an entry of `csrc.IMPLEMENTATIONS`."""
-    def make(device: str) -> Entry:
-        if name == "triton":
-            importlib.import_module("triton")
+def implementation(name: str) -> Entry:
+    """Make the row of an entry of `csrc.IMPLEMENTATIONS`."""
+    if name == "triton":
+        importlib.import_module("triton")
 
-        def operation(inputs: HeadBatch) -> torch.Tensor:
-            arguments = (inputs.hidden, inputs.positions, inputs.labels, inputs.head)
-            return csrc.masked_lm_loss(*arguments, implementation=name)[0] / len(inputs.labels)
+    def operation(inputs: HeadBatch) -> torch.Tensor:
+        arguments = (inputs.hidden, inputs.positions, inputs.labels, inputs.head)
+        return csrc.masked_lm_loss(*arguments, implementation=name)[0] / len(inputs.labels)
 
-        return Entry(operation, "takes the bias; gathers and counts hits too")
-
-    return make
+    return Entry(operation, "takes the bias; gathers and counts hits too")
 
 
 OTHERS: dict[str, Callable[[str], Entry]] = {make.__name__: make for make in (
     full_logits, gather_eager, gather_compiled, linear_cross_entropy, liger, cut_cross_entropy)}
 # Of `csrc`: those for other devices, and the one that `gather_eager` represents.
 NOT_MEASURED = {"cpu": {"reference", "triton"}, "cuda": {"reference", "chunked"}}
-
-
-def makers(device: str) -> dict[str, Callable[[str], Entry]]:
-    """Return what to measure on a device, the baseline first."""
-    ours = [name for name in csrc.IMPLEMENTATIONS if name not in NOT_MEASURED[device]]
-    return OTHERS | {name: implementation(name) for name in ours}
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -395,9 +386,10 @@ def compare(inputs: HeadBatch, dtype: str) -> tuple[dict[str, Timings], dict[str
     measured: dict[str, Timings] = {}
     left_out: dict[str, str] = {}
     want: dict[str, torch.Tensor] = {}
-    for name, make in makers(device).items():
+    ours = [name for name in csrc.IMPLEMENTATIONS if name not in NOT_MEASURED[device]]
+    for name in (*OTHERS, *ours):
         try:
-            row = make(device)
+            row = OTHERS[name](device) if name in OTHERS else implementation(name)
             seconds, got = first_call(row, inputs, LOSS_SCALES[dtype])
             difference = check_agreement(got, want or got, TOLERANCES[dtype])
         except LeftOut as reason:
@@ -422,12 +414,10 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     torch.compiler.reset()  # else `dynamic=False` counts the other cases as recompilations
     inputs = make_inputs(case, device, DTYPES[options.dtype])
     measured, left_out = compare(inputs, options.dtype)
-    flush = None
-    if device == "cuda":
-        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    on_gpu = device == "cuda"
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if on_gpu else None
     for one in measured.values():
         one.extra_bytes, one.peak_bytes = measure_memory(one.row.operation, inputs, scale)
-    for one in measured.values():
         for _ in range(options.warmup):
             time_call(one.row.operation, inputs, scale, flush)
     names = list(measured)
@@ -451,8 +441,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 def spread(values: torch.Tensor) -> dict[str, float]:
     """Return the median and the 20th and 80th percentile."""
-    levels = torch.tensor([0.2, 0.5, 0.8])
-    return dict(zip(("p20", "median", "p80"), values.quantile(levels).tolist(), strict=True))
+    levels = {"p20": 0.2, "median": 0.5, "p80": 0.8}
+    return {name: values.quantile(level).item() for name, level in levels.items()}
 
 
 def summarise(name: str, measured: dict[str, Timings], num_masked: int) -> dict[str, Any]:
@@ -482,10 +472,7 @@ def summarise(name: str, measured: dict[str, Timings], num_masked: int) -> dict[
 
 
 def format_spread(values: dict[str, float] | None, digits: int) -> str:
-    if values is None:
-        return "-"
-    median, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "p20", "p80"))
-    return f"{median} ({low}-{high})"
+    return "{median:.{n}f} ({p20:.{n}f}-{p80:.{n}f})".format(n=digits, **values) if values else "-"
 
 
 def format_case(case: dict[str, Any]) -> str:

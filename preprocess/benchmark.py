@@ -157,25 +157,20 @@ def run(command: list[str], output: Path) -> Run:
     return Run(seconds, usage.ru_maxrss * 1024, disk)
 
 
-def command_of(row: Method, file: Path, tokenizer: Path, output: Path) -> list[str]:
-    """Return the command line of a row."""
-    if row.flags is None:
-        call = (str(file), str(tokenizer), str(output / "hf"), row.num_workers)
-        program = f"from preprocess.benchmark import run_mlm_way; run_mlm_way(*{call!r})"
-        return [sys.executable, "-c", program]
-    return [
-        sys.executable, str(HERE / "tokenize_corpus.py"), "--input", str(file), "--tokenizer",
-        str(tokenizer), "--output", str(output / "s"), "--num_workers", str(row.num_workers),
-        *row.flags,
-    ]
-
-
 def turn(row: Method, file: Path, tokenizer: Path, scratch: Path) -> tuple[Run, dict[str, Any]]:
     """Run a row once; return the measurement, and the `P.json` it made, if any."""
     with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
         output = Path(folder) / "output"
-        made = run(command_of(row, file, tokenizer, output), output)
-        return made, {} if row.flags is None else read_json(output / "s.json")
+        if row.flags is None:
+            call = (str(file), str(tokenizer), str(output / "hf"), row.num_workers)
+            program = f"from preprocess.benchmark import run_mlm_way; run_mlm_way(*{call!r})"
+            return run([sys.executable, "-c", program], output), {}
+        made = run([
+            sys.executable, str(HERE / "tokenize_corpus.py"), "--input", str(file), "--tokenizer",
+            str(tokenizer), "--output", str(output / "s"), "--num_workers", str(row.num_workers),
+            *row.flags,
+        ], output)
+        return made, read_json(output / "s.json")
 
 
 def compare(args: argparse.Namespace, file: Path, tokenizer: Path, scratch: Path) -> dict[str, Any]:

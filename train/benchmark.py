@@ -238,34 +238,18 @@ class Loops:
             world_size=ranks.world_size, rank=ranks.rank,
         )
 
-    def bare_row(self, masking: data.Masking, table: RowTable) -> speed.Row:
-        """Return the row of one prepared batch, trained again and again in plain PyTorch."""
+    def prepared_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
+        """Return the row of one prepared batch: trained by `bare`, or a pass with its weights."""
         batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
-        prepared = self.bare.prepare(batch)
+        if name == BARE:
+            step: Callable[..., None] = partial(self.bare.step, self.bare.prepare(batch))
+        else:
+            step = partial(self.bare.run_passes, [
+                baselines.make_passes(self.bare.module, micro_batch, self.device)[name]
+                for micro_batch in batch.micro_batches])
         return speed.Row(
-            BARE, "bare", batches=itertools.repeat(batch),
-            step=lambda _, lap: self.bare.step(prepared, lap),
-            count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
-            standing="bare",
-        )
-
-    def pass_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
-        """Return the row of forward and backward alone of one batch, with the weights of `bare`."""
-        batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
-        module = self.bare.module
-        passes = [baselines.make_passes(module, micro_batch, self.device)[name]
-                  for micro_batch in batch.micro_batches]
-
-        def step(_: Any, lap: Callable[[str], None]) -> None:
-            for forward in passes:
-                loss = forward()
-                lap("forward")
-                loss.backward()
-                lap("backward")
-            module.zero_grad()
-
-        return speed.Row(
-            name, "pass", batches=itertools.repeat(batch), step=step,
+            name, "bare" if name == BARE else "pass", batches=itertools.repeat(batch),
+            step=lambda _, lap: step(lap),
             count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
             standing="bare",
         )
@@ -347,10 +331,9 @@ def measure_length(
     rows = [loops.strategy_row(name, masking, table) for name, masking in built.plain.items()]
     rows += [loops.strategy_row(name + EQUAL, masking, table)
              for name, masking in built.equal.items()]
-    rows.append(loops.bare_row(built.plain[maskings.BASELINE], table))
-    rows += [loops.pass_row(name, built.plain[maskings.BASELINE], table)
-             if name in baselines.PASSES else loops.baseline_row(name, max_seq_length)
-             for name in inputs.baselines]
+    rows += [loops.prepared_row(name, built.plain[maskings.BASELINE], table)
+             if name in (BARE, *baselines.PASSES) else loops.baseline_row(name, max_seq_length)
+             for name in (BARE, *inputs.baselines)]
     cold = set(loops.standing_gib) if max_seq_length == config.lengths()[0] else set()
     for row in rows:
         grown = speed.warm_up(row, config.warmup_steps)

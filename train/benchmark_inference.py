@@ -133,7 +133,8 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     num_tokens = sum(len(query.tokens) for query in queries)
     differ = {name: count_differences(found[name], found[ALONE]) for name in (PUBLISHED, OURS)}
     table = Table.of(f"Annotating {len(queries):,} sequences of {num_tokens:,} tokens", rows)
-    say(f"\n{table.as_text()}\ntokens annotated otherwise than one per pass: {differ[OURS]} by selmask ({max(again)} of "
+    say(f"\n{table.as_text()}\n"
+        f"tokens annotated otherwise than one per pass: {differ[OURS]} by selmask ({max(again)} of "
         f"its inputs asked alone), {differ[PUBLISHED]} by the published way")
     return {"rows": rows, "sequences": len(queries), "tokens": num_tokens, "differ": differ,
             "asked_alone": max(again)}
@@ -203,7 +204,8 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
     same, either = compare_masks(store, tokens, offsets, found[OURS], found[PUBLISHED])
     table = Table.of(
         f"Scoring {len(offsets) - 1:,} sentences of {len(tokens):,} tokens of {prefix}", rows)
-    say(f"\n{table.as_text()}\nlog-odds differ by at most {difference:.1e} (relative, above 1); {same:,} of {either:,} "
+    say(f"\n{table.as_text()}\n"
+        f"log-odds differ by at most {difference:.1e} (relative, above 1); {same:,} of {either:,} "
         "tokens that either would mask (selective, 15 %) are masked by both")
     return {"rows": rows, "store": prefix, "tokens": len(tokens), "sentences": len(offsets) - 1,
             "difference": difference, "masked_by_both": same, "masked_by_either": either}

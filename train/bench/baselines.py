@@ -296,6 +296,17 @@ class BareLoop:
         self.module.zero_grad()
         lap("optimizer")
 
+    def run_passes(
+        self, passes: list[Callable[[], torch.Tensor]], lap: Callable[[str], None]
+    ) -> None:
+        """Run forward passes of `make_passes`, each with its backward pass, without a step."""
+        for forward in passes:
+            loss = forward()
+            lap("forward")
+            loss.backward()
+            lap("backward")
+        self.module.zero_grad()
+
     def head_seconds(self, batch: StepBatch) -> float:
         """Measure `csrc.masked_lm_loss` alone, forward and backward, on a batch; seconds.
 

@@ -24,9 +24,8 @@ SHARES = tuple(SHARE_COLOURS)
 
 
 def _between(values: dict[str, float], digits: int) -> str:
-    """`median (p20-p80)`."""
-    median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
-    return f"{median} ({low}-{high})"
+    """Write `median (p20-p80)`."""
+    return "{median:.{n}f} ({p20:.{n}f}-{p80:.{n}f})".format(n=digits, **values)
 
 
 # The columns of the tables, by heading: how each is read from a row of a result.
