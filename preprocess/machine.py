@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterable
@@ -33,16 +34,13 @@ def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
     Args:
         packages: names of distributions whose versions count; those not installed are left out.
     """
-    processor, versions = platform.processor(), {}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
+    cpuinfo, versions = Path("/proc/cpuinfo"), {}
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     for name in packages:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
-        "processor": processor,
+        "processor": model[1] if model else platform.processor(),
         "cpus": num_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": platform.platform(),

@@ -195,8 +195,8 @@ def measure(
         rows: warmed up.
         standing_gib: memory of each model in training.
     """
-    measured = {row.name: Measured() for row in rows}
     by_name = {row.name: row for row in rows}
+    measured = {name: Measured() for name in by_name}
     for name in turns(list(by_name), rounds):
         row = by_name[name]
         foreign = sum(gib for model, gib in standing_gib.items() if model != row.standing)
