@@ -34,19 +34,17 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -185,23 +183,15 @@ def plain_loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, lab
     return functional.cross_entropy(functional.linear(rows, weight, bias), labels)
 
 
-def library(name: str) -> ModuleType:
-    """Import a library that is not among the project's dependencies."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise LeftOut(f"not installed ({error})") from None
-
-
 # Each of the following functions makes the row of its name for a device.
 
 
 def full_logits(device: str) -> Entry:
-    def operation(inputs: HeadBatch) -> torch.Tensor:
-        scores = reference.logits(inputs.hidden.flatten(0, 1), inputs.head)
-        return functional.cross_entropy(scores, inputs.all_labels, ignore_index=-100)
-
-    return Entry(operation, "takes the bias and an ignore index")
+    return Entry(
+        lambda inputs: functional.cross_entropy(
+            reference.logits(inputs.hidden.flatten(0, 1), inputs.head), inputs.all_labels,
+            ignore_index=-100),
+        "takes the bias and an ignore index")
 
 
 def gather_eager(device: str) -> Entry:
@@ -221,70 +211,48 @@ def linear_cross_entropy(device: str) -> Entry:
     # ten times slower (2 cores of an AMD EPYC, torch 2.13, fp32).
     options = torch.nn.LinearCrossEntropyOptions(chunking_method=None)
 
-    def loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
-             ) -> torch.Tensor:
-        return function(rows, weight, labels, linear_bias=bias, options=options)
-
-    return Entry(after_gather(loss), "takes the bias and an ignore index; one chunk")
+    operation = after_gather(lambda rows, weight, bias, labels: function(
+        rows, weight, labels, linear_bias=bias, options=options))
+    return Entry(operation, "takes the bias and an ignore index; one chunk")
 
 
 def liger(device: str) -> Entry:
     if device != "cuda":
         raise LeftOut("runs on GPUs only")
-    function = library("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
-
-    def loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
-             ) -> torch.Tensor:
-        # Not "mean": it would divide by M before it stores gradients of logits in 16 bit.
-        return function(rows, weight, labels, bias=bias, reduction="sum") / len(labels)
-
-    return Entry(after_gather(loss), "takes the bias and an ignore index")
+    library = importlib.import_module("liger_kernel.transformers.functional")
+    # Not "mean": it would divide by M before it stores gradients of logits in 16 bit.
+    operation = after_gather(lambda rows, weight, bias, labels: (
+        library.liger_fused_linear_cross_entropy(rows, weight, labels, bias=bias, reduction="sum")
+        / len(labels)))
+    return Entry(operation, "takes the bias and an ignore index")
 
 
 def cut_cross_entropy(device: str) -> Entry:
-    function = library("cut_cross_entropy").linear_cross_entropy
+    library = importlib.import_module("cut_cross_entropy")
     # Its filter drops the gradients of small probabilities: most of them, when training begins.
     options = {"filter_eps": None} if device == "cuda" else {"impl": "torch_compile"}
-
-    def loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
-             ) -> torch.Tensor:
-        return function(rows, weight, labels, bias=bias, **options)
-
+    operation = after_gather(lambda rows, weight, bias, labels: library.linear_cross_entropy(
+        rows, weight, labels, bias=bias, **options))
     how = "no filter" if device == "cuda" else "impl torch_compile"
-    return Entry(after_gather(loss), f"takes the bias and an ignore index; {how}", compiles=True)
+    return Entry(operation, f"takes the bias and an ignore index; {how}", compiles=True)
 
 
-def implementation(name: str) -> Callable[[str], Entry]:
-    """Return the function that makes the row of an entry of `csrc.IMPLEMENTATIONS`."""
-    def make(device: str) -> Entry:
-        if name == "triton" and importlib.util.find_spec("triton") is None:
-            raise LeftOut("not installed")
+def implementation(name: str) -> Entry:
+    """Make the row of an entry of `csrc.IMPLEMENTATIONS`."""
+    if name == "triton":
+        importlib.import_module("triton")
 
-        def operation(inputs: HeadBatch) -> torch.Tensor:
-            arguments = (inputs.hidden, inputs.positions, inputs.labels, inputs.head)
-            return csrc.masked_lm_loss(*arguments, implementation=name)[0] / len(inputs.labels)
+    def operation(inputs: HeadBatch) -> torch.Tensor:
+        arguments = (inputs.hidden, inputs.positions, inputs.labels, inputs.head)
+        return csrc.masked_lm_loss(*arguments, implementation=name)[0] / len(inputs.labels)
 
-        return Entry(operation, "takes the bias; gathers and counts hits too")
-
-    return make
+    return Entry(operation, "takes the bias; gathers and counts hits too")
 
 
-OTHERS: dict[str, Callable[[str], Entry]] = {
-    BASELINE: full_logits,
-    GATHER: gather_eager,
-    "gather_compiled": gather_compiled,
-    "linear_cross_entropy": linear_cross_entropy,
-    "liger": liger,
-    "cut_cross_entropy": cut_cross_entropy,
-}
+OTHERS: dict[str, Callable[[str], Entry]] = {make.__name__: make for make in (
+    full_logits, gather_eager, gather_compiled, linear_cross_entropy, liger, cut_cross_entropy)}
 # Of `csrc`: those for other devices, and the one that `gather_eager` represents.
 NOT_MEASURED = {"cpu": {"reference", "triton"}, "cuda": {"reference", "chunked"}}
-
-
-def makers(device: str) -> dict[str, Callable[[str], Entry]]:
-    """Return what to measure on a device, the baseline first."""
-    ours = [name for name in csrc.IMPLEMENTATIONS if name not in NOT_MEASURED[device]]
-    return OTHERS | {name: implementation(name) for name in ours}
 
 
 # ------------------------------------------------------------------------------------ measuring
@@ -309,10 +277,6 @@ class Timings:
     extra_bytes: int = 0
     peak_bytes: int = 0
     rounds: list[list[float]] = dataclasses.field(default_factory=list)
-
-    def round_medians(self) -> torch.Tensor:
-        """Return the median of each round, `(rounds,)` milliseconds."""
-        return torch.tensor([statistics.median(calls) for calls in self.rounds])
 
 
 def run(operation: Operation, inputs: HeadBatch, scale: float) -> torch.Tensor:
@@ -341,33 +305,19 @@ def time_call(operation: Operation, inputs: HeadBatch, scale: float,
     return events[0].elapsed_time(events[1])
 
 
-@contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Drop what C code writes to stderr, such as the greeting of PyTorch's profiler."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 def allocations(call: Callable[[], Any], device: str) -> list[tuple[int, int]]:
     """List address and size of every block that PyTorch allocates during `call`, in order.
 
     Sizes are in bytes, negative when a block is freed. PyTorch's profiler sees all of them, also in
     autograd functions and compiled code. Blocks from before `call` are not among them.
     """
-    with quiet_stderr(), tempfile.TemporaryDirectory() as folder:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-            call()
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler greets on stderr
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        call()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
     device_type = {"cpu": 0, "cuda": 1}[device]  # c10::DeviceType
     found = [event for event in events
              if event["name"] == "[memory]" and event["args"]["Device Type"] == device_type]
@@ -375,9 +325,7 @@ def allocations(call: Callable[[], Any], device: str) -> list[tuple[int, int]]:
     return [(event["args"]["Addr"], event["args"]["Bytes"]) for event in found]
 
 
-def measure_memory(
-    operation: Operation, inputs: HeadBatch, scale: float
-) -> tuple[int, int]:
+def measure_memory(operation: Operation, inputs: HeadBatch, scale: float) -> tuple[int, int]:
     """Measure the peak memory of one call, in bytes, without and with the returned gradients."""
     inputs.clear_gradients()
     events = allocations(lambda: run(operation, inputs, scale), inputs.hidden.device.type)
@@ -438,13 +386,16 @@ def compare(inputs: HeadBatch, dtype: str) -> tuple[dict[str, Timings], dict[str
     measured: dict[str, Timings] = {}
     left_out: dict[str, str] = {}
     want: dict[str, torch.Tensor] = {}
-    for name, make in makers(device).items():
+    ours = [name for name in csrc.IMPLEMENTATIONS if name not in NOT_MEASURED[device]]
+    for name in (*OTHERS, *ours):
         try:
-            row = make(device)
+            row = OTHERS[name](device) if name in OTHERS else implementation(name)
             seconds, got = first_call(row, inputs, LOSS_SCALES[dtype])
             difference = check_agreement(got, want or got, TOLERANCES[dtype])
         except LeftOut as reason:
             left_out[name] = str(reason)
+        except ImportError as error:
+            left_out[name] = f"not installed ({error})"
         except Exception as error:
             if name not in OTHERS:
                 raise RuntimeError(f"{name}: {error}") from error
@@ -463,12 +414,10 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     torch.compiler.reset()  # else `dynamic=False` counts the other cases as recompilations
     inputs = make_inputs(case, device, DTYPES[options.dtype])
     measured, left_out = compare(inputs, options.dtype)
-    flush = None
-    if device == "cuda":
-        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    on_gpu = device == "cuda"
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if on_gpu else None
     for one in measured.values():
         one.extra_bytes, one.peak_bytes = measure_memory(one.row.operation, inputs, scale)
-    for one in measured.values():
         for _ in range(options.warmup):
             time_call(one.row.operation, inputs, scale, flush)
     names = list(measured)
@@ -492,18 +441,19 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 def spread(values: torch.Tensor) -> dict[str, float]:
     """Return the median and the 20th and 80th percentile."""
-    levels = torch.tensor([0.2, 0.5, 0.8])
-    return dict(zip(("p20", "median", "p80"), values.quantile(levels).tolist(), strict=True))
+    levels = {"p20": 0.2, "median": 0.5, "p80": 0.8}
+    return {name: values.quantile(level).item() for name, level in levels.items()}
 
 
 def summarise(name: str, measured: dict[str, Timings], num_masked: int) -> dict[str, Any]:
     """Return a row of the table; ratios are those of round medians, None without the other row."""
     one = measured[name]
-    ms = spread(torch.tensor([ms for calls in one.rounds for ms in calls]))
+    times = torch.tensor(one.rounds)
+    ms = spread(times.flatten())
     row: dict[str, Any] = {
         "implementation": name,
         "ms": ms,
-        "calls": sum(len(calls) for calls in one.rounds),
+        "calls": times.numel(),
         "masked_tokens_per_second": 1000 * num_masked / ms["median"],
         "extra_mib": one.extra_bytes / MIB,
         "peak_mib": one.peak_bytes / MIB,
@@ -514,18 +464,15 @@ def summarise(name: str, measured: dict[str, Timings], num_masked: int) -> dict[
     }
     for other in (BASELINE, GATHER):
         there = measured.get(other)
-        row[f"speed_over_{other}"] = (
-            spread(there.round_medians() / one.round_medians()) if there else None
-        )
+        row[f"speed_over_{other}"] = spread(
+            torch.tensor(there.rounds).quantile(0.5, 1) / times.quantile(0.5, 1)
+        ) if there else None
         row[f"memory_over_{other}"] = one.extra_bytes / there.extra_bytes if there else None
     return row
 
 
 def format_spread(values: dict[str, float] | None, digits: int) -> str:
-    if values is None:
-        return "-"
-    median, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "p20", "p80"))
-    return f"{median} ({low}-{high})"
+    return "{median:.{n}f} ({p20:.{n}f}-{p80:.{n}f})".format(n=digits, **values) if values else "-"
 
 
 def format_case(case: dict[str, Any]) -> str:
@@ -554,38 +501,26 @@ def format_case(case: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    """Return the processor's model."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def commit() -> str | None:
-    """Return the checked-out commit of these sources, with "+" if they differ, or None."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "diff", "HEAD", "--quiet"], capture_output=True)
-    except OSError:
-        return None
-    return name.stdout.strip() + "+" * bool(changed.returncode) if name.returncode == 0 else None
-
-
 def environment(device: str) -> dict[str, Any]:
-    """Return machine and versions."""
-    packages = ("torch", "triton", "liger_kernel", "cut_cross_entropy")
+    """Return machine, versions and the commit of these sources, with "+" if they differ from it."""
     versions = {"python": platform.python_version()}
-    for name in packages:
+    for name in ("torch", "triton", "liger_kernel", "cut_cross_entropy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    git = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    try:
+        commit = subprocess.check_output(
+            git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
     return {
-        "platform": platform.platform(), "processor": processor(), "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "processor": model[1] if model else platform.processor(), "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "versions": versions, "commit": commit(), "command": " ".join(sys.argv),
+        "versions": versions, "commit": commit, "command": " ".join(sys.argv),
     }
 
 
@@ -622,8 +557,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Case]]:
     if on_cpu and options.dtype != "fp32":
         parser.error(f"--dtype {options.dtype}: on a CPU it must be fp32")
     for name, small, large, _ in numbers:
-        value = getattr(options, name)
-        setattr(options, name, value if value is not None else small if on_cpu else large)
+        if getattr(options, name) is None:
+            setattr(options, name, small if on_cpu else large)
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Case)
              if getattr(options, field.name) is not None}
     if given and options.cases:

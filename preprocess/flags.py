@@ -68,16 +68,22 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def parse_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
+        self, args: Sequence[str] | None = None, namespace: Any = None, **least: int
     ) -> Any:
         """Parse the command line.
 
+        Args:
+            least: smallest allowed value of each of these flags, if it is given.
         Raises:
-            ConfigError: an unknown flag, a missing one, or a value of the wrong type.
+            ConfigError: an unknown flag, a missing one, a value of the wrong type or too small.
         """
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.refuse(unknown[0])
+        for name, smallest in least.items():
+            value = getattr(values, name)
+            if value is not None and value < smallest:
+                raise ConfigError(f"--{name} {value}: must be at least {smallest}")
         return values
 
     def refuse(self, unknown: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterable
@@ -20,15 +21,11 @@ def num_cores() -> int:
 
 def commit() -> str | None:
     """Return the commit of these sources, with "+" if they differ from it; None outside a clone."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    return name.stdout.strip() + "+" * bool(changed.stdout) if name.returncode == 0 else None
+    git = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(
+            git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    return None
 
 
 def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
@@ -37,16 +34,13 @@ def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
     Args:
         packages: names of distributions whose versions count; those not installed are left out.
     """
-    processor, versions = platform.processor(), {}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.split(":", 1)[1].strip()
+    cpuinfo, versions = Path("/proc/cpuinfo"), {}
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     for name in packages:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
-        "processor": processor,
+        "processor": model[1] if model else platform.processor(),
         "cpus": num_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": platform.platform(),

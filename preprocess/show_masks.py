@@ -71,13 +71,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max_statistics_tokens", type=int,
         help="number of tokens to count, in blocks spaced evenly over the store; 0: no statistics "
         "(default: all)")
-    args = parser.parse_args(argv)
-    for name, least in (
-        ("num_documents", 1), ("max_document_tokens", 1), ("max_statistics_tokens", 0)
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name} {value}: must be at least {least}")
+    args = parser.parse_args(
+        argv, num_documents=1, max_document_tokens=1, max_statistics_tokens=0)
     for name in ("num_documents", "random", "containing"):
         if args.documents is not None and getattr(args, name):
             raise ConfigError(f"--documents and --{name} exclude each other; give only one")

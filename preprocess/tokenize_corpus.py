@@ -105,7 +105,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and make the store."""
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(argv, num_workers=1, num_shards=1, max_documents=1)
     _check_arguments(args)
     if args.verify:
         store, num_arrays = verify_store(args.output)
@@ -138,10 +138,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
         args.num_shards = len(args.input)
     if args.num_workers is None:
         args.num_workers = num_cores()
-    for flag in ("num_workers", "num_shards", "max_documents"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{flag} {value}: at least 1 is needed")
     if args.shard_index is not None:
         check_shard(args.shard_index, args.num_shards)
     if args.output.endswith(("/", ".bin", ".idx", ".json")):

@@ -238,34 +238,18 @@ class Loops:
             world_size=ranks.world_size, rank=ranks.rank,
         )
 
-    def bare_row(self, masking: data.Masking, table: RowTable) -> speed.Row:
-        """Return the row of one prepared batch, trained again and again in plain PyTorch."""
+    def prepared_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
+        """Return the row of one prepared batch: trained by `bare`, or a pass with its weights."""
         batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
-        prepared = self.bare.prepare(batch)
+        if name == BARE:
+            step: Callable[..., None] = partial(self.bare.step, self.bare.prepare(batch))
+        else:
+            step = partial(self.bare.run_passes, [
+                baselines.make_passes(self.bare.module, micro_batch, self.device)[name]
+                for micro_batch in batch.micro_batches])
         return speed.Row(
-            BARE, "bare", batches=itertools.repeat(batch),
-            step=lambda _, lap: self.bare.step(prepared, lap),
-            count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
-            standing="bare",
-        )
-
-    def pass_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
-        """Return the row of forward and backward alone of one batch, with the weights of `bare`."""
-        batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
-        module = self.bare.module
-        passes = [baselines.make_passes(module, micro_batch, self.device)[name]
-                  for micro_batch in batch.micro_batches]
-
-        def step(_: Any, lap: Callable[[str], None]) -> None:
-            for forward in passes:
-                loss = forward()
-                lap("forward")
-                loss.backward()
-                lap("backward")
-            module.zero_grad()
-
-        return speed.Row(
-            name, "pass", batches=itertools.repeat(batch), step=step,
+            name, "bare" if name == BARE else "pass", batches=itertools.repeat(batch),
+            step=lambda _, lap: step(lap),
             count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
             standing="bare",
         )
@@ -287,7 +271,7 @@ class Loops:
             name, "baseline", batches=batches,
             step=lambda batch, lap: trainer.step(batch, baselines.LOSSES[head], lap),
             count=partial(count_texts, self.inputs.store),
-            head_seconds=lambda batch: baselines.head_seconds(trainer.module, batch, head, trainer),
+            head_seconds=lambda batch: trainer.head_seconds(batch, head),
             standing="transformers",
         )
 
@@ -301,12 +285,15 @@ def count_packed(table: RowTable, batch: data.StepBatch) -> speed.Counts:
     )
 
 
-def count_texts(store: TokenStore, batch: baselines.TextBatch) -> speed.Counts:
+def count_texts(store: TokenStore, batch: list[baselines.Batch]) -> speed.Counts:
     """Count a batch of transformers' loops."""
+    ids, attended, labels = (torch.cat([micro_batch[key].flatten() for micro_batch in batch])
+                             for key in ("input_ids", "attention_mask", "labels"))
+    special, masked = torch.isin(ids, torch.tensor(store.all_special_ids)), labels != -100
     return speed.Counts(
-        tokens=batch.tokens, masked=batch.masked,
-        text_tokens=batch.text_tokens(store.all_special_ids), slots=batch.slots,
-        rows=sum(len(micro_batch["input_ids"]) for micro_batch in batch.micro_batches),
+        tokens=int(attended.sum()), masked=int(masked.sum()),
+        text_tokens=int((masked | ~special).sum()), slots=len(ids),
+        rows=sum(len(micro_batch["input_ids"]) for micro_batch in batch),
     )
 
 
@@ -344,10 +331,9 @@ def measure_length(
     rows = [loops.strategy_row(name, masking, table) for name, masking in built.plain.items()]
     rows += [loops.strategy_row(name + EQUAL, masking, table)
              for name, masking in built.equal.items()]
-    rows.append(loops.bare_row(built.plain[maskings.BASELINE], table))
-    rows += [loops.pass_row(name, built.plain[maskings.BASELINE], table)
-             if name in baselines.PASSES else loops.baseline_row(name, max_seq_length)
-             for name in inputs.baselines]
+    rows += [loops.prepared_row(name, built.plain[maskings.BASELINE], table)
+             if name in (BARE, *baselines.PASSES) else loops.baseline_row(name, max_seq_length)
+             for name in (BARE, *inputs.baselines)]
     cold = set(loops.standing_gib) if max_seq_length == config.lengths()[0] else set()
     for row in rows:
         grown = speed.warm_up(row, config.warmup_steps)
@@ -359,16 +345,11 @@ def measure_length(
     everyone = peak.flops_per_second * ds.ranks().world_size
     result = []
     for row in rows:
-        base = maskings.BASELINE + EQUAL * (row.kind == "equal")
-        one = speed.summarise(row, found[row.name], count, everyone)
-        one["over_random"] = speed.speed_over(found[row.name], found[base], config.rounds)
-        if GROUPED in found:
-            one["over_grouped"] = speed.speed_over(
-                found[row.name], found[GROUPED], config.rounds)
-        if row.kind == "pass":
-            one["over_full"] = speed.speed_over(
-                found[row.name], found[baselines.PASSES[0]], config.rounds)
-        result.append(one)
+        others = {"over_random": maskings.BASELINE + EQUAL * (row.kind == "equal"),
+                  "over_grouped": GROUPED, "over_full": baselines.PASSES[0]}
+        result.append(speed.summarise(row, found[row.name], count, everyone) | {
+            key: speed.speed_over(found[row.name], found[other], config.rounds)
+            for key, other in others.items() if other in found})
     return {
         "max_seq_length": max_seq_length,
         "flops": {"per_token": count.per_token, "per_masked_token": count.per_masked_token},
@@ -411,12 +392,11 @@ def main(argv: list[str] | None = None) -> None:
     result |= measure(inputs)
     if not ds.is_main():
         return
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    file = Path(config.output_dir) / "benchmark.json"
+    atomic_write_json(file, result)
     say(tables.format_result(result))
-    say(tables.draw(result, folder / "benchmark.png"))
-    atomic_write_json(folder / "benchmark.json", result)
-    say(f"wrote {folder / 'benchmark.json'}")
+    say(tables.draw(result, file.with_suffix(".png")))
+    say(f"wrote {file}")
     say(json.dumps(result))
 
 

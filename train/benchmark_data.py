@@ -16,12 +16,10 @@ import argparse
 import json
 import multiprocessing
 import signal
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +43,7 @@ from preprocess.text.continuations import continuation_table, open_tokenizer
 from preprocess.view.statistics import count_masks
 from preprocess.view.tables import Table
 from train import data
-from train.bench.throughput import peak_gib, reset_peak, spread
+from train.bench.throughput import peak_gib, reset_peak, spread, status_gib
 from train.data import permute, row_tables
 from train.run_dir.folder import environment
 
@@ -72,10 +70,8 @@ def make_tokenizer() -> Any:
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
     inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, **dict(zip(names, SPECIAL, strict=True))
-    )
+    special = {f"{token[1:-1].lower()}_token": token for token in SPECIAL}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
 def make_store(prefix: str, num_tokens: int) -> None:
@@ -101,13 +97,10 @@ def add_scores(store: TokenStore) -> None:
     """Write random scores beside a store; 7 % are above 0."""
     generator = np.random.default_rng(SEED)
     (shard,) = store.shards
-
-    def scores() -> Iterator[np.ndarray]:
-        for start in range(0, shard.num_tokens, BLOCK):
-            size = min(BLOCK, shard.num_tokens - start)
-            yield (generator.standard_normal(size, np.float32) * 2 - 3).astype(np.float16)
-
-    write_array(shard, "scores", "scores", scores(), {})
+    sizes = (min(BLOCK, shard.num_tokens - start) for start in range(0, shard.num_tokens, BLOCK))
+    blocks = ((generator.standard_normal(size, np.float32) * 2 - 3).astype(np.float16)
+              for size in sizes)
+    write_array(shard, "scores", "scores", blocks, {})
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -120,8 +113,8 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
 def rates(counts: list[tuple[int, float]]) -> dict[str, Any]:
     """Return millions per second over rounds of (count, seconds): median, p20 and p80."""
     found = spread([count / seconds / 1e6 for count, seconds in counts])
-    return {"million_tokens_per_second": f"{found['median']:.2f}",
-            "p20": f"{found['p20']:.2f}", "p80": f"{found['p80']:.2f}"}
+    return {name.replace("median", "million_tokens_per_second"): f"{value:.2f}"
+            for name, value in found.items()}
 
 
 # -------------------------------------------------------------------------------------- speed
@@ -148,10 +141,9 @@ def measure_masks(store: TokenStore, rounds: int) -> list[dict[str, Any]]:
     """Measure tokens per second of each strategy, interleaved."""
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in STRATEGIES}
     build_index(store, MATCHED)  # whose counts a control takes
-    for _ in range(rounds):
-        for name in found:
-            seconds, _ = timed(partial(build_index, store, name))
-            found[name].append((store.num_tokens, seconds))
+    for name in rounds * list(STRATEGIES):
+        seconds, _ = timed(partial(build_index, store, name))
+        found[name].append((store.num_tokens, seconds))
     (shard,) = store.shards
     return [
         {"strategy": name, **rates(counts),
@@ -200,10 +192,8 @@ def measure_loader(store: TokenStore, rounds: int, steps: int) -> list[dict[str,
 
 def resident_mib() -> dict[str, float]:
     """Return the memory of this process, MiB: its own, and mapped files (reclaimable)."""
-    names = {"RssAnon": "own", "RssFile": "mapped"}
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if "Rss" in line}
-    return {name: found[key] for key, name in names.items()}
+    return {name: 1024 * status_gib(key)
+            for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
 def own_peak_mib(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -211,22 +201,13 @@ def own_peak_mib(action: Callable[[], Any]) -> tuple[float, Any]:
 
     The kernel's own peak counts mapped files as well.
     """
-    before = peak = resident_mib()["own"]
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.1):
-            peak = max(peak, resident_mib()["own"])
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = action()
-    finally:
-        done.set()
-        watcher.join()
-    return max(peak, resident_mib()["own"]) - before, result
+    levels = [resident_mib()["own"]]
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(action)
+        while not future.done():
+            wait([future], timeout=0.1)
+            levels.append(resident_mib()["own"])
+    return max(levels) - levels[0], future.result()
 
 
 def open_store(prefix: str) -> tuple[TokenStore, data.Masking]:
@@ -267,15 +248,11 @@ def measure_later(prefix: str, steps: int) -> dict[str, Any]:
 
 def measure_order(num_rows: int) -> dict[str, Any]:
     """Measure the order of an epoch, computed block by block: seconds and peak memory."""
-    def work_out() -> None:
-        for start in range(0, num_rows, BLOCK):
-            places = np.arange(start, min(start + BLOCK, num_rows))
-            permute(places, num_rows, SEED, 0, "store")
-
     reset_peak()
-    before = peak_gib()
-    seconds, _ = timed(work_out)
-    return {"rows": f"{num_rows:,}", "seconds": f"{seconds:.1f}",
+    before, start = peak_gib(), time.perf_counter()
+    for first in range(0, num_rows, BLOCK):
+        permute(np.arange(first, min(first + BLOCK, num_rows)), num_rows, SEED, 0, "store")
+    return {"rows": f"{num_rows:,}", "seconds": f"{time.perf_counter() - start:.1f}",
             "peak_MiB": f"{1024 * (peak_gib() - before):.0f}"}
 
 
@@ -295,15 +272,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     for name, default, text in numbers:
         add(f"--{name}", type=int, default=default, help=text)
-    args = parser.parse_args(argv)
-    for name, least in (("speed_tokens", 0), ("num_tokens", 0), ("order_rows", 0), ("rounds", 1),
-                        ("steps", 1)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name} {getattr(args, name)}: at least {least}")
+    args = parser.parse_args(
+        argv, speed_tokens=0, num_tokens=0, order_rows=0, rounds=1, steps=1)
     for name in ("speed_tokens", "num_tokens"):
         if 0 < getattr(args, name) < 100_000 or getattr(args, name) > stores.MAX_SHARD_TOKENS:
             raise ConfigError(f"--{name} {getattr(args, name)}: 0, or from 100,000 to 2^32 - 1")
     return args
+
+
+def in_process(task: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Return the result of a call in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(task, *arguments).result()
 
 
 def show(title: str, caption: str, rows: list[dict[str, Any]]) -> None:
@@ -326,20 +306,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         show("The loader", f"One thread; {args.rounds} rounds of {args.steps} steps of "
              f"{STEP_SLOTS:,} slots per rank; tokens of this rank, [CLS] and [SEP] included.",
              result["loader"])
-    spawn = multiprocessing.get_context("spawn")
     if args.order_rows:
-        with ProcessPoolExecutor(1, spawn) as pool:
-            result["order"] = [pool.submit(measure_order, args.order_rows).result()]
+        result["order"] = [in_process(measure_order, args.order_rows)]
         show("The order of one epoch", "Computed in blocks; a run computes its own rows only.",
              result["order"])
     if args.num_tokens:
         result["scale"] = []
         for size in (args.num_tokens // 1000, args.num_tokens // 10, args.num_tokens):
             with tempfile.TemporaryDirectory(dir=folder) as part:
-                row: dict[str, Any] = {}
-                for task, number in ((measure_first, size), (measure_later, 10 * args.steps)):
-                    with ProcessPoolExecutor(1, spawn) as pool:
-                        row |= pool.submit(task, f"{part}/s", number).result()
+                row = in_process(measure_first, f"{part}/s", size)
+                row |= in_process(measure_later, f"{part}/s", 10 * args.steps)
                 result["scale"].append({
                     key: value if isinstance(value, str) else f"{value:.3g}"
                     for key, value in row.items()
@@ -357,14 +333,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    # A request to stop removes the stores, too.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        with tempfile.TemporaryDirectory(dir=output, prefix=".stores-") as folder:
-            result = measure(args, Path(folder))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    result = {"benchmark": "data", **environment(), "options": vars(args), **result}
+    # A request to stop interrupts, so that the stores are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".stores-") as folder:
+        result = {"benchmark": "data", **environment(), "options": vars(args),
+                  **measure(args, Path(folder))}
     atomic_write_json(output / "benchmark_data.json", result)
     say(f"wrote {output / 'benchmark_data.json'}")
     say(json.dumps(result))

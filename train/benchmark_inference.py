@@ -86,11 +86,6 @@ def interleave(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[
     return found, rows
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print one table."""
-    say("\n" + Table.of(title, rows).as_text())
-
-
 # --------------------------------------------------------------------------- annotating
 
 
@@ -137,8 +132,9 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }, args.rounds)
     num_tokens = sum(len(query.tokens) for query in queries)
     differ = {name: count_differences(found[name], found[ALONE]) for name in (PUBLISHED, OURS)}
-    show(f"Annotating {len(queries):,} sequences of {num_tokens:,} tokens", rows)
-    say(f"tokens annotated otherwise than one per pass: {differ[OURS]} by selmask ({max(again)} of "
+    table = Table.of(f"Annotating {len(queries):,} sequences of {num_tokens:,} tokens", rows)
+    say(f"\n{table.as_text()}\n"
+        f"tokens annotated otherwise than one per pass: {differ[OURS]} by selmask ({max(again)} of "
         f"its inputs asked alone), {differ[PUBLISHED]} by the published way")
     return {"rows": rows, "sequences": len(queries), "tokens": num_tokens, "differ": differ,
             "asked_alone": max(again)}
@@ -146,13 +142,8 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def count_differences(one: list[np.ndarray | None], other: list[np.ndarray | None]) -> int:
     """Count the tokens that are annotated differently, or by one of the two only."""
-    count = 0
-    for a, b in zip(one, other, strict=True):
-        if a is None or b is None:
-            count += sum(len(marks) for marks in (a, b) if marks is not None)
-        else:
-            count += int((a != b).sum())
-    return count
+    # Every element of an array differs from None.
+    return sum(int(np.sum(a != b)) for a, b in zip(one, other, strict=True))
 
 
 # --------------------------------------------------------------------------- scoring
@@ -211,8 +202,10 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
     # Half a step of float16 is 5e-4 of a number.
     difference = float((np.abs(ours - published) / np.maximum(1, np.abs(published))).max())
     same, either = compare_masks(store, tokens, offsets, found[OURS], found[PUBLISHED])
-    show(f"Scoring {len(offsets) - 1:,} sentences of {len(tokens):,} tokens of {prefix}", rows)
-    say(f"log-odds differ by at most {difference:.1e} (relative, above 1); {same:,} of {either:,} "
+    table = Table.of(
+        f"Scoring {len(offsets) - 1:,} sentences of {len(tokens):,} tokens of {prefix}", rows)
+    say(f"\n{table.as_text()}\n"
+        f"log-odds differ by at most {difference:.1e} (relative, above 1); {same:,} of {either:,} "
         "tokens that either would mask (selective, 15 %) are masked by both")
     return {"rows": rows, "store": prefix, "tokens": len(tokens), "sentences": len(offsets) - 1,
             "difference": difference, "masked_by_both": same, "masked_by_either": either}
@@ -260,11 +253,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     for name, default, text in numbers:
         add(f"--{name}", type=int, default=default, help=text)
-    args = parser.parse_args(argv)
-    for name, _, _ in numbers:
-        least = 8 if name.endswith("length") else 1
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name} {getattr(args, name)}: must be {least} or more")
+    args = parser.parse_args(
+        argv, max_samples=1, max_tokens=1, annotate_length=8, score_length=8, batch_tokens=1,
+        rounds=1)
     if bool(args.scorer) != bool(args.tokens):
         raise ConfigError("--scorer and --tokens go together: give both or neither")
     if not args.classifier and not args.scorer:

@@ -10,7 +10,6 @@ DeepSpeed lists which of its compiled operations fit the machine.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import io
@@ -285,23 +284,18 @@ def examine(output_dir: Path) -> list[Finding]:
     return findings
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = Parser(description=__doc__)
-    add = parser.add_argument_group(USUAL).add_argument
-    add("--output_dir", default="runs", metavar="DIR",
-        help="folder for runs, to check the free space of its disk")
-    add("--json", action="store_true", help="print JSON instead of the table")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Print the findings.
 
     Raises:
         ConfigError: something necessary is missing; the table says what to do.
     """
-    options = parse_arguments(argv)
+    parser = Parser(description=__doc__)
+    add = parser.add_argument_group(USUAL).add_argument
+    add("--output_dir", default="runs", metavar="DIR",
+        help="folder for runs, to check the free space of its disk")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    options = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # ASCII terminals
     findings = examine(Path(options.output_dir))
     failed = [finding.name for finding in findings if finding.status == "fail"]

@@ -21,6 +21,7 @@ def test_every_table_is_filled_and_every_store_removed(tmp_path, capsys, monkeyp
         benchmark_data, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers)
     )
     monkeypatch.setattr(benchmark_data.stores, "SETTLED_NS", benchmark_data.stores.SETTLED_NS)
+    monkeypatch.setattr(benchmark_data.signal, "signal", lambda *_: None)
     benchmark_data.main([
         "--speed_tokens", "100000", "--num_tokens", "100000", "--order_rows", "5000",
         "--rounds", "1", "--steps", "1", "--output_dir", str(out),
@@ -59,8 +60,8 @@ def test_the_store_is_like_text(tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--rounds", "0"], "--rounds 0: at least 1"),
-        (["--num_tokens", "-1"], "--num_tokens -1: at least 0"),
+        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--num_tokens", "-1"], "--num_tokens -1: must be at least 0"),
         (["--num_tokens", "5000"], "--num_tokens 5000: 0, or from 100,000"),
         (["--speed_tokens", str(2**32)], "--speed_tokens 4294967296: 0, or from 100,000"),
     ],

@@ -20,10 +20,9 @@ Beside them stand `BareLoop`, forward, backward and AdamW of one prepared batch 
 
 from __future__ import annotations
 
-import contextlib
-import time
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,12 +33,13 @@ import csrc
 from csrc import reference
 from preprocess.store import TokenStore
 from train import engine as ds
-from train.bench.throughput import Laps, no_laps, synchronize
+from train.bench.throughput import Laps, no_laps
 from train.data import PackedBatch, StepBatch
 from train.model import PackedMaskedLM
 
 BASELINES = ("transformers-grouped", "transformers-lines", "gather-grouped", "gather-lines")
 TEXTS_A_MAP = 1000  # texts that `datasets` hands to `group_texts` at once
+# A micro batch: `input_ids`, `attention_mask`, `labels`, `(B, L)`; labels are -100 where unmasked.
 Batch = dict[str, torch.Tensor]
 LossFunction = Callable[[PackedMaskedLM, Batch], torch.Tensor]
 
@@ -80,50 +80,15 @@ def grouped_rows(
 
 def line_rows(store: TokenStore, max_seq_length: int, num_rows: int, seed: int) -> list[list[int]]:
     """Return ids of rows as `run_mlm.py --line_by_line` makes them: one truncated text each."""
-    rows = []
-    for text in draw_texts(store, seed):
-        rows.append(_wrap(store, text[:max_seq_length - 2]))
-        if len(rows) == num_rows:
-            break
-    return rows
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """One optimizer step: for each micro batch `input_ids`, `attention_mask`, `labels`, `(B, L)`.
-
-    `L` is the longest row of the micro batch; labels are -100 at unmasked slots.
-    """
-
-    micro_batches: list[Batch]
-
-    @property
-    def slots(self) -> int:
-        return sum(batch["input_ids"].numel() for batch in self.micro_batches)
-
-    @property
-    def tokens(self) -> int:
-        """Number of slots without padding."""
-        return sum(int(batch["attention_mask"].sum()) for batch in self.micro_batches)
-
-    @property
-    def masked(self) -> int:
-        return sum(int((batch["labels"] != -100).sum()) for batch in self.micro_batches)
-
-    def text_tokens(self, all_special_ids: tuple[int, ...]) -> int:
-        """Count the tokens without special tokens."""
-        special = torch.tensor(all_special_ids)
-        masked = [batch["labels"] != -100 for batch in self.micro_batches]
-        rest = [batch["input_ids"][~where] for batch, where in
-                zip(self.micro_batches, masked, strict=True)]
-        return self.masked + sum(int((~torch.isin(ids, special)).sum()) for ids in rest)
+    texts = itertools.islice(draw_texts(store, seed), num_rows)
+    return [_wrap(store, text[:max_seq_length - 2]) for text in texts]
 
 
 def make_batches(
     store: TokenStore, rows: list[list[int]], *, micro_batch_size: int, accumulation_steps: int,
     mlm_probability: float, seed: int, pin_memory: bool = False,
-) -> Iterator[TextBatch]:
-    """Yield endless batches, made in the training process as `Trainer` does by default.
+) -> Iterator[list[Batch]]:
+    """Yield the micro batches of each step, made in the training process as by `Trainer`; endless.
 
     Args:
         rows: ids of each, from `grouped_rows` or `line_rows`.
@@ -146,63 +111,37 @@ def make_batches(
         ),
         generator=torch.Generator().manual_seed(seed), drop_last=True,
     )
-    micro_batches: list[Batch] = []
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
     while True:
-        for batch in loader:
-            micro_batches.append({key: batch[key] for key in
-                                  ("input_ids", "attention_mask", "labels")})
-            if len(micro_batches) == accumulation_steps:
-                yield TextBatch(micro_batches)
-                micro_batches = []
+        yield [{key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+               for batch in itertools.islice(endless, accumulation_steps)]
 
 
 # --------------------------------------------------------------------------------------- loss
 
 
-def full_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
-    """Return the mean loss as the model of transformers computes it."""
-    return module.hf(**batch).loss
+def encode(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
+    """Return the output of the encoder, `(B * L, D)`."""
+    return module.family.encoder(module.hf)(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).last_hidden_state.flatten(0, 1)
+
+
+def head_loss(module: PackedMaskedLM, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of encoded rows, `(R, D)`; labels of -100 do not count."""
+    return functional.cross_entropy(reference.logits(rows, module.head()), labels)
 
 
 def gather_loss(module: PackedMaskedLM, batch: Batch) -> torch.Tensor:
-    """Return the same loss, with logits of the masked slots only."""
-    hidden = module.family.encoder(module.hf)(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).last_hidden_state
+    """Return the loss of transformers, with logits of the masked slots only."""
     labels = batch["labels"].flatten()
     masked = labels != -100
-    logits = reference.logits(hidden.flatten(0, 1)[masked], module.head())
-    return functional.cross_entropy(logits, labels[masked])
+    return head_loss(module, encode(module, batch)[masked], labels[masked])
 
 
-LOSSES: dict[str, LossFunction] = {"transformers": full_loss, "gather": gather_loss}
-
-
-def head_seconds(
-    module: PackedMaskedLM, batch: TextBatch, loss_name: str, loop: TrainerLoop
-) -> float:
-    """Measure the MLM head and the loss alone, forward and backward, on a step's rows; seconds."""
-    family, hf, total = module.family, module.hf, 0.0
-    for micro_batch in batch.micro_batches:
-        micro_batch = loop.on_device(micro_batch)
-        labels = micro_batch["labels"].flatten()
-        with torch.no_grad(), loop.autocast():
-            hidden = family.encoder(hf)(
-                input_ids=micro_batch["input_ids"], attention_mask=micro_batch["attention_mask"]
-            ).last_hidden_state.flatten(0, 1)
-        hidden.requires_grad_()
-        synchronize()
-        start = time.perf_counter()
-        with loop.autocast():
-            rows = hidden
-            if loss_name == "gather":
-                masked = labels != -100
-                rows, labels = hidden[masked], labels[masked]
-            loss = functional.cross_entropy(reference.logits(rows, module.head()), labels)
-        torch.autograd.grad(loss, [hidden, *head_parameters(module)])
-        synchronize()
-        total += time.perf_counter() - start
-    return total
+LOSSES: dict[str, LossFunction] = {
+    "transformers": lambda module, batch: module.hf(**batch).loss, "gather": gather_loss,
+}
 
 
 def head_parameters(module: PackedMaskedLM) -> list[torch.Tensor]:
@@ -227,7 +166,6 @@ class TrainerLoop:
     resolved: ds.Resolved
     device: torch.device
     total_steps: int
-    loss_sum: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         from transformers import get_linear_schedule_with_warmup
@@ -244,29 +182,28 @@ class TrainerLoop:
         )
         self.loss_sum = torch.zeros((), device=self.device)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         """Return the context of forward passes."""
-        if self.resolved.precision == "fp32":
-            return contextlib.nullcontext()
-        dtype = torch.float16 if self.resolved.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype)
+        precision = self.resolved.precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
 
     def on_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
     def step(
-        self, batch: TextBatch, loss_of: LossFunction, lap: Callable[[str], None] = lambda _: None
+        self, batch: list[Batch], loss_of: LossFunction, lap: Callable[[str], None] = no_laps
     ) -> None:
         """Take one optimizer step.
 
         Args:
             lap: called after each part: "forward", "backward", "optimizer".
         """
-        for micro_batch in batch.micro_batches:
+        for micro_batch in batch:
             with self.autocast():
                 loss = loss_of(self.module, self.on_device(micro_batch))
             lap("forward")
-            loss = loss / len(batch.micro_batches)
+            loss = loss / len(batch)
             self.scaler.scale(loss).backward()
             loss = loss.detach()
             # Trainer's `logging_nan_inf_filter`, on by default.
@@ -281,6 +218,22 @@ class TrainerLoop:
         self.schedule.step()
         self.module.zero_grad()
         lap("optimizer")
+
+    def head_seconds(self, batch: list[Batch], loss_name: str) -> float:
+        """Measure the MLM head and the loss alone, forward and backward, on a batch; seconds."""
+        laps = Laps()
+        for micro_batch in map(self.on_device, batch):
+            labels = micro_batch["labels"].flatten()
+            with torch.no_grad(), self.autocast():
+                hidden = encode(self.module, micro_batch)
+            hidden.requires_grad_()
+            laps("encoder")
+            kept = labels != -100 if loss_name == "gather" else slice(None)
+            with self.autocast():
+                loss = head_loss(self.module, hidden[kept], labels[kept])
+            torch.autograd.grad(loss, [hidden, *head_parameters(self.module)])
+            laps("head")
+        return laps.seconds["head"]
 
 
 # --------------------------------------------------------------------------------------- bare
@@ -342,6 +295,17 @@ class BareLoop:
         self._optimizer.zero_grad()
         self.module.zero_grad()
         lap("optimizer")
+
+    def run_passes(
+        self, passes: list[Callable[[], torch.Tensor]], lap: Callable[[str], None]
+    ) -> None:
+        """Run forward passes of `make_passes`, each with its backward pass, without a step."""
+        for forward in passes:
+            loss = forward()
+            lap("forward")
+            loss.backward()
+            lap("backward")
+        self.module.zero_grad()
 
     def head_seconds(self, batch: StepBatch) -> float:
         """Measure `csrc.masked_lm_loss` alone, forward and backward, on a batch; seconds.

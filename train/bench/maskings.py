@@ -80,9 +80,8 @@ class Builder:
             match: the index whose counts are taken, for a strategy that needs one.
         """
         counts: Any = [None] * len(self.store.shards) if match is None else match
-        words = None
-        if "words" in STRATEGIES[strategy].needs:
-            words = continuation_table(open_tokenizer(self.store.tokenizer_dir))
+        words = (continuation_table(open_tokenizer(self.store.tokenizer_dir))
+                 if "words" in STRATEGIES[strategy].needs else None)
         return [
             self._choose(strategy, shard, StrategyInputs(scores, matched, words))
             for shard, scores, matched in zip(self.store.shards, self.scores, counts, strict=True)
@@ -111,14 +110,13 @@ class Builder:
         start = time.perf_counter()
         index = self.index(strategy, match)
         seconds = time.perf_counter() - start
-        masking = data.Masking(strategy, index=index)
         if not any(len(positions) for positions in index):
             raise DataError(f"{self.store.prefix}: {strategy} masks no token with these scores; "
                             "give others")
         # An .npy file is its data and a header.
-        size = sum(positions.nbytes + 128 for positions in index)
-        return masking, cost(strategy, "once", seconds, self.store.num_tokens,
-                             sum(map(len, index)), size)
+        return data.Masking(strategy, index=index), cost(
+            strategy, "once", seconds, self.store.num_tokens,
+                             sum(map(len, index)), sum(part.nbytes + 128 for part in index))
 
     def _cost_of_drawing(self, masking: data.Masking) -> dict[str, Any]:
         """Time one draw over the beginning of each shard, and scale it up to the store."""

@@ -9,22 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import read_json
 from preprocess.view.tables import Table
 
-SHARES = ("head", "optimizer", "loader", "rest")
 KINDS = {  # colour (Okabe and Ito 2008) and hatching of each kind of row: print needs the second
     "strategy": ("#0072B2", ""), "bare": ("#999999", ""), "baseline": ("#E69F00", "//"),
 }
 SHARE_COLOURS = {"head": ("#D55E00", ""), "optimizer": ("#F0E442", "//"),
                  "loader": ("#CC79A7", "xx"), "rest": ("#BBBBBB", "")}
+SHARES = tuple(SHARE_COLOURS)
 
 
 def _between(values: dict[str, float], digits: int) -> str:
-    """`median (p20-p80)`."""
-    median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
-    return f"{median} ({low}-{high})"
+    """Write `median (p20-p80)`."""
+    return "{median:.{n}f} ({p20:.{n}f}-{p80:.{n}f})".format(n=digits, **values)
 
 
 # The columns of the tables, by heading: how each is read from a row of a result.
@@ -68,7 +69,7 @@ def training_rows(length: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """All tables, with what must be known to read them."""
+    """Return all tables, and notes on how to read them."""
     peak = result["peak"]
     parts = []
     for length in result["lengths"]:
@@ -115,7 +116,7 @@ def format_result(result: dict[str, Any]) -> str:
 
 
 def reading_aids(result: dict[str, Any]) -> list[str]:
-    """How the figures were made."""
+    """Return notes on how the figures were measured."""
     options = result["options"]
     memory = ("peak of the GPU's allocator" if result["gpu"] else "peak of resident memory")
     note = (
@@ -140,25 +141,24 @@ def reading_aids(result: dict[str, Any]) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> str:
-    """Write the picture; the result is a line to say."""
+    """Write the picture; return a line for the user."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return "No picture: matplotlib is not installed (pip install 'selmask[plot]')."
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lengths = result["lengths"]
     tallest = max(len(training_rows(one)) for one in lengths)
-    figure, axes = plt.subplots(
-        len(lengths), 2, figsize=(11, 1.5 + (0.9 + 0.27 * tallest) * len(lengths)),
-        layout="constrained", squeeze=False, sharey="row",
-    )
+    figure = Figure(
+        figsize=(11, 1.5 + (0.9 + 0.27 * tallest) * len(lengths)), layout="constrained")
+    axes = figure.subplots(len(lengths), 2, squeeze=False, sharey="row")
     for (left, right), length in zip(axes, lengths, strict=True):
         rows = training_rows(length)
         _draw_speed(left, rows)
         _draw_shares(right, rows)
         left.set_title(f"Rows of {length['max_seq_length']} slots", loc="left", fontsize=10)
+        for axis in (left, right):
+            axis.tick_params(axis="x", labelsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
     axes[0, 1].legend(
         *axes[0, 1].get_legend_handles_labels(), ncols=len(SHARES), fontsize=8, frameon=False,
         loc="lower center", bbox_to_anchor=(0.5, 1.0),
@@ -170,57 +170,48 @@ def draw(result: dict[str, Any], path: Path) -> str:
         "whiskers: 20th to 80th percentile", fontsize=10,
     )
     figure.savefig(path, dpi=100)
-    plt.close(figure)
     return f"wrote {path}"
 
 
 def _draw_speed(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """Tokens a second, with the number at the end of each bar."""
-    longest = max(row["tokens_per_second_p80"] for row in rows)
-    for number, row in enumerate(rows):
-        colour, hatch = KINDS[row["kind"]]
-        value = row["tokens_per_second"]
-        whisker = [[value - row["tokens_per_second_p20"]], [row["tokens_per_second_p80"] - value]]
-        axis.barh(number, value, color=colour, hatch=hatch, edgecolor="white", linewidth=0,
-                  xerr=whisker, error_kw={"linewidth": 1, "capsize": 2})
-        axis.text(row["tokens_per_second_p80"] + 0.02 * longest, number, f"{value:,.0f}",
-                  va="center", fontsize=8)
+    """Draw tokens per second, with the number at the end of each bar."""
+    low, values, high = ([row[f"tokens_per_second{end}"] for row in rows]
+                         for end in ("_p20", "", "_p80"))
+    bars = axis.barh(
+        range(len(rows)), values, edgecolor="white", linewidth=0,
+        color=[KINDS[row["kind"]][0] for row in rows],
+        hatch=[KINDS[row["kind"]][1] for row in rows],
+        xerr=np.abs(np.subtract([low, high], values)), error_kw={"linewidth": 1, "capsize": 2})
+    axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=4, fontsize=8)
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.18 * longest)
+    axis.set_xlim(0, 1.18 * max(high))
     axis.set_xlabel("tokens/s (without padding)", fontsize=9)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_shares(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """Where the time of a step goes."""
-    starts = [0.0] * len(rows)
-    for name in SHARES:
+    """Draw where the time of a step goes."""
+    starts = np.zeros(len(rows))
+    for name, (colour, hatch) in SHARE_COLOURS.items():
         values = [row["share_percent"][name] for row in rows]
-        colour, hatch = SHARE_COLOURS[name]
         axis.barh(range(len(rows)), values, left=starts, color=colour, hatch=hatch,
                   edgecolor="white", linewidth=0.5, label=name)
-        starts = [start + value for start, value in zip(starts, values, strict=True)]
+        starts += values
     axis.set_xlim(0, 100)
     axis.set_xlabel("share of a step's time, %", fontsize=9)
-    axis.tick_params(axis="x", labelsize=8)
     axis.tick_params(axis="y", length=0)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 # ------------------------------------------------------------------------------------- compare
 
 
 def read_result(path: str) -> dict[str, Any]:
-    """A `benchmark.json` of the pre-training loop.
+    """Read a `benchmark.json` of the pre-training loop.
 
     Raises:
         ConfigError, DataError: no such file; not a result of this command.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "benchmark.json"
+    file = Path(path, "benchmark.json") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ConfigError(f"--compare {path}: no such file; give two benchmark.json")
     result = read_json(file)
@@ -231,7 +222,7 @@ def read_result(path: str) -> dict[str, Any]:
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as `a.b` -> value."""
+    """Return nested options as `a.b` -> value."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
         flat |= (flatten(value, f"{prefix}{key}.") if isinstance(value, dict)
@@ -240,20 +231,16 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """What differs between two results besides their figures, a line each."""
-    def described(result: dict[str, Any]) -> dict[str, Any]:
-        names = ("platform", "cpus", "threads", "gpu", "python", "world_size", "precision",
-                 "store", "commit", "versions", "options", "ds_config")
-        plain = flatten({name: result.get(name) for name in names})
-        return {key: value for key, value in plain.items() if key != "options.output_dir"}
-
-    one, other = described(first), described(second)
+    """Return the differences between two results besides their figures, one line each."""
+    names = ("platform", "cpus", "threads", "gpu", "python", "world_size", "precision",
+             "store", "commit", "versions", "options", "ds_config")
+    one, other = (flatten({name: result.get(name) for name in names}) for result in (first, second))
     return [f"  {key}: {one.get(key)} | {other.get(key)}" for key in sorted(one.keys() | other)
-            if one.get(key) != other.get(key)]
+            if one.get(key) != other.get(key) and key != "options.output_dir"]
 
 
 def compare(first_path: str, second_path: str) -> str:
-    """Two results side by side.
+    """Return two results side by side.
 
     Raises:
         ConfigError, DataError: see `read_result`; or no row is in both.
@@ -261,8 +248,14 @@ def compare(first_path: str, second_path: str) -> str:
     first, second = read_result(first_path), read_result(second_path)
     lines = [f"A {first_path}", f"B {second_path}"]
     try:
-        for length, rows in _pairs(first, second).items():
-            lines += [f"Rows of {length} slots", _compare_table(rows), ""]
+        there = {(length["max_seq_length"], row["name"]): row
+                 for length in second["lengths"] for row in length["rows"]}
+        for length in first["lengths"]:
+            slots = length["max_seq_length"]
+            pairs = [(row, there[slots, row["name"]]) for row in length["rows"]
+                     if (slots, row["name"]) in there]
+            if pairs:
+                lines += [f"Rows of {slots} slots", _compare_table(pairs), ""]
     except (KeyError, TypeError) as error:
         raise DataError(f"{first_path}, {second_path}: a figure is missing ({error}); "
                         "measure again") from None
@@ -275,20 +268,6 @@ def compare(first_path: str, second_path: str) -> str:
               "*: the 20th to 80th percentiles of the step time overlap; not told apart by these "
               "two runs."]
     return "\n".join(lines)
-
-
-def _pairs(first: dict[str, Any], second: dict[str, Any]
-           ) -> dict[int, list[tuple[dict[str, Any], dict[str, Any]]]]:
-    """Rows of one name, by length, in the order of the first result."""
-    there = {(length["max_seq_length"], row["name"]): row
-             for length in second["lengths"] for row in length["rows"]}
-    pairs: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for length in first["lengths"]:
-        for row in length["rows"]:
-            key = (length["max_seq_length"], row["name"])
-            if key in there:
-                pairs.setdefault(key[0], []).append((row, there[key]))
-    return pairs
 
 
 def _compare_table(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:

@@ -8,11 +8,12 @@ one profiled step, which waits for the device after each part and would slow the
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,7 @@ from train.run_dir import metrics
 PARTS = ("forward", "backward", "optimizer")
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Counts of one step, over all ranks.
 
     Attributes:
@@ -113,7 +113,7 @@ def resident_gib() -> float:
     """Return the memory in use, GiB: of the GPU, or of the process without one."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**30
-    return _status_gib("VmRSS")
+    return status_gib("VmRSS")
 
 
 def reset_peak() -> bool:
@@ -130,14 +130,13 @@ def reset_peak() -> bool:
 
 def peak_gib() -> float:
     """Return the peak memory since `reset_peak`, GiB: of the GPU, or of the process."""
-    return metrics.peak_memory_gib() if torch.cuda.is_available() else _status_gib("VmHWM")
+    return metrics.peak_memory_gib() if torch.cuda.is_available() else status_gib("VmHWM")
 
 
-def _status_gib(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 2**20  # KiB
-    return 0.0
+def status_gib(name: str) -> float:
+    """Return one of the memory figures in the kernel's status of this process, GiB."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) / 2**20 if found else 0.0
 
 
 # -------------------------------------------------------------------------------------- turns
@@ -196,8 +195,8 @@ def measure(
         rows: warmed up.
         standing_gib: memory of each model in training.
     """
-    measured = {row.name: Measured() for row in rows}
     by_name = {row.name: row for row in rows}
+    measured = {name: Measured() for name in by_name}
     for name in turns(list(by_name), rounds):
         row = by_name[name]
         foreign = sum(gib for model, gib in standing_gib.items() if model != row.standing)
@@ -218,11 +217,6 @@ def spread(values: Any) -> dict[str, float]:
     """Return the median and the 20th and 80th percentiles."""
     p20, median, p80 = np.percentile(values, [20, 50, 80])
     return {"median": float(median), "p20": float(p20), "p80": float(p80)}
-
-
-def total(measured: Measured, name: str) -> int:
-    """Sum one of the `Counts` over the counted steps."""
-    return sum(getattr(counts, name) for counts in measured.counts)
 
 
 def round_rates(measured: Measured, rounds: int) -> np.ndarray:
@@ -255,21 +249,20 @@ def summarise(row: Row, measured: Measured, flops: StepFlops, peak: float) -> di
     Args:
         peak: FLOP/s of all devices together.
     """
-    step = spread(measured.seconds)
-    steps = len(measured.seconds)
-    tokens, masked = total(measured, "tokens") / steps, total(measured, "masked") / steps
+    step, steps = spread(measured.seconds), len(measured.seconds)
+    tokens, masked, text_tokens, slots, rows = np.mean(measured.counts, axis=0).tolist()
     return {
         "name": row.name,
         "kind": row.kind,
-        "masked_rate": total(measured, "masked") / max(total(measured, "text_tokens"), 1),
+        "masked_rate": masked / max(text_tokens, 1),
         "masked_per_step": masked,
         "tokens_per_second": tokens / step["median"],
         "tokens_per_second_p20": tokens / step["p80"],
         "tokens_per_second_p80": tokens / step["p20"],
-        "rows_per_second": total(measured, "rows") / steps / step["median"],
+        "rows_per_second": rows / step["median"],
         "masked_tokens_per_second": masked / step["median"],
         "step_ms": {name: 1000 * value for name, value in step.items()},
-        "filled_percent": 100 * total(measured, "tokens") / total(measured, "slots"),
+        "filled_percent": 100 * tokens / slots,
         "mfu_percent": 100 * flops.of(tokens, masked) / step["median"] / peak,
         "share_percent": shares(measured),
         "peak_memory_gib": measured.peak_gib,
