@@ -131,13 +131,6 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
-def is_name(name: Any) -> bool:
-    """Return whether a name stays in its folder."""
-    return isinstance(name, str) and "\0" not in name and name not in ("", ".", "..") and (
-        os.path.basename(name) == name
-    )
-
-
 def npy_header(dtype: np.dtype, count: int) -> bytes:
     """Return the header of a `.npy` file, version 1.0: the only bytes that are accepted.
 

@@ -133,7 +133,7 @@ class StoreWriter:
         self._stream: Any = None
         self._done = False
         self._index: _IndexWriter | None = None
-        self.num_tokens = 0
+        self.num_tokens = self.num_documents = 0
         self._hash = hashlib.sha256()
         if not overwrite:
             _refuse_other_counts(self.store_prefix, shard[1] if shard else 1)
@@ -212,6 +212,7 @@ class StoreWriter:
         assert self._index is not None
         self._index.add(lengths, documents)
         self.num_tokens += len(tokens)
+        self.num_documents += len(documents)
 
     def add_array(self, name: str, kind: str, array: np.ndarray, info: dict[str, Any]) -> None:
         """Publish an array together with the store.
@@ -250,7 +251,7 @@ class StoreWriter:
                 **extra_counts,
                 "tokens": self.num_tokens,
                 "sequences": self._index.num_sequences,
-                "documents": self._index.num_documents,
+                "documents": self.num_documents,
             },
             "options": self.options,
             "bin_sha256": bin_sha256,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import Shard, StoreWriter, TokenStore, write_array
+from preprocess.store import Shard, StoreWriter, TokenStore, layout, write_array
 from preprocess.text.continuations import find_continuations
 from train import data
 from train.data import Masking, PackedData, RowTable, make_tables, permute, row_tables
@@ -355,10 +355,10 @@ def test_a_read_only_store_can_be_read(tmp_path, tiny_tokenizer, monkeypatch, nu
 def test_a_full_disk_is_reported(tmp_path, tiny_tokenizer, monkeypatch):
     store = write_store(tmp_path / "p", tiny_tokenizer, [[[[5, 6]]]])
 
-    def refuse(self, name, block):
+    def refuse(self, block):
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(packing.TableWriter, "add", refuse)
+    monkeypatch.setattr(layout.ColumnWriter, "add", refuse)
     with pytest.raises(OSError, match="no space"):
         row_tables(store, 32, 0.0)
     assert not list(tmp_path.glob("*rows-*"))
