@@ -384,12 +384,8 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None =
     return torch.mm(left.float(), right.float(), out=out)
 
 
-class _Transformed(NamedTuple):
-    """What the transform's backward pass reads: u `(M, D)`, mean and rstd `(M,)` fp32."""
-
-    u: torch.Tensor
-    mean: torch.Tensor
-    rstd: torch.Tensor
+# What the transform's backward pass reads: u `(M, D)`, mean and rstd `(M,)` fp32.
+_Transformed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _transform(
@@ -418,7 +414,7 @@ def _transform(
         u, head.norm_weight, head.norm_bias, x, mean, rstd, num_rows, head.norm_eps, D=width,
         HAS_BIAS=head.norm_bias is not None, TANH=head.activation == "gelu_tanh", **row_tile,
     )
-    return x, _Transformed(u, mean, rstd)
+    return x, (u, mean, rstd)
 
 
 def _transform_backward(
@@ -427,15 +423,16 @@ def _transform_backward(
 ) -> dict[str, torch.Tensor]:
     """Return the gradients of the transform's tensors, fp32, from `grad_x`, `(M, D)` fp32."""
     assert head.dense_weight is not None
+    u, mean, rstd = saved
     num_rows, width = grad_x.shape
     tile = _row_tile(width)
     num_tiles = max(1, NORM_ROWS // tile["ROWS"])
     num_programs = triton.cdiv(num_rows, tile["ROWS"] * num_tiles)
-    grad_u = torch.empty_like(saved.u)
+    grad_u = torch.empty_like(u)
     partial = grad_x.new_empty(3, num_programs, width)
     _activate_normalise_backward_kernel[(num_programs,)](
-        grad_x, saved.u, saved.mean, saved.rstd, head.norm_weight, grad_u, partial, num_rows,
-        D=width, TANH=head.activation == "gelu_tanh", NUM_TILES=num_tiles, **tile,
+        grad_x, u, mean, rstd, head.norm_weight, grad_u, partial, num_rows, D=width,
+        TANH=head.activation == "gelu_tanh", NUM_TILES=num_tiles, **tile,
     )
     names = ("norm_weight", "norm_bias", "dense_bias")
     gradients = dict(zip(names, partial.sum(1), strict=True))

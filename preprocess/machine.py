@@ -20,15 +20,13 @@ def num_cores() -> int:
 
 def commit() -> str | None:
     """Return the commit of these sources, with "+" if they differ from it; None outside a clone."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent.parent)]
+    command = ["git", "-C", str(Path(__file__).resolve().parent.parent), "describe", "--always",
+               "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
-        name = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
-        )
+        named = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return None
-    return name.stdout.strip() + "+" * bool(changed.stdout) if name.returncode == 0 else None
+    return named.stdout.strip() if named.returncode == 0 else None
 
 
 def environment(packages: Iterable[str] = ()) -> dict[str, Any]:

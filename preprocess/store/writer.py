@@ -353,10 +353,9 @@ class _IndexWriter:
     def __init__(self, path: Path) -> None:
         self._path, self._side = path, Path(f"{path}-documents")
         self.num_sequences = self.num_documents = 0
-        self._streams: list[Any] = []
-        for name in (self._path, self._side):
-            self._streams.append(create_temporary(name, 1 << 20))
-        self._lengths, self._documents = self._streams
+        self._lengths, self._documents = (
+            create_temporary(name, 1 << 20) for name in (self._path, self._side)
+        )
         self._lengths.write(bytes(HEADER.size))
         self._documents.write(bytes(8))
 
@@ -392,7 +391,7 @@ class _IndexWriter:
 
     def abort(self, keep: bool = False) -> None:
         """Close and remove the files; `keep` leaves the index."""
-        for stream in self._streams:
+        for stream in (self._lengths, self._documents):
             with suppress(OSError):  # on a full disk closing tries to write once more
                 stream.close()
         temporary_path(self._side).unlink(missing_ok=True)
