@@ -8,6 +8,7 @@ colour-blind reader loses anything. All text of the corpus passes through `html.
 from __future__ import annotations
 
 import html
+import itertools
 
 from preprocess.view.pieces import LEVELS, Document, Piece
 from preprocess.view.statistics import share_of
@@ -89,8 +90,8 @@ def _format_legend(names: list[str], scores: str | None) -> str:
                      '<mark class="b">in both</mark>')
     if scores:
         edges = [share_of(edge) for edge in LEVELS]
-        ranges = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in
-                  zip(edges[:-1], edges[1:], strict=True)), f"above {edges[-1]}"]
+        ranges = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(edges)),
+                  f"above {edges[-1]}"]
         keys = (f'<span class="l{level}">{text}</span>' for level, text in enumerate(ranges))
         lines.append(f"probability of being important, by {html.escape(scores)}: {' '.join(keys)}")
     inner = "\n".join(f'<span class="k">{key}</span>' for key in lines)

@@ -7,6 +7,7 @@ positions, `V` vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -287,18 +288,18 @@ def kinds_table(statistics: Statistics, names: list[str]) -> Table:
 
 def scores_table(statistics: Statistics, names: list[str]) -> Table:
     """Show how the share of masked tokens grows with the score."""
-    rows = []
-    edges = [-math.inf, *SCORE_EDGES, math.inf]
-    for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        tokens = int(statistics.score_tokens[i])
-        if low == -math.inf:
-            bounds = (f"to {high:g}", f"to {share_of(high)}")
-        elif high == math.inf:
-            bounds = (f"above {low:g}", f"above {share_of(low)}")
-        else:
-            bounds = (f"above {low:g} to {high:g}", f"{share_of(low)} to {share_of(high)}")
-        shares = (Share(int(index.score_masked[i]), tokens) for index in statistics.indices)
-        rows.append([*bounds, f"{tokens:,}", *shares])
+    lowest, highest = SCORE_EDGES[0], SCORE_EDGES[-1]
+    bounds = [
+        (f"to {lowest:g}", f"to {share_of(lowest)}"),
+        *((f"above {low:g} to {high:g}", f"{share_of(low)} to {share_of(high)}")
+          for low, high in itertools.pairwise(SCORE_EDGES)),
+        (f"above {highest:g}", f"above {share_of(highest)}"),
+    ]
+    rows = [
+        [*bounds[i], f"{tokens:,}",
+         *(Share(int(index.score_masked[i]), tokens) for index in statistics.indices)]
+        for i, tokens in enumerate(statistics.score_tokens.tolist())
+    ]
     return Table(
         "Masked by importance",
         ("log-odds", "important with", "tokens", *(f"masked in {n}" for n in names)), rows,
@@ -309,9 +310,8 @@ def scores_table(statistics: Statistics, names: list[str]) -> Table:
 
 def rates_table(statistics: Statistics, names: list[str]) -> Table:
     """Show the distribution of mask rates over sequences."""
-    titles = ["no mask"]
-    titles += [f"above {low} to {high} %" for low, high in
-               zip((0, *RATE_EDGES[:-1]), RATE_EDGES, strict=True)]
+    titles = ["no mask", *(f"above {low} to {high} %"
+                           for low, high in itertools.pairwise((0, *RATE_EDGES)))]
     rows = [[title, *(Share(int(one.rates[i]), statistics.sequences) for one in statistics.indices)]
             for i, title in enumerate(titles)]
     return Table(
@@ -329,11 +329,13 @@ def type_tables(
     overall = index.masked / max(statistics.tokens, 1)
 
     def table(title: str, ids: np.ndarray, note: str) -> Table:
-        rows = []
-        for i in ids.tolist():
-            masked, occurs = int(index.type_masked[i]), int(statistics.type_tokens[i])
-            rows.append([type_names[i], f"{occurs:,}", f"{masked:,}", Share(masked, occurs),
-                         f"{masked / occurs / overall:.1f} x"])
+        rows = [
+            [type_names[i], f"{occurs:,}", f"{masked:,}", Share(masked, occurs),
+             f"{masked / occurs / overall:.1f} x"]
+            for i, masked, occurs in zip(
+                ids.tolist(), index.type_masked[ids].tolist(),
+                statistics.type_tokens[ids].tolist(), strict=True)
+        ]
         head = ("token", "occurs", "masked", "rate", "lift")
         return Table(f"{name}: {title}", head, rows, note, subject=name)
 
