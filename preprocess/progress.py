@@ -26,15 +26,13 @@ def _has_terminal() -> bool:
 
 def say(text: str) -> None:
     """Print one line on rank 0, above the bar if there is one."""
-    if not is_first_rank():
-        return
-    if not _has_terminal():
-        print(text, flush=True)
-        return
-    from tqdm import tqdm
+    if is_first_rank() and _has_terminal():
+        from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    elif is_first_rank():
+        print(text, flush=True)
 
 
 class Progress:

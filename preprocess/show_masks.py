@@ -260,9 +260,7 @@ def check_page(path: Path) -> None:
     """Refuse a page that cannot be written, before any work."""
     if path.is_dir():
         raise ConfigError(f"--html {path} is a folder; give a file, such as {path / 'masks.html'}")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(f"--html {path}: nothing can be written in {folder}; give another file")
 

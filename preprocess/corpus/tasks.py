@@ -120,23 +120,18 @@ def _task_sst2(files: TaskFiles) -> Task:
     data_dir = _data_dir(files)
     splits: dict[str, list[Example]] = {}
     for split, stem in (("train", "train"), ("validation", "dev"), ("test", "test")):
-        if data_dir.startswith("hub:"):
-            spec, place = data_dir, f"{data_dir}, split {split}"
-        else:
-            path = resolve_path(data_dir) / f"{stem}.tsv"
-            spec = place = str(path)
-            if split == "test" and not path.is_file():
-                splits[split] = []
-                continue
-        examples = []
+        splits[split] = []
+        on_hub = data_dir.startswith("hub:")
+        spec = data_dir if on_hub else str(resolve_path(data_dir) / f"{stem}.tsv")
+        if split == "test" and not on_hub and not Path(spec).is_file():
+            continue
         for row in read_rows(spec, ["sentence"], split):
             label = as_text(row.get("label", "-1"))
             if split == "test" and label == "-1":
                 break
             if label not in ("0", "1"):
-                raise DataError(f"{place}: label {label!r}; allowed are 0 and 1")
-            examples.append(_example(row["sentence"].strip(), int(label)))
-        splits[split] = examples
+                raise DataError(f"{spec}, split {split}: label {label!r}; allowed are 0 and 1")
+            splits[split].append(_example(row["sentence"].strip(), int(label)))
     if not splits["test"]:
         splits["test"] = splits["validation"]
         splits["train"], splits["validation"] = _cut_validation(splits["train"])

@@ -69,10 +69,9 @@ def remember(prefix: str, key: str, value: Any) -> None:
     """
     path = Path(f"{prefix}.memo.json")
     temporary = temporary_path(path)
-    try:
-        known = read_sealed(path, "") if path.exists() else {}
-    except DataError:
-        known = {}
+    known: dict[str, Any] = {}
+    with suppress(OSError, DataError):
+        known = read_sealed(path, "")
     try:
         entry = {**known, key: value, "format_version": FORMAT_VERSION}
         temporary.write_bytes(json_bytes(seal(entry)))
