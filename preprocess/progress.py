@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 LINE_SECONDS = 10.0  # longest pause between two plain lines
@@ -35,7 +36,7 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """A bar, or plain lines; a context manager, so that errors are printed below the bar.
 
     Args:
@@ -102,9 +103,6 @@ class Progress:
         """End the bar at its current position."""
         if self._bar is not None:
             self._bar.close()
-
-    def __enter__(self) -> Progress:
-        return self
 
     def __exit__(self, *rest: object) -> None:
         self.close()

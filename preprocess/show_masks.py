@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import re
 import shutil
@@ -137,12 +138,9 @@ def _parse_documents(text: str, store: TokenStore) -> list[int]:
 
 def take_documents(blocks: Iterable[np.ndarray], count: int) -> list[int]:
     """Take the first `count` numbers of ascending blocks, `(n,)` int64 each, and read no more."""
-    taken: dict[int, None] = {}  # a document may lie in two blocks
-    for block in blocks:
-        taken.update(dict.fromkeys(block[: count + 1].tolist()))
-        if len(taken) >= count:
-            break
-    return list(taken)[:count]
+    numbers = itertools.chain.from_iterable(block[: count + 1].tolist() for block in blocks)
+    distinct = (number for number, _ in itertools.groupby(numbers))  # one may lie in two blocks
+    return list(itertools.islice(distinct, count))
 
 
 def draw_documents(blocks: Iterable[np.ndarray], count: int, seed: int) -> list[int]:

@@ -331,6 +331,9 @@ class TokenStore:
     special_ids: dict[str, int]
     all_special_ids: tuple[int, ...]
     tokenizer_dir: str
+    num_tokens: int
+    num_sequences: int
+    num_documents: int
     info: dict[str, Any]
 
     @classmethod
@@ -372,6 +375,9 @@ class TokenStore:
             special_ids=dict(tokenizer["special_ids"]),
             all_special_ids=tuple(tokenizer["all_special_ids"]),
             tokenizer_dir=tokenizer_dir,
+            num_tokens=start,
+            num_sequences=sum(shard.num_sequences for shard in shards),
+            num_documents=sum(shard.num_documents for shard in shards),
             info=info,
         )
 
@@ -414,18 +420,6 @@ class TokenStore:
             for s, a, b in spans:  # the run that holds it raises the error
                 self.shards[s].tokens[a:b]
         return ids
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.shards)
-
-    @property
-    def num_sequences(self) -> int:
-        return sum(s.num_sequences for s in self.shards)
-
-    @property
-    def num_documents(self) -> int:
-        return sum(s.num_documents for s in self.shards)
 
 
 def iterate_blocks(

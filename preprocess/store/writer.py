@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def _install_folder(temporary: Path, folder: Path, files: dict[str, str]) -> Non
     raise DataError(f"{folder}: cannot be replaced; remove it and run again")
 
 
-class StoreWriter:
+class StoreWriter(AbstractContextManager["StoreWriter"]):
     """Write one store, or one shard of a store, atomically.
 
     Args:
@@ -281,9 +281,6 @@ class StoreWriter:
         """Remove what was written and release the prefix; an older store stays."""
         self._done = True
         self._at_end.close()
-
-    def __enter__(self) -> StoreWriter:
-        return self
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
         if kind is None and not self._done:
