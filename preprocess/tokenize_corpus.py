@@ -299,7 +299,7 @@ def _make_in_pool(
     args: argparse.Namespace,
     tokenizer: Any,
     options: dict[str, Any],
-    shards: list[tuple[int, int] | None],
+    shards: list[Any],
     progress: _Count,
 ) -> None:
     methods = multiprocessing.get_all_start_methods()
