@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -333,12 +333,8 @@ def _make_in_pool(
         pool.shutdown(cancel_futures=True)
 
 
-class _Block(NamedTuple):
-    """Some encoded documents; `num_read` is the number of bytes read for them."""
-
-    encoded: Encoded
-    with_nul: int
-    num_read: int
+# Some encoded documents, how many of them had NUL characters, and the bytes read for them.
+_Block = tuple[Encoded, int, int]
 
 
 def _make_shard(
@@ -421,7 +417,7 @@ def _encode(job: tuple[list[str], int]) -> _Block:
     if with_nul:
         texts = [text.replace("\0", "") for text in texts]
     language = args.language if args.split_sentences else None
-    return _Block(_worker["cache"].encode(texts, language), with_nul, num_read)
+    return _worker["cache"].encode(texts, language), with_nul, num_read
 
 
 def _encode_part(specs: list[str], part: tuple[int, int]) -> Iterator[_Block]:
@@ -434,7 +430,7 @@ def _encode_part(specs: list[str], part: tuple[int, int]) -> Iterator[_Block]:
 
 def _encode_range(job: tuple[list[str], tuple[int, int]]) -> _Block:
     encoded, with_nul, num_read = zip(*_encode_part(*job), strict=True)
-    return _Block(join_encoded(list(encoded)), sum(with_nul), sum(num_read))
+    return join_encoded(list(encoded)), sum(with_nul), sum(num_read)
 
 
 def _encode_in_pool(

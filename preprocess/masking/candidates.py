@@ -42,14 +42,13 @@ class Sequences:
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
             raise ValueError(f"the mask rate is {self.rate}; it must be in (0, 1]")
-        num_tokens = len(self.candidates)
-        if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != num_tokens:
+        num_tokens, num_sequences = len(self.candidates), len(self.offsets) - 1
+        if num_sequences < 0 or self.offsets[0] != 0 or self.offsets[-1] != num_tokens:
             raise ValueError(f"offsets must run from 0 to the {num_tokens} tokens of the batch")
         if np.any(np.diff(self.offsets) < 0):
             raise ValueError("offsets must ascend")
-        if len(self.offsets) - 1 > MAX_SEQUENCES:
+        if num_sequences > MAX_SEQUENCES:
             raise ValueError(f"a batch holds at most {MAX_SEQUENCES} sequences; cut it")
-        num_sequences = len(self.offsets) - 1
         for name, length in (
             ("positions", num_tokens),
             ("scores", num_tokens),

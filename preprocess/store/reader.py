@@ -292,11 +292,9 @@ def read_store_json(prefix: str) -> dict[str, Any]:
     """Read the JSON of a store or of a shard."""
     path = prefix + ".json"
     if not os.path.isfile(path):
-        if os.path.exists(prefix + ".bin"):
-            remedy = f"take the .bin and .idx in with tokenize_corpus.py --adopt --output {prefix}"
-        else:
-            remedy = f"make one with tokenize_corpus.py --output {prefix}"
-        raise DataError(f"{path}: no complete token store here; {remedy}")
+        remedy = ("take the .bin and .idx in with tokenize_corpus.py --adopt"
+                  if os.path.exists(prefix + ".bin") else "make one with tokenize_corpus.py")
+        raise DataError(f"{path}: no complete token store here; {remedy} --output {prefix}")
     info = read_sealed(path, "make the store again")
     if not {"tokenizer", "counts", "fingerprint"} <= info.keys():
         raise DataError(f"{path}: not the JSON of a token store; give the prefix of a store")
