@@ -43,8 +43,7 @@ from preprocess.store import (
     write_array,
 )
 from preprocess.text.continuations import WordTable, continuation_table, open_tokenizer
-from preprocess.view.kinds import type_names
-from preprocess.view.statistics import count_masks, overall_table, type_tables
+from preprocess.view.statistics import count_masks, overall_table, type_names, type_tables
 
 MAX_COUNTED = 10**9  # tokens counted for the statistics; half a minute
 ARRAY_OF = {"scores": "scores", "match": "mask_index"}  # what a strategy reads, in an identity

@@ -37,10 +37,9 @@ from preprocess.masking import (
 )
 from preprocess.store import Shard, TokenStore, iterate_blocks, open_array
 from preprocess.text.continuations import WordTable, find_continuations, open_tokenizer
-from preprocess.view.kinds import word_table
 from preprocess.view.page import format_page
 from preprocess.view.pieces import printable, read_documents
-from preprocess.view.statistics import Vocabulary, count_masks, make_tables
+from preprocess.view.statistics import Vocabulary, count_masks, make_tables, word_table
 from preprocess.view.tables import Table
 from preprocess.view.terminal import format_document, format_legend
 

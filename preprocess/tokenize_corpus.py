@@ -118,7 +118,6 @@ def main(argv: list[str] | None = None) -> None:
         _describe_input(spec)  # report a wrong name before anything slow
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our workers are processes
     tokenizer = load_fast_tokenizer(args.tokenizer)
-    check_vocabulary(tokenizer)
     if args.adopt:
         adopt(args, tokenizer)
     else:
