@@ -60,7 +60,7 @@ def write_table(
 def open_table(
     store: TokenStore, prefix: str, columns: dict[str, np.dtype], key: str
 ) -> dict[str, np.ndarray] | None:
-    """Map the columns that a `TableWriter` wrote; return None if they are not as written."""
+    """Map the columns that `write_table` wrote; return None if they are not as written."""
     try:
         info = read_sealed(prefix + ".json", "")
         if info["key"] != key:
