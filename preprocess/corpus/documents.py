@@ -109,20 +109,19 @@ def _by_line(specs: list[str], blank_line_documents: bool, max_documents: int | 
     )
 
 
-def _byte_ranges(specs: list[str], index: int, count: int) -> list[tuple[str, Span]]:
+def _byte_ranges(specs: list[str], index: int, count: int) -> Iterator[tuple[str, Span]]:
     paths = [resolve_path(spec) for spec in specs]
     for path in paths:
         check_file(path)
     sizes = [path.stat().st_size for path in paths]
     total = sum(sizes)
     start, end = total * index // count, total * (index + 1) // count
-    chosen, before = [], 0
+    before = 0
     for spec, size in zip(specs, sizes, strict=True):
         first, last = max(start - before, 0), min(end - before, size)
         if first < last:
-            chosen.append((spec, Span(first, last)))
+            yield spec, Span(first, last)
         before += size
-    return chosen
 
 
 def _all_documents(
