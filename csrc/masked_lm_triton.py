@@ -29,7 +29,7 @@ zero. With `TRITON_INTERPRET=1` the kernels run on CPU tensors: slow, for tests.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -47,30 +47,16 @@ NORM_ROWS = 16  # rows per program of the norm's backward pass, which share its 
 NORM_WARPS = 8
 
 
-class DenseTile(NamedTuple):
-    """Tile of the gathering product: `rows` x `columns`, in steps of `inner`."""
-
-    rows: int
-    columns: int
-    inner: int
-    warps: int
-    stages: int
-
-
-class LossTile(NamedTuple):
-    """Tile of logits. Its rows share a partial sum of db; `stages` tiles are in flight at once."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-# By bytes per number. fp32 has no exact matrix unit, so its tile is what registers can hold.
-DENSE_TILES = {2: DenseTile(128, 128, 64, 8, 3), 4: DenseTile(64, 64, 16, 8, 2)}
-# One row per warp, so that sums along rows stay in the warp. Compiled for sm_90: 62 registers, so
-# four programs per multiprocessor with 32 KiB of 16-bit logits on their way to it.
-LOSS_TILE = LossTile(8, 256, 8, 3)
+# Tiles of the gathering product by bytes per number: BLOCK_M x BLOCK_N, in steps of BLOCK_K. fp32
+# has no exact matrix unit, so its tile is what registers can hold.
+DENSE_TILES = {
+    2: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    4: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
+}
+# Tile of logits, whose rows share a partial sum of db; STAGES tiles are in flight at once. One row
+# per warp, so that sums along rows stay in the warp. Compiled for sm_90: 62 registers, so four
+# programs per multiprocessor with 32 KiB of 16-bit logits on their way to it.
+LOSS_TILE = {"ROWS": 8, "BLOCK_V": 256, "STAGES": 3, "num_warps": 8}
 
 
 @triton.jit
@@ -384,12 +370,8 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None =
     return torch.mm(left.float(), right.float(), out=out)
 
 
-class _Transformed(NamedTuple):
-    """What the transform's backward pass reads: u `(M, D)`, mean and rstd `(M,)` fp32."""
-
-    u: torch.Tensor
-    mean: torch.Tensor
-    rstd: torch.Tensor
+# What the transform's backward pass reads: u `(M, D)`, mean and rstd `(M,)` fp32.
+_Transformed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _transform(
@@ -405,11 +387,10 @@ def _transform(
         torch.mm(hidden, head.dense_weight.t(), out=u)  # with `out`, autocast changes nothing
     else:
         tile = DENSE_TILES[hidden.element_size()]
-        grid = (triton.cdiv(width, tile.columns), triton.cdiv(num_rows, tile.rows))
+        grid = (triton.cdiv(width, tile["BLOCK_N"]), triton.cdiv(num_rows, tile["BLOCK_M"]))
         _gather_dense_kernel[grid](
             hidden, positions, head.dense_weight, head.dense_bias, u, num_rows, D=width,
-            HAS_BIAS=head.dense_bias is not None, BLOCK_M=tile.rows, BLOCK_N=tile.columns,
-            BLOCK_K=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+            HAS_BIAS=head.dense_bias is not None, **tile,
         )
     x = torch.empty_like(u)
     mean, rstd = (u.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
@@ -418,7 +399,7 @@ def _transform(
         u, head.norm_weight, head.norm_bias, x, mean, rstd, num_rows, head.norm_eps, D=width,
         HAS_BIAS=head.norm_bias is not None, TANH=head.activation == "gelu_tanh", **row_tile,
     )
-    return x, _Transformed(u, mean, rstd)
+    return x, (u, mean, rstd)
 
 
 def _transform_backward(
@@ -427,15 +408,16 @@ def _transform_backward(
 ) -> dict[str, torch.Tensor]:
     """Return the gradients of the transform's tensors, fp32, from `grad_x`, `(M, D)` fp32."""
     assert head.dense_weight is not None
+    u, mean, rstd = saved
     num_rows, width = grad_x.shape
     tile = _row_tile(width)
     num_tiles = max(1, NORM_ROWS // tile["ROWS"])
     num_programs = triton.cdiv(num_rows, tile["ROWS"] * num_tiles)
-    grad_u = torch.empty_like(saved.u)
+    grad_u = torch.empty_like(u)
     partial = grad_x.new_empty(3, num_programs, width)
     _activate_normalise_backward_kernel[(num_programs,)](
-        grad_x, saved.u, saved.mean, saved.rstd, head.norm_weight, grad_u, partial, num_rows,
-        D=width, TANH=head.activation == "gelu_tanh", NUM_TILES=num_tiles, **tile,
+        grad_x, u, mean, rstd, head.norm_weight, grad_u, partial, num_rows, D=width,
+        TANH=head.activation == "gelu_tanh", NUM_TILES=num_tiles, **tile,
     )
     names = ("norm_weight", "norm_bias", "dense_bias")
     gradients = dict(zip(names, partial.sum(1), strict=True))
@@ -469,7 +451,7 @@ def _decode(
         gradients["x"] = x.new_empty(x.shape, dtype=torch.float32)
     partial = None
     if "decoder_bias" in wanted:
-        num_tiles = triton.cdiv(chunk_rows, LOSS_TILE.rows)
+        num_tiles = triton.cdiv(chunk_rows, LOSS_TILE["ROWS"])
         partial = x.new_empty(num_tiles, padded, dtype=torch.float32)
 
     def add(name: str, gradient: torch.Tensor) -> None:
@@ -480,12 +462,11 @@ def _decode(
         rows = x[chunk]
         logits = buffer[:len(rows), :vocab]
         torch.mm(rows, weight.t(), out=logits)
-        num_tiles = triton.cdiv(len(rows), LOSS_TILE.rows)
+        num_tiles = triton.cdiv(len(rows), LOSS_TILE["ROWS"])
         _cross_entropy_kernel[(num_tiles,)](
             buffer, bias, labels[chunk], losses[chunk], hits[chunk], partial, len(rows), V=vocab,
             V_PAD=padded, HAS_BIAS=bias is not None, WITH_GRADIENT=bool(wanted),
-            WITH_BIAS_GRADIENT=partial is not None, ROWS=LOSS_TILE.rows,
-            BLOCK_V=LOSS_TILE.columns, STAGES=LOSS_TILE.stages, num_warps=LOSS_TILE.warps,
+            WITH_BIAS_GRADIENT=partial is not None, **LOSS_TILE,
         )
         if "x" in wanted:
             _product(logits, weight, out=gradients["x"][chunk])

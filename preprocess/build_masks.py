@@ -43,8 +43,7 @@ from preprocess.store import (
     write_array,
 )
 from preprocess.text.continuations import WordTable, continuation_table, open_tokenizer
-from preprocess.view.kinds import type_names
-from preprocess.view.statistics import count_masks, overall_table, type_tables
+from preprocess.view.statistics import count_masks, overall_table, type_names, type_tables
 
 MAX_COUNTED = 10**9  # tokens counted for the statistics; half a minute
 ARRAY_OF = {"scores": "scores", "match": "mask_index"}  # what a strategy reads, in an identity
@@ -80,9 +79,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if needed and not given:
             raise ConfigError(f"--strategy {args.strategy} needs --{flag} NAME")
         if given and not needed:
+            readers = [name for name, strategy in STRATEGIES.items() if flag in strategy.needs]
             raise ConfigError(
                 f"--{flag} {given} has no use with --strategy {args.strategy}; leave it out, or "
-                f"choose a strategy that reads it: {', '.join(_readers(flag))}"
+                f"choose a strategy that reads it: {', '.join(readers)}"
             )
     if not 0 < args.mlm_probability <= 1:
         raise ConfigError(
@@ -92,10 +92,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.match == args.name:
         raise ConfigError(f"--name {args.name} is the index to match; give another name")
     return args
-
-
-def _readers(need: str) -> list[str]:
-    return [name for name, strategy in STRATEGIES.items() if need in strategy.needs]
 
 
 # ----------------------------------------------------------------------------------- command

@@ -118,9 +118,7 @@ def _disk_full(
         return DiskFullError(number, f"{os.strerror(number)}; {remedy}")
     path = Path(path)
     path = path.with_name(re.sub(r"^\.(.+)\.tmp-\d+.*$", r"\1", path.name))
-    folder = path.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
+    folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
     wanted = "more room was" if wanted_bytes is None else f"{wanted_bytes:,} more bytes were"
     return DiskFullError(
         number,

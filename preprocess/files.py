@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,7 @@ def read_yaml(
 # --------------------------------------------------------------------------- one writer a prefix
 
 
-class WriterLock:
+class WriterLock(AbstractContextManager["WriterLock"]):
     """The sole right to write files that begin with a prefix: `PREFIX.lock`, until `release`.
 
     `filelock` keeps out the processes of this host, and the kernel frees the lock of a dead one.
@@ -350,9 +350,6 @@ class WriterLock:
             if self._owner().encode() == _signature():
                 self.path.unlink(missing_ok=True)
             self._lock.release()
-
-    def __enter__(self) -> WriterLock:
-        return self
 
     def __exit__(self, *rest: object) -> None:
         self.release()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 LINE_SECONDS = 10.0  # longest pause between two plain lines
@@ -27,18 +27,16 @@ def _has_terminal() -> bool:
 
 def say(text: str) -> None:
     """Print one line on rank 0, above the bar if there is one."""
-    if not is_first_rank():
-        return
-    if not _has_terminal():
+    if is_first_rank() and _has_terminal():
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    elif is_first_rank():
         print(text, flush=True)
-        return
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """A bar, or plain lines; a context manager, so that errors are printed below the bar.
 
     Args:
@@ -106,11 +104,5 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *rest: object) -> None:
         self.close()

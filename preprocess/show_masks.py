@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import os
 import re
 import shutil
@@ -36,10 +37,9 @@ from preprocess.masking import (
 )
 from preprocess.store import Shard, TokenStore, iterate_blocks, open_array
 from preprocess.text.continuations import WordTable, find_continuations, open_tokenizer
-from preprocess.view.kinds import word_table
 from preprocess.view.page import format_page
-from preprocess.view.pieces import Document, Opened, printable, read_documents
-from preprocess.view.statistics import Vocabulary, count_masks, make_tables
+from preprocess.view.pieces import printable, read_documents
+from preprocess.view.statistics import Vocabulary, count_masks, make_tables, word_table
 from preprocess.view.tables import Table
 from preprocess.view.terminal import format_document, format_legend
 
@@ -99,16 +99,14 @@ def choose_documents(args: argparse.Namespace, store: TokenStore, tokenizer: Any
     if args.documents is not None:
         return _parse_documents(args.documents, store)
     if args.containing is None:
-        steps = range(0, store.num_documents, BLOCK_DOCUMENTS)
         blocks: Iterable[np.ndarray] = (
-            np.arange(start, min(start + BLOCK_DOCUMENTS, store.num_documents)) for start in steps
+            np.arange(start, min(start + BLOCK_DOCUMENTS, store.num_documents))
+            for start in range(0, store.num_documents, BLOCK_DOCUMENTS)
         )
     else:
         blocks = find_word(store, args.containing.strip(), tokenizer)
-    if args.random:
-        numbers = draw_documents(blocks, args.num_documents, args.seed)
-    else:
-        numbers = take_documents(blocks, args.num_documents)
+    numbers = (draw_documents(blocks, args.num_documents, args.seed) if args.random
+               else take_documents(blocks, args.num_documents))
     if not numbers:
         raise ConfigError(
             f"--containing {args.containing}: no document of {store.prefix} has it as a separate "
@@ -134,12 +132,9 @@ def _parse_documents(text: str, store: TokenStore) -> list[int]:
 
 def take_documents(blocks: Iterable[np.ndarray], count: int) -> list[int]:
     """Take the first `count` numbers of ascending blocks, `(n,)` int64 each, and read no more."""
-    taken: dict[int, None] = {}  # a document may lie in two blocks
-    for block in blocks:
-        taken.update(dict.fromkeys(block[: count + 1].tolist()))
-        if len(taken) >= count:
-            break
-    return list(taken)[:count]
+    numbers = itertools.chain.from_iterable(block[: count + 1].tolist() for block in blocks)
+    distinct = (number for number, _ in itertools.groupby(numbers))  # one may lie in two blocks
+    return list(itertools.islice(distinct, count))
 
 
 def draw_documents(blocks: Iterable[np.ndarray], count: int, seed: int) -> list[int]:
@@ -257,9 +252,7 @@ def check_page(path: Path) -> None:
     """Refuse a page that cannot be written, before any work."""
     if path.is_dir():
         raise ConfigError(f"--html {path} is a folder; give a file, such as {path / 'masks.html'}")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(f"--html {path}: nothing can be written in {folder}; give another file")
 
@@ -294,58 +287,41 @@ def main(argv: list[str] | None = None) -> None:
 
     masks = read("mask_index", args.mask_index, "mask")
     compared = read("compare", args.compare, "mask")
-    names = [args.mask_index, *([args.compare] if args.compare else [])]
-    behind = [source_scores(store, name) for name in names]
-    name_of_scores = args.scores or next(filter(None, behind), None)
-    scores = read("scores", name_of_scores, "scores")
-    shards = [
-        Opened(shard.tokens, shard.sequence_offsets, shard.document_offsets, *arrays)
-        for shard, *arrays in zip(store.shards, masks, compared, scores, strict=True)
-    ]
+    names = [name for name in (args.mask_index, args.compare) if name]
+    scores = args.scores or next(filter(None, [source_scores(store, name) for name in names]), None)
+    arrays = list(zip(masks, compared, read("scores", scores, "scores"), strict=True))
     numbers = choose_documents(args, store, tokenizer)
-    documents = read_documents(shards, numbers, tokenizer, args.max_document_tokens)
+    documents = read_documents(
+        store.shards, arrays, numbers, tokenizer, args.max_document_tokens)
     origins = {f"mask index {name}": describe(store, name, "mask") for name in names}
-    if name_of_scores:
-        origins[f"scores {name_of_scores}"] = describe(store, name_of_scores, "scores")
+    if scores:
+        origins[f"scores {scores}"] = describe(store, scores, "scores")
     if args.html:
-        tables = count(args, store, names, name_of_scores, tokenizer)
+        tables = count(args, store, names, scores, tokenizer)
         title = f"Masks of {Path(store.prefix).name}: {' beside '.join(names)}"
-        page = format_page(title, origins, list(documents), tables, names, name_of_scores)
+        page = format_page(title, origins, list(documents), tables, names, scores)
         # A character that is no character (half a surrogate pair) has no bytes.
         atomic_write_bytes(args.html, page.encode(errors="replace"))
         print(args.html)
         return
-    try:
-        print_all(args, store, tokenizer, origins, documents, names, name_of_scores)
-    except BrokenPipeError:
-        # `| head` has closed the pipe. Buffered output must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def print_all(
-    args: argparse.Namespace,
-    store: TokenStore,
-    tokenizer: Any,
-    origins: dict[str, list[str]],
-    documents: Iterable[Document],
-    names: list[str],
-    scores: str | None,
-) -> None:
-    """Print how the arrays were made, the documents, and the statistics."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII alone
     terminal = sys.stdout.isatty()
     colour = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    for subject, lines in origins.items():
-        print("\n  ".join([subject, *lines]) + "\n")
-    print(format_legend(names, scores) + "\n")
-    for document in documents:
-        print(format_document(document, names, colour))
-    sys.stdout.flush()  # something to read while the store is counted
-    width = min(shutil.get_terminal_size().columns, 100) if terminal else 100
-    for table in count(args, store, names, scores, tokenizer):
-        if table.subject in (None, names[0]):  # the tokens of one index are enough for a terminal
-            print(table.as_text(width) + "\n")
+    try:
+        for subject, lines in origins.items():
+            print("\n  ".join([subject, *lines]) + "\n")
+        print(format_legend(names, scores) + "\n")
+        for document in documents:
+            print(format_document(document, names, colour))
+        sys.stdout.flush()  # something to read while the store is counted
+        width = min(shutil.get_terminal_size().columns, 100) if terminal else 100
+        for table in count(args, store, names, scores, tokenizer):
+            if table.subject in (None, names[0]):  # a terminal shows the tokens of one index
+                print(table.as_text(width) + "\n")
+    except BrokenPipeError:
+        # `| head` has closed the pipe. Buffered output must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

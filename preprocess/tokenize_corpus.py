@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +65,9 @@ from preprocess.text.word_cache import WordCache
 
 BATCH_DOCUMENTS = 4096
 BATCH_CHARACTERS = 1 << 19  # of which a tokenizer makes 90 MB
+# What decides the content of a store, beside the files and the tokenizer.
+OPTIONS = ("input", "text_column", "where", "split", "split_sentences", "language",
+           "blank_line_documents", "unescape_newlines", "max_documents", "num_shards")
 MAX_ADOPTED_LENGTH = 1 << 16  # tokens in a sequence taken in from elsewhere; longer ones are cut
 
 
@@ -115,7 +118,6 @@ def main(argv: list[str] | None = None) -> None:
         _describe_input(spec)  # report a wrong name before anything slow
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our workers are processes
     tokenizer = load_fast_tokenizer(args.tokenizer)
-    check_vocabulary(tokenizer)
     if args.adopt:
         adopt(args, tokenizer)
     else:
@@ -175,14 +177,12 @@ class _Count:
     """Documents, tokens and bytes so far, on a bar of bytes if their number is known."""
 
     def __init__(self, args: argparse.Namespace, parts: list[tuple[int, int]]) -> None:
-        sizes: list[int | None] = [None]
-        if parts and args.max_documents is None:
-            sizes = [num_bytes(args.input, args.blank_line_documents, part) for part in parts]
-        known = [size for size in sizes if size is not None]
-        self._in_bytes = len(known) == len(sizes)
+        sizes = [num_bytes(args.input, args.blank_line_documents, part) for part in parts
+                 if args.max_documents is None]
+        self._in_bytes = bool(sizes) and None not in sizes
         self._totals = [0, 0, 0]
         self.bar = Progress(
-            sum(known) if self._in_bytes else args.max_documents,
+            sum(filter(None, sizes)) if self._in_bytes else args.max_documents,
             "B" if self._in_bytes else "document", label="tokenize",
         )
 
@@ -203,26 +203,14 @@ class _Count:
 
 def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
     """Make those of the requested shards that are not complete."""
-    options = {
-        "input": [_describe_input(spec) for spec in args.input],
-        "text_column": args.text_column,
-        "where": args.where,
-        "split": args.split,
-        "split_sentences": args.split_sentences,
-        "language": args.language,
-        "blank_line_documents": args.blank_line_documents,
-        "unescape_newlines": args.unescape_newlines,
-        "max_documents": args.max_documents,
-        "num_shards": args.num_shards,
-    }
+    options = {name: getattr(args, name) for name in OPTIONS}
+    options["input"] = [_describe_input(spec) for spec in args.input]
     with tempfile.TemporaryDirectory() as scratch:
         files = describe_tokenizer(tokenizer, Path(scratch) / "tokenizer")["files"]
-    if args.num_shards == 1:
-        shards: list[tuple[int, int] | None] = [None]
-    elif args.shard_index is None:
-        shards = [(i, args.num_shards) for i in range(args.num_shards)]
-    else:
-        shards = [(args.shard_index, args.num_shards)]
+    shards: list[tuple[int, int] | None] = [None]
+    if args.num_shards > 1:
+        shards = [(i, args.num_shards) for i in range(args.num_shards)
+                  if args.shard_index in (None, i)]
     to_make = [s for s in shards if not _is_made(args, s, options, files)]
     if to_make:
         seconds = _make_all(args, tokenizer, options, to_make)
@@ -260,9 +248,7 @@ def _is_made(
     prefix = shard_prefix(args.output, *shard) if shard else args.output
     if args.overwrite:
         return False
-    for path in dict.fromkeys((f"{args.output}.json", f"{prefix}.json")):
-        if not os.path.exists(path):
-            continue
+    for path in filter(os.path.exists, dict.fromkeys((f"{args.output}.json", f"{prefix}.json"))):
         info = read_json(path)
         old = info.get("options") or {}
         differs = [
@@ -299,8 +285,7 @@ def _make_all(
         if num_workers == 1:
             _start_worker(tokenizer, args, options, None)
             for shard in shards:
-                blocks = _encode_part(args.input, shard or (0, 1))
-                say(_make_shard(shard, blocks, progress.add))
+                say(_make_shard(shard, _encode_part(args.input, shard or (0, 1)), progress.add))
         else:
             _make_in_pool(num_workers, args, tokenizer, options, shards, progress)
     return time.monotonic() - started
@@ -311,7 +296,7 @@ def _make_in_pool(
     args: argparse.Namespace,
     tokenizer: Any,
     options: dict[str, Any],
-    shards: list[tuple[int, int] | None],
+    shards: list[Any],
     progress: _Count,
 ) -> None:
     methods = multiprocessing.get_all_start_methods()
@@ -326,8 +311,13 @@ def _make_in_pool(
             _worker.update(tokenizer=tokenizer, args=args, options=options)
             blocks = _encode_in_pool(pool, args, shards[0] or (0, 1), 3 * num_workers)
             say(_make_shard(shards[0], blocks, progress.add))
-        else:
-            _make_at_once(pool, shards, totals, progress)
+            return
+        left: set[Future] = {pool.submit(_make_shard_in_worker, shard) for shard in shards}
+        while left:
+            done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+            progress.show(totals[:3])
+            for future in done:
+                say(future.result())
     except BrokenProcessPool:
         raise DataError(
             f"a worker was killed, perhaps because memory ran out; give the same command again, "
@@ -340,23 +330,8 @@ def _make_in_pool(
         pool.shutdown(cancel_futures=True)
 
 
-def _make_at_once(
-    pool: ProcessPoolExecutor, shards: list[Any], totals: Any, progress: _Count
-) -> None:
-    left: set[Future] = {pool.submit(_make_shard_in_worker, shard) for shard in shards}
-    while left:
-        done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
-        progress.show(totals[:3])
-        for future in done:
-            say(future.result())
-
-
-class _Block(NamedTuple):
-    """Some encoded documents; `num_read` is the number of bytes read for them."""
-
-    encoded: Encoded
-    with_nul: int
-    num_read: int
+# Some encoded documents, how many of them had NUL characters, and the bytes read for them.
+_Block = tuple[Encoded, int, int]
 
 
 def _make_shard(
@@ -370,18 +345,16 @@ def _make_shard(
         report: called with the documents, tokens and bytes of each block.
     """
     args, tokenizer, options = (_worker[name] for name in ("args", "tokenizer", "options"))
-    num_documents = 0
     counts = {"documents_dropped": 0, "documents_with_nul": 0}
     with StoreWriter(args.output, tokenizer, options, shard, args.overwrite) as writer:
         for (ids, lengths, sequences, dropped), with_nul, num_read in blocks:
             writer.add_flat(ids, lengths, sequences)
-            num_documents += len(sequences)
             counts["documents_dropped"] += dropped
             counts["documents_with_nul"] += with_nul
             report(len(sequences), len(ids), num_read)
         writer.close(counts)
     sentence = (
-        f"{writer.prefix}: {num_documents:,} documents, {writer.num_tokens:,} tokens, "
+        f"{writer.prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens, "
         f"{counts['documents_dropped']:,} empty documents dropped"
     )
     if counts["documents_with_nul"]:
@@ -441,7 +414,7 @@ def _encode(job: tuple[list[str], int]) -> _Block:
     if with_nul:
         texts = [text.replace("\0", "") for text in texts]
     language = args.language if args.split_sentences else None
-    return _Block(_worker["cache"].encode(texts, language), with_nul, num_read)
+    return _worker["cache"].encode(texts, language), with_nul, num_read
 
 
 def _encode_part(specs: list[str], part: tuple[int, int]) -> Iterator[_Block]:
@@ -454,16 +427,18 @@ def _encode_part(specs: list[str], part: tuple[int, int]) -> Iterator[_Block]:
 
 def _encode_range(job: tuple[list[str], tuple[int, int]]) -> _Block:
     encoded, with_nul, num_read = zip(*_encode_part(*job), strict=True)
-    return _Block(join_encoded(list(encoded)), sum(with_nul), sum(num_read))
+    return join_encoded(list(encoded)), sum(with_nul), sum(num_read)
 
 
 def _encode_in_pool(
     pool: ProcessPoolExecutor, args: argparse.Namespace, part: tuple[int, int], ahead: int
 ) -> Iterator[_Block]:
     """Encode a part in order, by byte ranges where there are any, and only a little ahead."""
-    ranges = cut_part(args.input, args.blank_line_documents, part, args.max_documents)
-    function: Callable[[Any], _Block] = _encode if ranges is None else _encode_range
-    jobs: Iterator[Any] = _batches(args, args.input, part) if ranges is None else iter(ranges)
+    function: Callable[[Any], _Block] = _encode_range
+    jobs: Any = cut_part(args.input, args.blank_line_documents, part, args.max_documents)
+    if jobs is None:
+        function, jobs = _encode, _batches(args, args.input, part)
+    jobs = iter(jobs)
     waiting = deque(pool.submit(function, job) for job in itertools.islice(jobs, ahead))
     while waiting:
         yield waiting.popleft().result()
@@ -513,7 +488,6 @@ def _adopt_one(
     special = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), np.int64)
     counts = {"special_ids_stripped": 0, "sequences_cut": 0, "documents_dropped": 0}
     progress = _Count(args, [])
-    num_documents = 0
     # In place, the writer works beside the old files and replaces them at its end.
     with progress.bar, StoreWriter(args.output, tokenizer, options, shard, True) as writer:
         for sequences in read_foreign(source):
@@ -533,12 +507,11 @@ def _adopt_one(
             counts["documents_dropped"] += not kept
             if kept:
                 writer.add_document(kept)
-                num_documents += 1
                 progress.add(1, sum(map(len, kept)))
         writer.close(counts)
     said = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
-    line = f"{writer.prefix}: {num_documents:,} documents, {writer.num_tokens:,} tokens, {said}"
-    print(line, flush=True)
+    print(f"{writer.prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens, "
+          f"{said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -78,12 +78,11 @@ def _count_characters(
         normal = learner.normalizer.normalize_str(document)
         words.update(word for word, _ in learner.pre_tokenizer.pre_tokenize_str(normal))
     counts: Counter[str] = Counter()
-    inside: set[str] = set()
     for word, count in words.items():
         for character in word:
             counts[character] += count
-        inside.update(word[1:])
     kept = sorted(counts, key=lambda c: (-counts[c], c))[:limit]
+    inside = {character for word in words for character in word[1:]}
     return sorted(kept), sorted(inside.intersection(kept))
 
 
@@ -112,13 +111,6 @@ def _by_id(learner: Any) -> dict[str, int]:
     return dict(sorted(learner.get_vocab().items(), key=lambda item: item[1]))
 
 
-def _with_progress(documents: Iterable[str]) -> Iterator[str]:
-    with Progress(None, "document", label="read") as bar:
-        for document in documents:
-            yield document
-            bar.update()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and write the tokenizer's folder."""
     args = build_parser().parse_args(argv)
@@ -134,8 +126,12 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the same vocabulary on any number of cores
 
     def read() -> Iterator[str]:
-        return _with_progress(read_documents(
-            args.input, args.text_column, max_documents=args.max_documents))
+        documents = read_documents(
+            args.input, args.text_column, max_documents=args.max_documents)
+        with Progress(None, "document", label="read") as bar:
+            for document in documents:
+                yield document
+                bar.update()
 
     tokenizer = KINDS[args.kind](read, args.vocab_size, args.lowercase is not False)
     if len(tokenizer) > args.vocab_size:

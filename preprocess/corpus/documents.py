@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from preprocess.corpus.packages import resolve_path
 from preprocess.corpus.sources import (
+    COMPRESSED,
     MAX_LINE_BYTES,
     Span,
     as_text,
@@ -103,26 +104,24 @@ def cut_part(
 def _by_line(specs: list[str], blank_line_documents: bool, max_documents: int | None) -> bool:
     """Return whether any byte range of these sources can be read by itself."""
     return not blank_line_documents and max_documents is None and all(
-        source_kind(spec) in SPLITTABLE and resolve_path(spec).suffix not in (".gz", ".zst")
+        source_kind(spec) in SPLITTABLE and resolve_path(spec).suffix not in COMPRESSED
         for spec in specs
     )
 
 
-def _byte_ranges(specs: list[str], index: int, count: int) -> list[tuple[str, Span]]:
-    sizes = []
-    for spec in specs:
-        path = resolve_path(spec)
+def _byte_ranges(specs: list[str], index: int, count: int) -> Iterator[tuple[str, Span]]:
+    paths = [resolve_path(spec) for spec in specs]
+    for path in paths:
         check_file(path)
-        sizes.append(path.stat().st_size)
+    sizes = [path.stat().st_size for path in paths]
     total = sum(sizes)
     start, end = total * index // count, total * (index + 1) // count
-    chosen, before = [], 0
+    before = 0
     for spec, size in zip(specs, sizes, strict=True):
         first, last = max(start - before, 0), min(end - before, size)
         if first < last:
-            chosen.append((spec, Span(first, last)))
+            yield spec, Span(first, last)
         before += size
-    return chosen
 
 
 def _all_documents(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,10 +54,9 @@ def resolve_path(spec: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         archive = _download(match["name"], match["version"], match["sha256"], Path(scratch))
-        taken = Path(scratch) / "taken"
-        _take(archive, inside, taken / inside.name, spec)
+        taken = _unpack(archive, inside, Path(scratch) / "taken", spec)
         try:
-            os.rename(taken, folder)
+            os.rename(taken.parent, folder)
         except OSError:
             if not target.exists():  # else another process was faster, with the same content
                 raise
@@ -86,37 +85,24 @@ def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
     return files[0]
 
 
-def _take(archive: Path, inside: PurePosixPath, target: Path, spec: str) -> None:
-    """Copy one file or folder out of an archive; never write outside `target`."""
-    prefix = str(inside)
-    if archive.suffix in (".whl", ".zip"):
-        with zipfile.ZipFile(archive) as opened:
-            members = [(i.filename, i) for i in opened.infolist() if not i.is_dir()]
-            top = [name.split("/")[0] for name, _ in members]
-            found = _copy_members(members, opened.open, prefix, target)
-    else:
-        with tarfile.open(archive) as opened:
-            entries = [(i.name, i) for i in opened.getmembers() if i.isfile()]
-            top = [name.split("/")[0] for name, _ in entries]
-            found = _copy_members(entries, opened.extractfile, prefix, target)
-    if not found:
-        names = sorted(set(top))
-        raise DataError(f"{spec}: {prefix} is not in {archive.name}; at its top: {names[:8]}")
-
-
-def _copy_members(
-    members: list[tuple[str, Any]], open_member: Callable, prefix: str, target: Path
-) -> bool:
-    found = False
-    for name, member in members:
-        if name != prefix and not name.startswith(prefix + "/"):
-            continue
-        rest = PurePosixPath(name[len(prefix) + 1 :])
-        if rest.is_absolute() or ".." in rest.parts:
-            raise DataError(f"archive member {name!r} leaves its folder; the archive is not safe")
-        path = target.joinpath(*rest.parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open_member(member) as source, open(path, "wb") as sink:
-            shutil.copyfileobj(source, sink)
-        found = True
-    return found
+def _unpack(archive: Path, inside: PurePosixPath, folder: Path, spec: str) -> Path:
+    """Unpack one file or folder of an archive into `folder`, alone; return its path there."""
+    is_zip = archive.suffix in (".whl", ".zip")
+    with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as opened:
+        extract: Callable[..., None] = opened.extractall
+        if isinstance(opened, zipfile.ZipFile):
+            members: dict[str, Any] = {i.filename: i for i in opened.infolist() if not i.is_dir()}
+        else:
+            members = {i.name: i for i in opened.getmembers() if i.isfile()}
+            extract = partial(extract, filter="data")  # no owners, no special modes
+        chosen = [name for name in members if inside in (PurePosixPath(name),
+                                                         *PurePosixPath(name).parents)]
+        for name in chosen:
+            if ".." in PurePosixPath(name).parts:
+                raise DataError(
+                    f"archive member {name!r} leaves its folder; the archive is not safe")
+        extract(folder, [members[name] for name in chosen])
+    if not chosen:
+        top = sorted({name.split("/")[0] for name in members})
+        raise DataError(f"{spec}: {inside} is not in {archive.name}; at its top: {top[:8]}")
+    return folder / inside

@@ -11,6 +11,7 @@ a package: pip downloads it, and the hash is that of the downloaded archive.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -31,6 +32,7 @@ MAX_LINE_BYTES = 1 << 24  # 16 MiB; the longest books have about 6
 LINES_BETWEEN = 256  # reports of how far a file has been read
 MAX_EXPANSION = 500  # gzip expands text 3 to 10 times, zeros about 1000 times
 FREE_EXPANSION = 1 << 20  # bytes that any file may expand to, however small
+COMPRESSED = (".gz", ".zst")
 PARQUET_ROWS = 128
 
 
@@ -70,13 +72,6 @@ def _decompressed(path: Path, stream: Any) -> Any:
     return stream
 
 
-def _largest_content(path: Path) -> int | None:
-    """Return how many bytes a compressed file may expand to; None for any other file."""
-    if path.suffix not in (".gz", ".zst"):
-        return None
-    return FREE_EXPANSION + MAX_EXPANSION * path.stat().st_size
-
-
 def _place(path: Path, number: int, span: Span) -> str:
     """Return file and line for a message; counts the lines before the span only now."""
     if span.start:
@@ -96,7 +91,8 @@ def read_lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tupl
     check_file(path)
     try:
         with open(path, "rb") as file, _decompressed(path, file) as stream:
-            position, most = span.start, _largest_content(path)
+            most = FREE_EXPANSION + MAX_EXPANSION * path.stat().st_size  # of a compressed file
+            position = span.start
             if position:
                 stream.seek(position - 1)
                 position += len(stream.readline(MAX_LINE_BYTES)) - 1
@@ -113,16 +109,14 @@ def read_lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tupl
                         f"{_place(path, number, span)}: longer than {MAX_LINE_BYTES:,} bytes; put "
                         f"line ends between its documents, or shorten it"
                     )
-                if most is not None and position + len(raw) > most:
+                if path.suffix in COMPRESSED and position + len(raw) > most:
                     raise DataError(
                         f"{_place(path, number, span)}: more than {MAX_EXPANSION} times as long as "
                         f"the {path.stat().st_size:,} bytes of the compressed file; if you trust "
                         f"it, unpack it first"
                     )
-                if position == 0 and raw.startswith(b"\xef\xbb\xbf"):
-                    yield number, raw[3:].decode(encoding)
-                else:
-                    yield number, raw.decode(encoding)
+                text = raw.removeprefix(codecs.BOM_UTF8) if position == 0 else raw
+                yield number, text.decode(encoding)
                 position += len(raw)
             span.passed((file.tell() if span.end is None else span.end) - told)
     except UnicodeDecodeError as error:
@@ -131,12 +125,13 @@ def read_lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tupl
             f"{error.object[error.start]:02x} at byte {error.start + 1} of the line); "
             f"convert it, for example with iconv -f latin1 -t utf-8"
         ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, OSError, zlib.error) as error:
+        # pyarrow's decompression errors are OSErrors without a name
+        if isinstance(error, OSError) and path.suffix != ".zst" and (
+            not isinstance(error, gzip.BadGzipFile)
+        ):
+            raise
         raise DataError(f"{path}: broken after line {number} ({error})") from None
-    except OSError as error:
-        if path.suffix == ".zst":  # pyarrow's decompression errors are OSErrors without a name
-            raise DataError(f"{path}: broken after line {number} ({error})") from None
-        raise
 
 
 # --------------------------------------------------------------------------- readers of rows
@@ -249,7 +244,8 @@ def read_parquet(path: Path, columns: list[str], texts: list[str], span: Span) -
             _need(dict.fromkeys(schema.names), columns, str(path))
             for column in texts:
                 kind = schema.field(column).type
-                kind = getattr(kind, "value_type", kind) if _is_dictionary(kind) else kind
+                if pyarrow.types.is_dictionary(kind):
+                    kind = kind.value_type
                 if str(kind) not in ("string", "large_string", "string_view", "null"):
                     raise _not_text(str(path), column, str(kind))
             for batch in opened.iter_batches(PARQUET_ROWS, columns=columns or None):
@@ -264,10 +260,6 @@ def read_parquet(path: Path, columns: list[str], texts: list[str], span: Span) -
         ) from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from None
-
-
-def _is_dictionary(kind: Any) -> bool:
-    return str(kind).startswith("dictionary<")
 
 
 def read_hub(name: str, columns: list[str], texts: list[str], split: str) -> Iterator[Row]:

@@ -78,9 +78,11 @@ def _choose_file(folder: Path, names: Iterable[str], task: str) -> Path:
     raise DataError(f"{folder}: --task {task} looks for {' or '.join(names)} here")
 
 
+_POLARITY = ("negative", "positive")
+
+
 def _task_mr(files: TaskFiles) -> Task:
     """Read MR, which has no official split: by content, 80 % train, 10 % validation, 10 % test."""
-    labels = ("negative", "positive")
     path = resolve_path(_data_dir(files))
     examples = []
     if path.is_dir() and (path / "rt-polarity.pos").is_file():
@@ -110,36 +112,30 @@ def _task_mr(files: TaskFiles) -> Task:
         fraction = _content_fraction(example.text)
         part = "train" if fraction < 0.8 else "validation" if fraction < 0.9 else "test"
         splits[part].append(example)
-    return Task("mr", labels, splits)
+    return Task("mr", _POLARITY, splits)
 
 
 def _task_sst2(files: TaskFiles) -> Task:
     """Read GLUE's SST-2; without its test labels, which are not public, dev is the test set."""
-    labels = ("negative", "positive")
     data_dir = _data_dir(files)
     splits: dict[str, list[Example]] = {}
     for split, stem in (("train", "train"), ("validation", "dev"), ("test", "test")):
-        if data_dir.startswith("hub:"):
-            spec, place = data_dir, f"{data_dir}, split {split}"
-        else:
-            path = resolve_path(data_dir) / f"{stem}.tsv"
-            spec = place = str(path)
-            if split == "test" and not path.is_file():
-                splits[split] = []
-                continue
-        examples = []
+        splits[split] = []
+        on_hub = data_dir.startswith("hub:")
+        spec = data_dir if on_hub else str(resolve_path(data_dir) / f"{stem}.tsv")
+        if split == "test" and not on_hub and not Path(spec).is_file():
+            continue
         for row in read_rows(spec, ["sentence"], split):
             label = as_text(row.get("label", "-1"))
             if split == "test" and label == "-1":
                 break
             if label not in ("0", "1"):
-                raise DataError(f"{place}: label {label!r}; allowed are 0 and 1")
-            examples.append(_example(row["sentence"].strip(), int(label)))
-        splits[split] = examples
+                raise DataError(f"{spec}, split {split}: label {label!r}; allowed are 0 and 1")
+            splits[split].append(_example(row["sentence"].strip(), int(label)))
     if not splits["test"]:
         splits["test"] = splits["validation"]
         splits["train"], splits["validation"] = _cut_validation(splits["train"])
-    return Task("sst2", labels, splits)
+    return Task("sst2", _POLARITY, splits)
 
 
 _SEMEVAL_LABELS = ("positive", "negative", "neutral")
@@ -186,10 +182,9 @@ def _task_semeval(files: TaskFiles) -> Task:
     by_category = files.name == "semeval14_restaurant"
     wanted = ("aspectCategory", "category") if by_category else ("aspectTerm", "term")
     folder = resolve_path(_data_dir(files))
-    train_names, test_names = _SEMEVAL_FILES[domain]
-    examples = _read_semeval(_choose_file(folder, train_names, files.name), *wanted)
-    train, validation = _cut_validation(examples)
-    test = _read_semeval(_choose_file(folder, test_names, files.name), *wanted)
+    train, test = (_read_semeval(_choose_file(folder, names, files.name), *wanted)
+                   for names in _SEMEVAL_FILES[domain])
+    train, validation = _cut_validation(train)
     splits = {"train": train, "validation": validation, "test": test}
     return Task(files.name, _SEMEVAL_LABELS, splits)
 
@@ -202,7 +197,8 @@ def _task_custom(files: TaskFiles) -> Task:
                 f"--task custom needs --{flag} (.csv, .tsv, .jsonl or .parquet with the columns "
                 f"--text_column {files.text_column} --label_column {files.label_column})"
             )
-    raw = {"train": list(_read_custom(files, str(files.train_file), "train"))}
+    names = {split: getattr(files, f"{split}_file") for split in ("train", "validation", "test")}
+    raw = {split: list(_read_custom(files, name, split)) for split, name in names.items() if name}
     values = sorted({label for _, label, _ in raw["train"]}, key=_label_order)
     if len(values) < 2:
         raise DataError(
@@ -210,11 +206,9 @@ def _task_custom(files: TaskFiles) -> Task:
             f"at least two labels are needed"
         )
     splits: dict[str, list[Example]] = {}
-    for split in ("train", "validation", "test"):
-        name = getattr(files, f"{split}_file")
-        rows = raw.get(split) or (_read_custom(files, name, split) if name else ())
+    for split, name in names.items():
         splits[split] = []
-        for text, label, aspect in rows:
+        for text, label, aspect in raw.get(split, ()):
             if label not in values:
                 raise DataError(f"{name}: label {label!r} is not in {files.train_file}: {values}")
             splits[split].append(_example(text, values.index(label), aspect))

@@ -42,14 +42,13 @@ class Sequences:
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
             raise ValueError(f"the mask rate is {self.rate}; it must be in (0, 1]")
-        num_tokens = len(self.candidates)
-        if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != num_tokens:
+        num_tokens, num_sequences = len(self.candidates), len(self.offsets) - 1
+        if num_sequences < 0 or self.offsets[0] != 0 or self.offsets[-1] != num_tokens:
             raise ValueError(f"offsets must run from 0 to the {num_tokens} tokens of the batch")
         if np.any(np.diff(self.offsets) < 0):
             raise ValueError("offsets must ascend")
-        if len(self.offsets) - 1 > MAX_SEQUENCES:
+        if num_sequences > MAX_SEQUENCES:
             raise ValueError(f"a batch holds at most {MAX_SEQUENCES} sequences; cut it")
-        num_sequences = len(self.offsets) - 1
         for name, length in (
             ("positions", num_tokens),
             ("scores", num_tokens),
@@ -97,7 +96,7 @@ def list_candidates(sequences: Sequences) -> Candidates:
     )
 
 
-def draw_counts(sequences: Sequences) -> np.ndarray:
+def draw_counts(sequences: Sequences, found: Candidates | None = None) -> np.ndarray:
     """Draw the number of tokens to mask in each sequence.
 
     Stochastic rounding: 22 candidates at 15 % are 3.3, so 3 with probability 0.7 and 4 with 0.3.
@@ -107,13 +106,12 @@ def draw_counts(sequences: Sequences) -> np.ndarray:
     rounded down, so a run of neighbours is within a token or two of its rate, yet the count of a
     sequence depends only on its position and its candidates.
 
+    Args:
+        found: the result of `list_candidates`, if the caller has it.
     Returns:
         Counts, `(B,)` int64, at most the candidates of each sequence.
     """
-    return share_budget(sequences, list_candidates(sequences))
-
-
-def share_budget(sequences: Sequences, found: Candidates) -> np.ndarray:
+    found = found or list_candidates(sequences)
     # The first candidate's position is the sequence's key: an inserted [CLS] has none of its own.
     filled = found.counts > 0
     first = sequences.positions[found.index[found.starts[filled]]]

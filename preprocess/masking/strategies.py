@@ -25,10 +25,10 @@ import numpy as np
 from preprocess.masking.candidates import (
     Candidates,
     Sequences,
+    draw_counts,
     list_candidates,
     require,
     selective_limit,
-    share_budget,
 )
 from preprocess.masking.draws import (
     STREAM_CHOICE,
@@ -88,7 +88,7 @@ def choose_random(sequences: Sequences) -> np.ndarray:
         Ascending unique indices into the batch's flat arrays, `(M,)` int64 (every strategy).
     """
     found = list_candidates(sequences)
-    counts = share_budget(sequences, found)
+    counts = draw_counts(sequences, found)
     return _choose_uniformly(sequences, found, counts, STREAM_CHOICE)
 
 
@@ -123,7 +123,7 @@ def choose_whole_words(sequences: Sequences) -> np.ndarray:
     size = np.diff(np.append(first, len(found.index)))[order]
     sequence = found.sequence[first][order]
 
-    kept, left = _take_what_fits(size, sequence, share_budget(sequences, found))
+    kept, left = _take_what_fits(size, sequence, draw_counts(sequences, found))
     rest = np.flatnonzero(~kept & (left[sequence] > 0))
     _, next_one = np.unique(sequence[rest], return_index=True)
     rest = rest[next_one]
@@ -202,7 +202,7 @@ def choose_selective_fill(sequences: Sequences) -> np.ndarray:
     num_taken = np.bincount(found.sequence[taken_candidates], minlength=len(found.counts))
     rest = found.index[~taken_candidates]
     rest_sequence = found.sequence[~taken_candidates]
-    missing = np.maximum(share_budget(sequences, found) - num_taken, 0)
+    missing = np.maximum(draw_counts(sequences, found) - num_taken, 0)
     keys = _draw_keys(sequences, rest, rest_sequence, STREAM_FILL)
     taken[rest[_take_first(keys, rest_sequence, missing)]] = True
     return np.flatnonzero(taken)

@@ -30,7 +30,7 @@ from preprocess.store.reader import (
     iterate_blocks,
     read_foreign,
 )
-from preprocess.store.tables import TableWriter, open_table
+from preprocess.store.tables import open_table, write_table
 from preprocess.store.writer import (
     StoreWriter,
     check_vocabulary,
@@ -48,7 +48,6 @@ __all__ = [
     "SETTLED_NS",
     "Shard",
     "StoreWriter",
-    "TableWriter",
     "TokenStore",
     "array_path",
     "check_vocabulary",
@@ -69,4 +68,5 @@ __all__ = [
     "tidy_store",
     "verify_store",
     "write_array",
+    "write_table",
 ]

@@ -245,14 +245,10 @@ def has_array(
 
 
 def _array_names(shard: Shard, kind: str) -> set[str]:
-    prefix, suffix = Path(shard.prefix).name + ".", f".{kind}.json"
-    names = set()
-    for path in Path(shard.prefix).parent.iterdir():
-        name = path.name[len(prefix) : -len(suffix)]
-        if path.name.startswith(prefix) and path.name.endswith(suffix):
-            if _NAME.fullmatch(name) and path.with_suffix(".npy").is_file():
-                names.add(name)
-    return names
+    prefix = Path(shard.prefix)
+    form = re.compile(rf"{re.escape(prefix.name)}\.({_NAME.pattern})\.{kind}\.json")
+    names = [found[1] for found in map(form.fullmatch, os.listdir(prefix.parent)) if found]
+    return {name for name in names if array_path(shard, name, kind).is_file()}
 
 
 def list_arrays(store: TokenStore, kind: str) -> list[str]:

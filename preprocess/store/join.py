@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,9 @@ def _describe_shards(prefix: str, count: int) -> tuple[str, dict[str, Any]]:
         for key in ("tokenizer", "options"):
             if info.get(key) != infos[0].get(key):
                 return f"{path} was made with other {key} than {prefixes[0]}", {}
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for info in infos:
-        for key, value in info["counts"].items():
-            counts[key] = counts.get(key, 0) + value
+        counts.update(info["counts"])
     prints = [info["fingerprint"] for info in infos]
     return "", seal({
         "format_version": FORMAT_VERSION,

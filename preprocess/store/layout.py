@@ -69,10 +69,9 @@ def remember(prefix: str, key: str, value: Any) -> None:
     """
     path = Path(f"{prefix}.memo.json")
     temporary = temporary_path(path)
-    try:
-        known = read_sealed(path, "") if path.exists() else {}
-    except DataError:
-        known = {}
+    known: dict[str, Any] = {}
+    with suppress(OSError, DataError):
+        known = read_sealed(path, "")
     try:
         entry = {**known, key: value, "format_version": FORMAT_VERSION}
         temporary.write_bytes(json_bytes(seal(entry)))
@@ -129,13 +128,6 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def is_name(name: Any) -> bool:
-    """Return whether a name stays in its folder."""
-    return isinstance(name, str) and "\0" not in name and name not in ("", ".", "..") and (
-        os.path.basename(name) == name
-    )
 
 
 def npy_header(dtype: np.dtype, count: int) -> bytes:

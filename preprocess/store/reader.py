@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ from preprocess.store.layout import (
     MAX_VOCAB,
     OUR_DTYPE,
     check_content,
-    is_name,
     map_file,
     read_sealed,
     same_files,
@@ -147,34 +147,6 @@ def _map_index(
     )
 
 
-def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Read and check the index of any Megatron-Core store against the size of `P.bin`.
-
-    Returns:
-        dtype of the ids; lengths `(N,)` int32; first tokens `(N,)` int64; documents `(D+1,)` int64.
-    """
-    path, bin_path = prefix + ".idx", prefix + ".bin"
-    dtype, num_sequences, num_indices = _read_header(prefix)
-    lengths, pointers, documents = map(np.array, _map_index(prefix, num_sequences, num_indices))
-    num_bytes = os.path.getsize(bin_path)
-    starts = pointers // dtype.itemsize
-    ends = starts + lengths
-    if (
-        (num_sequences and (lengths.min() < 0 or starts.min() < 0))
-        or (ends < starts).any()  # wrapped around
-        or (pointers % dtype.itemsize).any()
-        or (num_sequences and int(ends.max()) * dtype.itemsize > num_bytes)
-        or num_bytes % dtype.itemsize
-    ):
-        raise DataError(
-            f"{bin_path}: {num_bytes:,} bytes do not hold the sequences that {path} lists; "
-            f"truncated or damaged, make it again"
-        )
-    if documents[0] != 0 or documents[-1] != num_sequences or (np.diff(documents) < 0).any():
-        raise DataError(f"{path}: the documents do not cover the sequences; make it again")
-    return dtype, lengths, starts, documents
-
-
 class Offsets:
     """The start of each sequence or document, and the end of the last one, left on the disk.
 
@@ -226,10 +198,30 @@ class Offsets:
 
 
 def read_foreign(prefix: str) -> Iterator[list[np.ndarray]]:
-    """Yield the documents of any Megatron-Core store: the ids of each sequence, int64."""
-    dtype, lengths, starts, documents = _read_index(prefix)
+    """Yield the documents of any Megatron-Core store: the ids of each sequence, int64.
+
+    Raises:
+        DataError: an index that does not fit the size of `P.bin`.
+    """
     bin_path = prefix + ".bin"
-    tokens = map_file(bin_path, dtype, os.path.getsize(bin_path) // dtype.itemsize)
+    dtype, num_sequences, num_indices = _read_header(prefix)
+    lengths, pointers, documents = map(np.array, _map_index(prefix, num_sequences, num_indices))
+    num_bytes = os.path.getsize(bin_path)
+    starts = pointers // dtype.itemsize
+    ends = starts + lengths
+    if (
+        (num_sequences and (lengths.min() < 0 or starts.min() < 0))
+        or (ends < starts).any()  # wrapped around
+        or (pointers % dtype.itemsize).any()
+        or (num_sequences and int(ends.max()) * dtype.itemsize > num_bytes)
+        or num_bytes % dtype.itemsize
+    ):
+        raise DataError(
+            f"{bin_path}: {num_bytes:,} bytes do not hold the sequences that {prefix}.idx lists; "
+            f"truncated or damaged, make it again"
+        )
+    _check_documents(prefix, documents, num_sequences)
+    tokens = map_file(bin_path, dtype, num_bytes // dtype.itemsize)
     for first, last in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
         spans = zip(starts[first:last].tolist(), lengths[first:last].tolist(), strict=True)
         yield [tokens[a : a + n].astype(np.int64) for a, n in spans]
@@ -253,10 +245,7 @@ def _open_shard(prefix: str, info: dict[str, Any], token_start: int, verify: boo
             f"truncated or damaged, make it again"
         )
     lengths, pointers, documents = _map_index(prefix, num_sequences, num_indices)
-
-    def check_index() -> None:
-        _check_offsets(prefix, lengths, pointers, documents, num_tokens)
-
+    check_index = partial(_check_offsets, prefix, lengths, pointers, documents, num_tokens)
     check_content(prefix, Path(prefix + ".idx"), 0, info["idx_sha256"], verify, check_index)
     if verify and file_sha256(f"{prefix}.bin") != info["bin_sha256"]:
         raise DataError(f"{prefix}.bin: its content is not what {path} says (sha256)")
@@ -287,7 +276,12 @@ def _check_offsets(
         raise DataError(
             f"{prefix}.idx: {end} tokens, but {prefix}.json says {num_tokens}; make it again"
         )
-    wrong = documents[0] != 0 or documents[-1] != len(lengths)
+    _check_documents(prefix, documents, len(lengths))
+
+
+def _check_documents(prefix: str, documents: np.ndarray, num_sequences: int) -> None:
+    """Check that documents cover the sequences, in blocks."""
+    wrong = documents[0] != 0 or documents[-1] != num_sequences
     for first in range(0, len(documents), BLOCK_ENTRIES):
         wrong |= bool((np.diff(documents[first : first + BLOCK_ENTRIES + 1]) < 0).any())
     if wrong:
@@ -298,11 +292,9 @@ def read_store_json(prefix: str) -> dict[str, Any]:
     """Read the JSON of a store or of a shard."""
     path = prefix + ".json"
     if not os.path.isfile(path):
-        if os.path.exists(prefix + ".bin"):
-            remedy = f"take the .bin and .idx in with tokenize_corpus.py --adopt --output {prefix}"
-        else:
-            remedy = f"make one with tokenize_corpus.py --output {prefix}"
-        raise DataError(f"{path}: no complete token store here; {remedy}")
+        remedy = ("take the .bin and .idx in with tokenize_corpus.py --adopt"
+                  if os.path.exists(prefix + ".bin") else "make one with tokenize_corpus.py")
+        raise DataError(f"{path}: no complete token store here; {remedy} --output {prefix}")
     info = read_sealed(path, "make the store again")
     if not {"tokenizer", "counts", "fingerprint"} <= info.keys():
         raise DataError(f"{path}: not the JSON of a token store; give the prefix of a store")
@@ -311,7 +303,8 @@ def read_store_json(prefix: str) -> dict[str, Any]:
 
 def _beside(prefix: str, name: Any) -> str:
     """Return the path of a file that `P.json` names; the file may be a link to another disk."""
-    if not is_name(name):
+    inside = isinstance(name, str) and "\0" not in name and os.path.basename(name) == name
+    if not inside or name in ("", ".", ".."):
         raise DataError(
             f"{prefix}.json: names {name!r}, outside its folder; make the store again"
         )
@@ -336,6 +329,9 @@ class TokenStore:
     special_ids: dict[str, int]
     all_special_ids: tuple[int, ...]
     tokenizer_dir: str
+    num_tokens: int
+    num_sequences: int
+    num_documents: int
     info: dict[str, Any]
 
     @classmethod
@@ -377,6 +373,9 @@ class TokenStore:
             special_ids=dict(tokenizer["special_ids"]),
             all_special_ids=tuple(tokenizer["all_special_ids"]),
             tokenizer_dir=tokenizer_dir,
+            num_tokens=start,
+            num_sequences=sum(shard.num_sequences for shard in shards),
+            num_documents=sum(shard.num_documents for shard in shards),
             info=info,
         )
 
@@ -419,18 +418,6 @@ class TokenStore:
             for s, a, b in spans:  # the run that holds it raises the error
                 self.shards[s].tokens[a:b]
         return ids
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.shards)
-
-    @property
-    def num_sequences(self) -> int:
-        return sum(s.num_sequences for s in self.shards)
-
-    @property
-    def num_documents(self) -> int:
-        return sum(s.num_documents for s in self.shards)
 
 
 def iterate_blocks(

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def _install_folder(temporary: Path, folder: Path, files: dict[str, str]) -> Non
     raise DataError(f"{folder}: cannot be replaced; remove it and run again")
 
 
-class StoreWriter:
+class StoreWriter(AbstractContextManager["StoreWriter"]):
     """Write one store, or one shard of a store, atomically.
 
     Args:
@@ -130,10 +130,8 @@ class StoreWriter:
         )
         self._tokenizer_tmp = temporary_path(Path(self.prefix + ".tokenizer"))
         self._arrays: dict[Path, tuple[str, str, np.ndarray, dict[str, Any]]] = {}
-        self._stream: Any = None
         self._done = False
-        self._index: _IndexWriter | None = None
-        self.num_tokens = 0
+        self.num_tokens = self.num_documents = 0
         self._hash = hashlib.sha256()
         if not overwrite:
             _refuse_other_counts(self.store_prefix, shard[1] if shard else 1)
@@ -141,18 +139,20 @@ class StoreWriter:
         # if somebody seems to be there: a thousand shards may start at once.
         if shard is not None and os.path.exists(f"{self.store_prefix}.lock"):
             WriterLock(self.store_prefix, wait_seconds=1.0).release()
-        self._lock = WriterLock(self.prefix) if lock is None else lock
-        self._owns_lock = lock is None
-        try:
+        with ExitStack() as at_end:
+            lock = lock or at_end.enter_context(WriterLock(self.prefix))
             remove_store_leftovers(self.prefix)
-            if not overwrite and not self._lock.interrupted:
+            if not overwrite and not lock.interrupted:
                 self._refuse_existing()
+            at_end.callback(shutil.rmtree, self._tokenizer_tmp, ignore_errors=True)
+            for path in (self._bin, self._idx, self._json):
+                at_end.callback(temporary_path(path).unlink, missing_ok=True)
             self._tokenizer = describe_tokenizer(tokenizer, self._tokenizer_tmp)
             self._stream = create_temporary(self._bin, 1 << 20)
+            at_end.callback(_close, self._stream)
             self._index = _IndexWriter(self._idx)
-        except BaseException:
-            self.abort()
-            raise
+            at_end.callback(self._index.abort)
+            self._at_end = at_end.pop_all()
 
     def _refuse_existing(self) -> None:
         if self._json.exists():
@@ -209,9 +209,9 @@ class StoreWriter:
         data = tokens.astype("<u2").tobytes()
         write_all(self._stream, data, self._bin)
         self._hash.update(data)
-        assert self._index is not None
         self._index.add(lengths, documents)
         self.num_tokens += len(tokens)
+        self.num_documents += len(documents)
 
     def add_array(self, name: str, kind: str, array: np.ndarray, info: dict[str, Any]) -> None:
         """Publish an array together with the store.
@@ -221,13 +221,15 @@ class StoreWriter:
         """
         path = prefix_array_path(self.prefix, name, kind)
         remove_leftovers(path, json_of(path))
+        for staged in (path, json_of(path)):
+            self._at_end.callback(temporary_path(staged).unlink, missing_ok=True)
         self._arrays[path] = (name, kind, array, info)
 
     def close(self, extra_counts: dict[str, int] | None = None) -> None:
         """Put the store in place; the JSON comes last. The last shard writes `P.json` too."""
-        try:
+        self._done = True
+        with self._at_end:
             finish(self._stream, self._bin)
-            assert self._index is not None
             info = self._describe(self._index.close(), extra_counts or {})
             write_temporary(self._json, json_bytes(seal(info)))
             for path, (name, kind, array, made_by) in self._arrays.items():
@@ -235,14 +237,9 @@ class StoreWriter:
             self._publish()
             if self.shard is not None:
                 join_shards(self.store_prefix, self.shard[1], (self.prefix, info["fingerprint"]))
-        except BaseException:
-            self.abort()
-            raise
-        self._end()
 
     def _describe(self, idx_sha256: str, extra_counts: dict[str, int]) -> dict[str, Any]:
         bin_sha256 = self._hash.hexdigest()
-        assert self._index is not None
         return {
             "format_version": FORMAT_VERSION,
             "tokenizer": {**self._tokenizer, "folder": f"{Path(self.store_prefix).name}.tokenizer"},
@@ -250,7 +247,7 @@ class StoreWriter:
                 **extra_counts,
                 "tokens": self.num_tokens,
                 "sequences": self._index.num_sequences,
-                "documents": self._index.num_documents,
+                "documents": self.num_documents,
             },
             "options": self.options,
             "bin_sha256": bin_sha256,
@@ -282,32 +279,18 @@ class StoreWriter:
 
     def abort(self) -> None:
         """Remove what was written and release the prefix; an older store stays."""
-        if self._done:
-            return
-        if self._stream is not None:
-            with suppress(OSError):  # on a full disk closing tries to write once more
-                self._stream.close()
-        if self._index is not None:
-            self._index.abort()
-        arrays = list(self._arrays)
-        for path in (self._bin, self._idx, self._json, *arrays, *map(json_of, arrays)):
-            temporary_path(path).unlink(missing_ok=True)
-        shutil.rmtree(self._tokenizer_tmp, ignore_errors=True)
-        self._end()
-
-    def _end(self) -> None:
         self._done = True
-        if self._owns_lock:
-            self._lock.release()
-
-    def __enter__(self) -> StoreWriter:
-        return self
+        self._at_end.close()
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
-        if kind is not None:
-            self.abort()
-        elif not self._done:
+        if kind is None and not self._done:
             self.close()
+        self.abort()
+
+
+def _close(stream: Any) -> None:
+    with suppress(OSError):  # on a full disk closing tries to write once more
+        stream.close()
 
 
 def _refuse_other_counts(prefix: str, count: int) -> None:
@@ -352,10 +335,9 @@ class _IndexWriter:
     def __init__(self, path: Path) -> None:
         self._path, self._side = path, Path(f"{path}-documents")
         self.num_sequences = self.num_documents = 0
-        self._streams: list[Any] = []
-        for name in (self._path, self._side):
-            self._streams.append(create_temporary(name, 1 << 20))
-        self._lengths, self._documents = self._streams
+        self._lengths, self._documents = (
+            create_temporary(name, 1 << 20) for name in (self._path, self._side)
+        )
         self._lengths.write(bytes(HEADER.size))
         self._documents.write(bytes(8))
 
@@ -391,9 +373,8 @@ class _IndexWriter:
 
     def abort(self, keep: bool = False) -> None:
         """Close and remove the files; `keep` leaves the index."""
-        for stream in self._streams:
-            with suppress(OSError):  # on a full disk closing tries to write once more
-                stream.close()
+        for stream in (self._lengths, self._documents):
+            _close(stream)
         temporary_path(self._side).unlink(missing_ok=True)
         if not keep:
             temporary_path(self._path).unlink(missing_ok=True)

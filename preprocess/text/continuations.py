@@ -23,6 +23,7 @@ _SAMPLES = ("a", "1", "!", "s", "\n", " ", "'", "'s")
 # inside a character, and so continues whatever precedes it; one that holds only the tail of a
 # character, and so ends as the token with its head does.
 _STARTS, _CONTINUES, _INHERITS = range(8, 11)
+_TAIL_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8, all but its first
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,7 @@ def continuation_table(tokenizer: Any) -> WordTable:
 
 def _token_kinds(raw: bytes, split: Callable[[str], list]) -> tuple[int, int]:
     """Return how a byte-level token begins and ends; `split` is the pre-tokenizer."""
-    tail = 0
-    while tail < len(raw) and raw[tail] & 0xC0 == 0x80:
-        tail += 1
+    tail = len(raw) - len(raw.lstrip(_TAIL_BYTES))
     if tail == len(raw):
         return _CONTINUES, _INHERITS
     text = raw[tail:].decode("utf-8", errors="ignore")

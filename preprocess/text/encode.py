@@ -88,8 +88,7 @@ def cut_blocks(text: str) -> Iterator[str]:
         end = start + BLOCK_CHARACTERS
         # The last border of the last tenth, which is long enough for a word.
         borders = BORDER.finditer(text, end - BLOCK_CHARACTERS // 10, end)
-        for border in borders:
-            end = border.start()
+        end = max((border.start() for border in borders), default=end)
         yield text[start:end]
         start = end
     yield text[start:]
@@ -97,8 +96,6 @@ def cut_blocks(text: str) -> Iterator[str]:
 
 def join_encoded(parts: list[Encoded]) -> Encoded:
     """Concatenate the results of several calls."""
-    if len(parts) == 1:
-        return parts[0]
     empty = np.empty(0, np.int64)
     ids, lengths, documents, dropped = zip(*parts, strict=True) if parts else ((), (), (), ())
     return (

@@ -8,6 +8,7 @@ colour-blind reader loses anything. All text of the corpus passes through `html.
 from __future__ import annotations
 
 import html
+import itertools
 
 from preprocess.view.pieces import LEVELS, Document, Piece
 from preprocess.view.statistics import share_of
@@ -48,12 +49,10 @@ mark { color: inherit; background: none; }
 
 def format_piece(piece: Piece, names: list[str]) -> str:
     """Write a piece, escaped, with its space; `names` are those of the two indices."""
-    title = []
-    held = [piece.masked, piece.compared]
+    held = (piece.masked, piece.compared)
     holders = [name for name, on in zip(names, held, strict=False) if on]
-    mark = {(True, False): "m", (False, True): "c", (True, True): "b"}.get((held[0], held[1]))
-    if mark:
-        title.append(f"masked in {' and '.join(holders)}")
+    mark = {(True, False): "m", (False, True): "c", (True, True): "b"}.get(held)
+    title = [f"masked in {' and '.join(holders)}"] if mark else []
     classes = [name for name in (mark, f"l{piece.level}" if piece.level else None) if name]
     if piece.score is not None and classes:
         title.append(f"log-odds {piece.score:.2f} ({share_of(piece.score)})")
@@ -91,8 +90,8 @@ def _format_legend(names: list[str], scores: str | None) -> str:
                      '<mark class="b">in both</mark>')
     if scores:
         edges = [share_of(edge) for edge in LEVELS]
-        ranges = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in
-                  zip(edges[:-1], edges[1:], strict=True)), f"above {edges[-1]}"]
+        ranges = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(edges)),
+                  f"above {edges[-1]}"]
         keys = (f'<span class="l{level}">{text}</span>' for level, text in enumerate(ranges))
         lines.append(f"probability of being important, by {html.escape(scores)}: {' '.join(keys)}")
     inner = "\n".join(f'<span class="k">{key}</span>' for key in lines)
@@ -116,9 +115,9 @@ def format_page(
         tables: those of one subject are placed side by side.
         names: of the shown index, and of the compared one if there is one.
     """
-    links = ['<a href="#documents">documents</a>']
-    links += ['<a href="#statistics">statistics</a>'] if tables else []
-    parts = [f"<nav>{' | '.join(links)}</nav>", "<h2>How the tokens were chosen</h2>"]
+    link = ' | <a href="#statistics">statistics</a>' if tables else ""
+    parts = [f'<nav><a href="#documents">documents</a>{link}</nav>',
+             "<h2>How the tokens were chosen</h2>"]
     for name, lines in origins.items():
         text = "<br>".join(map(html.escape, lines))
         parts.append(f"<p><b>{html.escape(name)}</b><br>{text}</p>")
@@ -126,9 +125,8 @@ def format_page(
     parts += [_format_document(document, names) for document in documents]
     if tables:
         parts.append('<h2 id="statistics">Statistics</h2>')
-        for subject in dict.fromkeys(table.subject for table in tables):
-            parts.append(f'<div class="{"types" if subject else "wide"}">')
-            parts += [f"<div>{table.as_html(3)}</div>"
-                      for table in tables if table.subject == subject]
-            parts.append("</div>")
+    for subject in dict.fromkeys(table.subject for table in tables):
+        inside = "\n".join(f"<div>{table.as_html(3)}</div>"
+                           for table in tables if table.subject == subject)
+        parts.append(f'<div class="{"types" if subject else "wide"}">\n{inside}\n</div>')
     return html_page(title, _STYLE, parts)

@@ -6,12 +6,13 @@ Letters: `T` tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from preprocess.masking import index_bounds
+from preprocess.store import Shard
 
 # Lower ends of the levels of importance above the lowest, in log-odds: 12 %, 50 %, 88 %.
 LEVELS = (-2.0, 0.0, 2.0)
@@ -38,9 +39,7 @@ class Piece:
     @property
     def level(self) -> int:
         """Importance from 0 to 3; 0 without a score."""
-        if self.score is None:
-            return 0
-        return sum(self.score > edge for edge in LEVELS)
+        return 0 if self.score is None else sum(self.score > edge for edge in LEVELS)
 
 
 # ------------------------------------------------------------------------------ ids to text
@@ -114,18 +113,16 @@ def read_sequence(
             continue
         score = None if scores is None else float(scores[part].max())
         piece = Piece(text, space, bool(masked[part].any()), bool(compared[part].any()), score)
-        if pieces and not space and _joins(pieces[-1], piece):
-            last = pieces.pop()
+        last = pieces[-1] if pieces else Piece("", True)
+        alike = (last.masked, last.compared, last.level) == (
+            piece.masked, piece.compared, piece.level)
+        if alike and not space and last.text[-1:].isalnum() and text[:1].isalnum():
             if score is not None and last.score is not None:
                 score = max(score, last.score)
-            piece = Piece(last.text + text, last.space, piece.masked, piece.compared, score)
+            piece = replace(last, text=last.text + text, score=score)
+            pieces.pop()
         pieces.append(piece)
     return pieces
-
-
-def _joins(left: Piece, right: Piece) -> bool:
-    same = (left.masked, left.compared, left.level) == (right.masked, right.compared, right.level)
-    return same and left.text[-1:].isalnum() and right.text[:1].isalnum()
 
 
 # ------------------------------------------------------------------------------ the documents
@@ -157,71 +154,53 @@ class Document:
     num_left_out: int
 
 
-@dataclass(frozen=True)
-class Opened:
-    """An opened shard: tokens, offsets and arrays as in `Shard` and `store.ARRAYS`."""
-
-    tokens: np.ndarray
-    sequence_offsets: np.ndarray
-    document_offsets: np.ndarray
-    mask: np.ndarray
-    compare: np.ndarray | None
-    scores: np.ndarray | None
+# Arrays of a shard: the shown index, the compared one or None, and the scores or None.
+Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 def read_documents(
-    shards: list[Opened], numbers: list[int], tokenizer: Any, max_tokens: int
+    shards: list[Shard], arrays: list[Arrays], numbers: list[int], tokenizer: Any, max_tokens: int
 ) -> Iterator[Document]:
     """Yield documents with their marks; long ones with sequences up to `max_tokens`."""
-    starts = np.append(0, np.cumsum([len(shard.document_offsets) - 1 for shard in shards]))
+    starts = np.append(0, np.cumsum([shard.num_documents for shard in shards]))
     for number in numbers:
         # Empty shards share their start with the next one; the last of them holds the document.
         i = int(np.searchsorted(starts, number, side="right")) - 1
-        yield _read_document(shards[i], number, number - int(starts[i]), tokenizer, max_tokens)
+        local = number - int(starts[i])
+        yield _read_document(shards[i], arrays[i], number, local, tokenizer, max_tokens)
 
 
 def _read_document(
-    shard: Opened, number: int, local: int, tokenizer: Any, max_tokens: int
+    shard: Shard, arrays: Arrays, number: int, local: int, tokenizer: Any, max_tokens: int
 ) -> Document:
     first, last = shard.document_offsets[local : local + 2]
     offsets = shard.sequence_offsets[first : last + 1]
     start, end = int(offsets[0]), int(offsets[-1])
-    masked, compared = _positions(shard.mask, start, end), _positions(shard.compare, start, end)
+    masked, compared = (_marks(index, start, end) for index in arrays[:2])
     # At least one sequence, and as many as fit.
     shown = max(int(np.searchsorted(offsets, start + max_tokens, side="right")) - 1, 1)
     sequences = []
     for a, b in zip(offsets[:shown].tolist(), offsets[1 : shown + 1].tolist(), strict=False):
-        in_mask, in_compare = _marks(shard.mask, a, b), _marks(shard.compare, a, b)
-        scores = None if shard.scores is None else shard.scores[a:b]
-        sequences.append(
-            Sequence(
-                read_sequence(shard.tokens[a:b], tokenizer, in_mask, in_compare, scores),
-                num_tokens=b - a,
-                num_masked=int(in_mask.sum()),
-                num_important=None if scores is None else int((scores > 0).sum()),
-            )
-        )
+        here = slice(a - start, b - start)
+        scores = None if arrays[2] is None else arrays[2][a:b]
+        pieces = read_sequence(shard.tokens[a:b], tokenizer, masked[here], compared[here], scores)
+        important = None if scores is None else int((scores > 0).sum())
+        sequences.append(Sequence(pieces, b - a, int(masked[here].sum()), important))
     return Document(
         number=number,
         num_tokens=end - start,
-        num_masked=len(masked),
-        num_compared=len(compared),
-        num_shared=len(np.intersect1d(masked, compared, assume_unique=True)),
+        num_masked=int(masked.sum()),
+        num_compared=int(compared.sum()),
+        num_shared=int((masked & compared).sum()),
         sequences=sequences,
         num_left_out=len(offsets) - 1 - len(sequences),
     )
 
 
-def _positions(index: np.ndarray | None, start: int, end: int) -> np.ndarray:
-    """Return the positions of an index from token `start` to `end` of the shard: `(M,)` int64."""
-    if index is None:
-        return np.empty(0, dtype=np.int64)
-    low, high = index_bounds(index, np.array([start, end]))
-    return index[low:high].astype(np.int64)
-
-
 def _marks(index: np.ndarray | None, start: int, end: int) -> np.ndarray:
     """Return which of the shard's tokens `start` to `end` an index holds: bool."""
     marks = np.zeros(end - start, dtype=bool)
-    marks[_positions(index, start, end) - start] = True
+    if index is not None:
+        low, high = index_bounds(index, np.array([start, end]))
+        marks[index[low:high].astype(np.int64) - start] = True
     return marks

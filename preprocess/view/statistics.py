@@ -7,18 +7,23 @@ positions, `V` vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from preprocess.errors import ConfigError
 from preprocess.masking import find_candidates, index_bounds
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, iterate_blocks, open_array
-from preprocess.text.continuations import WordTable
-from preprocess.view.kinds import KINDS, find_kinds, type_kinds, type_names, word_table
+from preprocess.text.continuations import WordTable, continuation_table, find_continuations
+from preprocess.text.stop_words import is_stop_word
+from preprocess.view.pieces import printable
 from preprocess.view.tables import Share, Table, percent
 
+OTHER, STOP_WORD, PUNCTUATION = range(3)
+KINDS = ("other words", "stop words", "punctuation")
 NUM_TYPES = 15
 # Upper ends of the bins of a sequence's mask rate, in per cent; before them, one for no mask.
 RATE_EDGES = (5, 10, 15, 20, 25, 30, 50, 100)
@@ -30,7 +35,69 @@ _SCORE_BINS = np.searchsorted(
 ).astype(np.uint8)
 
 
-# -------------------------------------------------------------------------------- the counts
+# --------------------------------------------------------------------------- kinds of tokens
+
+
+def word_table(tokenizer: Any) -> WordTable | None:
+    """Return `continuation_table`, or None for a tokenizer without word boundaries."""
+    try:
+        return continuation_table(tokenizer)
+    except ConfigError:
+        return None
+
+
+def type_names(tokenizer: Any, vocab_size: int) -> list[str]:
+    """Return a readable name of every id, `V` strings.
+
+    WordPiece names are kept (`##ing`); byte-level ones become their text, with an open box (U+2423)
+    for a leading space, which tells the beginning of a word from a continuation.
+    """
+    names = [printable(tokenizer.id_to_token(i) or f"#{i}") for i in range(vocab_size)]
+    if type(tokenizer.model).__name__ != "WordPiece":
+        texts = tokenizer.decode_batch([[i] for i in range(vocab_size)], skip_special_tokens=False)
+        for i, text in enumerate(texts):
+            if text.strip() and "\ufffd" not in text:
+                names[i] = printable(text.replace(" ", "\u2423"))
+    return names
+
+
+def type_kinds(names: list[str]) -> np.ndarray:
+    """Return the kind of every id, as far as the id alone tells: `(V,)` uint8.
+
+    Args:
+        names: from `type_names`.
+    """
+    plain = [name.replace("\u2423", "") for name in names]
+    kinds = np.full(len(names), OTHER, dtype=np.uint8)
+    kinds[[i for i, name in enumerate(plain) if is_stop_word(name)]] = STOP_WORD
+    signs = [not any(c.isalnum() or c == "\ufffd" for c in name) for name in plain]
+    kinds[np.flatnonzero(signs)] = PUNCTUATION
+    return kinds
+
+
+def find_kinds(
+    tokens: np.ndarray, offsets: np.ndarray, kinds: np.ndarray, table: WordTable | None
+) -> np.ndarray:
+    """Return the kind of each token: a stop word only where it is a word by itself.
+
+    In `the ##sis the`, the first `the` is part of another word. A stop word of several tokens
+    counts as another word; practical vocabularies have next to none.
+
+    Args:
+        tokens: token ids, `(T,)` uint16.
+        offsets: start of each sequence in `tokens`, and the end, `(B+1,)` int64.
+        kinds: from `type_kinds`, `(V,)` uint8.
+        table: from `word_table`; without one every such token counts.
+    Returns:
+        `(T,)` uint8.
+    """
+    found = kinds[tokens]
+    if table is not None and len(tokens):
+        continues = find_continuations(tokens, offsets, table)
+        part = continues.copy()
+        part[:-1] |= continues[1:]
+        found[part & (found == STOP_WORD)] = OTHER
+    return found
 
 
 @dataclass(frozen=True)
@@ -46,6 +113,9 @@ class Vocabulary:
         """Read it off a `tokenizers.Tokenizer`."""
         names = type_names(tokenizer, vocab_size)
         return cls(names, type_kinds(names), word_table(tokenizer))
+
+
+# -------------------------------------------------------------------------------- the counts
 
 
 @dataclass
@@ -287,18 +357,18 @@ def kinds_table(statistics: Statistics, names: list[str]) -> Table:
 
 def scores_table(statistics: Statistics, names: list[str]) -> Table:
     """Show how the share of masked tokens grows with the score."""
-    rows = []
-    edges = [-math.inf, *SCORE_EDGES, math.inf]
-    for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        tokens = int(statistics.score_tokens[i])
-        if low == -math.inf:
-            bounds = (f"to {high:g}", f"to {share_of(high)}")
-        elif high == math.inf:
-            bounds = (f"above {low:g}", f"above {share_of(low)}")
-        else:
-            bounds = (f"above {low:g} to {high:g}", f"{share_of(low)} to {share_of(high)}")
-        shares = (Share(int(index.score_masked[i]), tokens) for index in statistics.indices)
-        rows.append([*bounds, f"{tokens:,}", *shares])
+    lowest, highest = SCORE_EDGES[0], SCORE_EDGES[-1]
+    bounds = [
+        (f"to {lowest:g}", f"to {share_of(lowest)}"),
+        *((f"above {low:g} to {high:g}", f"{share_of(low)} to {share_of(high)}")
+          for low, high in itertools.pairwise(SCORE_EDGES)),
+        (f"above {highest:g}", f"above {share_of(highest)}"),
+    ]
+    rows = [
+        [*bounds[i], f"{tokens:,}",
+         *(Share(int(index.score_masked[i]), tokens) for index in statistics.indices)]
+        for i, tokens in enumerate(statistics.score_tokens.tolist())
+    ]
     return Table(
         "Masked by importance",
         ("log-odds", "important with", "tokens", *(f"masked in {n}" for n in names)), rows,
@@ -309,9 +379,8 @@ def scores_table(statistics: Statistics, names: list[str]) -> Table:
 
 def rates_table(statistics: Statistics, names: list[str]) -> Table:
     """Show the distribution of mask rates over sequences."""
-    titles = ["no mask"]
-    titles += [f"above {low} to {high} %" for low, high in
-               zip((0, *RATE_EDGES[:-1]), RATE_EDGES, strict=True)]
+    titles = ["no mask", *(f"above {low} to {high} %"
+                           for low, high in itertools.pairwise((0, *RATE_EDGES)))]
     rows = [[title, *(Share(int(one.rates[i]), statistics.sequences) for one in statistics.indices)]
             for i, title in enumerate(titles)]
     return Table(
@@ -329,11 +398,13 @@ def type_tables(
     overall = index.masked / max(statistics.tokens, 1)
 
     def table(title: str, ids: np.ndarray, note: str) -> Table:
-        rows = []
-        for i in ids.tolist():
-            masked, occurs = int(index.type_masked[i]), int(statistics.type_tokens[i])
-            rows.append([type_names[i], f"{occurs:,}", f"{masked:,}", Share(masked, occurs),
-                         f"{masked / occurs / overall:.1f} x"])
+        rows = [
+            [type_names[i], f"{occurs:,}", f"{masked:,}", Share(masked, occurs),
+             f"{masked / occurs / overall:.1f} x"]
+            for i, masked, occurs in zip(
+                ids.tolist(), index.type_masked[ids].tolist(),
+                statistics.type_tokens[ids].tolist(), strict=True)
+        ]
         head = ("token", "occurs", "masked", "rate", "lift")
         return Table(f"{name}: {title}", head, rows, note, subject=name)
 

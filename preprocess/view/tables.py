@@ -90,7 +90,8 @@ class Table:
         if max(map(text_width, lines)) > width:
             lines = self._lines(bars=False)
         lines = [self.title, *(f"  {line}" for line in lines)] if self.title else lines
-        return "\n".join([*lines, *_wrap_note(self.note, width)])
+        note = textwrap.wrap(self.note, max(width - 2, 20), break_on_hyphens=False)
+        return "\n".join([*lines, *(f"  {line}" for line in note)])
 
     def _lines(self, bars: bool) -> list[str]:
         def write(cell: Any) -> str:
@@ -100,14 +101,14 @@ class Table:
 
         cells = [list(self.columns), *([write(cell) for cell in row] for row in self.rows)]
         widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
-        lines = []
-        for row in cells:
-            parts = []
-            for cell, width, number in zip(row, widths, self.numeric, strict=True):
-                gap = " " * (width - text_width(cell))
-                parts.append(gap + cell if number else cell + gap)
-            lines.append("  ".join(parts).rstrip())
-        return lines
+        columns = list(zip(widths, self.numeric, strict=True))
+
+        def pad(cell: str, width: int, number: bool) -> str:
+            gap = " " * (width - text_width(cell))
+            return gap + cell if number else cell + gap
+
+        return ["  ".join(pad(cell, *column) for cell, column in zip(row, columns, strict=True))
+                .rstrip() for row in cells]
 
     def as_csv(self) -> str:
         """Write a line of column names and one line per row."""
@@ -130,11 +131,6 @@ class Table:
         return (f"<h{level}>{html.escape(self.title)}</h{level}>\n{note}"
                 f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n'
                 "</table></div>")
-
-
-def _wrap_note(note: str, width: int) -> list[str]:
-    lines = textwrap.wrap(note, max(width - 2, 20), break_on_hyphens=False)
-    return [f"  {line}" for line in lines]
 
 
 def _html_cell(cell: Any) -> str:

@@ -56,9 +56,9 @@ def small_tiles(monkeypatch):
 
 
 def set_small_tiles(monkeypatch) -> None:
-    tile = masked_lm_triton.DenseTile(rows=16, columns=16, inner=16, warps=4, stages=1)
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(masked_lm_triton, "DENSE_TILES", {2: tile, 4: tile})
-    tile = masked_lm_triton.LossTile(rows=4, columns=32, warps=4, stages=1)
+    tile = {"ROWS": 4, "BLOCK_V": 32, "STAGES": 1, "num_warps": 4}
     monkeypatch.setattr(masked_lm_triton, "LOSS_TILE", tile)
     monkeypatch.setattr(masked_lm_triton, "NORM_TILE", 128)
     monkeypatch.setattr(masked_lm_triton, "NORM_ROWS", 4)

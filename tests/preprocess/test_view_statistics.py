@@ -11,16 +11,18 @@ from preprocess.store import TokenStore, write_array
 from preprocess.text.continuations import open_tokenizer
 from preprocess.text.stop_words import STOP_WORDS, is_stop_word
 from preprocess.view import statistics as mask_statistics
-from preprocess.view.kinds import KINDS, find_kinds, type_kinds
 from preprocess.view.statistics import (
+    KINDS,
     RATE_EDGES,
     SCORE_EDGES,
     IndexCounts,
     Vocabulary,
     count_masks,
+    find_kinds,
     make_tables,
     rank_types,
     share_of,
+    type_kinds,
 )
 from tests.support.stores import write
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
-from preprocess.store import Shard, TokenStore, write_array
+from preprocess.store import Shard, TokenStore, layout, write_array
 from preprocess.text.continuations import find_continuations
 from tests.support.stores import write
 from train import data
@@ -338,7 +338,7 @@ def test_a_read_only_store_can_be_read_and_a_full_disk_is_reported(
         raise OSError(number, "no", "p")
 
     if number == errno.ENOSPC:
-        monkeypatch.setattr(packing.TableWriter, "add", refuse)
+        monkeypatch.setattr(layout.ColumnWriter, "add", refuse)
         with pytest.raises(OSError, match="no"):
             row_tables(fresh_store, 32, 0.0)
     else:

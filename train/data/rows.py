@@ -30,7 +30,7 @@ from preprocess.errors import ConfigError, DataError
 from preprocess.files import WriterLock
 from preprocess.machine import num_cores
 from preprocess.progress import Progress, say
-from preprocess.store import Shard, TableWriter, TokenStore, open_table
+from preprocess.store import Shard, TokenStore, open_table, write_table
 
 ROW_TABLE_VERSION = 2
 OPEN_ROWS = 32  # rows filled at the same time; more of them waste fewer slots and more time
@@ -372,9 +372,9 @@ def row_tables(
             with WriterLock(prefix, wait_seconds=math.inf):
                 columns = open_table(store, prefix, COLUMNS, key)
                 if columns is None:
-                    with TableWriter(prefix, COLUMNS, key) as writer:
+                    with write_table(prefix, COLUMNS, key) as writers:
                         for column, block in _columns(packed(num_workers)):
-                            writer.add(column, block)
+                            writers[column].add(block)
             columns = columns or open_table(store, prefix, COLUMNS, key)
         except ConfigError as error:  # of another host, which locks of this disk do not reach
             say(f"{error}; until then every rank packs the rows in its own memory")
