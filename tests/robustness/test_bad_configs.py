@@ -225,6 +225,8 @@ def test_each_node_says_it_once_and_first(monkeypatch, capsys):
     waited: list[float] = []
     monkeypatch.setattr("preprocess.errors.time.sleep", waited.append)
     monkeypatch.setattr("preprocess.errors.signal.signal", lambda *_: None)
+    # An earlier test may have left a process group behind.
+    monkeypatch.setattr("preprocess.errors._is_alone", lambda: False)
 
     def main():
         raise ConfigError("--tokens x: not here")

@@ -426,7 +426,7 @@ def test_another_set_up_is_refused(broken, tmp_path, reviews_store, still_encode
             pretrained(reviews_store, still_encoder, broken, **options)
     path = Path(write_ds_config(tmp_path, 1))
     path.write_text(json.dumps({**json.loads(path.read_text()), "bf16": {"enabled": True}}))
-    with pytest.raises(ConfigError, match="made with precision fp32, and this run has bf16"):
+    with pytest.raises(ConfigError, match="made with --precision fp32, and this run has bf16"):
         pretrained(reviews_store, still_encoder, broken, **{
             **options, "deepspeed_config": path, "precision": "config"})
 
