@@ -376,7 +376,7 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
         0.01, "largest difference in confidence between a buffer and its sequence at which the "
         "buffer counts as close", USUAL, FRACTION,
     )
-    criterion: str = _flag(
+    criterion: Literal["signed", "absolute", "strict"] = _flag(
         "signed", "signed, absolute or strict comparison of confidences", USUAL, metavar="NAME"
     )
     drop_stop_words: bool = _flag(False, "never annotate an English stop word as important", DATA)

@@ -13,7 +13,6 @@ that has both its row and its folder is finished and is not trained again.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 
 from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.errors import DataError, run_command
-from preprocess.files import atomic_write_bytes
+from preprocess.files import write_json_lines
 from preprocess.identity import build, compare, digest, sealed
 from preprocess.progress import say
 from train.config import FinetuneConfig, parse
@@ -32,7 +31,7 @@ from train.model import check_row_length, load_classifier, load_config, load_tok
 from train.reports.results import read_json_lines
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
-from train.run_dir.hf_folder import Weights, make_stage, open_weights, save_hf
+from train.run_dir.hf_folder import Weights, open_weights
 from train.run_dir.identity import (
     architecture,
     hyperparameters,
@@ -168,11 +167,6 @@ def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
     return row is not None and all((seed_dir / name).is_file() for name in needed)
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object per line; the complete file or nothing."""
-    atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
 def pretraining_cost(stages: list[dict[str, Any]]) -> dict[str, float]:
     """Sum masked tokens, steps and seconds of all pre-training behind a model."""
     behind = [stage["totals"] for stage in stages if stage["stage"] == "pretrain"]
@@ -203,26 +197,16 @@ def train_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> Progr
     model = load_classifier(
         config.model_name_or_path, task.labels, seed, config.trust_remote_code
     )
-    found = fit(
+    return fit(
         model, inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
         seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
-        pad_id=inputs.tokenizer.pad_token_id, run_dir=seed_dir, device=device,
+        tokenizer=inputs.tokenizer, parent=inputs.parent, run_dir=seed_dir, device=device,
         records=records,
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=task.name,
             masking=last_masking(inputs.parent.stages),
         ),
     )
-    if is_main():
-        stage = make_stage(
-            records, inputs.parent, steps=found.steps, seconds=found.seconds,
-            tokens=int(encoded["train"].lengths.sum()) * config.num_train_epochs,
-        )
-        assert found.best_state is not None  # the first rank holds it
-        save_hf(model, found.best_state, inputs.tokenizer, seed_dir / "hf",
-                [*inputs.parent.stages, stage])
-    barrier()
-    return found
 
 
 def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, float]:
@@ -243,7 +227,7 @@ def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[s
                 inputs.splits["test"], labels, predictions, softmax(logits), strict=True
             )
         ]
-        write_lines(seed_dir / "predictions.jsonl", rows)
+        write_json_lines(seed_dir / "predictions.jsonl", rows)
     return {
         "test_accuracy": accuracy(labels, predictions),
         "test_macro_f1": macro_f1(labels, predictions, len(task.labels)),
@@ -302,21 +286,16 @@ def check_resume(
             )
 
 
-def say_plan(inputs: FinetuneInputs) -> None:
-    """Print the sizes of the splits and the batch arithmetic."""
-    sizes = ", ".join(f"{len(inputs.splits[name])} {name}" for name in SPLITS)
-    say(f"task {inputs.task.name}: labels {', '.join(inputs.task.labels)}; {sizes}")
-    num_seeds = len(inputs.config.seed_list())
-    for line in describe_plan(inputs.config, inputs.resolved, inputs.encoded["train"], num_seeds):
-        say(line)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     config = parse(FinetuneConfig, argv)
     run_dir = check_run_dir(config)
     inputs = read_inputs(config)
-    say_plan(inputs)
+    task, sizes = inputs.task, (f"{len(part)} {name}" for name, part in inputs.splits.items())
+    say(f"task {task.name}: labels {', '.join(task.labels)}; {', '.join(sizes)}")
+    train, num_seeds = inputs.encoded["train"], len(config.seed_list())
+    for line in describe_plan(config, inputs.resolved, train, num_seeds):
+        say(line)
     if config.dry_run:
         return
     results = run_dir / "results.jsonl"
@@ -335,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]
         if is_main():
-            write_lines(results, list(rows.values()))
+            write_json_lines(results, rows.values())
             remove_resume_state(seed_dir)
         # After the row: a seed that is tested again must not have two points.
         log.scalars(row["steps"], {TEST_ACCURACY: row["test_accuracy"],

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +317,7 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
         accumulation_steps=resolved.accumulation_steps,
         world_size=ranks.world_size, rank=ranks.rank,
     )
-    log = _Log(inputs, run_dir, engine, module, device, peak, totals)
+    log = _Log(inputs, run_dir, engine, module, device, peak, totals.step)
     results = log.evaluate(0) if totals.step == 0 else {}
     engine.train()
     progress = Progress(
@@ -339,7 +340,10 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
             totals.masked_tokens += batch.step_masked_tokens
             now = time.monotonic()
             totals.seconds += now - clock
-            log.add(loss, accuracy, waited)
+            log.sums.update(
+                loss=loss, accuracy=accuracy, waited=waited, steps=1, seconds=now - clock,
+                tokens=batch.step_tokens, masked=batch.step_masked_tokens,
+            )
             if logs:
                 log.window(totals, rate, norm)
             progress.update(1, f"loss {loss:.3f}")
@@ -379,7 +383,7 @@ class _Log:
 
     def __init__(
         self, inputs: PretrainInputs, run_dir: Path, engine: Any, module: model.PackedMaskedLM,
-        device: torch.device, peak: flops.Peak, totals: Totals,
+        device: torch.device, peak: flops.Peak, first_step: int,
     ) -> None:
         self._inputs, self._engine, self._device = inputs, engine, device
         world_size = ds.ranks().world_size
@@ -388,7 +392,7 @@ class _Log:
         self._example = None
         if inputs.held_rows:
             self._example = Example(inputs.held_alone(), inputs.tokenizer)
-        self.writer = metrics.MetricsWriter(run_dir, totals.step)
+        self.writer = metrics.MetricsWriter(run_dir, first_step)
         self.writer.hyperparameters(records.hyperparameters(
             **inputs.records,
             model=inputs.config.model_name_or_path or inputs.config.model_config,
@@ -398,41 +402,28 @@ class _Log:
         ))
         say(f"peak for MFU: {world_size} x {peak.flops_per_second / 1e12:.3g} TFLOP/s "
             f"({peak.source})")
-        self._restart(totals)
-
-    def _restart(self, totals: Totals) -> None:
-        self._before = replace(totals)
-        self._loss = self._accuracy = self._waited = 0.0
-        self._steps = 0
-
-    def add(self, loss: float, accuracy: float, waited: float) -> None:
-        """Count one step; `waited` are its seconds of waiting for the loader."""
-        self._loss += loss
-        self._accuracy += accuracy
-        self._waited += waited
-        self._steps += 1
+        self.sums: Any = Counter()  # over the steps since the last point
 
     def window(self, totals: Totals, rate: float, norm: float | None) -> None:
         """Log the steps since the last time, the last one's learning rate and gradient norm."""
-        before, rows = self._before, self._inputs.train_rows.num_rows
-        seconds = max(totals.seconds - before.seconds, 1e-9)
-        tokens, masked = totals.tokens - before.tokens, totals.masked_tokens - before.masked_tokens
+        sums, rows = self.sums, self._inputs.train_rows.num_rows
+        seconds, tokens, masked = max(sums["seconds"], 1e-9), sums["tokens"], sums["masked"]
         scalars = {
-            metrics.TRAIN_LOSS: self._loss / self._steps,
+            metrics.TRAIN_LOSS: sums["loss"] / sums["steps"],
             metrics.LEARNING_RATE: rate,
             metrics.EPOCH: totals.step * self._inputs.resolved.train_batch_size / rows,
-            metrics.MASKED_ACCURACY: self._accuracy / self._steps,
+            metrics.MASKED_ACCURACY: sums["accuracy"] / sums["steps"],
             metrics.MASKED_FRACTION: masked / max(tokens, 1),
             metrics.TOKENS_PER_SECOND: tokens / seconds,
             metrics.MASKED_TOKENS_PER_SECOND: masked / seconds,
             metrics.MFU: self._flops.of(tokens, masked) / seconds / self._peak,
-            metrics.DATA_WAIT_FRACTION: self._waited / seconds,
+            metrics.DATA_WAIT_FRACTION: sums["waited"] / seconds,
             **metrics.engine_scalars(self._engine),
         }
         if norm is not None:
             scalars[metrics.GRAD_NORM] = norm
         self.writer.scalars(totals.step, scalars)
-        self._restart(totals)
+        sums.clear()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluate, log it with the example, and return the scalars; collective."""

@@ -66,11 +66,9 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
     """Read all fine-tuning results below the folders; return a note on each unreadable one."""
     groups: list[Group] = []
     notes: list[str] = []
-    pipelines: dict[Path, Path] = {}
+    pipelines = {path.parent.resolve(): path.parent
+                 for folder in folders for path in sorted(folder.rglob("arms.json"))}
     loose: dict[Path, Path] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("arms.json")):
-            pipelines.setdefault(path.parent.resolve(), path.parent)
     for folder in folders:
         found = sorted(path.parent for path in folder.rglob("results.jsonl"))
         for path in found:
