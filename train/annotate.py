@@ -253,9 +253,8 @@ def main(argv: list[str] | None = None) -> None:
                 **sealed(identity), "numerics": numerics(config),
                 "seconds": round(time.monotonic() - started, 1),
             }, lock)
-        counts = runner.counts
         passes, inputs, tokens, slots = engine.all_reduce_sum(
-            counts.passes, counts.inputs, counts.tokens, counts.slots
+            *(runner.counts[name] for name in ("passes", "inputs", "tokens", "slots"))
         )
         say(describe(importance, queries, found))
         say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "

@@ -565,9 +565,9 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
                 options["help"] = off if switches_off else argparse.SUPPRESS
             if group == OTHER:
                 return super().add_argument(*names, **options)
-            if group not in (titles := [each.title for each in self._action_groups]):
-                return self.add_argument_group(group).add_argument(*names, **options)
-            return self._action_groups[titles.index(group)].add_argument(*names, **options)
+            found = {each.title: each for each in self._action_groups}
+            place = found.get(group) or self.add_argument_group(group)
+            return place.add_argument(*names, **options)
 
         def format_help(self) -> str:
             self._action_groups.sort(key=lambda each: [*GROUPS, each.title].index(each.title))

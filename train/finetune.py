@@ -107,6 +107,11 @@ class FinetuneInputs:
     identities: dict[int, dict[str, Any]]
     numerics: dict[str, Any]
 
+    @property
+    def pretraining(self) -> list[dict[str, Any]]:
+        """The stages of pre-training behind the weights, oldest first."""
+        return [stage for stage in self.parent.stages if stage["stage"] == "pretrain"]
+
 
 def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
     """Read the task, the tokenizer and the weights, encode the splits, settle the JSON."""
@@ -167,19 +172,6 @@ def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
     return row is not None and all((seed_dir / name).is_file() for name in needed)
 
 
-def pretraining_cost(stages: list[dict[str, Any]]) -> dict[str, float]:
-    """Sum masked tokens, steps and seconds of all pre-training behind a model."""
-    behind = [stage["totals"] for stage in stages if stage["stage"] == "pretrain"]
-    return {key: sum(totals[key] for totals in behind)
-            for key in ("masked_tokens", "steps", "seconds")}
-
-
-def last_masking(stages: list[dict[str, Any]]) -> str | None:
-    """Return the masking of the last pre-training behind a model."""
-    behind = [stage for stage in stages if stage["stage"] == "pretrain"]
-    return behind[-1]["identity"]["choice"]["masking"] if behind else None
-
-
 def train_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> Progressed:
     """Train one seed and write the best epoch's model to `seed_N/hf/`; collective."""
     config, task, encoded = inputs.config, inputs.task, inputs.encoded
@@ -204,7 +196,8 @@ def train_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> Progr
         records=records,
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=task.name,
-            masking=last_masking(inputs.parent.stages),
+            masking=inputs.pretraining[-1]["identity"]["choice"]["masking"]
+            if inputs.pretraining else None,
         ),
     )
 
@@ -253,7 +246,8 @@ def run_seed(
         "model_name_or_path": inputs.config.model_name_or_path,
         "steps": found.steps,
         "seconds": round(found.seconds, 2),
-        "pretraining": pretraining_cost(inputs.parent.stages),
+        "pretraining": {key: sum(stage["totals"][key] for stage in inputs.pretraining)
+                        for key in ("masked_tokens", "steps", "seconds")},
         **sealed(inputs.identities[seed]),
         "numerics": inputs.numerics,
     }

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from preprocess import identity as identities
-from preprocess.errors import ConfigError, DataError, NonFiniteError, StopRequested, run_command
+from preprocess.errors import DataError, NonFiniteError, StopRequested, run_command
 from preprocess.masking import BASELINE
 from preprocess.masking.corruption import MASKED_SHARE, RANDOM_SHARE
 from preprocess.progress import Progress, say
@@ -459,8 +459,6 @@ def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
 
 def run(config: PretrainConfig) -> None:
     """Check, then train; several runs may follow each other in one process."""
-    if config.max_steps == 0 and config.head_only_steps:
-        raise ConfigError("--head_only_steps goes with --max_steps above 0")
     run_dir = folder.check_run_dir(config)
     inputs = read_inputs(config)
     for line in (*inputs.resolved.notes, *plan(inputs)):

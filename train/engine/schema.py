@@ -31,16 +31,15 @@ def _is_number(value: Any, low: float = 0, high: float = 1e18) -> bool:
         low <= value <= high)
 
 
-def _number(low: float, high: float = 1e18) -> Rule:
+def _number(low: float, high: float = 1e18, kind: str = "number") -> Rule:
     bounds = f"of {low:g} or more" if high == 1e18 else f"in [{low:g}, {high:g}]"
-    return Rule(f"a number {bounds}", lambda value: _is_number(value, low, high))
+    return Rule(f"a {kind} {bounds}", lambda value: _is_number(value, low, high))
 
 
 def _whole(low: int, high: float = 1e18) -> Rule:
     """Build the rule of a whole number; 5e8 is one too."""
-    bounds = f"of {low} or more" if high == 1e18 else f"in [{low}, {high:g}]"
-    return Rule(f"a whole number {bounds}",
-                lambda value: _is_number(value, low, high) and value == int(value))
+    rule = _number(low, high, "whole number")
+    return Rule(rule.allowed, lambda value: rule.accepts(value) and value == int(value))
 
 
 def _one_of(*values: Any) -> Rule:

@@ -87,28 +87,21 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
     """Return the curves of all runs below the folders, and a sentence per unreadable part."""
     curves: list[Curves] = []
     notes: list[str] = []
-    seen: set[Path] = set()
-    for folder in folders:
-        for path in event_folders(folder):
-            if path.resolve() in seen:
-                continue
-            seen.add(path.resolve())
-            run = path.parent if path.name == "tb" else path
-            name = short_name(run, folders)
-            scalars = _read_events(path, notes)
-            if scalars:
-                curves.append(_with_lineage(name, scalars, run, notes))
-                notes += _state_notes(curves[-1], run)
-            else:
-                notes.append(f"{path}: no loss has been logged yet.")
-        for run in without_events(folder):
-            if run.resolve() in seen:
-                continue
-            seen.add(run.resolve())
-            notes.append(f"{run}: no event files in it (tb/), so no curves.")
-            found = _with_lineage(short_name(run, folders), {}, run, notes)
-            if found.is_pretraining:
-                curves.append(found)
+    logged = {path.resolve(): path for folder in folders for path in event_folders(folder)}
+    for path in logged.values():
+        run = path.parent if path.name == "tb" else path
+        scalars = _read_events(path, notes)
+        if scalars:
+            curves.append(_with_lineage(short_name(run, folders), scalars, run, notes))
+            notes += _state_notes(curves[-1], run)
+        else:
+            notes.append(f"{path}: no loss has been logged yet.")
+    silent = {run.resolve(): run for folder in folders for run in without_events(folder)}
+    for run in silent.values():
+        notes.append(f"{run}: no event files in it (tb/), so no curves.")
+        found = _with_lineage(short_name(run, folders), {}, run, notes)
+        if found.is_pretraining:
+            curves.append(found)
     return curves, notes
 
 
