@@ -82,7 +82,7 @@ def interleave(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[
             "inputs": count["inputs"],
             "tokens": count["tokens"],
             "tokens_per_second": round(count["tokens"] / one["median"]),
-            "padding_percent": f"{100 * (1 - count["tokens"] / max(count["slots"], 1)):.1f}",
+            "padding_percent": f"{100 * (1 - count['tokens'] / max(count['slots'], 1)):.1f}",
         })
     return found, rows
 
