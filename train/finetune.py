@@ -50,7 +50,6 @@ from train.run_dir.metrics import (
 from train.stages.examples import Examples, make_examples
 from train.stages.scores import accuracy, macro_f1, softmax
 from train.stages.supervised import (
-    Progressed,
     describe_plan,
     fit,
     num_steps,
@@ -172,36 +171,6 @@ def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
     return row is not None and all((seed_dir / name).is_file() for name in needed)
 
 
-def train_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> Progressed:
-    """Train one seed and write the best epoch's model to `seed_N/hf/`; collective."""
-    config, task, encoded = inputs.config, inputs.task, inputs.encoded
-    seed_dir = Path(config.output_dir) / f"seed_{seed}"
-    records = {"identity": inputs.identities[seed], "numerics": inputs.numerics}
-    dev_labels = np.stack(encoded["validation"].targets)
-
-    def assess(logits: list[np.ndarray]) -> dict[str, float]:
-        predictions = np.stack(logits).argmax(1)
-        return {
-            "accuracy": accuracy(dev_labels, predictions),
-            "macro_f1": macro_f1(dev_labels, predictions, len(task.labels)),
-        }
-
-    model = load_classifier(
-        config.model_name_or_path, task.labels, seed, config.trust_remote_code
-    )
-    return fit(
-        model, inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
-        seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
-        tokenizer=inputs.tokenizer, parent=inputs.parent, run_dir=seed_dir, device=device,
-        records=records,
-        hyperparameters=hyperparameters(
-            **records, model=config.model_name_or_path, data=task.name,
-            masking=inputs.pretraining[-1]["identity"]["choice"]["masking"]
-            if inputs.pretraining else None,
-        ),
-    )
-
-
 def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, float]:
     """Read a seed's model back from disk, predict the test split and write the predictions."""
     config, task, test = inputs.config, inputs.task, inputs.encoded["test"]
@@ -230,20 +199,49 @@ def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[s
 def run_seed(
     inputs: FinetuneInputs, seed: int, device: torch.device
 ) -> tuple[dict[str, Any], MetricsWriter]:
-    """Train and test one seed; return its row of `results.jsonl`, and its open log."""
-    found = train_seed(inputs, seed, device)
+    """Train one seed, write the best epoch's model to `seed_N/hf/` and test that; collective.
+
+    Returns:
+        Its row of `results.jsonl`, and its open log.
+    """
+    config, task, encoded = inputs.config, inputs.task, inputs.encoded
+    seed_dir = Path(config.output_dir) / f"seed_{seed}"
+    records = {"identity": inputs.identities[seed], "numerics": inputs.numerics}
+    dev_labels = np.stack(encoded["validation"].targets)
+
+    def assess(logits: list[np.ndarray]) -> dict[str, float]:
+        predictions = np.stack(logits).argmax(1)
+        return {
+            "accuracy": accuracy(dev_labels, predictions),
+            "macro_f1": macro_f1(dev_labels, predictions, len(task.labels)),
+        }
+
+    model = load_classifier(
+        config.model_name_or_path, task.labels, seed, config.trust_remote_code
+    )
+    found = fit(
+        model, inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
+        seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
+        tokenizer=inputs.tokenizer, parent=inputs.parent, run_dir=seed_dir, device=device,
+        records=records,
+        hyperparameters=hyperparameters(
+            **records, model=config.model_name_or_path, data=task.name,
+            masking=inputs.pretraining[-1]["identity"]["choice"]["masking"]
+            if inputs.pretraining else None,
+        ),
+    )
     assert found.log is not None
     row = {
         "seed": seed,
-        "task": inputs.task.name,
+        "task": task.name,
         **test_seed(inputs, seed, device),
         "validation_accuracy": found.best["accuracy"],
         "validation_macro_f1": found.best["macro_f1"],
         "best_epoch": found.best_epoch,
-        "num_epochs": inputs.config.num_train_epochs,
+        "num_epochs": config.num_train_epochs,
         **{f"num_{name}": len(examples) for name, examples in inputs.splits.items()},
-        "labels": list(inputs.task.labels),
-        "model_name_or_path": inputs.config.model_name_or_path,
+        "labels": list(task.labels),
+        "model_name_or_path": config.model_name_or_path,
         "steps": found.steps,
         "seconds": round(found.seconds, 2),
         "pretraining": {key: sum(stage["totals"][key] for stage in inputs.pretraining)

@@ -213,30 +213,6 @@ def evaluate(
     return loss_sum / max(total, 1), hits / max(total, 1)
 
 
-def evaluate_all(
-    engine: Any, inputs: PretrainInputs, device: torch.device, step: int
-) -> dict[str, float]:
-    """Return evaluation scalars under the fixed random masks and each `--eval_mask_index`.
-
-    Raises:
-        NonFiniteError: a loss is not a number, on every rank; such a model is not written.
-    """
-    scalars = {}
-    for name, held in inputs.held.items() if inputs.held_rows else ():
-        loss, accuracy = evaluate(engine, held, inputs.config.eval_max_rows, device)
-        if not math.isfinite(loss):
-            remedy = (
-                "lower --learning_rate, lengthen --warmup_ratio, or use bf16" if step
-                else "the weights that it starts from are broken; give another checkpoint"
-            )
-            raise NonFiniteError(f"the held-out loss is {loss} after step {step}; {remedy}")
-        suffix = f"/{name}" if name else ""
-        scalars[metrics.EVAL_LOSS + suffix] = loss
-        scalars[metrics.EVAL_PERPLEXITY + suffix] = math.exp(min(loss, 700.0))
-        scalars[metrics.EVAL_ACCURACY + suffix] = accuracy
-    return scalars
-
-
 def freeze_encoder(engine: Any) -> None:
     """Let only the head learn in the next step.
 
@@ -426,13 +402,33 @@ class _Log:
         sums.clear()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Evaluate, log it with the example, and return the scalars; collective."""
-        results = evaluate_all(self._engine, self._inputs, self._device, step)
-        self.writer.scalars(step, results)
+        """Evaluate under the fixed random masks and each `--eval_mask_index`; collective.
+
+        The scalars are logged with the example, and returned.
+
+        Raises:
+            NonFiniteError: a loss is not a number, on every rank; such a model is not written.
+        """
+        inputs, scalars = self._inputs, {}
+        for name, held in inputs.held.items() if inputs.held_rows else ():
+            loss, accuracy = evaluate(
+                self._engine, held, inputs.config.eval_max_rows, self._device
+            )
+            if not math.isfinite(loss):
+                remedy = (
+                    "lower --learning_rate, lengthen --warmup_ratio, or use bf16" if step
+                    else "the weights that it starts from are broken; give another checkpoint"
+                )
+                raise NonFiniteError(f"the held-out loss is {loss} after step {step}; {remedy}")
+            suffix = f"/{name}" if name else ""
+            scalars[metrics.EVAL_LOSS + suffix] = loss
+            scalars[metrics.EVAL_PERPLEXITY + suffix] = math.exp(min(loss, 700.0))
+            scalars[metrics.EVAL_ACCURACY + suffix] = accuracy
+        self.writer.scalars(step, scalars)
         if self._example is not None:
             guesses = self._example.predict(self._engine, self._device)
             self.writer.text(step, metrics.EXAMPLE, self._example.table(guesses))
-        return results
+        return scalars
 
 
 def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:

@@ -188,14 +188,6 @@ class Progressed:
         """Return the dev metrics of the best epoch."""
         return self.history[self.best_epoch - 1]
 
-    def add_epoch(self, scores: dict[str, float], select: str) -> bool:
-        """Add an epoch's dev metrics; return whether it is strictly better than all before."""
-        is_better = not self.best_epoch or scores[select] > self.best[select]
-        self.history.append(scores)
-        if is_better:
-            self.best_epoch = len(self.history)
-        return is_better
-
 
 def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
     """Count the optimizer steps of a run; a small last batch of an epoch is one step too."""
@@ -346,8 +338,10 @@ def train_and_select(
                 engine.train()
                 scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
                 _refuse_non_finite(scores["loss"], "validation loss", step)
-                if found.add_epoch(scores, select):
-                    found.best_state = full_state_dict(engine)
+                is_better = not found.best_epoch or scores[select] > found.best[select]
+                found.history.append(scores)
+                if is_better:
+                    found.best_epoch, found.best_state = len(found.history), full_state_dict(engine)
                 scalars = {tag: scores[name] for name, tag in tags.items()}
                 found.log.scalars(step, {**scalars, EVAL_BEST: found.best[select]})
             due = config.save_steps and step > first_step and step % config.save_steps == 0
