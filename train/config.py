@@ -589,9 +589,8 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
 
 def as_dict(config: Any) -> dict[str, Any]:
     """Return the options as plain values, without those that differ from rank to rank."""
-    values = dataclasses.asdict(config)
-    values.pop("local_rank", None)
-    return values
+    options = dataclasses.asdict(config).items()
+    return {name: value for name, value in options if name != "local_rank"}
 
 
 def command_line() -> str:

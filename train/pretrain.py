@@ -87,16 +87,11 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
     """Open and check the store, the masks, the weights and the DeepSpeed JSON."""
     store = TokenStore.open(config.tokens)
     tokenizer = model.load_tokenizer(store.tokenizer_dir)
-    parent = None
+    hf_config, parent = mlm.model_config(config, store), None
     if config.model_name_or_path:
-        hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
         mlm.check_vocabulary(store, hf_config, config)
         if not config.from_scratch:
             parent = hf_folder.open_weights(config.model_name_or_path)
-    else:
-        hf_config = model.named_config(
-            config.model_config, store.vocab_size, store.special_ids["pad"]
-        )
     model.check_row_length(hf_config, config.max_seq_length)
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)

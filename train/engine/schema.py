@@ -12,18 +12,12 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, get_args
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from preprocess.errors import ConfigError
+from train.config import Bounds
 from train.engine.group import load_deepspeed
-
-
-class Rule(NamedTuple):
-    """The values of a key: a test, and the same in words ("must be ...")."""
-
-    allowed: str
-    accepts: Callable[[Any], bool]
 
 
 def _is_number(value: Any, low: float = 0, high: float = 1e18) -> bool:
@@ -31,21 +25,21 @@ def _is_number(value: Any, low: float = 0, high: float = 1e18) -> bool:
         low <= value <= high)
 
 
-def _number(low: float, high: float = 1e18, kind: str = "number") -> Rule:
+def _number(low: float, high: float = 1e18, kind: str = "number") -> Bounds:
     bounds = f"of {low:g} or more" if high == 1e18 else f"in [{low:g}, {high:g}]"
-    return Rule(f"a {kind} {bounds}", lambda value: _is_number(value, low, high))
+    return Bounds(lambda value: _is_number(value, low, high), f"a {kind} {bounds}")
 
 
-def _whole(low: int, high: float = 1e18) -> Rule:
+def _whole(low: int, high: float = 1e18) -> Bounds:
     """Build the rule of a whole number; 5e8 is one too."""
     rule = _number(low, high, "whole number")
-    return Rule(rule.allowed, lambda value: rule.accepts(value) and value == int(value))
+    return Bounds(lambda value: rule.holds(value) and value == int(value), rule.words)
 
 
-def _one_of(*values: Any) -> Rule:
+def _one_of(*values: Any) -> Bounds:
     *first, last = (str(value).lower() if value is True else str(value) for value in values)
     text = f"{', '.join(first)} or {last}" if first else last
-    return Rule(text, lambda given: any(given == v and type(given) is type(v) for v in values))
+    return Bounds(lambda given: any(given == v and type(given) is type(v) for v in values), text)
 
 
 def _is_betas(value: Any) -> bool:
@@ -53,11 +47,11 @@ def _is_betas(value: Any) -> bool:
             and all(_is_number(beta) and beta < 1 for beta in value))
 
 
-SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
-NAMES = Rule("a list of names in quotes", lambda value: isinstance(value, list)
-             and all(isinstance(name, str) for name in value))
+SWITCH = Bounds(lambda value: isinstance(value, bool), "true or false")
+NAMES = Bounds(lambda value: isinstance(value, list)
+               and all(isinstance(name, str) for name in value), "a list of names in quotes")
 COUNT = _whole(1)
-BATCH = Rule(COUNT.allowed, lambda value: type(value) is int and value > 0)  # 8.0 is none
+BATCH = Bounds(lambda value: type(value) is int and value > 0, COUNT.words)  # 8.0 is none
 DTYPE = _one_of("fp32", "fp16", "bf16")
 RATE = _number(0, 1e3)
 SHARE = _number(0, 1)
@@ -80,19 +74,19 @@ RULES = {
     "gradient_predivide_factor": _number(1e-6, 1e6),
     "communication_data_type": DTYPE,
     "disable_allgather": SWITCH,
-    "optimizer.type": Rule("Adam or AdamW; no other optimizer is supported here",
-                           lambda value: str(value).lower() in ("adam", "adamw")),
+    "optimizer.type": Bounds(lambda value: str(value).lower() in ("adam", "adamw"),
+                             "Adam or AdamW; no other optimizer is supported here"),
     "optimizer.params.lr": RATE,
     "optimizer.params.weight_decay": SHARE,
-    "optimizer.params.betas": Rule("two numbers in [0, 1)", _is_betas),
+    "optimizer.params.betas": Bounds(_is_betas, "two numbers in [0, 1)"),
     "optimizer.params.eps": SHARE,
     **dict.fromkeys(
         (f"optimizer.params.{name}" for name in (
             "torch_adam", "adam_w_mode", "fp32_optimizer_states", "bias_correction", "amsgrad",
             "foreach", "fused")), SWITCH),
-    "scheduler.type": Rule(
-        "WarmupLR, WarmupDecayLR or WarmupCosineLR; no other schedule is supported here",
-        lambda value: isinstance(value, str) and value in SCHEDULERS),
+    "scheduler.type": Bounds(
+        lambda value: isinstance(value, str) and value in SCHEDULERS,
+        "WarmupLR, WarmupDecayLR or WarmupCosineLR; no other schedule is supported here"),
     "scheduler.params.warmup_min_lr": RATE,
     "scheduler.params.warmup_max_lr": RATE,
     "scheduler.params.warmup_min_ratio": SHARE,
@@ -225,7 +219,7 @@ def check(config: dict[str, Any]) -> None:
     _check_block(config, "")
     for name in ("optimizer", "scheduler"):
         if "type" not in config.get(name, {"type": ""}):
-            raise ConfigError(f"{name}.type is missing: must be {RULES[f'{name}.type'].allowed}")
+            raise ConfigError(f"{name}.type is missing: must be {RULES[f'{name}.type'].words}")
     scheduler = config.get("scheduler", {})
     for key in scheduler.get("params", {}):
         if key not in SCHEDULERS[scheduler["type"]]:
@@ -254,9 +248,9 @@ def _check_block(block: dict[str, Any], where: str) -> None:
             if not isinstance(value, dict):
                 raise ConfigError(f"{path} {_shown(value)}: must be an object in braces")
             _check_block(value, path)
-        elif path in RULES and not RULES[path].accepts(value):
+        elif path in RULES and not RULES[path].holds(value):
             hint = "; write it without quotes" if _is_quoted(value, RULES[path]) else ""
-            raise ConfigError(f"{path} {_shown(value)}: must be {RULES[path].allowed}{hint}")
+            raise ConfigError(f"{path} {_shown(value)}: must be {RULES[path].words}{hint}")
 
 
 def _ask_deepspeed(model: Any, block: dict[str, Any], where: str) -> None:
@@ -289,10 +283,10 @@ def _kind(value: Any) -> type:
     return float if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value)
 
 
-def _is_quoted(value: Any, rule: Rule) -> bool:
+def _is_quoted(value: Any, rule: Bounds) -> bool:
     """Whether the text would be right without its quotes."""
     try:
-        return isinstance(value, str) and rule.accepts(json.loads(value))
+        return isinstance(value, str) and rule.holds(json.loads(value))
     except ValueError:
         return False
 

@@ -43,6 +43,13 @@ def token_frequencies(store: TokenStore) -> np.ndarray:
     return np.log(counts / counts.sum())
 
 
+def model_config(config: PretrainConfig | BenchmarkConfig, store: TokenStore) -> Any:
+    """Return the configuration of the model to train."""
+    if config.model_config:
+        return model.named_config(config.model_config, store.vocab_size, store.special_ids["pad"])
+    return model.load_config(config.model_name_or_path, config.trust_remote_code)
+
+
 def build_model(
     config: PretrainConfig | BenchmarkConfig, store: TokenStore, from_scratch: bool = False
 ) -> model.PackedMaskedLM:
@@ -51,15 +58,8 @@ def build_model(
     Args:
         from_scratch: keep the configuration of the checkpoint, draw the weights.
     """
-    if config.model_config:
-        hf_config = model.named_config(
-            config.model_config, store.vocab_size, store.special_ids["pad"]
-        )
-        model.check_row_length(hf_config, config.max_seq_length)
-        module = model.build_masked_lm(hf_config, config.seed)
-    elif from_scratch:
-        hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
-        module = model.build_masked_lm(hf_config, config.seed)
+    if config.model_config or from_scratch:
+        module = model.build_masked_lm(model_config(config, store), config.seed)
     else:
         module = model.load_masked_lm(
             config.model_name_or_path, config.seed, config.trust_remote_code
