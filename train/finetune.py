@@ -108,7 +108,7 @@ class FinetuneInputs:
 
     @property
     def pretraining(self) -> list[dict[str, Any]]:
-        """The stages of pre-training behind the weights, oldest first."""
+        """Return the stages of pre-training behind the weights, oldest first."""
         return [stage for stage in self.parent.stages if stage["stage"] == "pretrain"]
 
 
@@ -216,11 +216,10 @@ def run_seed(
             "macro_f1": macro_f1(dev_labels, predictions, len(task.labels)),
         }
 
-    model = load_classifier(
-        config.model_name_or_path, task.labels, seed, config.trust_remote_code
-    )
     found = fit(
-        model, inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
+        # Held by nobody else, so that its memory is free before the test.
+        load_classifier(config.model_name_or_path, task.labels, seed, config.trust_remote_code),
+        inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
         seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
         tokenizer=inputs.tokenizer, parent=inputs.parent, run_dir=seed_dir, device=device,
         records=records,
