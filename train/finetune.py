@@ -229,7 +229,6 @@ def run_seed(
             if inputs.pretraining else None,
         ),
     )
-    assert found.log is not None
     row = {
         "seed": seed,
         "task": task.name,

@@ -299,7 +299,6 @@ def main(argv: list[str] | None = None) -> None:
     if is_main():
         atomic_write_json(run_dir / "results.json", results)
         remove_resume_state(run_dir)
-    assert found.log is not None
     found.log.close(finished=True)
     barrier()
     say_results(results)

@@ -314,16 +314,25 @@ def check_together(config: dict[str, Any], precision: str, has_gpu: bool) -> Non
     """
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if precision == "fp16" and stage == 0:
-        raise ConfigError(
-            "fp16 with zero_optimization.stage 0: DeepSpeed 0.19 divides the gradients by the loss "
-            "scale without having multiplied the loss; write stage 1"
-        )
-    autocast = config.get("torch_autocast", {})
-    if autocast.get("enabled") and precision != "fp32":
-        raise ConfigError(f"the DeepSpeed JSON enables torch_autocast and {precision}; keep one")
-    if autocast.get("enabled") and "dtype" not in autocast:
-        raise ConfigError('torch_autocast.dtype is missing: write "bfloat16"')
+    autocast, types = config.get("torch_autocast", {}), config.get("data_types", {})
+    parameters = types.get("param_dtype", precision)
+    gradients = types.get("grad_accum_dtype", precision)
+    for wrong, message in (
+        (precision == "fp16" and stage == 0,
+         "fp16 with zero_optimization.stage 0: DeepSpeed 0.19 divides the gradients by the loss "
+         "scale without having multiplied the loss; write stage 1"),
+        (autocast.get("enabled") and precision != "fp32",
+         f"the DeepSpeed JSON enables torch_autocast and {precision}; keep one"),
+        (autocast.get("enabled") and "dtype" not in autocast,
+         'torch_autocast.dtype is missing: write "bfloat16"'),
+        (parameters != precision,
+         f"data_types.param_dtype {parameters!r}: the run is in {precision}; leave it out"),
+        (gradients != precision and (stage == 0 or precision == "fp32"),
+         f"data_types.grad_accum_dtype {gradients!r}: with precision {precision} and "
+         f"zero_optimization.stage {stage} it must be {precision!r}; leave it out"),
+    ):
+        if wrong:
+            raise ConfigError(message)
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
                 "zero_quantized_gradients"):
         if zero.get(key) and not (stage == 3 and has_gpu):
@@ -337,7 +346,6 @@ def check_together(config: dict[str, Any], precision: str, has_gpu: bool) -> Non
             raise ConfigError(
                 f"zero_optimization.{name} with stage {stage}: needs stage {needed} or more"
             )
-    _check_data_types(config.get("data_types", {}), precision, stage)
     adam = config["optimizer"].get("params", {})
     torchs = bool(adam.get("torch_adam"))
     for key in ("bias_correction",) if torchs else ("amsgrad", "foreach", "fused"):
@@ -353,17 +361,3 @@ def check_together(config: dict[str, Any], precision: str, has_gpu: bool) -> Non
                 f"scheduler.params: {low} {schedule[low]} is more than {high} {schedule[high]}; "
                 "change one of them"
             )
-
-
-def _check_data_types(types: dict[str, Any], precision: str, stage: int) -> None:
-    if types.get("param_dtype", precision) != precision:
-        raise ConfigError(
-            f"data_types.param_dtype {types['param_dtype']!r}: the run is in {precision}; leave it "
-            "out"
-        )
-    wanted = types.get("grad_accum_dtype", precision)
-    if wanted != precision and (stage == 0 or precision == "fp32"):
-        raise ConfigError(
-            f"data_types.grad_accum_dtype {wanted!r}: with precision {precision} and "
-            f"zero_optimization.stage {stage} it must be {precision!r}; leave it out"
-        )

@@ -208,17 +208,16 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
                               f"got {value!r}")
         if key != "arms" and not all(type(n) is int and n >= 0 for n in value):
             raise ConfigError(f"recipe {path}: {key} must hold whole numbers; got {value}")
-    if not recipe["arms"] or not recipe["pretrain_seeds"]:
-        raise ConfigError(f"recipe {path}: arms and pretrain_seeds need at least one entry")
     for arm in recipe["arms"]:
         _check_known(arm, ("none", *STRATEGIES), f"recipe {path}: unknown arm")
-    for section, flag in (("task", "task"), ("domain_text", "input")):
-        if not recipe[section].get(flag) and (section == "task" or needs_domain(recipe)):
-            raise ConfigError(f"recipe {path}: {section}.{flag} is missing; --set "
-                              f"{section}.{flag}=...")
     general, vocabulary = recipe["general"], recipe["vocabulary"]
     scratch, learnt = bool(general and general.get("model_config")), vocabulary is not None
     for wrong, message in (
+        (not recipe["arms"] or not recipe["pretrain_seeds"],
+         "arms and pretrain_seeds need at least one entry"),
+        (not recipe["task"].get("task"), "task.task is missing; --set task.task=..."),
+        (needs_domain(recipe) and not recipe["domain_text"].get("input"),
+         "domain_text.input is missing; --set domain_text.input=..."),
         (bool(recipe["encoder"]) == scratch,
          "give either encoder (a checkpoint to start from) or general.model_config (fresh "
          "weights)"),

@@ -176,12 +176,12 @@ class Progressed:
     first. seconds: of training, over all processes that took part. log: open after training.
     """
 
+    log: MetricsWriter
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
     best_state: dict[str, torch.Tensor] | None = None
     seconds: float = 0.0
     steps: int = 0
-    log: MetricsWriter | None = None
 
     @property
     def best(self) -> dict[str, float]:
@@ -320,7 +320,6 @@ def train_and_select(
     found = _restore(engine, run_dir, config, records)
     step, first_step = found.steps, found.steps
     started = time.monotonic() - found.seconds
-    found.log = MetricsWriter(run_dir, step)
     found.log.hyperparameters(hyperparameters)
     progress = Progress(
         total_steps, every=config.logging_steps, initial=step, label=f"seed {seed}"
@@ -416,17 +415,18 @@ def remove_resume_state(run_dir: Path) -> None:
 def _restore(
     engine: Any, run_dir: Path, config: Config, records: dict[str, Any]
 ) -> Progressed:
-    """Load the newest complete checkpoint, if there is one and `--resume` allows it."""
+    """Load the newest complete checkpoint, if `--resume` allows it; open the log at its step."""
     from safetensors.torch import load_file
 
     # One seed of several may well have none: `must` is for the command to check.
     path = find_checkpoint(run_dir, "never" if config.resume == "never" else "auto")
     if path is None:
-        return Progressed()
+        return Progressed(MetricsWriter(run_dir))
     notes = load_checkpoint(engine, path, records["identity"], config.allow_world_size_change)
     report_changes(notes["numerics"], records["numerics"])
     say(f"resumed from {path}")
     best_state = load_file(path / BEST) if notes["best_epoch"] and is_main() else None
     return Progressed(
-        notes["history"], notes["best_epoch"], best_state, notes["seconds"], notes["steps"]
+        MetricsWriter(run_dir, notes["steps"]), notes["history"], notes["best_epoch"], best_state,
+        notes["seconds"], notes["steps"],
     )
