@@ -42,11 +42,6 @@ def _one_of(*values: Any) -> Bounds:
     return Bounds(lambda given: any(given == v and type(given) is type(v) for v in values), text)
 
 
-def _is_betas(value: Any) -> bool:
-    return (isinstance(value, list) and len(value) == 2
-            and all(_is_number(beta) and beta < 1 for beta in value))
-
-
 SWITCH = Bounds(lambda value: isinstance(value, bool), "true or false")
 NAMES = Bounds(lambda value: isinstance(value, list)
                and all(isinstance(name, str) for name in value), "a list of names in quotes")
@@ -78,7 +73,9 @@ RULES = {
                              "Adam or AdamW; no other optimizer is supported here"),
     "optimizer.params.lr": RATE,
     "optimizer.params.weight_decay": SHARE,
-    "optimizer.params.betas": Bounds(_is_betas, "two numbers in [0, 1)"),
+    "optimizer.params.betas": Bounds(
+        lambda value: isinstance(value, list) and len(value) == 2
+        and all(_is_number(beta) and beta < 1 for beta in value), "two numbers in [0, 1)"),
     "optimizer.params.eps": SHARE,
     **dict.fromkeys(
         (f"optimizer.params.{name}" for name in (

@@ -43,11 +43,6 @@ def spell(ids: list[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-def mark(text: str, wrong: bool = False) -> str:
-    """A token in bold brackets; one that is wrong has a sign that needs no colour."""
-    return f"**&#91;{escape(text)}{' &#8800;' if wrong else ''}&#93;**"
-
-
 class Example:
     """A text of the held-out rows: its batch, and its Markdown table at any step.
 
@@ -97,10 +92,10 @@ class Example:
             truth = self._original[place]
             space = " " if texts[place].startswith(" ") else ""
             for row, token in zip(rows, (truth, self._seen[place], guess), strict=True):
-                wrong = row is rows[2] and token != truth
-                # A token as it reads at its place of the text.
+                # The token as it reads at its place, in bold brackets; a wrong one has a sign.
                 word = spell([*self._original[:place], token], self._tokenizer)[-1].strip()
-                row[place] = space + mark(word, wrong)
+                wrong = " &#8800;" if row is rows[2] and token != truth else ""
+                row[place] = f"{space}**&#91;{escape(word)}{wrong}&#93;**"
             num_right += guess == truth
         share = f"{num_right} of {len(guesses)} right; the others are marked &#8800;"
         heads = ("original", "masked", f"prediction ({share})")
