@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,11 @@ def json_bytes(obj: Any) -> bytes:
 def atomic_write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as JSON with sorted keys, atomically."""
     atomic_write_bytes(path, json_bytes(obj))
+
+
+def write_json_lines(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line, atomically."""
+    atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def file_sha256(path: str | Path, start: int = 0) -> str:

@@ -53,7 +53,6 @@ ROOMS: dict[str, set[str]] = {
 }
 # Classes of one name; each line should go.
 DOUBLES = {
-    "Counts": {"train/bench/throughput.py", "train/stages/inference.py"},
     "Inputs": {"csrc/benchmark.py", "train/benchmark.py", "train/finetune.py", "train/pretrain.py"},
     "Measured": {"csrc/benchmark.py", "train/bench/throughput.py"},
     "Row": {"csrc/benchmark.py", "preprocess/benchmark.py", "train/bench/throughput.py"},

@@ -17,6 +17,8 @@ writes the token store `A` (one document per text) and `A.importance.npy`.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -45,7 +47,6 @@ from train.model import (
 from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import architecture, numerics
 from train.stages.importance import (
-    CRITERIA,
     Query,
     encode_texts,
     explain,
@@ -66,13 +67,10 @@ def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.
     tokens = np.concatenate([np.empty(0, np.int64), *sequences]).astype(np.int64)
     continues = find_continuations(tokens, offsets, continuation_table(tokenizer))
     starts = np.append(np.flatnonzero(~continues), len(tokens))
-    known: dict[tuple[int, ...], bool] = {}
+    is_stop = functools.cache(lambda word: is_stop_word(tokenizer.decode(list(word))))
     marks = np.zeros(len(tokens), dtype=bool)
-    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        word = tuple(tokens[start:end].tolist())
-        if word not in known:
-            known[word] = is_stop_word(tokenizer.decode(list(word)))
-        marks[start:end] = known[word]
+    for start, end in itertools.pairwise(starts.tolist()):
+        marks[start:end] = is_stop(tuple(tokens[start:end].tolist()))
     return np.split(marks, offsets[1:-1]) if lengths else []
 
 
@@ -186,10 +184,6 @@ def describe(
 def main(argv: list[str] | None = None) -> None:
     """Annotate the training texts of a task."""
     config = parse(AnnotateConfig, argv)
-    if config.criterion not in CRITERIA:
-        raise ConfigError(
-            f"--criterion {config.criterion}: must be one of {', '.join(CRITERIA)}"
-        )
     task = load_task(
         config.task, data_dir=config.data_dir, train_file=config.train_file,
         validation_file=config.validation_file, test_file=config.test_file,
@@ -259,9 +253,8 @@ def main(argv: list[str] | None = None) -> None:
                 **sealed(identity), "numerics": numerics(config),
                 "seconds": round(time.monotonic() - started, 1),
             }, lock)
-        counts = runner.counts
         passes, inputs, tokens, slots = engine.all_reduce_sum(
-            counts.passes, counts.inputs, counts.tokens, counts.slots
+            *(runner.counts[name] for name in ("passes", "inputs", "tokens", "slots"))
         )
         say(describe(importance, queries, found))
         say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "

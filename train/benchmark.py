@@ -93,7 +93,7 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
     scores = maskings.open_scores(store, config.scores)
     for name in config.mask_indices:
         maskings.read_index(store, name)
-    hf_config = model_config(config, store)
+    hf_config = mlm.model_config(config, store)
     for length in config.lengths():
         model.check_row_length(hf_config, length)
     if config.model_name_or_path:
@@ -128,13 +128,6 @@ def choose_baselines(config: BenchmarkConfig) -> tuple[list[str], list[str]]:
 def steps_of_a_row(config: BenchmarkConfig) -> int:
     """Return the number of steps that one row takes at one length, counted or not."""
     return config.warmup_steps + config.rounds * (config.timed_steps + 2)
-
-
-def model_config(config: BenchmarkConfig, store: TokenStore) -> Any:
-    """Return the configuration of the model to train."""
-    if config.model_config:
-        return model.named_config(config.model_config, store.vocab_size, store.special_ids["pad"])
-    return model.load_config(config.model_name_or_path, config.trust_remote_code)
 
 
 def build_maskings(inputs: Inputs) -> Maskings:
@@ -181,7 +174,7 @@ def estimate(inputs: Inputs, num_strategies: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = flops.peak_flops(device, resolved.precision).flops_per_second * ds.ranks().world_size
     with torch.device("meta"):
-        module = model.build_masked_lm(model_config(config, inputs.store), config.seed)
+        module = model.build_masked_lm(mlm.model_config(config, inputs.store), config.seed)
     again = num_strategies > 1 and config.equal_masks
     sparing = 1 + num_strategies * (1 + again) + sum(
         name.startswith("gather") for name in inputs.baselines)

@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -38,13 +39,13 @@ from train import engine, model
 from train.bench.throughput import spread, synchronize, turns
 from train.run_dir.folder import environment
 from train.stages import importance, scoring
-from train.stages.inference import Counts, Runner, check_trained, one_by_one, special_template
+from train.stages.inference import Runner, check_trained, one_by_one, special_template
 
 PUBLISHED, ALONE, OURS = "published", "one per pass", "selmask"
 PUBLISHED_ROWS = 32
 WARMUP_INPUTS = 64
 
-Way = Callable[[], tuple[Any, Counts]]
+Way = Callable[[], tuple[Any, Counter[str]]]
 
 
 def in_order(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -60,7 +61,7 @@ def interleave(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict[str, Any] = {}
-    counts: dict[str, Counts] = {}
+    counts: dict[str, Counter[str]] = {}
     for name in turns(list(ways), rounds):
         synchronize()
         started = time.perf_counter()
@@ -77,11 +78,11 @@ def interleave(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[
             "seconds": f"{one['median']:.2f}",
             "p20-p80": f"{one['p20']:.2f}-{one['p80']:.2f}",
             "over_published": f"{ratio['median']:.2f}",
-            "passes": count.passes,
-            "inputs": count.inputs,
-            "tokens": count.tokens,
-            "tokens_per_second": round(count.tokens / one["median"]),
-            "padding_percent": f"{100 * (1 - count.tokens / max(count.slots, 1)):.1f}",
+            "passes": count["passes"],
+            "inputs": count["inputs"],
+            "tokens": count["tokens"],
+            "tokens_per_second": round(count["tokens"] / one["median"]),
+            "padding_percent": f"{100 * (1 - count['tokens'] / max(count['slots'], 1)):.1f}",
         })
     return found, rows
 
@@ -113,7 +114,7 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                    batch_tokens=args.batch_tokens)
 
     def way(module: Any, edge: float, **options: Any) -> Way:
-        def work() -> tuple[Any, Counts]:
+        def work() -> tuple[Any, Counter[str]]:
             runner = make(module, **options)
             marks, num_alone = importance.explain(
                 runner, queries, args.delta, args.criterion, edge=edge)
@@ -184,7 +185,7 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
     make = partial(Runner, scorer, template, tokenizer, device, args.batch_tokens, half=True)
 
     def way(**options: Any) -> Way:
-        def work(last: int = len(offsets) - 1) -> tuple[Any, Counts]:
+        def work(last: int = len(offsets) - 1) -> tuple[Any, Counter[str]]:
             runner, end = make(**options), int(offsets[last])
             with Progress(end, "token", label="score") as progress:
                 found = scoring.score_block(

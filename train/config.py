@@ -376,7 +376,7 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
         0.01, "largest difference in confidence between a buffer and its sequence at which the "
         "buffer counts as close", USUAL, FRACTION,
     )
-    criterion: str = _flag(
+    criterion: Literal["signed", "absolute", "strict"] = _flag(
         "signed", "signed, absolute or strict comparison of confidences", USUAL, metavar="NAME"
     )
     drop_stop_words: bool = _flag(False, "never annotate an English stop word as important", DATA)
@@ -565,9 +565,9 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
                 options["help"] = off if switches_off else argparse.SUPPRESS
             if group == OTHER:
                 return super().add_argument(*names, **options)
-            if group not in (titles := [each.title for each in self._action_groups]):
-                return self.add_argument_group(group).add_argument(*names, **options)
-            return self._action_groups[titles.index(group)].add_argument(*names, **options)
+            found = {each.title: each for each in self._action_groups}
+            place = found.get(group) or self.add_argument_group(group)
+            return place.add_argument(*names, **options)
 
         def format_help(self) -> str:
             self._action_groups.sort(key=lambda each: [*GROUPS, each.title].index(each.title))
@@ -589,9 +589,8 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
 
 def as_dict(config: Any) -> dict[str, Any]:
     """Return the options as plain values, without those that differ from rank to rank."""
-    values = dataclasses.asdict(config)
-    values.pop("local_rank", None)
-    return values
+    options = dataclasses.asdict(config).items()
+    return {name: value for name, value in options if name != "local_rank"}
 
 
 def command_line() -> str:

@@ -13,7 +13,6 @@ that has both its row and its folder is finished and is not trained again.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 
 from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.errors import DataError, run_command
-from preprocess.files import atomic_write_bytes
+from preprocess.files import write_json_lines
 from preprocess.identity import build, compare, digest, sealed
 from preprocess.progress import say
 from train.config import FinetuneConfig, parse
@@ -32,7 +31,7 @@ from train.model import check_row_length, load_classifier, load_config, load_tok
 from train.reports.results import read_json_lines
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
-from train.run_dir.hf_folder import Weights, make_stage, open_weights, save_hf
+from train.run_dir.hf_folder import Weights, open_weights
 from train.run_dir.identity import (
     architecture,
     hyperparameters,
@@ -51,7 +50,6 @@ from train.run_dir.metrics import (
 from train.stages.examples import Examples, make_examples
 from train.stages.scores import accuracy, macro_f1, softmax
 from train.stages.supervised import (
-    Progressed,
     describe_plan,
     fit,
     num_steps,
@@ -107,6 +105,11 @@ class FinetuneInputs:
     parent: Weights
     identities: dict[int, dict[str, Any]]
     numerics: dict[str, Any]
+
+    @property
+    def pretraining(self) -> list[dict[str, Any]]:
+        """Return the stages of pre-training behind the weights, oldest first."""
+        return [stage for stage in self.parent.stages if stage["stage"] == "pretrain"]
 
 
 def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
@@ -168,63 +171,6 @@ def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
     return row is not None and all((seed_dir / name).is_file() for name in needed)
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object per line; the complete file or nothing."""
-    atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def pretraining_cost(stages: list[dict[str, Any]]) -> dict[str, float]:
-    """Sum masked tokens, steps and seconds of all pre-training behind a model."""
-    behind = [stage["totals"] for stage in stages if stage["stage"] == "pretrain"]
-    return {key: sum(totals[key] for totals in behind)
-            for key in ("masked_tokens", "steps", "seconds")}
-
-
-def last_masking(stages: list[dict[str, Any]]) -> str | None:
-    """Return the masking of the last pre-training behind a model."""
-    behind = [stage for stage in stages if stage["stage"] == "pretrain"]
-    return behind[-1]["identity"]["choice"]["masking"] if behind else None
-
-
-def train_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> Progressed:
-    """Train one seed and write the best epoch's model to `seed_N/hf/`; collective."""
-    config, task, encoded = inputs.config, inputs.task, inputs.encoded
-    seed_dir = Path(config.output_dir) / f"seed_{seed}"
-    records = {"identity": inputs.identities[seed], "numerics": inputs.numerics}
-    dev_labels = np.stack(encoded["validation"].targets)
-
-    def assess(logits: list[np.ndarray]) -> dict[str, float]:
-        predictions = np.stack(logits).argmax(1)
-        return {
-            "accuracy": accuracy(dev_labels, predictions),
-            "macro_f1": macro_f1(dev_labels, predictions, len(task.labels)),
-        }
-
-    model = load_classifier(
-        config.model_name_or_path, task.labels, seed, config.trust_remote_code
-    )
-    found = fit(
-        model, inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
-        seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
-        pad_id=inputs.tokenizer.pad_token_id, run_dir=seed_dir, device=device,
-        records=records,
-        hyperparameters=hyperparameters(
-            **records, model=config.model_name_or_path, data=task.name,
-            masking=last_masking(inputs.parent.stages),
-        ),
-    )
-    if is_main():
-        stage = make_stage(
-            records, inputs.parent, steps=found.steps, seconds=found.seconds,
-            tokens=int(encoded["train"].lengths.sum()) * config.num_train_epochs,
-        )
-        assert found.best_state is not None  # the first rank holds it
-        save_hf(model, found.best_state, inputs.tokenizer, seed_dir / "hf",
-                [*inputs.parent.stages, stage])
-    barrier()
-    return found
-
-
 def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, float]:
     """Read a seed's model back from disk, predict the test split and write the predictions."""
     config, task, test = inputs.config, inputs.task, inputs.encoded["test"]
@@ -243,7 +189,7 @@ def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[s
                 inputs.splits["test"], labels, predictions, softmax(logits), strict=True
             )
         ]
-        write_lines(seed_dir / "predictions.jsonl", rows)
+        write_json_lines(seed_dir / "predictions.jsonl", rows)
     return {
         "test_accuracy": accuracy(labels, predictions),
         "test_macro_f1": macro_f1(labels, predictions, len(task.labels)),
@@ -253,23 +199,51 @@ def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[s
 def run_seed(
     inputs: FinetuneInputs, seed: int, device: torch.device
 ) -> tuple[dict[str, Any], MetricsWriter]:
-    """Train and test one seed; return its row of `results.jsonl`, and its open log."""
-    found = train_seed(inputs, seed, device)
-    assert found.log is not None
+    """Train one seed, write the best epoch's model to `seed_N/hf/` and test that; collective.
+
+    Returns:
+        Its row of `results.jsonl`, and its open log.
+    """
+    config, task, encoded = inputs.config, inputs.task, inputs.encoded
+    seed_dir = Path(config.output_dir) / f"seed_{seed}"
+    records = {"identity": inputs.identities[seed], "numerics": inputs.numerics}
+    dev_labels = np.stack(encoded["validation"].targets)
+
+    def assess(logits: list[np.ndarray]) -> dict[str, float]:
+        predictions = np.stack(logits).argmax(1)
+        return {
+            "accuracy": accuracy(dev_labels, predictions),
+            "macro_f1": macro_f1(dev_labels, predictions, len(task.labels)),
+        }
+
+    found = fit(
+        # Held by nobody else, so that its memory is free before the test.
+        load_classifier(config.model_name_or_path, task.labels, seed, config.trust_remote_code),
+        inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
+        seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
+        tokenizer=inputs.tokenizer, parent=inputs.parent, run_dir=seed_dir, device=device,
+        records=records,
+        hyperparameters=hyperparameters(
+            **records, model=config.model_name_or_path, data=task.name,
+            masking=inputs.pretraining[-1]["identity"]["choice"]["masking"]
+            if inputs.pretraining else None,
+        ),
+    )
     row = {
         "seed": seed,
-        "task": inputs.task.name,
+        "task": task.name,
         **test_seed(inputs, seed, device),
         "validation_accuracy": found.best["accuracy"],
         "validation_macro_f1": found.best["macro_f1"],
         "best_epoch": found.best_epoch,
-        "num_epochs": inputs.config.num_train_epochs,
+        "num_epochs": config.num_train_epochs,
         **{f"num_{name}": len(examples) for name, examples in inputs.splits.items()},
-        "labels": list(inputs.task.labels),
-        "model_name_or_path": inputs.config.model_name_or_path,
+        "labels": list(task.labels),
+        "model_name_or_path": config.model_name_or_path,
         "steps": found.steps,
         "seconds": round(found.seconds, 2),
-        "pretraining": pretraining_cost(inputs.parent.stages),
+        "pretraining": {key: sum(stage["totals"][key] for stage in inputs.pretraining)
+                        for key in ("masked_tokens", "steps", "seconds")},
         **sealed(inputs.identities[seed]),
         "numerics": inputs.numerics,
     }
@@ -302,21 +276,16 @@ def check_resume(
             )
 
 
-def say_plan(inputs: FinetuneInputs) -> None:
-    """Print the sizes of the splits and the batch arithmetic."""
-    sizes = ", ".join(f"{len(inputs.splits[name])} {name}" for name in SPLITS)
-    say(f"task {inputs.task.name}: labels {', '.join(inputs.task.labels)}; {sizes}")
-    num_seeds = len(inputs.config.seed_list())
-    for line in describe_plan(inputs.config, inputs.resolved, inputs.encoded["train"], num_seeds):
-        say(line)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     config = parse(FinetuneConfig, argv)
     run_dir = check_run_dir(config)
     inputs = read_inputs(config)
-    say_plan(inputs)
+    task, sizes = inputs.task, (f"{len(part)} {name}" for name, part in inputs.splits.items())
+    say(f"task {task.name}: labels {', '.join(task.labels)}; {', '.join(sizes)}")
+    train, num_seeds = inputs.encoded["train"], len(config.seed_list())
+    for line in describe_plan(config, inputs.resolved, train, num_seeds):
+        say(line)
     if config.dry_run:
         return
     results = run_dir / "results.jsonl"
@@ -335,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]
         if is_main():
-            write_lines(results, list(rows.values()))
+            write_json_lines(results, rows.values())
             remove_resume_state(seed_dir)
         # After the row: a seed that is tested again must not have two points.
         log.scalars(row["steps"], {TEST_ACCURACY: row["test_accuracy"],

@@ -37,7 +37,7 @@ from train.model import (
 )
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
-from train.run_dir.hf_folder import make_stage, open_weights, save_hf
+from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import (
     architecture,
     hyperparameters,
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     found = fit(
         model, resolved, encoded["train"], encoded["dev"], assess, config=config, seed=config.seed,
         select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
-        pad_id=tokenizer.pad_token_id, run_dir=run_dir, device=device, records=records,
+        tokenizer=tokenizer, parent=parent, run_dir=run_dir, device=device, records=records,
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=short_path(config.annotations)
         ),
@@ -297,15 +297,8 @@ def main(argv: list[str] | None = None) -> None:
         "seed": config.seed, **sealed(identity), "numerics": records["numerics"],
     }
     if is_main():
-        stage = make_stage(
-            records, parent, steps=found.steps, seconds=found.seconds,
-            tokens=int(encoded["train"].lengths.sum()) * config.num_train_epochs,
-        )
-        assert found.best_state is not None  # the first rank holds it
-        save_hf(model, found.best_state, tokenizer, run_dir / "hf", [*parent.stages, stage])
         atomic_write_json(run_dir / "results.json", results)
         remove_resume_state(run_dir)
-    assert found.log is not None
     found.log.close(finished=True)
     barrier()
     say_results(results)

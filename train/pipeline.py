@@ -28,12 +28,10 @@ from train.recipes.run import Journal, run_steps, shown
 def where_to_look(root: Path, steps: list[Step]) -> str:
     """Return the last lines: what to open next."""
     lines = [f"table and figures: {root}/report", f"curves: tensorboard --logdir {root}"]
-    for step in steps:
-        if step.name.startswith("masks-selective"):
-            name = step.name.removeprefix("masks-")
-            lines.append("what was masked: python preprocess/show_masks.py "
-                         f"--tokens {root}/domain/text --mask_index {name}")
-            break
+    masks = [step.name for step in steps if step.name.startswith("masks-selective")]
+    if masks:
+        lines.append("what was masked: python preprocess/show_masks.py --tokens "
+                     f"{root}/domain/text --mask_index {masks[0].removeprefix('masks-')}")
     return "\n".join(["Where to look next", *(f"  {line}" for line in lines)])
 
 

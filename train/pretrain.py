@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from preprocess import identity as identities
-from preprocess.errors import ConfigError, DataError, NonFiniteError, StopRequested, run_command
+from preprocess.errors import DataError, NonFiniteError, StopRequested, run_command
 from preprocess.masking import BASELINE
 from preprocess.masking.corruption import MASKED_SHARE, RANDOM_SHARE
 from preprocess.progress import Progress, say
@@ -86,16 +87,11 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
     """Open and check the store, the masks, the weights and the DeepSpeed JSON."""
     store = TokenStore.open(config.tokens)
     tokenizer = model.load_tokenizer(store.tokenizer_dir)
-    parent = None
+    hf_config, parent = mlm.model_config(config, store), None
     if config.model_name_or_path:
-        hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
         mlm.check_vocabulary(store, hf_config, config)
         if not config.from_scratch:
             parent = hf_folder.open_weights(config.model_name_or_path)
-    else:
-        hf_config = model.named_config(
-            config.model_config, store.vocab_size, store.special_ids["pad"]
-        )
     model.check_row_length(hf_config, config.max_seq_length)
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)
@@ -212,30 +208,6 @@ def evaluate(
     return loss_sum / max(total, 1), hits / max(total, 1)
 
 
-def evaluate_all(
-    engine: Any, inputs: PretrainInputs, device: torch.device, step: int
-) -> dict[str, float]:
-    """Return evaluation scalars under the fixed random masks and each `--eval_mask_index`.
-
-    Raises:
-        NonFiniteError: a loss is not a number, on every rank; such a model is not written.
-    """
-    scalars = {}
-    for name, held in inputs.held.items() if inputs.held_rows else ():
-        loss, accuracy = evaluate(engine, held, inputs.config.eval_max_rows, device)
-        if not math.isfinite(loss):
-            remedy = (
-                "lower --learning_rate, lengthen --warmup_ratio, or use bf16" if step
-                else "the weights that it starts from are broken; give another checkpoint"
-            )
-            raise NonFiniteError(f"the held-out loss is {loss} after step {step}; {remedy}")
-        suffix = f"/{name}" if name else ""
-        scalars[metrics.EVAL_LOSS + suffix] = loss
-        scalars[metrics.EVAL_PERPLEXITY + suffix] = math.exp(min(loss, 700.0))
-        scalars[metrics.EVAL_ACCURACY + suffix] = accuracy
-    return scalars
-
-
 def freeze_encoder(engine: Any) -> None:
     """Let only the head learn in the next step.
 
@@ -316,7 +288,7 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
         accumulation_steps=resolved.accumulation_steps,
         world_size=ranks.world_size, rank=ranks.rank,
     )
-    log = _Log(inputs, run_dir, engine, module, device, peak, totals)
+    log = _Log(inputs, run_dir, engine, module, device, peak, totals.step)
     results = log.evaluate(0) if totals.step == 0 else {}
     engine.train()
     progress = Progress(
@@ -339,7 +311,10 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
             totals.masked_tokens += batch.step_masked_tokens
             now = time.monotonic()
             totals.seconds += now - clock
-            log.add(loss, accuracy, waited)
+            log.sums.update(
+                loss=loss, accuracy=accuracy, waited=waited, steps=1, seconds=now - clock,
+                tokens=batch.step_tokens, masked=batch.step_masked_tokens,
+            )
             if logs:
                 log.window(totals, rate, norm)
             progress.update(1, f"loss {loss:.3f}")
@@ -379,7 +354,7 @@ class _Log:
 
     def __init__(
         self, inputs: PretrainInputs, run_dir: Path, engine: Any, module: model.PackedMaskedLM,
-        device: torch.device, peak: flops.Peak, totals: Totals,
+        device: torch.device, peak: flops.Peak, first_step: int,
     ) -> None:
         self._inputs, self._engine, self._device = inputs, engine, device
         world_size = ds.ranks().world_size
@@ -388,7 +363,7 @@ class _Log:
         self._example = None
         if inputs.held_rows:
             self._example = Example(inputs.held_alone(), inputs.tokenizer)
-        self.writer = metrics.MetricsWriter(run_dir, totals.step)
+        self.writer = metrics.MetricsWriter(run_dir, first_step)
         self.writer.hyperparameters(records.hyperparameters(
             **inputs.records,
             model=inputs.config.model_name_or_path or inputs.config.model_config,
@@ -398,50 +373,57 @@ class _Log:
         ))
         say(f"peak for MFU: {world_size} x {peak.flops_per_second / 1e12:.3g} TFLOP/s "
             f"({peak.source})")
-        self._restart(totals)
-
-    def _restart(self, totals: Totals) -> None:
-        self._before = replace(totals)
-        self._loss = self._accuracy = self._waited = 0.0
-        self._steps = 0
-
-    def add(self, loss: float, accuracy: float, waited: float) -> None:
-        """Count one step; `waited` are its seconds of waiting for the loader."""
-        self._loss += loss
-        self._accuracy += accuracy
-        self._waited += waited
-        self._steps += 1
+        self.sums: Any = Counter()  # over the steps since the last point
 
     def window(self, totals: Totals, rate: float, norm: float | None) -> None:
         """Log the steps since the last time, the last one's learning rate and gradient norm."""
-        before, rows = self._before, self._inputs.train_rows.num_rows
-        seconds = max(totals.seconds - before.seconds, 1e-9)
-        tokens, masked = totals.tokens - before.tokens, totals.masked_tokens - before.masked_tokens
+        sums, rows = self.sums, self._inputs.train_rows.num_rows
+        seconds, tokens, masked = max(sums["seconds"], 1e-9), sums["tokens"], sums["masked"]
         scalars = {
-            metrics.TRAIN_LOSS: self._loss / self._steps,
+            metrics.TRAIN_LOSS: sums["loss"] / sums["steps"],
             metrics.LEARNING_RATE: rate,
             metrics.EPOCH: totals.step * self._inputs.resolved.train_batch_size / rows,
-            metrics.MASKED_ACCURACY: self._accuracy / self._steps,
+            metrics.MASKED_ACCURACY: sums["accuracy"] / sums["steps"],
             metrics.MASKED_FRACTION: masked / max(tokens, 1),
             metrics.TOKENS_PER_SECOND: tokens / seconds,
             metrics.MASKED_TOKENS_PER_SECOND: masked / seconds,
             metrics.MFU: self._flops.of(tokens, masked) / seconds / self._peak,
-            metrics.DATA_WAIT_FRACTION: self._waited / seconds,
+            metrics.DATA_WAIT_FRACTION: sums["waited"] / seconds,
             **metrics.engine_scalars(self._engine),
         }
         if norm is not None:
             scalars[metrics.GRAD_NORM] = norm
         self.writer.scalars(totals.step, scalars)
-        self._restart(totals)
+        sums.clear()
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Evaluate, log it with the example, and return the scalars; collective."""
-        results = evaluate_all(self._engine, self._inputs, self._device, step)
-        self.writer.scalars(step, results)
+        """Evaluate under the fixed random masks and each `--eval_mask_index`; collective.
+
+        The scalars are logged with the example, and returned.
+
+        Raises:
+            NonFiniteError: a loss is not a number, on every rank; such a model is not written.
+        """
+        inputs, scalars = self._inputs, {}
+        for name, held in inputs.held.items() if inputs.held_rows else ():
+            loss, accuracy = evaluate(
+                self._engine, held, inputs.config.eval_max_rows, self._device
+            )
+            if not math.isfinite(loss):
+                remedy = (
+                    "lower --learning_rate, lengthen --warmup_ratio, or use bf16" if step
+                    else "the weights that it starts from are broken; give another checkpoint"
+                )
+                raise NonFiniteError(f"the held-out loss is {loss} after step {step}; {remedy}")
+            suffix = f"/{name}" if name else ""
+            scalars[metrics.EVAL_LOSS + suffix] = loss
+            scalars[metrics.EVAL_PERPLEXITY + suffix] = math.exp(min(loss, 700.0))
+            scalars[metrics.EVAL_ACCURACY + suffix] = accuracy
+        self.writer.scalars(step, scalars)
         if self._example is not None:
             guesses = self._example.predict(self._engine, self._device)
             self.writer.text(step, metrics.EXAMPLE, self._example.table(guesses))
-        return results
+        return scalars
 
 
 def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
@@ -468,8 +450,6 @@ def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
 
 def run(config: PretrainConfig) -> None:
     """Check, then train; several runs may follow each other in one process."""
-    if config.max_steps == 0 and config.head_only_steps:
-        raise ConfigError("--head_only_steps goes with --max_steps above 0")
     run_dir = folder.check_run_dir(config)
     inputs = read_inputs(config)
     for line in (*inputs.resolved.notes, *plan(inputs)):

@@ -66,11 +66,9 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
     """Read all fine-tuning results below the folders; return a note on each unreadable one."""
     groups: list[Group] = []
     notes: list[str] = []
-    pipelines: dict[Path, Path] = {}
+    pipelines = {path.parent.resolve(): path.parent
+                 for folder in folders for path in sorted(folder.rglob("arms.json"))}
     loose: dict[Path, Path] = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("arms.json")):
-            pipelines.setdefault(path.parent.resolve(), path.parent)
     for folder in folders:
         found = sorted(path.parent for path in folder.rglob("results.jsonl"))
         for path in found:
@@ -259,49 +257,47 @@ def _parts(arm: Arm) -> dict[str, Any]:
 
 def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Table], list[str]]:
     """Make the tables that the data allow, the most important first, and notes on them."""
-    tables, notes = [], []
-    arms = arms_of(groups)
-    if groups:
-        tables.append(Table.of(
+    arms, notes = arms_of(groups), []
+    differences, more = difference_rows(pairs_of(groups))
+    costs = cost_rows(arms)
+    if not any(row["general"] for row in costs):
+        costs = []
+    tables = [
+        Table.of(
             "Results", table_rows([*arms, *floors_of(groups)]),
             "Mean and standard deviation over all seeds, on the test split. Masked tokens, steps "
             "and seconds count all pre-training of an arm.",
             "table", TABLE_COLUMNS,
-        ))
-    else:
-        notes.append("No table of results: no fine-tuning has finished yet.")
-    differences, more = difference_rows(pairs_of(groups))
-    if differences:
-        tables.append(Table.of(
+        ),
+        Table.of(
             "Differences in accuracy, with 95 % intervals over seeds and test items", differences,
             "seeds: pre-training x fine-tuning. Intervals: variance components of the paired "
             "design (seeds and test items), with Satterthwaite's degrees of freedom for Student's "
             "t. detectable: the smallest true difference that this many seeds and items show in "
             "80 % of repetitions.",
             "differences", DIFFERENCE_COLUMNS,
-        ))
-    costs = cost_rows(arms)
-    if any(row["general"] for row in costs):
-        tables.append(Table.of(
+        ),
+        Table.of(
             "Seconds before fine-tuning", costs,
             "General pre-training (stage 1), masking (classifier, annotation, scorer, scores and "
             "mask indices) and task-guided pre-training (stage 2, mean over its seeds). Both "
             "stages count only training steps, masking complete processes with their start. "
             "masking_share: share of the total; share_of_full: total over the longest stage 1.",
             "costs", COST_COLUMNS,
-        ))
-        if any(row["masking"] == "" for row in costs):
-            notes.append("The cost of masking is known only for arms of train/pipeline.py, which "
-                         "writes the seconds of its steps to steps.json.")
-    runs = run_rows(curves)
-    if runs:
-        tables.append(Table.of(
-            "Pre-training runs", runs,
+        ),
+        Table.of(
+            "Pre-training runs", run_rows(curves),
             "Losses in nats per masked token, the last ones logged; held-out losses use the same "
             "fixed random masks in every run. Seconds count only training steps.",
             "pretraining", RUN_COLUMNS,
-        ))
-    return tables, notes + more + below_floors(groups)
+        ),
+    ]
+    if not groups:
+        notes.append("No table of results: no fine-tuning has finished yet.")
+    if any(row["masking"] == "" for row in costs):
+        notes.append("The cost of masking is known only for arms of train/pipeline.py, which "
+                     "writes the seconds of its steps to steps.json.")
+    return [table for table in tables if table.rows], notes + more + below_floors(groups)
 
 
 def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Picture], list[str]]:

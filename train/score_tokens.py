@@ -116,7 +116,7 @@ def score(
                 for _ in blocks:
                     pass
     passes, tokens, slots = engine.all_reduce_sum(
-        runner.counts.passes, runner.counts.tokens, runner.counts.slots
+        *(runner.counts[name] for name in ("passes", "tokens", "slots"))
     )
     seconds = time.monotonic() - started
     say(f"scored {num_tokens:,} tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s, "

@@ -28,7 +28,7 @@ import pytest
 
 from preprocess import build_masks, tokenize_corpus
 from preprocess.errors import DiskFullError, run_command, writing
-from preprocess.files import append_bytes, atomic_write_json
+from preprocess.files import append_bytes, atomic_write_json, write_json_lines
 from preprocess.store import StoreWriter, TokenStore, open_array, write_array
 from tests.support.launch import ROOT, launch_environment
 from tests.support.stores import FakeTokenizer, write
@@ -364,8 +364,7 @@ def test_metrics_and_tensorboard(disk):
 def test_logs_and_results(disk):
     """They are written, and appended to, completely or not at all."""
     from preprocess.corpus import Example, Task
-    from train.finetune import write_lines
-    from train.reports.results import finished_seeds
+    from train.reports.results import read_finetune_run
     from train.stages.floors import write_naive_bayes
 
     examples = [Example(f"word{i % 7} " * 20, i % 2, None, str(i)) for i in range(60)]
@@ -377,8 +376,8 @@ def test_logs_and_results(disk):
     assert path.read_bytes() == b"x" * 5000 + b"y" * 9000
     path = disk.folder / "results.jsonl"
     rows = [{"seed": i, "text": "x" * 500} for i in range(20)]
-    write_lines(path, rows[:3])
-    assert disk.fails_cleanly(lambda: write_lines(path, rows)) >= 2
+    write_json_lines(path, rows[:3])
+    assert disk.fails_cleanly(lambda: write_json_lines(path, rows)) >= 2
     assert len(path.read_text().splitlines()) == 20
     path = disk.folder / "results.json"
     assert disk.fails_cleanly(lambda: atomic_write_json(path, {"rows": rows})) >= 2
@@ -386,9 +385,10 @@ def test_logs_and_results(disk):
     with pytest.raises(DiskFullError, match=r"predictions\.jsonl"):
         write_naive_bayes(task, disk.folder / "floor")
     disk.free()
-    assert finished_seeds(disk.folder / "floor") == []
+    assert not (disk.folder / "floor" / "results.jsonl").exists()
     write_naive_bayes(task, disk.folder / "floor")
-    assert finished_seeds(disk.folder / "floor") == [0]
+    run = read_finetune_run(disk.folder / "floor")
+    assert run.seeds == [0] and run.correct is not None
 
 
 # --------------------------------------------------------------------------- training commands
@@ -483,9 +483,9 @@ def train_on_a_full_disk(folder: str, how: str, store: str, encoder: str, task: 
 
     finetune.finish = lambda: None  # more runs follow in this process
     for name, owner, function, call, where in (
-        ("model of the second seed", finetune, "save_hf", 1, "/seed_2/hf: "),
-        ("predictions", finetune, "write_lines", 1, "predictions.jsonl"),
-        ("results", finetune, "write_lines", 2, "results.jsonl"),
+        ("model of the second seed", supervised, "save_hf", 1, "/seed_2/hf: "),
+        ("predictions", finetune, "write_json_lines", 1, "predictions.jsonl"),
+        ("results", finetune, "write_json_lines", 2, "results.jsonl"),
         ("scalars", supervised.MetricsWriter, "scalars", 1, "/tuned/seed_2/"),
     ):
         if not run_dir.exists():

@@ -65,7 +65,8 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = mlm.train_step
 
     def noted(engine: Any, *words: Any, **names: Any) -> Any:
-        return plain(engine, *words, **names)._replace(stopping=engine.global_steps == step)
+        *found, _ = plain(engine, *words, **names)
+        return (*found, engine.global_steps == step)
 
     monkeypatch.setattr(mlm, "train_step", noted)
 

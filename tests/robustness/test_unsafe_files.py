@@ -167,9 +167,10 @@ def test_seeds_of_results_are_numbers(tmp_path, seed):
     """A seed names a folder."""
     row = {"seed": seed, "task": "t", "test_accuracy": 1.0}
     (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
-    for read in (results.read_finetune_run, results.finished_seeds):
+    for read, path in ((results.read_finetune_run, tmp_path),
+                       (results.read_json_lines, tmp_path / "results.jsonl")):
         with pytest.raises(DataError, match=r"results\.jsonl, line 1"):
-            read(tmp_path)
+            read(path)
 
 
 # --------------------------------------------------------------------------- recipes

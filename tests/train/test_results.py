@@ -178,7 +178,7 @@ def test_a_broken_run_shows_what_is_left(tmp_path):
     assert run.seeds == [13] and run.correct.shape == (1, 5)
     assert "results.jsonl, line 2: not a JSON object of ours" in run.notes[0]
     with pytest.raises(DataError, match="line 2"):  # the pipeline does not build on it
-        results.finished_seeds(path)
+        results.read_json_lines(path / "results.jsonl")
     (path / "results.jsonl").write_text('{"seed": 13, "test_accuracy": "high"}\n[1]\n')
     with pytest.raises(DataError, match="no finished seed"):
         results.read_finetune_run(path)

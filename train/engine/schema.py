@@ -12,18 +12,12 @@ from __future__ import annotations
 import difflib
 import functools
 import json
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, get_args
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from preprocess.errors import ConfigError
+from train.config import Bounds
 from train.engine.group import load_deepspeed
-
-
-class Rule(NamedTuple):
-    """The values of a key: a test, and the same in words ("must be ...")."""
-
-    allowed: str
-    accepts: Callable[[Any], bool]
 
 
 def _is_number(value: Any, low: float = 0, high: float = 1e18) -> bool:
@@ -31,34 +25,28 @@ def _is_number(value: Any, low: float = 0, high: float = 1e18) -> bool:
         low <= value <= high)
 
 
-def _number(low: float, high: float = 1e18) -> Rule:
+def _number(low: float, high: float = 1e18, kind: str = "number") -> Bounds:
     bounds = f"of {low:g} or more" if high == 1e18 else f"in [{low:g}, {high:g}]"
-    return Rule(f"a number {bounds}", lambda value: _is_number(value, low, high))
+    return Bounds(lambda value: _is_number(value, low, high), f"a {kind} {bounds}")
 
 
-def _whole(low: int, high: float = 1e18) -> Rule:
+def _whole(low: int, high: float = 1e18) -> Bounds:
     """Build the rule of a whole number; 5e8 is one too."""
-    bounds = f"of {low} or more" if high == 1e18 else f"in [{low}, {high:g}]"
-    return Rule(f"a whole number {bounds}",
-                lambda value: _is_number(value, low, high) and value == int(value))
+    rule = _number(low, high, "whole number")
+    return Bounds(lambda value: rule.holds(value) and value == int(value), rule.words)
 
 
-def _one_of(*values: Any) -> Rule:
+def _one_of(*values: Any) -> Bounds:
     *first, last = (str(value).lower() if value is True else str(value) for value in values)
     text = f"{', '.join(first)} or {last}" if first else last
-    return Rule(text, lambda given: any(given == v and type(given) is type(v) for v in values))
+    return Bounds(lambda given: any(given == v and type(given) is type(v) for v in values), text)
 
 
-def _is_betas(value: Any) -> bool:
-    return (isinstance(value, list) and len(value) == 2
-            and all(_is_number(beta) and beta < 1 for beta in value))
-
-
-SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
-NAMES = Rule("a list of names in quotes", lambda value: isinstance(value, list)
-             and all(isinstance(name, str) for name in value))
+SWITCH = Bounds(lambda value: isinstance(value, bool), "true or false")
+NAMES = Bounds(lambda value: isinstance(value, list)
+               and all(isinstance(name, str) for name in value), "a list of names in quotes")
 COUNT = _whole(1)
-BATCH = Rule(COUNT.allowed, lambda value: type(value) is int and value > 0)  # 8.0 is none
+BATCH = Bounds(lambda value: type(value) is int and value > 0, COUNT.words)  # 8.0 is none
 DTYPE = _one_of("fp32", "fp16", "bf16")
 RATE = _number(0, 1e3)
 SHARE = _number(0, 1)
@@ -81,19 +69,21 @@ RULES = {
     "gradient_predivide_factor": _number(1e-6, 1e6),
     "communication_data_type": DTYPE,
     "disable_allgather": SWITCH,
-    "optimizer.type": Rule("Adam or AdamW; no other optimizer is supported here",
-                           lambda value: str(value).lower() in ("adam", "adamw")),
+    "optimizer.type": Bounds(lambda value: str(value).lower() in ("adam", "adamw"),
+                             "Adam or AdamW; no other optimizer is supported here"),
     "optimizer.params.lr": RATE,
     "optimizer.params.weight_decay": SHARE,
-    "optimizer.params.betas": Rule("two numbers in [0, 1)", _is_betas),
+    "optimizer.params.betas": Bounds(
+        lambda value: isinstance(value, list) and len(value) == 2
+        and all(_is_number(beta) and beta < 1 for beta in value), "two numbers in [0, 1)"),
     "optimizer.params.eps": SHARE,
     **dict.fromkeys(
         (f"optimizer.params.{name}" for name in (
             "torch_adam", "adam_w_mode", "fp32_optimizer_states", "bias_correction", "amsgrad",
             "foreach", "fused")), SWITCH),
-    "scheduler.type": Rule(
-        "WarmupLR, WarmupDecayLR or WarmupCosineLR; no other schedule is supported here",
-        lambda value: isinstance(value, str) and value in SCHEDULERS),
+    "scheduler.type": Bounds(
+        lambda value: isinstance(value, str) and value in SCHEDULERS,
+        "WarmupLR, WarmupDecayLR or WarmupCosineLR; no other schedule is supported here"),
     "scheduler.params.warmup_min_lr": RATE,
     "scheduler.params.warmup_max_lr": RATE,
     "scheduler.params.warmup_min_ratio": SHARE,
@@ -226,7 +216,7 @@ def check(config: dict[str, Any]) -> None:
     _check_block(config, "")
     for name in ("optimizer", "scheduler"):
         if "type" not in config.get(name, {"type": ""}):
-            raise ConfigError(f"{name}.type is missing: must be {RULES[f'{name}.type'].allowed}")
+            raise ConfigError(f"{name}.type is missing: must be {RULES[f'{name}.type'].words}")
     scheduler = config.get("scheduler", {})
     for key in scheduler.get("params", {}):
         if key not in SCHEDULERS[scheduler["type"]]:
@@ -255,9 +245,9 @@ def _check_block(block: dict[str, Any], where: str) -> None:
             if not isinstance(value, dict):
                 raise ConfigError(f"{path} {_shown(value)}: must be an object in braces")
             _check_block(value, path)
-        elif path in RULES and not RULES[path].accepts(value):
+        elif path in RULES and not RULES[path].holds(value):
             hint = "; write it without quotes" if _is_quoted(value, RULES[path]) else ""
-            raise ConfigError(f"{path} {_shown(value)}: must be {RULES[path].allowed}{hint}")
+            raise ConfigError(f"{path} {_shown(value)}: must be {RULES[path].words}{hint}")
 
 
 def _ask_deepspeed(model: Any, block: dict[str, Any], where: str) -> None:
@@ -290,10 +280,10 @@ def _kind(value: Any) -> type:
     return float if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value)
 
 
-def _is_quoted(value: Any, rule: Rule) -> bool:
+def _is_quoted(value: Any, rule: Bounds) -> bool:
     """Whether the text would be right without its quotes."""
     try:
-        return isinstance(value, str) and rule.accepts(json.loads(value))
+        return isinstance(value, str) and rule.holds(json.loads(value))
     except ValueError:
         return False
 
@@ -321,16 +311,25 @@ def check_together(config: dict[str, Any], precision: str, has_gpu: bool) -> Non
     """
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if precision == "fp16" and stage == 0:
-        raise ConfigError(
-            "fp16 with zero_optimization.stage 0: DeepSpeed 0.19 divides the gradients by the loss "
-            "scale without having multiplied the loss; write stage 1"
-        )
-    autocast = config.get("torch_autocast", {})
-    if autocast.get("enabled") and precision != "fp32":
-        raise ConfigError(f"the DeepSpeed JSON enables torch_autocast and {precision}; keep one")
-    if autocast.get("enabled") and "dtype" not in autocast:
-        raise ConfigError('torch_autocast.dtype is missing: write "bfloat16"')
+    autocast, types = config.get("torch_autocast", {}), config.get("data_types", {})
+    parameters = types.get("param_dtype", precision)
+    gradients = types.get("grad_accum_dtype", precision)
+    for wrong, message in (
+        (precision == "fp16" and stage == 0,
+         "fp16 with zero_optimization.stage 0: DeepSpeed 0.19 divides the gradients by the loss "
+         "scale without having multiplied the loss; write stage 1"),
+        (autocast.get("enabled") and precision != "fp32",
+         f"the DeepSpeed JSON enables torch_autocast and {precision}; keep one"),
+        (autocast.get("enabled") and "dtype" not in autocast,
+         'torch_autocast.dtype is missing: write "bfloat16"'),
+        (parameters != precision,
+         f"data_types.param_dtype {parameters!r}: the run is in {precision}; leave it out"),
+        (gradients != precision and (stage == 0 or precision == "fp32"),
+         f"data_types.grad_accum_dtype {gradients!r}: with precision {precision} and "
+         f"zero_optimization.stage {stage} it must be {precision!r}; leave it out"),
+    ):
+        if wrong:
+            raise ConfigError(message)
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
                 "zero_quantized_gradients"):
         if zero.get(key) and not (stage == 3 and has_gpu):
@@ -344,7 +343,6 @@ def check_together(config: dict[str, Any], precision: str, has_gpu: bool) -> Non
             raise ConfigError(
                 f"zero_optimization.{name} with stage {stage}: needs stage {needed} or more"
             )
-    _check_data_types(config.get("data_types", {}), precision, stage)
     adam = config["optimizer"].get("params", {})
     torchs = bool(adam.get("torch_adam"))
     for key in ("bias_correction",) if torchs else ("amsgrad", "foreach", "fused"):
@@ -360,17 +358,3 @@ def check_together(config: dict[str, Any], precision: str, has_gpu: bool) -> Non
                 f"scheduler.params: {low} {schedule[low]} is more than {high} {schedule[high]}; "
                 "change one of them"
             )
-
-
-def _check_data_types(types: dict[str, Any], precision: str, stage: int) -> None:
-    if types.get("param_dtype", precision) != precision:
-        raise ConfigError(
-            f"data_types.param_dtype {types['param_dtype']!r}: the run is in {precision}; leave it "
-            "out"
-        )
-    wanted = types.get("grad_accum_dtype", precision)
-    if wanted != precision and (stage == 0 or precision == "fp32"):
-        raise ConfigError(
-            f"data_types.grad_accum_dtype {wanted!r}: with precision {precision} and "
-            f"zero_optimization.stage {stage} it must be {precision!r}; leave it out"
-        )

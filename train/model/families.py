@@ -183,15 +183,13 @@ class Family:
     split_linear: Callable[[Any], tuple[nn.Linear, ...]] = lambda layer: ()
 
 
-def _bert_transform(model: Any) -> tuple[nn.Linear, nn.LayerNorm, str]:
-    transform = model.cls.predictions.transform
-    return transform.dense, transform.LayerNorm, model.config.hidden_act
-
-
 FAMILIES: dict[str, Family] = {
     "bert": Family(
         encoder=lambda model: model.bert,
-        transform=_bert_transform,
+        transform=lambda model: (
+            model.cls.predictions.transform.dense, model.cls.predictions.transform.LayerNorm,
+            model.config.hidden_act,
+        ),
         head_prefixes=("cls.",),
         first_position=lambda config: 0,
         local_window=lambda config: None,

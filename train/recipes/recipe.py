@@ -42,7 +42,7 @@ def _flags_of(config_class: type) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(config_class) if f.name not in ours)
 
 
-# The sections of a recipe that are flags of a command, and the flags each may hold.
+# The sections of a recipe, most of them flags of a command, and the keys each may hold.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "task": tuple(f.name for f in dataclasses.fields(TaskOptions)),
     "vocabulary": VOCABULARY_FLAGS,
@@ -59,6 +59,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         if flag not in ("model_config", "from_scratch", "masking", "seed", "export_steps")
     ),
     "finetune": _flags_of(FinetuneConfig),
+    "floors": ("naive_bayes", "untrained"),  # trivial baselines, on or off
 }
 OPTIONAL = ("vocabulary", "general")  # sections whose absence leaves a step out
 DEFAULTS: dict[str, Any] = {
@@ -69,11 +70,9 @@ DEFAULTS: dict[str, Any] = {
     "arms": ["none", "random_matched", "selective"],
     "pretrain_seeds": [42],
     "export_steps": [],
-    "floors": {},
     **{section: {} for section in SECTIONS},
     **{section: None for section in OPTIONAL},
 }
-FLOORS = ("naive_bayes", "untrained")
 REQUIRED = "???"
 
 
@@ -164,8 +163,7 @@ def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
     else:
         flags = [f"{name}.{f}" for name in SECTIONS for f in SECTIONS[name]]
         known = [*recipe["variables"], *(name for name in DEFAULTS if name != "variables")]
-        _check_known(key, known, f"--set {setting}: unknown variable or setting",
-                     also=[*flags, *(f"floors.{floor}" for floor in FLOORS)])
+        _check_known(key, known, f"--set {setting}: unknown variable or setting", also=flags)
         recipe[key] = value
 
 
@@ -208,24 +206,18 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
         if not isinstance(value, list) or len(set(map(str, value))) != len(value):
             raise ConfigError(f"recipe {path}: {key} must be a list without repeats, as [1, 2]; "
                               f"got {value!r}")
-    for key in ("pretrain_seeds", "export_steps"):
-        if not all(type(n) is int and n >= 0 for n in recipe[key]):
-            raise ConfigError(f"recipe {path}: {key} must hold whole numbers; got {recipe[key]}")
-    if not recipe["arms"] or not recipe["pretrain_seeds"]:
-        raise ConfigError(f"recipe {path}: arms and pretrain_seeds need at least one entry")
+        if key != "arms" and not all(type(n) is int and n >= 0 for n in value):
+            raise ConfigError(f"recipe {path}: {key} must hold whole numbers; got {value}")
     for arm in recipe["arms"]:
         _check_known(arm, ("none", *STRATEGIES), f"recipe {path}: unknown arm")
-    if not isinstance(recipe["floors"], dict):
-        raise ConfigError(f"recipe {path}: floors must be as {{naive_bayes: true}}")
-    for floor in recipe["floors"]:
-        _check_known(floor, FLOORS, f"recipe {path}: unknown floor")
-    for section, flag in (("task", "task"), ("domain_text", "input")):
-        if not recipe[section].get(flag) and (section == "task" or needs_domain(recipe)):
-            raise ConfigError(f"recipe {path}: {section}.{flag} is missing; --set "
-                              f"{section}.{flag}=...")
     general, vocabulary = recipe["general"], recipe["vocabulary"]
     scratch, learnt = bool(general and general.get("model_config")), vocabulary is not None
     for wrong, message in (
+        (not recipe["arms"] or not recipe["pretrain_seeds"],
+         "arms and pretrain_seeds need at least one entry"),
+        (not recipe["task"].get("task"), "task.task is missing; --set task.task=..."),
+        (needs_domain(recipe) and not recipe["domain_text"].get("input"),
+         "domain_text.input is missing; --set domain_text.input=..."),
         (bool(recipe["encoder"]) == scratch,
          "give either encoder (a checkpoint to start from) or general.model_config (fresh "
          "weights)"),

@@ -143,12 +143,6 @@ def _existing(step: Step) -> list[str]:
     return [path for pattern in step.outputs for path in glob.glob(pattern)]
 
 
-def _delete(step: Step) -> None:
-    for path in _existing(step):
-        print(f"  deleting {path}", flush=True)
-        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-
-
 def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> None:
     """Run the steps that are not finished, in order.
 
@@ -170,8 +164,9 @@ def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> N
             print(f"{title}: finished, skipped", flush=True)
             continue
         print(f"{title}: {objection}" if objection else title, flush=True)
-        if objection or not step.resumes:
-            _delete(step)
+        for path in _existing(step) if objection or not step.resumes else ():
+            print(f"  deleting {path}", flush=True)
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         print(f"  {shown(step, options)}", flush=True)
         started, success = time.monotonic(), False
         journal.start(step)

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.files import read_json, read_yaml
-from train.reports.results import number, read_summaries, strategy_of
+from preprocess.files import read_yaml
+from train.reports.results import number, read_summaries
 from train.run_dir.metrics import (
     EVAL_LOSS,
     EVAL_PERPLEXITY,
@@ -87,28 +87,21 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
     """Return the curves of all runs below the folders, and a sentence per unreadable part."""
     curves: list[Curves] = []
     notes: list[str] = []
-    seen: set[Path] = set()
-    for folder in folders:
-        for path in event_folders(folder):
-            if path.resolve() in seen:
-                continue
-            seen.add(path.resolve())
-            run = path.parent if path.name == "tb" else path
-            name = short_name(run, folders)
-            scalars = _read_events(path, notes)
-            if scalars:
-                curves.append(_with_lineage(name, scalars, run, notes))
-                notes += _state_notes(curves[-1], run)
-            else:
-                notes.append(f"{path}: no loss has been logged yet.")
-        for run in without_events(folder):
-            if run.resolve() in seen:
-                continue
-            seen.add(run.resolve())
-            notes.append(f"{run}: no event files in it (tb/), so no curves.")
-            found = _with_lineage(short_name(run, folders), {}, run, notes)
-            if found.is_pretraining:
-                curves.append(found)
+    logged = {path.resolve(): path for folder in folders for path in event_folders(folder)}
+    for path in logged.values():
+        run = path.parent if path.name == "tb" else path
+        scalars = _read_events(path, notes)
+        if scalars:
+            curves.append(_with_lineage(short_name(run, folders), scalars, run, notes))
+            notes += _state_notes(curves[-1], run)
+        else:
+            notes.append(f"{path}: no loss has been logged yet.")
+    silent = {run.resolve(): run for folder in folders for run in without_events(folder)}
+    for run in silent.values():
+        notes.append(f"{run}: no event files in it (tb/), so no curves.")
+        found = _with_lineage(short_name(run, folders), {}, run, notes)
+        if found.is_pretraining:
+            curves.append(found)
     return curves, notes
 
 
@@ -116,7 +109,7 @@ def without_events(folder: Path) -> list[Path]:
     """Return run directories, this one or below it, that trained and have no event file."""
     runs = [path.parent for path in sorted(folder.rglob("config.resolved.yaml"))]
     return [run for run in runs if not any(run.rglob(PATTERN))
-            and _read_config(run / "config.resolved.yaml").get("max_steps") != 0]
+            and _read(run / "config.resolved.yaml").get("max_steps") != 0]
 
 
 def event_folders(folder: Path) -> list[Path]:
@@ -175,8 +168,8 @@ def _with_lineage(
     """Add what the run directory tells beside the event files."""
     stages = read_summaries(run / "hf", notes)
     stage = stages[-1] if stages else {}
-    config = _read_config(run / "config.resolved.yaml")
-    masking = strategy_of(stage) or _planned_masking(run)
+    config = _read(run / "config.resolved.yaml")
+    masking = str(stage.get("masking") or "") or _planned_masking(run)
     tokens, steps = number(stage.get("tokens")), number(stage.get("steps"))
     per_step = tokens / steps if tokens and steps else _full_rows(run, config)
     return Curves(name, scalars, masking, stage, per_step,
@@ -186,12 +179,13 @@ def _with_lineage(
 def _planned_masking(run: Path) -> str:
     """Return the masking of a run that is not finished, by the identity in its env.json."""
     try:
-        return str(read_json(run / "env.json")["identity"]["choice"]["masking"] or "")
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(_read(run / "env.json")["identity"]["choice"]["masking"] or "")
+    except (KeyError, TypeError):
         return ""
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a JSON or YAML file holds; nothing if it cannot be read."""
     try:
         return read_yaml(path, "start the run again")
     except (OSError, ValueError):
@@ -200,10 +194,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _full_rows(run: Path, config: dict[str, Any]) -> float | None:
     """Return the tokens per step if all rows were full."""
-    try:
-        rows = number(read_json(run / "ds_config.resolved.json").get("train_batch_size"))
-    except (OSError, ValueError):
-        return None
+    rows = number(_read(run / "ds_config.resolved.json").get("train_batch_size"))
     slots = number(config.get("max_seq_length"))
     return rows * slots if rows and slots else None
 

@@ -9,7 +9,6 @@ Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ class FinetuneRun:
         items: ids of the test items, in the order of the test split; empty without predictions.
         correct: whether seed s is right about item n, `(S, N)` bool; None without predictions.
         cost: masked_tokens, steps and seconds of all pre-training behind the run.
-        stages: the pre-training stages behind it as `summarise` gives them, oldest first; empty
+        stages: the pre-training stages behind it as `read_summaries` gives them; empty
             where nothing tells.
         notes: a sentence for everything that could not be read.
     """
@@ -73,7 +72,7 @@ class FinetuneRun:
     def strategy(self) -> str:
         """Masking of the last pre-training; `none` where only stage 1 from scratch lies behind."""
         scratch = len(self.stages) == 1 and self.stages[0].get("weights") == "fresh"
-        return "none" if scratch or not self.stages else strategy_of(self.stages[-1])
+        return "none" if scratch or not self.stages else str(self.stages[-1].get("masking") or "")
 
 
 @dataclass(frozen=True)
@@ -143,39 +142,23 @@ def read_summaries(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
 
     Args:
         notes: where to put a sentence about a lineage that cannot be read.
+    Returns:
+        Of each stage what decided it, and its totals, in one dictionary.
     """
     try:
-        return [summarise(stage) for stage in read_stages(folder)]
+        stages = read_stages(folder)
     except (DataError, OSError) as error:
         notes.append(str(error))
         return []
-
-
-def summarise(stage: dict[str, Any]) -> dict[str, Any]:
-    """Return what decided a stage, and its totals, in one dictionary."""
-    totals = {key: stage["totals"].get(key)
-              for key in ("steps", "tokens", "masked_tokens", "seconds")}
-    return {"stage": stage["stage"], **flatten(stage["identity"]), **totals}
-
-
-def strategy_of(stage: dict[str, Any]) -> str:
-    """Return the masking strategy of a pre-training stage; "" if it does not say."""
-    return str(stage.get("masking") or "")
+    totals = ("steps", "tokens", "masked_tokens", "seconds")
+    return [{"stage": stage["stage"], **flatten(stage["identity"]),
+             **{key: stage["totals"].get(key) for key in totals}} for stage in stages]
 
 
 def number(value: Any) -> float | None:
     """Return a finite number from a file, or None."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if plain and math.isfinite(value) else None
-
-
-def finished_seeds(run_dir: Path) -> list[int]:
-    """List the seeds that have a row in `run_dir/results.jsonl` and their predictions."""
-    path = Path(run_dir) / "results.jsonl"
-    if not path.is_file():
-        return []
-    seeds = [int(row["seed"]) for row in read_json_lines(path) if "seed" in row]
-    return [seed for seed in seeds if (path.parent / f"seed_{seed}/predictions.jsonl").is_file()]
 
 
 def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
@@ -243,8 +226,6 @@ def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], lis
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and sample standard deviation; the latter is nan for a single value."""
-    if not values:
-        raise ValueError("mean_and_sd needs at least one value")
     array = np.asarray(values, dtype=np.float64)
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan
 
@@ -342,8 +323,8 @@ def uncounted_chance(pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:
 
 
 def _shares_stage_1(arm: Arm) -> bool:
-    before = {json.dumps(run.stages[:-1], sort_keys=True) for run in arm.runs}
-    return len(before) == 1 and len(arm.runs[0].stages) > 1
+    stages = arm.runs[0].stages[:-1]
+    return bool(stages) and all(run.stages[:-1] == stages for run in arm.runs)
 
 
 def _not_comparable(first: Arm, second: Arm) -> str | None:

@@ -37,7 +37,15 @@ def prepare_run_dir(
     ds.start()
     ds.barrier()
     if ds.is_main():
-        _write_run_dir(run_dir, config, resolved, identity)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for path in (*run_dir.glob(".*"), *run_dir.glob("seed_*/.*")):
+            if _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        text = yaml.safe_dump(as_dict(config), sort_keys=False)
+        atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
+        if resolved is not None:
+            atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
+        atomic_write_json(run_dir / "env.json", {**environment(), "identity": identity})
     # Checkpoints are written by all ranks into one folder: better said now than at the first save.
     blind = ds.nodes_without(run_dir)
     if blind:
@@ -48,27 +56,19 @@ def prepare_run_dir(
     return run_dir
 
 
-def _write_run_dir(
-    run_dir: Path, config: TrainingConfig, resolved: ds.Resolved | None,
-    identity: dict[str, Any] | None,
-) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for path in (*run_dir.glob(".*"), *run_dir.glob("seed_*/.*")):
-        if _LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    text = yaml.safe_dump(as_dict(config), sort_keys=False)
-    atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
-    if resolved is not None:
-        atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
-    atomic_write_json(run_dir / "env.json", {**environment(), "identity": identity})
-
-
 def check_run_dir(config: TrainingConfig) -> Path:
     """Do the checks of `prepare_run_dir` without writing anything."""
     run_dir = Path(config.output_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"--output_dir {run_dir}: is a file; give a folder")
-    _refuse_tasks_without_ranks()
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        # `srun -n 8 python train/...`: eight runs, each of one rank, in one run directory.
+        raise ConfigError(
+            f"srun has started {tasks} tasks that have no RANK, and each would train alone; let "
+            "srun start one launcher per node (deepspeed --no_ssh or torchrun), as train/README.md "
+            "shows"
+        )
     names = os.listdir(run_dir) if run_dir.is_dir() else []
     entries = {name for name in names if not _LEFTOVER.fullmatch(name)}
     if entries and "config.resolved.yaml" not in entries:
@@ -81,17 +81,6 @@ def check_run_dir(config: TrainingConfig) -> Path:
             "folder, or --resume auto to go on"
         )
     return run_dir
-
-
-def _refuse_tasks_without_ranks() -> None:
-    """Refuse `srun -n 8 python train/...`: eight runs, each of one rank, in one run directory."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "RANK" not in os.environ and tasks != "1":
-        raise ConfigError(
-            f"srun has started {tasks} tasks that have no RANK, and each would train alone; let "
-            "srun start one launcher per node (deepspeed --no_ssh or torchrun), as train/README.md "
-            "shows"
-        )
 
 
 def environment() -> dict[str, Any]:

@@ -142,9 +142,9 @@ def make_stage(
 
 
 def _model_card(stages: list[dict[str, Any]], out_name: str) -> str:
-    lines = ["---", "library_name: transformers", "tags:", "- selmask", "---", "", f"# {out_name}"]
-    lines += ["", "Trained with selmask. Stages, oldest first:", ""]
-    lines += ["| stage | masking | steps | masked tokens | seconds |", "|---|---|---|---|---|"]
+    lines = ["---", "library_name: transformers", "tags:", "- selmask", "---", "", f"# {out_name}",
+             "", "Trained with selmask. Stages, oldest first:", "",
+             "| stage | masking | steps | masked tokens | seconds |", "|---|---|---|---|---|"]
     for stage in stages:
         totals = [stage["totals"][key] for key in ("steps", "masked_tokens", "seconds")]
         cells = [stage["stage"], stage["identity"]["choice"]["masking"], *totals]

@@ -103,8 +103,13 @@ class MetricsWriter:
 
         first = start_step + 1 if start_step else 0  # step 0 is before the first step
         self._drop_from(first)
+        folder = self._path.parent / "tb"
+        # Readers take the files in the order of their names, which begin with the second: those of
+        # one second would follow the numbers of their processes.
+        while any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)
         with writing(self._path.parent):
-            self._events = SummaryWriter(str(self._path.parent / "tb"), purge_step=first)
+            self._events = SummaryWriter(str(folder), purge_step=first)
 
     def _drop_from(self, step: int) -> None:
         if not self._path.exists():

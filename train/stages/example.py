@@ -43,11 +43,6 @@ def spell(ids: list[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-def mark(text: str, wrong: bool = False) -> str:
-    """A token in bold brackets; one that is wrong has a sign that needs no colour."""
-    return f"**&#91;{escape(text)}{' &#8800;' if wrong else ''}&#93;**"
-
-
 class Example:
     """A text of the held-out rows: its batch, and its Markdown table at any step.
 
@@ -65,17 +60,12 @@ class Example:
         batches = itertools.islice(held.in_order(num_rows), row // size, None)
         self._batch: PackedBatch = next(batches)
         self._tokenizer = tokenizer
-        self._lay_out(row % size, piece - int(table.row_offsets[row]))
-
-    def _lay_out(self, row: int, piece_of_row: int) -> None:
-        """Find the slots to show, and which of the batch's masked positions lie in them.
-
+        # The slots to show, and which of the batch's masked positions lie in them:
         # slots 5 6 7 of the batch, masked positions 2 6 9 -> the mask at 1 of the text is number 1
-        """
         batch, slots = self._batch, self._batch.input_ids.shape[1]
-        documents = batch.document_ids[row].numpy()
-        piece = documents[documents >= 0].min() + piece_of_row
-        first, last = np.flatnonzero(documents == piece)[[0, -1]] + row * slots
+        documents = batch.document_ids[row % size].numpy()
+        shown = documents[documents >= 0].min() + piece - int(table.row_offsets[row])
+        first, last = np.flatnonzero(documents == shown)[[0, -1]] + row % size * slots
         first, last = first + 1, min(last, first + 1 + NUM_TOKENS)  # without [CLS] and [SEP]
         corrupted = batch.input_ids.flatten()[first:last].clone()
         positions = batch.masked_positions
@@ -102,15 +92,13 @@ class Example:
             truth = self._original[place]
             space = " " if texts[place].startswith(" ") else ""
             for row, token in zip(rows, (truth, self._seen[place], guess), strict=True):
-                wrong = row is rows[2] and token != truth
-                row[place] = space + mark(self._word(place, token), wrong)
+                # The token as it reads at its place, in bold brackets; a wrong one has a sign.
+                word = spell([*self._original[:place], token], self._tokenizer)[-1].strip()
+                wrong = " &#8800;" if row is rows[2] and token != truth else ""
+                row[place] = f"{space}**&#91;{escape(word)}{wrong}&#93;**"
             num_right += guess == truth
         share = f"{num_right} of {len(guesses)} right; the others are marked &#8800;"
         heads = ("original", "masked", f"prediction ({share})")
         lines = [f"| {head} | {''.join(row).strip()} |"
                  for head, row in zip(heads, rows, strict=True)]
         return "\n".join(["| | one held-out text |", "|---|---|", *lines])
-
-    def _word(self, place: int, token: int) -> str:
-        """A token as it reads at a place of the text."""
-        return spell([*self._original[:place], token], self._tokenizer)[-1].strip()

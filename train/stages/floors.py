@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from preprocess.corpus import Example, Task
-
+from preprocess.corpus import Example, Task
+from preprocess.files import write_json_lines
+from train.stages.scores import accuracy, macro_f1
 
 WORD = r"\w+(?:'\w+)?"
 
@@ -49,9 +47,6 @@ def write_naive_bayes(task: Task, run_dir: Path | str) -> None:
     An aspect counts as one more word of its text. There is nothing random in it: one row, with
     seed 0.
     """
-    from preprocess.files import atomic_write_bytes
-    from train.stages.scores import accuracy, macro_f1
-
     def text_of(example: Example) -> str:
         aspect = re.findall(WORD, (example.aspect or "").lower())
         return example.text + (f" aspect_{'_'.join(aspect)}" if aspect else "")
@@ -75,9 +70,5 @@ def write_naive_bayes(task: Task, run_dir: Path | str) -> None:
     ]
     run_dir = Path(run_dir)
     (run_dir / "seed_0").mkdir(parents=True, exist_ok=True)
-    for path, rows in (
-        (run_dir / "seed_0" / "predictions.jsonl", answers),
-        (run_dir / "results.jsonl", [row]),
-    ):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        atomic_write_bytes(path, lines.encode("utf-8"))
+    write_json_lines(run_dir / "seed_0" / "predictions.jsonl", answers)
+    write_json_lines(run_dir / "results.jsonl", [row])

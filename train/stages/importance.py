@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from preprocess.errors import ConfigError, DataError
 from preprocess.progress import Progress
 from preprocess.text.encode import encode_batch, prepare_backend
 from train.stages.inference import IdLists, Runner, one_by_one
+from train.stages.scores import softmax
 
 Confidence = Callable[[IdLists, list[int]], "np.ndarray | Sequence[float]"]
 
@@ -36,32 +37,13 @@ EDGE = 1e-5
 """Of a probability. A batch changed one in fp32 by at most 2e-7 (4 and 6 layers)."""
 
 
-class Criterion(NamedTuple):
-    """When a buffer counts as close to its complete sequence.
+CRITERIA = ("signed", "absolute", "strict")
+"""When a buffer counts as close to its complete sequence.
 
-    `close(full, part, delta)` compares confidences, `(B,)` float64 each, and returns `(B,)` bool.
-    With `test_empty`, a sequence whose empty buffer is close already has no important token: the
-    label is explained by nothing, as happens with a majority class.
-    """
-
-    close: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
-    test_empty: bool
-
-
-def _close_signed(full: np.ndarray, part: np.ndarray, delta: float) -> np.ndarray:
-    """Call it close also where the part is more confident than the complete sequence."""
-    return full - part < delta
-
-
-def _close_absolute(full: np.ndarray, part: np.ndarray, delta: float) -> np.ndarray:
-    return np.abs(full - part) < delta
-
-
-CRITERIA: dict[str, Criterion] = {
-    "signed": Criterion(_close_signed, test_empty=False),
-    "absolute": Criterion(_close_absolute, test_empty=False),
-    "strict": Criterion(_close_signed, test_empty=True),
-}
+A buffer that is more confident than the sequence is close as well, but for `absolute`. Under
+`strict`, a sequence whose empty buffer is close already has no important token: the label is
+explained by nothing, as happens with a majority class.
+"""
 
 
 def find_important(
@@ -91,15 +73,14 @@ def find_important(
     Returns:
         One bool array per sequence, as long as it: True where the token is important.
     Raises:
-        ValueError: unknown criterion, or not one full confidence per sequence.
+        ValueError: an unknown criterion, or not one full confidence per sequence.
     """
     if criterion not in CRITERIA:
-        raise ValueError(f"criterion {criterion!r}: must be one of {', '.join(CRITERIA)}")
+        raise ValueError(f"criterion {criterion}: must be one of {', '.join(CRITERIA)}")
     whole = IdLists.of(sequences).packed()
     full = np.asarray(full_confidence, dtype=np.float64).reshape(-1)
     if len(full) != len(whole):
         raise ValueError(f"{len(full)} full confidences for {len(whole)} sequences")
-    close, test_empty = CRITERIA[criterion]
     kept = whole.flat.copy()  # from starts[i] on, the kept tokens of sequence i
     num_kept = np.zeros(len(whole), dtype=np.int64)
     important = np.zeros(len(kept), dtype=bool)
@@ -108,10 +89,11 @@ def find_important(
         buffers = IdLists(kept, whole.starts[active], lengths)
         part = np.asarray(confidence(buffers, active.tolist()), dtype=np.float64).reshape(-1)
         assert len(part) == len(buffers), "one confidence per buffer"
-        return close(full[active], part, delta)
+        gap = full[active] - part
+        return (np.abs(gap) if criterion == "absolute" else gap) < delta
 
     active = np.flatnonzero(whole.lengths)
-    if test_empty and len(active):
+    if criterion == "strict" and len(active):
         active = active[~ask(active, num_kept[active])]
     step = 0
     while len(active):
@@ -248,8 +230,7 @@ class Classifier:
         aspects = self._aspects.take(which) if runner.template.between else None
         found = np.zeros((len(which), runner.model.config.num_labels))
         for batch, logits, _ in runner.run(texts, aspects):
-            powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-            found[batch] = powers / powers.sum(1, keepdims=True)
+            found[batch] = softmax(logits)
             if progress:
                 progress.update(len(batch))
         return found
@@ -307,8 +288,7 @@ def explain(
     ask = Classifier(runner, queries)
     with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
         full, right = classify(ask, edge, progress)
-    num_buffers = int(ask.texts.lengths[right].sum())
-    num_buffers += len(right) * CRITERIA[criterion].test_empty
+    num_buffers = int(ask.texts.lengths[right].sum()) + len(right) * (criterion == "strict")
 
     def confidence(buffers: IdLists, owners: list[int]) -> np.ndarray:
         which = right[owners]

@@ -10,6 +10,7 @@ Letters: `N` sequences, `T` tokens of all, `B` sequences of a batch, `L` padded 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -150,16 +151,6 @@ def one_by_one(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 # --------------------------------------------------------------------------- the passes
 
 
-@dataclass
-class Counts:
-    """The cost of the forward passes: passes, inputs, real tokens, and slots with padding."""
-
-    passes: int = 0
-    inputs: int = 0
-    tokens: int = 0
-    slots: int = 0
-
-
 Cut = Callable[[np.ndarray, int], list[np.ndarray]]
 
 
@@ -173,6 +164,7 @@ class Runner:
     half: compute in fp16 on a GPU.
     cut: lengths `(N,)` and budget of slots -> indices of the inputs of each batch.
     min_width: slots to which every input is padded at least; implies a mask.
+    counts: the cost so far: "passes", "inputs", real "tokens", and "slots" with padding.
     """
 
     model: Any
@@ -183,7 +175,7 @@ class Runner:
     half: bool = False
     cut: Cut = budget_batches
     min_width: int = 0
-    counts: Counts = field(default_factory=Counts)
+    counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
@@ -216,10 +208,8 @@ class Runner:
         for batch in self.cut(lengths, self.batch_tokens)[share[0] :: share[1]]:
             inputs, starts = self._assemble(
                 seconds.take(batch), None if heads is None else heads.take(batch))
-            self.counts.passes += 1
-            self.counts.inputs += len(batch)
-            self.counts.tokens += int(lengths[batch].sum())
-            self.counts.slots += inputs["input_ids"].size
+            self.counts.update(passes=1, inputs=len(batch), tokens=int(lengths[batch].sum()),
+                               slots=inputs["input_ids"].size)
             # A GPU computes this batch while the next one is assembled and the last one is used.
             started = batch, self._start(inputs), starts
             if waiting is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +43,13 @@ def token_frequencies(store: TokenStore) -> np.ndarray:
     return np.log(counts / counts.sum())
 
 
+def model_config(config: PretrainConfig | BenchmarkConfig, store: TokenStore) -> Any:
+    """Return the configuration of the model to train."""
+    if config.model_config:
+        return model.named_config(config.model_config, store.vocab_size, store.special_ids["pad"])
+    return model.load_config(config.model_name_or_path, config.trust_remote_code)
+
+
 def build_model(
     config: PretrainConfig | BenchmarkConfig, store: TokenStore, from_scratch: bool = False
 ) -> model.PackedMaskedLM:
@@ -51,15 +58,8 @@ def build_model(
     Args:
         from_scratch: keep the configuration of the checkpoint, draw the weights.
     """
-    if config.model_config:
-        hf_config = model.named_config(
-            config.model_config, store.vocab_size, store.special_ids["pad"]
-        )
-        model.check_row_length(hf_config, config.max_seq_length)
-        module = model.build_masked_lm(hf_config, config.seed)
-    elif from_scratch:
-        hf_config = model.load_config(config.model_name_or_path, config.trust_remote_code)
-        module = model.build_masked_lm(hf_config, config.seed)
+    if config.model_config or from_scratch:
+        module = model.build_masked_lm(model_config(config, store), config.seed)
     else:
         module = model.load_masked_lm(
             config.model_name_or_path, config.seed, config.trust_remote_code
@@ -78,29 +78,19 @@ def build_model(
     return module
 
 
-class StepResult(NamedTuple):
-    """One optimizer step; the same on every rank.
-
-    `loss` and `accuracy` are means over the masked tokens of the global batch; `norm` is that of
-    the gradient, None if it is not wanted or fp16 skipped the step; `stopping` says that some rank
-    was asked to stop before the step was taken.
-    """
-
-    loss: float
-    accuracy: float
-    norm: float | None
-    stopping: bool
-
-
 def train_step(
     engine: Any, batch: data.StepBatch, device: torch.device, want_norm: bool,
     lap: Callable[[str], None] = lambda part: None, asked: Callable[[], bool] = lambda: False,
-) -> StepResult:
+) -> tuple[float, float, float | None, bool]:
     """Take one optimizer step.
 
     Args:
         lap: called after each part of a micro step: "forward", "backward", "optimizer".
         asked: whether this rank was asked to stop.
+    Returns:
+        The same on every rank: mean loss and accuracy over the masked tokens of the global batch;
+        the norm of the gradient, None if it is not wanted or fp16 skipped the step; and whether
+        some rank was asked to stop before the step was taken.
     Raises:
         NonFiniteError: the loss or the gradient is not a number, on any rank; nothing has been
             updated.
@@ -129,4 +119,4 @@ def train_step(
         lap("optimizer")
     count = max(batch.step_masked_tokens, 1)
     norm = float(norm) if want_norm and norm is not None else None
-    return StepResult(total / count, right_total / count, norm, num_asked > 0)
+    return total / count, right_total / count, norm, num_asked > 0

@@ -13,6 +13,7 @@ import gc
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from train.engine import (
     Resolved,
     StopSignal,
     all_reduce_sum,
+    barrier,
     build_engine,
     full_state_dict,
     gather_objects,
@@ -40,6 +42,7 @@ from train.engine import (
 )
 from train.model import checkpoint_activations
 from train.run_dir.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from train.run_dir.hf_folder import Weights, make_stage, save_hf
 from train.run_dir.identity import report_changes
 from train.run_dir.metrics import (
     EPOCH,
@@ -65,12 +68,13 @@ Config = FinetuneConfig | FitScorerConfig
 
 def mean_loss(logits: list[np.ndarray], examples: Examples, class_weights: np.ndarray) -> float:
     """Return the training loss over a complete split, from gathered logits (float64)."""
+    from scipy.special import log_softmax
+
     flat = np.concatenate([one.reshape(-1, len(class_weights)) for one in logits]).astype(float)
     targets = np.concatenate([one.reshape(-1) for one in examples.targets])
     keep = targets != IGNORED
-    flat, targets = flat[keep], targets[keep]
-    shifted = flat - flat.max(1, keepdims=True)
-    log_likelihood = shifted[np.arange(len(flat)), targets] - np.log(np.exp(shifted).sum(1))
+    targets = targets[keep]
+    log_likelihood = log_softmax(flat[keep], axis=1)[np.arange(len(targets)), targets]
     return float(-np.sum(class_weights[targets] * log_likelihood) / examples.mass.sum())
 
 
@@ -172,25 +176,17 @@ class Progressed:
     first. seconds: of training, over all processes that took part. log: open after training.
     """
 
+    log: MetricsWriter
     history: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
     best_state: dict[str, torch.Tensor] | None = None
     seconds: float = 0.0
     steps: int = 0
-    log: MetricsWriter | None = None
 
     @property
     def best(self) -> dict[str, float]:
         """Return the dev metrics of the best epoch."""
         return self.history[self.best_epoch - 1]
-
-    def add_epoch(self, scores: dict[str, float], select: str) -> bool:
-        """Add an epoch's dev metrics; return whether it is strictly better than all before."""
-        is_better = not self.best_epoch or scores[select] > self.best[select]
-        self.history.append(scores)
-        if is_better:
-            self.best_epoch = len(self.history)
-        return is_better
 
 
 def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
@@ -237,11 +233,19 @@ def fit(
     assess: Callable[[list[np.ndarray]], dict[str, float]],
     *,
     config: Config,
+    run_dir: Path,
+    records: dict[str, dict[str, Any]],
+    tokenizer: Any,
+    parent: Weights,
     **options: Any,
 ) -> Progressed:
-    """Train a fresh model with a fresh optimizer; see `train_and_select` for the options.
+    """Train a fresh model with a fresh optimizer and write the best epoch to `run_dir/hf`.
 
     The engine and its memory are released, so that one process can train many seeds.
+
+    Args:
+        parent: the weights that the model starts from.
+        options: as of `train_and_select`.
     """
     if config.gradient_checkpointing:
         checkpoint_activations(model)
@@ -251,9 +255,9 @@ def fit(
     engine = build_engine(model, parameter_groups(model, weight_decay), resolved)
     try:
         with StopSignal() as stop:
-            return train_and_select(
-                engine, resolved, train, dev, assess, config=config, stop=stop.asked,
-                **options,
+            found = train_and_select(
+                engine, resolved, train, dev, assess, config=config, run_dir=run_dir,
+                records=records, pad_id=tokenizer.pad_token_id, stop=stop.asked, **options,
             )
     finally:
         engine.destroy()
@@ -261,6 +265,15 @@ def fit(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if is_main():
+        stage = make_stage(
+            records, parent, steps=found.steps, seconds=found.seconds,
+            tokens=int(train.lengths.sum()) * config.num_train_epochs,
+        )
+        assert found.best_state is not None  # the first rank holds it
+        save_hf(model, found.best_state, tokenizer, run_dir / "hf", [*parent.stages, stage])
+    barrier()
+    return found
 
 
 def train_and_select(
@@ -307,14 +320,14 @@ def train_and_select(
     found = _restore(engine, run_dir, config, records)
     step, first_step = found.steps, found.steps
     started = time.monotonic() - found.seconds
-    found.log = MetricsWriter(run_dir, step)
     found.log.hyperparameters(hyperparameters)
     progress = Progress(
         total_steps, every=config.logging_steps, initial=step, label=f"seed {seed}"
     )
     batches = global_batches(train, resolved.train_batch_size, seed, step, total_steps)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
-    window, text, stopping = _Window(), "", False
+    window: Any = Counter()  # sums over the steps since the last point of the log
+    text, stopping = "", False
     engine.train()
     with progress:
         while True:
@@ -324,8 +337,10 @@ def train_and_select(
                 engine.train()
                 scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
                 _refuse_non_finite(scores["loss"], "validation loss", step)
-                if found.add_epoch(scores, select):
-                    found.best_state = full_state_dict(engine)
+                is_better = not found.best_epoch or scores[select] > found.best[select]
+                found.history.append(scores)
+                if is_better:
+                    found.best_epoch, found.best_state = len(found.history), full_state_dict(engine)
                 scalars = {tag: scores[name] for name, tag in tags.items()}
                 found.log.scalars(step, {**scalars, EVAL_BEST: found.best[select]})
             due = config.save_steps and step > first_step and step % config.save_steps == 0
@@ -345,42 +360,25 @@ def train_and_select(
             loss, norm, stopping = train_step(
                 engine, resolved, train, batch, pad_id, weights, stop
             )
-            window.add(loss, int(train.lengths[batch].sum()), time.monotonic() - begun)
+            window.update(loss=loss, tokens=int(train.lengths[batch].sum()),
+                          seconds=time.monotonic() - begun, steps=1)
             step += 1
             if step % config.logging_steps == 0 or step % per_epoch == 0:
                 scalars = {LEARNING_RATE: learning_rate, EPOCH: step / per_epoch,
-                           **window.scalars(), **engine_scalars(engine)}
+                           TRAIN_LOSS: window["loss"] / window["steps"],
+                           TOKENS_PER_SECOND: window["tokens"] / max(window["seconds"], 1e-9),
+                           **engine_scalars(engine)}
                 if norm is not None:
                     scalars[GRAD_NORM] = float(norm)
                 found.log.scalars(step, scalars)
                 text = f"loss {scalars[TRAIN_LOSS]:.4f}"
-                window = _Window()
+                window.clear()
             best = ""
             if found.history:
                 best = f"  best {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
             progress.update(1, text + best)
     found.steps, found.seconds = step, time.monotonic() - started
     return found
-
-
-@dataclass
-class _Window:
-    """Sums over the steps since the last point of the log; `tokens` are those of all ranks."""
-
-    loss: float = 0.0
-    tokens: int = 0
-    seconds: float = 0.0
-    steps: int = 0
-
-    def add(self, loss: float, tokens: int, seconds: float) -> None:
-        """Count one step."""
-        self.loss, self.tokens = self.loss + loss, self.tokens + tokens
-        self.seconds, self.steps = self.seconds + seconds, self.steps + 1
-
-    def scalars(self) -> dict[str, float]:
-        """Return mean loss and speed, by tag."""
-        return {TRAIN_LOSS: self.loss / self.steps,
-                TOKENS_PER_SECOND: self.tokens / max(self.seconds, 1e-9)}
 
 
 def _refuse_non_finite(value: float, name: str, step: int) -> None:
@@ -417,19 +415,18 @@ def remove_resume_state(run_dir: Path) -> None:
 def _restore(
     engine: Any, run_dir: Path, config: Config, records: dict[str, Any]
 ) -> Progressed:
-    """Load the newest complete checkpoint, if there is one and `--resume` allows it."""
+    """Load the newest complete checkpoint, if `--resume` allows it; open the log at its step."""
     from safetensors.torch import load_file
 
     # One seed of several may well have none: `must` is for the command to check.
     path = find_checkpoint(run_dir, "never" if config.resume == "never" else "auto")
     if path is None:
-        return Progressed()
+        return Progressed(MetricsWriter(run_dir))
     notes = load_checkpoint(engine, path, records["identity"], config.allow_world_size_change)
     report_changes(notes["numerics"], records["numerics"])
     say(f"resumed from {path}")
-    best_state = None
-    if notes["best_epoch"] and is_main():
-        best_state = load_file(path / BEST)
+    best_state = load_file(path / BEST) if notes["best_epoch"] and is_main() else None
     return Progressed(
-        notes["history"], notes["best_epoch"], best_state, notes["seconds"], notes["steps"]
+        MetricsWriter(run_dir, notes["steps"]), notes["history"], notes["best_epoch"], best_state,
+        notes["seconds"], notes["steps"],
     )
