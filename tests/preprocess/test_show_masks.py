@@ -398,19 +398,6 @@ def test_marks_differ_without_colour():
     assert all("border" in rules[mark] for mark in "mcb")
 
 
-def test_html_piece_by_hand():
-    names = ["sel", "c<l"]
-    assert mask_page.format_piece(Piece('a"<', True), names) == " a&quot;&lt;"
-    piece = Piece("x", False, masked=True, compared=True, score=3.0)
-    assert mask_page.format_piece(piece, names) == (
-        '<mark class="b l3" title="masked in sel and c&lt;l, log-odds 3.00 (95 %)">x</mark>'
-    )
-    assert mask_page.format_piece(Piece("x", False, score=-1.0), names) == (
-        '<span class="l1" title="log-odds -1.00 (27 %)">x</span>'
-    )
-    assert mask_page.format_piece(Piece("x", False, score=-5.0), names) == "x"
-
-
 # ------------------------------------------------------------------------------------- refusals
 
 

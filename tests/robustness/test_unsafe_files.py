@@ -24,6 +24,7 @@ from preprocess.corpus import Span, load_task, read_documents, sources
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import atomic_write_json, seal
 from preprocess.store import TokenStore, open_array, write_array
+from tests.support.states import Trap
 from tests.support.stores import write
 from train import model
 from train.data import row_tables
@@ -37,16 +38,6 @@ from transformers import {base} as Base
 class Snoop(Base):
     pass
 """
-
-
-class Trap:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = str(canary)
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (self.canary,)
 
 
 @pytest.fixture

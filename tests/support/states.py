@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,13 @@ def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
             assert torch.equal(value, other[key]), key
         else:
             assert value == other[key], key
+
+
+class Trap:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = str(canary)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.canary,)

@@ -19,6 +19,7 @@ import torch
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import file_sha256, seal
 from tests.support.runs import arguments, pretrained, weights, write_ds_config
+from tests.support.states import Trap
 from train import engine as ds
 from train import pretrain
 from train.config import PretrainConfig, TrainingConfig, parse
@@ -445,21 +446,11 @@ def test_another_number_of_ranks_is_refused_without_the_flag(
 # -------------------------------------------------------------------- nothing in a file runs
 
 
-class Canary:
-    """Unpickled, it writes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (exec, (f"open({str(self.path)!r}, 'w').write('ran')",))
-
-
 def plant(file: Path, canary: Path) -> None:
     """Add an object to a file that DeepSpeed wrote."""
     content = torch.load(file, weights_only=False)
     content = content if isinstance(content, dict) else {"content": content}
-    torch.save({**content, "planted": Canary(canary)}, file)
+    torch.save({**content, "planted": Trap(canary)}, file)
 
 
 PARTS = ["generators_rank0.pt", "state/mp_rank_00_model_states.pt",

@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,13 +246,10 @@ def test_table_and_exit_code(status, as_json, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_command_on_this_machine(run_command_line, tmp_path):
-    started = time.monotonic()
     done = run_command_line("-m", "train.doctor", "--json", "--output_dir", tmp_path, check=False)
-    seconds = time.monotonic() - started
     told = json.loads(done.stdout)
     assert done.returncode == (0 if told["ok"] else 2), done.stderr
     names = [one["name"] for one in told["checks"]]
     assert {"python", "deepspeed", "fp16", "C++ compiler", "imports", "open files"} <= set(names)
     assert all(one["remedy"] for one in told["checks"] if one["status"] != "ok")
     assert not list(tmp_path.iterdir())
-    assert seconds < 30  # about 3 on a machine with nothing else to do
