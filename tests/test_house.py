@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +51,6 @@ ROOMS: dict[str, set[str]] = {
     "train.reports": {"preprocess.masking", "preprocess.view", "train.run_dir"},
     "train.recipes": {"preprocess.corpus", "preprocess.store", "preprocess.masking",
                       "train.config", "train.reports", "train.stages"},
-}
-# Classes of one name; each line should go.
-DOUBLES = {
-    "Inputs": {"csrc/benchmark.py", "train/benchmark.py", "train/finetune.py", "train/pretrain.py"},
-    "Measured": {"csrc/benchmark.py", "train/bench/throughput.py"},
-    "Row": {"csrc/benchmark.py", "preprocess/benchmark.py", "train/bench/throughput.py"},
-    "Example": {"preprocess/corpus/tasks.py", "train/stages/example.py"},
 }
 # Strings that are a strategy's name, by file, and why.
 NAMED_STRATEGIES = {
@@ -257,13 +251,9 @@ def test_lines_are_short_and_ascii():
 
 
 def test_class_names_are_unique():
-    found: dict[str, set[str]] = {}
-    for path in FILES:
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found.setdefault(node.name, set()).add(name_of(path))
-    doubles = {name: paths for name, paths in found.items() if len(paths) > 1}
-    assert all(paths <= DOUBLES.get(name, set()) for name, paths in doubles.items()), doubles
+    names = Counter(node.name for path in FILES for node in ast.parse(path.read_text()).body
+                    if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
+    assert not [name for name, count in names.items() if count > 1]
 
 
 # ------------------------------------------------------------------------------- strategies

@@ -36,7 +36,7 @@ from train.model import flops
 from train.run_dir import checkpoint, folder, hf_folder, metrics
 from train.run_dir import identity as records
 from train.stages import masked_lm as mlm
-from train.stages.example import Example
+from train.stages.example import HeldOutExample
 
 
 @dataclass
@@ -362,7 +362,7 @@ class _Log:
         self._peak = peak.flops_per_second * world_size
         self._example = None
         if inputs.held_rows:
-            self._example = Example(inputs.held_alone(), inputs.tokenizer)
+            self._example = HeldOutExample(inputs.held_alone(), inputs.tokenizer)
         self.writer = metrics.MetricsWriter(run_dir, first_step)
         self.writer.hyperparameters(records.hyperparameters(
             **inputs.records,

@@ -15,7 +15,7 @@ from preprocess.store import TokenStore
 from tests.support.stores import write
 from train import data
 from train.data import row_tables
-from train.stages.example import NUM_TOKENS, Example, escape, spell
+from train.stages.example import NUM_TOKENS, HeldOutExample, escape, spell
 
 
 def held_out(store: TokenStore, micro_batch_size: int = 4, max_seq_length: int = 32):
@@ -42,7 +42,7 @@ class Oracle:
         return masked_labels if self.always is None else masked_labels * 0 + self.always
 
 
-def shown(example: Example, engine: Oracle) -> dict[str, str]:
+def shown(example: HeldOutExample, engine: Oracle) -> dict[str, str]:
     """Return the rows of the table as the text page shows them, by first word."""
     from tensorboard.plugin_util import markdown_to_safe_html
 
@@ -53,7 +53,7 @@ def shown(example: Example, engine: Oracle) -> dict[str, str]:
 
 def test_original_masked_and_prediction(reviews_store, tiny_tokenizer):
     store = TokenStore.open(reviews_store)
-    example = Example(held_out(store), tiny_tokenizer)
+    example = HeldOutExample(held_out(store), tiny_tokenizer)
     right = shown(example, Oracle())
     marks = right["original"].count("<strong>")
     assert marks >= 1 and right["prediction"] == right["original"]
@@ -77,7 +77,8 @@ def test_original_masked_and_prediction(reviews_store, tiny_tokenizer):
 def test_the_same_text_whatever_the_batch_and_the_place(tmp_path, reviews_store, tiny_tokenizer):
     shutil.copytree(Path(reviews_store).parent, tmp_path / "copy")
     stores = (reviews_store, str(tmp_path / "copy" / Path(reviews_store).name))
-    pages = {str(shown(Example(held_out(TokenStore.open(store), size), tiny_tokenizer), Oracle()))
+    pages = {str(shown(HeldOutExample(held_out(TokenStore.open(store), size), tiny_tokenizer),
+                       Oracle()))
              for store in stores for size in (1, 3, 64)}
     assert len(pages) == 1
 
@@ -86,7 +87,7 @@ def test_long_texts_are_cut(tmp_path, tiny_tokenizer):
     prefix = str(tmp_path / "long")
     documents = [[(np.arange(400) + start) % 40 + 5] for start in range(8)]
     write(prefix, documents, tokenizer=tiny_tokenizer)
-    example = Example(held_out(TokenStore.open(prefix), 1, 512), tiny_tokenizer)
+    example = HeldOutExample(held_out(TokenStore.open(prefix), 1, 512), tiny_tokenizer)
     table = example.table(example.predict(Oracle(), torch.device("cpu")))
     assert len(spell(example._original, tiny_tokenizer)) == NUM_TOKENS
     assert 0 < table.count("**") / 6 < 40

@@ -43,7 +43,7 @@ def spell(ids: list[int], tokenizer: Any) -> list[str]:
     return texts
 
 
-class Example:
+class HeldOutExample:
     """A text of the held-out rows: its batch, and its Markdown table at any step.
 
     Args:
