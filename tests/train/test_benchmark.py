@@ -193,15 +193,6 @@ def test_figures_follow_from_the_counts():
     assert throughput.speed_over(fast, slow, 2)["median"] == pytest.approx((2 + 6) / 2)
 
 
-def test_laps_add_up_by_name(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
-    laps = throughput.Laps()
-    for part in ("forward", "backward", "forward"):
-        laps(part)
-    assert laps.seconds == {"forward": 5.0, "backward": 2.0}
-
-
 def test_a_turn_drops_its_first_step_and_takes_its_last_apart(monkeypatch):
     monkeypatch.setattr(throughput, "reset_peak", lambda: False)
     seen = []
