@@ -33,6 +33,7 @@ from tests.support.heads import (
     outcome,
     poisoned_memory,
 )
+from tests.support.launch import ROOT
 
 triton = pytest.importorskip("triton")
 from csrc import masked_lm_triton  # noqa: E402
@@ -357,7 +358,8 @@ KERNELS = {name for name, value in vars(masked_lm_triton).items() if name.endswi
 def test_compiles_ahead_of_time(capability, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, __file__, str(capability)], text=True, capture_output=True, timeout=300,
+        [sys.executable, "-m", "tests.csrc.test_masked_lm_triton", str(capability)], cwd=ROOT,
+        text=True, capture_output=True, timeout=300,
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
