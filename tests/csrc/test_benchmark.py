@@ -80,13 +80,6 @@ def test_several_cases_in_one_run(monkeypatch, capsys):
     assert [(case["name"], case["masked"]) for case in result["cases"]] == [("two", 6), ("one", 8)]
 
 
-def test_default_cases_are_those_of_the_device():
-    _, cases = benchmark.parse(["--device", "cpu"])
-    assert {(case.rows, case.hidden, case.rate) for case in cases.values()} == {
-        (32, 256, 0.15), (32, 256, 0.08), (8, 768, 0.15), (8, 768, 0.08)}
-    assert {(case.slots, case.vocab) for case in cases.values()} == {(128, 30522)}
-
-
 @pytest.mark.parametrize(("line", "word"), [
     ("--rows 0", "--rows 0"), ("--calls 0", "--calls 0"), ("--rate 0", "--rate 0"),
     ("--rate 1.5", "--rate 1.5"), ("--dtype fp64", "fp64"), ("--device cpu --dtype bf16", "fp32"),
