@@ -20,7 +20,7 @@ demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python train/pipeline.py \
 		--recipe train/recipes/demo.yaml --output_dir $(RUN) $(DEMO_FLAGS)
 
-# Three minutes on two cores: a BERT of two layers and a vocabulary of its own.
+# Two minutes on two cores: a BERT of two layers and a vocabulary of its own.
 demo-quick: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python train/pipeline.py \
 		--recipe train/recipes/demo_quick.yaml --output_dir $(RUN)-quick --launcher python \
