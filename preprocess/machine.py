@@ -28,24 +28,30 @@ def commit() -> str | None:
     return None
 
 
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of distributions, by name; those not installed are left out."""
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
     """Return processor, cores, memory in bytes, versions, commit and time, as plain values.
 
     Args:
-        packages: names of distributions whose versions count; those not installed are left out.
+        packages: as of `versions`.
     """
-    cpuinfo, versions = Path("/proc/cpuinfo"), {}
+    cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    for name in packages:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return {
         "processor": model[1] if model else platform.processor(),
         "cpus": num_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(packages),
         "commit": commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

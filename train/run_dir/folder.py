@@ -15,6 +15,7 @@ from preprocess.errors import ConfigError
 from preprocess.files import atomic_write_bytes, atomic_write_json
 from train import engine as ds
 from train.config import TrainingConfig, as_dict, command_line
+from train.run_dir.identity import PACKAGES
 
 # What a killed process may leave in a run directory, beside `checkpoints/*.tmp`: files and an
 # export under their temporary names.
@@ -88,7 +89,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     return {
-        **machine.environment(("torch", "deepspeed", "transformers", "numpy", "selmask")),
+        **machine.environment(PACKAGES),
         "command": command_line(),
         "world_size": ds.ranks().world_size,
         "threads": torch.get_num_threads(),

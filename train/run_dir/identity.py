@@ -6,17 +6,18 @@ and no more: machine, versions, ZeRO stage, micro batches. They are recorded; a 
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from preprocess.identity import digest, flatten
+from preprocess.machine import versions
 from preprocess.progress import say
 from train.config import MaskedLMOptions, TrainingConfig
 from train.engine import Resolved, ranks
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "selmask")
+# The packages whose versions are recorded with a run.
+PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "selmask")
 # Which code runs the optimizer, and not what it computes.
 _SAME_OPTIMIZER = ("torch_adam", "fused", "foreach")
 # What torch and DeepSpeed take for Adam where the JSON says nothing.
@@ -71,15 +72,8 @@ def numerics(config: Any, resolved: Resolved | None = None) -> dict[str, Any]:
         "compile": getattr(config, "torch_compile", None),
         "head": head,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {**dict.fromkeys(PACKAGES), **versions(PACKAGES)},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def report_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
