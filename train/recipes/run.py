@@ -24,6 +24,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError, DataError, StopRequested
 from preprocess.files import atomic_write_json, file_sha256, read_json
+from preprocess.identity import digest
 from train.config import PipelineConfig
 from train.recipes.plan import Step
 
@@ -70,7 +71,7 @@ class Journal:
             return None
         told = {os.path.relpath(path, self.root): _record(path) for paths in found
                 for path in paths}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return digest(told)
 
     def is_finished(self, step: Step) -> bool:
         ended = self.steps.get(step.name, {}).get("finished")
