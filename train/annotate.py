@@ -184,12 +184,7 @@ def describe(
 def main(argv: list[str] | None = None) -> None:
     """Annotate the training texts of a task."""
     config = parse(AnnotateConfig, argv)
-    task = load_task(
-        config.task, data_dir=config.data_dir, train_file=config.train_file,
-        validation_file=config.validation_file, test_file=config.test_file,
-        text_column=config.text_column, label_column=config.label_column,
-        pair_column=config.pair_column,
-    )
+    task = load_task(config.task, **config.task_files())
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
     check_trained(hf_config, "ForSequenceClassification", config.model_name_or_path,
                   "give seed_N/hf of train/finetune.py")

@@ -276,6 +276,11 @@ class TaskOptions(_Checked):
         None, "column with the aspect, which goes before the text", CUSTOM, metavar="NAME"
     )
 
+    def task_files(self) -> dict[str, Any]:
+        """Return the options of `preprocess.corpus.load_task`: files and columns, by name."""
+        return {option.name: getattr(self, option.name)
+                for option in dataclasses.fields(TaskOptions) if option.name != "task"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class _SupervisedConfig(TrainingConfig):

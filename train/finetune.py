@@ -23,7 +23,7 @@ import torch
 from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.errors import DataError, run_command
 from preprocess.files import write_json_lines
-from preprocess.identity import build, compare, digest, sealed
+from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start
@@ -33,11 +33,8 @@ from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
 from train.run_dir.hf_folder import Weights, open_weights
 from train.run_dir.identity import (
-    architecture,
     hyperparameters,
-    loss_scaling,
     numerics,
-    training,
 )
 from train.run_dir.metrics import (
     EVAL_ACCURACY,
@@ -52,7 +49,7 @@ from train.stages.scores import accuracy, macro_f1, softmax
 from train.stages.supervised import (
     describe_plan,
     fit,
-    num_steps,
+    make_identity,
     predict,
     remove_resume_state,
     resolve,
@@ -114,12 +111,7 @@ class FinetuneInputs:
 
 def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
     """Read the task, the tokenizer and the weights, encode the splits, settle the JSON."""
-    task = load_task(
-        config.task, data_dir=config.data_dir, train_file=config.train_file,
-        validation_file=config.validation_file, test_file=config.test_file,
-        text_column=config.text_column, label_column=config.label_column,
-        pair_column=config.pair_column,
-    )
+    task = load_task(config.task, **config.task_files())
     limits = {"train": config.max_train_samples}
     splits = {
         name: take_fixed(task.splits[name], limits.get(name, config.max_eval_samples))
@@ -142,22 +134,12 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
         [[ids.tolist() for ids in encoded[name].input_ids] for name in SPLITS],
     ])
     identities = {
-        seed: build(
-            "finetune",
+        seed: make_identity(
+            "finetune", config, resolved, hf_config, encoded["train"], seed=seed,
             inputs={"task": content, "weights": parent.hf_digest},
-            choice={"seed": seed},
-            train=training(resolved, config),
             split={"labels": len(splits["train"]),
                    "test_items": digest([e.item for e in splits["test"]])},
-            options={
-                "model_config": architecture(hf_config),
-                "num_train_epochs": config.num_train_epochs,
-                "max_eval_samples": config.max_eval_samples,
-                "loss_scaling": loss_scaling(resolved),
-            },
-            max_steps=num_steps(
-                len(encoded["train"]), resolved.train_batch_size, config.num_train_epochs
-            ),
+            options={"max_eval_samples": config.max_eval_samples},
         )
         for seed in config.seed_list()
     }

@@ -23,7 +23,7 @@ import numpy as np
 
 from preprocess.errors import DataError, run_command
 from preprocess.files import atomic_write_json, read_json
-from preprocess.identity import build, compare, digest, sealed
+from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
 from preprocess.store import TokenStore, open_array
 from train.config import FitScorerConfig, parse
@@ -39,11 +39,8 @@ from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
 from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import (
-    architecture,
     hyperparameters,
-    loss_scaling,
     numerics,
-    training,
 )
 from train.run_dir.metrics import EVAL_F1, EVAL_LOSS, short_path
 from train.stages.examples import IGNORED, Examples, make_examples
@@ -52,7 +49,7 @@ from train.stages.scores import average_precision, best_threshold, precision_rec
 from train.stages.supervised import (
     describe_plan,
     fit,
-    num_steps,
+    make_identity,
     remove_resume_state,
     resolve,
 )
@@ -243,21 +240,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         return
     parent = open_weights(config.model_name_or_path)
-    identity = build(
-        "fit_scorer",
+    identity = make_identity(
+        "fit_scorer", config, resolved, hf_config, encoded["train"], seed=config.seed,
         inputs={"store": annotation_digest(store), "weights": parent.hf_digest},
-        choice={"seed": config.seed},
-        train=training(resolved, config),
-        options={
-            "model_config": architecture(hf_config),
-            "num_train_epochs": config.num_train_epochs,
-            "positive_weight": config.positive_weight,
-            "dev_fraction": config.dev_fraction,
-            "loss_scaling": loss_scaling(resolved),
-        },
-        max_steps=num_steps(
-            len(encoded["train"]), resolved.train_batch_size, config.num_train_epochs
-        ),
+        options={"positive_weight": config.positive_weight, "dev_fraction": config.dev_fraction},
     )
     records = {"identity": identity, "numerics": numerics(config, resolved)}
     if is_finished(run_dir, identity):

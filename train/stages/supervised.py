@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from preprocess.errors import NonFiniteError, StopRequested
+from preprocess.identity import build
 from preprocess.progress import Progress, say
 from train.config import FinetuneConfig, FitScorerConfig
 from train.engine import (
@@ -43,7 +44,7 @@ from train.engine import (
 from train.model import checkpoint_activations
 from train.run_dir.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from train.run_dir.hf_folder import Weights, make_stage, save_hf
-from train.run_dir.identity import report_changes
+from train.run_dir.identity import architecture, loss_scaling, report_changes, training
 from train.run_dir.metrics import (
     EPOCH,
     EVAL_BEST,
@@ -202,6 +203,38 @@ def resolve(
         read_ds_config(config.deepspeed_config), config, world_size=ranks().world_size,
         total_steps=lambda batch: num_steps(len(train), batch, config.num_train_epochs),
         default_learning_rate=default_learning_rate,
+    )
+
+
+def make_identity(
+    command: str,
+    config: Config,
+    resolved: Resolved,
+    hf_config: Any,
+    train: Examples,
+    *,
+    seed: int,
+    inputs: dict[str, Any],
+    options: dict[str, Any],
+    split: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Build the identity of a run over `train`.
+
+    Args:
+        hf_config: of the model that it starts from.
+        inputs, split: as of `preprocess.identity.build`.
+        options: of this command alone.
+    """
+    return build(
+        command, inputs=inputs, choice={"seed": seed}, train=training(resolved, config),
+        split=split,
+        options={
+            "model_config": architecture(hf_config),
+            "num_train_epochs": config.num_train_epochs,
+            "loss_scaling": loss_scaling(resolved),
+            **options,
+        },
+        max_steps=num_steps(len(train), resolved.train_batch_size, config.num_train_epochs),
     )
 
 
