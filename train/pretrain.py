@@ -195,16 +195,15 @@ def evaluate(
 ) -> tuple[float, float]:
     """Return mean loss (nats per masked token) and accuracy on the held-out rows; collective."""
     engine.eval()
-    loss_sum, hits, count = 0.0, 0.0, 0
+    sums, count = torch.zeros(2, dtype=torch.float64, device=device), 0
     rows = min(max_rows, held.table.num_rows)
     with Progress(-(-rows // held.global_batch), "batch", label="evaluate", part=True) as progress:
         for batch in held.in_order(rows):
-            loss, right = engine(**batch.inputs(device))
-            loss_sum, hits = loss_sum + loss.item(), hits + right.item()
+            sums += torch.stack(engine(**batch.inputs(device))).to(torch.float64)
             count += batch.num_masked
             progress.update()
     engine.train()
-    loss_sum, hits, total = ds.all_reduce_sum(loss_sum, hits, count)
+    loss_sum, hits, total = ds.all_reduce_sum(*sums, count)
     return loss_sum / max(total, 1), hits / max(total, 1)
 
 

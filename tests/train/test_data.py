@@ -612,6 +612,28 @@ def test_steps_are_the_steps_and_their_counts_are_summed_when_asked_for(plain_st
     assert len(asked) == 3
 
 
+def test_the_counts_of_the_next_step_can_come_with_this_one(plain_store):
+    table, masking = table_of(plain_store), maskings(plain_store)["random"]
+    packed = PackedData(plain_store, table, masking, seed=0, micro_batch_size=2, world_size=2)
+    asked = []
+
+    def sum_over_ranks(*values):
+        asked.append(values)
+        return [100.0 * value for value in values]
+
+    steps = packed.steps(0, 4, sum_over_ranks)
+    for number in range(4):
+        step = next(steps)
+        alone = packed.step(number)
+        factor = 100 if number in (0, 3) else 10
+        assert step.counts == tuple(factor * count for count in alone.counts)
+        following = packed.step(number + 1).counts if number < 3 else (0, 0, 0, 0)
+        assert step.following.mine() == following
+        if number < 2:  # the third step's were not summed: they are asked for
+            step.following.total = [10.0 * count for count in following]
+    assert len(asked) == 2
+
+
 # ----------------------------------------------------------------------------------- order
 
 

@@ -11,8 +11,8 @@ Letters: `P` pieces, `B` rows of a micro batch, `S` slots of a row, `M` masked p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,7 @@ class StepBatch:
         epoch: of the first row of the global batch.
         step_rows, step_pieces, step_tokens, step_masked_tokens: counts over all ranks from
             `PackedData.steps`, of this rank from `PackedData.step`; tokens include special ones.
+        following: counts of the step after this one.
     """
 
     micro_batches: list[PackedBatch]
@@ -99,6 +100,32 @@ class StepBatch:
     step_pieces: int
     step_tokens: int
     step_masked_tokens: int
+    following: Following = field(default_factory=lambda: Following())
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """The four counts, in the order of their names above."""
+        return self.step_rows, self.step_pieces, self.step_tokens, self.step_masked_tokens
+
+
+@dataclass
+class Following:
+    """The counts of the next step, which travel to the other ranks with the numbers of this one.
+
+    They must be known before the first micro batch of that step; a reduction of their own would
+    make the host wait for the device once more.
+
+    Attributes:
+        batch: of this rank, being prepared; None after the last step.
+        total: sums of `mine` over all ranks, set by whoever has summed them.
+    """
+
+    batch: Future[StepBatch] | None = None
+    total: list[float] | None = None
+
+    def mine(self) -> tuple[int, int, int, int]:
+        """Return the counts of this rank's share; waits until the batch is prepared."""
+        return self.batch.result().counts if self.batch else (0, 0, 0, 0)
 
 
 # ------------------------------------------------------------------------------------- batches
@@ -295,26 +322,27 @@ class PackedData:
 
         Args:
             sum_over_ranks: sums each of its numbers over all ranks; collective, called when a
-                step is asked for. Without it, counts are those of this rank.
+                step is asked for whose `following` of the step before was not summed. Without it,
+                counts are those of this rank.
         """
         if first >= end:
             return
         with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(self.step, first)
+            coming = pool.submit(self.step, first)
+            total: list[float] | None = None
             for step in range(first, end):
-                batch = following.result()
+                batch = coming.result()
+                following = Following()
                 if step + 1 < end:
-                    following = pool.submit(self.step, step + 1)
+                    following.batch = coming = pool.submit(self.step, step + 1)
                 if sum_over_ranks is not None:
-                    rows, pieces, tokens, masked = map(int, sum_over_ranks(
-                        batch.step_rows, batch.step_pieces, batch.step_tokens,
-                        batch.step_masked_tokens,
-                    ))
+                    rows, pieces, tokens, masked = map(int, total or sum_over_ranks(*batch.counts))
                     batch = replace(
                         batch, step_rows=rows, step_pieces=pieces, step_tokens=tokens,
                         step_masked_tokens=masked,
                     )
-                yield batch
+                yield replace(batch, following=following)
+                total = following.total
 
     def in_order(self, max_rows: int) -> Iterator[PackedBatch]:
         """Yield the first rows of the table once, with the masks of epoch 0, for evaluation.

@@ -29,7 +29,6 @@ from train.config import FinetuneConfig, FitScorerConfig
 from train.engine import (
     Resolved,
     StopSignal,
-    all_reduce_sum,
     barrier,
     build_engine,
     full_state_dict,
@@ -155,10 +154,9 @@ def train_step(
         loss = weighted_loss(logits, targets, kept, class_weights) / mass
         engine.backward(loss * factor)
         total += loss.detach()
-        if engine.is_gradient_accumulation_boundary():
-            mean, num_asked = all_reduce_sum(total, asked())
-            _refuse_non_finite(mean, "training loss", engine.global_steps + 1)
-        norm = take_step(engine)
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+    (mean, num_asked), norm = take_step(engine, total, asked())
     return mean, norm, num_asked > 0
 
 
