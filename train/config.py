@@ -32,6 +32,9 @@ GROUPS = (
 )
 
 
+AUTO = "auto"
+
+
 class Bounds(NamedTuple):
     """The values that a flag allows: a test, and its wording after "must be"."""
 
@@ -59,7 +62,8 @@ def _flag(default: Any, text: str, group: str = OTHER, bounds: Bounds | None = N
         group: its heading in `--help`.
         bounds: values that it allows; None is always allowed.
         more: `metavar`, the placeholder in `--help`; `missing`, what to give (then the flag is
-            required); `off`, help text of `--no_X` (for a default of True); `action` of argparse.
+            required); `off`, help text of `--no_X` (for a default of True); `bare`, the value of
+            the flag alone; `read`, turns text into a value; `action` of argparse.
     """
     metadata = {"help": text, "group": group, "bounds": bounds, **more}
     if isinstance(default, list):
@@ -155,7 +159,6 @@ class TrainingConfig(_CommandConfig):
     max_seq_length: int = _flag(
         128, "token slots per row, including special tokens", DATA, ROW
     )
-    torch_compile: bool = _flag(False, "compile the encoder with torch.compile", SPEED)
     gradient_checkpointing: bool = _flag(
         False, "recompute activations in the backward pass, to save memory", SPEED
     )
@@ -172,6 +175,10 @@ class MaskedLMOptions(_Checked):
     )
     head_implementation: Literal["auto", "reference", "chunked", "triton"] = _flag(
         "auto", "code of the MLM head; auto: triton on a GPU, chunked on a CPU", SPEED
+    )
+    torch_compile: Literal["yes", "no", "auto"] = _flag(
+        "auto", "compile the encoder layer by layer with torch.compile; alone: yes; auto: on a "
+        "GPU, in a run that is long enough to pay the warm-up back", SPEED, bare="yes",
     )
 
 
@@ -207,6 +214,11 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions):
         0.15, "mask rate of --masking, as a fraction of the tokens", DATA, FRACTION
     )
     max_steps: int = _flag(1000, "optimizer steps; 0: only write hf/", USUAL, _at_least(0))
+    per_device_train_batch_size: int | str | None = _flag(  # type: ignore[assignment]
+        None, "rows per micro batch per rank; auto: as many as fit the memory of the GPUs",
+        OPTIMIZATION, Bounds(lambda value: value == AUTO or value >= 1, "1 or more, or auto"),
+        read=lambda text: text if text == AUTO else int(text), metavar="N",
+    )
     head_only_steps: int = _flag(
         0, "first steps, in which only the MLM head learns (for a fresh head)", OPTIMIZATION
     )
@@ -564,7 +576,12 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
         """`HfArgumentParser`, but a field says its group, and one of --x and --no_x is shown."""
 
         def add_argument(self, *names: str, group: str = OTHER, bounds: Any = None,
-                         missing: str = "", off: str = "", **options: Any) -> Any:
+                         missing: str = "", off: str = "", bare: str = "",
+                         read: Callable[[str], Any] | None = None, **options: Any) -> Any:
+            if bare:
+                options |= {"nargs": "?", "const": bare}
+            if read:
+                options["type"] = read
             if off:
                 switches_off = options.get("action") == "store_false"
                 options["help"] = off if switches_off else argparse.SUPPRESS

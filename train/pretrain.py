@@ -199,7 +199,9 @@ def evaluate(
     rows = min(max_rows, held.table.num_rows)
     with Progress(-(-rows // held.global_batch), "batch", label="evaluate", part=True) as progress:
         for batch in held.in_order(rows):
-            sums += torch.stack(engine(**batch.inputs(device))).to(torch.float64)
+            loss, right = engine(**batch.inputs(device))
+            sums[0] += loss
+            sums[1] += right
             count += batch.num_masked
             progress.update()
     engine.train()
