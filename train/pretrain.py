@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,22 @@ import numpy as np
 import torch
 
 from preprocess import identity as identities
-from preprocess.errors import DataError, NonFiniteError, StopRequested, run_command
+from preprocess.errors import ConfigError, DataError, NonFiniteError, StopRequested, run_command
 from preprocess.masking import BASELINE
 from preprocess.masking.corruption import MASKED_SHARE, RANDOM_SHARE
 from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
 from train import data, model
 from train import engine as ds
-from train.config import PretrainConfig, parse
+from train.config import AUTO, PretrainConfig, parse
 from train.data import RowTable, row_tables
 from train.model import flops
 from train.run_dir import checkpoint, folder, hf_folder, metrics
 from train.run_dir import identity as records
 from train.stages import masked_lm as mlm
+from train.stages import micro_batch
 from train.stages.example import HeldOutExample
+from train.stages.startup import Startup
 
 
 @dataclass
@@ -147,6 +149,49 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
         config, store, tokenizer, train_rows, masking, held, resolved, parent,
         {"identity": identity, "numerics": records.numerics(config, resolved)},
     )
+
+
+def settle_micro_batch(config: PretrainConfig, run_dir: Path) -> PretrainConfig:
+    """Replace `--per_device_train_batch_size auto` by a number; collective where it is measured.
+
+    A run that goes on takes the number that it had.
+
+    Raises:
+        ConfigError: there is no GPU, or the batch sizes do not go together.
+    """
+    if config.per_device_train_batch_size != AUTO:
+        return config
+    world_size = ds.ranks().world_size
+    rows = ds.rows_per_rank(ds.read_ds_config(config.deepspeed_config), config, world_size)
+    size = folder.read_execution(run_dir).get("micro_batch_size")
+    if not size or rows % size:
+        if not torch.cuda.is_available():
+            raise ConfigError("--per_device_train_batch_size auto: measures the memory of a GPU, "
+                              "and there is none here; give a number")
+        size = _largest_micro_batch(replace(config, per_device_train_batch_size=1), rows)
+    return replace(config, per_device_train_batch_size=size)
+
+
+def _largest_micro_batch(config: PretrainConfig, rows: int) -> int:
+    """Run the model on ever more of the run's own rows, on this rank's GPU; collective."""
+    device, inputs = ds.start(), read_inputs(config)
+    resolved = inputs.resolved
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    module = mlm.build_model(config, inputs.store, config.from_scratch)
+    module.to(device, dtype[resolved.precision]).train()
+    states = flops.state_bytes(
+        module, stage=resolved.config.get("zero_optimization", {}).get("stage", 0),
+        world_size=ds.ranks().world_size, precision=resolved.precision,
+    )
+
+    def run(size: int) -> None:
+        packed = data.PackedData(inputs.store, inputs.train_rows, inputs.masking, seed=config.seed,
+                                 micro_batch_size=size)
+        loss, _ = module(**packed.step(0).micro_batches[0].inputs(device))
+        loss.backward()
+        module.zero_grad(set_to_none=True)
+
+    return micro_batch.find(rows, states, run, device)
 
 
 def unigram_loss(inputs: PretrainInputs, rows: int) -> float:

@@ -24,6 +24,7 @@ from train.engine.ds_json import (
     Resolved,
     read_ds_config,
     resolve_ds_config,
+    rows_per_rank,
 )
 from train.engine.group import (
     SHARED_DISK_SECONDS,
@@ -74,6 +75,7 @@ __all__ = [
     "ranks",
     "read_ds_config",
     "resolve_ds_config",
+    "rows_per_rank",
     "save_state",
     "start",
     "supported_precisions",

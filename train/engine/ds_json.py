@@ -71,6 +71,28 @@ def _settle(config: dict[str, Any], key: str, flag: str, given: Any, default: An
     return config[key]
 
 
+def rows_per_rank(raw: dict[str, Any], options: TrainingConfig, world_size: int) -> int:
+    """Return the rows of one rank per step, for a micro batch that is still to be found.
+
+    Raises:
+        ConfigError: the JSON or a flag says more about the batch than `train_batch_size`, or that
+            is no multiple of the number of ranks.
+    """
+    config = dict(raw)
+    flag = "per_device_train_batch_size"
+    _settle(config, "train_micro_batch_size_per_gpu", flag, "auto", None)
+    steps = _settle(config, "gradient_accumulation_steps", "gradient_accumulation_steps",
+                    options.gradient_accumulation_steps, None)
+    if steps:
+        raise ConfigError(f"--{flag} auto with gradient_accumulation_steps {steps}: it follows "
+                          "from the micro batch; give --train_batch_size instead")
+    train = _settle(config, "train_batch_size", "train_batch_size", options.train_batch_size,
+                    DEFAULT_BATCH)
+    if train % world_size:
+        raise ConfigError(f"train_batch_size {train}: must be a multiple of the {world_size} ranks")
+    return train // world_size
+
+
 def _settle_batch(config: dict[str, Any], options: TrainingConfig, world_size: int,
                   default_batch: int) -> tuple[int, int, int]:
     """Solve train = micro * accumulation * world for the sizes that are not given."""
