@@ -61,8 +61,8 @@ class Transfer:
 
     Attributes:
         buffer: `input_ids` and `position_ids`, `(B, S)` int16; `masked_positions`, `(C,)` int32,
-            padded with -1; `masked_labels`, `(C,)` int16; each at a multiple of `ALIGNMENT`. Ids
-            are uint16 numbers, of which torch knows little. uint8, pinned if so asked.
+            padded with -1; `masked_labels`, `(C,)` int16; each at a multiple of `ALIGNMENT`. int16
+            holds uint16 numbers, of which torch knows little. uint8, pinned if so asked.
         shape: `(B, S)`.
         sizes: of the padding.
         num_labels: `M` rounded up to `PADDED_ROWS`: rows of which the head computes a loss.
@@ -78,7 +78,7 @@ class Transfer:
         ids, position_ids, positions, labels = _parts(
             self.buffer.to(device, non_blocking=True), self.shape, self.sizes.masked
         )
-        position_ids, positions = position_ids.long(), positions.long()
+        position_ids, positions = _unsigned(position_ids), positions.long()
         return {
             "input_ids": _unsigned(ids),
             "position_ids": position_ids,
@@ -122,7 +122,7 @@ def pack_transfer(batch: Any, sizes: BatchSizes, pin_memory: bool) -> Transfer:
     num_bytes = 2 * 2 * math.prod(shape) + (4 + 2) * sizes.masked + 3 * ALIGNMENT
     buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin_memory)
     ids, position_ids, positions, labels = _parts(buffer, shape, sizes.masked)
-    ids.copy_(batch.input_ids)  # numbers above 32,767 wrap around to negative ones
+    ids.copy_(batch.input_ids)  # what is above 32,767 wraps around to negative numbers
     position_ids.copy_(batch.position_ids)
     positions[:batch.num_masked] = batch.masked_positions
     positions[batch.num_masked:] = -1

@@ -38,6 +38,10 @@ class Resolved:
     precision: str
     notes: tuple[str, ...]
 
+    @property
+    def zero_stage(self) -> int:
+        return self.config.get("zero_optimization", {}).get("stage", 0)
+
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
     """Read a DeepSpeed JSON; the default depends on whether there is a GPU.

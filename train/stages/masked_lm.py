@@ -72,8 +72,6 @@ def build_model(
         module.head_implementation = config.head_implementation
     if config.gradient_checkpointing:
         model.checkpoint_activations(module.hf)
-    if config.torch_compile:
-        module.family.encoder(module.hf).compile()
     return module
 
 
