@@ -17,10 +17,11 @@ from torch.nn import functional
 
 from preprocess.errors import ConfigError
 from preprocess.store import TokenStore
-from tests.train.test_model import FAMILIES, LENGTHS, VOCAB, packed_rows, tiny_config
+from tests.support.models import LENGTHS, VOCAB, packed_rows, tiny_config
 from train import data, model
 from train.model import compiled
 
+FAMILIES = sorted(model.FAMILIES)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SIZES = NUM_MASKED, MOST_MASKED = 24, 8
 GRAPHS = dict.fromkeys(FAMILIES, 2) | {"modernbert": 3}  # its first layer has no norm
