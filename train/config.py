@@ -438,7 +438,7 @@ class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
     """
 
     output_dir: str = _flag(
-        "runs/benchmark", "folder for benchmark.json and benchmark.png", USUAL, metavar="DIR"
+        "runs/benchmark", "folder for benchmark.json, benchmark.png and tb/", USUAL, metavar="DIR"
     )
     tokens: str = _flag(
         "", "prefix of the token store", USUAL, metavar="P",
