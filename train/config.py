@@ -26,9 +26,9 @@ from preprocess.masking import BASELINE, STRATEGIES
 DATA, MODEL = "data and masking", "model"
 OPTIMIZATION = 'optimization (fills "auto" in the DeepSpeed JSON)'
 EVALUATION, CHECKPOINTS, SPEED = "evaluation", "checkpoints and logging", "speed and memory"
-CUSTOM, MEASURING = "files of --task custom", "measuring"
+CUSTOM, MEASURING, NODES = "files of --task custom", "measuring", "many nodes"
 GROUPS = (
-    USUAL, CUSTOM, DATA, MODEL, OPTIMIZATION, EVALUATION, MEASURING, CHECKPOINTS, SPEED,
+    USUAL, NODES, CUSTOM, DATA, MODEL, OPTIMIZATION, EVALUATION, MEASURING, CHECKPOINTS, SPEED,
 )
 
 
@@ -450,7 +450,7 @@ class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
     """
 
     output_dir: str = _flag(
-        "runs/benchmark", "folder for benchmark.json and benchmark.png", USUAL, metavar="DIR"
+        "runs/benchmark", "folder for benchmark.json, benchmark.png and tb/", USUAL, metavar="DIR"
     )
     tokens: str = _flag(
         "", "prefix of the token store", USUAL, metavar="P",
@@ -537,8 +537,22 @@ class PipelineConfig(_Checked):
         action="extend", metavar="KEY=VALUE",
     )
     num_gpus: int = _flag(1, "ranks per training command", USUAL, _at_least(1))
+    hostfile: str = _flag(
+        "", "run the training commands on these nodes; one `HOST slots=N` per line", NODES,
+        metavar="FILE",
+    )
+    no_ssh: bool = _flag(
+        False, "this command is started on every node by hand, with its own --node_rank", NODES
+    )
+    node_rank: int | None = _flag(
+        None, "number of this node in the hostfile, from 0; goes with --no_ssh", NODES
+    )
+    master_addr: str = _flag(
+        "", "address at which the other nodes reach the first (default: its name in the hostfile)",
+        NODES, metavar="HOST",
+    )
     master_port: int = _flag(
-        0, "port of the launcher; 0: a free one per command",
+        0, "port of the launcher; 0: a free one per command", NODES,
         bounds=Bounds(lambda value: 0 <= value < 65536, "a port number"),
     )
     launcher: Literal["deepspeed", "python"] = _flag(
@@ -557,6 +571,21 @@ class PipelineConfig(_Checked):
                 f"--launcher python starts one process, but --num_gpus is {self.num_gpus}: "
                 "leave --launcher out"
             )
+        for wrong, message in (
+            (self.hostfile and self.launcher == "python",
+             f"--hostfile {self.hostfile} needs DeepSpeed's launcher; leave --launcher out"),
+            (self.hostfile and self.num_gpus > 1,
+             f"--num_gpus {self.num_gpus} and --hostfile {self.hostfile}: the slots of the "
+             "hostfile are the ranks of a node; leave --num_gpus out"),
+            ((self.no_ssh or self.master_addr) and not self.hostfile,
+             "--no_ssh and --master_addr go with --hostfile: give a file with one line per node, "
+             "as `node1 slots=8`"),
+            (self.no_ssh != (self.node_rank is not None),
+             "--no_ssh and --node_rank go together: start the command on every node with both, "
+             "or on the first one with neither"),
+        ):
+            if wrong:
+                raise ConfigError(message)
 
 
 ConfigClass = TypeVar("ConfigClass", bound=Any)
