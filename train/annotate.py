@@ -47,14 +47,22 @@ from train.model import (
 from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import architecture, numerics
 from train.stages.importance import (
+    HALF_DELTA,
     Query,
+    check_half,
     encode_texts,
     explain,
     group_by_text,
     match_labels,
     plan_queries,
 )
-from train.stages.inference import Runner, check_trained, special_template
+from train.stages.inference import (
+    BATCH_TOKENS,
+    Runner,
+    check_trained,
+    choose_dtype,
+    special_template,
+)
 
 NOT_IMPORTANT, IMPORTANT, NOT_ANNOTATED = 0, 1, 255
 
@@ -97,21 +105,21 @@ def unite(
 
 def explain_on_all_ranks(
     runner: Runner, queries: list[Query], config: AnnotateConfig
-) -> tuple[list[np.ndarray | None], int]:
+) -> list[np.ndarray | None]:
     """Share the queries among the ranks, longest first, round-robin, and gather the answers."""
     where = engine.ranks()
     order = sorted(range(len(queries)), key=lambda i: -len(queries[i].tokens))
     mine = order[where.rank :: where.world_size]
     who = "" if where.world_size == 1 else f" (1 of {where.world_size} ranks)"
-    answers, num_alone = explain(
+    answers = explain(
         runner, [queries[i] for i in mine], config.delta, config.criterion, who=who,
-        every=config.logging_steps * max(1, config.batch_tokens // config.max_seq_length),
+        every=config.logging_steps * max(1, runner.batch_tokens // config.max_seq_length),
     )
     found: list[np.ndarray | None] = [None] * len(queries)
     for share in engine.gather_objects(list(zip(mine, answers, strict=True))):
         for i, marks in share:
             found[i] = marks
-    return found, int(engine.all_reduce_sum(num_alone)[0])
+    return found
 
 
 # --------------------------------------------------------------------------- the command
@@ -184,6 +192,9 @@ def describe(
 def main(argv: list[str] | None = None) -> None:
     """Annotate the training texts of a task."""
     config = parse(AnnotateConfig, argv)
+    if config.dtype == "fp16":
+        check_half(config.delta)
+    dtype = choose_dtype(config.dtype) if config.delta >= HALF_DELTA else "fp32"
     task = load_task(config.task, **config.task_files())
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
     check_trained(hf_config, "ForSequenceClassification", config.model_name_or_path,
@@ -235,9 +246,10 @@ def main(argv: list[str] | None = None) -> None:
         names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
         model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code)
         first_slot_only(model)
-        runner = Runner(model, template, tokenizer, device, config.batch_tokens)
+        runner = Runner(model, template, tokenizer, device,
+                        config.batch_tokens or BATCH_TOKENS[device.type], half=dtype == "fp16")
         started = time.monotonic()
-        found, num_alone = explain_on_all_ranks(runner, queries, config)
+        found = explain_on_all_ranks(runner, queries, config)
         importance = unite(documents, queries, found)
         if config.drop_stop_words:
             flat = [array for part in importance for array in part]
@@ -245,17 +257,19 @@ def main(argv: list[str] | None = None) -> None:
                 array[stop & (array == IMPORTANT)] = NOT_IMPORTANT
         if engine.is_main():
             write_annotations(config.output, tokenizer, documents, importance, {
-                **sealed(identity), "numerics": numerics(config),
+                **sealed(identity), "numerics": {**numerics(config), "dtype": dtype},
                 "seconds": round(time.monotonic() - started, 1),
             }, lock)
-        passes, inputs, tokens, slots = engine.all_reduce_sum(
-            *(runner.counts[name] for name in ("passes", "inputs", "tokens", "slots"))
-        )
+        passes, inputs, tokens, slots, exact, alone = engine.all_reduce_sum(*(
+            runner.counts[name]
+            for name in ("passes", "inputs", "tokens", "slots", "fp32", "alone")
+        ))
+        again = f"{exact:,.0f} of the inputs asked again in fp32 and " if dtype == "fp16" else ""
         say(describe(importance, queries, found))
         say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "
-            f"{1 - tokens / max(slots, 1):.1%} padding, {num_alone:,} of the inputs repeated alone "
-            f"to be sure; {time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
-            f"({device.type}): {config.output}.importance.npy")
+            f"{1 - tokens / max(slots, 1):.1%} padding, {again}{alone:,.0f} repeated alone to be "
+            f"sure; {time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
+            f"({device.type}, {dtype}): {config.output}.importance.npy")
         engine.finish()
 
 

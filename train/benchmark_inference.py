@@ -4,10 +4,11 @@
         --scorer RS/hf --tokens P2 --output_dir runs/benchmark_inference
 
 The published way pads every input to one width (128 for buffers, 256 for sentences to score) and
-takes 32 at a time in their order, without the overhead of the published code's lists. Annotation
-is also compared with one buffer per pass without padding, the reference of correctness. The ways
-are interleaved over rounds, on the same queries and sentences, in one process; the table shows
-medians. The results of all ways are compared in the same run and must agree.
+takes 32 at a time in their order, in fp32, without the overhead of the published code's lists.
+Annotation is also compared with one buffer per pass without padding, the reference of correctness.
+The ways are interleaved over rounds, on the same queries and sentences, in one process; the table
+shows medians. The results of all ways are compared in the same run and must agree: annotations to
+the token, log-odds in fp16 to 2e-2 (relative, above 1), masks at 99.5 % of the positions.
 """
 
 from __future__ import annotations
@@ -39,9 +40,15 @@ from train import engine, model
 from train.bench.throughput import spread, synchronize, turns
 from train.run_dir.folder import environment
 from train.stages import importance, scoring
-from train.stages.inference import Runner, check_trained, one_by_one, special_template
+from train.stages.inference import (
+    BATCH_TOKENS,
+    Runner,
+    check_trained,
+    one_by_one,
+    special_template,
+)
 
-PUBLISHED, ALONE, OURS = "published", "one per pass", "selmask"
+PUBLISHED, ALONE, OURS = "published", "one per pass", "selmask {}"
 PUBLISHED_ROWS = 32
 WARMUP_INPUTS = 64
 
@@ -80,7 +87,10 @@ def interleave(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[
             "over_published": f"{ratio['median']:.2f}",
             "passes": count["passes"],
             "inputs": count["inputs"],
+            "again_fp32": count["fp32"] + count["repeated"],
+            "again_alone": count["alone"],
             "tokens": count["tokens"],
+            "inputs_per_second": round(count["inputs"] / one["median"]),
             "tokens_per_second": round(count["tokens"] / one["median"]),
             "padding_percent": f"{100 * (1 - count['tokens'] / max(count['slots'], 1)):.1f}",
         })
@@ -111,34 +121,32 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     subset = deepcopy(plain)
     model.first_slot_only(subset)
     make = partial(Runner, template=template, tokenizer=tokenizer, device=device,
-                   batch_tokens=args.batch_tokens)
+                   batch_tokens=args.batch_tokens or BATCH_TOKENS[device.type])
 
     def way(module: Any, edge: float, **options: Any) -> Way:
-        def work() -> tuple[Any, Counter[str]]:
+        def work(last: int | None = None) -> tuple[Any, Counter[str]]:
             runner = make(module, **options)
-            marks, num_alone = importance.explain(
-                runner, queries, args.delta, args.criterion, edge=edge)
-            again.append(num_alone)
+            marks = importance.explain(
+                runner, queries[:last], args.delta, args.criterion, edge=edge)
             return marks, runner.counts
 
         with redirect_stdout(io.StringIO()):
-            importance.explain(make(module, **options), queries[:WARMUP_INPUTS], args.delta)
+            work(WARMUP_INPUTS)
         return work
 
-    again: list[int] = []
+    ours = {OURS.format(dtype): way(subset, importance.EDGE, half=dtype == "fp16")
+            for dtype in args.dtypes}
     found, rows = interleave({
         PUBLISHED: way(plain, 0.0, cut=in_order, min_width=args.annotate_length),
         ALONE: way(plain, 0.0, cut=one_by_one),
-        OURS: way(subset, importance.EDGE),
+        **ours,
     }, args.rounds)
     num_tokens = sum(len(query.tokens) for query in queries)
-    differ = {name: count_differences(found[name], found[ALONE]) for name in (PUBLISHED, OURS)}
+    differ = {name: count_differences(found[name], found[ALONE]) for name in (PUBLISHED, *ours)}
     table = Table.of(f"Annotating {len(queries):,} sequences of {num_tokens:,} tokens", rows)
-    say(f"\n{table.as_text()}\n"
-        f"tokens annotated otherwise than one per pass: {differ[OURS]} by selmask ({max(again)} of "
-        f"its inputs asked alone), {differ[PUBLISHED]} by the published way")
-    return {"rows": rows, "sequences": len(queries), "tokens": num_tokens, "differ": differ,
-            "asked_alone": max(again)}
+    say(f"\n{table.as_text()}\ntokens annotated otherwise than one per pass: "
+        + ", ".join(f"{count} by {name}" for name, count in differ.items()))
+    return {"rows": rows, "sequences": len(queries), "tokens": num_tokens, "differ": differ}
 
 
 def count_differences(one: list[np.ndarray | None], other: list[np.ndarray | None]) -> int:
@@ -182,7 +190,8 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
     tokens, offsets = first_sentences(store, args.max_tokens)
     template = special_template(tokenizer, pair=False)
     scorer = model.load_scorer(name, 0)
-    make = partial(Runner, scorer, template, tokenizer, device, args.batch_tokens, half=True)
+    make = partial(Runner, scorer, template, tokenizer, device,
+                   args.batch_tokens or BATCH_TOKENS[device.type])
 
     def way(**options: Any) -> Way:
         def work(last: int = len(offsets) - 1) -> tuple[Any, Counter[str]]:
@@ -197,19 +206,28 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
             work(min(WARMUP_INPUTS, len(offsets) - 1))
         return work
 
+    ours = {OURS.format(dtype): way(half=dtype == "fp16") for dtype in args.dtypes}
     found, rows = interleave(
-        {PUBLISHED: way(cut=in_order, min_width=length), OURS: way()}, args.rounds)
-    ours, published = (found[way].astype(np.float64) for way in (OURS, PUBLISHED))
-    # Half a step of float16 is 5e-4 of a number.
-    difference = float((np.abs(ours - published) / np.maximum(1, np.abs(published))).max())
-    same, either = compare_masks(store, tokens, offsets, found[OURS], found[PUBLISHED])
+        {PUBLISHED: way(cut=in_order, min_width=length), **ours}, args.rounds)
     table = Table.of(
         f"Scoring {len(offsets) - 1:,} sentences of {len(tokens):,} tokens of {prefix}", rows)
-    say(f"\n{table.as_text()}\n"
-        f"log-odds differ by at most {difference:.1e} (relative, above 1); {same:,} of {either:,} "
-        "tokens that either would mask (selective, 15 %) are masked by both")
+    say(f"\n{table.as_text()}")
+    agree = {}
+    for name in ours:
+        one, published = (found[each].astype(np.float64) for each in (name, PUBLISHED))
+        # Half a step of float16 is 5e-4 of a number.
+        difference = float((np.abs(one - published) / np.maximum(1, np.abs(published))).max())
+        same, either = compare_masks(store, tokens, offsets, found[name], found[PUBLISHED])
+        agree[name] = {
+            "difference": difference, "masked_by_both": same, "masked_by_either": either,
+            "equal_positions": 1 - (either - same) / len(tokens),
+        }
+        say(f"{name}: log-odds differ by at most {difference:.1e} (relative, above 1) from the "
+            f"published way; {same:,} of {either:,} tokens that either would mask (selective, "
+            f"15 %) are masked by both: equal at {agree[name]['equal_positions']:.2%} of the "
+            "positions")
     return {"rows": rows, "store": prefix, "tokens": len(tokens), "sentences": len(offsets) - 1,
-            "difference": difference, "masked_by_both": same, "masked_by_either": either}
+            "agree": agree}
 
 
 def compare_masks(
@@ -243,13 +261,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("measuring").add_argument
     add("--criterion", default="signed", choices=[*importance.CRITERIA], help="as of annotate.py")
     add("--delta", type=float, default=0.01, help="as of annotate.py")
+    add("--dtypes", nargs="+", default=["fp32", "fp16"], choices=["fp32", "fp16"],
+        help="precisions of selmask's own ways")
+    add("--batch_tokens", type=int, metavar="N", help="token slots per forward pass, except for "
+        "the published way (default: 8192 on a CPU, 65536 on a GPU)")
     numbers = (
         ("max_samples", 500, "training examples to annotate"),
         ("max_tokens", 200_000, "tokens to score: whole sentences from the start of a store"),
         ("annotate_length", 128, "largest buffer in tokens, to which the published way pads"),
         ("score_length", 256, "largest sentence to score in tokens, to which the published way "
          "pads"),
-        ("batch_tokens", 8192, "token slots per forward pass, except for the published way"),
         ("rounds", 3, "rounds, over which all ways are interleaved"),
     )
     for name, default, text in numbers:
@@ -262,6 +283,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not args.classifier and not args.scorer:
         raise ConfigError("nothing to measure: give --classifier (with --task and --data_dir), or "
                           "--scorer and --tokens, or all")
+    if args.classifier and "fp16" in args.dtypes:
+        importance.check_half(args.delta)
     if engine.ranks().world_size > 1:
         raise ConfigError(f"{engine.ranks().world_size} ranks: measure on one; start one "
                           "process")

@@ -369,7 +369,13 @@ class FitScorerConfig(_SupervisedConfig):
 class _InferenceConfig(_CommandConfig):
     """What every command that runs a trained network over text has in common."""
 
-    batch_tokens: int = _flag(8192, "token slots per forward pass", SPEED, _at_least(16))
+    dtype: Literal["auto", "fp32", "fp16"] = _flag(
+        "auto", "precision of the network; auto: fp16 on a GPU, else fp32", SPEED
+    )
+    batch_tokens: int | None = _flag(
+        None, "token slots per forward pass (default: 8192 on a CPU, 65536 on a GPU)", SPEED,
+        _at_least(16),
+    )
     logging_steps: int = _flag(50, "forward passes between log lines", bounds=_at_least(1))
 
 

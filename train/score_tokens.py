@@ -1,7 +1,7 @@
 """Score how much each token of a store matters to the task.
 
 Each sentence is scored alone, as the scorer was fitted (`train/stages/scoring.py`). Log-odds are
-kept in float16; probabilities would tie the best tokens at 1.
+kept in float16; probabilities would tie the best tokens at 1. On a GPU the scorer runs in fp16.
 
     deepspeed train/score_tokens.py --model_name_or_path RS/hf --tokens P2 --name mr
 
@@ -42,7 +42,13 @@ from train.model import (
 from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import architecture, numerics
 from train.stages import scoring
-from train.stages.inference import Runner, check_trained, special_template
+from train.stages.inference import (
+    BATCH_TOKENS,
+    Runner,
+    check_trained,
+    choose_dtype,
+    special_template,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,12 +64,13 @@ def main(argv: list[str] | None = None) -> None:
         store, tokenizer, config.model_name_or_path,
         f"tokenize the text again with --tokenizer {config.model_name_or_path}",
     )
+    dtype = choose_dtype(config.dtype)
     identity = build(
         "score_tokens",
         inputs={"store": store.fingerprint,
                 "weights": open_weights(config.model_name_or_path).hf_digest},
         train={"max_seq_length": config.max_seq_length},
-        options={"model_config": architecture(hf_config)},
+        options={"model_config": architecture(hf_config), "dtype": dtype},
     )
     shards = store.choose_shards(config.shard_index, config.num_shards)
     writes = engine.is_main() and not config.dry_run
@@ -89,12 +96,14 @@ def score(
     device = engine.start()
     template = special_template(tokenizer, pair=False)
     model = load_scorer(config.model_name_or_path, 0, config.trust_remote_code)
-    runner = Runner(model, template, tokenizer, device, config.batch_tokens, half=True)
+    dtype = identity["options"]["dtype"]
+    runner = Runner(model, template, tokenizer, device,
+                    config.batch_tokens or BATCH_TOKENS[device.type], half=dtype == "fp16")
     limit = config.max_seq_length - template.num_special
     started = time.monotonic()
     num_important = 0
     progress = Progress(
-        num_tokens, "token", config.logging_steps * config.batch_tokens, label="score"
+        num_tokens, "token", config.logging_steps * runner.batch_tokens, label="score"
     )
     made_by = {
         **sealed(identity), "numerics": numerics(config), "model": config.model_name_or_path,
@@ -109,19 +118,20 @@ def score(
     with progress:
         for shard in todo:
             blocks = count(scoring.score_shard(
-                shard, runner, limit, progress, scoring.BLOCK_TOKENS))
+                shard, runner, limit, progress, scoring.BLOCK_TOKENS[device.type]))
             if engine.is_main():
                 write_array(shard, config.name, "scores", blocks, made_by)
             else:
                 for _ in blocks:
                     pass
-    passes, tokens, slots = engine.all_reduce_sum(
-        *(runner.counts[name] for name in ("passes", "tokens", "slots"))
+    passes, tokens, slots, repeated = engine.all_reduce_sum(
+        *(runner.counts[name] for name in ("passes", "tokens", "slots", "repeated"))
     )
+    again = f", {repeated:,.0f} repeated in fp32" if repeated else ""
     seconds = time.monotonic() - started
     say(f"scored {num_tokens:,} tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s, "
-        f"{engine.ranks().world_size} ranks, {device.type}): {passes:,.0f} forward passes, "
-        f"{1 - tokens / max(slots, 1):.1%} padding; log-odds above 0 for "
+        f"{engine.ranks().world_size} ranks, {device.type}, {dtype}): {passes:,.0f} forward "
+        f"passes{again}, {1 - tokens / max(slots, 1):.1%} padding; log-odds above 0 for "
         f"{num_important / max(num_tokens, 1):.1%} of the tokens")
     engine.finish()
 

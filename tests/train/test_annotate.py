@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def task_files(tmp_path):
 def run(task_files, folder, output, *options):
     annotate.main([
         *task_files, "--model_name_or_path", str(folder), "--output", str(output),
-        "--max_seq_length", str(LIMIT), "--delta", "0.1", *options,
+        "--max_seq_length", str(LIMIT), "--delta", "0.1", "--dtype", "fp32", *options,
     ])
 
 
@@ -235,6 +236,33 @@ def test_command_equals_one_at_a_time(
     options = info["identity"]["options"]
     assert (options["delta"], options["criterion"]) == (0.1, criterion)
     assert "classified correctly" in capsys.readouterr().out
+
+
+def test_fp16_gives_the_same_annotation(
+    task_files, make_classifier, no_process_group, tmp_path, capsys
+):
+    folder = make_classifier(["neg", "pos"])
+    run(task_files, folder, tmp_path / "A")
+    assert "asked again in fp32" not in capsys.readouterr().out
+    run(task_files, folder, tmp_path / "B", "--dtype", "fp16")
+    assert re.search(r"\d of the inputs asked again in fp32 and \d+ repeated alone .*\(cpu, fp16\)",
+                     capsys.readouterr().out)
+    (exact, as_fp32), (found, as_fp16) = read(tmp_path / "A"), read(tmp_path / "B")
+    assert found == exact
+    assert as_fp32["identity_digest"] == as_fp16["identity_digest"], "it is no other annotation"
+    assert as_fp32["numerics"]["dtype"] == "fp32" and as_fp16["numerics"]["dtype"] == "fp16"
+
+
+def test_small_differences_are_asked_for_in_fp32(
+    task_files, make_classifier, no_process_group, tmp_path, monkeypatch, capsys
+):
+    folder = make_classifier(["neg", "pos"])
+    small = ("--delta", "0.004")
+    with pytest.raises(ConfigError, match="fp16 with --delta 0.004: .*; give fp32, or a larger"):
+        run(task_files, folder, tmp_path / "A", "--dtype", "fp16", *small)
+    monkeypatch.setattr(annotate, "choose_dtype", lambda dtype: "fp16")  # as on a GPU
+    run(task_files, folder, tmp_path / "A", "--dtype", "auto", *small)
+    assert "(cpu, fp32)" in capsys.readouterr().out
 
 
 XML = """<sentences>

@@ -246,7 +246,7 @@ def annotate(folder, task, still_encoder) -> Case:
         "max_seq_length": ({"max_seq_length": 12}, "--max_seq_length 16, .* has 12"),
         "max_train_samples": ({"max_train_samples": 8}, r"--max_train_samples .* 12, .* has 8"),
     }
-    free = {"batch_tokens": 64, "logging_steps": 3, "trust_remote_code": True,
+    free = {"batch_tokens": 64, "logging_steps": 3, "trust_remote_code": True, "dtype": "fp16",
             "validation_file": task[0]["train_file"], "test_file": task[0]["train_file"]}
     return Case("train/annotate.py", options.AnnotateConfig, flags, "finished already", decides,
                 free, {"task", "data_dir"})
@@ -255,10 +255,12 @@ def annotate(folder, task, still_encoder) -> Case:
 @pytest.fixture(scope="module")
 def score_tokens(folder, store, still_encoder) -> Case:
     first, second = (write_untrained(folder, still_encoder, "scorer", n) for n in (1, 2))
-    flags = {"tokens": store, "model_name_or_path": first, "name": "s", "max_seq_length": 16}
+    flags = {"tokens": store, "model_name_or_path": first, "name": "s", "max_seq_length": 16,
+             "dtype": "fp32"}
     decides = {
         "model_name_or_path": ({"model_name_or_path": second}, WEIGHTS),
         "max_seq_length": ({"max_seq_length": 12}, "--max_seq_length 16, .* has 12"),
+        "dtype": ({"dtype": "fp16"}, "--dtype fp32, .* has fp16"),
     }
     free = {"batch_tokens": 64, "logging_steps": 3, "trust_remote_code": True, "shard_index": 0,
             "num_shards": 1}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,21 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from preprocess.errors import ConfigError
 from preprocess.store import ranges
+from tests.support.language import BAD, GOOD, review
 from train.model import first_slot_only
+from train.stages import importance
 from train.stages.importance import EDGE, Query, explain
-from train.stages.inference import IdLists, Runner, Template, budget_batches, one_by_one
+from train.stages.inference import (
+    IdLists,
+    Runner,
+    Template,
+    budget_batches,
+    choose_dtype,
+    in_half,
+    one_by_one,
+)
 
 
 def test_worked_examples():
@@ -84,7 +97,8 @@ class Pad:
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_first_slot_alone_gives_the_same_logits(name):
-    """In batches with padding and without, against the whole model with one input a pass."""
+    """In batches with padding and without, against the whole model with one input a pass; and
+    nearly the same in fp16."""
     make, config = CLASSIFIERS[name]
     torch.manual_seed(0)
     model = make(config).eval()
@@ -105,6 +119,83 @@ def test_first_slot_alone_gives_the_same_logits(name):
         for batch, logits, _ in runner.run(texts):
             seen[batch] = logits
         np.testing.assert_allclose(seen, alone, atol=2e-5)
+        runner = replace(runner, half=True)
+        for batch, logits, _ in runner.run(texts):
+            seen[batch] = logits
+        error = np.abs(np.diff(seen) - np.diff(alone)) / np.maximum(1, np.abs(np.diff(alone)))
+        assert 0 < error.max() < 2e-2 and runner.counts["repeated"] == 0
+
+
+def test_a_copy_in_fp16_keeps_what_needs_fp32():
+    model = CLASSIFIERS["modernbert"][0](CLASSIFIERS["modernbert"][1])
+    twin = in_half(model)
+    exact = {name for name, p in twin.named_parameters() if p.dtype == torch.float32}
+    assert exact == {"classifier.weight", "classifier.bias"}
+    assert {b.dtype for b in twin.buffers() if b.is_floating_point()} == {torch.float32}
+    assert torch.equal(twin.classifier.weight, model.classifier.weight)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_pass_that_overflows_in_fp16_is_repeated_in_fp32():
+    make, config = CLASSIFIERS["bert"]
+    model = make(config).eval()
+    middle = model.bert.encoder.layer[0]
+    middle.intermediate.dense.weight.data *= 1e6
+    middle.output.dense.weight.data *= 1e-6
+    texts = [[5, 6, 7], [8], [9, 9]]
+
+    def run(half):
+        runner = Runner(model, Template((2,), (), (3,), 0), Pad(0), torch.device("cpu"), 8, half)
+        return [logits.tolist() for _, logits, _ in runner.run(texts)], runner.counts
+
+    (exact, _), (found, counts) = run(False), run(True)
+    assert found == exact and np.isfinite(np.concatenate(found)).all()
+    assert counts["repeated"] == counts["passes"] > 1
+
+
+def test_a_pass_that_does_not_fit_says_what_to_give():
+    class Full(torch.nn.Module):
+        config = type("Config", (), {})
+
+        def forward(self, **_):
+            raise torch.OutOfMemoryError
+
+    runner = Runner(Full(), Template((2,), (), (3,), 0), Pad(0), torch.device("cpu"), 1000)
+    with pytest.raises(ConfigError, match="--batch_tokens 1000: .*; give --batch_tokens 500$"):
+        list(runner.run([[5]]))
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_a_pass():
+    """torch raises where the host waits, but for the event of a pass before the last two."""
+    make, config = CLASSIFIERS["bert"]
+    model = make(config).eval()
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(5, 40, n).tolist() for n in rng.integers(1, 30, 200)]
+    seen = {}
+    for device, half in (("cpu", False), ("cuda", False), ("cuda", True)):
+        runner = Runner(model, Template((2,), (), (3,), 0), Pad(0), torch.device(device), 64, half,
+                        cut=budget_batches)
+        list(runner.run(texts[:9]))
+        logits = np.zeros((len(texts), 2), np.float32)
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch, found, _ in runner.run(texts):
+                logits[batch] = found
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        seen[device, half] = logits
+    np.testing.assert_allclose(seen["cuda", False], seen["cpu", False], atol=1e-4)
+    np.testing.assert_allclose(seen["cuda", True], seen["cpu", False], atol=2e-2)
+
+
+def test_auto_is_fp16_on_a_gpu(monkeypatch):
+    for has_gpu, dtype in ((True, "fp16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert choose_dtype("auto") == dtype
+        assert [choose_dtype(name) for name in ("fp16", "fp32")] == ["fp16", "fp32"]
 
 
 class Noisy(torch.nn.Module):
@@ -128,12 +219,96 @@ def test_decisions_at_the_edge_do_not_depend_on_the_batch():
     def found(edge, **options):
         runner = Runner(Noisy(), Template((2,), (), (3,), 0), Pad(0), torch.device("cpu"),
                         **options)
-        marks, num_alone = explain(runner, queries, 0.25, edge=edge)
+        marks = explain(runner, queries, 0.25, edge=edge)
         assert all(len(m) == len(q.tokens) for m, q in zip(marks, queries, strict=True))
-        return np.concatenate(marks).tolist(), num_alone
+        return np.concatenate(marks).tolist(), runner.counts["alone"]
 
     alone, _ = found(0.0, batch_tokens=1, cut=one_by_one)
     assert found(0.0, batch_tokens=100)[0] != alone, "the noise is felt"
     for batch_tokens in (20, 100, 5000):
         marks, num_alone = found(EDGE, batch_tokens=batch_tokens)
         assert marks == alone and num_alone
+
+
+class Coarse(torch.nn.Module):
+    """Says 0.55 or about 0.8 by the ids; a copy in fp16 is off by up to 1 % of P (1 - P)."""
+
+    config = type("Config", (), {"num_labels": 2})
+
+    def __init__(self):
+        super().__init__()
+        self.rough = torch.nn.Linear(1, 1)
+        self.top = torch.nn.Linear(1, 1)
+
+    def forward(self, input_ids, **_):
+        total = input_ids.sum(1)
+        known = 0.55 + (0.2 + 0.001 * (total % 7)) * (total % 3 == 0)
+        odds = torch.logit(known.double())
+        if self.rough.weight.dtype == torch.float16:
+            odds += 0.01 * torch.sin(total.double() * 7)
+        return type("Output", (), {"logits": torch.stack([torch.zeros_like(odds), odds], 1)})
+
+
+@pytest.mark.parametrize("criterion", importance.CRITERIA)
+def test_close_decisions_in_fp16_are_those_of_fp32(criterion, monkeypatch):
+    rng = np.random.default_rng(0)
+    queries = [Query(i, 0, 1, [], rng.integers(5, 9, n).tolist())
+               for i, n in enumerate(rng.integers(1, 9, 200))]
+
+    def found(half):
+        runner = Runner(Coarse(), Template((2,), (), (3,), 0), Pad(0), torch.device("cpu"), 100,
+                        half)
+        return np.concatenate(explain(runner, queries, 0.203, criterion)), runner.counts
+
+    exact, counts = found(half=False)
+    assert counts["fp32"] == 0
+    first, counts = found(half=True)
+    assert np.array_equal(first, exact)
+    assert 0 < counts["fp32"] < counts["inputs"] / 2
+    monkeypatch.setattr(importance, "half_edge", lambda *_: 0.0)
+    assert not np.array_equal(found(half=True)[0], exact), "the error of fp16 is felt"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_tokenizer):
+    """A trained classifier of moods, and queries that it was not trained on."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    model = BertForSequenceClassification(BertConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=64, pad_token_id=0, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(60):
+        labels = torch.arange(32) % 2
+        texts = [review(rng, (BAD, GOOD)[label]) for label in labels]
+        labels[:4] = 1 - labels[:4]  # so that it is not sure of everything
+        inputs = tiny_tokenizer(texts, padding=True, return_tensors="pt")
+        loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    queries = []
+    for i in range(200):
+        text = review(rng, (BAD, GOOD)[i % 2])
+        ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+        queries.append(Query(i, 0, i % 2, [], ids))
+    return model, queries, tiny_tokenizer
+
+
+@pytest.mark.parametrize("delta", [0.005, 0.01])
+def test_a_trained_classifier_decides_in_fp16_as_in_fp32(trained, delta):
+    model, queries, tokenizer = trained
+
+    def found(half):
+        runner = Runner(model, Template((2,), (), (3,), 0), tokenizer, torch.device("cpu"), 4096,
+                        half)
+        marks = explain(runner, queries, delta)
+        return [None if m is None else m.tolist() for m in marks], runner.counts
+
+    exact, _ = found(half=False)
+    first, counts = found(half=True)
+    assert first == exact
+    assert 0 < counts["fp32"] < counts["inputs"] / 2
+    flat = [mark for marks in exact if marks for mark in marks]
+    assert len(flat) > 500 and 0.02 < np.mean(flat) < 0.98

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -279,7 +280,8 @@ def first_slot_only(classifier: Any) -> None:
         return
     layer: Any = family.layers(family.encoder(classifier))[-1]
 
-    def forward(hidden: torch.Tensor, attention_mask: Any = None, *_: Any, **options: Any) -> Any:
+    def forward(layer: Any, hidden: torch.Tensor, attention_mask: Any = None, *_: Any,
+                **options: Any) -> Any:
         num_rows, num_slots = hidden.shape[:2]
         row = torch.arange(num_rows, device=hidden.device)
         if attention_mask is None:
@@ -287,7 +289,7 @@ def first_slot_only(classifier: Any) -> None:
         queries = Queries(row * num_slots, row[:, None], row)
         return family.last_layer(layer, hidden, attention_mask, queries, **options)[:, None]
 
-    layer.forward = forward
+    layer.forward = MethodType(forward, layer)  # of a copy's own layer where a model is copied
 
 
 def checkpoint_activations(hf_model: Any) -> None:

@@ -11,7 +11,8 @@ the kept tokens of a sequence stand at the front of its own room in one array.
 The last digits of a confidence depend on what else is in its batch (about 1e-7 in fp32), and could
 turn a close decision. So inputs within `EDGE` of turning are repeated, each alone in its pass, and
 decided by that: the answers are those of one query at a time, whatever the batches and the number
-of ranks. (Rounding would only move the edge to where a rounded number turns.)
+of ranks. (Rounding would only move the edge to where a rounded number turns.) In fp16 the same is
+done once more: what is within `half_edge` of turning is asked again in fp32, and decided there.
 
 Letters: `N` sequences, `B` inputs, `C` classes.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,9 @@ Confidence = Callable[[IdLists, list[int]], "np.ndarray | Sequence[float]"]
 
 EDGE = 1e-5
 """Of a probability. A batch changed one in fp32 by at most 2e-7 (4 and 6 layers)."""
+
+HALF_DELTA = 5e-3
+"""Smallest `delta` for fp16: below it the error of fp16 may be as large as `delta`."""
 
 
 CRITERIA = ("signed", "absolute", "strict")
@@ -201,32 +205,66 @@ def plan_queries(
 # --------------------------------------------------------------------------- asking
 
 
+def half_edge(one: np.ndarray, other: np.ndarray, most: float) -> np.ndarray:
+    """Return by how much fp16 may change the difference of two probabilities, `(B,)` float64.
+
+    A logit that is off by e changes P by at most e P (1 - P); 0.03 is half as much again as the
+    2e-2 that log-odds may be off.
+    """
+    return np.minimum(0.03 * (one * (1 - one) + other * (1 - other)) + EDGE, most)
+
+
+def check_half(delta: float) -> None:
+    """Refuse fp16 for a `delta` below `HALF_DELTA`."""
+    if delta < HALF_DELTA:
+        raise ConfigError(
+            f"fp16 with --delta {delta}: it cannot tell differences below {HALF_DELTA}; give fp32, "
+            "or a larger --delta"
+        )
+
+
+class Way(NamedTuple):
+    """One way to ask, and within what of turning its answers are asked again in a surer one.
+
+    name: of the count of inputs that were asked again in this way.
+    edge: two probabilities, `(B,)` each, and the largest edge -> edge, a number or `(B,)`.
+    """
+
+    name: str
+    runner: Runner
+    edge: Callable[[np.ndarray, np.ndarray, float], Any]
+
+
 class Classifier:
     """Probabilities of the classes for inputs in place of the text of some queries.
 
-    num_alone: inputs that were repeated alone.
+    ways: from the quickest to the surest: in fp16 if the runner is, in fp32, and each input alone.
+        The runner's counts have the inputs that were asked again, "fp32" and "alone".
     """
 
-    def __init__(self, runner: Runner, queries: list[Query]) -> None:
-        self.runner = runner
-        self._alone = replace(runner, cut=one_by_one, min_width=0)  # with the same counts
-        self.num_alone = 0
+    def __init__(self, runner: Runner, queries: list[Query], edge: float) -> None:
+        exact = replace(runner, half=False)  # with the same counts
+        alone = replace(exact, cut=one_by_one, min_width=0)
+        self.ways = [Way("fp32", exact, lambda *_: edge), Way("alone", alone, lambda *_: 0.0)]
+        if runner.half:
+            self.ways.insert(0, Way("fp16", runner, half_edge))
         self.texts = IdLists.of([query.tokens for query in queries])
         self.labels = np.array([query.label for query in queries], dtype=np.int64)
         self._aspects = IdLists.of([query.aspect for query in queries])
+        self._whole = np.full((len(self.ways), len(queries)), np.nan)
 
     def classes(
-        self, which: np.ndarray, texts: IdLists, progress: Progress | None = None,
-        alone: bool = False,
+        self, which: np.ndarray, texts: IdLists, level: int, progress: Progress | None = None
     ) -> np.ndarray:
         """Return P of every class, `(B, C)` float64.
 
         Args:
             which: the query of each text, `(B,)` int64.
-            alone: each in a pass of its own.
+            level: number of the way to ask.
         """
-        runner = self._alone if alone else self.runner
-        self.num_alone += len(which) * alone
+        name, runner, _ = self.ways[level]
+        if level:
+            runner.counts[name] += len(which)
         aspects = self._aspects.take(which) if runner.template.between else None
         found = np.zeros((len(which), runner.model.config.num_labels))
         for batch, logits, _ in runner.run(texts, aspects):
@@ -236,31 +274,41 @@ class Classifier:
         return found
 
     def confidence(
-        self, which: np.ndarray, texts: IdLists, progress: Progress | None = None,
-        alone: bool = False,
+        self, which: np.ndarray, texts: IdLists, level: int, progress: Progress | None = None
     ) -> np.ndarray:
         """Return P of the right class, `(B,)` float64; see `classes`."""
-        found = self.classes(which, texts, progress, alone)
+        found = self.classes(which, texts, level, progress)
         return found[np.arange(len(which)), self.labels[which]]
 
+    def whole(self, which: np.ndarray, level: int) -> np.ndarray:
+        """Return P of the right class for complete sequences, `(B,)` float64; asked only once."""
+        known = self._whole[level]
+        new = np.unique(which[np.isnan(known[which])])
+        if len(new):
+            known[new] = self.confidence(new, self.texts.take(new), level)
+        return known[which]
 
-def classify(ask: Classifier, edge: float, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """Classify the complete sequences of all queries.
+    def find_right(self, progress: Progress) -> np.ndarray:
+        """Return the queries whose complete sequences are classified correctly, `(M,)` int64.
 
-    Returns:
-        P of the right class, `(N,)` float64; and which ones the classifier gets right, int64.
-    Raises:
-        DataError: the classifier's answers are not numbers.
-    """
-    everyone = np.arange(len(ask.texts))
-    found = ask.classes(everyone, ask.texts, progress)
-    if np.isnan(found).any():
-        raise DataError("the classifier's logits are not numbers; fine-tune it again")
-    ascending = np.sort(found, axis=1)
-    unsure = np.flatnonzero(ascending[:, -1] - ascending[:, :-1].max(1, initial=0) < edge)
-    found[unsure] = ask.classes(unsure, ask.texts.take(unsure), alone=True)
-    right = np.flatnonzero(found.argmax(1) == ask.labels)
-    return found[everyone, ask.labels], right
+        Raises:
+            DataError: the classifier's answers are not numbers.
+        """
+        is_right = np.zeros(len(self.texts), bool)
+        todo = np.arange(len(self.texts))
+        for level, way in enumerate(self.ways):
+            if not len(todo):
+                break
+            found = self.classes(
+                todo, self.texts.take(todo), level, None if level else progress)
+            if np.isnan(found).any():
+                raise DataError("the classifier's logits are not numbers; fine-tune it again")
+            self._whole[level, todo] = found[np.arange(len(todo)), self.labels[todo]]
+            is_right[todo] = found.argmax(1) == self.labels[todo]
+            ascending = np.sort(found, axis=1)
+            first, second = ascending[:, -1], ascending[:, :-1].max(1, initial=0)
+            todo = todo[first - second < way.edge(first, second, 1.0)]
+        return np.flatnonzero(is_right)
 
 
 def explain(
@@ -272,38 +320,44 @@ def explain(
     edge: float = EDGE,
     who: str = "",
     every: int = 1 << 14,
-) -> tuple[list[np.ndarray | None], int]:
+) -> list[np.ndarray | None]:
     """Find the important tokens of this process's queries.
 
     Args:
-        edge: inputs within it of turning are repeated alone; 0 for none.
+        edge: inputs that are within it of turning in fp32 are repeated alone; 0 for none.
         who: which process this is, for the lines of progress.
         every: inputs between two of them.
     Returns:
-        One bool array per query, as long as its tokens, None where the classifier is wrong; and
-        how many inputs were repeated.
+        One bool array per query, as long as its tokens, None where the classifier is wrong. The
+        runner's counts have the inputs that were asked again, "fp32" and "alone".
     Raises:
         DataError: the classifier's answers are not numbers.
     """
-    ask = Classifier(runner, queries)
+    ask = Classifier(runner, queries, edge)
     with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
-        full, right = classify(ask, edge, progress)
+        right = ask.find_right(progress)
+    full = ask.whole(right, 0)
     num_buffers = int(ask.texts.lengths[right].sum()) + len(right) * (criterion == "strict")
 
     def confidence(buffers: IdLists, owners: list[int]) -> np.ndarray:
-        which = right[owners]
-        part = ask.confidence(which, buffers, progress)
-        near = np.flatnonzero(np.abs(np.abs(full[which] - part) - delta) < edge)
-        again = which[near]
-        if len(near):
-            whole = ask.confidence(again, ask.texts.take(again), alone=True)
-            part[near] = ask.confidence(again, buffers.take(near), alone=True)
-            part[near] += full[again] - whole  # so that `full` minus it is what both say alone
+        part = np.zeros(len(buffers))
+        todo, owner = np.arange(len(buffers)), np.array(owners, dtype=np.int64)
+        for level, way in enumerate(ask.ways):
+            which = right[owner[todo]]
+            whole = ask.whole(which, level)
+            found = ask.confidence(
+                which, buffers.take(todo), level, None if level else progress)
+            part[todo] = found + (full[owner[todo]] - whole)  # `full` minus it is what this says
+            # Most buffers differ by 0 from their sequence: an edge of delta would repeat them all.
+            near = way.edge(whole, found, 0.9 * delta)
+            todo = todo[np.abs(np.abs(whole - found) - delta) < near]
+            if not len(todo):
+                break
         return part
 
     with Progress(num_buffers, "buffer", every, label=f"annotate{who}") as progress:
-        found = find_important(confidence, ask.texts.take(right), full[right], delta, criterion)
+        marks = find_important(confidence, ask.texts.take(right), full, delta, criterion)
     important: list[np.ndarray | None] = [None] * len(queries)
-    for i, marks in zip(right.tolist(), found, strict=True):
-        important[i] = marks
-    return important, ask.num_alone
+    for i, found in zip(right.tolist(), marks, strict=True):
+        important[i] = found
+    return important

@@ -5,21 +5,31 @@ by length and cut into batches of nearly equal lengths, by a budget of token slo
 little padding, most batches need no attention mask, no Python code runs per sequence, and answers
 come with the indices of their questions.
 
+On a GPU the host only starts passes: inputs and answers are copied from and to pinned memory, and
+the answers of a pass are read while the next two are computed. Shapes vary with the lengths, so
+attention runs on kernels that need no plan per shape, and nothing is compiled.
+
 Letters: `N` sequences, `T` tokens of all, `B` sequences of a batch, `L` padded length, `C` classes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from preprocess.errors import ConfigError
 from preprocess.store import ranges
+from train.model import FAMILIES, attention_mask
 
 
 class Template(NamedTuple):
@@ -110,12 +120,16 @@ class IdLists(Sequence[list[int]]):
         return IdLists(self.tokens(), np.cumsum(self.lengths) - self.lengths, self.lengths)
 
 
-PASS_SLOTS = 128
-"""Token slots that cost a CPU as much time as one more pass."""
+PASS_SLOTS = {"cpu": 128, "cuda": 8192}
+"""Token slots that cost as much time as one more pass, which a GPU's host starts in 5 ms or so."""
+
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65_536}
+"""Token slots of a pass. On a GPU so many that the host starts a pass while one is computed; their
+states take 2 GB at most (BERT-large in fp32)."""
 
 
 def budget_batches(
-    lengths: Sequence[int] | np.ndarray, batch_tokens: int, pass_slots: int = PASS_SLOTS
+    lengths: Sequence[int] | np.ndarray, batch_tokens: int, pass_slots: int = PASS_SLOTS["cpu"]
 ) -> list[np.ndarray]:
     """Group inputs of similar length so that `B * L <= batch_tokens`, at least one per batch.
 
@@ -153,18 +167,58 @@ def one_by_one(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 Cut = Callable[[np.ndarray, int], list[np.ndarray]]
 
+PASSES_AHEAD = 2
+"""Passes that are started before the answers of one are read."""
+
+# cuDNN's attention makes a plan for each new shape, which takes it about 0.2 s.
+_PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def choose_dtype(dtype: str) -> str:
+    """Return fp16 or fp32 for the value of `--dtype`; auto is fp16 on a GPU."""
+    if dtype != "auto":
+        return dtype
+    return "fp16" if torch.cuda.is_available() else "fp32"
+
+
+def in_half(model: Any) -> Any:
+    """Return a copy of a model in fp16, but for its last linear layer, which makes fp32 logits."""
+    twin = deepcopy(model)
+    *_, top = (module for module in twin.modules() if isinstance(module, nn.Linear))
+    exact = {id(parameter) for parameter in top.parameters()}
+    for parameter in twin.parameters():  # buffers stay: frequencies of positions need fp32
+        if id(parameter) not in exact:
+            parameter.data = parameter.data.half()
+    top.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    return twin
+
+
+class _Pass(NamedTuple):
+    """A pass that was started.
+
+    answer: on the host, complete when `done` has happened. inputs: to repeat it.
+    """
+
+    batch: np.ndarray
+    starts: np.ndarray
+    inputs: dict[str, np.ndarray]
+    answer: torch.Tensor
+    done: torch.cuda.Event | None
+
 
 @dataclass
 class Runner:
     """A model without dropout and gradients, and the way its inputs are made.
 
-    model: a transformers model; called with `input_ids`, if it knows segments `token_type_ids`,
-        and where there is padding `attention_mask`, `(B, L)` int64 each; returns an object with
-        `logits`.
-    half: compute in fp16 on a GPU.
-    cut: lengths `(N,)` and budget of slots -> indices of the inputs of each batch.
+    model: a transformers model in fp32; called with `input_ids`, if it knows segments
+        `token_type_ids`, and where there is padding `attention_mask`, `(B, L)` int64 each, or a
+        complete mask, which spares transformers a look at it; returns an object with `logits`.
+    half: compute in fp16 (`in_half`). A pass whose answers are not finite is repeated in fp32.
+    cut: lengths `(N,)` and budget of slots -> indices of the inputs of each batch; None is
+        `budget_batches`.
     min_width: slots to which every input is padded at least; implies a mask.
-    counts: the cost so far: "passes", "inputs", real "tokens", and "slots" with padding.
+    counts: the cost so far: "passes", "inputs", real "tokens", "slots" with padding, and passes
+        "repeated" in fp32.
     """
 
     model: Any
@@ -173,20 +227,26 @@ class Runner:
     device: torch.device
     batch_tokens: int
     half: bool = False
-    cut: Cut = budget_batches
+    cut: Cut | None = None
     min_width: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
+        self._quick: Any = in_half(self.model) if self.half else self.model
         self._pad_id = self.tokenizer.pad_token_id
-        self._segments = getattr(self.model.config, "type_vocab_size", 0) > 1
+        config = self.model.config
+        self._segments = getattr(config, "type_vocab_size", 0) > 1
+        # A top that takes the mean reads the mask as well.
+        means = getattr(config, "classifier_pooling", "cls") != "cls"
+        self._family = None if means else FAMILIES.get(getattr(config, "model_type", ""))
 
     def run(
         self,
         sequences: Iterable[Sequence[int] | np.ndarray],
         firsts: Iterable[Sequence[int] | np.ndarray] | None = None,
         share: tuple[int, int] = (0, 1),
+        answer: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield the logits of each batch.
 
@@ -195,6 +255,7 @@ class Runner:
             firsts: ids before each, in a segment of their own; needs a pair template.
             share: `(rank, world_size)`: run only every world_size-th batch. Batches, and so
                 logits, do not depend on the number of ranks.
+            answer: what is computed on the device from the logits, and yielded instead.
         Yields:
             Indices in `sequences`, `(B,)` int64; logits, `(B, C)` or `(B, L, C)` float32; slot of
             each sequence's first token, `(B,)` int64.
@@ -204,19 +265,18 @@ class Runner:
         lengths = seconds.lengths + self.template.num_special
         if heads is not None:
             lengths = lengths + heads.lengths
-        waiting = None
-        for batch in self.cut(lengths, self.batch_tokens)[share[0] :: share[1]]:
+        cut = self.cut or partial(budget_batches, pass_slots=PASS_SLOTS[self.device.type])
+        waiting: deque[_Pass] = deque()
+        for batch in cut(lengths, self.batch_tokens)[share[0] :: share[1]]:
             inputs, starts = self._assemble(
                 seconds.take(batch), None if heads is None else heads.take(batch))
             self.counts.update(passes=1, inputs=len(batch), tokens=int(lengths[batch].sum()),
                                slots=inputs["input_ids"].size)
-            # A GPU computes this batch while the next one is assembled and the last one is used.
-            started = batch, self._start(inputs), starts
-            if waiting is not None:
-                yield waiting[0], waiting[1].float().cpu().numpy(), waiting[2]
-            waiting = started
-        if waiting is not None:
-            yield waiting[0], waiting[1].float().cpu().numpy(), waiting[2]
+            waiting.append(_Pass(batch, starts, inputs, *self._start(inputs, answer, self.half)))
+            if len(waiting) > PASSES_AHEAD:
+                yield self._finish(waiting.popleft(), answer)
+        while waiting:
+            yield self._finish(waiting.popleft(), answer)
 
     def _assemble(
         self, seconds: IdLists, firsts: IdLists | None
@@ -248,8 +308,49 @@ class Runner:
             inputs["token_type_ids"] = np.where(filled & (slot >= starts[:, None]), second_type, 0)
         return inputs, starts
 
-    def _start(self, inputs: dict[str, np.ndarray]) -> torch.Tensor:
-        tensors = {k: torch.from_numpy(v).to(self.device) for k, v in inputs.items()}
-        half = self.half and self.device.type == "cuda"
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.float16, enabled=half):
-            return self.model(**tensors).logits
+    def _start(
+        self, inputs: dict[str, np.ndarray], answer: Callable[[torch.Tensor], torch.Tensor],
+        half: bool,
+    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start a pass; return what becomes its answer on the host, and when it is complete."""
+        on_gpu = self.device.type == "cuda"
+        kernels: AbstractContextManager[Any] = sdpa_kernel(_PLANLESS) if on_gpu else nullcontext()
+        tensors: dict[str, Any] = {name: torch.from_numpy(v) for name, v in inputs.items()}
+        if on_gpu:
+            tensors = {name: tensor.pin_memory().to(self.device, non_blocking=True)
+                       for name, tensor in tensors.items()}
+        model = self._quick if half else self.model
+        try:
+            with torch.inference_mode(), kernels:
+                filled = tensors.get("attention_mask")
+                if filled is not None and self._family:
+                    slot = torch.arange(filled.shape[1], device=self.device)[None]
+                    dtype = model.get_input_embeddings().weight.dtype
+                    tensors["attention_mask"] = attention_mask(
+                        self._family, model.config, filled, slot, dtype)
+                found = answer(model(**tensors).logits).to("cpu", non_blocking=True)  # pinned
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"--batch_tokens {self.batch_tokens}: such a pass does not fit the memory of the "
+                f"GPU; give --batch_tokens {max(16, self.batch_tokens // 2)}"
+            ) from None
+        if not on_gpu:
+            return found, None
+        done = torch.cuda.Event()
+        done.record()
+        return found, done
+
+    def _finish(
+        self, started: _Pass, answer: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Wait for a pass; return its indices, answers and first slots."""
+        if started.done:
+            started.done.synchronize()
+        found = started.answer.numpy()
+        if self.half and not np.isfinite(found).all():
+            self.counts["repeated"] += 1
+            again, done = self._start(started.inputs, answer, half=False)
+            if done:
+                done.synchronize()
+            found = again.numpy()
+        return started.batch, found, started.starts
