@@ -171,6 +171,7 @@ def run_part(part: Part, log: Path, seconds: float) -> dict[str, Any]:
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # those of the machine are none of ours
         "PATH": f"{Path(part.command[0]).parent}{os.pathsep}{os.environ['PATH']}",
     }
     started = time.monotonic()
