@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class ConfigError(ValueError):
@@ -128,8 +128,18 @@ def _disk_full(
     )
 
 
+# Codes with which all ranks end at the same point, once the process group has started.
+_TOGETHER = (0, ConfigError.exit_code, NonFiniteError.exit_code, StopRequested.exit_code)
 # On a busy machine the imports of one rank may take this much longer than those of another.
 _GRACE_SECONDS = 15
+
+
+def _process_group() -> Any:
+    """Return `torch.distributed` if this process has joined a group, else None."""
+    torch = sys.modules.get("torch")
+    distributed = getattr(torch, "distributed", None)
+    joined = distributed and distributed.is_available() and distributed.is_initialized()
+    return distributed if joined else None
 
 
 def _is_alone() -> bool:
@@ -137,9 +147,25 @@ def _is_alone() -> bool:
 
     Before the process group starts, every rank reads the same files and takes the same decision.
     """
-    torch = sys.modules.get("torch")
-    distributed = getattr(torch, "distributed", None)
-    return bool(distributed and distributed.is_available() and distributed.is_initialized())
+    return _process_group() is not None
+
+
+def _leave_group(together: bool) -> None:
+    """Leave the process group, so that neither torch nor NCCL complains at the exit.
+
+    Args:
+        together: whether all ranks end here. Otherwise the others may be in a collective, for which
+            NCCL would wait, so its communicators are given up.
+    """
+    distributed = _process_group()
+    if distributed is None:
+        return
+    if together or distributed.get_world_size() == 1:
+        distributed.destroy_process_group()
+    elif "nccl" in distributed.get_backend():
+        give_up = getattr(distributed.distributed_c10d, "_abort_process_group", None)
+        if give_up is not None:
+            give_up()
 
 
 def _end_where_nobody_reads(error: Exception) -> None:
@@ -173,6 +199,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         if _is_full(error) and not isinstance(error, DiskFullError):
             error = _disk_full(getattr(error, "filename", None), None, error)
         if not isinstance(error, OSError):
+            _leave_group(together=False)
             raise
         code, shared = DataError.exit_code, not _is_alone()
         named = error.filename and not isinstance(error, DiskFullError)
@@ -185,4 +212,5 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     elif code and not _is_alone():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE_SECONDS)
+    _leave_group(together=code in _TOGETHER)
     sys.exit(code)

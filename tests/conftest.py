@@ -18,18 +18,26 @@ import torch  # noqa: E402
 from tests.support.language import BAD, GOOD, WORDS, review
 from tests.support.launch import run, run_in_this_process
 
-if not torch.cuda.is_available():
-    # Triton's kernels then run on the CPU, in its interpreter. Read where a kernel is defined.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPU from all tests, and from the processes they start, but under `-m gpu`.
+
+    So every machine runs the same tests on its CPU. Torch looks for GPUs when it is first asked.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not torch.cuda.is_available():
+        # Triton's kernels then run on the CPU, in its interpreter. Read where a kernel is defined.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU where there is none."""
+    """Skip tests that need a GPU where there is none, or it is hidden."""
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU and `pytest -m gpu`"))
 
 
 @pytest.fixture(scope="session")

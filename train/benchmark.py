@@ -37,6 +37,7 @@ from train import data, model
 from train import engine as ds
 from train.bench import baselines, maskings, tables
 from train.bench import throughput as speed
+from train.bench.events import folder_of, write_events
 from train.config import BenchmarkConfig, as_dict, parse
 from train.data import RowTable, row_tables
 from train.model import flops
@@ -338,6 +339,9 @@ def measure_length(
     everyone = peak.flops_per_second * ds.ranks().world_size
     result = []
     for row in rows:
+        if ds.is_main():
+            write_events(folder_of(config.output_dir, max_seq_length, row.name), found[row.name],
+                         count, everyone)
         others = {"over_random": maskings.BASELINE + EQUAL * (row.kind == "equal"),
                   "over_grouped": GROUPED, "over_full": baselines.PASSES[0]}
         result.append(speed.summarise(row, found[row.name], count, everyone) | {

@@ -26,10 +26,13 @@ from preprocess.masking import BASELINE, STRATEGIES
 DATA, MODEL = "data and masking", "model"
 OPTIMIZATION = 'optimization (fills "auto" in the DeepSpeed JSON)'
 EVALUATION, CHECKPOINTS, SPEED = "evaluation", "checkpoints and logging", "speed and memory"
-CUSTOM, MEASURING = "files of --task custom", "measuring"
+CUSTOM, MEASURING, NODES = "files of --task custom", "measuring", "many nodes"
 GROUPS = (
-    USUAL, CUSTOM, DATA, MODEL, OPTIMIZATION, EVALUATION, MEASURING, CHECKPOINTS, SPEED,
+    USUAL, NODES, CUSTOM, DATA, MODEL, OPTIMIZATION, EVALUATION, MEASURING, CHECKPOINTS, SPEED,
 )
+
+
+AUTO = "auto"
 
 
 class Bounds(NamedTuple):
@@ -59,7 +62,8 @@ def _flag(default: Any, text: str, group: str = OTHER, bounds: Bounds | None = N
         group: its heading in `--help`.
         bounds: values that it allows; None is always allowed.
         more: `metavar`, the placeholder in `--help`; `missing`, what to give (then the flag is
-            required); `off`, help text of `--no_X` (for a default of True); `action` of argparse.
+            required); `off`, help text of `--no_X` (for a default of True); `bare`, the value of
+            the flag alone; `read`, turns text into a value; `action` of argparse.
     """
     metadata = {"help": text, "group": group, "bounds": bounds, **more}
     if isinstance(default, list):
@@ -155,7 +159,6 @@ class TrainingConfig(_CommandConfig):
     max_seq_length: int = _flag(
         128, "token slots per row, including special tokens", DATA, ROW
     )
-    torch_compile: bool = _flag(False, "compile the encoder with torch.compile", SPEED)
     gradient_checkpointing: bool = _flag(
         False, "recompute activations in the backward pass, to save memory", SPEED
     )
@@ -172,6 +175,10 @@ class MaskedLMOptions(_Checked):
     )
     head_implementation: Literal["auto", "reference", "chunked", "triton"] = _flag(
         "auto", "code of the MLM head; auto: triton on a GPU, chunked on a CPU", SPEED
+    )
+    torch_compile: Literal["yes", "no", "auto"] = _flag(
+        "auto", "compile the encoder layer by layer with torch.compile; alone: yes; auto: on a "
+        "GPU, in a run that is long enough to pay the warm-up back", SPEED, bare="yes",
     )
 
 
@@ -207,6 +214,11 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions):
         0.15, "mask rate of --masking, as a fraction of the tokens", DATA, FRACTION
     )
     max_steps: int = _flag(1000, "optimizer steps; 0: only write hf/", USUAL, _at_least(0))
+    per_device_train_batch_size: int | str | None = _flag(  # type: ignore[assignment]
+        None, "rows per micro batch per rank; auto: as many as fit the memory of the GPUs",
+        OPTIMIZATION, Bounds(lambda value: value == AUTO or value >= 1, "1 or more, or auto"),
+        read=lambda text: text if text == AUTO else int(text), metavar="N",
+    )
     head_only_steps: int = _flag(
         0, "first steps, in which only the MLM head learns (for a fresh head)", OPTIMIZATION
     )
@@ -444,7 +456,7 @@ class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
     """
 
     output_dir: str = _flag(
-        "runs/benchmark", "folder for benchmark.json and benchmark.png", USUAL, metavar="DIR"
+        "runs/benchmark", "folder for benchmark.json, benchmark.png and tb/", USUAL, metavar="DIR"
     )
     tokens: str = _flag(
         "", "prefix of the token store", USUAL, metavar="P",
@@ -531,8 +543,22 @@ class PipelineConfig(_Checked):
         action="extend", metavar="KEY=VALUE",
     )
     num_gpus: int = _flag(1, "ranks per training command", USUAL, _at_least(1))
+    hostfile: str = _flag(
+        "", "run the training commands on these nodes; one `HOST slots=N` per line", NODES,
+        metavar="FILE",
+    )
+    no_ssh: bool = _flag(
+        False, "this command is started on every node by hand, with its own --node_rank", NODES
+    )
+    node_rank: int | None = _flag(
+        None, "number of this node in the hostfile, from 0; goes with --no_ssh", NODES
+    )
+    master_addr: str = _flag(
+        "", "address at which the other nodes reach the first (default: its name in the hostfile)",
+        NODES, metavar="HOST",
+    )
     master_port: int = _flag(
-        0, "port of the launcher; 0: a free one per command",
+        0, "port of the launcher; 0: a free one per command", NODES,
         bounds=Bounds(lambda value: 0 <= value < 65536, "a port number"),
     )
     launcher: Literal["deepspeed", "python"] = _flag(
@@ -551,6 +577,21 @@ class PipelineConfig(_Checked):
                 f"--launcher python starts one process, but --num_gpus is {self.num_gpus}: "
                 "leave --launcher out"
             )
+        for wrong, message in (
+            (self.hostfile and self.launcher == "python",
+             f"--hostfile {self.hostfile} needs DeepSpeed's launcher; leave --launcher out"),
+            (self.hostfile and self.num_gpus > 1,
+             f"--num_gpus {self.num_gpus} and --hostfile {self.hostfile}: the slots of the "
+             "hostfile are the ranks of a node; leave --num_gpus out"),
+            ((self.no_ssh or self.master_addr) and not self.hostfile,
+             "--no_ssh and --master_addr go with --hostfile: give a file with one line per node, "
+             "as `node1 slots=8`"),
+            (self.no_ssh != (self.node_rank is not None),
+             "--no_ssh and --node_rank go together: start the command on every node with both, "
+             "or on the first one with neither"),
+        ):
+            if wrong:
+                raise ConfigError(message)
 
 
 ConfigClass = TypeVar("ConfigClass", bound=Any)
@@ -570,7 +611,12 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
         """`HfArgumentParser`, but a field says its group, and one of --x and --no_x is shown."""
 
         def add_argument(self, *names: str, group: str = OTHER, bounds: Any = None,
-                         missing: str = "", off: str = "", **options: Any) -> Any:
+                         missing: str = "", off: str = "", bare: str = "",
+                         read: Callable[[str], Any] | None = None, **options: Any) -> Any:
+            if bare:
+                options |= {"nargs": "?", "const": bare}
+            if read:
+                options["type"] = read
             if off:
                 switches_off = options.get("action") == "store_false"
                 options["help"] = off if switches_off else argparse.SUPPRESS

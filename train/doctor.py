@@ -174,13 +174,14 @@ def check_nvcc(asked: Asked) -> Iterator[Finding]:
     built = str(torch.version.cuda)
     if release is None:
         yield Finding(
-            "nvcc", "fail", f"{nvcc} does not run; DeepSpeed's Adam is compiled with it",
-            f'install the CUDA {built} toolkit, or write "torch_adam": true in the DeepSpeed JSON',
+            "nvcc", "warn", f"{nvcc} does not run; DeepSpeed's own Adam is compiled with it, which "
+            'offloading and "torch_adam": false use',
+            f"install the CUDA {built} toolkit, or leave both out of the DeepSpeed JSON",
         )
     else:
         major = built.split(".")[0]
         yield judge(release[1] == major, "nvcc", f"CUDA {release[1]}{release[2]}, torch is built "
-                    f"for {built}", f"set CUDA_HOME to a CUDA {major} toolkit")
+                    f"for {built}", f"set CUDA_HOME to a CUDA {major} toolkit", "warn")
 
 
 def check_triton(asked: Asked) -> Iterator[Finding]:

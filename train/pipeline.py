@@ -9,20 +9,23 @@ by another command, or older than their inputs, are refused until `--rerun`.
 The output folder holds `vocabulary/`, `general/` and `domain/` (token stores with their arrays),
 `stage1/`, `classifier/`, `annotations/`, `scorer/`, `task_guided/ARM-seedN/`,
 `finetune/ARM-seedN/`, `floors/` (trivial baselines), `report/`, `logs/`, and `steps.json` (the
-command, outputs and seconds of each step). With `export_steps`, everything that depends on the
-length of stage 1 lies under `step_N/`.
+command, outputs and seconds of each step). With `--hostfile`, training commands run on many nodes,
+all other steps on the first one (`train/recipes/nodes.py`). With `export_steps`, everything that
+depends on the length of stage 1 lies under `step_N/`.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from preprocess.errors import run_command
 from preprocess.files import atomic_write_json
 from train.config import PipelineConfig, parse
+from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
 from train.recipes.plan import Step, plan
 from train.recipes.recipe import load_recipe
-from train.recipes.run import Journal, run_steps, shown
+from train.recipes.run import Journal, follow, run_steps, shown
 
 
 def where_to_look(root: Path, steps: list[Step]) -> str:
@@ -41,14 +44,21 @@ def main(argv: list[str] | None = None) -> None:
     recipe = load_recipe(options.recipe, options.set)
     root = Path(options.output_dir)
     steps, arms = plan(recipe, root)
+    hosts = read_hostfile(options.hostfile) if options.hostfile else {}
     if options.dry_run:
         for step in steps:
             print(shown(step, options))
         return
+    check_nodes(options, hosts, steps)
     root.mkdir(parents=True, exist_ok=True)
+    if options.node_rank:
+        follow(steps, Journal(root), options, OtherNode(root, options.node_rank, steps))
+        return
     journal = Journal(root)
-    atomic_write_json(root / "arms.json", arms)
-    run_steps(steps, journal, options)
+    others = len(hosts) - 1 if options.no_ssh else 0
+    with FirstNode(root, others, steps) if others else nullcontext() as first:
+        atomic_write_json(root / "arms.json", arms)
+        run_steps(steps, journal, options, first)
     print(where_to_look(root, steps), flush=True)
 
 

@@ -30,13 +30,15 @@ from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
 from train import data, model
 from train import engine as ds
-from train.config import PretrainConfig, parse
-from train.data import RowTable, row_tables
+from train.config import AUTO, PretrainConfig, parse
+from train.data import row_tables
 from train.model import flops
 from train.run_dir import checkpoint, folder, hf_folder, metrics
 from train.run_dir import identity as records
+from train.stages import execution as fitting
 from train.stages import masked_lm as mlm
 from train.stages.example import HeldOutExample
+from train.stages.startup import Startup
 
 
 @dataclass
@@ -55,20 +57,22 @@ class PretrainInputs:
 
     Attributes:
         tokenizer: of the store.
+        batches: the training rows under their masks, as this rank reads them.
         held: the held-out rows of this rank, under the fixed random masks ("") and under each
             `--eval_mask_index`.
         parent: the weights that the run starts from; None for fresh ones.
+        execution: what the run does on this machine, and whatever it resumes on.
         records: the `identity` and the `numerics` of the run, kept with all that it writes.
     """
 
     config: PretrainConfig
     store: TokenStore
     tokenizer: Any
-    train_rows: RowTable
-    masking: data.Masking
+    batches: data.PackedData
     held: dict[str, data.PackedData]
     resolved: ds.Resolved
     parent: hf_folder.Weights | None
+    execution: fitting.Execution
     records: dict[str, dict[str, Any]]
 
     @property
@@ -143,10 +147,38 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
         },
         max_steps=config.max_steps,
     )
-    return PretrainInputs(
-        config, store, tokenizer, train_rows, masking, held, resolved, parent,
-        {"identity": identity, "numerics": records.numerics(config, resolved)},
+    batches = data.PackedData(
+        store, train_rows, masking, seed=config.seed, micro_batch_size=resolved.micro_batch_size,
+        accumulation_steps=resolved.accumulation_steps,
+        world_size=ranks.world_size, rank=ranks.rank,
     )
+    execution = fitting.settle(config, resolved, batches)
+    numerics = records.numerics(config, resolved, execution.record())
+    return PretrainInputs(
+        config, store, tokenizer, batches, held, resolved, parent, execution,
+        {"identity": identity, "numerics": numerics},
+    )
+
+
+def trial(config: PretrainConfig) -> fitting.Trial:
+    """Build the model, and what runs it on more and more rows of this run; joins the group."""
+    device, inputs = ds.start(), read_inputs(config)
+    resolved = inputs.resolved
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    module = mlm.build_model(config, inputs.store, config.from_scratch)
+    module.to(device, dtype[resolved.precision]).train()
+
+    def run(size: int) -> None:
+        packed = data.PackedData(inputs.store, inputs.batches.table, inputs.batches.masking,
+                                 seed=config.seed, micro_batch_size=size)
+        loss, _ = module(**packed.step(0).micro_batches[0].inputs(device))
+        loss.backward()
+        module.zero_grad(set_to_none=True)
+
+    return fitting.Trial(run, device, flops.state_bytes(
+        module, stage=resolved.zero_stage, world_size=ds.ranks().world_size,
+        precision=resolved.precision,
+    ))
 
 
 def unigram_loss(inputs: PretrainInputs, rows: int) -> float:
@@ -161,7 +193,7 @@ def unigram_loss(inputs: PretrainInputs, rows: int) -> float:
 
 def plan(inputs: PretrainInputs) -> list[str]:
     """Describe the run in words and numbers."""
-    config, resolved, rows = inputs.config, inputs.resolved, inputs.train_rows
+    config, resolved, rows = inputs.config, inputs.resolved, inputs.batches.table
     world_size = ds.ranks().world_size
     epochs = config.max_steps * resolved.train_batch_size / rows.num_rows
     return [
@@ -171,17 +203,19 @@ def plan(inputs: PretrainInputs) -> list[str]:
         f"batch: {resolved.micro_batch_size} rows x {resolved.accumulation_steps} micro batches x "
         f"{world_size} ranks = {resolved.train_batch_size} rows per step; {config.max_steps} steps "
         f"= {epochs:.2f} epochs",
-        f"masking: {inputs.masking.name}, precision {resolved.precision}, ZeRO "
-        f"{resolved.config.get('zero_optimization', {}).get('stage', 0)}",
+        f"masking: {inputs.batches.masking.name}, precision {resolved.precision}, ZeRO "
+        f"{resolved.zero_stage}",
+        *([inputs.execution.why] if torch.cuda.is_available() or config.torch_compile != AUTO
+          else []),
     ]
 
 
 def memory_line(module: model.PackedMaskedLM, inputs: PretrainInputs) -> str:
     """Estimate what one rank needs."""
-    masking, resolved = inputs.masking, inputs.resolved
+    masking, resolved = inputs.batches.masking, inputs.resolved
     masked = masking.index and sum(map(len, masking.index)) / inputs.store.num_tokens
     return flops.memory_line(
-        module, stage=resolved.config.get("zero_optimization", {}).get("stage", 0),
+        module, stage=resolved.zero_stage,
         world_size=ds.ranks().world_size, precision=resolved.precision,
         micro_batch_slots=resolved.micro_batch_size * inputs.config.max_seq_length,
         mask_rate=masked or masking.rate,
@@ -195,16 +229,18 @@ def evaluate(
 ) -> tuple[float, float]:
     """Return mean loss (nats per masked token) and accuracy on the held-out rows; collective."""
     engine.eval()
-    loss_sum, hits, count = 0.0, 0.0, 0
+    sums, count = torch.zeros(2, dtype=torch.float64, device=device), 0
     rows = min(max_rows, held.table.num_rows)
-    with Progress(-(-rows // held.global_batch), "batch", label="evaluate", part=True) as progress:
+    bar = Progress(-(-rows // held.global_batch), "batch", label="evaluate", part=True)
+    with bar as progress, model.uncompiled():
         for batch in held.in_order(rows):
             loss, right = engine(**batch.inputs(device))
-            loss_sum, hits = loss_sum + loss.item(), hits + right.item()
+            sums[0] += loss
+            sums[1] += right
             count += batch.num_masked
             progress.update()
     engine.train()
-    loss_sum, hits, total = ds.all_reduce_sum(loss_sum, hits, count)
+    loss_sum, hits, total = ds.all_reduce_sum(*sums, count)
     return loss_sum / max(total, 1), hits / max(total, 1)
 
 
@@ -250,6 +286,10 @@ def start_engine(inputs: PretrainInputs) -> tuple[Any, model.PackedMaskedLM]:
         if config.max_steps and not config.head_only_steps:
             say("a fresh head hurts the encoder at first: consider --head_only_steps 100")
     say(memory_line(module, inputs))
+    sizes = inputs.execution.sizes
+    if inputs.execution.torch_compile and sizes:
+        model.forget_compiled()  # of another run of this process
+        model.compile_layers(module, (sizes.masked, sizes.per_row))
     head_scale = 1.0
     if config.head_learning_rate:
         head_scale = config.head_learning_rate / resolved.config["optimizer"]["params"]["lr"]
@@ -261,7 +301,7 @@ def start_engine(inputs: PretrainInputs) -> tuple[Any, model.PackedMaskedLM]:
     return ds.build_engine(module, groups, resolved), module
 
 
-def train(inputs: PretrainInputs, run_dir: Path) -> None:
+def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
     """Train, evaluate, save and export.
 
     Raises:
@@ -269,8 +309,8 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
     """
     config, resolved = inputs.config, inputs.resolved
     device = ds.start()
+    startup.lap("process group")
     resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
-    ranks = ds.ranks()
     peak = flops.peak_flops(device, resolved.precision)
     engine, module = start_engine(inputs)
     totals = Totals()
@@ -282,21 +322,20 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
         records.report_changes(state["numerics"], inputs.records["numerics"])
         say(f"resumed from {resume_from}")
 
-    batches = data.PackedData(
-        inputs.store, inputs.train_rows, inputs.masking, seed=config.seed,
-        micro_batch_size=resolved.micro_batch_size,
-        accumulation_steps=resolved.accumulation_steps,
-        world_size=ranks.world_size, rank=ranks.rank,
-    )
+    if inputs.execution.sizes:
+        inputs.batches.pack_for(device, inputs.execution.sizes)
+    startup.lap("engine")
     log = _Log(inputs, run_dir, engine, module, device, peak, totals.step)
     results = log.evaluate(0) if totals.step == 0 else {}
     engine.train()
     progress = Progress(
         config.max_steps, every=config.logging_steps, initial=totals.step, label="pretrain"
     )
+    startup.lap("evaluation")
     clock = time.monotonic()
-    with progress, ds.StopSignal() as stop:
-        for batch in batches.steps(totals.step, config.max_steps, ds.all_reduce_sum):
+    limits = fitting.memory_is_enough(resolved.micro_batch_size, device)
+    with progress, ds.StopSignal() as stop, limits, fitting.garbage_frozen():
+        for batch in inputs.batches.steps(totals.step, config.max_steps, ds.all_reduce_sum):
             waited = time.monotonic() - clock
             if totals.step < config.head_only_steps:
                 freeze_encoder(engine)
@@ -306,6 +345,9 @@ def train(inputs: PretrainInputs, run_dir: Path) -> None:
             loss, accuracy, norm, stopping = mlm.train_step(
                 engine, batch, device, want_norm=logs, asked=stop.asked
             )
+            if log.first_step == totals.step:
+                startup.lap("first step")
+                say(str(startup))
             totals.step += 1
             totals.tokens += batch.step_tokens
             totals.masked_tokens += batch.step_masked_tokens
@@ -357,6 +399,7 @@ class _Log:
         device: torch.device, peak: flops.Peak, first_step: int,
     ) -> None:
         self._inputs, self._engine, self._device = inputs, engine, device
+        self.first_step = first_step
         world_size = ds.ranks().world_size
         self._flops = flops.count_flops(module, inputs.config.max_seq_length)
         self._peak = peak.flops_per_second * world_size
@@ -369,7 +412,7 @@ class _Log:
             model=inputs.config.model_name_or_path or inputs.config.model_config,
             data=metrics.short_path(inputs.config.tokens),
             num_train_epochs=inputs.config.max_steps * inputs.resolved.train_batch_size
-            / inputs.train_rows.num_rows,
+            / inputs.batches.table.num_rows,
         ))
         say(f"peak for MFU: {world_size} x {peak.flops_per_second / 1e12:.3g} TFLOP/s "
             f"({peak.source})")
@@ -377,7 +420,7 @@ class _Log:
 
     def window(self, totals: Totals, rate: float, norm: float | None) -> None:
         """Log the steps since the last time, the last one's learning rate and gradient norm."""
-        sums, rows = self.sums, self._inputs.train_rows.num_rows
+        sums, rows = self.sums, self._inputs.batches.table.num_rows
         seconds, tokens, masked = max(sums["seconds"], 1e-9), sums["tokens"], sums["masked"]
         scalars = {
             metrics.TRAIN_LOSS: sums["loss"] / sums["steps"],
@@ -421,7 +464,8 @@ class _Log:
             scalars[metrics.EVAL_ACCURACY + suffix] = accuracy
         self.writer.scalars(step, scalars)
         if self._example is not None:
-            guesses = self._example.predict(self._engine, self._device)
+            with model.uncompiled():
+                guesses = self._example.predict(self._engine, self._device)
             self.writer.text(step, metrics.EXAMPLE, self._example.table(guesses))
         return scalars
 
@@ -450,19 +494,30 @@ def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
 
 def run(config: PretrainConfig) -> None:
     """Check, then train; several runs may follow each other in one process."""
+    startup = Startup()
+    startup.lap("imports")
     run_dir = folder.check_run_dir(config)
+    config = fitting.settle_micro_batch(config, run_dir, trial)
     inputs = read_inputs(config)
+    startup.lap("inputs")
     for line in (*inputs.resolved.notes, *plan(inputs)):
         say(line)
     if config.dry_run:
-        say(memory_line(mlm.build_model(config, inputs.store, config.from_scratch), inputs))
+        if torch.cuda.is_available():
+            ds.start()
+            startup.lap("process group")
+            start_engine(inputs)
+        else:  # an engine takes long there, and tells nothing
+            say(memory_line(mlm.build_model(config, inputs.store, config.from_scratch), inputs))
+        startup.lap("engine" if torch.cuda.is_available() else "model")
+        say(str(startup))
         return
     identity = inputs.records["identity"]
     if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
         return
-    folder.prepare_run_dir(config, inputs.resolved, identity)
-    train(inputs, run_dir)
+    folder.prepare_run_dir(config, inputs.resolved, identity, inputs.execution.record())
+    train(inputs, run_dir, startup)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,11 +1,12 @@
-"""Many machines, one store: shards made by processes that know nothing of each other.
+"""Many machines: one store made by processes that know nothing of each other, and all stages.
 
-The commands are those of the README, run as separate processes by stand-ins for Slurm and by GNU
-parallel; only file names and the number of shards are made small.
+The commands of the first part are those of the README, run as separate processes by stand-ins for
+Slurm and by GNU parallel; only file names and the number of shards are made small.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -15,11 +16,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from preprocess import files, tokenize_corpus
 from preprocess.errors import ConfigError
 from preprocess.store import StoreWriter, TokenStore, join, join_shards, list_arrays, shard_prefix
-from tests.support.launch import ROOT, launch_environment
+from tests.support.launch import ROOT, free_port, launch_environment
+from tests.support.runs import write_ds_config
 from tests.support.stores import FakeTokenizer, write
 
 NUM_SHARDS = 3
@@ -310,3 +314,86 @@ def test_slurm_scores_and_builds_masks(slurm, slurm_store, scorer, programs, tmp
         again = stamps(slurm_store, (f"{kind}.npy",))
         assert {n for n in again if again[n] != arrays[n]} == {f"{lost}.npy"}
     assert stamps(slurm_store, (".bin", ".idx")) == data
+
+
+# --------------------------------------------------------------------------- training
+
+# The stages in one launch; each reads what the one before has written.
+STAGES = """
+import json, sys
+from pathlib import Path
+from preprocess.errors import run_command
+
+def main():
+    from train import annotate, finetune, fit_scorer, pretrain, score_tokens
+    import train.engine
+    for module in (train.engine, finetune, fit_scorer):
+        module.finish = lambda: None  # one process group for all
+    commands = {"pretrain": pretrain, "finetune": finetune, "annotate": annotate,
+                "fit_scorer": fit_scorer, "score_tokens": score_tokens}
+    for name, *flags in json.loads(Path(sys.argv[-1]).read_text()):
+        commands[name].main(flags)
+
+run_command(main)
+"""
+
+
+def stage_commands(folder: Path, store: str, encoder: str, files: dict[str, str]) -> list[list]:
+    """Every command that trains or infers under a launcher, on small data, into `folder`."""
+    config = write_ds_config(folder, 1)
+    fast = ["--deepspeed_config", config, "--max_seq_length", "32", "--learning_rate", "3e-3",
+            "--train_batch_size", "8"]
+    task = ["--task", "custom", "--train_file", files["train"], "--test_file", files["test"]]
+    return [
+        ["pretrain", *fast, "--tokens", store, "--model_name_or_path", encoder, "--max_steps", "4",
+         "--output_dir", f"{folder}/general", "--eval_fraction", "0.2"],
+        ["finetune", *fast, *task, "--model_name_or_path", f"{folder}/general/hf", "--seeds", "13",
+         "--num_train_epochs", "6", "--output_dir", f"{folder}/classifier"],
+        ["annotate", *task, "--model_name_or_path", f"{folder}/classifier/seed_13/hf", "--output",
+         f"{folder}/annotated/text", "--max_seq_length", "32"],
+        ["fit_scorer", *fast, "--annotations", f"{folder}/annotated/text", "--model_name_or_path",
+         f"{folder}/general/hf", "--num_train_epochs", "2", "--output_dir", f"{folder}/scorer"],
+        ["score_tokens", "--model_name_or_path", f"{folder}/scorer/hf", "--tokens", store,
+         "--name", "task", "--max_seq_length", "32"],
+    ]
+
+
+@pytest.mark.slow
+def test_two_nodes_do_what_one_does_in_every_stage(
+    tmp_path, reviews_store, tiny_encoder, labelled_files
+):
+    """Two launchers of two ranks each, started by hand, against one of four ranks: equal bits."""
+    (tmp_path / "driver.py").write_text(STAGES)
+    (tmp_path / "hostfile").write_text("127.0.0.1 slots=2\n127.0.0.2 slots=2\n")
+    by_hand = [["--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--node_rank", str(rank),
+                "--master_addr", "127.0.0.1"] for rank in range(2)]
+    made = []
+    for name, launches in (("one", [["--num_gpus", "4"]]), ("two", by_hand)):
+        folder, port = tmp_path / name, str(free_port())
+        shutil.copytree(Path(reviews_store).parent, folder / "store")
+        store = str(folder / "store" / Path(reviews_store).name)
+        commands = folder / "commands.json"
+        commands.write_text(json.dumps(stage_commands(folder, store, tiny_encoder,
+                                                      labelled_files)))
+        processes = [subprocess.Popen(
+            [sys.executable, "-m", "deepspeed.launcher.runner", *flags, "--master_port", port,
+             str(tmp_path / "driver.py"), str(commands)],
+            cwd=ROOT, env=launch_environment(), text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT) for flags in launches]
+        said = [process.communicate(timeout=400)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(launches), said
+        assert json.loads((folder / "scorer" / "env.json").read_text())["world_size"] == 4
+        made.append({
+            **{path: load_file(folder / path / "model.safetensors")
+               for path in ("general/hf", "classifier/seed_13/hf", "scorer/hf")},
+            "marks": (folder / "annotated" / "text.importance.npy").read_bytes(),
+            "scores": Path(f"{store}.task.scores.npy").read_bytes(),
+            "tested": [json.loads(line)["probabilities"] for line in
+                       (folder / "classifier/seed_13/predictions.jsonl").open()],
+        })
+    one, two = made
+    for name, value in one.items():
+        if name.endswith("hf"):
+            assert all(torch.equal(weight, two[name][key]) for key, weight in value.items()), name
+        else:
+            assert value == two[name], name

@@ -304,7 +304,7 @@ class Overflowing:
             init_scale=scale, scale_window=2, min_scale=floor, delayed_shift=hysteresis,
             consecutive_hysteresis=False, raise_error_at_min_scale=True,
         )
-        self.is_gradient_accumulation_boundary = self.fp16_enabled = lambda: True
+        self.fp16_enabled = lambda: True
         self.dynamic_loss_scale = lambda: True
         self.dynamic_loss_scale_args = lambda: {"min_scale": floor}
         self.was_step_applied = lambda: self.applied
@@ -328,9 +328,9 @@ def one_rank(monkeypatch):
 def test_the_history_holds_the_last_changes_up_and_down(one_rank):
     engine = Overflowing(4.0, bad={2, 7, *range(9, 40)})
     for step in range(1, 10):
-        assert ds.take_step(engine) == (None if step in engine.bad else 1.5)
+        assert ds.take_step(engine, 2.0) == ([2.0], None if step in engine.bad else 1.5)
     with pytest.raises(NonFiniteError) as stopped:
-        ds.take_step(engine)
+        ds.take_step(engine, 2.0)
     assert str(stopped.value).startswith(
         "step 10: the gradients overflow in fp16 at the smallest loss scale, 1 (skipped in a row: "
         "2); loss scale: 4 from step 1, 2 from step 3, 4 from step 6, 2 from step 8, 1 from step "
@@ -343,20 +343,20 @@ def test_the_history_is_short(one_rank):
     engine = Overflowing(2.0**30, bad=set(range(1, 99)))
     with pytest.raises(NonFiniteError) as stopped:
         for _ in range(99):
-            ds.take_step(engine)
+            ds.take_step(engine, 2.0)
     assert str(stopped.value).count(" from step ") == 8
     assert "1 from step 31;" in str(stopped.value)
 
 
 def test_hysteresis_does_not_hide_the_floor(one_rank):
     engine = Overflowing(1.0, bad={3}, hysteresis=5)
-    assert [ds.take_step(engine) for _ in range(2)] == [1.5, 1.5]
+    assert [ds.take_step(engine, 2.0) for _ in range(2)] == [([2.0], 1.5)] * 2
     with pytest.raises(NonFiniteError, match=r"step 3: .* loss scale, 1 \(skipped in a row: 1\)"):
-        ds.take_step(engine)
+        ds.take_step(engine, 2.0)
 
 
 def test_other_errors_of_deepspeed_pass_through(one_rank):
     engine = Overflowing(1.0, bad=set())
     engine.step = lambda: (_ for _ in ()).throw(RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
-        ds.take_step(engine)
+        ds.take_step(engine, 2.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from preprocess.store import StoreWriter, TokenStore, write_array
 from tests.support.runs import words
 from tests.support.stores import read
 from train import benchmark, data, engine, model
-from train.bench import baselines, maskings, tables, throughput
+from train.bench import baselines, events, maskings, tables, throughput
 from train.config import BenchmarkConfig
 from train.model import flops
+from train.run_dir import metrics
 from train.stages import masked_lm as mlm
 
 RATE = 0.3
@@ -116,6 +118,42 @@ def test_run_measures_every_strategy_and_baseline(config, run_here, tmp_path, ca
     assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     for name in rows:
         assert name.removesuffix(" =") in out
+    for length in saved["lengths"]:
+        for row in length["rows"]:
+            check_events(tmp_path / "out", length["max_seq_length"], row)
+
+
+def check_events(output_dir: Path, max_seq_length: int, row: dict) -> None:
+    """TensorBoard has the counted steps of a row, and they give its figures."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = output_dir / "tb" / str(max_seq_length) / row["name"].replace(" =", "-equal")
+    found = EventAccumulator(str(folder)).Reload()
+    values = {}
+    for tag in found.Tags()["scalars"]:
+        points = found.Scalars(tag)
+        assert [point.step for point in points] == list(range(1, row["counted_steps"] + 1))
+        values[tag] = np.array([point.value for point in points])
+    seconds = values["throughput/step_seconds"]
+    assert 1000 * np.median(seconds) == pytest.approx(row["step_ms"]["median"], rel=1e-5)
+    tokens = values[metrics.TOKENS_PER_SECOND] * seconds
+    assert tokens.mean() / np.median(seconds) == pytest.approx(row["tokens_per_second"], rel=1e-4)
+    masked = values[metrics.MASKED_TOKENS_PER_SECOND] * seconds
+    assert masked.mean() == pytest.approx(row["masked_per_step"], rel=1e-4)
+    share = (values[metrics.MFU] * seconds).mean() / np.median(seconds)
+    assert 100 * share == pytest.approx(row["mfu_percent"], rel=1e-4)
+
+
+def test_a_second_benchmark_replaces_the_events_of_the_first(tmp_path):
+    for seconds in ([1.0, 2.0, 4.0], [3.0]):
+        counts = [throughput.Counts(8, 2, 8, 8, 1)] * len(seconds)
+        measured = throughput.Measured(seconds, seconds, counts)
+        folder = events.folder_of(tmp_path, 32, "random =")
+        events.write_events(folder, measured, flops.StepFlops(1.0, 3.0), peak=7.0)
+    check_events(tmp_path, 32, {
+        "name": "random =", "counted_steps": 1, "step_ms": {"median": 3000.0},
+        "tokens_per_second": 8 / 3, "masked_per_step": 2, "mfu_percent": 100 * 14 / 3 / 7,
+    })
 
 
 @pytest.mark.slow

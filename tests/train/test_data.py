@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -17,6 +18,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
@@ -26,6 +29,7 @@ from tests.support.stores import write
 from train import data
 from train.data import Masking, PackedData, RowTable, make_tables, permute, row_tables
 from train.data import rows as packing
+from train.data.transfer import fixed_sizes, pack_transfer
 
 PAD, UNK, CLS, SEP, MASK = range(5)  # of `tiny_tokenizer`
 FIRST_WORD = 5
@@ -612,6 +616,28 @@ def test_steps_are_the_steps_and_their_counts_are_summed_when_asked_for(plain_st
     assert len(asked) == 3
 
 
+def test_the_counts_of_the_next_step_can_come_with_this_one(plain_store):
+    table, masking = table_of(plain_store), maskings(plain_store)["random"]
+    packed = PackedData(plain_store, table, masking, seed=0, micro_batch_size=2, world_size=2)
+    asked = []
+
+    def sum_over_ranks(*values):
+        asked.append(values)
+        return [100.0 * value for value in values]
+
+    steps = packed.steps(0, 4, sum_over_ranks)
+    for number in range(4):
+        step = next(steps)
+        alone = packed.step(number)
+        factor = 100 if number in (0, 3) else 10
+        assert step.counts == tuple(factor * count for count in alone.counts)
+        following = packed.step(number + 1).counts if number < 3 else (0, 0, 0, 0)
+        assert step.following.mine() == following
+        if number < 2:  # the third step's were not summed: they are asked for
+            step.following.total = [10.0 * count for count in following]
+    assert len(asked) == 2
+
+
 # ----------------------------------------------------------------------------------- order
 
 
@@ -697,7 +723,9 @@ def test_an_index_is_another_one_if_any_shard_differs(sharded_store):
     assert len(fingerprints) == 1 + sum(len(positions) > 0 for positions in index)
 
 
-# -------------------------------------------------------------------------------- padding
+# ----------------------------------------------------------------- fixed sizes, and the transfer
+
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @pytest.mark.parametrize("count, padded", [(0, 128), (1, 128), (128, 128), (129, 256)])
@@ -708,13 +736,190 @@ def test_masks_are_padded_by_the_batchs_own_count(count, padded, plain_store):
                         micro_batch_size=table.num_rows)
     (batch,) = packed.step(0).micro_batches
     assert batch.num_masked == len(batch.masked_labels) == count
-    on_gpu = batch.inputs(torch.device("meta"))
-    on_cpu = batch.inputs(torch.device("cpu"))
+    on_gpu, on_cpu = batch.inputs(META), batch.inputs(CPU)
     for name in ("masked_positions", "masked_labels"):
         assert on_gpu[name].shape == (padded,)
         # One padded position at least, so that every rank runs the same modules.
         assert on_cpu[name].tolist() == (getattr(batch, name).tolist() or [-1])
+    assert on_cpu["most_masked"] == on_gpu["most_masked"]
     assert on_cpu["most_masked"] % 8 == 0 <= on_cpu["most_masked"] - batch.most_masked < 8
+    packed.pack_for(CPU, data.BatchSizes(masked=384, per_row=40))
+    fixed = packed.step(0).micro_batches[0].inputs(CPU)
+    assert fixed["masked_positions"].shape == (384,) and fixed["most_masked"] == 40
+    assert fixed["masked_labels"].shape == (padded,)  # of which the head computes a loss
+
+
+def by_hand(ids: list[list[int]]) -> data.PackedBatch:
+    """A batch of rows of one piece and one slot of padding, its first and last piece masked."""
+    input_ids = torch.tensor(ids)
+    positions = torch.arange(input_ids.shape[1] - 1).expand(len(ids), -1)
+    padded = functional.pad(positions, (0, 1))
+    pieces = torch.arange(len(ids))[:, None].expand(positions.shape)
+    return data.PackedBatch(
+        input_ids, padded, functional.pad(pieces, (0, 1), value=-1),
+        masked_positions=torch.tensor([1, input_ids.numel() - 2]),
+        masked_labels=torch.tensor([65_535, 32_768]), most_masked=1, num_tokens=positions.numel(),
+    )
+
+
+def assert_same_inputs(packed: dict, batch: data.PackedBatch) -> None:
+    """Compare what the model is given with the tensors of the batch."""
+    for name in ("input_ids", "position_ids"):
+        assert packed[name].dtype == torch.int64 and torch.equal(packed[name], getattr(batch, name))
+    for name in ("masked_positions", "masked_labels"):
+        values, count = packed[name], batch.num_masked
+        assert values.dtype == torch.int64 and torch.equal(values[:count], getattr(batch, name))
+        assert (values[count:] == -1).all()
+    assert packed["most_masked"] >= batch.most_masked
+    for mine, plain in zip(packed["document_ids"], batch.document_ids, strict=True):
+        same, expected = (ids[:, None] == ids[None] for ids in (mine, plain))
+        filled = plain >= 0
+        assert torch.equal(same[filled], expected[filled])
+        # A slot of padding attends to itself, so that no softmax is empty.
+        assert torch.equal(same[~filled], torch.eye(len(plain), dtype=torch.bool)[~filled])
+
+
+@pytest.mark.parametrize("ids", [[[1, 65_535, 0]], [[3, 32_767, 2, 0], [32_768, 7, 65_534, 5]]])
+def test_large_ids_survive_16_bits(ids):
+    batch = by_hand(ids)
+    packed = replace(batch, transfer=pack_transfer(batch, data.BatchSizes(256, 8), False))
+    assert_same_inputs(packed.inputs(CPU), batch)
+
+
+@pytest.mark.parametrize("which", ["random", "whole_word", "index"])
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+def test_packed_batches_equal_the_plain_ones(which, kind, plain_store, sharded_store):
+    store = plain_store if kind == "plain" else sharded_store
+    masking, table = maskings(store)[which], table_of(store)
+    size = table.num_rows * 2 // 5
+    plain, packed = (
+        PackedData(store, table, masking, seed=7, micro_batch_size=size, accumulation_steps=2)
+        for _ in range(2)
+    )
+    packed.pack_for(CPU, packed.measure_sizes(3))
+    for number, step in enumerate(packed.steps(0, 3)):
+        for mine, theirs in zip(step.micro_batches, plain.step(number).micro_batches, strict=True):
+            assert theirs.transfer is None and mine.transfer is not None
+            assert_same_inputs(mine.inputs(CPU), theirs)
+            # Where nothing is packed ahead, as in evaluation, it is packed on the way.
+            alone = theirs.inputs(META)
+            for name, value in pack_transfer(
+                theirs, data.BatchSizes(0, 0), False
+            ).inputs(CPU).items():
+                same = value == alone[name] if name == "most_masked" else (
+                    (value.shape, value.dtype) == (alone[name].shape, alone[name].dtype))
+                assert same, name
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Count the operations that read a tensor of one device and return one on another."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = [value for value in args if isinstance(value, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and {t.device for t in given} - {result.device}:
+            self.bytes += [value.nbytes for value in given]
+        return result
+
+
+def test_a_micro_batch_is_one_copy(plain_store):
+    table, masking = table_of(plain_store, 128), maskings(plain_store)["random"]
+    packed = PackedData(plain_store, table, masking, seed=0, micro_batch_size=32)
+    (plain,) = packed.step(0).micro_batches
+    packed.pack_for(CPU, packed.measure_sizes(1))
+    for batch in (*packed.step(0).micro_batches, plain):
+        with CopiesBetweenDevices() as copies:
+            inputs = batch.inputs(META)
+        (num_bytes,) = copies.bytes
+        assert num_bytes < 5.5 * plain.input_ids.numel()  # 26 as five tensors of int64
+        assert inputs["input_ids"].device == META and inputs["input_ids"].dtype == torch.int64
+
+
+def test_batches_for_a_gpu_are_pinned_by_a_thread_that_has_entered_it(plain_store, monkeypatch):
+    entered, pinned, empty = [], [], torch.empty
+
+    def note(*shape, pin_memory=False, **options):
+        pinned.append((pin_memory, threading.get_ident() in entered))
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", note)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: entered.append(
+        threading.get_ident()) if device.index == 3 else None)
+    table, masking = table_of(plain_store), maskings(plain_store)["random"]
+    packed = PackedData(plain_store, table, masking, seed=0, micro_batch_size=2)
+    list(packed.steps(0, 2))
+    assert not entered and not pinned
+    packed.pack_for(torch.device("cuda", 3), data.BatchSizes(128, 8))
+    list(packed.steps(0, 2))
+    assert pinned == [(True, True)] * 2 and threading.get_ident() not in entered
+
+
+@pytest.fixture(scope="module")
+def larger_store(tmp_path_factory, tiny_tokenizer) -> TokenStore:
+    """A hundred thousand tokens in documents of many lengths."""
+    documents = random_documents(
+        np.random.default_rng(4), 500, FIRST_WORD, len(tiny_tokenizer), sentences=40, words=20
+    )
+    return write_store(tmp_path_factory.mktemp("larger") / "p", tiny_tokenizer, [documents])
+
+
+@pytest.mark.parametrize("which", ["random", "whole_word", "index"])
+def test_sizes_of_a_run_are_near_the_counts_of_its_batches(which, larger_store):
+    """Batches of 256 rows of 128 slots; the sizes are found from 64 of the 300."""
+    table, masking = table_of(larger_store, 128), maskings(larger_store)[which]
+    packed = PackedData(larger_store, table, masking, seed=0, micro_batch_size=256)
+    sizes = packed.measure_sizes(300)
+    batches = [packed.step(number).micro_batches[0] for number in range(0, 300, 3)]
+    counts = [batch.num_masked for batch in batches]
+    assert sizes.masked % 128 == 0 and sizes.per_row % 8 == 0
+    assert np.mean(counts) < sizes.masked < 1.05 * np.mean(counts)
+    fitting = [batch for batch in batches if batch.num_masked <= sizes.masked
+               and batch.most_masked <= sizes.per_row]
+    assert len(fitting) >= len(batches) - 1
+    assert max(batch.most_masked for batch in batches) + 12 > sizes.per_row
+
+
+@pytest.mark.parametrize("which", ["random", "whole_word", "index"])
+def test_sizes_do_not_depend_on_ranks_or_where_a_run_stands(which, sharded_store):
+    table, masking = table_of(sharded_store), maskings(sharded_store)[which]
+
+    def make(world: int, accumulation: int, rank: int = 0) -> PackedData:
+        return PackedData(sharded_store, table, masking, seed=3, micro_batch_size=4,
+                          accumulation_steps=accumulation, world_size=world, rank=rank)
+
+    sizes = make(1, 6).measure_sizes(50)
+    resumed = make(2, 3, 1)
+    list(resumed.steps(17, 20))
+    assert sizes == resumed.measure_sizes(50) == make(6, 1, 4).measure_sizes(50)
+    # Every batch of a short run is looked at.
+    short = make(1, 6)
+    counts = [batch for step in short.steps(0, 5) for batch in step.micro_batches]
+    assert short.measure_sizes(5) == fixed_sizes(
+        [batch.num_masked for batch in counts], [batch.most_masked for batch in counts]
+    )
+
+
+def test_sizes_by_hand():
+    assert fixed_sizes([4645, 4677, 4650], [19, 20, 18]) == data.BatchSizes(4864, 24)
+    assert fixed_sizes([0], [0]) == data.BatchSizes(128, 8)
+    sizes = data.BatchSizes(256, 16)
+    assert sizes.holding(256, 16) == sizes == sizes.holding(0, 0)
+    assert sizes.holding(257, 3) == data.BatchSizes(384, 16)
+    assert sizes.holding(3, 17) == data.BatchSizes(256, 24)
+
+
+def test_a_batch_beyond_the_sizes_loses_no_mask(plain_store):
+    table, masking = table_of(plain_store, 128), maskings(plain_store)["random"]
+    packed = PackedData(plain_store, table, masking, seed=0, micro_batch_size=16)
+    (plain,) = packed.step(0).micro_batches
+    packed.pack_for(CPU, data.BatchSizes(128, 8))
+    (batch,) = packed.step(0).micro_batches
+    assert plain.num_masked > 128 and plain.most_masked > 8
+    assert_same_inputs(batch.inputs(CPU), plain)
 
 
 # -------------------------------------------------------------------------------- evaluation

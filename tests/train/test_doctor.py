@@ -130,7 +130,7 @@ def test_missing_compilers(tmp_path, monkeypatch):
     assert statuses(doctor.check_compiler) == {"C++ compiler": "warn", "ninja": "warn"}
     assert statuses(doctor.check_compiler, GPU) == {"C++ compiler": "fail", "ninja": "fail"}
     assert statuses(doctor.check_nvcc) == {}
-    assert statuses(doctor.check_nvcc, GPU) == {"nvcc": "fail"}
+    assert statuses(doctor.check_nvcc, GPU) == {"nvcc": "warn"}
     script(tmp_path, "c++", "exit 1")  # there, and broken
     script(tmp_path, "ninja", "echo 1.13")
     assert statuses(doctor.check_compiler, GPU) == {"C++ compiler": "fail", "ninja": "ok"}
@@ -146,7 +146,7 @@ def test_nvcc_of_another_cuda(tmp_path, monkeypatch):
     assert statuses(doctor.check_nvcc, GPU) == {"nvcc": "ok"}
     script(tmp_path / "bin", "nvcc", "echo Cuda compilation tools, release 11.8, V11.8.89")
     nvcc = found(doctor.check_nvcc, GPU)["nvcc"]
-    assert nvcc.status == "fail" and "11.8" in nvcc.found and "CUDA 12" in nvcc.remedy
+    assert nvcc.status == "warn" and "11.8" in nvcc.found and "CUDA 12" in nvcc.remedy
 
 
 def test_triton_is_for_a_gpu(monkeypatch):

@@ -91,7 +91,9 @@ def test_shipped_configurations_on_a_gpu(name, monkeypatch):
     resolved = resolve(raw)
     values = flat(resolved.config)
     assert "auto" not in values.values() and resolved.notes == ()
-    assert values["optimizer.params.torch_adam"] is False
+    # torch's fused Adam, but for states that lie on the CPU: there DeepSpeed's own is faster.
+    assert values["optimizer.params.torch_adam"] is ("offload" not in name)
+    assert values.get("optimizer.params.fused", False) is ("offload" not in name)
     half = next((kind for kind in ("fp16", "bf16") if kind in raw), "fp32")
     assert resolved.precision == half and resolved.config.get(half) == raw.get(half)
     assert resolved.config["zero_optimization"] == raw["zero_optimization"]

@@ -72,12 +72,49 @@ def test_collate_pads_ids_and_token_targets():
     examples = make_examples(
         [[2, 9, 3], [2, 3]], [[0, 0, 1], [0, 1]], [[IGNORED, 1, IGNORED], [IGNORED, 0]], [1.0, 3.0]
     )
-    inputs, targets = supervised.collate(examples, np.array([1, 0]), pad_id=7)
+    inputs, targets, weights = supervised.collate(examples, np.array([1, 0]), pad_id=7)
+    assert weights.tolist() == [1, 1]
     assert inputs["input_ids"].tolist() == [[2, 3, 7], [2, 9, 3]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert inputs["token_type_ids"].tolist() == [[0, 1, 0], [0, 0, 1]]
     assert targets.tolist() == [[IGNORED, 0, IGNORED], [IGNORED, 1, IGNORED]]
     assert examples.mass.tolist() == [3.0, 1.0]
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_on_a_gpu_a_batch_is_one_copy_of_few_lengths(by_token, monkeypatch):
+    lengths = [3, 9, 16, 17]
+    examples = make_examples(
+        [[5] * n for n in lengths], None, [[1] * n if by_token else 1 for n in lengths], [1.0, 1.0]
+    )
+    copies, to = [], torch.Tensor.to
+
+    def noted(tensor, device, **options):
+        copies.append(device)
+        return to(tensor, device, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    for last, length in ((0, 8), (1, 16), (2, 16), (3, 24)):
+        copies.clear()
+        inputs, targets, weights = supervised.collate(
+            examples, np.array([0, last]), 7, "meta", np.array([1, 0], np.float32))
+        assert copies == [torch.device("meta")]
+        assert {name: one.shape for name, one in inputs.items()} == {
+            "input_ids": (2, length), "attention_mask": (2, length)}
+        assert targets.shape == ((2, length) if by_token else (2,)) and weights.shape == (2,)
+
+
+def test_longer_padding_changes_no_logit(still_encoder):
+    from train.model import load_classifier
+
+    model = load_classifier(still_encoder, ("no", "yes"), 0).eval()
+    examples = make_examples([[2, 9, 3], [2, 9, 8, 7, 3]], None, [0, 1], [1.0, 1.0])
+    logits = []
+    for step in (1, 8):
+        inputs, *_ = supervised.collate(examples, np.array([0, 1]), 0)
+        padded = {name: F.pad(one, (0, -one.shape[1] % step)) for name, one in inputs.items()}
+        logits.append(model(**padded).logits)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
 
 
 # --------------------------------------------------------------------------- the loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore, open_array
+from tests.support.launch import launch_environment
 from tests.support.runs import read_csv
 from train import data, pipeline
 from train.data import row_tables
@@ -302,6 +304,45 @@ def test_real_processes_under_the_launcher(
     assert {row["arm"] for row in rows} == {"none", "naive_bayes"}
     log = (tmp_path / "run" / "logs" / "02-finetune-none.log").read_text()
     assert "seed 13: test accuracy" in log
+
+
+@pytest.mark.slow
+def test_a_recipe_on_two_nodes_started_by_hand(
+    tmp_path, still_encoder, reviews_file, labelled_files
+):
+    """The same command on two addresses of this machine, one rank on each; then once more."""
+    root, hosts = tmp_path / "run", tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    command = [
+        sys.executable, "train/pipeline.py", "--recipe", RECIPE, "--output_dir", root,
+        "--hostfile", hosts, "--no_ssh", "--set",
+        *settings(still_encoder, reviews_file, labelled_files), "arms=[selective]", "general=null",
+        "floors={naive_bayes: true}", "finetune.seeds='13'", "--node_rank",
+    ]
+
+    def on_both_nodes() -> list[str]:
+        processes = [subprocess.Popen(
+            [*map(str, command), rank], cwd=REPOSITORY, env=launch_environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in "01"]
+        said = [process.communicate(timeout=500)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], said
+        return said
+
+    first, second = on_both_nodes()
+    launched = ["classifier", "annotate", "scorer", "score", "task_guided-selective-seed42",
+                "finetune-selective-seed42"]
+    alone = ["tokenize-domain", "masks-selective", "naive_bayes", "report"]
+    for name in launched:
+        assert f"] {name}\n" in first and f"] {name}\n" in second
+        assert list(root.glob(f"logs/*-{name}.node1.log"))
+    assert not any(f"] {name}\n" in second for name in alone)
+    for run in ("classifier", "scorer", "task_guided/selective-seed42"):
+        assert json.loads((root / run / "env.json").read_text())["world_size"] == 2
+    assert {row["arm"] for row in read_csv(root / "report" / "table.csv")} == {
+        "selective", "naive_bayes"}
+    first, second = on_both_nodes()
+    assert first.count("finished, skipped") == len(launched) + len(alone) - 1
+    assert not any(f"] {name}" in second for name in [*launched, *alone])
 
 
 RANKS = """

@@ -316,7 +316,7 @@ class BareLoop:
         learning = head_parameters(self.module)
         for micro_batch in batch.micro_batches:
             inputs = micro_batch.inputs(self.device)
-            labels = inputs.pop("masked_labels")
+            labels = inputs["masked_labels"]
             with torch.no_grad():
                 hidden, positions = self.module.encode_masked(**inputs)
             hidden.requires_grad_()

@@ -20,9 +20,11 @@ from train.data.rows import (
     pack_rows,
     row_tables,
 )
+from train.data.transfer import BatchSizes, Transfer
 
 __all__ = [
     "BLOCK_TOKENS",
+    "BatchSizes",
     "COLUMNS",
     "EVAL_RATE",
     "EVAL_SEED",
@@ -33,6 +35,7 @@ __all__ = [
     "PackedData",
     "RowTable",
     "StepBatch",
+    "Transfer",
     "drawn_masking",
     "hold_out",
     "make_tables",

@@ -11,13 +11,12 @@ Letters: `P` pieces, `B` rows of a micro batch, `S` slots of a row, `M` masked p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from preprocess import masking as masks
 from preprocess.errors import DataError
@@ -26,12 +25,19 @@ from preprocess.text.continuations import find_continuations
 from train.data.masking import Masking
 from train.data.order import permute
 from train.data.rows import RowTable
+from train.data.transfer import (
+    PADDED_QUERIES,
+    BatchSizes,
+    Transfer,
+    fixed_sizes,
+    pack_transfer,
+    round_up,
+)
 
 EVAL_SEED = 20201116  # masks of the held-out rows: the same for every run and every arm
 EVAL_RATE = 0.15
 ORDER_VERSION = 2  # of rows and their order: a run is not resumed under another one
-PADDED_ROWS = 128  # on a GPU, the masked rows of a batch are a multiple of this
-PADDED_QUERIES = 8  # so that kernels see few different numbers of masked positions per row
+SAMPLED_BATCHES = 64  # of a run, to fix its sizes
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class PackedBatch:
         masked_labels: original ids there, `(M,)` int64.
         most_masked: masked positions of the fullest row.
         num_tokens: filled slots, special tokens included.
+        transfer: the tensors again, packed for a GPU; None where nobody asked for it.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +62,7 @@ class PackedBatch:
     masked_labels: torch.Tensor
     most_masked: int
     num_tokens: int
+    transfer: Transfer | None = None
 
     @property
     def num_masked(self) -> int:
@@ -63,21 +71,25 @@ class PackedBatch:
     def inputs(self, device: torch.device) -> dict[str, Any]:
         """Return the arguments of `PackedMaskedLM.forward`, tensors on `device`.
 
-        The masked arrays are padded with -1 to a multiple of `PADDED_ROWS`, and not at all on a
-        CPU. A batch without masks has padding, too, so that every rank runs the same modules.
+        On a CPU they are the tensors of the batch, unless it was packed. Otherwise the masked
+        positions are padded with -1 to the sizes of the transfer, and the labels to the next
+        multiple of `PADDED_ROWS`; `document_ids` tell the pieces of a row apart, and number each
+        padding slot, too. A batch without masks has padding, so that every rank runs the same
+        modules.
         """
-        step = 1 if device.type == "cpu" else PADDED_ROWS
-        padding = (0, step * max(1, -(-self.num_masked // step)) - self.num_masked)
-        tensors = {
+        if self.transfer is not None:
+            return self.transfer.inputs(device)
+        if device.type != "cpu":
+            pinned = device.type == "cuda"
+            return pack_transfer(self, BatchSizes(0, 0), pinned).inputs(device)
+        padding = torch.full((int(not self.num_masked),), -1)
+        return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "document_ids": self.document_ids,
-            "masked_positions": functional.pad(self.masked_positions, padding, value=-1),
-            "masked_labels": functional.pad(self.masked_labels, padding, value=-1),
-        }
-        return {
-            **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()},
-            "most_masked": PADDED_QUERIES * -(-self.most_masked // PADDED_QUERIES),
+            "masked_positions": torch.cat([self.masked_positions, padding]),
+            "masked_labels": torch.cat([self.masked_labels, padding]),
+            "most_masked": round_up(self.most_masked, PADDED_QUERIES),
         }
 
 
@@ -90,6 +102,7 @@ class StepBatch:
         epoch: of the first row of the global batch.
         step_rows, step_pieces, step_tokens, step_masked_tokens: counts over all ranks from
             `PackedData.steps`, of this rank from `PackedData.step`; tokens include special ones.
+        following: counts of the step after this one.
     """
 
     micro_batches: list[PackedBatch]
@@ -99,6 +112,32 @@ class StepBatch:
     step_pieces: int
     step_tokens: int
     step_masked_tokens: int
+    following: Following = field(default_factory=lambda: Following())
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """The four counts, in the order of their names above."""
+        return self.step_rows, self.step_pieces, self.step_tokens, self.step_masked_tokens
+
+
+@dataclass
+class Following:
+    """The counts of the next step, which travel to the other ranks with the numbers of this one.
+
+    They must be known before the first micro batch of that step; a reduction of their own would
+    make the host wait for the device once more.
+
+    Attributes:
+        batch: of this rank, being prepared; None after the last step.
+        total: sums of `mine` over all ranks, set by whoever has summed them.
+    """
+
+    batch: Future[StepBatch] | None = None
+    total: list[float] | None = None
+
+    def mine(self) -> tuple[int, int, int, int]:
+        """Return the counts of this rank's share; waits until the batch is prepared."""
+        return self.batch.result().counts if self.batch else (0, 0, 0, 0)
 
 
 # ------------------------------------------------------------------------------------- batches
@@ -146,6 +185,8 @@ class PackedData:
         self.micro_batch_size, self.accumulation_steps = micro_batch_size, accumulation_steps
         self.world_size, self.rank = world_size, rank
         self.global_batch = micro_batch_size * accumulation_steps * world_size
+        self._sizes: BatchSizes | None = None
+        self._device = torch.device("cpu")
         self._shard_starts = np.array([shard.token_start for shard in store.shards])
         # As plain arrays: numpy's class for mapped files makes each slice several times slower.
         self._index = masking.index and [np.asarray(positions) for positions in masking.index]
@@ -250,6 +291,29 @@ class PackedData:
             num_tokens=len(filled),
         )
 
+    def measure_sizes(self, num_steps: int) -> BatchSizes:
+        """Find the sizes that hold nearly all micro batches of the steps of a run.
+
+        Some of its micro batches are drawn, evenly spaced over the whole run: the same ones
+        wherever it resumes, and at any number of ranks and micro batches of this size.
+        """
+        count = num_steps * self.accumulation_steps * self.world_size
+        alone = PackedData(self.store, self.table, self.masking, seed=self.seed,
+                           micro_batch_size=self.micro_batch_size)
+        numbers = sorted({n * count // SAMPLED_BATCHES for n in range(SAMPLED_BATCHES)})
+        drawn = [alone.step(number).micro_batches[0] for number in numbers]
+        return fixed_sizes([batch.num_masked for batch in drawn],
+                           [batch.most_masked for batch in drawn])
+
+    def pack_for(self, device: torch.device, sizes: BatchSizes) -> None:
+        """Let the batches of `step` and `steps` be packed for `device`, padded to `sizes`."""
+        self._device, self._sizes = device, sizes
+
+    def _enter_thread(self) -> None:
+        """Let a thread that prepares batches pin memory by its own GPU, not by the first one."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def _order(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Return the rows at some places of an epoch: a function of seed, epoch and store."""
         return permute(places, self.table.num_rows, self.seed, epoch, self.store.fingerprint)
@@ -280,7 +344,11 @@ class PackedData:
                 here = slice(max(start, low) - low, min(start + size, high) - low)
                 if here.stop > here.start:
                     layout.append(self._assemble(pieces, here, epoch))
-            micro_batches.append(layout[0] if len(layout) == 1 else _join(layout))
+            batch = layout[0] if len(layout) == 1 else _join(layout)
+            if self._sizes is not None:
+                pinned = self._device.type == "cuda"
+                batch = replace(batch, transfer=pack_transfer(batch, self._sizes, pinned))
+            micro_batches.append(batch)
         return StepBatch(
             micro_batches, rows, epoch=first // self.table.num_rows, step_rows=len(rows),
             step_pieces=sum(len(pieces.row) for *_, pieces in drawn),
@@ -295,26 +363,27 @@ class PackedData:
 
         Args:
             sum_over_ranks: sums each of its numbers over all ranks; collective, called when a
-                step is asked for. Without it, counts are those of this rank.
+                step is asked for whose `following` of the step before was not summed. Without it,
+                counts are those of this rank.
         """
         if first >= end:
             return
-        with ThreadPoolExecutor(1) as pool:
-            following = pool.submit(self.step, first)
+        with ThreadPoolExecutor(1, initializer=self._enter_thread) as pool:
+            coming = pool.submit(self.step, first)
+            total: list[float] | None = None
             for step in range(first, end):
-                batch = following.result()
+                batch = coming.result()
+                following = Following()
                 if step + 1 < end:
-                    following = pool.submit(self.step, step + 1)
+                    following.batch = coming = pool.submit(self.step, step + 1)
                 if sum_over_ranks is not None:
-                    rows, pieces, tokens, masked = map(int, sum_over_ranks(
-                        batch.step_rows, batch.step_pieces, batch.step_tokens,
-                        batch.step_masked_tokens,
-                    ))
+                    rows, pieces, tokens, masked = map(int, total or sum_over_ranks(*batch.counts))
                     batch = replace(
                         batch, step_rows=rows, step_pieces=pieces, step_tokens=tokens,
                         step_masked_tokens=masked,
                     )
-                yield batch
+                yield replace(batch, following=following)
+                total = following.total
 
     def in_order(self, max_rows: int) -> Iterator[PackedBatch]:
         """Yield the first rows of the table once, with the masks of epoch 0, for evaluation.
@@ -333,12 +402,16 @@ class PackedData:
 def _join(parts: list[PackedBatch]) -> PackedBatch:
     """Join parts with consecutive rows to one micro batch."""
     starts = np.cumsum([0, *(part.input_ids.numel() for part in parts)]).tolist()
-    fields = ("input_ids", "position_ids", "document_ids", "masked_labels")
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
     return PackedBatch(
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in fields},
+        joined("input_ids"), joined("position_ids"), joined("document_ids"),
         masked_positions=torch.cat(
             [part.masked_positions + start for part, start in zip(parts, starts, strict=False)]
         ),
+        masked_labels=joined("masked_labels"),
         most_masked=max(part.most_masked for part in parts),
         num_tokens=sum(part.num_tokens for part in parts),
     )

@@ -8,6 +8,8 @@ of the user's flags come first. It has no option for the following, so they are 
 - `torch.load` (states.py), while loading: DeepSpeed reads its files with `weights_only=False`, and
   a pickle can run any code.
 - `engine._config.load_universal_checkpoint` (states.py), while loading at another number of ranks.
+- `step`, and on one rank the gathering of gradients, of `engine.optimizer` (zero.py), for ZeRO 1
+  and 2: loops over the parameters, whose small kernels a GPU waits for.
 - `engine.enable_backward_allreduce` (steps.py), on one rank without ZeRO: there is nothing to
   reduce, and DeepSpeed would copy all gradients there and back.
 - `deepspeed.ops.__compatible_ops__` (group.py), without a GPU: DeepSpeed would compile an
@@ -22,6 +24,7 @@ from train.engine.ds_json import (
     Resolved,
     read_ds_config,
     resolve_ds_config,
+    rows_per_rank,
 )
 from train.engine.group import (
     SHARED_DISK_SECONDS,
@@ -72,6 +75,7 @@ __all__ = [
     "ranks",
     "read_ds_config",
     "resolve_ds_config",
+    "rows_per_rank",
     "save_state",
     "start",
     "supported_precisions",

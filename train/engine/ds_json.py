@@ -38,6 +38,10 @@ class Resolved:
     precision: str
     notes: tuple[str, ...]
 
+    @property
+    def zero_stage(self) -> int:
+        return self.config.get("zero_optimization", {}).get("stage", 0)
+
 
 def read_ds_config(path: str | None) -> dict[str, Any]:
     """Read a DeepSpeed JSON; the default depends on whether there is a GPU.
@@ -69,6 +73,28 @@ def _settle(config: dict[str, Any], key: str, flag: str, given: Any, default: An
             f'or write "auto" there'
         )
     return config[key]
+
+
+def rows_per_rank(raw: dict[str, Any], options: TrainingConfig, world_size: int) -> int:
+    """Return the rows of one rank per step, for a micro batch that is still to be found.
+
+    Raises:
+        ConfigError: the JSON or a flag says more about the batch than `train_batch_size`, or that
+            is no multiple of the number of ranks.
+    """
+    config = dict(raw)
+    flag = "per_device_train_batch_size"
+    _settle(config, "train_micro_batch_size_per_gpu", flag, "auto", None)
+    steps = _settle(config, "gradient_accumulation_steps", "gradient_accumulation_steps",
+                    options.gradient_accumulation_steps, None)
+    if steps:
+        raise ConfigError(f"--{flag} auto with gradient_accumulation_steps {steps}: it follows "
+                          "from the micro batch; give --train_batch_size instead")
+    train = _settle(config, "train_batch_size", "train_batch_size", options.train_batch_size,
+                    DEFAULT_BATCH)
+    if train % world_size:
+        raise ConfigError(f"train_batch_size {train}: must be a multiple of the {world_size} ranks")
+    return train // world_size
 
 
 def _settle_batch(config: dict[str, Any], options: TrainingConfig, world_size: int,
@@ -157,8 +183,9 @@ def resolve_ds_config(
     _settle(parameters, "weight_decay", "weight_decay", options.weight_decay, 0.01)
     offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
     if parameters.get("torch_adam") == "auto":
-        # DeepSpeed's own CPU Adam is compiled at first use (minutes); torch's is as exact.
-        parameters["torch_adam"] = not torch.cuda.is_available()
+        # DeepSpeed's own Adam is compiled at first use (minutes); torch's is as exact. Only for
+        # offloaded states on a machine with a GPU is DeepSpeed's the faster one by far.
+        parameters["torch_adam"] = not (offload and torch.cuda.is_available())
         if parameters["torch_adam"] and not parameters.get("foreach"):
             parameters.setdefault("fused", True)  # one pass over the weights instead of seven
         if parameters["torch_adam"] and offload:

@@ -13,6 +13,10 @@ import torch
 
 from preprocess.errors import ConfigError
 
+# DeepSpeed's launcher shows GPUs to its ranks even where DS_ACCELERATOR asks for the CPU.
+if os.environ.get("DS_ACCELERATOR") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A node sees the files of another one within this time: NFS caches a folder for up to 60 s.
 SHARED_DISK_SECONDS = 90.0
 
@@ -72,10 +76,19 @@ def start() -> torch.device:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
-    if not torch.cuda.is_available():
+    device, backend = torch.device("cpu"), None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks().local_rank)
+        torch.cuda.set_device(device)
+        if ranks().world_size == 1:
+            # DeepSpeed binds the group to its device, but for one rank, where NCCL's communicators
+            # may then fail (DeepSpeed issue 8248); unbound, torch warns at each barrier, and NCCL
+            # guesses a device. With gloo beside NCCL, barriers and objects stay on the host.
+            backend = "cpu:gloo,cuda:nccl"
+    else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(backend, verbose=False)
     except torch.distributed.DistError as error:
         here, first = ranks(), (str(error).splitlines() or [type(error).__name__])[0]
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -84,15 +97,11 @@ def start() -> torch.device:
             f"look at the output of the other nodes, and give a --master_addr that they reach and "
             f"a free --master_port"
         ) from None
-    if torch.cuda.is_available():
-        device = torch.device("cuda", ranks().local_rank)
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
+    return device
 
 
 def finish() -> None:
-    """Leave the process group, so that the process ends without a warning."""
+    """Leave the process group; `run_command` does it for a command that ends otherwise."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -185,12 +185,25 @@ def _load_converted(engine: Any, folder: Path) -> dict[str, Any]:
             for state in engine.basic_optimizer.state.values():
                 if isinstance(state.get("step"), torch.Tensor):
                     state["step"] = state["step"].clone()
+        _move_step_counts(engine.basic_optimizer)
     finally:
         engine._config.load_universal_checkpoint = False
     barrier()
     if is_main():
         shutil.rmtree(universal)
     return client_state
+
+
+def _move_step_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Put the step counts of a fused Adam where its kernel wants them.
+
+    DeepSpeed reads the converted files on the CPU and leaves the counts there.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                state["step"] = state["step"].to(parameter.device, torch.float32, copy=True)
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from preprocess.errors import NonFiniteError
+from train.engine import zero
 from train.engine.ds_json import Resolved
-from train.engine.group import is_main, ranks
+from train.engine.group import all_reduce_sum, is_main, ranks
 
 # fp16 steps skipped in a row before a run stops; a scale of 2^32 reaches 1 after 33.
 MAX_SKIPPED_IN_A_ROW = 50
@@ -48,11 +49,22 @@ def parameter_groups(
     ]
 
 
-def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved: Resolved) -> Any:
-    """Wrap `module` in a DeepSpeed engine; call `start` first."""
+def build_engine(
+    module: torch.nn.Module, groups: list[dict[str, Any]], resolved: Resolved,
+    upstream: bool = False,
+) -> Any:
+    """Wrap `module` in a DeepSpeed engine; call `start` first.
+
+    Args:
+        upstream: keep DeepSpeed's own step; see zero.py.
+    """
     import deepspeed
 
     config = json.loads(json.dumps(resolved.config))
+    # DeepSpeed's clock makes the host wait for the device twice per micro batch.
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+    if ranks().world_size == 1 and "overlap_comm" in config.get("zero_optimization", {}):
+        config["zero_optimization"]["overlap_comm"] = False  # nothing to overlap, but a wait
     schedule = config["scheduler"].get("params", {})
     if "warmup_max_lr" in schedule:
         schedule["warmup_max_lr"] = [
@@ -69,6 +81,8 @@ def build_engine(module: torch.nn.Module, groups: list[dict[str, Any]], resolved
             deepspeed.zero.register_external_parameter(borrower, parameter)
     if ranks().world_size == 1 and resolved.precision == "fp32" and not engine.zero_optimization():
         engine.enable_backward_allreduce = False
+    if not upstream:
+        zero.bind(engine)
     # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and at its
     # step 0. From here, step n of the run has the rate of the schedule's step n.
     engine.lr_scheduler.step(1)
@@ -94,23 +108,34 @@ class _LossScaleHistory:
 _loss_scales: WeakKeyDictionary[Any, _LossScaleHistory] = WeakKeyDictionary()
 
 
-def take_step(engine: Any) -> Any:
-    """Call `engine.step()`, but never train on a gradient that is not a number.
+def take_step(engine: Any, loss: zero.Value, *others: zero.Value) -> tuple[list[float], Any]:
+    """Call `engine.step()` after the last micro batch, but never train on a bad number.
 
-    Gradients are reduced over all ranks before this, so every rank finds the same. In fp32 and
+    Gradients and numbers are reduced over all ranks, so every rank finds the same. In fp32 and
     bf16 the run stops. In fp16 the loss scale is found by overflows: the step is skipped, as long
     as a lower scale can help.
 
+    Args:
+        loss, others: numbers of this rank, Python's or tensors `()`.
     Returns:
-        Global norm of the gradients before clipping, a number or a tensor `()`; None between
-        optimizer steps and for a skipped step.
+        The sums of `loss` and `others` over all ranks; and the global norm of the gradients before
+        clipping, a number or a tensor `()`, None for a skipped step.
     Raises:
         NonFiniteError: on every rank; nothing has been updated.
     """
-    if not engine.is_gradient_accumulation_boundary():
-        return engine.step()
-    if engine.fp16_enabled():
-        return _take_fp16_step(engine)
+    step, sums = engine.global_steps + 1, []
+    one_pass = getattr(engine.optimizer, "one_pass", None)
+    if one_pass is None:
+        sums = all_reduce_sum(loss, *others)
+        zero.check_loss(sums, step)
+    else:
+        one_pass.prepare(step, (loss, *others))
+    norm = _take_fp16_step(engine) if engine.fp16_enabled() else _take_plain_step(engine)
+    return sums if one_pass is None else one_pass.sums, norm
+
+
+def _take_plain_step(engine: Any) -> Any:
+    """Take a step in fp32 or bf16, where every gradient must be finite; return the norm."""
     step = engine.global_steps + 1
     norm = None
     if not (engine.zero_optimization_stage() or engine.bfloat16_enabled()):

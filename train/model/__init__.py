@@ -1,5 +1,12 @@
 """Models over packed batches; knows transformers' classes."""
 
+from train.model.compiled import (
+    choose_compiling,
+    compile_layers,
+    forget_compiled,
+    missing_for_compiling,
+    uncompiled,
+)
 from train.model.families import (
     FAMILIES,
     attention_mask,
@@ -34,15 +41,20 @@ __all__ = [
     "check_row_length",
     "check_same_vocabulary",
     "checkpoint_activations",
+    "choose_compiling",
+    "compile_layers",
     "count_flops",
     "find_queries",
     "first_slot_only",
+    "forget_compiled",
     "load_classifier",
     "load_config",
     "load_masked_lm",
     "load_scorer",
     "load_tokenizer",
     "local_checkpoint",
+    "missing_for_compiling",
     "named_config",
     "peak_flops",
+    "uncompiled",
 ]

@@ -6,7 +6,7 @@ where its encoder, its MLM head and its first position are, and what its last la
 One method of transformers is replaced, on the instance: the `forward` of an encoder's last layer,
 because transformers cannot compute a layer for some slots only.
 
-- `PackedMaskedLM` (packed.py): with an argument `queries`, the layer computes masked slots only.
+- `PackedMaskedLM` (packed.py): with an argument `masked`, the layer computes masked slots only.
 - `first_slot_only`: the layer computes [CLS] only, for inference with a classifier.
 
 Letters: `B` rows, `S` slots of a row, `C` queries, `D` hidden size, `V` vocabulary.

@@ -103,6 +103,22 @@ def _measure_matmul(size: int, device: torch.device, dtype: torch.dtype) -> floa
     return 2 * size**3 / best
 
 
+def state_bytes(
+    module: nn.Module, *, stage: int, world_size: int, precision: str
+) -> float:
+    """Estimate the bytes of weights, gradients and optimizer states of one rank.
+
+    Args:
+        stage: of ZeRO.
+    """
+    # Bytes per parameter: two fp32 moments 8; beside 16-bit weights, and with ZeRO, also fp32
+    # weights and gradients, 4 + 4. Gradients and weights of the model 2 + 2 or 4 + 4.
+    size = 4 if precision == "fp32" else 2
+    kinds = [16 if stage or precision != "fp32" else 8, size, size]  # states, gradients, weights
+    per_parameter = sum(kinds[stage:]) + sum(kinds[:stage]) / world_size
+    return per_parameter * sum(parameter.numel() for parameter in module.parameters())
+
+
 def memory_line(
     module: PackedMaskedLM, *, stage: int, world_size: int, precision: str, micro_batch_slots: int,
     mask_rate: float, gradient_checkpointing: bool,
@@ -114,17 +130,14 @@ def memory_line(
         micro_batch_slots: rows times slots of a micro batch.
         mask_rate: masked share of the slots.
     """
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    # Bytes per parameter: weights and gradients 2 + 2 (16 bit) or 4 + 4; fp32 master and two
-    # moments 12, or two moments 8 in fp32.
+    states = state_bytes(module, stage=stage, world_size=world_size, precision=precision)
     size = 4 if precision == "fp32" else 2
-    kinds = [8 if precision == "fp32" else 12, size, size]  # states, gradients, weights
-    states = parameters * (sum(kinds[stage:]) + sum(kinds[:stage]) / world_size)
     config = module.hf.config
     # About 18 hidden widths per layer are kept for the backward pass.
     layers = 1 if gradient_checkpointing else config.num_hidden_layers
     activations = micro_batch_slots * config.hidden_size * 18 * size * layers
     logits = min(mask_rate * micro_batch_slots * config.vocab_size * size, csrc.ONE_CHUNK_BYTES)
     parts = zip(("states", "activations", "logits"), (states, activations, logits), strict=True)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
     return (f"model: {parameters:,} parameters; estimated memory per rank: "
             + ", ".join(f"{name} {value / 2**30:.2f} GiB" for name, value in parts))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +12,24 @@ from torch import nn
 import csrc
 from csrc import reference
 from preprocess.errors import ConfigError
-from train.model.families import FAMILIES, Queries, attention_mask, find_queries
+from train.model.families import FAMILIES, attention_mask, find_queries
 
 # transformers' names of the activations that an MLM head may have -> those of `csrc`.
 HEAD_ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }
+
+
+class Masked(NamedTuple):
+    """The slots that the last layer computes: arguments of `find_queries`, and of a `LastLayer`."""
+
+    positions: torch.Tensor
+    most: int | None
+
+
+# (hidden, attention mask, `Masked`'s two, the encoder's other arguments) -> rows, `(C, D)`
+LastLayer = Callable[..., torch.Tensor]
 
 
 class PackedMaskedLM(nn.Module):
@@ -31,6 +43,8 @@ class PackedMaskedLM(nn.Module):
         last_layer_subset: whether the last layer computes queries, attention output, feed-forward
             and norms for masked positions only; loss and gradients are the same.
         head_implementation: a name in `csrc.IMPLEMENTATIONS`; None takes the device's default.
+        last_layers: faster twins of `last_layer` by number of masked positions, padding included,
+            and of those of the fullest row; see `compile_layers`.
     """
 
     def __init__(self, hf: Any, carried: dict[str, torch.Tensor], fresh_head: bool) -> None:
@@ -42,27 +56,42 @@ class PackedMaskedLM(nn.Module):
         self.head_prefixes = tuple(f"hf.{prefix}" for prefix in self.family.head_prefixes)
         self.last_layer_subset = True
         self.head_implementation: str | None = None
+        self.last_layers: dict[tuple[int, int | None], LastLayer] = {}
         activation = self.family.transform(hf)[2]
         if activation not in HEAD_ACTIVATIONS:
             raise ConfigError(
                 f"the MLM head of {hf.config.name_or_path or hf.config.model_type} has the "
                 f"activation {activation!r}; known are {', '.join(HEAD_ACTIVATIONS)}"
             )
-        self._let_last_layer_take_queries()
+        self._let_last_layer_take_masked()
 
-    def _let_last_layer_take_queries(self) -> None:
-        """Give the last layer an argument `queries`; without it, nothing changes."""
-        family = self.family
-        layer: Any = family.layers(family.encoder(self.hf))[-1]
+    def _let_last_layer_take_masked(self) -> None:
+        """Give the last layer an argument `masked`; without it, nothing changes."""
+        layer = self.layers()[-1]
         whole = layer.forward
 
         def forward(hidden: torch.Tensor, attention_mask: Any = None, *args: Any,
-                    queries: Queries | None = None, **options: Any) -> Any:
-            if queries is None:
+                    masked: Masked | None = None, **options: Any) -> Any:
+            if masked is None:
                 return whole(hidden, attention_mask, *args, **options)
-            return family.last_layer(layer, hidden, attention_mask, queries, **options)
+            sizes = len(masked.positions), masked.most
+            compute = self.last_layers.get(sizes, self.last_layer)
+            return compute(hidden, attention_mask, *masked, **options)
 
         layer.forward = forward
+
+    def layers(self) -> Any:
+        """Return the layers of the encoder."""
+        return self.family.layers(self.family.encoder(self.hf))
+
+    def last_layer(
+        self, hidden: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor,
+        most: int | None, **options: Any,
+    ) -> torch.Tensor:
+        """Compute the last layer at masked slots, `(B, S, D)` to `(C, D)`; see `find_queries`."""
+        num_rows, num_slots = hidden.shape[:2]
+        queries = find_queries(positions, num_rows, num_slots, most)
+        return self.family.last_layer(self.layers()[-1], hidden, mask, queries, **options)
 
     def head(self) -> csrc.MaskedLMHead:
         """Return the tensors of the MLM head."""
@@ -78,7 +107,7 @@ class PackedMaskedLM(nn.Module):
 
         ZeRO-3 needs the list: it gathers parameters only while their own module runs.
         """
-        layer = self.family.layers(self.family.encoder(self.hf))[-1]
+        layer = self.layers()[-1]
         split = [p for linear in self.family.split_linear(layer) for p in linear.parameters()]
         head = [p for p in self.head().tensors().values() if isinstance(p, nn.Parameter)]
         return [(self, p) for p in head] + [(layer, p) for p in split]
@@ -94,9 +123,9 @@ class PackedMaskedLM(nn.Module):
 
     def encode(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor,
-        queries: Queries | None = None,
+        masked: Masked | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states of packed rows, `(B, S, D)`, or `(C, D)` of the queries only.
+        """Return the hidden states of packed rows, `(B, S, D)`, or `(C, D)` of masked slots only.
 
         See `attention_mask` for the other arguments.
         """
@@ -104,7 +133,7 @@ class PackedMaskedLM(nn.Module):
         mask = attention_mask(self.family, self.hf.config, document_ids, position_ids, dtype)
         first = self.family.first_position(self.hf.config)
         encoder = self.family.encoder(self.hf)
-        only = {} if queries is None else {"queries": queries}
+        only = {} if masked is None else {"masked": masked}
         return encoder(
             input_ids=input_ids, attention_mask=mask, position_ids=position_ids + first, **only
         ).last_hidden_state
@@ -124,14 +153,15 @@ class PackedMaskedLM(nn.Module):
         Args:
             input_ids: corrupted ids, `(B, S)` int64.
             position_ids, document_ids: see `attention_mask`.
-            masked_positions, masked_labels: see `csrc.masked_lm_loss`, `(M,)` int64.
+            masked_positions: see `csrc.masked_lm_loss`, `(C,)` int64.
+            masked_labels: of the first `M` of them, `(M,)` int64; the others are padding.
             most_masked: masked positions of the fullest row, or more; counted if None, for which
                 the host waits for a GPU.
-            predict: return the likeliest id at each masked position instead, `(M,)` int64,
+            predict: return the likeliest id at each of those positions instead, `(M,)` int64,
                 anything at padding.
         """
         hidden, positions = self.encode_masked(
-            input_ids, position_ids, document_ids, masked_positions, most_masked
+            input_ids, position_ids, document_ids, masked_positions, masked_labels, most_masked
         )
         if predict:
             return reference.logits(reference.gather(hidden, positions), self.head()).argmax(-1)
@@ -141,15 +171,17 @@ class PackedMaskedLM(nn.Module):
 
     def encode_masked(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor,
-        masked_positions: torch.Tensor, most_masked: int | None = None,
+        masked_positions: torch.Tensor, masked_labels: torch.Tensor,
+        most_masked: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the first two arguments of `csrc.masked_lm_loss`; see `forward` for the others.
 
         With the last-layer subset these are the masked rows, `(M, D)`, and None; otherwise all
-        hidden states, `(B, S, D)`, and the masked positions.
+        hidden states, `(B, S, D)`, and the masked positions, `(M,)`.
         """
-        if not (self.last_layer_subset and len(masked_positions)):
-            return self.encode(input_ids, position_ids, document_ids), masked_positions
-        num_rows, num_slots = input_ids.shape
-        queries = find_queries(masked_positions, num_rows, num_slots, most_masked)
-        return self.encode(input_ids, position_ids, document_ids, queries), None
+        count = len(masked_labels)
+        if not (self.last_layer_subset and count):
+            hidden = self.encode(input_ids, position_ids, document_ids)
+            return hidden, masked_positions[:count]
+        masked = Masked(masked_positions, most_masked)
+        return self.encode(input_ids, position_ids, document_ids, masked)[:count], None

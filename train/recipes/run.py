@@ -26,6 +26,7 @@ from preprocess.errors import ConfigError, DataError, StopRequested
 from preprocess.files import atomic_write_json, file_sha256, read_json
 from preprocess.identity import digest
 from train.config import PipelineConfig
+from train.recipes.nodes import FirstNode, OtherNode, first_address
 from train.recipes.plan import Step
 
 HEARTBEAT_SECONDS = 10
@@ -144,9 +145,13 @@ def _existing(step: Step) -> list[str]:
     return [path for pattern in step.outputs for path in glob.glob(pattern)]
 
 
-def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> None:
+def run_steps(
+    steps: list[Step], journal: Journal, options: PipelineConfig, first: FirstNode | None = None
+) -> None:
     """Run the steps that are not finished, in order.
 
+    Args:
+        first: tells the other nodes what to launch, if they were started by hand.
     Raises:
         ConfigError: outputs were made otherwise, and `--rerun` is not given.
         StopRequested: a command stopped on request (exit 75).
@@ -172,9 +177,18 @@ def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> N
         started, success = time.monotonic(), False
         journal.start(step)
         try:
-            log = journal.root / "logs" / f"{number:02d}-{step.name}.log"
+            log = log_path(journal, step, number)
             if step.compute is not None:
                 step.compute()
+            elif first is not None and step.launched:
+                port = options.master_port or _free_port()
+                first.launch(number, port, journal.steps[step.name]["inputs"])
+                command = started_as(step, options, port)
+                code = run_process(command, log, stop=lambda: first.failed() is not None)
+                if code in (0, StopRequested.exit_code):  # which another node may have caused
+                    first.check()
+                _check_exit(code, step, log, options)
+                first.wait_for_others()
             else:
                 warm = options.launcher == "python"
                 _check_exit(run_process(started_as(step, options), log, warm), step, log, options)
@@ -186,6 +200,36 @@ def run_steps(steps: list[Step], journal: Journal, options: PipelineConfig) -> N
                             f"complete: {', '.join(step.records)}; see {log}")
         now = time.monotonic()
         print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total", flush=True)
+
+
+def follow(
+    steps: list[Step], journal: Journal, options: PipelineConfig, node: OtherNode
+) -> None:
+    """Launch what the first node says, until it ends; exit with its code."""
+    def stop(number: int, frame: Any) -> None:
+        raise StopRequested("stopped on request, while the first node worked alone; the same "
+                            "command on every node continues")
+
+    with node:
+        signal.signal(signal.SIGTERM, stop)
+        while "end" not in (told := node.next_turn()):
+            number = told["step"]
+            step = steps[number - 1]
+            print(f"[{number}/{len(steps)}] {step.name}\n  {shown(step, options)}", flush=True)
+            node.wait_for_inputs(journal, steps, told["inputs"])
+            code = run_process(
+                started_as(step, options, told["port"]),
+                log_path(journal, step, number, f".node{node.rank}"), stop=node.is_over)
+            node.ended(told["turn"], code)
+        if told["end"]:
+            print(f"pipeline.py: the first node ended with exit code {told['end']}; see its output",
+                  file=sys.stderr, flush=True)
+            sys.exit(told["end"])
+
+
+def log_path(journal: Journal, step: Step, number: int, node: str = "") -> Path:
+    """Return the file for the output of a step, on a node."""
+    return journal.root / "logs" / f"{number:02d}-{step.name}{node}.log"
 
 
 def _refuse(objection: str | None) -> None:
@@ -214,21 +258,36 @@ def shown(step: Step, options: PipelineConfig) -> str:
 def _words(step: Step, options: PipelineConfig, port: int) -> list[str]:
     if not step.launched or options.launcher == "python":
         return ["python", *step.command]
+    where = ["--num_gpus", str(options.num_gpus)]
+    if options.hostfile:
+        where = ["--hostfile", options.hostfile]
+        address = options.master_addr
+        if options.no_ssh:  # otherwise DeepSpeed asks the first node, by ssh
+            where += ["--no_ssh", "--node_rank", str(options.node_rank)]
+            address = first_address(options)
+        where += ["--master_addr", address] if address else []
     chosen = ["--master_port", str(port)] if port else []
-    return ["deepspeed", "--num_gpus", str(options.num_gpus), *chosen, *step.command]
+    return ["deepspeed", *where, *chosen, *step.command]
 
 
-def started_as(step: Step, options: PipelineConfig) -> list[str]:
-    """Return the step's process: the same interpreter, and a free port for the launcher."""
+def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        port = options.master_port or server.getsockname()[1]
-    program, *words = _words(step, options, port)
+        return server.getsockname()[1]
+
+
+def started_as(step: Step, options: PipelineConfig, port: int = 0) -> list[str]:
+    """Return the step's process: the same interpreter, and the launcher at a port (0: a free one).
+    """
+    program, *words = _words(step, options, port or options.master_port or _free_port())
     launcher = ["-m", "deepspeed.launcher.runner"] if program == "deepspeed" else []
     return [sys.executable, *launcher, *words]
 
 
-def run_process(command: list[str], log_path: Path, warm: bool = False) -> int:
+def run_process(
+    command: list[str], log_path: Path, warm: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
     """Run a command, echo its lines and log them; print a line at least every ten seconds.
 
     SIGTERM and SIGINT are passed on to all its processes as SIGTERM (the launcher itself would die
@@ -239,6 +298,7 @@ def run_process(command: list[str], log_path: Path, warm: bool = False) -> int:
         command: a Python interpreter, a script and its flags.
         log_path: file to which the output is appended.
         warm: fork a process that has imported torch already instead of starting the interpreter.
+        stop: asked about once per second; whether to stop the command as SIGTERM does.
     Returns:
         The exit code; 75 if a signal asked for the stop, whatever the launcher made of it.
     """
@@ -256,7 +316,7 @@ def run_process(command: list[str], log_path: Path, warm: bool = False) -> int:
                 os.kill(process, wanted)
 
     def look_after() -> None:
-        if not requests and -(poll() or 0) in STOPPING:
+        if not requests and (-(poll() or 0) in STOPPING or stop()):
             pass_on(signal.SIGTERM, None)
 
     handlers = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}

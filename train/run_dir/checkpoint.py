@@ -287,10 +287,12 @@ def load_checkpoint(
     manifest = _read_manifest(path)
     compare(manifest["identity"], identity, str(path), "give another --output_dir")
     for key, value in ds.describe(engine).items():
-        if manifest["engine"].get(key) != value:
+        made = manifest["engine"].get(key)
+        if made != value:
+            hint = ' (with "torch_adam": false)' if "FusedAdam" in (made, value) else ""
             raise ConfigError(
-                f"{path}: made with {key} {manifest['engine'].get(key)}, and this run has {value}; "
-                "give the DeepSpeed JSON of then, or another --output_dir"
+                f"{path}: made with {key} {made}, and this run has {value}; "
+                f"give the DeepSpeed JSON of then{hint}, or another --output_dir"
             )
     world_size = manifest["world_size"]
     if world_size != ds.ranks().world_size:

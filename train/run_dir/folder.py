@@ -12,7 +12,7 @@ import yaml
 
 from preprocess import machine
 from preprocess.errors import ConfigError
-from preprocess.files import atomic_write_bytes, atomic_write_json
+from preprocess.files import atomic_write_bytes, atomic_write_json, read_json
 from train import engine as ds
 from train.config import TrainingConfig, as_dict, command_line
 from train.run_dir.identity import PACKAGES
@@ -22,10 +22,18 @@ from train.run_dir.identity import PACKAGES
 _LEFTOVER = re.compile(r"\.(.+\.tmp-\d+|hf(_step_\d+)?\..+)")
 
 
+# Choices that a run made by itself, of its first start: micro batch, compiling, sizes of padding.
+EXECUTION = "execution.json"
+
+
 def prepare_run_dir(
-    config: TrainingConfig, resolved: ds.Resolved | None, identity: dict[str, Any] | None = None
+    config: TrainingConfig, resolved: ds.Resolved | None, identity: dict[str, Any] | None = None,
+    execution: dict[str, Any] | None = None,
 ) -> Path:
     """Check that the run directory may be written, and record options and environment in it.
+
+    Args:
+        execution: what this run found out about its machine, for `read_execution`.
 
     Joins the process group: rank 0 writes once every rank has looked, or a slow rank would take
     the files of rank 0 for another run.
@@ -46,6 +54,8 @@ def prepare_run_dir(
         atomic_write_bytes(run_dir / "config.resolved.yaml", text.encode())
         if resolved is not None:
             atomic_write_json(run_dir / "ds_config.resolved.json", resolved.config)
+        if execution is not None:
+            atomic_write_json(run_dir / EXECUTION, execution)
         atomic_write_json(run_dir / "env.json", {**environment(), "identity": identity})
     # Checkpoints are written by all ranks into one folder: better said now than at the first save.
     blind = ds.nodes_without(run_dir)
@@ -55,6 +65,12 @@ def prepare_run_dir(
             f"there; give a folder on a disk that all nodes share"
         )
     return run_dir
+
+
+def read_execution(run_dir: Path) -> dict[str, Any]:
+    """Return what the run in this directory had found out about its machine; {} for a new run."""
+    path = run_dir / EXECUTION
+    return read_json(path, "delete it") if path.is_file() else {}
 
 
 def check_run_dir(config: TrainingConfig) -> Path:

@@ -58,8 +58,14 @@ def architecture(hf_config: Any) -> str:
     return digest({key: str(value) for key, value in values.items() if key not in _NAMES})
 
 
-def numerics(config: Any, resolved: Resolved | None = None) -> dict[str, Any]:
-    """Return what may change the last digits of a result: machine, versions, layout."""
+def numerics(
+    config: Any, resolved: Resolved | None = None, execution: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what may change the last digits of a result: machine, versions, layout.
+
+    Args:
+        execution: as of `folder.read_execution`.
+    """
     zero = resolved.config.get("zero_optimization", {}) if resolved else {}
     head = None
     if isinstance(config, MaskedLMOptions):
@@ -69,7 +75,7 @@ def numerics(config: Any, resolved: Resolved | None = None) -> dict[str, Any]:
         "world_size": ranks().world_size,
         "micro_batch": resolved.micro_batch_size if resolved else None,
         "zero": zero.get("stage", 0) if resolved else None,
-        "compile": getattr(config, "torch_compile", None),
+        "execution": execution,
         "head": head,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {**dict.fromkeys(PACKAGES), **versions(PACKAGES)},

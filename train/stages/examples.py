@@ -13,6 +13,8 @@ import torch.nn.functional as F
 IGNORED = -100
 """Target of a token that is left out of the loss and of the metrics."""
 
+PADDED_LENGTH = 8  # of examples on a GPU, in tokens
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -90,32 +92,47 @@ def rank_share(
 
 
 def collate(
-    examples: Examples, indices: np.ndarray, pad_id: int, device: torch.device | str = "cpu"
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Pad the chosen examples to the longest of them.
+    examples: Examples, indices: np.ndarray, pad_id: int, device: torch.device | str = "cpu",
+    weights: np.ndarray | None = None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Pad the chosen examples to the longest of them, and move them to `device` in one copy.
 
+    On a GPU the length is a multiple of `PADDED_LENGTH`: its kernels see few different shapes.
+
+    Args:
+        weights: 0 or 1 for each example, `(B,)`; None for all 1.
     Returns:
-        The model's inputs, `(B, L)` int64 each, and the targets, `(B,)` or `(B, L)` int64.
+        The model's inputs, `(B, L)` int64 each; the targets, `(B,)` or `(B, L)` int64; and the
+        weights, `(B,)` int64.
     """
+    device = torch.device(device)
     rows = [examples.input_ids[i] for i in indices]
-    length = max(len(row) for row in rows)
+    step = 1 if device.type == "cpu" else PADDED_LENGTH
+    length = step * -(-max(len(row) for row in rows) // step)
 
-    def pad(arrays: list[np.ndarray], fill: int) -> torch.Tensor:
+    def pad(arrays: list[np.ndarray], fill: int) -> np.ndarray:
         out = np.full((len(arrays), length), fill, dtype=np.int64)
         for row, array in zip(out, arrays, strict=True):
             row[: len(array)] = array
-        return torch.from_numpy(out).to(device, non_blocking=True)
+        return out
 
-    inputs = {
+    parts = {
         "input_ids": pad(rows, pad_id),
         "attention_mask": pad([np.ones_like(row) for row in rows], 0),
     }
     if examples.token_type_ids is not None:
-        inputs["token_type_ids"] = pad([examples.token_type_ids[i] for i in indices], 0)
+        parts["token_type_ids"] = pad([examples.token_type_ids[i] for i in indices], 0)
     targets = [examples.targets[i] for i in indices]
-    if targets[0].ndim:
-        return inputs, pad(targets, IGNORED)
-    return inputs, torch.from_numpy(np.stack(targets)).to(device, non_blocking=True)
+    parts["targets"] = pad(targets, IGNORED) if targets[0].ndim else np.stack(targets)
+    parts["weights"] = np.ones(len(rows)) if weights is None else weights
+    flat = torch.from_numpy(np.concatenate([part.ravel() for part in parts.values()])
+                            .astype(np.int64, copy=False))
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # so that the copy does not wait for the GPU
+    pieces = flat.to(device, non_blocking=True).split([part.size for part in parts.values()])
+    inputs = {name: piece.view(part.shape)
+              for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+    return inputs, inputs.pop("targets"), inputs.pop("weights")
 
 
 def weighted_loss(
@@ -126,7 +143,7 @@ def weighted_loss(
     Args:
         logits: `(B, C)` or `(B, L, C)`, any float type; computed in float32.
         targets: `(B,)` or `(B, L)` int64; `IGNORED` adds nothing.
-        weights: 0 or 1 for each example, `(B,)` float32; 0 marks a repeated one.
+        weights: 0 or 1 for each example, `(B,)`; 0 marks a repeated one.
         class_weights: `(C,)` float32.
     Returns:
         A scalar float32.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from preprocess.errors import DataError, NonFiniteError
+from preprocess.errors import DataError
 from preprocess.store import TokenStore
 from train import data, model
 from train import engine as ds
@@ -73,8 +72,6 @@ def build_model(
         module.head_implementation = config.head_implementation
     if config.gradient_checkpointing:
         model.checkpoint_activations(module.hf)
-    if config.torch_compile:
-        module.family.encoder(module.hf).compile()
     return module
 
 
@@ -98,7 +95,6 @@ def train_step(
     scale = ds.ranks().world_size * len(batch.micro_batches) / max(batch.step_masked_tokens, 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.float64, device=device)
-    norm = None
     for micro_batch in batch.micro_batches:
         loss, right = engine(**micro_batch.inputs(device))
         lap("forward")
@@ -107,16 +103,13 @@ def train_step(
         engine.backward(loss * scale)
         loss_sum += loss.detach()
         hits += right
-        if engine.is_gradient_accumulation_boundary():
-            total, right_total, num_asked = ds.all_reduce_sum(loss_sum, hits, asked())
-            if not math.isfinite(total):
-                raise NonFiniteError(
-                    f"the loss became {total} at step {engine.global_steps + 1}; lower "
-                    "--learning_rate, lengthen --warmup_ratio, or use bf16"
-                )
         lap("backward")
-        norm = ds.take_step(engine)
-        lap("optimizer")
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+    sums, norm = ds.take_step(engine, loss_sum, hits, asked(), *batch.following.mine())
+    lap("optimizer")
+    total, right_total, num_asked, *counts = sums
+    batch.following.total = counts
     count = max(batch.step_masked_tokens, 1)
     norm = float(norm) if want_norm and norm is not None else None
     return total / count, right_total / count, norm, num_asked > 0

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from train.config import FinetuneConfig, FitScorerConfig
 from train.engine import (
     Resolved,
     StopSignal,
-    all_reduce_sum,
     barrier,
     build_engine,
     full_state_dict,
@@ -106,7 +106,7 @@ def predict(
         for start in range(0, len(examples), batch_size * where.world_size):
             batch = order[start : start + batch_size * where.world_size]
             (indices,), (weights,) = rank_share(batch, batch_size, 1, where.rank, where.world_size)
-            inputs, targets = collate(examples, indices, pad_id, device)
+            inputs, targets, _ = collate(examples, indices, pad_id, device)
             logits = forward(**inputs).logits.float().cpu().numpy()
             for index, weight, row in zip(indices.tolist(), weights, logits, strict=True):
                 if weight:
@@ -149,17 +149,28 @@ def train_step(
     mass = float(examples.mass[batch].sum())
     total = torch.zeros((), device=class_weights.device)
     for micro_indices, micro_weights in zip(indices, weights, strict=True):
-        inputs, targets = collate(examples, micro_indices, pad_id, class_weights.device)
-        kept = torch.from_numpy(micro_weights).to(class_weights.device)
+        inputs, targets, kept = collate(
+            examples, micro_indices, pad_id, class_weights.device, micro_weights
+        )
         logits = engine(**inputs).logits
         loss = weighted_loss(logits, targets, kept, class_weights) / mass
         engine.backward(loss * factor)
         total += loss.detach()
-        if engine.is_gradient_accumulation_boundary():
-            mean, num_asked = all_reduce_sum(total, asked())
-            _refuse_non_finite(mean, "training loss", engine.global_steps + 1)
-        norm = take_step(engine)
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+    (mean, num_asked), norm = take_step(engine, total, asked())
     return mean, norm, num_asked > 0
+
+
+def attention_without_plans(device: torch.device) -> AbstractContextManager[None]:
+    """Keep cuDNN's attention out: it makes a plan for each new length, and batches have many."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def seed_dropout(seed: int, step: int) -> None:
@@ -282,12 +293,10 @@ def fit(
     """
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    if config.torch_compile:
-        model.compile(dynamic=True)  # batches differ in length
     weight_decay = resolved.config["optimizer"]["params"]["weight_decay"]
     engine = build_engine(model, parameter_groups(model, weight_decay), resolved)
     try:
-        with StopSignal() as stop:
+        with StopSignal() as stop, attention_without_plans(options["device"]):
             found = train_and_select(
                 engine, resolved, train, dev, assess, config=config, run_dir=run_dir,
                 records=records, pad_id=tokenizer.pad_token_id, stop=stop.asked, **options,
