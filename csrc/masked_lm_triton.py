@@ -24,13 +24,15 @@ one product, read twice and overwritten once by the kernel of the loss, and read
   holds where many labels are equal.
 - Shapes depend on the number of labels alone, and nothing is read back: the host never waits for
   the device.
-- Rows of padding are 0 in `x`, `dz` and `du`, whatever the hidden states hold there, so that they
-  add 0 to every sum (as long as those are finite: 0 x inf is NaN).
+- Rows of padding may hold any finite numbers in the hidden states, and so large ones in `u` that
+  they are inf. They are finite in `x` and 0 in `dz` and `du`, and so add 0 to every sum. The three
+  kernels between the products read nothing of them.
 - Rows of the hidden gradient are stored, not added (each position occurs once), and sums over rows
   go through partial sums in a fixed order: no atomics, so results repeat bit for bit.
 
 Letters: `T` rows of the hidden states, `M` labels including padding, `D` hidden size, `V`
-vocabulary, `V_PAD` columns of the logits. The loss and the gradients of padding (-1) are zero. With `TRITON_INTERPRET=1` the kernels run on CPU tensors: slow, for tests.
+vocabulary, `V_PAD` columns of the logits. The loss and the gradients of padding (-1) are zero. With
+`TRITON_INTERPRET=1` the kernels run on CPU tensors: slow, for tests.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ def _activate_normalise_kernel(
     labels_ptr,  # (M,), -1 at padding
     norm_weight_ptr,  # (D,)
     norm_bias_ptr,  # (D,), unused without HAS_BIAS
-    x_ptr,  # (M, X_PITCH), written: D columns, one of ones, zeros; zeros at padding
+    x_ptr,  # (M, X_PITCH), written: D columns, one of ones, zeros
     mean_ptr,  # (M,) fp32, written
     rstd_ptr,  # (M,) fp32, written
     M,
@@ -143,6 +145,7 @@ def _activate_normalise_kernel(
     columns = tl.arange(0, BLOCK_D)
     inside = valid[:, None] & (columns < D)[None, :]
     offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    # Padding may be inf here; as 0 it gives a finite x.
     u = tl.load(u_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     active, _ = _gelu(u, TANH)  # 0 outside, as gelu(0) is
     mean = tl.sum(active, axis=1) / D
@@ -152,7 +155,6 @@ def _activate_normalise_kernel(
     x = centred * rstd[:, None] * weight[None, :]
     if HAS_BIAS:
         x += tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    x = tl.where(inside, x, 0.0)
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * X_PITCH
     tl.store(x_rows + columns[None, :], x, mask=(rows < M)[:, None] & (columns < D)[None, :])
     extra = D + tl.arange(0, EXTRA)
@@ -258,7 +260,7 @@ def _activate_normalise_backward_kernel(
     inside = valid[:, None] & (columns < D)[None, :]
     offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
     u = tl.load(u_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    dx = tl.load(dx_ptr + offsets, mask=inside, other=0.0)  # 0 outside, and so is all below
+    dx = tl.load(dx_ptr + offsets, mask=inside, other=0.0)  # 0 at padding, and so is du
     mean = tl.load(mean_ptr + rows, mask=valid, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=valid, other=0.0)
     weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
@@ -268,7 +270,7 @@ def _activate_normalise_backward_kernel(
     along = tl.sum(weighted * normal, axis=1) / D
     middle = tl.sum(weighted, axis=1) / D
     da = (weighted - normal * along[:, None] - middle[:, None]) * rstd[:, None]
-    du = tl.where(inside, da * slope, 0.0)
+    du = da * slope
     tl.store(du_ptr + offsets, du, mask=(rows < M)[:, None] & (columns < D)[None, :])
     partial = partial_ptr + tl.program_id(0) * D + columns
     stride = tl.num_programs(0) * D
@@ -377,7 +379,7 @@ def _transform(
     """Gather, dense layer, GELU and layer norm.
 
     Returns:
-        x, of pitch `D + 1` or a little more: D columns, one of ones, zeros; zeros at padding. And
+        x, `(M, D + 1)` or a little wider: D columns, one of ones, zeros; finite at padding. And
         what the backward pass needs, None without a transform.
     """
     num_rows, width = len(labels), hidden.shape[1]
@@ -469,7 +471,7 @@ def _decode(
     # Columns of x: all of them give dW and db.
     first = 0 if "decoder_weight" in wanted else width
     last = x.shape[1] if "decoder_bias" in wanted else width
-    sums = None
+    sums: Any = None
 
     for part in range(0, num_rows, part_rows):
         end = min(part + part_rows, num_rows)

@@ -364,11 +364,14 @@ def test_full_size(vocab, dtype):
 
 
 @pytest.mark.gpu
-def test_the_host_never_waits():
+@pytest.mark.parametrize("gathered", [True, False])
+def test_the_host_never_waits(gathered):
     head = cast(make_head(768, 30522), torch.float16, DEVICE)
     hidden, positions, labels = (
         each.to(DEVICE) for each in make_batch((64, 128, 768), list(range(1200)), 30522, 80)
     )
+    if gathered:
+        hidden, positions = hidden.flatten(0, 1)[:1280], None
     hidden = hidden.half().requires_grad_()
     for mode in ("default", "error"):  # the first time, kernels are compiled and loaded
         torch.cuda.set_sync_debug_mode(mode)
@@ -412,8 +415,7 @@ def test_compiles_ahead_of_time(capability, tmp_path):
     table = [line.split() for line in done.stdout.splitlines()[1:]]
     for dtype in ("fp16", "bf16", "fp32"):
         assert {row[0] for row in table if row[1] == dtype} == KERNELS
-    if capability == 90:
-        assert all(row[3] == "0" for row in table), "spilled registers"
+    assert all(row[3] == "0" for row in table), "spilled registers"
 
 
 def launches(dtype: torch.dtype, variants: bool) -> list[tuple]:
