@@ -6,14 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from preprocess import errors
 from preprocess.errors import DataError, StopRequested
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, fresh_environment
+from train.engine import group
 
 SCRIPT = ROOT / "tests" / "support" / "all_stages.py"
 # What torch and NCCL say when the process group is not told its device, or not closed.
@@ -33,7 +36,7 @@ def stages(tmp_path_factory, reviews_store, still_encoder, labelled_files):
              store / Path(reviews_store).name, "--encoder", still_encoder, "--train_file",
              labelled_files["train"], "--test_file", labelled_files["test"], "--precision",
              precision, "--zero", str(zero)],
-            cwd=ROOT, text=True, capture_output=True, timeout=240,
+            cwd=ROOT, env=fresh_environment(), text=True, capture_output=True, timeout=240,
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
@@ -78,7 +81,7 @@ def test_all_stages_in_fp16_on_a_gpu(stages, capsys):
                                f"{versions}", *lines]))
 
 
-class Group:
+class FakeGroup:
     """What `run_command` uses of `torch.distributed`."""
 
     def __init__(self, world_size: int, backend: str) -> None:
@@ -112,8 +115,42 @@ def test_every_exit_leaves_the_process_group(monkeypatch, error, world_size, bac
         if error:
             raise error
 
-    group = Group(world_size, backend)
-    monkeypatch.setattr(errors, "_process_group", lambda: group)
+    joined = FakeGroup(world_size, backend)
+    monkeypatch.setattr(errors, "_process_group", lambda: joined)
     with pytest.raises((SystemExit, ZeroDivisionError)):
         errors.run_command(main)
-    assert group.left == left
+    assert joined.left == left
+
+
+@pytest.mark.parametrize(("world_size", "backend"), [(1, "cpu:gloo,cuda:nccl"), (2, None)])
+def test_a_gpu_is_chosen_before_the_group_starts(monkeypatch, world_size, backend):
+    """With many ranks DeepSpeed tells NCCL the device itself."""
+    seen: list = []
+    for name, value in {"RANK": 0, "WORLD_SIZE": world_size, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
+    deepspeed = types.SimpleNamespace(
+        init_distributed=lambda backend, verbose: seen.append(backend))
+    monkeypatch.setattr(group, "load_deepspeed", lambda: deepspeed)
+    assert group.start() == torch.device("cuda", 0)
+    assert seen == ["cuda:0", backend]
+
+
+def test_deepspeed_tells_many_ranks_their_device():
+    """What `start` relies on."""
+    import inspect
+
+    from deepspeed.comm.torch import TorchBackend
+
+    text = inspect.getsource(TorchBackend.init_process_group)
+    assert "known_world_size(world_size) != 1" in text and "kwargs.update(device_id=" in text
+
+
+def test_a_cpu_that_was_asked_for_stays_one():
+    """DeepSpeed's launcher shows GPUs to its ranks even then."""
+    environment = fresh_environment() | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "0,1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, train.engine; print(os.environ['CUDA_VISIBLE_DEVICES'],"
+         "'none')"], cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout == " none\n"

@@ -34,6 +34,8 @@ TOTAL_SECONDS = 410  # of the seven minutes, for all parts; what is over belongs
 GRACE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 TESTING = ("pytest", "hypothesis")
 RIVALS = ("liger-kernel", "cut-cross-entropy", "quack-kernels")  # heads to compare with, if there
+# Of a launcher around us, which the parts must not take for theirs.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SEED = 42
 SCORES = "random_scores"
 
@@ -169,7 +171,8 @@ def read_tests(output: str) -> dict[str, Any]:
 def run_part(part: Part, log: Path, seconds: float) -> dict[str, Any]:
     """Run one part, kill it at its limit, and return its row."""
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+        **{name: value for name, value in os.environ.items() if name not in RANK_VARIABLES},
+        "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # those of the machine are none of ours
         "PATH": f"{Path(part.command[0]).parent}{os.pathsep}{os.environ['PATH']}",

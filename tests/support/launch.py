@@ -20,12 +20,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def fresh_environment() -> dict[str, str]:
+    """Return the environment without the rank and port that a test in this process has left."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    return {key: value for key, value in os.environ.items() if key not in ours}
+
+
 def launch_environment() -> dict[str, str]:
     """What a command started by a test sees."""
-    # A test that trains in this process leaves its rank and port in the environment.
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in ours}
-    return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return fresh_environment() | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def run(*command: str, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:

@@ -18,6 +18,7 @@ import pytest
 
 from preprocess import build_masks, tokenize_corpus, train_tokenizer
 from preprocess.errors import ConfigError, DataError, StopRequested, run_command
+from tests.support.launch import launch_environment
 from train import pipeline, report
 from train.config import (
     AnnotateConfig,
@@ -488,6 +489,50 @@ def test_launched_steps_name_the_nodes(tmp_path, capsys):
                 assert "train/" in command[3 + len(expected)]
             else:
                 assert "--hostfile" not in command and "preprocess/" in line or "report" in line
+
+
+PDSH = """#!/bin/bash
+while [ "$1" != -w ]; do shift; done
+hosts=$2; shift 2; number=0
+for host in ${hosts//,/ }; do
+    words="$*"; sh -c "${words//%n/$number}" & number=$((number + 1))
+done
+wait
+"""
+
+
+@pytest.mark.slow
+def test_over_ssh_a_launched_step_runs_on_every_node_and_others_on_the_first(
+    tmp_path, monkeypatch
+):
+    """With stand-ins for ssh and pdsh that stay on this machine."""
+    programs = {"pdsh": PDSH, "ssh": "#!/bin/sh\ncase \"$*\" in *-I*) echo 127.0.0.1;; esac\n"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for name, value in launch_environment().items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, sys\nrank = os.environ.get('RANK', 'none')\n"
+        "pathlib.Path(sys.argv[-1], rank).write_text(os.environ.get('CROSS_RANK', ''))\n")
+    steps = []
+    for name in ("alone", "launched"):
+        (tmp_path / name).mkdir()
+        steps.append(pipeline.Step(name, [str(script), str(tmp_path / name)], outputs=[],
+                                   records=[], launched=name == "launched"))
+    options = parse(PipelineConfig, ["--recipe", "x", "--output_dir", str(tmp_path / "R"),
+                                     "--hostfile", str(tmp_path / "hosts")])
+    nodes.check_nodes(options, nodes.read_hostfile(options.hostfile), steps)
+    (tmp_path / "R").mkdir()
+    pipeline.run_steps(steps, pipeline.Journal(tmp_path / "R"), options)
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["none"]
+    ranks = {path.name: path.read_text() for path in (tmp_path / "launched").iterdir()}
+    assert ranks == {"0": "0", "1": "0", "2": "1", "3": "1"}
 
 
 LAUNCHED = """
