@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: setup demo demo-quick test test-quick test-faults lint clean
+.PHONY: setup demo demo-quick test test-quick test-faults gpu-check lint clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,10 @@ test-quick: setup
 # The long campaign: kills at every moment, damage to every byte. SELMASK_FAULT_SEED varies them.
 test-faults: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults -s
+
+# On a fresh machine with a GPU and without network: make gpu-check WHEELS=FOLDER; seven minutes.
+gpu-check:
+	$(PYTHON) tests/support/gpu_check.py --wheels "$(WHEELS)" $(GPU_CHECK_FLAGS)
 
 lint: setup
 	$(BIN)/ruff check preprocess train csrc tests

@@ -10,8 +10,11 @@ The rows of the table, all with the same inputs, transform (dense, GELU, layer n
   also count hits.
 - `gather_compiled`: the same, decoder and cross entropy under `torch.compile`.
 - `linear_cross_entropy`: the same, with PyTorch's function of that name.
-- `liger`, `cut_cross_entropy`: the same, with these libraries' functions, where installed.
+- `liger`, `cut_cross_entropy`, `quack`: the same, with these libraries' functions, where installed.
 - the entries of `csrc.IMPLEMENTATIONS` for the device.
+- `triton_gathered`, on a GPU: gather, then `triton` without positions, as in training, where the
+  last encoder layer has computed the masked rows only. With `--chunk_rows 384 640` also
+  `triton_chunks_384` and so on: the same with so many rows of logits at a time.
 
 A row that cannot run here is left out, and the reason is printed. Before anything is timed, the
 mean loss and the gradients of `hidden` and of every tensor of the head must agree with those of the
@@ -21,8 +24,13 @@ counted: the first two calls of each row (one is compared, one measures memory) 
 Memory is the peak of PyTorch's allocator during a call: "extra" without the gradients that the call
 returns, "peak" with them. Buffers inside the matrix library are not included.
 
-`gather_compiled` and `cut_cross_entropy` report their first call separately, because it compiles;
-PyTorch keeps compiled code on disk, so set `TORCHINDUCTOR_CACHE_DIR` to an empty folder to time it.
+`gather_compiled`, `cut_cross_entropy` and `quack` report their first call separately, because it
+compiles; PyTorch keeps compiled code on disk, so set `TORCHINDUCTOR_CACHE_DIR` to an empty folder
+to time it.
+
+Every row is given gradients as in training: in fp16 the loss is scaled, and rows of plain PyTorch
+add up their losses in fp32. A case in which every slot is masked (`gpu-gathered`) measures the head
+without a gather, for every row but `triton`.
 
 Letters: `B` rows, `S` slots of a row, `M` masked positions, `D` hidden size, `V` vocabulary.
 """
@@ -32,6 +40,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -59,8 +68,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest difference from the first row, relative to the norm. In 16 bit it is mostly rounding of
 # the logits, which changes a probability by as much.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 2e-2}
-# Without DeepSpeed's loss scale the gradients of single logits vanish in fp16: p / M is 7e-9.
-LOSS_SCALES = {"fp32": 1.0, "bf16": 1.0, "fp16": 2.0**16}
+# Without DeepSpeed's loss scale the gradients of single logits vanish in fp16: p / M is 7e-9. 2^16
+# would itself be inf there, where a row returns its loss in fp16.
+LOSS_SCALES = {"fp32": 1.0, "bf16": 1.0, "fp16": 2.0**15}
 DECODER_STD = 0.02  # when BERT's training begins: logits of 0.3 to 0.6
 FLUSH_BYTES = 512 * 2**20  # larger than any cache of a GPU
 MIB = 2**20
@@ -86,6 +96,7 @@ CASES = {
     "gpu-128-8": Case(256, 128, 768, 30522, 0.08),
     "gpu-512-15": Case(256, 512, 768, 30522, 0.15),
     "gpu-512-8": Case(256, 512, 768, 30522, 0.08),
+    "gpu-gathered": Case(4915, 1, 768, 30522, 1.0),
 }
 DEFAULT_CASES = {"cpu": [name for name in CASES if name.startswith("bert-")],
                  "cuda": [name for name in CASES if name.startswith("gpu-")]}
@@ -165,22 +176,34 @@ class Entry:
     compiles: bool = False
 
 
+def gather(inputs: HeadBatch) -> torch.Tensor:
+    """Return the masked rows, `(M, D)`; if every slot is masked they are all rows as they are."""
+    rows = inputs.hidden.flatten(0, 1)
+    every = len(inputs.positions) == len(rows)
+    return rows if every else rows.index_select(0, inputs.positions)
+
+
 def after_gather(loss: Loss) -> Operation:
     """Make an operation: gather, transform, and call `loss(rows, weight, bias, labels)`."""
     def operation(inputs: HeadBatch) -> torch.Tensor:
         head = inputs.head
-        rows = inputs.hidden.flatten(0, 1).index_select(0, inputs.positions)
         assert head.decoder_bias is not None
-        return loss(reference.transform(rows, head), head.decoder_weight, head.decoder_bias,
-                    inputs.labels)
+        return loss(reference.transform(gather(inputs), head), head.decoder_weight,
+                    head.decoder_bias, inputs.labels)
 
     return operation
+
+
+def mean_loss(scores: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the mean cross entropy of `count` rows, fp32: in fp16 the sum may be inf."""
+    losses = functional.cross_entropy(scores, labels, ignore_index=-100, reduction="none")
+    return losses.float().sum() / count
 
 
 def plain_loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
                ) -> torch.Tensor:
     """Apply decoder and cross entropy, `(M, D)` to a scalar."""
-    return functional.cross_entropy(functional.linear(rows, weight, bias), labels)
+    return mean_loss(functional.linear(rows, weight, bias), labels, len(labels))
 
 
 # Each of the following functions makes the row of its name for a device.
@@ -188,9 +211,9 @@ def plain_loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, lab
 
 def full_logits(device: str) -> Entry:
     return Entry(
-        lambda inputs: functional.cross_entropy(
+        lambda inputs: mean_loss(
             reference.logits(inputs.hidden.flatten(0, 1), inputs.head), inputs.all_labels,
-            ignore_index=-100),
+            len(inputs.labels)),
         "takes the bias and an ignore index")
 
 
@@ -237,6 +260,29 @@ def cut_cross_entropy(device: str) -> Entry:
     return Entry(operation, f"takes the bias and an ignore index; {how}", compiles=True)
 
 
+def quack(device: str) -> Entry:
+    if device != "cuda":
+        raise LeftOut("runs on GPUs only")
+    library = importlib.import_module("quack.linear_cross_entropy")
+
+    def loss(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+             ) -> torch.Tensor:
+        # It takes no bias, and sizes in eights only. So the bias is one more column of the weight,
+        # beside ones; added ids have a probability of 0, and added rows a label that is ignored.
+        extra_rows, extra_ids = -len(rows) % 8, -len(weight) % 128
+        ones = functional.pad(rows.new_ones(len(rows), 1), (0, 7))
+        column = functional.pad(bias, (0, extra_ids), value=-1e4)
+        weight = torch.cat([functional.pad(weight, (0, 0, 0, extra_ids)),
+                            functional.pad(column[:, None], (0, 7))], 1)
+        rows = functional.pad(torch.cat([rows, ones], 1), (0, 0, 0, extra_rows))
+        ids = functional.pad(labels, (0, extra_rows), value=-100)
+        total = library.chunked_linear_cross_entropy(rows, weight, ids, reduction="sum")
+        return total / len(labels)
+
+    return Entry(after_gather(loss), "the bias as a column of the weight; no ids but in eights",
+                 compiles=True)
+
+
 def implementation(name: str) -> Entry:
     """Make the row of an entry of `csrc.IMPLEMENTATIONS`."""
     if name == "triton":
@@ -249,8 +295,37 @@ def implementation(name: str) -> Entry:
     return Entry(operation, "takes the bias; gathers and counts hits too")
 
 
+def triton_gathered(chunk_rows: int = 0) -> Entry:
+    """Make the row of `triton` on gathered rows, with `CHUNK_ROWS` of its file."""
+    file: Any = importlib.import_module("csrc.masked_lm_triton")
+
+    def operation(inputs: HeadBatch) -> torch.Tensor:
+        usual, file.CHUNK_ROWS = file.CHUNK_ROWS, chunk_rows
+        try:
+            loss, _ = csrc.masked_lm_loss(
+                gather(inputs), None, inputs.labels, inputs.head, implementation="triton")
+        finally:
+            file.CHUNK_ROWS = usual
+        return loss / len(inputs.labels)
+
+    return Entry(operation, "takes the bias; counts hits too")
+
+
+def own_rows(device: str, chunk_rows: list[int]) -> dict[str, Callable[[], Entry]]:
+    """Return what makes the rows of `csrc` for a device, by name."""
+    rows: dict[str, Callable[[], Entry]] = {
+        name: functools.partial(implementation, name) for name in csrc.IMPLEMENTATIONS
+        if name not in NOT_MEASURED[device]}
+    if device == "cuda":
+        rows["triton_gathered"] = triton_gathered
+        rows |= {f"triton_chunks_{number}": functools.partial(triton_gathered, number)
+                 for number in chunk_rows}
+    return rows
+
+
 OTHERS: dict[str, Callable[[str], Entry]] = {make.__name__: make for make in (
-    full_logits, gather_eager, gather_compiled, linear_cross_entropy, liger, cut_cross_entropy)}
+    full_logits, gather_eager, gather_compiled, linear_cross_entropy, liger, cut_cross_entropy,
+    quack)}
 # Of `csrc`: those for other devices, and the one that `gather_eager` represents.
 NOT_MEASURED = {"cpu": {"reference", "triton"}, "cuda": {"reference", "chunked"}}
 
@@ -282,7 +357,7 @@ class Timings:
 def run(operation: Operation, inputs: HeadBatch, scale: float) -> torch.Tensor:
     """Run forward and backward; return the mean loss. The gradients are scaled by `scale`."""
     loss = operation(inputs)
-    (scale * loss).backward()
+    (scale * loss.float()).backward()
     return loss.detach()
 
 
@@ -374,9 +449,15 @@ def check_agreement(
     return max(shares.values())
 
 
-def compare(inputs: HeadBatch, dtype: str) -> tuple[dict[str, Timings], dict[str, str]]:
+def compare(
+    inputs: HeadBatch, dtype: str, own: dict[str, Callable[[], Entry]]
+) -> tuple[dict[str, Timings], dict[str, str]]:
     """Call every row once and compare it with the first one that runs.
 
+    Args:
+        inputs: the batch.
+        dtype: a name in `DTYPES`.
+        own: the rows of `csrc`; see `own_rows`.
     Returns:
         The rows that run and agree, and the reason for each that does not.
     Raises:
@@ -386,10 +467,9 @@ def compare(inputs: HeadBatch, dtype: str) -> tuple[dict[str, Timings], dict[str
     measured: dict[str, Timings] = {}
     left_out: dict[str, str] = {}
     want: dict[str, torch.Tensor] = {}
-    ours = [name for name in csrc.IMPLEMENTATIONS if name not in NOT_MEASURED[device]]
-    for name in (*OTHERS, *ours):
+    for name in (*OTHERS, *own):
         try:
-            row = OTHERS[name](device) if name in OTHERS else implementation(name)
+            row = OTHERS[name](device) if name in OTHERS else own[name]()
             seconds, got = first_call(row, inputs, LOSS_SCALES[dtype])
             difference = check_agreement(got, want or got, TOLERANCES[dtype])
         except LeftOut as reason:
@@ -413,7 +493,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     device, scale = options.device, LOSS_SCALES[options.dtype]
     torch.compiler.reset()  # else `dynamic=False` counts the other cases as recompilations
     inputs = make_inputs(case, device, DTYPES[options.dtype])
-    measured, left_out = compare(inputs, options.dtype)
+    measured, left_out = compare(inputs, options.dtype, own_rows(device, options.chunk_rows))
     on_gpu = device == "cuda"
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if on_gpu else None
     for one in measured.values():
@@ -504,7 +584,7 @@ def format_case(case: dict[str, Any]) -> str:
 def environment(device: str) -> dict[str, Any]:
     """Return machine, versions and the commit of these sources, with "+" if they differ from it."""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "triton", "liger_kernel", "cut_cross_entropy"):
+    for name in ("torch", "triton", "liger_kernel", "cut_cross_entropy", "quack-kernels"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     cpuinfo = Path("/proc/cpuinfo")
@@ -549,9 +629,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Case]]:
     for name, on_cpu, on_gpu, text in numbers:
         parser.add_argument(f"--{name}", type=int,
                             help=f"{text} ({on_cpu} on a CPU, {on_gpu} on a GPU)")
+    parser.add_argument("--chunk_rows", type=int, nargs="+", default=[], metavar="ROWS",
+                        help="also measure triton with so many rows of logits at a time; "
+                             "on a GPU (none)")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not gpu:
         parser.error("--device cuda: there is no CUDA device; give --device cpu")
+    if options.chunk_rows and options.device == "cpu":
+        parser.error(f"--chunk_rows {options.chunk_rows[0]}: measured on a GPU only; leave it out")
+    for value in options.chunk_rows:
+        if value < 1:
+            parser.error(f"--chunk_rows {value}: must be 1 or more")
     on_cpu = options.device == "cpu"
     options.dtype = options.dtype or ("fp32" if on_cpu else "bf16")
     if on_cpu and options.dtype != "fp32":
@@ -590,7 +678,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{format_case(results[-1])}", flush=True)
         notes |= {row["implementation"]: row["note"] for row in results[-1]["rows"]}
     print("\n" + "\n".join(f"{name}: {note}" for name, note in notes.items()))
-    kept = ("device", "dtype", "rounds", "calls", "warmup")
+    kept = ("device", "dtype", "rounds", "calls", "warmup", "chunk_rows")
     print(json.dumps({
         "benchmark": "masked_lm_loss", **environment(options.device),
         "options": {name: getattr(options, name) for name in kept}, "cases": results,

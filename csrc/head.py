@@ -9,7 +9,7 @@ import torch
 
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> `approximate` of torch's gelu
 PADDING = -1  # at the end of positions and labels
-ONE_CHUNK_BYTES = 512 * 2**20  # logits up to this size are computed in one piece on a GPU
+ONE_CHUNK_BYTES = 2**30  # logits up to this size are computed in one piece on a GPU
 
 
 @dataclass(frozen=True)

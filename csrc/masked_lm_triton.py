@@ -12,19 +12,27 @@ Matrix products are the library's, with one kernel between two of them. The firs
 kernel that gathers its rows, unless the caller has gathered them already. The logits are written by
 one product, read twice and overwritten once by the kernel of the loss, and read by two products.
 
+- The library's fast products need rows that begin at a multiple of 16 bytes. So where V is not a
+  multiple of 8, all three products with the logits work on `W` with rows of zeros appended up to
+  V_PAD; `W` is copied in each call, because a cache would not notice a change through `.data`. The
+  extra columns of the logits have no weight in the loss, and 0 in `dz`.
+- `x` lies in a buffer with one more column, of ones: `db` is that column of `dz^T x`.
 - All gradients are those of the plain sum, computed in the forward pass; the backward pass
-  multiplies them by the incoming scalar, which may be a loss scale or 1 / count. That scalar never
-  meets a 16-bit `dz`: a probability near 1 / V divided by the number of positions is 0 in fp16.
+  multiplies them by the incoming scalar, which may be a loss scale or 1 / count, and rounds them
+  once. That scalar never meets a 16-bit `dz`: a probability near 1 / V divided by the number of
+  positions is 0 in fp16. Until then they are fp32: `dW` is a sum over all M rows, larger than fp16
+  holds where many labels are equal.
 - Shapes depend on the number of labels alone, and nothing is read back: the host never waits for
   the device.
+- Rows of padding may hold any finite numbers in the hidden states, and so large ones in `u` that
+  they are inf. They are finite in `x` and 0 in `dz` and `du`, and so add 0 to every sum. The three
+  kernels between the products read nothing of them.
 - Rows of the hidden gradient are stored, not added (each position occurs once), and sums over rows
   go through partial sums in a fixed order: no atomics, so results repeat bit for bit.
-- Logits live in a buffer whose row pitch is a multiple of 128, for aligned loads at any V. Its pad
-  columns have no weight; the weights keep their size.
 
-Letters in kernels: `T` rows of the hidden states, `M` labels including padding, `D` hidden size,
-`V` vocabulary, `V_PAD` the next multiple of 128. The loss and the gradients of padding (-1) are
-zero. With `TRITON_INTERPRET=1` the kernels run on CPU tensors: slow, for tests.
+Letters: `T` rows of the hidden states, `M` labels including padding, `D` hidden size, `V`
+vocabulary, `V_PAD` columns of the logits. The loss and the gradients of padding (-1) are zero. With
+`TRITON_INTERPRET=1` the kernels run on CPU tensors: slow, for tests.
 """
 
 from __future__ import annotations
@@ -39,13 +47,14 @@ from csrc.head import ONE_CHUNK_BYTES, MaskedLMHead, take_gradients
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 4096  # a row of the layer norm lies in the registers of one program
+ALIGNED = 8  # numbers of 16 bit in the 16 bytes that the library's fast products load at once
 PAD_COLUMNS = 128
-CHUNK_ROWS = 8192  # per piece of logits larger than ONE_CHUNK_BYTES
+# Logits are made and turned into their gradients so many rows at a time, all if 0. Few rows might
+# stay in the cache between the two; `csrc/benchmark.py --chunk_rows` measures it.
+CHUNK_ROWS = 0
 
-NORM_TILE = 2048  # numbers per tile of complete rows
-NORM_ROWS = 16  # rows per program of the norm's backward pass, which share its partial sums
+NORM_TILE = 4096  # numbers per program that works on complete rows
 NORM_WARPS = 8
-
 
 # Tiles of the gathering product by bytes per number: BLOCK_M x BLOCK_N, in steps of BLOCK_K. fp32
 # has no exact matrix unit, so its tile is what registers can hold.
@@ -53,10 +62,8 @@ DENSE_TILES = {
     2: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     4: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2},
 }
-# Tile of logits, whose rows share a partial sum of db; STAGES tiles are in flight at once. One row
-# per warp, so that sums along rows stay in the warp. Compiled for sm_90: 62 registers, so four
-# programs per multiprocessor with 32 KiB of 16-bit logits on their way to it.
-LOSS_TILE = {"ROWS": 8, "BLOCK_V": 256, "STAGES": 3, "num_warps": 8}
+# Columns of logits that a program of one row takes at once.
+LOSS_TILE = {"BLOCK_V": 2048, "num_warps": 4}
 
 
 @triton.jit
@@ -116,26 +123,31 @@ def _gather_dense_kernel(
 @triton.jit(do_not_specialize=["M"])
 def _activate_normalise_kernel(
     u_ptr,  # (M, D)
+    labels_ptr,  # (M,), -1 at padding
     norm_weight_ptr,  # (D,)
     norm_bias_ptr,  # (D,), unused without HAS_BIAS
-    x_ptr,  # (M, D), written
+    x_ptr,  # (M, X_PITCH), written: D columns, one of ones, zeros
     mean_ptr,  # (M,) fp32, written
     rstd_ptr,  # (M,) fp32, written
     M,
     eps,
     D: tl.constexpr,
+    X_PITCH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TANH: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EXTRA: tl.constexpr,  # X_PITCH - D at most
 ):
     """x = norm(gelu(u)), ROWS rows. All in fp32: u and x alone are rounded to their dtype."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = tl.load(labels_ptr + rows, mask=rows < M, other=-1) >= 0
     columns = tl.arange(0, BLOCK_D)
-    inside = (rows < M)[:, None] & (columns < D)[None, :]
+    inside = valid[:, None] & (columns < D)[None, :]
     offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    # Padding may be inf here; as 0 it gives a finite x.
     u = tl.load(u_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    active, _ = _gelu(u, TANH)  # 0 outside the columns, as gelu(0) is
+    active, _ = _gelu(u, TANH)  # 0 outside, as gelu(0) is
     mean = tl.sum(active, axis=1) / D
     centred = tl.where(inside, active - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
@@ -143,99 +155,89 @@ def _activate_normalise_kernel(
     x = centred * rstd[:, None] * weight[None, :]
     if HAS_BIAS:
         x += tl.load(norm_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-    tl.store(x_ptr + offsets, x, mask=inside)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * X_PITCH
+    tl.store(x_rows + columns[None, :], x, mask=(rows < M)[:, None] & (columns < D)[None, :])
+    extra = D + tl.arange(0, EXTRA)
+    ones = (valid[:, None] & (extra == D)[None, :]).to(tl.float32)
+    tl.store(x_rows + extra[None, :], ones, mask=(rows < M)[:, None] & (extra < X_PITCH)[None, :])
     tl.store(mean_ptr + rows, mean, mask=rows < M)
     tl.store(rstd_ptr + rows, rstd, mask=rows < M)
 
 
 @triton.jit
 def _logits(
-    z_rows,  # (ROWS,) pointers to the rows of the buffer
+    z_row,  # pointer to a row of the buffer
     bias_ptr,  # (V,), unused without HAS_BIAS
-    valid,  # (ROWS,)
+    valid,
     columns,  # (BLOCK_V,)
     V: tl.constexpr,
     V_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Load a tile of logits with their bias, fp32: -inf from column V on, finite in padding."""
+    """Load logits with their bias, fp32: -inf from column V on, finite in padding."""
     # The mask ends at V_PAD, a multiple of what one load takes; the pad columns are discarded.
-    z = tl.load(
-        z_rows[:, None] + columns[None, :],
-        mask=valid[:, None] & (columns < V_PAD)[None, :], other=0.0,
-    ).to(tl.float32)
+    z = tl.load(z_row + columns, mask=valid & (columns < V_PAD), other=0.0).to(tl.float32)
     if HAS_BIAS:
-        z += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-    return tl.where((columns < V)[None, :], z, float("-inf"))
+        z += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
+    return tl.where(columns < V, z, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["M"])
+# Labels, losses and hits are single numbers, and those of a chunk begin anywhere.
+@triton.jit(do_not_specialize_on_alignment=["labels_ptr", "loss_ptr", "hit_ptr"])
 def _cross_entropy_kernel(
-    z_ptr,  # (M, V_PAD), logits without bias in the first V columns; overwritten with dz
+    z_ptr,  # (m, V_PAD), logits without bias in the first V columns; overwritten with dz
     bias_ptr,  # (V,), unused without HAS_BIAS
-    labels_ptr,  # (M,), -1 at padding
-    loss_ptr,  # (M,) fp32, written
-    hit_ptr,  # (M,) int32, written
-    partial_ptr,  # (programs, V_PAD) fp32, written with WITH_BIAS_GRADIENT, else unused
-    M,
+    labels_ptr,  # (m,), -1 at padding
+    loss_ptr,  # (m,) fp32, written
+    hit_ptr,  # (m,) int32, written
     V: tl.constexpr,
     V_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
-    WITH_BIAS_GRADIENT: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Loss, hit and gradient of ROWS rows of logits."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < M
-    label = tl.load(labels_ptr + rows, mask=inside, other=-1).to(tl.int32)
+    """Loss, hit and gradient of one row of logits; m programs."""
+    row = tl.program_id(0).to(tl.int64)  # m x V_PAD may exceed 2^31
+    label = tl.load(labels_ptr + row).to(tl.int32)
     valid = label >= 0
-    z_rows = z_ptr + rows.to(tl.int64) * V_PAD  # M x V_PAD may exceed 2^31
-    target = tl.load(z_rows + label, mask=valid, other=0.0).to(tl.float32)
+    z_row = z_ptr + row * V_PAD
+    target = tl.load(z_row + label, mask=valid, other=0.0).to(tl.float32)
     if HAS_BIAS:
         target += tl.load(bias_ptr + label, mask=valid, other=0.0).to(tl.float32)
 
     # A finite start: a block with only -inf then adds exp(-inf) = 0, not exp(nan).
-    top = tl.full((ROWS,), -3.4028234e38, dtype=tl.float32)
-    total = tl.zeros((ROWS,), dtype=tl.float32)
+    top = -3.4028234e38
+    total = 0.0
     top_before = top  # of the columns before the label
-    for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
+    for start in tl.range(0, V, BLOCK_V, num_stages=1):
         columns = start + tl.arange(0, BLOCK_V)
-        z = _logits(z_rows, bias_ptr, valid, columns, V, V_PAD, HAS_BIAS)
-        new_top = tl.maximum(top, tl.max(z, axis=1))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top[:, None]), axis=1)
+        z = _logits(z_row, bias_ptr, valid, columns, V, V_PAD, HAS_BIAS)
+        new_top = tl.maximum(top, tl.max(z, axis=0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), axis=0)
         top = new_top
-        before = tl.where(columns[None, :] < label[:, None], z, float("-inf"))
-        top_before = tl.maximum(top_before, tl.max(before, axis=1))
+        before = tl.where(columns < label, z, float("-inf"))
+        top_before = tl.maximum(top_before, tl.max(before, axis=0))
     loss = tl.log(total) - (target - top)  # shifted: log(total) + top would lose digits
-    tl.store(loss_ptr + rows, tl.where(valid, loss, 0.0), mask=inside)
+    tl.store(loss_ptr + row, tl.where(valid, loss, 0.0))
     hit = valid & (target == top) & (target > top_before)  # as in argmax, the first top wins
-    tl.store(hit_ptr + rows, hit.to(tl.int32), mask=inside)
+    tl.store(hit_ptr + row, hit.to(tl.int32))
 
     if WITH_GRADIENT:
-        tl.debug_barrier()  # every warp has read its targets before any logit is overwritten
+        tl.debug_barrier()  # every warp has read its target before any logit is overwritten
         inverse = 1.0 / total
-        for start in tl.range(0, V_PAD, BLOCK_V, num_stages=STAGES):
+        for start in tl.range(0, V_PAD, BLOCK_V, num_stages=1):
             columns = start + tl.arange(0, BLOCK_V)
-            z = _logits(z_rows, bias_ptr, valid, columns, V, V_PAD, HAS_BIAS)
-            dz = tl.exp(z - top[:, None]) * inverse[:, None]  # 0 from column V on
-            dz -= (columns[None, :] == label[:, None]).to(tl.float32)
-            dz = tl.where(valid[:, None], dz, 0.0)
-            tl.store(
-                z_rows[:, None] + columns[None, :], dz,
-                mask=inside[:, None] & (columns < V_PAD)[None, :],
-            )
-            if WITH_BIAS_GRADIENT:  # from fp32 dz, before it is rounded
-                partial = partial_ptr + tl.program_id(0).to(tl.int64) * V_PAD + columns
-                tl.store(partial, tl.sum(dz, axis=0), mask=columns < V_PAD)
+            z = _logits(z_row, bias_ptr, valid, columns, V, V_PAD, HAS_BIAS)
+            dz = tl.exp(z - top) * inverse  # 0 from column V on
+            dz -= (columns == label).to(tl.float32)
+            tl.store(z_row + columns, tl.where(valid, dz, 0.0), mask=columns < V_PAD)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _activate_normalise_backward_kernel(
     dx_ptr,  # (M, D) fp32
     u_ptr,  # (M, D)
+    labels_ptr,  # (M,), -1 at padding
     mean_ptr,  # (M,) fp32
     rstd_ptr,  # (M,) fp32
     norm_weight_ptr,  # (D,)
@@ -245,43 +247,36 @@ def _activate_normalise_backward_kernel(
     D: tl.constexpr,
     TANH: tl.constexpr,
     ROWS: tl.constexpr,
-    NUM_TILES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write du of NUM_TILES tiles of ROWS rows, and their share of the sums over rows.
+    """Write du of ROWS rows, and their share of the sums over rows.
 
     With n = (gelu(u) - mean) rstd and g = dx norm_weight:
     du = gelu'(u) rstd (g - mean(g) - n mean(g n)), d norm_weight = sum dx n.
     """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = tl.load(labels_ptr + rows, mask=rows < M, other=-1) >= 0
     columns = tl.arange(0, BLOCK_D)
+    inside = valid[:, None] & (columns < D)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    u = tl.load(u_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    dx = tl.load(dx_ptr + offsets, mask=inside, other=0.0)  # 0 at padding, and so is du
+    mean = tl.load(mean_ptr + rows, mask=valid, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=valid, other=0.0)
     weight = tl.load(norm_weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    weight_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    bias_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    du_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for tile in range(NUM_TILES):
-        rows = (tl.program_id(0) * NUM_TILES + tile) * ROWS + tl.arange(0, ROWS)
-        inside = (rows < M)[:, None] & (columns < D)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
-        u = tl.load(u_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        dx = tl.load(dx_ptr + offsets, mask=inside, other=0.0)  # 0 outside, and so is all below
-        mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
-        active, slope = _gelu(u, TANH)
-        normal = (active - mean[:, None]) * rstd[:, None]
-        weighted = dx * weight[None, :]
-        along = tl.sum(weighted * normal, axis=1) / D
-        middle = tl.sum(weighted, axis=1) / D
-        da = (weighted - normal * along[:, None] - middle[:, None]) * rstd[:, None]
-        du = tl.where(inside, da * slope, 0.0)
-        tl.store(du_ptr + offsets, du, mask=inside)
-        weight_sum += tl.sum(dx * normal, axis=0)
-        bias_sum += tl.sum(dx, axis=0)
-        du_sum += tl.sum(du, axis=0)
+    active, slope = _gelu(u, TANH)
+    normal = (active - mean[:, None]) * rstd[:, None]
+    weighted = dx * weight[None, :]
+    along = tl.sum(weighted * normal, axis=1) / D
+    middle = tl.sum(weighted, axis=1) / D
+    da = (weighted - normal * along[:, None] - middle[:, None]) * rstd[:, None]
+    du = da * slope
+    tl.store(du_ptr + offsets, du, mask=(rows < M)[:, None] & (columns < D)[None, :])
     partial = partial_ptr + tl.program_id(0) * D + columns
     stride = tl.num_programs(0) * D
-    tl.store(partial, weight_sum, mask=columns < D)
-    tl.store(partial + stride, bias_sum, mask=columns < D)
-    tl.store(partial + 2 * stride, du_sum, mask=columns < D)
+    tl.store(partial, tl.sum(dx * normal, axis=0), mask=columns < D)
+    tl.store(partial + stride, tl.sum(dx, axis=0), mask=columns < D)
+    tl.store(partial + 2 * stride, tl.sum(du, axis=0), mask=columns < D)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -374,12 +369,26 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None =
 _Transformed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def _up_to(multiple: int, size: int) -> int:
+    return triton.cdiv(size, multiple) * multiple
+
+
 def _transform(
-    hidden: torch.Tensor, positions: torch.Tensor | None, head: MaskedLMHead
-) -> tuple[torch.Tensor, _Transformed]:
-    """Gather, dense layer, GELU and layer norm. Returns x, `(M, D)`, and what backward needs."""
-    assert head.dense_weight is not None
-    num_rows, width = len(hidden if positions is None else positions), hidden.shape[1]
+    hidden: torch.Tensor, positions: torch.Tensor | None, labels: torch.Tensor, head: MaskedLMHead
+) -> tuple[torch.Tensor, _Transformed | None]:
+    """Gather, dense layer, GELU and layer norm.
+
+    Returns:
+        x, `(M, D + 1)` or a little wider: D columns, one of ones, zeros; finite at padding. And
+        what the backward pass needs, None without a transform.
+    """
+    num_rows, width = len(labels), hidden.shape[1]
+    pitch = _up_to(ALIGNED, width + 1)
+    if head.dense_weight is None:
+        x = hidden.new_zeros(num_rows, pitch)
+        x[:, :width] = _gather(hidden, positions)
+        x[:, width] = labels >= 0
+        return x, None
     u = hidden.new_empty(num_rows, width)
     if positions is None and head.dense_bias is not None:
         torch.addmm(head.dense_bias, hidden, head.dense_weight.t(), out=u)
@@ -392,32 +401,32 @@ def _transform(
             hidden, positions, head.dense_weight, head.dense_bias, u, num_rows, D=width,
             HAS_BIAS=head.dense_bias is not None, **tile,
         )
-    x = torch.empty_like(u)
+    x = u.new_empty(num_rows, pitch)
     mean, rstd = (u.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     row_tile = _row_tile(width)
     _activate_normalise_kernel[(triton.cdiv(num_rows, row_tile["ROWS"]),)](
-        u, head.norm_weight, head.norm_bias, x, mean, rstd, num_rows, head.norm_eps, D=width,
-        HAS_BIAS=head.norm_bias is not None, TANH=head.activation == "gelu_tanh", **row_tile,
+        u, labels, head.norm_weight, head.norm_bias, x, mean, rstd, num_rows, head.norm_eps,
+        D=width, X_PITCH=pitch, HAS_BIAS=head.norm_bias is not None,
+        TANH=head.activation == "gelu_tanh", EXTRA=ALIGNED, **row_tile,
     )
     return x, (u, mean, rstd)
 
 
 def _transform_backward(
     grad_x: torch.Tensor, saved: _Transformed, hidden: torch.Tensor,
-    positions: torch.Tensor | None, head: MaskedLMHead, wanted: set[str],
+    positions: torch.Tensor | None, labels: torch.Tensor, head: MaskedLMHead, wanted: set[str],
 ) -> dict[str, torch.Tensor]:
     """Return the gradients of the transform's tensors, fp32, from `grad_x`, `(M, D)` fp32."""
     assert head.dense_weight is not None
     u, mean, rstd = saved
     num_rows, width = grad_x.shape
     tile = _row_tile(width)
-    num_tiles = max(1, NORM_ROWS // tile["ROWS"])
-    num_programs = triton.cdiv(num_rows, tile["ROWS"] * num_tiles)
+    num_programs = triton.cdiv(num_rows, tile["ROWS"])
     grad_u = torch.empty_like(u)
     partial = grad_x.new_empty(3, num_programs, width)
     _activate_normalise_backward_kernel[(num_programs,)](
-        grad_x, u, mean, rstd, head.norm_weight, grad_u, partial, num_rows, D=width,
-        TANH=head.activation == "gelu_tanh", NUM_TILES=num_tiles, **tile,
+        grad_x, u, labels, mean, rstd, head.norm_weight, grad_u, partial, num_rows, D=width,
+        TANH=head.activation == "gelu_tanh", **tile,
     )
     names = ("norm_weight", "norm_bias", "dense_bias")
     gradients = dict(zip(names, partial.sum(1), strict=True))
@@ -428,52 +437,62 @@ def _transform_backward(
     return gradients
 
 
+def _aligned(weight: torch.Tensor) -> torch.Tensor:
+    """Return the decoder's weight, `(V, D)`, or a copy with rows of zeros, `(V_PAD, D)`."""
+    vocab, width = weight.shape
+    if vocab % ALIGNED == 0:
+        return weight
+    padded = weight.new_empty(_up_to(PAD_COLUMNS, vocab), width)
+    padded[:vocab] = weight
+    padded[vocab:] = 0
+    return padded
+
+
 def _decode(
     x: torch.Tensor, labels: torch.Tensor, head: MaskedLMHead, wanted: set[str]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Apply decoder and cross entropy to rows `x`, `(M, D)`.
+    """Apply decoder and cross entropy to `x` of `_transform`.
 
     Returns:
         The losses, `(M,)` fp32; the hits, `(M,)` int32; and the gradients in `wanted`, fp32, of
         "x", "decoder_weight" and "decoder_bias".
     """
-    weight, bias = head.decoder_weight, head.decoder_bias
-    num_rows, vocab = len(x), len(weight)
-    padded = triton.cdiv(vocab, PAD_COLUMNS) * PAD_COLUMNS
-    one_chunk = num_rows * padded * x.element_size() <= ONE_CHUNK_BYTES
-    chunk_rows = num_rows if one_chunk else min(num_rows, CHUNK_ROWS)
+    bias, weight = head.decoder_bias, _aligned(head.decoder_weight)
+    num_rows, (vocab, width), columns = len(x), head.decoder_weight.shape, len(weight)
+    fitting = max(1, ONE_CHUNK_BYTES // (columns * x.element_size()))
+    part_rows = triton.cdiv(num_rows, triton.cdiv(num_rows, fitting))  # parts of equal size
 
-    buffer = x.new_empty(chunk_rows, padded)
+    buffer = x.new_empty(part_rows, columns)
     losses = x.new_empty(num_rows, dtype=torch.float32)
     hits = x.new_empty(num_rows, dtype=torch.int32)
     gradients = {}
     if "x" in wanted:
-        gradients["x"] = x.new_empty(x.shape, dtype=torch.float32)
-    partial = None
-    if "decoder_bias" in wanted:
-        num_tiles = triton.cdiv(chunk_rows, LOSS_TILE["ROWS"])
-        partial = x.new_empty(num_tiles, padded, dtype=torch.float32)
+        gradients["x"] = x.new_empty(num_rows, width, dtype=torch.float32)
+    # Columns of x: all of them give dW and db.
+    first = 0 if "decoder_weight" in wanted else width
+    last = x.shape[1] if "decoder_bias" in wanted else width
+    sums: Any = None
 
-    def add(name: str, gradient: torch.Tensor) -> None:
-        gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
-
-    for start in range(0, num_rows, chunk_rows):
-        chunk = slice(start, start + chunk_rows)
-        rows = x[chunk]
-        logits = buffer[:len(rows), :vocab]
-        torch.mm(rows, weight.t(), out=logits)
-        num_tiles = triton.cdiv(len(rows), LOSS_TILE["ROWS"])
-        _cross_entropy_kernel[(num_tiles,)](
-            buffer, bias, labels[chunk], losses[chunk], hits[chunk], partial, len(rows), V=vocab,
-            V_PAD=padded, HAS_BIAS=bias is not None, WITH_GRADIENT=bool(wanted),
-            WITH_BIAS_GRADIENT=partial is not None, **LOSS_TILE,
-        )
+    for part in range(0, num_rows, part_rows):
+        end = min(part + part_rows, num_rows)
+        for start in range(part, end, CHUNK_ROWS or part_rows):
+            chunk = slice(start, min(start + (CHUNK_ROWS or part_rows), end))
+            logits = buffer[chunk.start - part:chunk.stop - part]
+            torch.mm(x[chunk, :width], weight.t(), out=logits)
+            _cross_entropy_kernel[(len(logits),)](
+                logits, bias, labels[chunk], losses[chunk], hits[chunk], V=vocab, V_PAD=columns,
+                HAS_BIAS=bias is not None, WITH_GRADIENT=bool(wanted), **LOSS_TILE,
+            )
+        grad_logits = buffer[:end - part]
         if "x" in wanted:
-            _product(logits, weight, out=gradients["x"][chunk])
-        if "decoder_weight" in wanted:
-            add("decoder_weight", _product(logits.t(), rows))
-        if partial is not None:
-            add("decoder_bias", partial[:num_tiles, :vocab].sum(0))
+            _product(grad_logits, weight, out=gradients["x"][part:end])
+        if first < last:
+            more = _product(grad_logits.t(), x[part:end, first:last])
+            sums = more if sums is None else sums.add_(more)
+    if "decoder_weight" in wanted:
+        gradients["decoder_weight"] = sums[:vocab, :width]
+    if "decoder_bias" in wanted:
+        gradients["decoder_bias"] = sums[:vocab, width - first]
     return losses, hits, gradients
 
 
@@ -491,10 +510,7 @@ def _loss_and_gradients(
         zeros = {name: hidden.new_zeros(shapes[name], dtype=torch.float32) for name in wanted}
         losses = hidden.new_empty(0, dtype=torch.float32)
         return losses, losses.to(torch.int32), zeros
-    if head.dense_weight is None:
-        x, saved = _gather(hidden, positions), None
-    else:
-        x, saved = _transform(hidden, positions, head)
+    x, saved = _transform(hidden, positions, labels, head)
     of_decoder = wanted & {"decoder_weight", "decoder_bias"}
     below = {"x"} if wanted > of_decoder else set()
     losses, hits, gradients = _decode(x, labels, head, of_decoder | below)
@@ -503,7 +519,9 @@ def _loss_and_gradients(
         if saved is None:
             gradients["hidden"] = grad_x
         else:
-            gradients |= _transform_backward(grad_x, saved, hidden, positions, head, wanted)
+            gradients |= _transform_backward(
+                grad_x, saved, hidden, positions, labels, head, wanted
+            )
     return losses, hits, {name: gradients[name] for name in wanted}
 
 
@@ -548,8 +566,9 @@ class _MaskedLMLoss(torch.autograd.Function):
                 with torch.cuda.device_of(rows):
                     _scatter(rows, ctx.positions, grad_loss, scaled["hidden"])
         for name, gradient in gradients.items():
-            # One pass from fp32 to the dtype of the tensor; in place where that is fp32.
-            same = gradient.dtype == ctx.dtype
+            # One pass from fp32 to the dtype of the tensor; in place where that is fp32, but not in
+            # a view, which would keep its larger buffer.
+            same = gradient.dtype == ctx.dtype and gradient.is_contiguous()
             out = gradient if same else gradient.new_empty(gradient.shape, dtype=ctx.dtype)
             scaled[name] = torch.mul(gradient, grad_loss, out=out)
         return *(scaled.get(name) for name in TENSORS), *(None,) * 5

@@ -159,8 +159,7 @@ def plan(inputs: Inputs) -> list[str]:
     ] + [
         f"batch: {resolved.micro_batch_size} rows x {resolved.accumulation_steps} micro batches x "
         f"{ds.ranks().world_size} ranks = {resolved.train_batch_size} rows per step; precision "
-        f"{resolved.precision}, ZeRO "
-        f"{resolved.config.get('zero_optimization', {}).get('stage', 0)}",
+        f"{resolved.precision}, ZeRO {resolved.zero_stage}",
         f"{', '.join(names)}: {config.rounds} rounds of {config.timed_steps} counted steps each; "
         f"dropped: {config.warmup_steps} warm-up steps, and the first and last step of each turn",
     ]
@@ -199,7 +198,8 @@ class Loops:
     """The models in training: DeepSpeed's engine, `bare`, and that of transformers, if any.
 
     `standing_gib` is the memory of each, by the name in `Row.standing`: weights, gradients and
-    optimizer states.
+    optimizer states. `sizes` are those of the batches of each masking at each row length, where
+    they are fixed as in `pretrain.py`.
     """
 
     inputs: Inputs
@@ -208,6 +208,7 @@ class Loops:
     bare: baselines.BareLoop
     trainer: baselines.TrainerLoop | None
     standing_gib: dict[str, float]
+    sizes: dict[tuple[str, int], data.BatchSizes]
 
     def strategy_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
         """Return the row of a masking, trained by DeepSpeed."""
@@ -215,26 +216,24 @@ class Loops:
         steps = steps_of_a_row(self.inputs.config)
         return speed.Row(
             name, "equal" if equal else "strategy",
-            batches=self.loader(masking, table).steps(0, steps, ds.all_reduce_sum),
+            batches=self.loader(name, masking, table).steps(0, steps, ds.all_reduce_sum),
             step=lambda batch, lap: mlm.train_step(
                 self.engine, batch, self.device, want_norm=False, lap=lap),
             count=partial(count_packed, table), head_seconds=self.bare.head_seconds,
             standing="engine",
         )
 
-    def loader(self, masking: data.Masking, table: RowTable) -> data.PackedData:
+    def loader(self, name: str, masking: data.Masking, table: RowTable) -> data.PackedData:
         """Return the loader of `pretrain.py`."""
-        resolved, ranks = self.inputs.resolved, ds.ranks()
-        return data.PackedData(
-            self.inputs.store, table, masking, seed=self.inputs.config.seed,
-            micro_batch_size=resolved.micro_batch_size,
-            accumulation_steps=resolved.accumulation_steps,
-            world_size=ranks.world_size, rank=ranks.rank,
-        )
+        batches = make_loader(self.inputs, masking, table)
+        sizes = self.sizes.get((name, table.max_seq_length))
+        if sizes:
+            batches.pack_for(self.device, sizes)
+        return batches
 
     def prepared_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
         """Return the row of one prepared batch: trained by `bare`, or a pass with its weights."""
-        batch = next(self.loader(masking, table).steps(0, 1, ds.all_reduce_sum))
+        batch = next(self.loader(maskings.BASELINE, masking, table).steps(0, 1, ds.all_reduce_sum))
         if name == BARE:
             step: Callable[..., None] = partial(self.bare.step, self.bare.prepare(batch))
         else:
@@ -270,6 +269,17 @@ class Loops:
         )
 
 
+def make_loader(inputs: Inputs, masking: data.Masking, table: RowTable) -> data.PackedData:
+    """Return the batches of one masking, as this rank reads them."""
+    resolved, ranks = inputs.resolved, ds.ranks()
+    return data.PackedData(
+        inputs.store, table, masking, seed=inputs.config.seed,
+        micro_batch_size=resolved.micro_batch_size,
+        accumulation_steps=resolved.accumulation_steps,
+        world_size=ranks.world_size, rank=ranks.rank,
+    )
+
+
 def count_packed(table: RowTable, batch: data.StepBatch) -> speed.Counts:
     """Count a packed batch, over all ranks."""
     return speed.Counts(
@@ -291,17 +301,38 @@ def count_texts(store: TokenStore, batch: list[baselines.Batch]) -> speed.Counts
     )
 
 
-def build_loops(inputs: Inputs) -> Loops:
+def build_loops(inputs: Inputs, built: Maskings) -> Loops:
     """Start the process group and build each model; collective."""
     device, levels = ds.start(), [speed.resident_gib()]
-    module = mlm.build_model(inputs.config, inputs.store)
+    # As in a run that is long enough for it.
+    compiles, why = model.choose_compiling(
+        inputs.config.torch_compile, device, inputs.resolved.zero_stage, model.WORTH_SLOTS)
+    say(why)
+    sizes = {}
+    if device.type == "cuda" or compiles:
+        named = {**built.plain, **{name + EQUAL: one for name, one in built.equal.items()}}
+        sizes = {
+            (name, length): make_loader(inputs, masking, table).measure_sizes(
+                steps_of_a_row(inputs.config))
+            for length, table in inputs.tables.items() for name, masking in named.items()
+        }
+
+    def build_model() -> model.PackedMaskedLM:
+        module = mlm.build_model(inputs.config, inputs.store)
+        if compiles:
+            model.compile_layers(module, *{(one.masked, one.per_row) for one in sizes.values()})
+        return module
+
+    if compiles:
+        model.forget_compiled()
+    module = build_model()
     decay = inputs.resolved.config["optimizer"]["params"]["weight_decay"]
     groups = ds.parameter_groups(module, decay, module.head_prefixes)
     torch.manual_seed(inputs.config.seed + ds.ranks().rank)
     engine = ds.build_engine(module, groups, inputs.resolved)
     engine.train()
     levels.append(speed.resident_gib())
-    bare = baselines.BareLoop(mlm.build_model(inputs.config, inputs.store), inputs.resolved, device)
+    bare = baselines.BareLoop(build_model(), inputs.resolved, device)
     levels.append(speed.resident_gib())
     trainer = None
     if set(inputs.baselines) - set(baselines.PASSES):
@@ -310,7 +341,7 @@ def build_loops(inputs: Inputs) -> Loops:
             mlm.build_model(inputs.config, inputs.store), inputs.resolved, device, steps)
     levels.append(speed.resident_gib())
     standing = dict(zip(("engine", "bare", "transformers"), np.diff(levels).tolist(), strict=True))
-    return Loops(inputs, device, engine, bare, trainer, standing)
+    return Loops(inputs, device, engine, bare, trainer, standing, sizes)
 
 
 # ----------------------------------------------------------------------------------- measuring
@@ -358,7 +389,7 @@ def measure_length(
 def measure(inputs: Inputs) -> dict[str, Any]:
     """Measure all lengths; collective. Return the speed part of `benchmark.json`."""
     built = build_maskings(inputs)
-    loops = build_loops(inputs)
+    loops = build_loops(inputs, built)
     peak = flops.peak_flops(loops.device, inputs.resolved.precision)
     lengths = [measure_length(loops, built, length, peak) for length in inputs.tables]
     ds.finish()

@@ -18,7 +18,9 @@ from csrc.benchmark import Case, Entry, Timings
 
 SMALL = ("--rows 2 --slots 16 --hidden 16 --vocab 50 --rounds 3 --calls 2 --warmup 1 "
          "--device cpu").split()
-ROWS = ["full_logits", "gather_eager", "gather_compiled", "linear_cross_entropy", "chunked"]
+HAS_LINEAR_CROSS_ENTROPY = hasattr(functional, "linear_cross_entropy")  # since torch 2.13
+ROWS = ["full_logits", "gather_eager", "gather_compiled",
+        *["linear_cross_entropy"] * HAS_LINEAR_CROSS_ENTROPY, "chunked"]
 BOUND = 1e-4  # as for fp32
 
 
@@ -26,7 +28,7 @@ BOUND = 1e-4  # as for fp32
 def quick(monkeypatch):
     """Nothing is compiled, and the optional libraries are not there."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    for name in ("liger_kernel", "cut_cross_entropy"):
+    for name in ("liger_kernel", "cut_cross_entropy", "quack"):
         monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -65,7 +67,7 @@ def test_every_row_is_measured(capsys):
         assert rows[name][f"memory_over_{name}"] == 1
     assert rows["chunked"]["memory_over_full_logits"] < rows["gather_eager"][
         "memory_over_full_logits"] < 0.5
-    assert set(case["left_out"]) == {"liger", "cut_cross_entropy"}
+    assert set(case["left_out"]) == {*benchmark.OTHERS} - {*ROWS}
     assert "left out: cut_cross_entropy: not installed" in out
     assert "first call, with compilation: gather_compiled" in out
 
@@ -84,7 +86,7 @@ def test_several_cases_in_one_run(monkeypatch, capsys):
     ("--rows 0", "--rows 0"), ("--calls 0", "--calls 0"), ("--rate 0", "--rate 0"),
     ("--rate 1.5", "--rate 1.5"), ("--dtype fp64", "fp64"), ("--device cpu --dtype bf16", "fp32"),
     ("--row 2", "--row"), ("--cases huge", "bert-mini-15"),
-    ("--cases bert-mini-15 --rows 2", "--rows"),
+    ("--cases bert-mini-15 --rows 2", "--rows"), ("--device cpu --chunk_rows 384", "--chunk_rows"),
 ])
 def test_bad_flags_exit_with_2(line, word, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -136,11 +138,11 @@ def test_others_that_fail_are_left_out(monkeypatch, capsys):
     def no_compiler(function, **_):
         raise OSError("no C++ compiler\nand more")
 
-    def wrong(rows, weight, labels, **_):
-        return rows.sum()
+    def wrong(device):
+        return Entry(benchmark.after_gather(lambda rows, *_: rows.sum()), "")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr(functional, "linear_cross_entropy", wrong)
+    monkeypatch.setitem(benchmark.OTHERS, "linear_cross_entropy", wrong)
     benchmark.main(SMALL)
     out = capsys.readouterr().out
     assert "left out: gather_compiled: OSError: no C++ compiler\n" in out
@@ -190,6 +192,57 @@ def test_liger_on_a_gpu_only(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", module)
     check_row(benchmark.liger("cuda"))
+
+
+def test_quack_gets_a_bias_and_sizes_that_it_takes(monkeypatch):
+    def chunked_linear_cross_entropy(x, weight, target, ignore_index=-100, reduction="mean"):
+        assert not x.shape[0] % 8 and not x.shape[1] % 8 and not weight.shape[0] % 128
+        return functional.cross_entropy(x @ weight.T, target, ignore_index=ignore_index,
+                                        reduction=reduction)
+
+    with pytest.raises(benchmark.LeftOut, match="GPU"):
+        benchmark.quack("cpu")
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    module = types.SimpleNamespace(chunked_linear_cross_entropy=chunked_linear_cross_entropy)
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", module)
+    check_row(benchmark.quack("cuda"))
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_rows_of_a_gpu(rate, monkeypatch):
+    """On a CPU in Triton's interpreter; 10 or 32 rows of logits in chunks of 4."""
+    pytest.importorskip("triton")
+    from csrc import masked_lm_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = benchmark.make_inputs(Case(2, 16, 16, 50, rate), device, torch.float32)
+    want = results(benchmark.full_logits(device), inputs)
+    sizes, plain = [], masked_lm_triton._cross_entropy_kernel
+    rows = benchmark.own_rows("cuda", [4])
+    assert list(rows) == ["triton", "triton_gathered", "triton_chunks_4"]
+
+    class Counted:
+        def __getitem__(self, grid):
+            sizes.append(grid[0])
+            return plain[grid]
+
+    monkeypatch.setattr(masked_lm_triton, "_cross_entropy_kernel", Counted())
+    for name, make in rows.items():
+        sizes.clear()
+        benchmark.check_agreement(results(make(), inputs), want, BOUND)
+        assert (max(sizes) == 4) == (name == "triton_chunks_4")
+        assert sum(sizes) == len(inputs.labels)
+    assert masked_lm_triton.CHUNK_ROWS == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_plain_pytorch_in_16_bit(dtype):
+    """The sum of 19,661 losses is more than fp16 holds; so is the scaled mean."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = benchmark.make_inputs(
+        Case(128, 256, 16, 50, 0.6), device, benchmark.DTYPES[dtype])
+    measured, left_out = benchmark.compare(inputs, dtype, {})
+    assert {"full_logits", "gather_eager", "gather_compiled"} <= measured.keys(), left_out
 
 
 # ---------------------------------------------------------------------------------- the figures
@@ -259,11 +312,13 @@ def test_rows_take_turns_in_another_order_each_round(monkeypatch):
     options, cases = benchmark.parse([*SMALL, "--rounds", "5"])
     measured = benchmark.measure(cases["given"], options)["rows"]
     assert [row["implementation"] for row in measured] == ROWS
-    warm = turns[:5]  # one each
-    names = [ROWS[warm.index(operation)] for operation in turns[5:]]
-    assert len(names) == 5 * (1 + 4 * 2)
-    rounds = [names[start:start + 9] for start in range(0, 45, 9)]
-    assert [turn[0] for turn in rounds] == ROWS
+    count = len(ROWS)
+    warm = turns[:count]  # one each
+    names = [ROWS[warm.index(operation)] for operation in turns[count:]]
+    each = 1 + 2 * (count - 1)
+    assert len(names) == 5 * each
+    rounds = [names[start:start + each] for start in range(0, len(names), each)]
+    assert [turn[0] for turn in rounds] == [*ROWS, *ROWS][:5]
     for turn in rounds:
         assert sorted(turn) == sorted(["full_logits", *(name for name in ROWS[1:] for _ in "ab")])
 

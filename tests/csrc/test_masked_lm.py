@@ -248,7 +248,7 @@ def test_only_what_is_wanted_is_computed(implementation):
         loss, hits = csrc.masked_lm_loss(hidden.float(), positions, labels, head, implementation)
     assert not loss.requires_grad
     torch.testing.assert_close((loss.double(), int(hits)), whole[:2])
-    for name in ("hidden", "decoder_weight", "dense_weight", "norm_bias"):
+    for name in ("hidden", *head.tensors()):
         head = cast(head, torch.float32, "cpu")
         states = hidden.float().requires_grad_(name == "hidden")
         for other, tensor in head.tensors().items():

@@ -59,10 +59,8 @@ def small_tiles(monkeypatch):
 def set_small_tiles(monkeypatch) -> None:
     tile = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(masked_lm_triton, "DENSE_TILES", {2: tile, 4: tile})
-    tile = {"ROWS": 4, "BLOCK_V": 32, "STAGES": 1, "num_warps": 4}
-    monkeypatch.setattr(masked_lm_triton, "LOSS_TILE", tile)
+    monkeypatch.setattr(masked_lm_triton, "LOSS_TILE", {"BLOCK_V": 32, "num_warps": 4})
     monkeypatch.setattr(masked_lm_triton, "NORM_TILE", 128)
-    monkeypatch.setattr(masked_lm_triton, "NORM_ROWS", 4)
 
 
 def compare(batch, head, dtype=torch.float32, grad_output=1.0) -> dict[str, torch.Tensor]:
@@ -75,8 +73,17 @@ def compare(batch, head, dtype=torch.float32, grad_output=1.0) -> dict[str, torc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 127, 128, 129])
 def test_edges_of_tiles(rows, dtype):
-    """Use the real tiles: 129 rows, 136 columns and 600 ids are more than one of each."""
-    compare(make_batch((2, 80, 136), list(range(3, 3 + rows)), 600), make_head(136, 600), dtype)
+    """Use the real tiles: 129 rows, 136 columns and 2,100 ids are more than one of each."""
+    compare(make_batch((2, 80, 136), list(range(3, 3 + rows)), 2100), make_head(136, 2100), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 21])
+@pytest.mark.parametrize("vocab", [7, 128, 314, 1000, 1003, 1024])
+def test_any_vocabulary(vocab, width, dtype):
+    """A multiple of 8 is taken as it is, any other one padded to a multiple of 128."""
+    with poisoned_memory():
+        compare(make_batch((2, 8, width), [0, 3, 9], vocab, 3), make_head(width, vocab), dtype)
 
 
 @pytest.mark.slow
@@ -89,16 +96,22 @@ def test_every_family_over_many_tiles(kind, biases, dtype, small_tiles):
     compare(make_batch((3, 16, 40), list(range(0, 48, 2)), 150, 5), head, dtype)
 
 
-@pytest.mark.parametrize("limit, chunks", [(0, 3), (20 * 256 * 4 - 1, 3), (20 * 256 * 4, 1)])
-def test_one_chunk_up_to_the_limit(limit, chunks, monkeypatch):
-    """20 rows of 130 ids, padded to 256 columns."""
+ROW_BYTES = 256 * 4  # of 130 ids, padded to 256 columns, in float32
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 3])
+@pytest.mark.parametrize("limit, parts", [
+    (0, 20), (7 * ROW_BYTES, 3), (20 * ROW_BYTES - 1, 2), (20 * ROW_BYTES, 1),
+])
+def test_one_part_up_to_the_limit(limit, parts, chunk_rows, monkeypatch):
+    """The gradients of the decoder take two products a part, however many its chunks are."""
     monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", limit)
-    monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", chunk_rows)
     products, product = [], masked_lm_triton._product
     monkeypatch.setattr(masked_lm_triton, "_product",
                         lambda *given, **named: products.append(1) or product(*given, **named))
     compare(make_batch((1, 20, 16), list(range(20)), 130), make_head(16, 130, transform=False))
-    assert len(products) == 2 * 2 * chunks  # with positions and with gathered rows
+    assert len(products) == 2 * 2 * parts  # with positions and with gathered rows
 
 
 def test_the_loss_is_shifted(small_tiles):
@@ -186,8 +199,9 @@ def test_any_shape(data):
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):
             set_small_tiles(patch)
-        patch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", data.draw(st.sampled_from([0, 2**29])))
-        patch.setattr(masked_lm_triton, "CHUNK_ROWS", data.draw(st.integers(1, 9)))
+        limit = data.draw(st.sampled_from([0, 4000, 2**30]))
+        patch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", limit)
+        patch.setattr(masked_lm_triton, "CHUNK_ROWS", data.draw(st.integers(0, 9)))
         gathered = data.draw(st.booleans())
         truth, found = (
             outcome(name, *batch, head, dtype=dtype, device=DEVICE, grad_output=0.3,
@@ -205,13 +219,13 @@ def test_any_shape(data):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", [True, False])
-@pytest.mark.parametrize("masked, chunk_rows", [
-    (range(0, 48, 2), 10), ([], 10), (range(65), 32), (range(65), 25),  # and a smaller one
-], ids=["some", "none", "chunks", "odd chunks"])
-def test_several_chunks_never_read_new_memory(
-    masked, chunk_rows, transform, dtype, small_tiles, monkeypatch
+@pytest.mark.parametrize("masked, part_rows, chunk_rows", [
+    (range(0, 48, 2), 10, 0), ([], 10, 0), (range(65), 35, 0), (range(65), 35, 10),
+], ids=["some", "none", "parts", "chunks"])
+def test_several_parts_never_read_new_memory(
+    masked, part_rows, chunk_rows, transform, dtype, small_tiles, monkeypatch
 ):
-    monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", 0)
+    monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", part_rows * 256 * dtype.itemsize)
     monkeypatch.setattr(masked_lm_triton, "CHUNK_ROWS", chunk_rows)
     batch = make_batch((3, 48, 40), list(masked), 150, 5)
     head = make_head(40, 150, transform=transform)
@@ -236,8 +250,29 @@ def test_padding_and_unmasked_rows(index, small_tiles):
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transform", [True, False])
+def test_padding_rows_may_hold_any_finite_numbers(transform, dtype, small_tiles):
+    """Large ones would be inf after the first product, and 0 x inf is NaN."""
+    made = make_head(40, 150, transform=transform)
+    hidden, _, labels = make_batch((12, 40), [0, 1, 2, 3, 4], 150, 7)
+    results = []
+    for padding in (0.0, 6e4, 6e4):
+        hidden[5:] = padding
+        hidden[9:] = -padding
+        states, head = hidden.to(DEVICE, dtype).requires_grad_(), cast(made, dtype, DEVICE)
+        loss, hits = csrc.masked_lm_loss(states, None, labels.to(DEVICE), head, "triton")
+        leaves = {"hidden": states, **head.tensors()}
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        results.append((loss, hits, *gradients))
+        assert gradients[0][:5].all() and not gradients[0][5:].any()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
 def test_any_memory_layout():
-    """Every other column of wider hidden states, and transposed weights."""
+    """Every other column of wider hidden states, transposed weights, a weight at any address."""
     head = cast(make_head(16, 37), torch.float32, DEVICE)
     hidden, positions, labels = make_batch((3, 8, 16), [0, 5, 7], 37, 2)
     straight = outcome("triton", hidden, positions, labels, head, device=DEVICE)
@@ -246,13 +281,19 @@ def test_any_memory_layout():
     states = hidden.float().flatten(0, 1).repeat_interleave(2, 1).to(DEVICE)[:, ::2]
     states.requires_grad_()
     assert not states.is_contiguous() and not leaves["dense_weight"].is_contiguous()
-    loss, _ = csrc.masked_lm_loss(states, positions.to(DEVICE), labels.to(DEVICE),
-                                  dataclasses.replace(head, **leaves), "triton")
-    leaves["hidden"] = states
-    found = torch.autograd.grad(loss, list(leaves.values()))
-    for name, gradient in zip(leaves, found, strict=True):
-        expected = straight[2][name].view(gradient.shape)
-        torch.testing.assert_close(gradient.cpu().double(), expected)
+    weight = head.decoder_weight.detach()
+    flat = torch.cat([weight.new_zeros(3), weight.flatten()])
+    shifted = flat[3:].view_as(weight).requires_grad_()
+    assert shifted.data_ptr() % 16
+    for decoder_weight in (leaves["decoder_weight"], shifted):
+        leaves["decoder_weight"] = decoder_weight
+        loss, _ = csrc.masked_lm_loss(states, positions.to(DEVICE), labels.to(DEVICE),
+                                      dataclasses.replace(head, **leaves), "triton")
+        given = {**leaves, "hidden": states}
+        found = torch.autograd.grad(loss, list(given.values()))
+        for name, gradient in zip(given, found, strict=True):
+            expected = straight[2][name].view(gradient.shape)
+            torch.testing.assert_close(gradient.cpu().double(), expected, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------ what is left out
@@ -262,7 +303,8 @@ def test_any_memory_layout():
 @pytest.mark.parametrize(
     "trained, products",
     [((), 0), (("hidden",), 2), (("norm_bias",), 1), (("dense_weight",), 2),
-     (("decoder_weight",), 1), (("decoder_bias",), 0), (("hidden", "decoder_weight"), 3)],
+     (("decoder_weight",), 1), (("decoder_bias",), 1), (("decoder_weight", "decoder_bias"), 1),
+     (("hidden", "decoder_weight"), 3)],
 )
 def test_unneeded_products_are_not_computed(trained, products, grad_mode, monkeypatch):
     """Count the four products that only gradients need."""
@@ -322,11 +364,14 @@ def test_full_size(vocab, dtype):
 
 
 @pytest.mark.gpu
-def test_the_host_never_waits():
+@pytest.mark.parametrize("gathered", [True, False])
+def test_the_host_never_waits(gathered):
     head = cast(make_head(768, 30522), torch.float16, DEVICE)
     hidden, positions, labels = (
         each.to(DEVICE) for each in make_batch((64, 128, 768), list(range(1200)), 30522, 80)
     )
+    if gathered:
+        hidden, positions = hidden.flatten(0, 1)[:1280], None
     hidden = hidden.half().requires_grad_()
     for mode in ("default", "error"):  # the first time, kernels are compiled and loaded
         torch.cuda.set_sync_debug_mode(mode)
@@ -344,7 +389,10 @@ def test_more_logits_than_32_bits_count(monkeypatch):
     chunked = outcome("triton", *batch, head, dtype=torch.float16, device=DEVICE)
     monkeypatch.setattr(masked_lm_triton, "ONE_CHUNK_BYTES", 2**40)
     whole = outcome("triton", *batch, head, dtype=torch.float16, device=DEVICE)
-    torch.testing.assert_close(whole, chunked, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(whole[:2], chunked[:2], rtol=1e-3, atol=0)
+    for name, gradient in whole[2].items():  # each is rounded to fp16 once
+        size = gradient.abs().max().item()
+        torch.testing.assert_close(chunked[2][name], gradient, rtol=1e-3, atol=1e-3 * size)
 
 
 # --------------------------------------------------------------------------------- ahead of time
@@ -367,8 +415,7 @@ def test_compiles_ahead_of_time(capability, tmp_path):
     table = [line.split() for line in done.stdout.splitlines()[1:]]
     for dtype in ("fp16", "bf16", "fp32"):
         assert {row[0] for row in table if row[1] == dtype} == KERNELS
-    if capability == 90:
-        assert all(row[3] == "0" for row in table), "spilled registers"
+    assert all(row[3] == "0" for row in table), "spilled registers"
 
 
 def launches(dtype: torch.dtype, variants: bool) -> list[tuple]:

@@ -20,6 +20,7 @@ import platform
 import re
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ class Size:
         vocab: ids of the tokenizer. tokens: of the corpus. sentences: of the labelled task.
         model: name of `--model_config`. lengths: rows of the loop, each with its rows per micro
             batch and per step. steps: warm-up, counted and rounds of a row of the table.
-        head: flags of `csrc/benchmark.py`. score_tokens: tokens of a pass.
+        head: flags of `csrc/benchmark.py`.
     """
 
     vocab: int
@@ -116,7 +117,7 @@ def plan(options: argparse.Namespace) -> list[Part]:
             "--train_batch_size", "32", "--per_device_train_batch_size", "32", "--max_seq_length",
             "64", "--output_dir", str(out / "finetune")], 45,
             lambda output: read_finetuning(out / "finetune")),
-        Part("GPU tests", [python, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
+        Part("GPU tests", [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
                            *["tests/robustness/test_gpu.py"] * options.tiny], 150, read_tests),
     ]
     return parts
@@ -128,7 +129,7 @@ def last_json(output: str) -> dict[str, Any]:
 
 
 def read_loop(output: str) -> dict[str, Any]:
-    """Return tokens/s and MFU of every row, and how often it is as fast as transformers."""
+    """Return tokens/s, MFU, speed over transformers and the step of every row."""
     (length,) = last_json(output)["lengths"]
     return {row["name"]: {
         "tokens/s": round(row["tokens_per_second"]), "MFU %": round(row["mfu_percent"], 1),
@@ -137,15 +138,9 @@ def read_loop(output: str) -> dict[str, Any]:
 
 
 def read_head(output: str) -> dict[str, Any]:
-    """Return the milliseconds of every implementation."""
+    """Return the median of every implementation."""
     (case,) = last_json(output)["cases"]
-    return {row["implementation"]: {"ms": round(_median(row), 3)} for row in case["rows"]
-            if _median(row) is not None}
-
-
-def _median(row: dict[str, Any]) -> Any:
-    found = row.get("ms")
-    return found.get("median") if isinstance(found, dict) else found
+    return {row["implementation"]: {"ms": round(row["ms"]["median"], 3)} for row in case["rows"]}
 
 
 def read_scoring(output: str) -> dict[str, Any]:
@@ -155,7 +150,7 @@ def read_scoring(output: str) -> dict[str, Any]:
 
 
 def read_finetuning(run: Path) -> dict[str, Any]:
-    """Return steps/s over all steps but the first tenth, as logged, and the accuracy."""
+    """Return steps/s over the whole training, evaluation included, and the accuracy."""
     row = json.loads((run / "results.jsonl").read_text().splitlines()[0])
     return {"steps/s": round(row["steps"] / row["seconds"], 1),
             "accuracy": round(row["test_accuracy"], 3)}
@@ -176,6 +171,7 @@ def run_part(part: Part, log: Path, seconds: float) -> dict[str, Any]:
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # those of the machine are none of ours
         "PATH": f"{Path(part.command[0]).parent}{os.pathsep}{os.environ['PATH']}",
     }
     started = time.monotonic()
@@ -273,7 +269,7 @@ def check(options: argparse.Namespace, parts: list[Part]) -> list[dict[str, Any]
     """Run all parts; return their rows."""
     out = Path(options.output_dir)
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    for name in ("finetune", "data"):  # a second check measures again
+    for name in ("venv", "finetune", "data"):  # a second check begins anew
         shutil.rmtree(out / name, ignore_errors=True)
     found: dict[str, Any] = {"machine": machine(), "tiny": options.tiny, "parts": []}
     end = time.monotonic() + options.seconds
@@ -306,6 +302,9 @@ def install(venv: Path, wheels: str) -> None:
     needed = [*setup["options"]["install_requires"].split("\n"), *TESTING]
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip",
                     str(venv)], check=True)
+    (site_packages,) = venv.glob("lib/python*/site-packages")
+    # Also where this Python is that of another environment, whose packages venv would not show.
+    (site_packages / "machine.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-index",
            "--find-links", wheels, "--disable-pip-version-check"]
     subprocess.run([*pip, *filter(None, needed)], check=True)
@@ -323,7 +322,6 @@ def make_data(folder: Path, size: Size) -> None:
     from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
     from tokenizers.models import WordPiece
     from transformers import (
-        BertConfig,
         BertForMaskedLM,
         BertForTokenClassification,
         PreTrainedTokenizerFast,
@@ -331,7 +329,7 @@ def make_data(folder: Path, size: Size) -> None:
 
     from preprocess.machine import environment
     from preprocess.store import StoreWriter, TokenStore, write_array
-    from train.model import CONFIGS
+    from train.model import named_config
 
     def letters(number: int, length: int) -> str:
         return "".join(chr(97 + number // 26**place % 26) for place in range(length))
@@ -382,7 +380,7 @@ def make_data(folder: Path, size: Size) -> None:
                 rows.writerow([" ".join(text), ("bad", "good")[label]])
 
     torch.manual_seed(SEED)
-    config = BertConfig(vocab_size=size.vocab, **CONFIGS[size.model])
+    config = named_config(size.model, size.vocab, pad_token_id=0)
     BertForMaskedLM(config).save_pretrained(folder / "encoder")
     config.num_labels = 2
     BertForTokenClassification(config).save_pretrained(folder / "scorer")

@@ -365,7 +365,7 @@ def test_what_is_replaced_in_deepspeed_is_still_there():
 def test_ranks_that_do_not_find_each_other_say_where_they_looked(monkeypatch):
     import deepspeed
 
-    def alone(**options) -> None:
+    def alone(*words, **options) -> None:
         raise torch.distributed.DistStoreError("Timed out; 1/2 clients joined.\nframe #0: a trace")
 
     monkeypatch.setattr(deepspeed, "init_distributed", alone)

@@ -70,7 +70,7 @@ def training(other_json: str) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 FREE = {"precision": "config", "allow_world_size_change": True, "logging_steps": 3,
-        "save_steps": 2, "save_total_limit": 3, "torch_compile": True,
+        "save_steps": 2, "save_total_limit": 3,
         "gradient_checkpointing": True, "trust_remote_code": True}
 WEIGHTS = r"--model_name_or_path \(weights\) [0-9a-f]{16}, and this run has "
 
@@ -168,7 +168,7 @@ def pretrain(folder, store, still_encoder, other_encoder, other_json) -> Case:
         "export_steps": ({"export_steps": [2, 3]}, "--export_steps none, .* has 2 3"),
     }
     free = {**FREE, "eval_steps": 2, "last_layer_subset": False,
-            "head_implementation": "reference"}
+            "head_implementation": "reference", "torch_compile": True}
     return Case("train/pretrain.py", options.PretrainConfig, flags, "finished already", decides,
                 free)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -163,6 +164,30 @@ def test_a_pass_that_does_not_fit_says_what_to_give():
     runner = Runner(Full(), Template((2,), (), (3,), 0), Pad(0), torch.device("cpu"), 1000)
     with pytest.raises(ConfigError, match="--batch_tokens 1000: .*; give --batch_tokens 500$"):
         list(runner.run([[5]]))
+
+
+class NoWaits(TorchDispatchMode):
+    """Fail where a GPU's host would read a number of a tensor, or the size of a result."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).split(".")[1]
+        assert name not in ("is_nonzero", "item", "_local_scalar_dense", "nonzero"), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", sorted(CLASSIFIERS.keys() - {"modernbert-mean"}))
+def test_no_pass_reads_a_number_on_the_host(name, half):
+    """transformers would look into a mask of padding, whether it hides anything."""
+    make, config = CLASSIFIERS[name]
+    model = make(config).eval()
+    first_slot_only(model)
+    runner = Runner(model, Template((2,), (), (3,), 0), Pad(config.pad_token_id),
+                    torch.device("cpu"), 1000, half)
+    with NoWaits():
+        list(runner.run([[5, 6, 7], [8], [9, 9]]))
+        list(runner.run([[5, 6, 7]]))
+    assert runner.counts["slots"] > runner.counts["tokens"], "some pass is padded"
 
 
 @pytest.mark.gpu

@@ -35,7 +35,7 @@ from preprocess.store import TokenStore
 from train import engine as ds
 from train.bench.throughput import Laps, no_laps
 from train.data import PackedBatch, StepBatch
-from train.model import PackedMaskedLM
+from train.model import PackedMaskedLM, uncompiled
 
 BASELINES = ("transformers-grouped", "transformers-lines", "gather-grouped", "gather-lines")
 TEXTS_A_MAP = 1000  # texts that `datasets` hands to `group_texts` at once
@@ -260,6 +260,9 @@ class BareLoop:
             for group in groups:
                 group["params"] = [w.detach().clone().requires_grad_() for w in group["params"]]
                 self._masters += group["params"]
+            self._gradients = [torch.zeros_like(master) for master in self._masters]
+            for master, gradient in zip(self._masters, self._gradients, strict=True):
+                master.grad = gradient
             module.to(DTYPES[resolved.precision])
         self._optimizer = torch.optim.AdamW(
             groups, lr=given["lr"], betas=tuple(given.get("betas", (0.9, 0.999))),
@@ -285,14 +288,12 @@ class BareLoop:
             loss_sum += loss.detach()
             lap("backward")
         loss_sum.item()
-        if self._masters:
-            for master, weight in zip(self._masters, self._weights, strict=True):
-                master.grad = weight.grad.float()
-        self._optimizer.step()
-        if self._masters:
-            with torch.no_grad():
+        with torch.no_grad():
+            if self._masters:
+                torch._foreach_copy_(self._gradients, [weight.grad for weight in self._weights])  # type: ignore[misc]
+            self._optimizer.step()
+            if self._masters:
                 torch._foreach_copy_(self._weights, self._masters)
-        self._optimizer.zero_grad()
         self.module.zero_grad()
         lap("optimizer")
 
@@ -300,11 +301,12 @@ class BareLoop:
         self, passes: list[Callable[[], torch.Tensor]], lap: Callable[[str], None]
     ) -> None:
         """Run forward passes of `make_passes`, each with its backward pass, without a step."""
-        for forward in passes:
-            loss = forward()
-            lap("forward")
-            loss.backward()
-            lap("backward")
+        with uncompiled():
+            for forward in passes:
+                loss = forward()
+                lap("forward")
+                loss.backward()
+                lap("backward")
         self.module.zero_grad()
 
     def head_seconds(self, batch: StepBatch) -> float:
@@ -317,7 +319,7 @@ class BareLoop:
         for micro_batch in batch.micro_batches:
             inputs = micro_batch.inputs(self.device)
             labels = inputs["masked_labels"]
-            with torch.no_grad():
+            with torch.no_grad(), uncompiled():
                 hidden, positions = self.module.encode_masked(**inputs)
             hidden.requires_grad_()
             laps("encoder")

@@ -1,6 +1,7 @@
 """Models over packed batches; knows transformers' classes."""
 
 from train.model.compiled import (
+    WORTH_SLOTS,
     choose_compiling,
     compile_layers,
     forget_compiled,
@@ -36,6 +37,7 @@ __all__ = [
     "PackedMaskedLM",
     "Peak",
     "StepFlops",
+    "WORTH_SLOTS",
     "attention_mask",
     "build_masked_lm",
     "check_row_length",

@@ -24,6 +24,7 @@ from train.model.packed import PackedMaskedLM
 # Slots of a run, of one rank, above which the warm-up is paid back: about 10 s, against 5.3 ms
 # saved in each 32,768 slots of BERT-base on an H100.
 WORTH_SLOTS = 60_000_000
+RECOMPILE_LIMIT = 64  # a benchmark has two models, and sizes by strategy and row length
 
 
 def compile_layers(
@@ -46,8 +47,9 @@ def compile_layers(
     for layer in layers:
         layer.register_forward_pre_hook(_drop_masked, with_kwargs=True)
         layer.compile(**how)
-    # Each of the sizes is a graph of the same code, of which torch keeps 8 before it gives up.
-    torch._dynamo.config.recompile_limit = max(8, len(sizes) + 4)
+    # Each size, row length and model has a graph of the same code, of which torch keeps 8 before
+    # it gives up.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
 
 def _drop_masked(layer: Any, given: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
