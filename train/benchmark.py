@@ -38,6 +38,7 @@ from train import engine as ds
 from train.bench import baselines, maskings, tables
 from train.bench import throughput as speed
 from train.bench.events import folder_of, write_events
+from train.bench.kinds import profile
 from train.config import BenchmarkConfig, as_dict, parse
 from train.data import RowTable, row_tables
 from train.model import flops
@@ -45,6 +46,7 @@ from train.run_dir.folder import environment
 from train.stages import masked_lm as mlm
 
 BARE = "bare"
+PROFILED_STEPS = 4
 EQUAL = " ="  # ends the names of the rows with equally many masked tokens
 GROUPED = "transformers-grouped"
 
@@ -213,7 +215,7 @@ class Loops:
     def strategy_row(self, name: str, masking: data.Masking, table: RowTable) -> speed.Row:
         """Return the row of a masking, trained by DeepSpeed."""
         equal = name.endswith(EQUAL)
-        steps = steps_of_a_row(self.inputs.config)
+        steps = steps_of_a_row(self.inputs.config) + 2 * PROFILED_STEPS
         return speed.Row(
             name, "equal" if equal else "strategy",
             batches=self.loader(name, masking, table).steps(0, steps, ds.all_reduce_sum),
@@ -378,8 +380,14 @@ def measure_length(
         result.append(speed.summarise(row, found[row.name], count, everyone) | {
             key: speed.speed_over(found[row.name], found[other], config.rounds)
             for key, other in others.items() if other in found})
+    kinds = None
+    if config.profile:
+        profiled = next((row for row in rows if row.name == maskings.BASELINE), rows[0])
+        kinds = {"row": profiled.name, "ms": profile(
+            lambda: profiled.step(next(profiled.batches), speed.no_laps), PROFILED_STEPS)}
     return {
         "max_seq_length": max_seq_length,
+        "kinds": kinds,
         "flops": {"per_token": count.per_token, "per_masked_token": count.per_masked_token},
         "rows": result,
         "loop_over_bare": speed.speed_over(found[maskings.BASELINE], found[BARE], config.rounds),

@@ -499,6 +499,10 @@ class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
         "computes them, with the head on masked rows, with the last layer on masked rows",
         MEASURING,
     )
+    profile: bool = _flag(
+        False, "also profile a few steps of random masks: milliseconds by kind of work, and gaps "
+        "in which a GPU waited for the host", MEASURING,
+    )
     compare: list[str] = _flag(
         [], "instead: show two benchmark.json side by side; nothing is measured", MEASURING,
         metavar="FILE",

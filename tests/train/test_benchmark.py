@@ -17,7 +17,7 @@ from preprocess.store import StoreWriter, TokenStore, write_array
 from tests.support.runs import words
 from tests.support.stores import read
 from train import benchmark, data, engine, model
-from train.bench import baselines, events, maskings, tables, throughput
+from train.bench import baselines, events, kinds, maskings, tables, throughput
 from train.config import BenchmarkConfig
 from train.model import flops
 from train.run_dir import metrics
@@ -540,7 +540,7 @@ def test_passes_are_ways_to_the_same_loss(config, prefix):
 def test_passes_and_fewer_rows_on_request(config, run_here, tmp_path, capsys):
     config = dataclasses.replace(
         config, strategies=["whole_word"], mask_indices=[], baselines=["none"], equal_masks=False,
-        rounds=1, passes=True)
+        rounds=1, passes=True, profile=True)
     run_here("train/benchmark.py", *flags(config))
     out = capsys.readouterr().out
     saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
@@ -548,3 +548,32 @@ def test_passes_and_fewer_rows_on_request(config, run_here, tmp_path, capsys):
     assert list(rows) == ["random", "whole_word", "bare", *baselines.PASSES]
     assert rows["pass-transformers"]["over_full"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
     assert all(rows[name]["counted_steps"] == 2 and name in out for name in baselines.PASSES)
+
+
+# ------------------------------------------------------------------------------- kinds of work
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("sm90_xmma_gemm_f16f16_f16f32_f32", "products"), ("nvjet_hsh_256x128_64x4", "products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+    ("triton_per_fused_add_native_dropout_native_layer_norm_2", "norms"),
+    ("_cross_entropy_kernel", "head"), ("Memcpy HtoD (Pinned -> Device)", "copies"),
+    ("void multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>", "optimizer"),
+    ("void vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>", "elementwise"),
+    ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+])
+def test_kernels_are_told_apart_by_name(name, kind):
+    assert kinds.kind_of(name) == kind
+
+
+def test_what_is_left_of_a_step_are_gaps():
+    found = kinds.sum_up({"aten::mm": 0.2, "aten::gelu": 0.1}, wall=0.4, num_steps=2)
+    assert found["step"] == pytest.approx(200) and found["gaps"] == pytest.approx(50)
+    assert found["products"] == pytest.approx(100) and found["elementwise"] == pytest.approx(50)
+    assert set(found) == {*kinds.KINDS, "gaps", "step"}
+
+
+def test_a_profile_sees_the_work():
+    one = torch.randn(300, 300)
+    found = kinds.profile(lambda: (one @ one).clone(), 3)
+    assert found["products"] > found["copies"] > 0 and found["step"] > 0

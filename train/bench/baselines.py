@@ -290,7 +290,8 @@ class BareLoop:
         loss_sum.item()
         with torch.no_grad():
             if self._masters:
-                torch._foreach_copy_(self._gradients, [weight.grad for weight in self._weights])  # type: ignore[misc]
+                given: Any = [weight.grad for weight in self._weights]
+                torch._foreach_copy_(self._gradients, given)
             self._optimizer.step()
             if self._masters:
                 torch._foreach_copy_(self._weights, self._masters)

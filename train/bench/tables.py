@@ -92,6 +92,12 @@ def format_result(result: dict[str, Any]) -> str:
             make_table(rows, "filled", *SHARES, "peak GiB"),
             "",
         ]
+        kinds = length.get("kinds")
+        if kinds:
+            parts += [f"A step of {kinds['row']} by kind of work, ms",
+                      Table("", list(kinds["ms"]), [
+                          [f"{value:.2f}" for value in kinds["ms"].values()]]).as_text(),
+                      "From a profile; the MLM head without its products, which count as such.", ""]
         if equal:
             parts += [
                 f"Equally many masked tokens, rows of {length['max_seq_length']} slots: "

@@ -32,6 +32,10 @@ def compile_layers(
 ) -> None:
     """Compile the layers of the encoder, each when it is first called.
 
+    Inductor times variants of its sums on a GPU and keeps the choice in its cache folder; without
+    that folder a resumed run may differ in the last digits, unless TORCHINDUCTOR_DETERMINISTIC=1 is
+    in the environment, which leaves the timing out.
+
     Args:
         sizes: lengths of `masked_positions` and values of `most_masked` for which the last layer
             is compiled; with others it runs as it is.
@@ -45,10 +49,16 @@ def compile_layers(
         layers.pop()
         module.last_layers = dict.fromkeys(sizes, torch.compile(module.last_layer, **how))
     for layer in layers:
+        layer.register_forward_pre_hook(_drop_masked, with_kwargs=True)
         layer.compile(**how)
     # Each size, row length and model has a graph of the same code, of which torch keeps 8 before
     # it gives up.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+
+
+def _drop_masked(layer: Any, given: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Keep the last layer's argument from the others, whose graphs would depend on its size."""
+    return given, {name: value for name, value in options.items() if name != "masked"}
 
 
 def uncompiled() -> AbstractContextManager[Any]:
