@@ -139,6 +139,17 @@ def reviews_store(tmp_path_factory, tiny_encoder, reviews_file) -> str:
     return prefix
 
 
+@pytest.fixture(autouse=True)
+def one_process_group(monkeypatch):
+    """Let a command that ends in this process leave the group of later tests alone.
+
+    A second process group in one process is beyond DeepSpeed.
+    """
+    from preprocess import errors
+
+    monkeypatch.setattr(errors, "_process_group", lambda: None)
+
+
 @pytest.fixture
 def no_process_group(monkeypatch):
     """Run commands in this process, without a process group."""
