@@ -304,7 +304,9 @@ def main(argv: list[str] | None = None) -> None:
                                    TEST_MACRO_F1: row["test_macro_f1"]})
         log.close(finished=True)
         barrier()
-        say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}, macro F1 "
+        left = sum(task.left_out.get("test", {}).values())
+        left_out = f" ({left} of {left + len(task.splits['test'])} rows left out)" if left else ""
+        say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}{left_out}, macro F1 "
             f"{row['test_macro_f1']:.4f}, best epoch {row['best_epoch']} of {row['num_epochs']} "
             f"(validation {row['validation_accuracy']:.4f}), {row['seconds']:.0f} s")
     finish()

@@ -53,7 +53,8 @@ def _fill(command: str, path: Path, **more: str) -> str:
     text = str(path)
     stem = re.sub(r"(\.(gz|zst))?$", "", text)
     stem = re.sub(r"\.[A-Za-z0-9]+$", "", stem)
-    again = stem + ("_converted" if text.startswith(stem + ".csv") else "")
+    makes_csv = "> {stem}.csv" in command or "to_csv" in command
+    again = stem + ("_converted" if makes_csv and text == stem + ".csv" else "")
     return command.format(q=shlex.quote(text), stem=shlex.quote(again), name=text,
                           made=again + ".csv" if "to_csv" in command else again + ".parquet",
                           made_parquet=again + ".parquet", **more)
@@ -119,10 +120,12 @@ def _advise_text(text: str, path: Path) -> str:
         command = _fill("jq -c . {q} > {stem}_lines.jsonl", path)
         return f"these bytes are JSON over several lines: {command}"
     for mark, ending in (("{", "jsonl"), ("\t", "tsv"), (",", "csv")):
-        found = first.startswith(mark) if mark == "{" else mark in first
-        if found and not str(path).endswith(f".{ending}"):
-            command = _fill(f"mv {{q}} {{stem}}.{ending}", path)
-            return f"these bytes look like .{ending}: {command}"
+        if mark not in first or mark == "{" and not first.startswith(mark):
+            continue
+        if str(path).endswith(f".{ending}"):
+            return ""
+        command = _fill(f"mv {{q}} {{stem}}.{ending}", path)
+        return f"these bytes look like .{ending}: {command}"
     return ""
 
 
@@ -132,8 +135,8 @@ def advise_separator(path: Path, names: list[str], columns: list[str]) -> str:
     """
     line = names[0] if len(names) == 1 else "\t".join(names)
     if "\0" in line:
-        command = _fill("iconv -f utf-16 -t utf-8 {q} > {q}.utf8", path)
-        return f"these bytes are UTF-16: {command}"
+        encoding = "utf-16le" if line[1:2] == "\0" else "utf-16be"
+        return f"these bytes fit {encoding}: {_iconv(path, encoding)}"
     for separator in (";", "\t", "|", ","):
         parts = [part.strip(' "') for part in line.split(separator)]
         if len(names) == 1 and len(parts) > 1 and set(columns) <= set(parts):
@@ -150,10 +153,17 @@ def advise_encoding(path: Path, error: UnicodeDecodeError) -> str:
     encoding = guess_encoding(data, error.start)
     if encoding == "utf-8":
         return ("the text around it is UTF-8, so these bytes are damaged: "
-                + _fill("iconv -c -f utf-8 -t utf-8 {q} > {q}.utf8", path) + " leaves them out")
-    return (f"these bytes fit {encoding}: "
-            + _fill(f"iconv -f {encoding} -t utf-8 {{q}} > {{q}}.utf8", path)
-            + ", then give that its old ending")
+                + _iconv(path, encoding, "-c ") + " leaves them out")
+    return f"these bytes fit {encoding}: {_iconv(path, encoding)}"
+
+
+def _iconv(path: Path, encoding: str, more: str = "") -> str:
+    unpack = {".gz": "gzip -dc {} | ", ".zst": "zstd -dc {} | "}.get(path.suffix, "")
+    inner = path.with_suffix("") if unpack else path
+    made = shlex.quote(str(inner.with_name(f"{inner.stem}_utf8{inner.suffix}")))
+    name = shlex.quote(str(path))
+    command = f"iconv {more}-f {encoding} -t utf-8"
+    return unpack.format(name) + command + (" > " if unpack else f" {name} > ") + made
 
 
 def guess_encoding(data: bytes, at: int = 0) -> str:

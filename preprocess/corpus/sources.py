@@ -218,9 +218,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} twice in one object; remove one of the two")
+        raise _Twice(next(name for name in names if names.count(name) > 1))
     return row
+
+
+class _Twice(Exception):
+    """A key that occurs twice in one object."""
 
 
 def _parse_row(line: str) -> Any:
@@ -238,6 +241,11 @@ def read_jsonl(path: Path, columns: list[str], texts: list[str], span: Span) -> 
             continue
         try:
             row = _parse_row(line)
+        except _Twice as error:
+            raise DataError(
+                f"{_place(path, number, span)}: the key {str(error)!r} occurs twice in one JSON "
+                f"object; remove one of the two"
+            ) from None
         except ValueError as error:
             first = number == 1 and not span.start and path.suffix not in COMPRESSED
             advice = f"; {made}" if first and (made := advise_format(path)) else ""

@@ -43,8 +43,8 @@ def check_tokenizer(tokenizer: Any, name: str, pair: bool = False) -> None:
             found = [token for token in _USUAL[role] if token in vocabulary] or [_USUAL[role][0]]
             lines.append(f'"{role}_token": "{unknown if role == "unk" else found[0]}"')
         raise DataError(
-            f"{name}: its tokenizer names no {' and no '.join(missing)} token, and training needs "
-            f"{', '.join(NEEDED)} and a name for unknown words; write {', '.join(lines)} into its "
+            f"{name}: its tokenizer names no {' or '.join(missing)} token, and training needs "
+            f"{', '.join(NEEDED)} and the one for unknown words; write {', '.join(lines)} into its "
             f"tokenizer_config.json, with tokens of its vocabulary"
         )
     for role in ("mask", "pad"):

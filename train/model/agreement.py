@@ -96,14 +96,22 @@ def _check_store(store: TokenStore, tokenizer: Any, name: str, remedy: str) -> N
             )
     one, other = prepare_backend(tokenizer), prepare_backend(theirs)
     for probe in (*_PROBES, *user_tokens(tokenizer), *user_tokens(theirs)):
-        mine, stored = (backend.encode(probe, add_special_tokens=False).tokens
-                        for backend in (one, other))
-        if mine != stored:
-            raise DataError(
-                f"--model_name_or_path {name}: its tokenizer reads {probe!r} as "
-                f"{' '.join(mine)!r}, and that of {store.prefix} ({made_by}) as "
-                f"{' '.join(stored)!r}; {remedy}"
-            )
+        for read in (_normal, _pieces):
+            mine, stored = read(one, probe), read(other, probe)
+            if mine != stored:
+                raise DataError(
+                    f"--model_name_or_path {name}: its tokenizer reads {probe!r} as {mine!r}, and "
+                    f"that of {store.prefix} ({made_by}) as {stored!r}; {remedy}"
+                )
+
+
+def _normal(backend: Any, text: str) -> str:
+    normalizer = backend.normalizer
+    return "".join((normalizer.normalize_str(text) if normalizer else text).split())
+
+
+def _pieces(backend: Any, text: str) -> str:
+    return " ".join(backend.encode(text, add_special_tokens=False).tokens)
 
 
 # --------------------------------------------------------------------------- sizes
