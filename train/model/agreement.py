@@ -97,11 +97,11 @@ def _check_store(store: TokenStore, tokenizer: Any, name: str, remedy: str) -> N
     one, other = prepare_backend(tokenizer), prepare_backend(theirs)
     for probe in (*_PROBES, *user_tokens(tokenizer), *user_tokens(theirs)):
         for read in (_normal, _pieces):
-            mine, stored = read(one, probe), read(other, probe)
-            if mine != stored:
+            ours, other_made = read(one, probe), read(other, probe)
+            if ours != other_made:
                 raise DataError(
-                    f"--model_name_or_path {name}: its tokenizer reads {probe!r} as {mine!r}, and "
-                    f"that of {store.prefix} ({made_by}) as {stored!r}; {remedy}"
+                    f"--model_name_or_path {name}: its tokenizer reads {probe!r} as {ours!r}, and "
+                    f"that of {store.prefix} ({made_by}) as {other_made!r}; {remedy}"
                 )
 
 
