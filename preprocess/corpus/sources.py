@@ -42,7 +42,7 @@ FREE_EXPANSION = 1 << 20  # bytes that any file may expand to, however small
 COMPRESSED = (".gz", ".zst")
 PARQUET_ROWS = 128
 BATCH_BYTES = 1 << 28  # of a parquet file, held at a time; its pages usually have 1 MiB
-PAGE_HEADER_BYTES = 1 << 16
+PAGE_HEADER_BYTES = 1 << 12
 
 
 # --------------------------------------------------------------------------- lines of a file
@@ -269,11 +269,13 @@ def read_jsonl(path: Path, columns: list[str], texts: list[str], span: Span) -> 
 
 
 def _is_header(values: list[str], names: list[str], columns: list[str]) -> bool:
-    """Return whether a row repeats the first line, or names at least two columns asked for."""
+    """Return whether a row repeats the first line, in any order, or names at least two columns
+    asked for.
+    """
     values = [value.strip().removeprefix("\ufeff").strip('" \t') for value in values]
     names = [name.strip() for name in names]
     at = [i for i, name in enumerate(names) if name in columns]
-    return values == names or len(at) > 1 and all(values[i] == names[i] for i in at)
+    return sorted(values) == sorted(names) or len(at) > 1 and all(values[i] == names[i] for i in at)
 
 
 def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> Numbered:
@@ -295,6 +297,7 @@ def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> N
                     if names.count(column) > 1:
                         raise _twice(f"{path}, line 1", column)
                 last = names.index(columns[-1]) if columns else 0
+                known = {name.strip() for name in names}
             if values and len(values) != len(names):
                 raise DataError(
                     f"{path}, line {first}: {len(values)} columns, but the first line has "
@@ -302,7 +305,7 @@ def _read_table(path: Path, columns: list[str], span: Span, **dialect: Any) -> N
                 )
             if values and (bare or first > 1):
                 # One look at one field is enough for nearly every row.
-                if not bare and values[last].strip('\ufeff" \t') == names[last].strip() and (
+                if not bare and values[last].strip('\ufeff" \t') in known and (
                     _is_header(values, names, columns)
                 ):
                     raise DataError(
@@ -464,10 +467,8 @@ def read_pages(path: Path, chunk: Any) -> Iterator[Page]:
     end = position + chunk.total_compressed_size
     with open(path, "rb") as stream:
         while position < end:
-            stream.seek(position)
-            head = stream.read(PAGE_HEADER_BYTES)
             try:
-                fields, length = _read_struct(head, 0)
+                fields, length = _read_header(stream, position)
                 unpacked, packed = fields[2], fields[3]
                 data = fields.get(5) or fields.get(8)  # its versions 1 and 2
                 encoding = data[2 if 5 in fields else 4] if data else None
@@ -479,6 +480,19 @@ def read_pages(path: Path, chunk: Any) -> Iterator[Page]:
                 raise DataError(f"{path}: not a readable parquet file (a page of {packed} bytes)")
             yield Page(unpacked, data is not None, encoding in (2, 8))
             position += length + packed
+
+
+def _read_header(stream: Any, position: int) -> tuple[dict[int, Any], int]:
+    size = PAGE_HEADER_BYTES
+    while True:
+        stream.seek(position)
+        head = stream.read(size)
+        try:
+            return _read_struct(head, 0)
+        except IndexError:  # a header holds the least and the largest value, of any length
+            if len(head) < size or size > 2 * MAX_LINE_BYTES:
+                raise
+            size *= 16
 
 
 def _read_number(data: bytes, at: int) -> tuple[int, int]:

@@ -86,6 +86,7 @@ def test_rows_left_out_are_counted_and_said(tmp_path, capsys):
 @pytest.mark.parametrize(("name", "content", "match"), [
     ("a.csv", "text,label\nx,1\ntext,label\ny,0\n", "line 3: the first line again"),
     ("a.csv", "text,label\nx,1\n\ufefftext,label\ny,0\n", "line 3: the first line again"),
+    ("a.csv", "text,label\nx,1\nlabel,text\n0,y\n", "line 3: the first line again"),
     ("a.csv", "id,text,label\n1,x,1\n7,text,label\n", "line 3: the first line again"),
     ("a.tsv", "text\tlabel\n\"x\t1\n text \tlabel\n", "line 3: the first line again"),
     ("a.jsonl", '{"text": "x", "label": "1"}\n{"text": "text", "label": "label"}\n',
