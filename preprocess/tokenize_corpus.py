@@ -213,7 +213,7 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
     if args.num_shards > 1:
         shards = [(i, args.num_shards) for i in range(args.num_shards)
                   if args.shard_index in (None, i)]
-    to_make = [s for s in shards if not _is_made(args, s, options, files)]
+    to_make = [s for s in shards if not _is_made(args, s, options, files, tokenizer)]
     if to_make:
         seconds = _make_all(args, tokenizer, options, to_make)
     missing = join_shards(args.output, args.num_shards) if args.num_shards > 1 else ""
@@ -261,6 +261,7 @@ def _is_made(
     shard: tuple[int, int] | None,
     options: dict[str, Any],
     files: dict[str, str],
+    tokenizer: Any,
 ) -> bool:
     prefix = shard_prefix(args.output, *shard) if shard else args.output
     if args.overwrite:
@@ -275,6 +276,8 @@ def _is_made(
         ]
         if (info.get("tokenizer") or {}).get("files") != files:
             differs.append(f"the tokenizer was {(info.get('tokenizer') or {}).get('name')!r}")
+        if user_tokens(tokenizer) and "unknown_tokens" not in info.get("counts", {}):
+            differs.append("its added tokens were cut to pieces, and are now kept whole")
         if differs:
             raise ConfigError(
                 f"{path}: made with other options ({'; '.join(differs)}); "
