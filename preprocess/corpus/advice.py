@@ -15,6 +15,7 @@ HEAD_BYTES = 1 << 12
 _TABLE = "python -c \"import pandas; pandas.{read}({name!r}).to_csv({made!r}, index=False)\""
 _FEATHER = ("python -c \"import pyarrow.feather as f, pyarrow.parquet as p; "
             "p.write_table(f.read_table({name!r}), {made!r})\"")
+_PICKLE = "it can run code when it is read; where it was made, write {stem}.csv instead"
 # First bytes -> what they are, and the command; `{q}` is the quoted path, `{stem}` it without its
 # suffix.
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
@@ -30,8 +31,8 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"%PDF", "PDF", "pdftotext {q} {stem}.txt"),
     (b"SQLite format 3", "an SQLite database",
      "sqlite3 -header -csv {q} 'SELECT * FROM TABLE' > {stem}.csv"),
-    (b"\x80\x04", "a Python pickle", _TABLE.replace("{read}", "read_pickle")),
-    (b"\x80\x05", "a Python pickle", _TABLE.replace("{read}", "read_pickle")),
+    (b"\x80\x04", "a Python pickle", _PICKLE),
+    (b"\x80\x05", "a Python pickle", _PICKLE),
 )
 _JSON_ROWS = ("python -c \"import json, sys; [print(json.dumps(row)) for row in "
               "json.load(sys.stdin)]\" < {q} > {stem}.jsonl")
