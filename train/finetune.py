@@ -25,9 +25,16 @@ from preprocess.errors import DataError, run_command
 from preprocess.files import write_json_lines
 from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
+from preprocess.text.encode import prepare_backend
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start
-from train.model import check_row_length, load_classifier, load_config, load_tokenizer
+from train.model import (
+    check_agreement,
+    check_row_length,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+)
 from train.reports.results import read_json_lines
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
@@ -66,7 +73,7 @@ def encode(
     """Turn a split into `[CLS] text [SEP]` or `[CLS] aspect [SEP] text [SEP]`.
 
     The input is cut to `max_seq_length`, always from its longer part, so that an aspect never
-    exceeds the limit. A special token written in a text is text.
+    exceeds the limit. A special token written in a text is text (`prepare_backend`).
 
     Args:
         segments: whether the model distinguishes the two parts by token types.
@@ -74,14 +81,13 @@ def encode(
     texts = [example.text for example in examples]
     aspects = [example.aspect or "" for example in examples]
     parts = (aspects, texts) if any(aspects) else (texts,)
-    encoded = tokenizer(
-        *parts, truncation="longest_first", max_length=max_seq_length,
-        return_token_type_ids=segments, return_attention_mask=False, split_special_tokens=True,
-    )
+    backend = prepare_backend(tokenizer)
+    backend.enable_truncation(max_seq_length, strategy="longest_first")
+    encoded = backend.encode_batch(texts if len(parts) == 1 else list(zip(*parts, strict=True)))
     labels = [example.label for example in examples]
     return make_examples(
-        encoded["input_ids"], encoded["token_type_ids"] if segments else None, labels,
-        [1.0] * (max(labels) + 1),
+        [one.ids for one in encoded], [one.type_ids for one in encoded] if segments else None,
+        labels, [1.0] * (max(labels) + 1),
     )
 
 
@@ -118,8 +124,12 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
         for name in SPLITS
     }
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
-    check_row_length(hf_config, config.max_seq_length)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    check_agreement(
+        hf_config, tokenizer, config.model_name_or_path,
+        pair=any(example.aspect for examples in splits.values() for example in examples),
+    )
+    check_row_length(hf_config, config.max_seq_length)
     segments = getattr(hf_config, "type_vocab_size", 0) > 1
     encoded = {
         name: encode(tokenizer, examples, config.max_seq_length, segments)
@@ -220,6 +230,7 @@ def run_seed(
         "best_epoch": found.best_epoch,
         "num_epochs": config.num_train_epochs,
         **{f"num_{name}": len(examples) for name, examples in inputs.splits.items()},
+        "left_out": task.left_out,
         "labels": list(task.labels),
         "model_name_or_path": config.model_name_or_path,
         "steps": found.steps,
@@ -293,7 +304,9 @@ def main(argv: list[str] | None = None) -> None:
                                    TEST_MACRO_F1: row["test_macro_f1"]})
         log.close(finished=True)
         barrier()
-        say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}, macro F1 "
+        left = sum(task.left_out.get("test", {}).values())
+        left_out = f" ({left} of {left + len(task.splits['test'])} rows left out)" if left else ""
+        say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}{left_out}, macro F1 "
             f"{row['test_macro_f1']:.4f}, best epoch {row['best_epoch']} of {row['num_epochs']} "
             f"(validation {row['validation_accuracy']:.4f}), {row['seconds']:.0f} s")
     finish()

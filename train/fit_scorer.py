@@ -29,8 +29,8 @@ from preprocess.store import TokenStore, open_array
 from train.config import FitScorerConfig, parse
 from train.engine import barrier, finish, is_main, start
 from train.model import (
+    check_agreement,
     check_row_length,
-    check_same_vocabulary,
     load_config,
     load_scorer,
     load_tokenizer,
@@ -213,12 +213,12 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(FitScorerConfig, argv)
     store = TokenStore.open(config.annotations)
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
-    check_row_length(hf_config, config.max_seq_length)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_same_vocabulary(
-        store, tokenizer, config.model_name_or_path,
-        "annotate with a classifier that was trained from this model",
+    check_agreement(
+        hf_config, tokenizer, config.model_name_or_path, store=store,
+        remedy="annotate with a classifier that was trained from this model",
     )
+    check_row_length(hf_config, config.max_seq_length)
     template = special_template(tokenizer, pair=False)
     sentences = read_annotations(store, config.max_seq_length - template.num_special)
     is_dev = choose_dev(sentences.text_keys, config.dev_fraction)

@@ -92,10 +92,9 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
     store = TokenStore.open(config.tokens)
     tokenizer = model.load_tokenizer(store.tokenizer_dir)
     hf_config, parent = mlm.model_config(config, store), None
-    if config.model_name_or_path:
-        mlm.check_vocabulary(store, hf_config, config)
-        if not config.from_scratch:
-            parent = hf_folder.open_weights(config.model_name_or_path)
+    mlm.check_agreement(store, hf_config, config)
+    if config.model_name_or_path and not config.from_scratch:
+        parent = hf_folder.open_weights(config.model_name_or_path)
     model.check_row_length(hf_config, config.max_seq_length)
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)

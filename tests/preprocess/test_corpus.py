@@ -314,7 +314,7 @@ def test_custom(tmp_path):
     pairs = load_task("custom", **files, pair_column="class")
     assert pairs.splits["test"][0].aspect == "10"
     test.write_text("body,class\nunseen,zebra\n")
-    with pytest.raises(DataError, match="test.csv: label 'zebra'"):
+    with pytest.raises(DataError, match="test.csv, line 2: label 'zebra'"):
         load_task("custom", **files)
     with pytest.raises(ConfigError, match="--test_file"):
         load_task("custom", train_file=str(train), **columns)

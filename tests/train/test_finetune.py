@@ -431,9 +431,13 @@ def test_the_command_trains_tests_and_skips_finished_seeds(
     tmp_path, tiny_encoder, labelled_files, run_command_line
 ):
     run_dir = tmp_path / "run"
+    test = tmp_path / "test.csv"  # with two rows that are no example
+    shutil.copy(labelled_files["test"], test)
+    with open(test, "a") as file:
+        file.write(",pos\na film,\n")
     command = [
         "train/finetune.py", "--task", "custom", "--train_file", labelled_files["train"],
-        "--test_file", labelled_files["test"], "--max_train_samples", "40",
+        "--test_file", str(test), "--max_train_samples", "40",
         "--model_name_or_path", tiny_encoder, "--output_dir", str(run_dir),
         "--num_train_epochs", "2", "--max_seq_length", "32", "--train_batch_size", "16",
         "--learning_rate", "1e-3",
@@ -442,7 +446,9 @@ def test_the_command_trains_tests_and_skips_finished_seeds(
     assert "steps: 3 per epoch x 2 epochs = 6, 2 times" in done.stdout
     rows = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [13, 43]
+    assert "2 rows of test left out" in done.stdout and "(2 of 32 rows left out)" in done.stdout
     for row in rows:
+        assert row["left_out"] == {"test": {"text": 1, "label": 1}}
         check_seed(run_dir / f"seed_{row['seed']}", row)
     assert (run_dir / "config.resolved.yaml").exists() and (run_dir / "env.json").exists()
 

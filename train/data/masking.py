@@ -10,8 +10,15 @@ import numpy as np
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import fingerprint_text
 from preprocess.masking import STRATEGIES
+from preprocess.progress import say
 from preprocess.store import TokenStore, open_array
-from preprocess.text.continuations import WordTable, continuation_table, open_tokenizer
+from preprocess.text.continuations import (
+    CHARACTERS_ONLY,
+    WordTable,
+    check_words,
+    continuation_table,
+    open_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,11 @@ def drawn_masking(store: TokenStore, name: str, rate: float) -> Masking:
         raise ConfigError(f"--masking {name}: not drawn anew each epoch; {hint}")
     words = None
     if "words" in strategy.needs:
-        words = continuation_table(open_tokenizer(store.tokenizer_dir))
+        tokenizer = open_tokenizer(store.tokenizer_dir)
+        words = continuation_table(tokenizer)
+        how = check_words(tokenizer)
+        if CHARACTERS_ONLY in how:
+            say(f"warning: --masking {name}: {how}")
     return Masking(name, rate=rate, words=words)
 
 

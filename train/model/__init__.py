@@ -1,5 +1,6 @@
 """Models over packed batches; knows transformers' classes."""
 
+from train.model.agreement import check_agreement
 from train.model.compiled import (
     WORTH_SLOTS,
     choose_compiling,
@@ -20,7 +21,6 @@ from train.model.loading import (
     BERT_SIZES,
     build_masked_lm,
     check_row_length,
-    check_same_vocabulary,
     load_classifier,
     load_config,
     load_masked_lm,
@@ -40,8 +40,8 @@ __all__ = [
     "WORTH_SLOTS",
     "attention_mask",
     "build_masked_lm",
+    "check_agreement",
     "check_row_length",
-    "check_same_vocabulary",
     "checkpoint_activations",
     "choose_compiling",
     "compile_layers",

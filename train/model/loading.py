@@ -11,9 +11,8 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from preprocess.corpus import resolve_path
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import ConfigError
 from preprocess.progress import say
-from preprocess.store import TokenStore
 from train.model.families import FAMILIES
 from train.model.packed import PackedMaskedLM
 
@@ -224,21 +223,6 @@ def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
         AutoModelForTokenClassification, name, seed, ("classifier.", "head."), trust_remote_code,
         num_labels=2, id2label={0: "other", 1: "important"}, label2id={"other": 0, "important": 1},
     )[0]
-
-
-def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str, remedy: str) -> None:
-    """Refuse a model whose vocabulary differs from the store's.
-
-    Args:
-        tokenizer: of the model `name`.
-        remedy: what to type, as the end of the sentence.
-    """
-    theirs = load_tokenizer(store.tokenizer_dir)
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        raise DataError(
-            f"--model_name_or_path {name}: its tokenizer ({len(tokenizer)} ids) is not the one "
-            f"of {store.prefix} ({len(theirs)} ids, {store.info['tokenizer']['name']}); {remedy}"
-        )
 
 
 def list_weights(folder: Path) -> list[Path]:
