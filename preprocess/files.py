@@ -188,6 +188,7 @@ def _refuse_constant(name: str) -> None:
 def read_json(
     path: str | Path, remedy: str = "make it again", *, expected: Any = dict,
     keys: Collection[str] = (), error: type[ValueError] = DataError, name: str = "",
+    strict: bool = True,
 ) -> Any:
     """Read a JSON file.
 
@@ -197,12 +198,13 @@ def read_json(
         keys: entries that an object must have.
         error: class of the error: `ConfigError` where the user named the file in an option.
         name: of the file in the message; by default its path.
+        strict: as in `parse_json`; False for files that other programs write.
     Raises:
         DataError or ConfigError: not UTF-8, not JSON, nested too deeply, or of another shape.
     """
     name = name or str(path)
     try:
-        value = parse_json(Path(path).read_bytes(), strict=True)
+        value = parse_json(Path(path).read_bytes(), strict)
     except ValueError as problem:
         raise error(f"{name}: not valid JSON ({problem}); {remedy}") from None
     if not isinstance(value, expected):
@@ -232,6 +234,9 @@ def parse_yaml(text: str | bytes) -> Any:
         return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as problem:
         raise ValueError(str(problem)) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as problem:
+        # What the library raises for a tag that its value does not fit, such as `!!bool x`.
+        raise ValueError(f"a value that its tag does not fit, {problem}") from None
 
 
 def _check_nodes(root: Any) -> None:

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from preprocess.corpus import Example, Task, load_task, take_fixed
-from preprocess.errors import DataError, run_command
+from preprocess.errors import DataError, run_command, visible
 from preprocess.files import write_json_lines
 from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, is_main, start
 from train.model import check_row_length, load_classifier, load_config, load_tokenizer
-from train.reports.results import read_json_lines
+from train.reports.results import number, read_json_lines
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
 from train.run_dir.hf_folder import Weights, open_weights
@@ -150,7 +150,8 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
 def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
     """Return whether a seed is finished: its row, its model and its predictions."""
     needed = ("hf/config.json", "hf/model.safetensors", "predictions.jsonl")
-    return row is not None and all((seed_dir / name).is_file() for name in needed)
+    accuracy_there = row is not None and number(row.get("test_accuracy")) is not None
+    return accuracy_there and all((seed_dir / name).is_file() for name in needed)
 
 
 def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, float]:
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = check_run_dir(config)
     inputs = read_inputs(config)
     task, sizes = inputs.task, (f"{len(part)} {name}" for name, part in inputs.splits.items())
-    say(f"task {task.name}: labels {', '.join(task.labels)}; {', '.join(sizes)}")
+    say(f"task {task.name}: labels {', '.join(map(visible, task.labels))}; {', '.join(sizes)}")
     train, num_seeds = inputs.encoded["train"], len(config.seed_list())
     for line in describe_plan(config, inputs.resolved, train, num_seeds):
         say(line)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from preprocess import machine
-from preprocess.errors import ConfigError
+from preprocess.errors import ConfigError, DataError
 from preprocess.files import atomic_write_bytes, atomic_write_json, read_json
 from train import engine as ds
 from train.config import TrainingConfig, as_dict, command_line
@@ -70,7 +70,15 @@ def prepare_run_dir(
 def read_execution(run_dir: Path) -> dict[str, Any]:
     """Return what the run in this directory had found out about its machine; {} for a new run."""
     path = run_dir / EXECUTION
-    return read_json(path, "delete it") if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    found = read_json(path, "delete it", keys=["micro_batch_size", "torch_compile", "sizes"])
+    size, sizes = found["micro_batch_size"], found["sizes"]
+    if type(size) is not int or size < 1 or not isinstance(found["torch_compile"], bool) or not (
+            sizes is None or isinstance(sizes, dict) and all(type(n) is int and n > 0
+                                                             for n in sizes.values())):
+        raise DataError(f"{path}: not as it was written; delete it")
+    return found
 
 
 def check_run_dir(config: TrainingConfig) -> Path:
