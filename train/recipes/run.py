@@ -219,16 +219,20 @@ def run_steps(
         print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total", flush=True)
 
 
+def tell_others_of_a_stop() -> None:
+    """Turn SIGTERM between two commands into an exception, which other nodes hear of."""
+    def stop(number: int, frame: Any) -> None:
+        raise StopRequested("stopped on request between two steps; the same command on every node "
+                            "continues")
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def follow(
     steps: list[Step], journal: Journal, options: PipelineConfig, node: OtherNode
 ) -> None:
     """Launch what the first node says, until it ends; exit with its code."""
-    def stop(number: int, frame: Any) -> None:
-        raise StopRequested("stopped on request, while the first node worked alone; the same "
-                            "command on every node continues")
-
     with node:
-        signal.signal(signal.SIGTERM, stop)
         while "end" not in (told := node.next_turn()):
             number = told["step"]
             step = steps[number - 1]
