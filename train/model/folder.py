@@ -37,7 +37,8 @@ def loading(name: str, what: str = "cannot be loaded") -> Iterator[None]:
         # A library in Rust raises its own panics beside `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        said = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).strip()
         raise ConfigError(
             f"--model_name_or_path {name}: {what} ({said}); give a folder with config.json and "
             "model.safetensors, or a hub name that this machine reaches"

@@ -186,9 +186,9 @@ def run_steps(
         if not objection and journal.is_finished(step):
             print(f"{title}: finished, skipped", flush=True)
             continue
-        print(f"{title}: {objection}" if objection else title, flush=True)
+        print(f"{title}: {visible(objection)}" if objection else title, flush=True)
         for path in _existing(step) if objection or not step.resumes else ():
-            print(f"  deleting {path}", flush=True)
+            print(f"  deleting {visible(path)}", flush=True)
             shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         print(f"  {shown(step, options)}", flush=True)
         started, success = time.monotonic(), False

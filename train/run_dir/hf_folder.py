@@ -154,10 +154,10 @@ def _faults(lineage: dict[str, Any]) -> Iterator[str]:
 
 
 def _totals(stage: Any, totals: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the totals that must be numbers; only pre-training counts its tokens."""
-    for key in ("steps", "seconds", *(("tokens", "masked_tokens") if stage == "pretrain" else ())):
+    """Yield the totals that must be numbers; only pre-training counts its masked tokens."""
+    for key in ("steps", "seconds", *(["masked_tokens"] if stage == "pretrain" else ())):
         yield key, totals.get(key)
-    for key in ("tokens", "masked_tokens", "flops"):
+    for key in ("tokens", "flops"):
         if totals.get(key) is not None:
             yield key, totals[key]
 
