@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError, writing
+from preprocess.errors import ConfigError, DataError, visible, writing
 
 MAX_YAML_ENTRIES = 10_000
 HEARTBEAT_SECONDS = 30.0
@@ -348,7 +348,7 @@ class WriterLock(AbstractContextManager["WriterLock"]):
             raise
         self._is_held, self.interrupted = True, bool(owner)
         if owner:
-            print(f"{self.path}: taken over from {owner}, which is gone", file=sys.stderr)
+            print(f"{self.path}: taken over from {visible(owner)}, which is gone", file=sys.stderr)
         return True
 
     def release(self) -> None:

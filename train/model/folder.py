@@ -54,20 +54,25 @@ def check_tokenizer(folder: Path) -> None:
     """Check that the tokenizer's JSON files are objects; without a folder, nothing."""
     for name in TOKENIZER:
         if (folder / name).is_file():
-            read_json(folder / name, AGAIN, strict=False)
+            _read(folder, name)
+
+
+def _read(folder: Path, name: str, *keys: str) -> dict[str, Any]:
+    return read_json(folder / name, AGAIN, keys=keys, error=ConfigError, strict=False,
+                     name=f"--model_name_or_path {folder}: cannot be loaded, its {name}")
 
 
 def check_config(folder: Path) -> None:
     """Check that a configuration is an object, and the checkpoint complete in itself.
 
     Raises:
-        DataError: not JSON. ConfigError: an adapter, which names its checkpoint itself.
+        ConfigError: not JSON; or an adapter, which names its checkpoint itself.
     """
     if (folder / ADAPTER).is_file():
         raise ConfigError(f"{folder / ADAPTER}: an adapter of another checkpoint; merge it into "
                           "that one first, and give the result")
     if (folder / CONFIG).is_file():
-        read_json(folder / CONFIG, AGAIN, strict=False)
+        _read(folder, CONFIG)
 
 
 def check_loaded(name: str, config: Any) -> None:
@@ -89,13 +94,13 @@ def check_weights(folder: Path) -> None:
     """Check that an index of weights names files beside it.
 
     Raises:
-        DataError: broken, or it names another file.
+        ConfigError: not JSON. DataError: it names another file.
     """
     for name in INDICES:
         index = folder / name
         if not index.is_file():
             continue
-        names = read_json(index, AGAIN, keys=["weight_map"], strict=False)["weight_map"]
+        names = _read(folder, name, "weight_map")["weight_map"]
         there = {path.name for path in list_weights(folder)}
         if not isinstance(names, dict):
             raise DataError(f"{index}: weight_map must hold names of files; {AGAIN}")

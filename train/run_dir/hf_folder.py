@@ -111,7 +111,7 @@ def _read_lineage(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     again = "run the command that wrote this folder again in another --output_dir"
-    lineage = read_json(file, again)
+    lineage = read_json(file, again, keys=["stages"])
     version = lineage.get("version", 1)
     if version == VERSION:
         wrong = next(_faults(lineage), None)
