@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from preprocess.errors import ConfigError, DataError, NonFiniteError
-from tests.support.runs import arguments, made_up_stage
-from train import pretrain, report
+from tests.support.runs import made_up_stage, pretrained
+from train import report
 from train.config import PipelineConfig, parse
 from train.recipes.plan import Step
 from train.recipes.run import Journal, run_steps
@@ -133,8 +133,7 @@ def test_model_folders(tmp_path, many, tiny_encoder, reviews_store):
 
     def act(copy: Path) -> None:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        pretrain.main(arguments(reviews_store, str(copy), tmp_path / "run", max_steps=1,
-                                eval_max_rows=4))
+        pretrained(reviews_store, str(copy), tmp_path / "run", max_steps=1, eval_max_rows=4)
 
     ended = campaign(folder, [*names, "model.safetensors.index.json"], act, 60 if many else 3)
     assert ended["reported"] and ended["accepted"]

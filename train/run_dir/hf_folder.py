@@ -148,18 +148,16 @@ def _faults(lineage: dict[str, Any]) -> Iterator[str]:
             yield f"stage {number} has no complete identity"
         elif stage.get("identity_digest") != digest(identity):
             yield f"the identity of stage {number} is not what was written"
-        for key, value in _totals(stage["stage"], totals):
-            if type(value) not in (int, float) or not 0 <= value < math.inf:
+        # Only pre-training counts its masked tokens.
+        needed = ["steps", "seconds"] + ["masked_tokens"] * (stage["stage"] == "pretrain")
+        for key in ("steps", "seconds", "masked_tokens", "tokens", "flops"):
+            value = totals.get(key)
+            if key not in totals or not _is_amount(value) and (key in needed or value is not None):
                 yield f"{key} of stage {number} is {value!r}"
 
 
-def _totals(stage: Any, totals: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the totals that must be numbers; only pre-training counts its masked tokens."""
-    for key in ("steps", "seconds", *(["masked_tokens"] if stage == "pretrain" else ())):
-        yield key, totals.get(key)
-    for key in ("tokens", "flops"):
-        if totals.get(key) is not None:
-            yield key, totals[key]
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def make_stage(
