@@ -234,9 +234,9 @@ def parse_yaml(text: str | bytes) -> Any:
         return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as problem:
         raise ValueError(str(problem)) from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as problem:
+    except (ArithmeticError, AttributeError, LookupError, TypeError):
         # What the library raises for a tag that its value does not fit, such as `!!bool x`.
-        raise ValueError(f"a value that its tag does not fit, {problem}") from None
+        raise ValueError("a value that its tag does not fit") from None
 
 
 def _check_nodes(root: Any) -> None:

@@ -202,6 +202,13 @@ def test_recipes_make_no_objects(tmp_path, canary, tag):
     assert found["tokenizer"] == tag  # a text like any other
 
 
+@pytest.mark.parametrize("value", ["!!bool x", "!!timestamp x", '!!int ""', "!!float x"])
+def test_tags_fit_their_values(tmp_path, value):
+    (tmp_path / "r.yaml").write_text(f"{TASK}variables: {{x: {value}}}\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml: not valid YAML"):
+        recipe.load_recipe(tmp_path / "r.yaml", [])
+
+
 def test_recipes_do_not_grow_without_end(tmp_path):
     names = [f"n{i}" for i in range(12)]
     laughs = "".join(
