@@ -150,8 +150,7 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
 def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
     """Return whether a seed is finished: its row, its model and its predictions."""
     needed = ("hf/config.json", "hf/model.safetensors", "predictions.jsonl")
-    accuracy_there = row is not None and number(row.get("test_accuracy")) is not None
-    return accuracy_there and all((seed_dir / name).is_file() for name in needed)
+    return row is not None and all((seed_dir / name).is_file() for name in needed)
 
 
 def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, float]:
@@ -247,6 +246,9 @@ def check_resume(
         expected = {**first, "choice": {**first["choice"], "seed": seed}}
         compare(row.get("identity", {}), expected, f"--output_dir {run_dir}, seed {seed}",
                 "give another --output_dir")
+        if number(row.get("test_accuracy")) is None:
+            raise DataError(f"{run_dir}/results.jsonl: no test_accuracy of seed {seed}; delete its "
+                            "line and run this command again")
     for seed, identity in inputs.identities.items():
         if seed not in rows:
             check_identity(run_dir / f"seed_{seed}", identity)

@@ -154,7 +154,7 @@ def test_lineages(tmp_path, many, tiny_encoder):
         trained = [stage for stage in read if stage["stage"] == "pretrain"]
         for key in ("masked_tokens", "steps", "seconds"):  # as a result row has them
             assert sum(stage["totals"][key] for stage in trained) >= 0
-        hf_folder._model_card(read, "hf")
+        hf_folder.model_card(read, "hf")
         from train.reports.results import read_summaries
 
         read_summaries(copy, [])

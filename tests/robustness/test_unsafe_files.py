@@ -35,7 +35,7 @@ from train.data import row_tables
 from train.engine import schema
 from train.recipes import plan, recipe
 from train.reports import results
-from train.run_dir.hf_folder import _model_card, open_weights
+from train.run_dir.hf_folder import model_card, open_weights
 
 SNOOP = """
 import os
@@ -468,7 +468,7 @@ def test_names_from_files_reach_no_terminal_raw(tmp_path, capsys, monkeypatch):
     shown = "".join(capsys.readouterr())
     page = (tmp_path / "out" / "report.html").read_text()
     table = (tmp_path / "out" / "table.csv").read_text()
-    card = _model_card([made_up_stage(masking=EVIL_NAME, masked_tokens=1)], EVIL_NAME)
+    card = model_card([made_up_stage(masking=EVIL_NAME, masked_tokens=1)], EVIL_NAME)
     for text in (shown, page, table, card):
         assert all(line.isprintable() for line in text.split("\n")), text
         assert "\\x1b" in text

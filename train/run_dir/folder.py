@@ -72,11 +72,11 @@ def read_execution(run_dir: Path) -> dict[str, Any]:
     path = run_dir / EXECUTION
     if not path.is_file():
         return {}
-    found = read_json(path, "delete it", keys=["micro_batch_size", "torch_compile", "sizes"])
-    size, sizes = found["micro_batch_size"], found["sizes"]
-    if type(size) is not int or size < 1 or not isinstance(found["torch_compile"], bool) or not (
-            sizes is None or isinstance(sizes, dict) and all(type(n) is int and n > 0
-                                                             for n in sizes.values())):
+    found = read_json(path, "delete it")
+    size, sizes = found.get("micro_batch_size", 1), found.get("sizes") or {}
+    counts = [size, *sizes.values()] if isinstance(sizes, dict) else [0]
+    if not all(type(n) is int and n > 0 for n in counts) or not isinstance(
+            found.get("torch_compile"), bool | None):
         raise DataError(f"{path}: not as it was written; delete it")
     return found
 

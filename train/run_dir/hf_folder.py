@@ -179,7 +179,9 @@ def make_stage(
     }
 
 
-def _model_card(stages: list[dict[str, Any]], out_name: str) -> str:
+def model_card(stages: list[dict[str, Any]], out_name: str) -> str:
+    """Return the README of a folder: a table of the stages behind it."""
+
     def plain(cell: Any) -> str:
         """Write a cell so that Markdown shows it as it is: a lineage may be a stranger's."""
         marked = re.sub(r"([\\`*\[\]<>#|~&$])", r"\\\1", visible(cell))
@@ -221,7 +223,7 @@ def save_hf(
         try:
             hf_model.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(_model_card(stages, out.name))
+            (temporary / "README.md").write_text(model_card(stages, out.name))
             files = _describe(weight_files(str(temporary)))
             lineage = {"version": VERSION, "files": files, "stages": stages}
             (temporary / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
