@@ -12,6 +12,8 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
+from preprocess.errors import visible
+
 LINE_SECONDS = 10.0  # longest pause between two plain lines
 
 
@@ -26,7 +28,8 @@ def _has_terminal() -> bool:
 
 
 def say(text: str) -> None:
-    """Print one line on rank 0, above the bar if there is one."""
+    """Print lines on rank 0, above the bar if there is one; control characters are escaped."""
+    text = visible(text, kept="\n")
     if is_first_rank() and _has_terminal():
         from tqdm import tqdm
 

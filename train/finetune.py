@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from preprocess.corpus import Example, Task, load_task, take_fixed
-from preprocess.errors import DataError, run_command
+from preprocess.errors import DataError, run_command, visible
 from preprocess.files import write_json_lines
 from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
@@ -35,7 +35,7 @@ from train.model import (
     load_config,
     load_tokenizer,
 )
-from train.reports.results import read_json_lines
+from train.reports.results import number, read_json_lines
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
 from train.run_dir.hf_folder import Weights, open_weights
@@ -257,6 +257,9 @@ def check_resume(
         expected = {**first, "choice": {**first["choice"], "seed": seed}}
         compare(row.get("identity", {}), expected, f"--output_dir {run_dir}, seed {seed}",
                 "give another --output_dir")
+        if number(row.get("test_accuracy")) is None:
+            raise DataError(f"{run_dir}/results.jsonl: no test_accuracy of seed {seed}; delete its "
+                            "line and run this command again")
     for seed, identity in inputs.identities.items():
         if seed not in rows:
             check_identity(run_dir / f"seed_{seed}", identity)
@@ -275,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = check_run_dir(config)
     inputs = read_inputs(config)
     task, sizes = inputs.task, (f"{len(part)} {name}" for name, part in inputs.splits.items())
-    say(f"task {task.name}: labels {', '.join(task.labels)}; {', '.join(sizes)}")
+    say(f"task {task.name}: labels {', '.join(map(visible, task.labels))}; {', '.join(sizes)}")
     train, num_seeds = inputs.encoded["train"], len(config.seed_list())
     for line in describe_plan(config, inputs.resolved, train, num_seeds):
         say(line)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
+from preprocess.errors import ConfigError, DataError, DiskFullError, run_command, visible
 from preprocess.files import atomic_write_bytes, read_json
 from preprocess.flags import USUAL, Parser
 from preprocess.masking import STRATEGIES
@@ -89,7 +89,7 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
 def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]:
     try:
         listed = read_json(folder / "arms.json", expected=list)
-        entries = [(str(entry["name"]), [folder / str(run) for run in entry["runs"]],
+        entries = [(visible(entry["name"]), [_inside(folder, run) for run in entry["runs"]],
                     bool(entry["floor"]), entry.get("masking")) for entry in listed]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(
@@ -112,6 +112,12 @@ def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]
         else:
             groups.setdefault(length, Group(prefix + length, [], floors)).arms.append(arm)
     return list(groups.values()) or ([Group(prefix, [], floors)] if floors else [])
+
+
+def _inside(folder: Path, run: Any) -> Path:
+    if not isinstance(run, str) or Path(run).is_absolute() or ".." in Path(run).parts:
+        raise ValueError
+    return folder / run
 
 
 def _step_seconds(folder: Path) -> dict[str, float]:
@@ -309,6 +315,7 @@ def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Pictur
     from train.reports import figures
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names are no formulas
     drawn = [
         ("accuracy", "Test accuracy: one dot per seed, the mean with its standard deviation.",
          figures.accuracy_figure(arms_of(groups), floors_of(groups))),
@@ -382,8 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     for table in sorted(tables, key=lambda table: table.file in RESULTS):
         print(f"{table.as_text()}\n")
     for note in notes:
-        print(f"Note: {note}")
-    print(f"Written to {output}: {', '.join(written)}")
+        print(f"Note: {visible(note)}")
+    print(f"Written to {visible(output)}: {', '.join(written)}")
 
 
 if __name__ == "__main__":

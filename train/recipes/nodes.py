@@ -145,9 +145,10 @@ def plan_digest(steps: list[Step]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """Read what another node has written; {} while it is not there, or is being replaced."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _list(numbers: list[int]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError, StopRequested
+from preprocess.errors import ConfigError, DataError, StopRequested, visible
 from preprocess.files import atomic_write_json, file_sha256, read_json
 from preprocess.identity import digest
 from train.config import PipelineConfig
@@ -51,9 +52,11 @@ class Journal:
         self.root, self.path = root, root / "steps.json"
         self.steps: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
-            self.steps = read_json(
-                self.path, "delete it and run again with --rerun, or take another --output_dir"
-            )
+            again = "delete it and run again with --rerun, or take another --output_dir"
+            self.steps = read_json(self.path, again)
+            for name, entry in self.steps.items():
+                if not _is_entry(entry):
+                    raise DataError(f"{self.path}: step {name!r} is not as it was written; {again}")
 
     def command(self, step: Step) -> list[str]:
         """Return the words that must not change; the output folder may be moved."""
@@ -100,7 +103,7 @@ class Journal:
     def start(self, step: Step) -> None:
         """Note the command and the inputs of a step that runs now."""
         earlier = self.steps.get(step.name, {}).get("seconds", 0.0) if _existing(step) else 0.0
-        inputs = {need: self.steps[need]["finished"] for need in step.needs}
+        inputs = {need: self.steps.get(need, {}).get("finished") for need in step.needs}
         self.steps[step.name] = {"command": self.command(step), "inputs": inputs,
                                  "finished": None, "seconds": earlier}
         atomic_write_json(self.path, self.steps)
@@ -113,6 +116,20 @@ class Journal:
         atomic_write_json(self.path, self.steps)
 
 
+def _is_entry(entry: Any) -> bool:
+    """Return whether an entry of `steps.json` is complete, so that it can be used without a look.
+    """
+    if not isinstance(entry, dict) or {"command", "inputs", "finished", "seconds"} - entry.keys():
+        return False
+    command, inputs, seconds = entry["command"], entry["inputs"], entry["seconds"]
+    return (
+        isinstance(command, list) and all(isinstance(word, str) for word in command)
+        and isinstance(inputs, dict)
+        and all(isinstance(told, str | None) for told in (entry["finished"], *inputs.values()))
+        and type(seconds) in (int, float) and 0 <= seconds < math.inf
+    )
+
+
 def _record(path: str) -> Any:
     """Return what a JSON file says of its result; the size of any other file."""
     name = os.path.basename(path)
@@ -122,7 +139,7 @@ def _record(path: str) -> Any:
     try:
         lines = content.splitlines() if name == "results.jsonl" else [content]
         return [json.loads(line, object_hook=_identity) for line in lines]
-    except ValueError:
+    except (ValueError, RecursionError):
         return hashlib.sha256(content).hexdigest()
 
 
@@ -169,9 +186,9 @@ def run_steps(
         if not objection and journal.is_finished(step):
             print(f"{title}: finished, skipped", flush=True)
             continue
-        print(f"{title}: {objection}" if objection else title, flush=True)
+        print(f"{title}: {visible(objection)}" if objection else title, flush=True)
         for path in _existing(step) if objection or not step.resumes else ():
-            print(f"  deleting {path}", flush=True)
+            print(f"  deleting {visible(path)}", flush=True)
             shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         print(f"  {shown(step, options)}", flush=True)
         started, success = time.monotonic(), False
@@ -331,7 +348,7 @@ def run_process(
                 log.write(line)
                 log.flush()
                 if not _LAUNCHER_CHATTER.search(line):
-                    print(f"  {line.rstrip()}", flush=True)
+                    print("  " + visible(line.rstrip(), kept="\t"), flush=True)
         while (code := poll()) is None:
             time.sleep(0.01)
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import DataError
+from preprocess.errors import DataError, visible
 from preprocess.files import parse_json
 from preprocess.identity import flatten
 from train.reports.intervals import paired_difference
@@ -54,7 +54,7 @@ class FinetuneRun:
 
     @property
     def task(self) -> str:
-        return str(self.rows[0].get("task", ""))
+        return visible(self.rows[0].get("task", ""))
 
     @property
     def seeds(self) -> list[int]:
@@ -217,7 +217,8 @@ def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], lis
         return None
     broken: list[str] = []
     answers = read_json_lines(path, broken)
-    if broken or any(key not in a for a in answers for key in ("item", "label", "prediction")):
+    if broken or not all(isinstance(a.get("item"), str) and type(a.get("label")) is int
+                         and type(a.get("prediction")) is int for a in answers):
         notes.append(f"{path}: cut off or broken, so this run is not compared")
         return None
     return (tuple(str(a["item"]) for a in answers),

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from preprocess.errors import DataError, writing
+from preprocess.errors import DataError, visible, writing
 from preprocess.files import file_sha256, read_json, sync
-from preprocess.identity import sealed
-from train.model.loading import list_weights, local_checkpoint
+from preprocess.identity import KEYS, digest, sealed
+from train.model.folder import check_weights, list_weights
+from train.model.loading import local_checkpoint
 
 VERSION = 2
 _HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
               "pytorch_model.bin.index.json")
+
+_PARTS = ("identity", "numerics", "parent", "totals")  # of a stage, each an object
 
 Files = dict[str, dict[str, Any]]
 
@@ -57,6 +62,7 @@ def weight_files(name: str) -> list[Path]:
     folder = Path(local_checkpoint(name))
     if not folder.is_dir():
         return _hub_files(name)
+    check_weights(folder)
     files = list_weights(folder)
     if not files:
         raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
@@ -106,20 +112,52 @@ def _read_lineage(file: Path) -> dict[str, Any]:
         return {}
     again = "run the command that wrote this folder again in another --output_dir"
     lineage = read_json(file, again, keys=["stages"])
-    version, stages = lineage.get("version", 1), lineage["stages"]
-    try:
-        if version == VERSION:
-            _digest(lineage["files"])
-            for stage in stages:
-                stage["identity"]["inputs"], stage["totals"]["steps"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: not a lineage ({error}); {again}") from None
-    if version != VERSION:
+    version = lineage.get("version", 1)
+    if version == VERSION:
+        wrong = next(_faults(lineage), None)
+        if wrong:
+            raise DataError(f"{file}: not a lineage ({wrong}); {again}")
+    else:
         raise DataError(
             f"{file}: lineage of version {version}, and this program reads {VERSION}; {again}, or "
             "delete lineage.json to use its weights as a plain checkpoint"
         )
     return lineage
+
+
+def _faults(lineage: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a lineage, so that everything in it can be used without a look."""
+    files, stages = lineage.get("files"), lineage.get("stages")
+    if not isinstance(files, dict) or not isinstance(stages, list):
+        yield "files or stages are missing"
+        return
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(
+                entry.get("sha256"), str):
+            yield f"no size and sha256 of {name!r}"
+    for number, stage in enumerate(stages, start=1):
+        parts: list[Any] = [stage.get(key) for key in _PARTS] if isinstance(stage, dict) else []
+        if not parts or not all(isinstance(part, dict) for part in parts):
+            yield f"stage {number} has no {', '.join(_PARTS)}"
+            return
+        identity, _, parent, totals = parts
+        if not isinstance(stage.get("stage"), str) or "hf_digest" not in parent:
+            yield f"stage {number} has no name or no parent"
+        if not all(isinstance(identity.get(section), dict) and identity[section].keys() >= set(keys)
+                   for section, keys in KEYS.items()):
+            yield f"stage {number} has no complete identity"
+        elif stage.get("identity_digest") != digest(identity):
+            yield f"the identity of stage {number} is not what was written"
+        # Only pre-training counts its masked tokens.
+        needed = ["steps", "seconds"] + ["masked_tokens"] * (stage["stage"] == "pretrain")
+        for key in ("steps", "seconds", "masked_tokens", "tokens", "flops"):
+            value = totals.get(key)
+            if key not in totals or not _is_amount(value) and (key in needed or value is not None):
+                yield f"{key} of stage {number} is {value!r}"
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def make_stage(
@@ -141,14 +179,22 @@ def make_stage(
     }
 
 
-def _model_card(stages: list[dict[str, Any]], out_name: str) -> str:
-    lines = ["---", "library_name: transformers", "tags:", "- selmask", "---", "", f"# {out_name}",
+def model_card(stages: list[dict[str, Any]], out_name: str) -> str:
+    """Return the README of a folder: a table of the stages behind it."""
+
+    def plain(cell: Any) -> str:
+        """Write a cell so that Markdown shows it as it is: a lineage may be a stranger's."""
+        marked = re.sub(r"([\\`*\[\]<>#|~&$])", r"\\\1", visible(cell))
+        return "" if cell is None else marked
+
+    lines = ["---", "library_name: transformers", "tags:", "- selmask", "---", "",
+             f"# {plain(out_name)}",
              "", "Trained with selmask. Stages, oldest first:", "",
              "| stage | masking | steps | masked tokens | seconds |", "|---|---|---|---|---|"]
     for stage in stages:
         totals = [stage["totals"][key] for key in ("steps", "masked_tokens", "seconds")]
         cells = [stage["stage"], stage["identity"]["choice"]["masking"], *totals]
-        lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
+        lines.append(f"| {' | '.join(map(plain, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -177,7 +223,7 @@ def save_hf(
         try:
             hf_model.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(_model_card(stages, out.name))
+            (temporary / "README.md").write_text(model_card(stages, out.name))
             files = _describe(weight_files(str(temporary)))
             lineage = {"version": VERSION, "files": files, "stages": stages}
             (temporary / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")
