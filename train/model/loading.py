@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ BERT_SIZES = {
 }
 # What only a classifier of texts or tokens has: the head that knows the labels.
 _LABEL_HEAD = ("classifier.", "pre_classifier.")
-_PRETRAINED = ("ForMaskedLM", "ForPreTraining", "LMHeadModel")
+_LABELLED = ("ForSequenceClassification", "ForTokenClassification")
 SCORER_LABELS = ("other", "important")
 # What transformers raises for weights that are absent, cut short, or of another shape.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
@@ -143,7 +142,7 @@ def _load_with_top(
 
     Args:
         top: parts of the names of these parameters.
-        head: beginnings of the names of parameters that count as absent.
+        head: beginnings of the names of parameters that are drawn from `seed` in any case.
     Returns:
         The model, and whether any parameter was absent.
     """
@@ -151,10 +150,11 @@ def _load_with_top(
     try:
         model, info = auto_class.from_pretrained(
             local_checkpoint(name), output_loading_info=True, dtype=torch.float32,
-            trust_remote_code=trust_remote_code,
-            key_mapping={rf"^{re.escape(start)}": f"left_out.{start}" for start in head} or None,
-            **options,
+            trust_remote_code=trust_remote_code, ignore_mismatched_sizes=bool(head), **options,
         )
+        other = [key for key, *_ in info["mismatched_keys"] if not key.startswith(head)]
+        if other:
+            raise ValueError(f"{other[0]} has another shape than config.json says")
     except LOAD_ERRORS as error:
         raise _hub_error(name, error) from None
     lost = [key for key in info["missing_keys"] if not any(part in key for part in top)]
@@ -163,7 +163,21 @@ def _load_with_top(
             f"--model_name_or_path {name}: {len(lost)} encoder weights are missing, as "
             f"{sorted(lost)[0]}; it is not such a checkpoint"
         )
-    return model, bool(info["missing_keys"])
+    found = [key for key, _ in model.named_parameters()
+             if key.startswith(head) and key not in info["missing_keys"]] if head else []
+    if found:
+        _draw(model, head, seed)
+    return model, bool(found or info["missing_keys"])
+
+
+def _draw(model: Any, head: tuple[str, ...], seed: int) -> None:
+    """Draw modules as transformers does where a checkpoint lacks them."""
+    torch.manual_seed(seed)
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(head):
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False
+            model._init_weights(module)
 
 
 def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> PackedMaskedLM:
@@ -176,8 +190,8 @@ def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> Pac
 
     config = load_config(name, trust_remote_code)
     top = FAMILIES[config.model_type].head_prefixes
-    # ModernBERT's classifiers have a part of the same name.
-    head = () if _kind(config).endswith(_PRETRAINED) else top
+    # ModernBERT's classifiers have a part of the same name as its MLM head.
+    head = ("head.",) if _kind(config).endswith(_LABELLED) else ()
     hf, fresh_head = _load_with_top(AutoModelForMaskedLM, name, seed, top, trust_remote_code, head)
     if fresh_head:
         say(
