@@ -431,7 +431,8 @@ def test_a_head_is_kept_for_the_same_labels_alone(family, tmp_path):
     assert all(torch.equal(value, rest[key]) for key, value in stored.items() if key not in old)
     sentence = model.describe_head(model.load_config(name), "ForSequenceClassification",
                                    ("pos", "neg"))
-    assert sentence == "head: fresh from the seed; that of the checkpoint is for the labels neg, pos"
+    assert sentence == ("head: fresh from the seed; that of the checkpoint is for the labels "
+                        "neg, pos")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
