@@ -246,7 +246,8 @@ def main(argv: list[str] | None = None) -> None:
         is_made(config.output, identity, config.overwrite)  # another one may have ended meanwhile
         device = engine.start()
         names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
-        model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code)
+        model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code,
+                                trained=True)
         first_slot_only(model)
         runner = Runner(model, template, tokenizer, device,
                         config.batch_tokens or BATCH_TOKENS[device.type], half=dtype == "fp16")

@@ -13,6 +13,7 @@ that has both its row and its folder is finished and is not trained again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,15 @@ from train.engine import Resolved, barrier, finish, is_main, start
 from train.model import (
     check_agreement,
     check_row_length,
+    describe_head,
     load_classifier,
     load_config,
     load_tokenizer,
 )
-from train.reports.results import number, read_json_lines
+from train.reports.results import number, read_json_lines, read_predictions
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir
-from train.run_dir.hf_folder import Weights, open_weights
+from train.run_dir.hf_folder import Weights, is_whole, open_weights
 from train.run_dir.identity import (
     hyperparameters,
     numerics,
@@ -96,7 +98,7 @@ class FinetuneInputs:
     """Everything read and checked before a process group starts.
 
     splits, encoded: by the names in `SPLITS`. parent: the weights that every seed starts from.
-    identities: the record of each seed. numerics: that of all.
+    identities: the record of each seed. numerics: that of all. head: a sentence about the head.
     """
 
     config: FinetuneConfig
@@ -108,6 +110,7 @@ class FinetuneInputs:
     parent: Weights
     identities: dict[int, dict[str, Any]]
     numerics: dict[str, Any]
+    head: str
 
     @property
     def pretraining(self) -> list[dict[str, Any]]:
@@ -153,21 +156,40 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
         )
         for seed in config.seed_list()
     }
+    head = describe_head(hf_config, "ForSequenceClassification", task.labels)
     return FinetuneInputs(config, task, splits, encoded, tokenizer, resolved, parent, identities,
-                          numerics(config, resolved))
+                          numerics(config, resolved), head)
 
 
-def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
-    """Return whether a seed is finished: its row, its model and its predictions."""
-    needed = ("hf/config.json", "hf/model.safetensors", "predictions.jsonl")
-    return row is not None and all((seed_dir / name).is_file() for name in needed)
+def find_finished(run_dir: Path, seeds: list[int], rows: dict[int, dict[str, Any]]) -> set[int]:
+    """Return the seeds that have their row and the model that it tells of.
+
+    Raises:
+        DataError: the model of a row is damaged, and there is no checkpoint to export it from.
+    """
+    finished = set()
+    for seed in seeds:
+        seed_dir = run_dir / f"seed_{seed}"
+        if seed in rows and not seed_dir.exists():
+            say(f"seed {seed}: has a row and no {seed_dir}; trained again")
+        elif seed in rows and is_whole(seed_dir, f"delete {seed_dir} to train this seed again"):
+            finished.add(seed)
+    return finished
+
+
+def has_predictions(seed_dir: Path, row: dict[str, Any]) -> bool:
+    """Return whether the predictions of a seed are there, and give the accuracy of its row."""
+    found = read_predictions(seed_dir / "predictions.jsonl", [])
+    return (found is not None and len(found[1]) == row.get("num_test") != 0
+            and math.isclose(np.mean(found[1]), row["test_accuracy"], abs_tol=1e-9))
 
 
 def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, float]:
     """Read a seed's model back from disk, predict the test split and write the predictions."""
     config, task, test = inputs.config, inputs.task, inputs.encoded["test"]
     seed_dir = Path(config.output_dir) / f"seed_{seed}"
-    model = load_classifier(str(seed_dir / "hf"), task.labels, seed).to(device).eval()
+    model = load_classifier(str(seed_dir / "hf"), task.labels, seed, trained=True)
+    model = model.to(device).eval()
     logits = np.stack(predict(
         model, test, inputs.tokenizer.pad_token_id, config.per_device_eval_batch_size, device,
         label="test", part=False,
@@ -282,17 +304,30 @@ def main(argv: list[str] | None = None) -> None:
     train, num_seeds = inputs.encoded["train"], len(config.seed_list())
     for line in describe_plan(config, inputs.resolved, train, num_seeds):
         say(line)
+    say(inputs.head)
     if config.dry_run:
         return
     results = run_dir / "results.jsonl"
     found = read_json_lines(results) if results.is_file() else []
     rows = {row["seed"]: row for row in found if "seed" in row}
     check_resume(inputs, run_dir, rows)
+    finished = find_finished(run_dir, config.seed_list(), rows)
     prepare_run_dir(config, inputs.resolved)
     device = start()
+    again = [seed for seed in config.seed_list() if seed in rows and seed not in finished]
+    for seed in again:
+        del rows[seed]
+    if again and is_main():  # so that a kill leaves seeds to train, not damaged ones
+        write_json_lines(results, rows.values())
     for seed in config.seed_list():
         seed_dir = run_dir / f"seed_{seed}"
-        if is_whole(seed_dir, rows.get(seed)):
+        if seed in finished:
+            if not has_predictions(seed_dir, rows[seed]):
+                say(f"seed {seed}: its predictions are not those of its row; tested again")
+                rows[seed].update(test_seed(inputs, seed, device))
+                if is_main():
+                    write_json_lines(results, rows.values())
+                barrier()
             say(f"seed {seed}: finished already, test accuracy {rows[seed]['test_accuracy']:.4f}")
             if is_main():
                 remove_resume_state(seed_dir)  # a kill may have come in between

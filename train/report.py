@@ -382,7 +382,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     tables, table_notes = make_tables(groups, curves)
     pictures, figure_notes = draw(groups, curves)
-    notes = [*notes, *curve_notes, *table_notes, *figure_notes]
+    every = [*notes, *curve_notes, *table_notes, *figure_notes]
+    notes = list({note.rstrip("."): note for note in every}.values())  # a folder may be read twice
     names = ", ".join(dict.fromkeys(folder.resolve().name for folder in folders))
     output = Path(options.output_dir)
     written = write_report(output, f"selmask: {names}", tables, pictures, notes)

@@ -95,7 +95,7 @@ def score(
     num_tokens = sum(shard.num_tokens for shard in todo)
     device = engine.start()
     template = special_template(tokenizer, pair=False)
-    model = load_scorer(config.model_name_or_path, 0, config.trust_remote_code)
+    model = load_scorer(config.model_name_or_path, 0, config.trust_remote_code, trained=True)
     dtype = identity["options"]["dtype"]
     runner = Runner(model, template, tokenizer, device,
                     config.batch_tokens or BATCH_TOKENS[device.type], half=dtype == "fp16")

@@ -68,12 +68,16 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
     """Open a mask index beside the store.
 
     Raises:
-        DataError: absent, made for another store, or empty.
+        DataError: absent, made for another store, with other options from shard to shard, or empty.
     """
     opened = [open_array(shard, name, "mask") for shard in store.shards]
     index, infos = [positions for positions, _ in opened], [info for _, info in opened]
     if not any(len(positions) for positions in index):
         raise DataError(f"{store.prefix}: mask index {name} masks no token; build another")
+    choices = [info["identity"]["choice"] for info in infos if "identity" in info]
+    if any(choice != choices[0] for choice in choices):
+        raise DataError(f"{store.prefix}: mask index {name} was made with different options from "
+                        "shard to shard; build it again with --overwrite")
     return Masking(
         name, index=index, options=infos[0].get("options") or {},
         fingerprint=fingerprint_text(*(info["sha256"] for info in infos)),

@@ -19,8 +19,10 @@ from train.model.families import (
 from train.model.flops import Peak, StepFlops, count_flops, peak_flops
 from train.model.loading import (
     BERT_SIZES,
+    SCORER_LABELS,
     build_masked_lm,
     check_row_length,
+    describe_head,
     load_classifier,
     load_config,
     load_masked_lm,
@@ -36,6 +38,7 @@ __all__ = [
     "FAMILIES",
     "PackedMaskedLM",
     "Peak",
+    "SCORER_LABELS",
     "StepFlops",
     "WORTH_SLOTS",
     "attention_mask",
@@ -46,6 +49,7 @@ __all__ = [
     "choose_compiling",
     "compile_layers",
     "count_flops",
+    "describe_head",
     "find_queries",
     "first_slot_only",
     "forget_compiled",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -17,16 +18,22 @@ from typing import Any
 import torch
 
 from preprocess.errors import DataError, visible, writing
-from preprocess.files import file_sha256, read_json, sync
+from preprocess.files import atomic_write_json, file_sha256, read_json, sync
 from preprocess.identity import KEYS, digest, sealed
+from preprocess.progress import say
 from train.model.folder import check_weights, list_weights
 from train.model.loading import local_checkpoint
+from train.run_dir.checkpoint import find_checkpoint
 
 VERSION = 2
 _HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
               "pytorch_model.bin.index.json")
 
 _PARTS = ("identity", "numerics", "parent", "totals")  # of a stage, each an object
+# Beside the weights: without one of these no reader loads the folder.
+_NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# What transformers notes of a tokenizer's use: cuts and padding belong to a run, not to its model.
+_USES = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 
 Files = dict[str, dict[str, Any]]
 
@@ -43,8 +50,19 @@ class Weights:
     stages: list[dict[str, Any]]
 
 
+@functools.lru_cache
+def _sha256(file: Path, size: int, changed: int) -> str:
+    return file_sha256(file)
+
+
+def _hash(file: Path) -> str:
+    """Return the sha256 of a file; one that has not changed is read once in a process."""
+    status = file.stat()
+    return _sha256(file.resolve(), status.st_size, status.st_mtime_ns)
+
+
 def _describe(files: Iterable[Path]) -> Files:
-    return {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)}
             for file in sorted(files)}
 
 
@@ -85,17 +103,78 @@ def open_weights(name: str) -> Weights:
     """Hash the weights of a checkpoint and read the lineage beside them.
 
     Raises:
-        DataError: no weights; or a lineage that is broken, of an older version, or of others.
+        DataError: no weights, or others than those that the lineage was written for; or a lineage
+            that is broken or of an older version.
     """
     folder = local_checkpoint(name)
-    files, file = _describe(weight_files(folder)), Path(folder) / "lineage.json"
-    lineage = _read_lineage(file)
-    if lineage and lineage["files"] != files:
-        raise DataError(
-            f"{file}: written for other weights than those beside it; delete lineage.json if you "
-            "changed the model yourself"
-        )
-    return Weights(_digest(files), lineage.get("stages", []))
+    lineage = _read_lineage(Path(folder) / "lineage.json")
+    problem = _weights_problem(Path(folder), lineage) if lineage else None
+    if problem:
+        raise DataError(problem)
+    return Weights(_digest(_describe(weight_files(folder))), lineage.get("stages", []))
+
+
+def _weights_problem(folder: Path, lineage: dict[str, Any]) -> str | None:
+    """Return how the weights differ from those of the lineage, sizes first, with a remedy."""
+    again = ("type the command that wrote this folder again: it exports the weights from its "
+             "checkpoint")
+    files = lineage["files"]
+    for name in files:
+        if not (folder / name).is_file():
+            return f"{folder / name}: missing; {again}"
+    changed = next((name for name, entry in files.items()
+                    if (folder / name).stat().st_size != entry["bytes"]), None)
+    changed = changed or next((name for name, entry in files.items()
+                               if _hash(folder / name) != entry["sha256"]), None)
+    if not changed and files:
+        changed = next((file.name for file in list_weights(folder) if file.name not in files), None)
+    if not changed:
+        return None
+    return (f"{folder / changed}: the lineage.json beside it was written for other weights; "
+            f"{again}, or delete lineage.json if you changed the model yourself")
+
+
+def weights_problem(folder: Path) -> str | None:
+    """Return what is wrong with the weights of an `hf/` folder that has a lineage, or None.
+
+    Raises:
+        DataError: a lineage that is broken or of an older version.
+    """
+    lineage = _read_lineage(folder / "lineage.json")
+    return _weights_problem(folder, lineage) if lineage else None
+
+
+def is_whole(run_dir: Path, remedy: str) -> bool:
+    """Return whether `run_dir/hf` is there as it was written; collective in a process group.
+
+    Args:
+        remedy: what to do without a checkpoint, as the end of a sentence.
+    Returns:
+        False where a checkpoint is left to export it from again, which is said.
+    Raises:
+        DataError: it is not whole, and there is no such checkpoint.
+    """
+    problem = folder_problem(run_dir / "hf")
+    if problem is None:
+        return True
+    if find_checkpoint(run_dir, "auto") is None:
+        raise DataError(f"{problem}, and {run_dir} has no checkpoint to export it from; {remedy}")
+    say(f"{problem}: goes on from the checkpoint and writes it again")
+    return False
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Return which file of an `hf/` folder is not as it was written, or None."""
+    for name in ("lineage.json", *_NEEDED):
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+    try:
+        for name in _NEEDED:
+            read_json(folder / name)
+        problem = weights_problem(folder)
+    except DataError as error:
+        problem = str(error)
+    return problem and problem.split(";")[0]
 
 
 def read_stages(folder: Path) -> list[dict[str, Any]]:
@@ -198,6 +277,24 @@ def model_card(stages: list[dict[str, Any]], out_name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _set_dtype(file: Path) -> None:
+    """Name the dtype of the weights; transformers names that of the model in memory."""
+    config = read_json(file)
+    config.pop("torch_dtype", None)
+    atomic_write_json(file, {**config, "dtype": "float32"})
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer without the cuts and the padding of its last use."""
+    tokenizer.save_pretrained(folder)
+    for name, plain in (("tokenizer.json", {"truncation": None, "padding": None}),
+                        ("tokenizer_config.json", {})):
+        content = read_json(folder / name)
+        kept = {key: value for key, value in content.items() if key not in _USES}
+        (folder / name).write_text(
+            json.dumps({**kept, **plain}, indent=2, ensure_ascii=False) + "\n")
+
+
 def save_hf(
     hf_model: Any,
     state: dict[str, torch.Tensor],
@@ -216,13 +313,16 @@ def save_hf(
         carried: tensors added to the weights.
     """
     out = Path(out_dir)
-    weights = {**state, **(carried or {})}
+    # In 16 bit training the buffers are in 16 bit.
+    weights = {name: value.float() if value.is_floating_point() else value
+               for name, value in {**state, **(carried or {})}.items()}
     with writing(out, sum(tensor.nbytes for tensor in weights.values())):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
             hf_model.save_pretrained(temporary, state_dict=weights)
-            tokenizer.save_pretrained(temporary)
+            _set_dtype(temporary / "config.json")
+            _save_tokenizer(tokenizer, temporary)
             (temporary / "README.md").write_text(model_card(stages, out.name))
             files = _describe(weight_files(str(temporary)))
             lineage = {"version": VERSION, "files": files, "stages": stages}
