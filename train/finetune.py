@@ -26,11 +26,11 @@ from preprocess.files import write_json_lines
 from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
 from train.config import FinetuneConfig, parse
-from train.engine import Resolved, barrier, finish, is_main, start
+from train.engine import Resolved, barrier, finish, gather_objects, is_main, start
 from train.model import check_row_length, load_classifier, load_config, load_tokenizer
 from train.reports.results import read_json_lines
 from train.run_dir.checkpoint import check_identity, find_checkpoint
-from train.run_dir.folder import check_run_dir, prepare_run_dir
+from train.run_dir.folder import check_run_dir, prepare_run_dir, sole_writer
 from train.run_dir.hf_folder import Weights, open_weights
 from train.run_dir.identity import (
     hyperparameters,
@@ -270,15 +270,30 @@ def main(argv: list[str] | None = None) -> None:
         say(line)
     if config.dry_run:
         return
+    check_resume(inputs, run_dir, read_rows(run_dir))
+    with sole_writer(run_dir):
+        # Another process may have ended there since.
+        rows = gather_objects(read_rows(run_dir))[0]
+        check_resume(inputs, run_dir, rows)
+        prepare_run_dir(config, inputs.resolved)
+        run_seeds(inputs, rows)
+    finish()
+
+
+def read_rows(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Return the row of each finished seed."""
     results = run_dir / "results.jsonl"
     found = read_json_lines(results) if results.is_file() else []
-    rows = {row["seed"]: row for row in found if "seed" in row}
-    check_resume(inputs, run_dir, rows)
-    prepare_run_dir(config, inputs.resolved)
-    device = start()
+    return {row["seed"]: row for row in found if "seed" in row}
+
+
+def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
+    """Run the seeds that are not finished, and add their rows; collective."""
+    config, device = inputs.config, start()
+    run_dir = Path(config.output_dir)
     for seed in config.seed_list():
         seed_dir = run_dir / f"seed_{seed}"
-        if is_whole(seed_dir, rows.get(seed)):
+        if gather_objects(is_whole(seed_dir, rows.get(seed)))[0]:
             say(f"seed {seed}: finished already, test accuracy {rows[seed]['test_accuracy']:.4f}")
             if is_main():
                 remove_resume_state(seed_dir)  # a kill may have come in between
@@ -286,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]
         if is_main():
-            write_json_lines(results, rows.values())
+            write_json_lines(run_dir / "results.jsonl", rows.values())
             remove_resume_state(seed_dir)
         # After the row: a seed that is tested again must not have two points.
         log.scalars(row["steps"], {TEST_ACCURACY: row["test_accuracy"],
@@ -296,7 +311,6 @@ def main(argv: list[str] | None = None) -> None:
         say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}, macro F1 "
             f"{row['test_macro_f1']:.4f}, best epoch {row['best_epoch']} of {row['num_epochs']} "
             f"(validation {row['validation_accuracy']:.4f}), {row['seconds']:.0f} s")
-    finish()
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
     """Train, evaluate, save and export.
 
     Raises:
-        StopRequested: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last step was committed.
+        StopRequested: see `ds.StopSignal`; a checkpoint of the last step was committed.
     """
     config, resolved = inputs.config, inputs.resolved
     device = ds.start()
@@ -357,6 +357,8 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
                 loss=loss, accuracy=accuracy, waited=waited, steps=1, seconds=now - clock,
                 tokens=batch.step_tokens, masked=batch.step_masked_tokens,
             )
+            if stopping:
+                stop.ask()
             if logs:
                 log.window(totals, rate, norm)
             progress.update(1, f"loss {loss:.3f}")
@@ -516,8 +518,13 @@ def run(config: PretrainConfig) -> None:
     if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
         return
-    folder.prepare_run_dir(config, inputs.resolved, identity, inputs.execution.record())
-    train(inputs, run_dir, startup)
+    with folder.sole_writer(run_dir):
+        # Another process may have ended there since.
+        if ds.gather_objects(is_finished(run_dir, identity))[0]:
+            say(f"{run_dir}: finished already")
+            return
+        folder.prepare_run_dir(config, inputs.resolved, identity, inputs.execution.record())
+        train(inputs, run_dir, startup)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -299,7 +299,7 @@ def fit(
         with StopSignal() as stop, attention_without_plans(options["device"]):
             found = train_and_select(
                 engine, resolved, train, dev, assess, config=config, run_dir=run_dir,
-                records=records, pad_id=tokenizer.pad_token_id, stop=stop.asked, **options,
+                records=records, pad_id=tokenizer.pad_token_id, stop=stop, **options,
             )
     finally:
         engine.destroy()
@@ -335,7 +335,7 @@ def train_and_select(
     device: torch.device,
     records: dict[str, dict[str, Any]],
     hyperparameters: dict[str, Any],
-    stop: Callable[[], bool],
+    stop: StopSignal,
 ) -> Progressed:
     """Train for `config.num_train_epochs` and keep the weights of the best epoch.
 
@@ -350,7 +350,7 @@ def train_and_select(
         run_dir: folder of this seed.
         records: the `identity` and the `numerics` of this seed, kept in its checkpoints.
         hyperparameters: the row on TensorBoard's HParams page.
-        stop: whether this rank was asked to stop.
+        stop: notes requests to stop.
     Returns:
         The result, with a log that the caller closes.
     Raises:
@@ -400,8 +400,10 @@ def train_and_select(
             seed_dropout(seed, step)
             batch = next(batches)
             loss, norm, stopping = train_step(
-                engine, resolved, train, batch, pad_id, weights, stop
+                engine, resolved, train, batch, pad_id, weights, stop.asked
             )
+            if stopping:
+                stop.ask()
             window.update(loss=loss, tokens=int(train.lengths[batch].sum()),
                           seconds=time.monotonic() - begun, steps=1)
             step += 1
