@@ -271,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
         model = load_scorer(config.model_name_or_path, config.seed, config.trust_remote_code)
         found = fit(
             model, resolved, encoded["train"], encoded["dev"], assess, config=config,
-            seed=config.seed, select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
+            seed=config.seed, select="f1", tags=TAGS,
+            class_weights=np.array([1.0, config.positive_weight]),
             tokenizer=tokenizer, parent=parent, run_dir=run_dir, device=device, records=records,
             hyperparameters=hyperparameters(
                 **records, model=config.model_name_or_path, data=short_path(config.annotations)

@@ -24,6 +24,7 @@ import torch
 
 from preprocess import identity as identities
 from preprocess.errors import DataError, NonFiniteError, StopRequested, run_command
+from preprocess.files import tell_stopping
 from preprocess.masking import BASELINE
 from preprocess.masking.corruption import MASKED_SHARE, RANDOM_SHARE
 from preprocess.progress import Progress, say
@@ -358,7 +359,7 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
                 tokens=batch.step_tokens, masked=batch.step_masked_tokens,
             )
             if stopping:
-                stop.ask()
+                tell_stopping()
             if logs:
                 log.window(totals, rate, norm)
             progress.update(1, f"loss {loss:.3f}")

@@ -66,13 +66,9 @@ class StopSignal:
         """Return whether this rank was asked to stop."""
         return self._asked
 
-    def ask(self) -> None:
-        """Note that this run is to stop: another rank was asked, or this one."""
-        self._asked = True
-        tell_stopping()
-
     def _note(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = self._interrupted or number == signal.SIGINT
-        self.ask()
+        self._asked = True
+        tell_stopping()

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from preprocess.errors import NonFiniteError, StopRequested
+from preprocess.files import tell_stopping
 from preprocess.identity import build
 from preprocess.progress import Progress, say
 from train.config import FinetuneConfig, FitScorerConfig
@@ -299,7 +300,7 @@ def fit(
         with StopSignal() as stop, attention_without_plans(options["device"]):
             found = train_and_select(
                 engine, resolved, train, dev, assess, config=config, run_dir=run_dir,
-                records=records, pad_id=tokenizer.pad_token_id, stop=stop, **options,
+                records=records, pad_id=tokenizer.pad_token_id, stop=stop.asked, **options,
             )
     finally:
         engine.destroy()
@@ -335,7 +336,7 @@ def train_and_select(
     device: torch.device,
     records: dict[str, dict[str, Any]],
     hyperparameters: dict[str, Any],
-    stop: StopSignal,
+    stop: Callable[[], bool],
 ) -> Progressed:
     """Train for `config.num_train_epochs` and keep the weights of the best epoch.
 
@@ -350,7 +351,7 @@ def train_and_select(
         run_dir: folder of this seed.
         records: the `identity` and the `numerics` of this seed, kept in its checkpoints.
         hyperparameters: the row on TensorBoard's HParams page.
-        stop: notes requests to stop.
+        stop: whether this rank was asked to stop.
     Returns:
         The result, with a log that the caller closes.
     Raises:
@@ -400,10 +401,10 @@ def train_and_select(
             seed_dropout(seed, step)
             batch = next(batches)
             loss, norm, stopping = train_step(
-                engine, resolved, train, batch, pad_id, weights, stop.asked
+                engine, resolved, train, batch, pad_id, weights, stop
             )
             if stopping:
-                stop.ask()
+                tell_stopping()
             window.update(loss=loss, tokens=int(train.lengths[batch].sum()),
                           seconds=time.monotonic() - begun, steps=1)
             step += 1
