@@ -388,6 +388,7 @@ def test_a_run_directory_has_one_writer(tmp_path, on_two_nodes, monkeypatch):
     """Every rank hears of it; a folder that was refused is left as it was."""
     monkeypatch.setattr(folder, "_WAIT_SECONDS", 0.0)
     monkeypatch.setattr(ds, "is_main", lambda: ds.ranks().rank == 0)
+    monkeypatch.setattr(group.socket, "gethostname", lambda: "node")  # of this thread too
 
     def hold(name: str) -> list[str]:
         with folder.sole_writer(tmp_path / name):
