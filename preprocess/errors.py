@@ -16,7 +16,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -206,10 +206,14 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
     Under a launcher, the ranks of a node take the same decision: the first one reports it, and the
     others end later, since a launcher kills all ranks when one of them ends. An error of data or
-    disk after the start is reported by the rank that met it.
+    disk after the start is reported by the rank that met it. A process whose launcher is gone is
+    asked to stop.
     """
+    from preprocess import launchers
+
     code, message, shared = 0, "", True
     try:
+        launchers.watch()
         main()
     except (ConfigError, NonFiniteError, StopRequested) as error:
         code, message = error.exit_code, str(error)
@@ -231,9 +235,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     first_here = os.environ.get("LOCAL_RANK", rank) == "0"
     if code and (first_here or not shared):
         name = os.path.basename(sys.argv[0]) + ("" if rank == "0" else f", rank {rank}")
-        print(f"{visible(name)}: {visible(' '.join(message.split()))}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # of an output that nobody reads
+            print(f"{visible(name)}: {visible(' '.join(message.split()))}", file=sys.stderr,
+                  flush=True)
     elif code and not _is_alone():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE_SECONDS)
     _leave_group(together=code in _TOGETHER)
+    launchers.silence_unread()
     sys.exit(code)

@@ -8,6 +8,7 @@ is read by `read_json` and `read_yaml`, which turn whatever is wrong with it int
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from preprocess.errors import ConfigError, DataError, visible, writing
 MAX_YAML_ENTRIES = 10_000
 HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 300.0  # without a heartbeat, after which a writer of another host counts as gone
+STOPPING = "stopping"  # mark of a lock
+STOPPING_SECONDS = 60.0  # how long a writer that is stopping is waited for
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 # --------------------------------------------------------------------------- writing
 
@@ -277,22 +281,26 @@ def read_yaml(
 class WriterLock(AbstractContextManager["WriterLock"]):
     """The sole right to write files that begin with a prefix: `PREFIX.lock`, until `release`.
 
-    `filelock` keeps out the processes of this host, and the kernel frees the lock of a dead one.
-    Where the hosts of a shared disk do not see each other's locks, the file does: it names its
-    writer as `pid@host` and is touched every 30 s. A writer of another host that has not touched
-    it for 5 minutes counts as gone.
+    For a folder the prefix ends with a slash. `filelock` keeps out the processes of this host, and
+    the kernel frees the lock of a dead one. Where the hosts of a shared disk do not see each
+    other's locks, the file does: it names its writer as `pid@host` and is touched every 30 s. A
+    writer of another host that has not touched it for 5 minutes counts as gone.
 
     Attributes:
         interrupted: whether the lock was taken over from a writer that is gone.
 
     Args:
         prefix: of the files to write.
-        wait_seconds: how long to wait for another writer before giving up.
+        wait_seconds: how long to wait for another writer before giving up; for one that says that
+            it is stopping, `STOPPING_SECONDS` at least.
+        remedy: what to give instead.
     Raises:
         ConfigError: another process is writing.
     """
 
-    def __init__(self, prefix: str | Path, wait_seconds: float = 0.0) -> None:
+    def __init__(
+        self, prefix: str | Path, wait_seconds: float = 0.0, remedy: str = "another name"
+    ) -> None:
         from filelock import FileLock
 
         self.path = Path(f"{prefix}.lock")
@@ -300,24 +308,8 @@ class WriterLock(AbstractContextManager["WriterLock"]):
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path, timeout=0, fallback_to_soft=False)
-            end = time.monotonic() + wait_seconds
-            while not self._take():
-                if time.monotonic() >= end:
-                    owner = self._owner()
-                    remedy = "wait for it, or give another name"
-                    if owner and not _is_of_this_host(owner):
-                        remedy += "; if it was killed, it is taken over after 5 minutes"
-                    raise ConfigError(
-                        f"{self.path}: another process writes here "
-                        f"({owner or 'just started'}); {remedy}"
-                    )
-                time.sleep(0.02)
+            _wait(self.path, self._take, wait_seconds, remedy)
         _keep_alive(self.path)
-
-    def _owner(self) -> str:
-        with suppress(OSError):
-            return self.path.read_bytes()[:200].decode(errors="replace").strip()
-        return ""
 
     def _take(self) -> bool:
         """Take the lock if it is free, and sign the file."""
@@ -328,19 +320,16 @@ class WriterLock(AbstractContextManager["WriterLock"]):
         except Timeout:
             return False
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            if error.errno not in _NO_LOCKS:
                 raise
             print(f"{self.path}: this disk has no locks; let nothing else write there",
                   file=sys.stderr)
-        owner = self._owner()
-        if owner and not _is_of_this_host(owner):
-            if time.time() - self.path.stat().st_mtime < STALE_SECONDS:
-                self._lock.release()
-                return False
+        owner = _owner(self.path)
+        if _is_far_and_alive(self.path, owner):
+            self._lock.release()
+            return False
         try:
-            with open(self.path, "r+b", buffering=0) as stream:  # never empty once it is signed
-                write_all(stream, _signature(), self.path)
-                stream.truncate()
+            _sign(self.path)
         except OSError:
             if not owner:
                 self.path.unlink()
@@ -348,7 +337,8 @@ class WriterLock(AbstractContextManager["WriterLock"]):
             raise
         self._is_held, self.interrupted = True, bool(owner)
         if owner:
-            print(f"{self.path}: taken over from {visible(owner)}, which is gone", file=sys.stderr)
+            print(f"{self.path}: taken over from {visible(owner.split()[0])}, which is gone",
+                  file=sys.stderr)
         return True
 
     def release(self) -> None:
@@ -357,7 +347,7 @@ class WriterLock(AbstractContextManager["WriterLock"]):
             self._is_held = False
             _held.discard(self.path)
             # Another host may have taken it over; and a forked process does not hold it.
-            if self._owner().encode() == _signature():
+            if _is_ours(self.path):
                 self.path.unlink(missing_ok=True)
             self._lock.release()
 
@@ -365,12 +355,104 @@ class WriterLock(AbstractContextManager["WriterLock"]):
         self.release()
 
 
-def _signature() -> bytes:
-    return f"{os.getpid()}@{socket.gethostname()}".encode()
+def wait_for_writer(
+    prefix: str | Path, wait_seconds: float = 0.0, remedy: str = "another name"
+) -> None:
+    """Return as soon as nobody holds the `WriterLock` of a prefix, without taking it.
+
+    Raises:
+        ConfigError: another process is writing.
+    """
+    path = Path(f"{prefix}.lock")
+    _wait(path, lambda: not _is_taken(path), wait_seconds, remedy)
+
+
+def tell_stopping() -> None:
+    """Write into the locks that this process holds that it is stopping: others wait for that."""
+    for path in list(_held):
+        with suppress(OSError):
+            if _is_ours(path):
+                _sign(path, STOPPING)
+
+
+def _wait(path: Path, is_free: Callable[[], bool], seconds: float, remedy: str) -> None:
+    begin, told = time.monotonic(), False
+    while not is_free():
+        owner, *marks = _owner(path).split() or [""]
+        stops, waited = STOPPING in marks, time.monotonic() - begin
+        if waited >= max(seconds, STOPPING_SECONDS if stops else 0.0):
+            if owner and not _is_of_this_host(" ".join([owner, *marks])):
+                remedy += "; if it was killed, it is taken over after 5 minutes"
+            elif stops:
+                remedy += f"; it was asked to stop, and has not ended in {waited:.0f} s"
+            raise ConfigError(
+                f"{path}: another process writes here ({owner or 'just started'}); wait for it, "
+                f"or give {remedy}"
+            )
+        if stops and not told and os.environ.get("RANK", "0") == "0":
+            told = True
+            print(f"{path}: waiting for {owner}, which is stopping", file=sys.stderr, flush=True)
+        time.sleep(0.02)
+
+
+def _is_taken(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # several may look at once
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    finally:
+        os.close(descriptor)
+    return _is_far_and_alive(path, _owner(path))
+
+
+def _owner(path: Path) -> str:
+    """Return what a lock says of its writer: `pid@host`, the machine, and perhaps `STOPPING`."""
+    with suppress(OSError):
+        return path.read_bytes()[:200].decode(errors="replace").strip()
+    return ""
+
+
+def _sign(path: Path, *marks: str) -> None:
+    signature = " ".join([_name(), _machine(), *marks])
+    with open(path, "r+b", buffering=0) as stream:  # never empty once it is signed
+        write_all(stream, signature.encode(), path)
+        stream.truncate()
+
+
+def _name() -> str:
+    return f"{os.getpid()}@{socket.gethostname()}"
+
+
+def _machine() -> str:
+    """Return what names this machine until it is booted, in all its containers."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return "-"
+
+
+def _is_ours(path: Path) -> bool:
+    return _owner(path).split()[:1] == [_name()]
 
 
 def _is_of_this_host(owner: str) -> bool:
-    return owner.rpartition("@")[2] == socket.gethostname()
+    name, *marks = owner.split()
+    return name.rpartition("@")[2] == socket.gethostname() or _machine() in marks[:1]
+
+
+def _is_far_and_alive(path: Path, owner: str) -> bool:
+    """Return whether a lock belongs to a writer of another host that has touched it of late."""
+    if not owner or _is_of_this_host(owner):
+        return False
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime < STALE_SECONDS
+    return False
 
 
 _held: set[Path] = set()

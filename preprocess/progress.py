@@ -6,13 +6,16 @@ pipe, a log file) plain lines go to stdout, without carriage returns. Only the f
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 import time
 from contextlib import AbstractContextManager
 from typing import Any
 
 from preprocess.errors import visible
+from preprocess.launchers import silence_unread
 
 LINE_SECONDS = 10.0  # longest pause between two plain lines
 
@@ -36,7 +39,24 @@ def say(text: str) -> None:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
     elif is_first_rank():
+        print_line(text)
+
+
+def print_line(text: str) -> None:
+    """Print a line; where nobody can read it any more, end the work as it may be ended.
+
+    A terminal that was closed changes nothing: SIGHUP says whether the work is to end. A pipe that
+    has lost its reader is a request to stop for those who take requests, and an error for others.
+    """
+    try:
         print(text, flush=True)
+    except OSError as error:
+        takes_requests = callable(signal.getsignal(signal.SIGTERM))
+        if error.errno != errno.EIO and not (error.errno == errno.EPIPE and takes_requests):
+            raise
+        silence_unread()
+        if error.errno == errno.EPIPE:
+            signal.raise_signal(signal.SIGTERM)
 
 
 class Progress(AbstractContextManager["Progress"]):
@@ -83,7 +103,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._done // every > self._printed // every or self._done == self._total
         )
         if due or now - self._printed_at >= LINE_SECONDS:
-            print(self._line(now - self._start, text), flush=True)
+            print_line(self._line(now - self._start, text))
             self._printed, self._printed_at = self._done, now
 
     def _line(self, seconds: float, text: str) -> str:

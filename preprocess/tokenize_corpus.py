@@ -25,7 +25,6 @@ import os
 import re
 import signal
 import tempfile
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +46,7 @@ from preprocess.corpus import (
 from preprocess.errors import ConfigError, DataError, check_shard, run_command
 from preprocess.files import read_json
 from preprocess.flags import USUAL, Parser
+from preprocess.launchers import end_with_parent
 from preprocess.machine import num_cores
 from preprocess.progress import Progress, say
 from preprocess.store import (
@@ -394,14 +394,7 @@ def _start_worker(tokenizer: Any, args: argparse.Namespace, options: Any, totals
     _worker["cache"] = WordCache(prepare_backend(tokenizer))
     if totals is not None:  # a process of its own: its parent handles interrupts
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """End this process when its parent is killed, which can no longer stop its workers."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
+        end_with_parent()
 
 
 def _batches(

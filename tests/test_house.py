@@ -30,7 +30,7 @@ COMMANDS = {
 }
 # Which rooms each room may import, beside itself and the ground floor; commands may import all.
 GROUND = {"preprocess.errors", "preprocess.files", "preprocess.flags", "preprocess.identity",
-          "preprocess.machine", "preprocess.progress"}
+          "preprocess.launchers", "preprocess.machine", "preprocess.progress"}
 ROOMS: dict[str, set[str]] = {
     "preprocess.corpus": set(),
     "preprocess.store": set(),

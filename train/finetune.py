@@ -28,7 +28,7 @@ from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
 from preprocess.text.encode import prepare_backend
 from train.config import FinetuneConfig, parse
-from train.engine import Resolved, barrier, finish, is_main, start
+from train.engine import Resolved, barrier, finish, gather_objects, is_main, start
 from train.model import (
     check_agreement,
     check_row_length,
@@ -39,7 +39,7 @@ from train.model import (
 )
 from train.reports.results import number, read_json_lines, read_predictions
 from train.run_dir.checkpoint import check_identity, find_checkpoint
-from train.run_dir.folder import check_run_dir, prepare_run_dir
+from train.run_dir.folder import check_run_dir, prepare_run_dir, sole_writer
 from train.run_dir.hf_folder import Weights, is_whole, open_weights
 from train.run_dir.identity import (
     hyperparameters,
@@ -307,13 +307,29 @@ def main(argv: list[str] | None = None) -> None:
     say(inputs.head)
     if config.dry_run:
         return
+    check_resume(inputs, run_dir, read_rows(run_dir))
+    with sole_writer(run_dir):
+        # Another process may have ended there since.
+        rows = gather_objects(read_rows(run_dir))[0]
+        check_resume(inputs, run_dir, rows)
+        prepare_run_dir(config, inputs.resolved)
+        run_seeds(inputs, rows)
+    finish()
+
+
+def read_rows(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Return the row of each finished seed."""
     results = run_dir / "results.jsonl"
     found = read_json_lines(results) if results.is_file() else []
-    rows = {row["seed"]: row for row in found if "seed" in row}
-    check_resume(inputs, run_dir, rows)
-    finished = find_finished(run_dir, config.seed_list(), rows)
-    prepare_run_dir(config, inputs.resolved)
-    device = start()
+    return {row["seed"]: row for row in found if "seed" in row}
+
+
+def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
+    """Run the seeds that are not finished, and add their rows; collective."""
+    config, task, device = inputs.config, inputs.task, start()
+    run_dir = Path(config.output_dir)
+    results = run_dir / "results.jsonl"
+    finished = gather_objects(find_finished(run_dir, config.seed_list(), rows))[0]
     again = [seed for seed in config.seed_list() if seed in rows and seed not in finished]
     for seed in again:
         del rows[seed]
@@ -322,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     for seed in config.seed_list():
         seed_dir = run_dir / f"seed_{seed}"
         if seed in finished:
-            if not has_predictions(seed_dir, rows[seed]):
+            if not gather_objects(has_predictions(seed_dir, rows[seed]))[0]:
                 say(f"seed {seed}: its predictions are not those of its row; tested again")
                 rows[seed].update(test_seed(inputs, seed, device))
                 if is_main():
@@ -347,7 +363,6 @@ def main(argv: list[str] | None = None) -> None:
         say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}{left_out}, macro F1 "
             f"{row['test_macro_f1']:.4f}, best epoch {row['best_epoch']} of {row['num_epochs']} "
             f"(validation {row['validation_accuracy']:.4f}), {row['seconds']:.0f} s")
-    finish()
 
 
 if __name__ == "__main__":

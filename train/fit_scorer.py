@@ -27,7 +27,7 @@ from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
 from preprocess.store import TokenStore, open_array
 from train.config import FitScorerConfig, parse
-from train.engine import barrier, finish, is_main, start
+from train.engine import barrier, finish, gather_objects, is_main, start
 from train.model import (
     SCORER_LABELS,
     check_agreement,
@@ -38,7 +38,7 @@ from train.model import (
     load_tokenizer,
 )
 from train.run_dir.checkpoint import check_identity, find_checkpoint
-from train.run_dir.folder import check_run_dir, prepare_run_dir
+from train.run_dir.folder import check_run_dir, prepare_run_dir, sole_writer
 from train.run_dir.hf_folder import is_whole, open_weights
 from train.run_dir.identity import (
     hyperparameters,
@@ -257,40 +257,46 @@ def main(argv: list[str] | None = None) -> None:
         return
     if config.resume == "must":
         find_checkpoint(run_dir, "must")
-    prepare_run_dir(config, resolved)
-    device = start()
-    dev_labels = dev.counted()[1]
+    with sole_writer(run_dir):
+        # Another process may have ended there since.
+        if gather_objects(is_finished(run_dir, identity))[0]:
+            say(f"{run_dir}: finished already")
+            return
+        prepare_run_dir(config, resolved)
+        device = start()
+        dev_labels = dev.counted()[1]
 
-    def assess(logits: list[np.ndarray]) -> dict[str, float]:
-        targets = np.concatenate(encoded["dev"].targets)
-        flat = np.concatenate(logits)[targets != IGNORED]
-        odds = flat[:, 1] - flat[:, 0]
-        return score_decisions(dev_labels, odds > 0, odds)
+        def assess(logits: list[np.ndarray]) -> dict[str, float]:
+            targets = np.concatenate(encoded["dev"].targets)
+            flat = np.concatenate(logits)[targets != IGNORED]
+            odds = flat[:, 1] - flat[:, 0]
+            return score_decisions(dev_labels, odds > 0, odds)
 
-    model = load_scorer(config.model_name_or_path, config.seed, config.trust_remote_code)
-    found = fit(
-        model, resolved, encoded["train"], encoded["dev"], assess, config=config, seed=config.seed,
-        select="f1", tags=TAGS, class_weights=np.array([1.0, config.positive_weight]),
-        tokenizer=tokenizer, parent=parent, run_dir=run_dir, device=device, records=records,
-        hyperparameters=hyperparameters(
-            **records, model=config.model_name_or_path, data=short_path(config.annotations)
-        ),
-    )
-    results = {
-        **found.best,
-        "baselines": baselines(train, dev, store.vocab_size),
-        "best_epoch": found.best_epoch, "num_epochs": config.num_train_epochs,
-        "steps": found.steps, "seconds": round(found.seconds, 2),
-        "num_train_sentences": len(train.tokens), "num_dev_sentences": len(dev.tokens),
-        "num_dev_tokens": len(dev_labels), "num_dev_important": int(dev_labels.sum()),
-        "annotations": config.annotations, "model_name_or_path": config.model_name_or_path,
-        "seed": config.seed, **sealed(identity), "numerics": records["numerics"],
-    }
-    if is_main():
-        atomic_write_json(run_dir / "results.json", results)
-        remove_resume_state(run_dir)
-    found.log.close(finished=True)
-    barrier()
+        model = load_scorer(config.model_name_or_path, config.seed, config.trust_remote_code)
+        found = fit(
+            model, resolved, encoded["train"], encoded["dev"], assess, config=config,
+            seed=config.seed, select="f1", tags=TAGS,
+            class_weights=np.array([1.0, config.positive_weight]),
+            tokenizer=tokenizer, parent=parent, run_dir=run_dir, device=device, records=records,
+            hyperparameters=hyperparameters(
+                **records, model=config.model_name_or_path, data=short_path(config.annotations)
+            ),
+        )
+        results = {
+            **found.best,
+            "baselines": baselines(train, dev, store.vocab_size),
+            "best_epoch": found.best_epoch, "num_epochs": config.num_train_epochs,
+            "steps": found.steps, "seconds": round(found.seconds, 2),
+            "num_train_sentences": len(train.tokens), "num_dev_sentences": len(dev.tokens),
+            "num_dev_tokens": len(dev_labels), "num_dev_important": int(dev_labels.sum()),
+            "annotations": config.annotations, "model_name_or_path": config.model_name_or_path,
+            "seed": config.seed, **sealed(identity), "numerics": records["numerics"],
+        }
+        if is_main():
+            atomic_write_json(run_dir / "results.json", results)
+            remove_resume_state(run_dir)
+        found.log.close(finished=True)
+        barrier()
     say_results(results)
     finish()
 

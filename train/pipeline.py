@@ -20,12 +20,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from preprocess.errors import run_command
-from preprocess.files import atomic_write_json
+from preprocess.files import WriterLock, atomic_write_json
 from train.config import PipelineConfig, parse
 from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
 from train.recipes.plan import Step, plan
 from train.recipes.recipe import load_recipe
 from train.recipes.run import Journal, follow, run_steps, shown, tell_others_of_a_stop
+
+WAIT_SECONDS = 5.0  # for a pipeline of the same folder that may be about to say that it is stopping
 
 
 def where_to_look(root: Path, steps: list[Step]) -> str:
@@ -56,9 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     if options.node_rank:
         follow(steps, Journal(root), options, OtherNode(root, options.node_rank, steps))
         return
-    journal = Journal(root)
     others = len(hosts) - 1 if options.no_ssh else 0
-    with FirstNode(root, others, steps) if others else nullcontext() as first:
+    with (WriterLock(f"{root}/", WAIT_SECONDS, "another --output_dir"),
+          FirstNode(root, others, steps) if others else nullcontext() as first):
+        journal = Journal(root)
         atomic_write_json(root / "arms.json", arms)
         run_steps(steps, journal, options, first)
     print(where_to_look(root, steps), flush=True)

@@ -24,6 +24,7 @@ import torch
 
 from preprocess import identity as identities
 from preprocess.errors import DataError, NonFiniteError, StopRequested, run_command
+from preprocess.files import tell_stopping
 from preprocess.masking import BASELINE
 from preprocess.masking.corruption import MASKED_SHARE, RANDOM_SHARE
 from preprocess.progress import Progress, say
@@ -307,7 +308,7 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
     """Train, evaluate, save and export.
 
     Raises:
-        StopRequested: SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint of the last step was committed.
+        StopRequested: see `ds.StopSignal`; a checkpoint of the last step was committed.
     """
     config, resolved = inputs.config, inputs.resolved
     device = ds.start()
@@ -361,6 +362,8 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
                 loss=loss * masked, right=accuracy * masked, waited=waited, seconds=now - clock,
                 tokens=batch.step_tokens, masked=masked,
             )
+            if stopping:
+                tell_stopping()
             if logs:
                 log.window(totals, rate, norm)
             progress.update(1, f"loss {loss:.3f}" if masked else "nothing masked")
@@ -530,8 +533,13 @@ def run(config: PretrainConfig) -> None:
     if is_finished(run_dir, identity):
         say(f"{run_dir}: finished already")
         return
-    folder.prepare_run_dir(config, inputs.resolved, identity, inputs.execution.record())
-    train(inputs, run_dir, startup)
+    with folder.sole_writer(run_dir):
+        # Another process may have ended there since.
+        if ds.gather_objects(is_finished(run_dir, identity))[0]:
+            say(f"{run_dir}: finished already")
+            return
+        folder.prepare_run_dir(config, inputs.resolved, identity, inputs.execution.record())
+        train(inputs, run_dir, startup)
 
 
 def main(argv: list[str] | None = None) -> None:

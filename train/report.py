@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command, visible
-from preprocess.files import atomic_write_bytes, read_json
+from preprocess.files import WriterLock, atomic_write_bytes, read_json
 from preprocess.flags import USUAL, Parser
 from preprocess.masking import STRATEGIES
 from preprocess.view.tables import Table
@@ -48,6 +48,7 @@ from train.reports.results import (
 RESULTS = ("table", "differences")  # printed last: the most important tables
 COST_COLUMNS = ("arm", "general", "masking", "task_guided", "total", "masking_share",
                 "share_of_full")
+WAIT_SECONDS = 30.0  # for another report that is being written into the same folder
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,7 @@ def write_report(output: Path, title: str, tables: Sequence[Table], pictures: Se
     """Write all files of a report and return their names.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written, or another process writes there.
     """
     files = {
         "report.html": as_html(title, tables, pictures, notes).encode(),
@@ -355,9 +356,9 @@ def write_report(output: Path, title: str, tables: Sequence[Table], pictures: Se
         **{f"{picture.file}.png": picture.png for picture in pictures},
     }
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            atomic_write_bytes(output / name, content)
+        with WriterLock(f"{output}/", WAIT_SECONDS, "another --output_dir"):
+            for name, content in files.items():
+                atomic_write_bytes(output / name, content)
     except DiskFullError:
         raise
     except OSError as error:

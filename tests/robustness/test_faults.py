@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import Any
 import pytest
 import torch
 
+from preprocess import launchers
 from preprocess.errors import StopRequested, run_command
+from preprocess.files import WriterLock, tell_stopping
 from tests.support.forked_ranks import Server
 from tests.support.kills import count_operations, die
 from tests.support.launch import ROOT, free_port, launch_environment
@@ -69,8 +72,11 @@ IN_STEP: dict[str, Callable[[], Any]] = {
     "sigterm": lambda: ask(signal.SIGTERM),
     "sigusr1": lambda: ask(signal.SIGUSR1),
     "ctrl-c": lambda: ask(signal.SIGINT),
+    "sighup": lambda: ask(signal.SIGHUP),
+    "nohup": lambda: ask(signal.SIGHUP),
     # Slurm signals all processes, and then the launcher its ranks.
     "again and again": lambda: [ask(signal.SIGTERM) for _ in range(5)],
+    "launcher": lambda: os.kill(int(os.environ[launchers.STARTED_BY].split()[0]), signal.SIGKILL),
 }
 FAULTY_STEP = 3
 
@@ -90,11 +96,13 @@ def inject(kind: str, rank: int) -> None:
     mlm.train_step = step
 
 
-def train(command: str, words: list[str], run_dir: str, fault: dict[str, Any]) -> None:
+def train(command: str, words: list[str], run_dir: str, fault: dict[str, Any],
+          launcher: str = "") -> None:
     """Run a command on a rank with a fault; note each commit, and the operations of an intact run.
 
     Args:
         fault: `kind` (none, operation, shard or one of `IN_STEP`), `number` and `rank`.
+        launcher: what the rank takes for the pipeline above it.
     """
     from train import engine as ds
     from train import finetune, pretrain
@@ -102,6 +110,10 @@ def train(command: str, words: list[str], run_dir: str, fault: dict[str, Any]) -
     from train.run_dir import checkpoint
 
     counted: list[str] = []
+    if fault["kind"] == "nohup":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if launcher:
+        os.environ[launchers.STARTED_BY] = launcher
     if fault["kind"] in IN_STEP:
         inject(fault["kind"], fault["rank"])
     elif fault["rank"] == ds.ranks().rank:
@@ -360,7 +372,7 @@ def test_killed_again_and_again(number, campaigns):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, rank",
-    [("sigterm", 1), ("sigusr1", 0), ("ctrl-c", -1), ("again and again", -1)],
+    [("sigterm", 1), ("sigusr1", 0), ("sighup", 1), ("ctrl-c", -1), ("again and again", -1)],
 )
 def test_a_request_to_any_rank_stops_all(kind, rank, campaigns):
     """They stop at a step boundary, with a checkpoint and exit code 75; the run then resumes."""
@@ -375,6 +387,61 @@ def test_a_request_to_any_rank_stops_all(kind, rank, campaigns):
     assert not (run_dir / "hf").exists()
     done = campaign.attempt(run_dir)
     assert done["codes"] == [0, 0]
+    campaign.check_the_end(run_dir)
+    shutil.rmtree(run_dir)
+
+
+@pytest.mark.slow
+def test_ranks_stop_when_their_launcher_is_gone(campaigns):
+    """A launcher that was killed has told them nothing, and they leave a checkpoint all the same.
+    """
+    campaign = campaigns("pretrain", ranks=2, stage=1)
+    run_dir = campaign.folder / "orphaned"
+    with subprocess.Popen(["sleep", "300"]) as launcher:
+        done = campaign.attempt(run_dir, "launcher", launcher=launchers.describe(launcher.pid))
+    said = (campaign.folder / "log").read_text()
+    assert done["codes"] == [75, 75] and done["seconds"] < 30, said[-4000:]
+    assert f"(process {launcher.pid}) is gone, which started this: stopping" in said
+    step = find_checkpoint(run_dir, "must").name
+    assert int(step.removeprefix("step_")) in range(3, STEPS)
+    assert campaign.attempt(run_dir)["codes"] == [0, 0]
+    campaign.check_the_end(run_dir)
+    shutil.rmtree(run_dir)
+
+
+@pytest.mark.slow
+def test_a_run_under_nohup_outlives_its_terminal(campaigns):
+    campaign = campaigns("pretrain")
+    run_dir = campaign.folder / "nohup"
+    assert campaign.attempt(run_dir, "nohup")["codes"] == [0]
+    campaign.check_the_end(run_dir)
+    shutil.rmtree(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_two_runs_of_one_folder(command, campaigns):
+    """The second one is refused and touches nothing, or waits for a first one that is stopping."""
+    campaign = campaigns(command)
+    run_dir = campaign.folder / "two"
+    assert campaign.attempt(run_dir, "operation", number=len(campaign.operations) // 2)[
+        "codes"] == [-9]
+    (run_dir / ".something.tmp-1").touch()  # which the first one is writing
+    with WriterLock(f"{run_dir}/") as lock:
+        assert lock.interrupted
+        before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+        done = campaign.attempt(run_dir, "sigterm", rank=1)
+        said = (campaign.folder / "log").read_text()
+        assert done["codes"] == [2], said[-4000:]
+        assert f"{run_dir}/.lock: another process writes here ({os.getpid()}@" in said
+        assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+        tell_stopping()
+        timer = threading.Timer(6.0, lock.release)
+        timer.start()
+        done = campaign.attempt(run_dir)
+        timer.join()
+    said = (campaign.folder / "log").read_text()
+    assert done["codes"] == [0] and "which is stopping" in said, said[-4000:]
     campaign.check_the_end(run_dir)
     shutil.rmtree(run_dir)
 
@@ -479,13 +546,15 @@ def test_launched_a_dead_rank_ends_the_job(launched):
 
 
 @pytest.mark.slow
-def test_launched_the_runner_alone_is_stopped(launched):
-    """SIGTERM to the runner, as a scheduler may send it: it dies, its ranks save and stop."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_launched_the_runner_alone_is_stopped(launched, number):
+    """By a scheduler, or by hand: it dies without a word, its ranks save and stop."""
     process, run_dir = launched
     (runner,) = processes_of(run_dir, "deepspeed.launcher.runner")
-    os.kill(runner, signal.SIGTERM)
+    os.kill(runner, number)
     code, output = ends_in(process, 30)
-    assert code == 75 and "the same command goes on from there" in output
+    assert code == (75 if number == signal.SIGTERM else 256 - 9)
+    assert "the same command goes on from there" in output
     assert not processes_of(run_dir, "pretrain.py")
     assert find_checkpoint(run_dir, "must")
 

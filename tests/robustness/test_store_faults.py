@@ -408,6 +408,56 @@ def test_a_writer_of_another_host_is_respected_while_its_heart_beats(tmp_path, c
     assert lock.read_text() == "2@elsewhere"
 
 
+def test_a_writer_that_is_stopping_is_waited_for(tmp_path, capsys):
+    """Others are refused at once; nobody is waited for without end."""
+    ready, told = os.pipe()
+
+    def hold() -> None:
+        with WriterLock(tmp_path / "s"):
+            signal.signal(signal.SIGTERM, lambda number, frame: files.tell_stopping())
+            os.write(told, b"x")
+            signal.pause()
+            os.write(told, b"x")
+            time.sleep(0.5)
+
+    child = in_child(hold)
+    os.read(ready, 1)
+    for look in (WriterLock, files.wait_for_writer):
+        with pytest.raises(ConfigError, match=rf"{child.pid}@\S+\); wait for it, or give another"):
+            look(tmp_path / "s", remedy="another thing")
+    child.terminate()
+    os.read(ready, 1)
+    files.wait_for_writer(tmp_path / "s")
+    with WriterLock(tmp_path / "s") as lock:
+        assert not lock.interrupted
+    assert exit_code(child) == 0
+    assert f"waiting for {child.pid}@" in capsys.readouterr().err
+
+
+def test_a_writer_that_does_not_stop_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "STOPPING_SECONDS", 0.1)
+    with WriterLock(tmp_path / "s"):
+        files.tell_stopping()
+        with pytest.raises(ConfigError, match="was asked to stop, and has not ended in 0 s"):
+            WriterLock(tmp_path / "s")
+    files.tell_stopping()  # nothing is held any more
+    assert not list(tmp_path.iterdir())
+
+
+def test_whoever_looks_at_a_lock_leaves_nothing_and_keeps_nobody_out(tmp_path):
+    files.wait_for_writer(tmp_path / "none" / "s")
+    (tmp_path / "s.lock").write_text("1@elsewhere")
+    with pytest.raises(ConfigError, match="1@elsewhere.*taken over after 5 minutes"):
+        files.wait_for_writer(tmp_path / "s")
+    os.utime(tmp_path / "s.lock", (0, 0))
+    files.wait_for_writer(tmp_path / "s")
+    # A container that was killed comes back under another name.
+    (tmp_path / "s.lock").write_text(f"1@elsewhere {files._machine()}")
+    files.wait_for_writer(tmp_path / "s")
+    WriterLock(tmp_path / "s").release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_heart_of_a_writer_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "HEARTBEAT_SECONDS", 0.001)
 

@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from preprocess.errors import ConfigError, DataError
-from preprocess.files import file_sha256, seal
+from preprocess.files import WriterLock, file_sha256, seal
 from tests.support.runs import arguments, pretrained, weights, write_ds_config
 from tests.support.states import Trap
 from train import engine as ds
@@ -381,6 +382,31 @@ def test_a_run_directory_that_not_all_nodes_see_is_refused(tmp_path, on_two_node
         assert f"{name}: node2 cannot see" in str(error) and "node1" not in str(error)
     assert not (tmp_path / "second").exists()
     assert sorted(os.listdir(tmp_path / "first")) == names
+
+
+def test_a_run_directory_has_one_writer(tmp_path, on_two_nodes, monkeypatch):
+    """Every rank hears of it; a folder that was refused is left as it was."""
+    monkeypatch.setattr(folder, "_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(ds, "is_main", lambda: ds.ranks().rank == 0)
+    monkeypatch.setattr(group.socket, "gethostname", lambda: "node")  # of this thread too
+
+    def hold(name: str) -> list[str]:
+        with folder.sole_writer(tmp_path / name):
+            ds.barrier()
+            found = os.listdir(tmp_path / name)
+            ds.barrier()
+            return found
+
+    assert on_two_nodes(hold, "run", "run") == [[".lock"]] * 2
+    assert os.listdir(tmp_path / "run") == []
+    config = TrainingConfig(output_dir=str(tmp_path / "run"))
+    with WriterLock(f"{tmp_path}/run/"):
+        for error in on_two_nodes(hold, "run", "run"):
+            assert f"{os.getpid()}@" in str(error) and "another --output_dir" in str(error)
+        with pytest.raises(ConfigError, match="another process writes here"):
+            folder.check_run_dir(config)
+        folder.check_run_dir(replace(config, dry_run=True))
+    assert folder.check_run_dir(config) == tmp_path / "run"
 
 
 def test_a_network_disk_may_show_a_file_late(tmp_path, on_two_nodes, monkeypatch):

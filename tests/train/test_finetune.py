@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.corpus import Example
-from preprocess.errors import DataError, NonFiniteError, StopRequested
+from preprocess.errors import ConfigError, DataError, NonFiniteError, StopRequested
 from tests.support.runs import logged, made_up_stage
 from train import finetune
 from train.config import FinetuneConfig
@@ -509,6 +510,34 @@ def test_the_command_trains_tests_and_skips_finished_seeds(
     again = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
     for one, other in zip(rows, again, strict=True):  # the seed decides everything
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+@pytest.mark.slow
+def test_a_row_that_another_process_wrote_is_kept(
+    tmp_path, tiny_encoder, labelled_files, run_here, monkeypatch
+):
+    """Between the first look at a folder and its lock; one with other options is refused."""
+    def command(name: str, seeds: str, epochs: int = 1) -> list[str]:
+        return ["train/finetune.py", "--task", "custom", "--train_file", labelled_files["train"],
+                "--test_file", labelled_files["test"], "--model_name_or_path", tiny_encoder,
+                "--num_train_epochs", str(epochs), "--max_seq_length", "32", "--train_batch_size",
+                "16", "--seeds", seeds, "--output_dir", str(tmp_path / name)]
+
+    plain = finetune.sole_writer
+
+    @contextmanager
+    def late(run_dir):
+        with plain(run_dir):
+            shutil.copytree(tmp_path / "other", run_dir, dirs_exist_ok=True)
+            yield
+
+    run_here(*command("other", "43"))
+    monkeypatch.setattr(finetune, "sole_writer", late)
+    run_here(*command("run", "13"))
+    rows = (tmp_path / "run" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(row)["seed"] for row in rows] == [43, 13]
+    with pytest.raises(ConfigError, match="num_train_epochs"):
+        run_here(*command("longer", "13", epochs=2))
 
 
 def check_seed(seed_dir, row):

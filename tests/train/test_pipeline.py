@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.files import WriterLock
 from preprocess.store import TokenStore, open_array
 from tests.support.launch import launch_environment
 from tests.support.runs import read_csv
@@ -266,6 +267,13 @@ def test_a_second_run_only_reports(finished, run_pipeline, capsys):
     assert run_pipeline(finished[0]) == ["report"]
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert "where to look next" in capsys.readouterr().out.lower()
+
+
+def test_one_pipeline_a_folder(copy, run_pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "WAIT_SECONDS", 0.0)
+    with WriterLock(f"{copy}/"), pytest.raises(ConfigError, match="another process writes here"):
+        run_pipeline(copy)
+    run_pipeline(copy, "--dry_run")
 
 
 def test_a_lost_artefact_is_made_again(copy, run_pipeline):

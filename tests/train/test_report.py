@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.files import WriterLock
 from tests.support.runs import made_up_stage, read_csv, write_lineage
 from train import report
 from train.reports.page import Picture, as_html
@@ -284,6 +286,17 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, no_figures):
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match="cannot be written .*; give another folder"):
             report.main([str(tmp_path / "a"), "--output_dir", str(output)])
+
+
+def test_a_report_is_written_by_one_process(tmp_path, no_figures, monkeypatch):
+    monkeypatch.setattr(report, "WAIT_SECONDS", 0.0)
+    write_finetune(tmp_path / "a", 0.7)
+    command = [str(tmp_path / "a"), "--output_dir", str(tmp_path / "out")]
+    with WriterLock(f"{tmp_path}/out/"):
+        with pytest.raises(ConfigError, match="another process writes here"):
+            report.main(command)
+    report.main(command)
+    assert "report.html" in (names := os.listdir(tmp_path / "out")) and ".lock" not in names
 
 
 def test_names_from_outside_are_text_in_the_page(tmp_path, no_figures):

@@ -28,6 +28,7 @@ import numpy as np
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import WriterLock
+from preprocess.launchers import end_with_parent
 from preprocess.machine import num_cores
 from preprocess.progress import Progress, say
 from preprocess.store import Shard, TokenStore, open_table, write_table
@@ -285,7 +286,9 @@ def _pack_at_once(
     """Pack with one worker per shard, in order, at most `num_workers` shards ahead."""
     _forked.update(shards=store.shards, length=max_seq_length, held_out=held_out)
     numbers = iter(range(len(store.shards)))
-    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork")) as pool:
+    context = multiprocessing.get_context("fork")
+    # The workers inherit the lock of the table, and would hold it for ever once we are killed.
+    with ProcessPoolExecutor(num_workers, context, end_with_parent) as pool:
         waiting = deque(
             pool.submit(_pack_numbered, i) for i in itertools.islice(numbers, num_workers)
         )

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from preprocess.errors import NonFiniteError
+from preprocess.files import tell_stopping
 from train.engine.group import ranks
 
 # DeepSpeed's launcher looks once per second whether a rank has ended.
@@ -21,18 +22,21 @@ class StopSignal:
                 ... all_reduce_sum(loss, stop.asked()) ...
                 if any rank was asked: save, and raise StopRequested
 
-    SIGTERM and SIGUSR1, to any rank and however often, and the first Ctrl-C are requests; a second
-    Ctrl-C interrupts as usual. The ranks decide together, at a step boundary: their flags travel
-    with the loss.
+    SIGTERM, SIGUSR1 and SIGHUP, to any rank and however often, and the first Ctrl-C are requests; a
+    second Ctrl-C interrupts as usual, and SIGHUP stays ignored where it was (`nohup`). The ranks
+    decide together, at a step boundary: their flags travel with the loss. The locks that this
+    process holds say that it is stopping, so that the same command waits for it.
 
     How launchers treat signals, since a request has to reach a rank to count:
     - Slurm (`scancel`, the end of the time limit, `--signal=TERM@60`) signals every process of a
       job step, ranks included. SIGUSR1 has the drawback of ending the launchers below.
-    - `deepspeed`, the runner, has no handler on one node: SIGTERM ends it and leaves the ranks
-      running. Ctrl-C in a terminal reaches the ranks themselves as well.
+    - `deepspeed`, the runner, has no handler on one node: any signal ends it, and the ranks notice
+      that it is gone (`preprocess/launchers.py`). Ctrl-C in a terminal, and the end of a terminal,
+      reach the ranks themselves as well.
     - `deepspeed.launcher.launch`, its child and the parent of the ranks, answers SIGTERM and
       Ctrl-C by SIGTERM to its ranks one after the other, gives each 30 seconds before SIGKILL, and
-      ends with code 1 whatever theirs are. It answers SIGUSR1 by its own end.
+      ends with code 1 whatever theirs are. It answers SIGUSR1 and SIGHUP by its own end, which
+      they notice.
     - When a rank has died, `launch` (within a second) and `torchrun` send the others the same
       SIGTERM, and SIGKILL after 30 seconds. The survivors take it for a request, which does no
       harm: neither a step nor a checkpoint can be finished without all ranks.
@@ -43,10 +47,10 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        self._previous = {
-            number: signal.signal(number, self._note)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
+        numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -67,3 +71,4 @@ class StopSignal:
             raise KeyboardInterrupt
         self._interrupted = self._interrupted or number == signal.SIGINT
         self._asked = True
+        tell_stopping()

@@ -23,15 +23,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from preprocess import launchers
 from preprocess.errors import ConfigError, DataError, StopRequested, visible
-from preprocess.files import atomic_write_json, file_sha256, read_json
+from preprocess.files import atomic_write_json, file_sha256, read_json, tell_stopping
 from preprocess.identity import digest
+from preprocess.progress import print_line
 from train.config import PipelineConfig
 from train.recipes.nodes import FirstNode, OtherNode, first_address
 from train.recipes.plan import Step
 
 HEARTBEAT_SECONDS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+URGENT = (signal.SIGTERM, signal.SIGINT)
 # Imported once under `--launcher python`. Not deepspeed: it looks for a CUDA device, and a process
 # that has done so cannot be forked.
 PRELOADED = ["train.pretrain", "train.finetune", "train.annotate", "train.fit_scorer",
@@ -220,12 +223,14 @@ def run_steps(
 
 
 def tell_others_of_a_stop() -> None:
-    """Turn SIGTERM between two commands into an exception, which other nodes hear of."""
+    """Turn a request to stop between two commands into an exception, which other nodes hear of."""
     def stop(number: int, frame: Any) -> None:
         raise StopRequested("stopped on request between two steps; the same command on every node "
                             "continues")
 
-    signal.signal(signal.SIGTERM, stop)
+    for request in STOPPING:
+        if signal.getsignal(request) is not signal.SIG_IGN:
+            signal.signal(request, stop)
 
 
 def follow(
@@ -311,9 +316,10 @@ def run_process(
 ) -> int:
     """Run a command, echo its lines and log them; print a line at least every ten seconds.
 
-    SIGTERM and SIGINT are passed on to all its processes as SIGTERM (the launcher itself would die
-    and leave its workers), so that a training command can write its checkpoint; a second one kills.
-    If somebody else ends the launcher by such a signal, its workers are stopped the same way.
+    The signals of `STOPPING` are passed on to all its processes as SIGTERM (the launcher itself
+    would die), so that a training command can write its checkpoint; SIGHUP is not where it was
+    ignored (`nohup`). A second SIGTERM or Ctrl-C kills. If somebody else ends the launcher by such
+    a signal, its workers are stopped the same way. If this process is killed, all of them notice.
 
     Args:
         command: a Python interpreter, a script and its flags.
@@ -328,8 +334,11 @@ def run_process(
     requests: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
+        tell_stopping()
         requests.append(number)
-        wanted = signal.SIGKILL if len(requests) > 1 else signal.SIGTERM
+        # The end of a terminal may come as several signals.
+        urgent = number in URGENT and sum(one in URGENT for one in requests) > 1
+        wanted = signal.SIGKILL if urgent else signal.SIGTERM
         with contextlib.suppress(ProcessLookupError):
             try:
                 os.killpg(process, wanted)
@@ -340,7 +349,8 @@ def run_process(
         if not requests and (-(poll() or 0) in STOPPING or stop()):
             pass_on(signal.SIGTERM, None)
 
-    handlers = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, pass_on) for number in STOPPING
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN}
     try:
         with open(log_path, "a", encoding="utf-8") as log:  # after an earlier attempt
             log.write(shlex.join(command) + "\n")
@@ -348,7 +358,7 @@ def run_process(
                 log.write(line)
                 log.flush()
                 if not _LAUNCHER_CHATTER.search(line):
-                    print("  " + visible(line.rstrip(), kept="\t"), flush=True)
+                    print_line("  " + visible(line.rstrip(), kept="\t"))
         while (code := poll()) is None:
             time.sleep(0.01)
     finally:
@@ -361,7 +371,8 @@ def _spawn(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
     """Start a process in its own group; return its output, its id and its exit code so far."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **launchers.environment()},
+        start_new_session=True,
     )
     return process.stdout, process.pid, process.poll
 
@@ -371,16 +382,18 @@ def _fork(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     output, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_run_script, args=(command[1:], writer))
+    words = (command[1:], writer, launchers.environment())
+    process = context.Process(target=_run_script, args=words)
     process.start()
     writer.close()
     assert process.pid is not None
     return output, process.pid, lambda: process.exitcode
 
 
-def _run_script(words: list[str], output: Any) -> None:
+def _run_script(words: list[str], output: Any, environment: dict[str, str]) -> None:
     """Become a script's process: its group, its output, its arguments."""
     os.setsid()
+    os.environ.update(environment)
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()

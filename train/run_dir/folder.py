@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,13 @@ import yaml
 
 from preprocess import machine
 from preprocess.errors import ConfigError, DataError
-from preprocess.files import atomic_write_bytes, atomic_write_json, read_json
+from preprocess.files import (
+    WriterLock,
+    atomic_write_bytes,
+    atomic_write_json,
+    read_json,
+    wait_for_writer,
+)
 from train import engine as ds
 from train.config import TrainingConfig, as_dict, command_line
 from train.run_dir.identity import PACKAGES
@@ -20,10 +28,40 @@ from train.run_dir.identity import PACKAGES
 # What a killed process may leave in a run directory, beside `checkpoints/*.tmp`: files and an
 # export under their temporary names.
 _LEFTOVER = re.compile(r"\.(.+\.tmp-\d+|hf(_step_\d+)?\..+)")
+_LOCK = ".lock"
+# Of two commands that begin at once, one waits so long for the other: it may have been asked to
+# stop and be about to say so.
+_WAIT_SECONDS = 5.0
 
 
 # Choices that a run made by itself, of its first start: micro batch, compiling, sizes of padding.
 EXECUTION = "execution.json"
+
+
+@contextmanager
+def sole_writer(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run directory; collective, and joins the process group.
+
+    The first rank holds it for all. What was read there before may have changed since.
+
+    Raises:
+        ConfigError: another process writes there; on every rank.
+    """
+    ds.start()
+    lock, refused = None, ""
+    if ds.is_main():
+        try:
+            lock = WriterLock(f"{run_dir}/", _WAIT_SECONDS, "another --output_dir")
+        except ConfigError as error:
+            refused = str(error)
+    try:
+        refused = ds.gather_objects(refused)[0]
+        if refused:
+            raise ConfigError(refused)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def prepare_run_dir(
@@ -35,15 +73,14 @@ def prepare_run_dir(
     Args:
         execution: what this run found out about its machine, for `read_execution`.
 
-    Joins the process group: rank 0 writes once every rank has looked, or a slow rank would take
-    the files of rank 0 for another run.
+    Collective, by a `sole_writer`: rank 0 writes once every rank has looked, or a slow rank would
+    take the files of rank 0 for another run.
 
     Raises:
         ConfigError: it is not a run directory of ours, or holds a run under `--resume never`, or
             is not the same folder on all nodes.
     """
-    run_dir = check_run_dir(config)
-    ds.start()
+    run_dir = _check(config)
     ds.barrier()
     if ds.is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -82,7 +119,19 @@ def read_execution(run_dir: Path) -> dict[str, Any]:
 
 
 def check_run_dir(config: TrainingConfig) -> Path:
-    """Do the checks of `prepare_run_dir` without writing anything."""
+    """Do the checks of `prepare_run_dir` without writing anything.
+
+    Raises:
+        ConfigError: as there; or another process writes there, and this is no `--dry_run`.
+    """
+    run_dir = Path(config.output_dir)
+    if not config.dry_run:
+        # Before the process group starts, whose port a run that is stopping may still have.
+        wait_for_writer(f"{run_dir}/", _WAIT_SECONDS, "another --output_dir")
+    return _check(config)
+
+
+def _check(config: TrainingConfig) -> Path:
     run_dir = Path(config.output_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"--output_dir {run_dir}: is a file; give a folder")
@@ -95,7 +144,7 @@ def check_run_dir(config: TrainingConfig) -> Path:
             "shows"
         )
     names = os.listdir(run_dir) if run_dir.is_dir() else []
-    entries = {name for name in names if not _LEFTOVER.fullmatch(name)}
+    entries = {name for name in names if name != _LOCK and not _LEFTOVER.fullmatch(name)}
     if entries and "config.resolved.yaml" not in entries:
         raise ConfigError(
             f"--output_dir {run_dir}: not empty and not a run of ours; give another folder"

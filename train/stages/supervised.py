@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from preprocess.errors import NonFiniteError, StopRequested
+from preprocess.files import tell_stopping
 from preprocess.identity import build
 from preprocess.progress import Progress, say
 from train.config import FinetuneConfig, FitScorerConfig
@@ -410,6 +411,8 @@ def train_and_select(
             loss, norm, stopping = train_step(
                 engine, resolved, train, batch, pad_id, weights, stop
             )
+            if stopping:
+                tell_stopping()
             mass = float(train.mass[batch].sum())
             window.update(loss=loss * mass, mass=mass, tokens=int(train.lengths[batch].sum()),
                           seconds=time.monotonic() - begun)
