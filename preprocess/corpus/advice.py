@@ -12,22 +12,24 @@ from pathlib import Path
 SAMPLE_BYTES = 1 << 16  # around the first byte that cannot be read
 HEAD_BYTES = 1 << 12
 
-_TABLE = "python -c \"import pandas; pandas.{read}({name!r}).to_csv({made!r}, index=False)\""
-_FEATHER = ("python -c \"import pyarrow.feather as f, pyarrow.parquet as p; "
-            "p.write_table(f.read_table({name!r}), {made!r})\"")
+_TABLE = ("python -c \"import pandas, sys; pandas.read_excel(sys.argv[1]).to_csv(sys.argv[2], "
+          "index=False)\" {q} {stem}.csv")
+_FEATHER = ("python -c \"import pyarrow.feather as f, pyarrow.parquet as p, sys; "
+            "p.write_table(f.read_table(sys.argv[1]), sys.argv[2])\" {q} {stem}.parquet")
+_STREAM = ("python -c \"import datasets, sys; datasets.Dataset.from_file(sys.argv[1])."
+           "to_parquet(sys.argv[2])\" {q} {stem}.parquet")
 _PICKLE = "it can run code when it is read; where it was made, write {stem}.csv instead"
 # First bytes -> what they are, and the command; `{q}` is the quoted path, `{stem}` it without its
-# suffix.
+# suffix, `{unpacked}` the same without that of the packing.
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"\x1f\x8b", "gzip", "mv {q} {q}.gz"),
     (b"\x28\xb5\x2f\xfd", "zstandard", "mv {q} {q}.zst"),
-    (b"BZh", "bzip2", "bunzip2 -k -c {q} > {q}.txt, with the right ending"),
-    (b"\xfd7zXZ", "xz", "xz -d -k -c {q} > {q}.txt, with the right ending"),
+    (b"BZh", "bzip2", "bunzip2 -k -c {q} > {unpacked}"),
+    (b"\xfd7zXZ", "xz", "xz -d -k -c {q} > {unpacked}"),
     (b"PAR1", "parquet", "mv {q} {stem}.parquet"),
     (b"ARROW1", "Arrow (feather)", _FEATHER),
-    (b"\xff\xff\xff\xff", "an Arrow stream", "python -c \"import datasets; datasets.Dataset."
-     "from_file({name!r}).to_parquet({made_parquet!r})\""),
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", _TABLE.replace("{read}", "read_excel")),
+    (b"\xff\xff\xff\xff", "an Arrow stream", _STREAM),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", _TABLE),
     (b"%PDF", "PDF", "pdftotext {q} {stem}.txt"),
     (b"SQLite format 3", "an SQLite database",
      "sqlite3 -header -csv {q} 'SELECT * FROM TABLE' > {stem}.csv"),
@@ -54,11 +56,13 @@ def _fill(command: str, path: Path, **more: str) -> str:
     text = str(path)
     stem = re.sub(r"(\.(gz|zst))?$", "", text)
     stem = re.sub(r"\.[A-Za-z0-9]+$", "", stem)
-    makes_csv = "> {stem}.csv" in command or "to_csv" in command
-    again = stem + ("_converted" if makes_csv and text == stem + ".csv" else "")
-    return command.format(q=shlex.quote(text), stem=shlex.quote(again), name=text,
-                          made=again + ".csv" if "to_csv" in command else again + ".parquet",
-                          made_parquet=again + ".parquet", **more)
+    # A command that reads a .csv and makes one gives it another name.
+    taken = command.endswith(" {stem}.csv") and not command.startswith("mv ")
+    again = stem + ("_converted" if taken and text == stem + ".csv" else "")
+    bare = path.suffix in (".bz2", ".xz")
+    unpacked = path.with_suffix("" if bare else f".unpacked{path.suffix}")
+    return command.format(q=shlex.quote(text), stem=shlex.quote(again),
+                          unpacked=shlex.quote(str(unpacked)), **more)
 
 
 def advise_magic(path: Path, data: bytes | None = None) -> str:
@@ -77,8 +81,7 @@ def advise_magic(path: Path, data: bytes | None = None) -> str:
             return f"these bytes are {kind}: {_fill(command, path)}"
     if data.startswith(b"PK\x03\x04"):
         if b"xl/" in data or b"[Content_Types].xml" in data:
-            command = _TABLE.replace("{read}", "read_excel")
-            return f"these bytes are an Excel workbook: {_fill(command, path)}"
+            return f"these bytes are an Excel workbook: {_fill(_TABLE, path)}"
         return f"these bytes are a zip archive: {_fill('unzip {q}', path)}"
     return ""
 

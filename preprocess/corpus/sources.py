@@ -151,13 +151,13 @@ def read_lines(path: Path, span: Span, encoding: str = "utf-8") -> Iterator[tupl
 
 
 def _need(row: Row, columns: Iterable[str], place: str, advice: str = "") -> Row:
-    """Return the row if it has all the columns; `advice` is said before the options."""
+    """Return the row if it has all the columns; `advice` ends the sentence otherwise."""
     for column in columns:
         if column not in row:
             raise DataError(
-                f"{place}: no column {column!r}; columns are {', '.join(map(repr, row)) or 'none'}"
-                f"{advice and '; '}{advice} "
+                f"{place}: no column {column!r}; columns are {', '.join(map(repr, row)) or 'none'} "
                 f"(--text_column, --label_column, --pair_column and --where choose)"
+                f"{advice and '; '}{advice}"
             )
     return row
 
