@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,28 @@ def check_shard(index: int | None, count: int | None) -> None:
         raise ConfigError(
             f"--shard_index {index} --num_shards {count}: the index counts from 0 to {count - 1}"
         )
+
+
+_SHAPING = "\u200c\u200d"  # shape letters and emoji; every other invisible character misleads
+
+
+def visible(text: object, kept: str = "") -> str:
+    """Return text for a terminal or a page: control characters as `\\x1b`, on one line.
+
+    Labels and names come from files, and a terminal obeys what is in them. Line ends, halves of
+    surrogates and marks that change the writing direction are spelled out too.
+
+    Args:
+        kept: characters that stay as they are.
+    """
+    shown = str(text)
+    if shown.isascii() and shown.isprintable():
+        return shown
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in _SHAPING + kept
+        else c for c in shown
+    )
 
 
 class DataError(ValueError):
@@ -213,7 +236,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     if code and (first_here or not shared):
         name = os.path.basename(sys.argv[0]) + ("" if rank == "0" else f", rank {rank}")
         with suppress(OSError):  # of an output that nobody reads
-            print(f"{name}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+            print(f"{visible(name)}: {visible(' '.join(message.split()))}", file=sys.stderr,
+                  flush=True)
     elif code and not _is_alone():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE_SECONDS)

@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError, writing
+from preprocess.errors import ConfigError, DataError, visible, writing
 
 MAX_YAML_ENTRIES = 10_000
 HEARTBEAT_SECONDS = 30.0
@@ -192,6 +192,7 @@ def _refuse_constant(name: str) -> None:
 def read_json(
     path: str | Path, remedy: str = "make it again", *, expected: Any = dict,
     keys: Collection[str] = (), error: type[ValueError] = DataError, name: str = "",
+    strict: bool = True,
 ) -> Any:
     """Read a JSON file.
 
@@ -201,12 +202,13 @@ def read_json(
         keys: entries that an object must have.
         error: class of the error: `ConfigError` where the user named the file in an option.
         name: of the file in the message; by default its path.
+        strict: as in `parse_json`; False for files that other programs write.
     Raises:
         DataError or ConfigError: not UTF-8, not JSON, nested too deeply, or of another shape.
     """
     name = name or str(path)
     try:
-        value = parse_json(Path(path).read_bytes(), strict=True)
+        value = parse_json(Path(path).read_bytes(), strict)
     except ValueError as problem:
         raise error(f"{name}: not valid JSON ({problem}); {remedy}") from None
     if not isinstance(value, expected):
@@ -236,6 +238,9 @@ def parse_yaml(text: str | bytes) -> Any:
         return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as problem:
         raise ValueError(str(problem)) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError):
+        # What the library raises for a tag that its value does not fit, such as `!!bool x`.
+        raise ValueError("a value that its tag does not fit") from None
 
 
 def _check_nodes(root: Any) -> None:
@@ -332,7 +337,7 @@ class WriterLock(AbstractContextManager["WriterLock"]):
             raise
         self._is_held, self.interrupted = True, bool(owner)
         if owner:
-            print(f"{self.path}: taken over from {owner.split()[0]}, which is gone",
+            print(f"{self.path}: taken over from {visible(owner.split()[0])}, which is gone",
                   file=sys.stderr)
         return True
 

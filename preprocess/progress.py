@@ -14,6 +14,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
+from preprocess.errors import visible
 from preprocess.launchers import silence_unread
 
 LINE_SECONDS = 10.0  # longest pause between two plain lines
@@ -30,7 +31,8 @@ def _has_terminal() -> bool:
 
 
 def say(text: str) -> None:
-    """Print one line on rank 0, above the bar if there is one."""
+    """Print lines on rank 0, above the bar if there is one; control characters are escaped."""
+    text = visible(text, kept="\n")
     if is_first_rank() and _has_terminal():
         from tqdm import tqdm
 

@@ -26,7 +26,7 @@ import re
 import signal
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -60,7 +60,8 @@ from preprocess.store import (
     tidy_store,
     verify_store,
 )
-from preprocess.text.encode import Encoded, join_encoded, prepare_backend
+from preprocess.text.checks import check_tokenizer, describe_tokenizing
+from preprocess.text.encode import Encoded, join_encoded, prepare_backend, user_tokens
 from preprocess.text.word_cache import WordCache
 
 BATCH_DOCUMENTS = 4096
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         _describe_input(spec)  # report a wrong name before anything slow
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # our workers are processes
     tokenizer = load_fast_tokenizer(args.tokenizer)
+    check_tokenizer(tokenizer, f"--tokenizer {args.tokenizer}")
     if args.adopt:
         adopt(args, tokenizer)
     else:
@@ -211,7 +213,7 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
     if args.num_shards > 1:
         shards = [(i, args.num_shards) for i in range(args.num_shards)
                   if args.shard_index in (None, i)]
-    to_make = [s for s in shards if not _is_made(args, s, options, files)]
+    to_make = [s for s in shards if not _is_made(args, s, options, files, tokenizer)]
     if to_make:
         seconds = _make_all(args, tokenizer, options, to_make)
     missing = join_shards(args.output, args.num_shards) if args.num_shards > 1 else ""
@@ -229,6 +231,21 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
             f"{counts['tokens']:,} tokens; {seconds:.1f} s, {rate:,.0f} tokens/s",
             flush=True,
         )
+    made = [shard_prefix(args.output, *s) if s else args.output for s in shards]
+    print(_describe_tokenizing(args, tokenizer, made), flush=True)
+
+
+def _describe_tokenizing(args: argparse.Namespace, tokenizer: Any, prefixes: list[str]) -> str:
+    """Return the last line: what the tokenizer did to the shards of this call."""
+    counts: Counter[str] = Counter()
+    for prefix in prefixes:
+        info = read_json(f"{prefix}.json")["counts"]
+        if "unknown_tokens" not in info:  # made before they were counted
+            tokens = TokenStore.open(prefix).shards[0].tokens
+            info["unknown_tokens"] = int((tokens == tokenizer.unk_token_id).sum())
+        counts.update(info)
+    return describe_tokenizing(
+        tokenizer, args.tokenizer, counts["tokens"], counts["unknown_tokens"])
 
 
 def _describe_input(spec: str) -> dict[str, Any]:
@@ -244,6 +261,7 @@ def _is_made(
     shard: tuple[int, int] | None,
     options: dict[str, Any],
     files: dict[str, str],
+    tokenizer: Any,
 ) -> bool:
     prefix = shard_prefix(args.output, *shard) if shard else args.output
     if args.overwrite:
@@ -258,6 +276,8 @@ def _is_made(
         ]
         if (info.get("tokenizer") or {}).get("files") != files:
             differs.append(f"the tokenizer was {(info.get('tokenizer') or {}).get('name')!r}")
+        if user_tokens(tokenizer) and "unknown_tokens" not in info.get("counts", {}):
+            differs.append("its added tokens were cut to pieces, and are now kept whole")
         if differs:
             raise ConfigError(
                 f"{path}: made with other options ({'; '.join(differs)}); "
@@ -345,12 +365,14 @@ def _make_shard(
         report: called with the documents, tokens and bytes of each block.
     """
     args, tokenizer, options = (_worker[name] for name in ("args", "tokenizer", "options"))
-    counts = {"documents_dropped": 0, "documents_with_nul": 0}
+    counts = {"documents_dropped": 0, "documents_with_nul": 0, "unknown_tokens": 0}
     with StoreWriter(args.output, tokenizer, options, shard, args.overwrite) as writer:
         for (ids, lengths, sequences, dropped), with_nul, num_read in blocks:
             writer.add_flat(ids, lengths, sequences)
             counts["documents_dropped"] += dropped
             counts["documents_with_nul"] += with_nul
+            if tokenizer.unk_token_id is not None:
+                counts["unknown_tokens"] += int((ids == tokenizer.unk_token_id).sum())
             report(len(sequences), len(ids), num_read)
         writer.close(counts)
     sentence = (
@@ -478,8 +500,10 @@ def _adopt_one(
     options: dict[str, Any],
 ) -> None:
     vocab_size = check_vocabulary(tokenizer)
-    special = np.array(sorted(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}), np.int64)
-    counts = {"special_ids_stripped": 0, "sequences_cut": 0, "documents_dropped": 0}
+    kept_ids = {tokenizer.unk_token_id, *tokenizer.convert_tokens_to_ids(user_tokens(tokenizer))}
+    special = np.array(sorted(set(tokenizer.all_special_ids) - kept_ids), np.int64)
+    counts = {"special_ids_stripped": 0, "sequences_cut": 0, "documents_dropped": 0,
+              "unknown_tokens": 0}
     progress = _Count(args, [])
     # In place, the writer works beside the old files and replaces them at its end.
     with progress.bar, StoreWriter(args.output, tokenizer, options, shard, True) as writer:
@@ -494,6 +518,8 @@ def _adopt_one(
                     )
                 clean = ids[~np.isin(ids, special)]
                 counts["special_ids_stripped"] += len(ids) - len(clean)
+                if tokenizer.unk_token_id is not None:
+                    counts["unknown_tokens"] += int((clean == tokenizer.unk_token_id).sum())
                 counts["sequences_cut"] += len(clean) > MAX_ADOPTED_LENGTH
                 starts = range(0, len(clean), MAX_ADOPTED_LENGTH)
                 kept += [clean[i : i + MAX_ADOPTED_LENGTH] for i in starts]
@@ -505,6 +531,8 @@ def _adopt_one(
     said = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
     print(f"{writer.prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens, "
           f"{said}", flush=True)
+    print(describe_tokenizing(
+        tokenizer, args.tokenizer, writer.num_tokens, counts["unknown_tokens"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "csrc": set(),
     "train.config": {"preprocess.masking"},  # its help lists the strategies
     "train.engine": {"train.config"},
-    "train.model": {"csrc", "preprocess.corpus", "preprocess.store"},
+    "train.model": {"csrc", "preprocess.corpus", "preprocess.store", "preprocess.text"},
     "train.data": {"preprocess.store", "preprocess.masking", "preprocess.text"},
     "train.run_dir": {"train.config", "train.engine", "train.model"},
     "train.stages": {"preprocess.corpus", "preprocess.store", "preprocess.text", "train.config",

@@ -38,6 +38,7 @@ from preprocess.text.stop_words import is_stop_word
 from train import engine
 from train.config import AnnotateConfig, parse
 from train.model import (
+    check_agreement,
     check_row_length,
     first_slot_only,
     load_classifier,
@@ -199,12 +200,13 @@ def main(argv: list[str] | None = None) -> None:
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
     check_trained(hf_config, "ForSequenceClassification", config.model_name_or_path,
                   "give seed_N/hf of train/finetune.py")
-    check_row_length(hf_config, config.max_seq_length)
     classes = match_labels(task, hf_config, config.model_name_or_path)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
     examples = take_fixed(task.splits["train"], config.max_train_samples)
     groups = group_by_text(examples)
     has_aspects = any(e.aspect for group in groups.values() for e in group)
+    check_agreement(hf_config, tokenizer, config.model_name_or_path, pair=has_aspects)
+    check_row_length(hf_config, config.max_seq_length)
     documents = encode_texts(tokenizer, list(groups), None if has_aspects else config.language)
     template = special_template(tokenizer, pair=has_aspects)
     limit = config.max_seq_length - template.num_special
@@ -244,7 +246,8 @@ def main(argv: list[str] | None = None) -> None:
         is_made(config.output, identity, config.overwrite)  # another one may have ended meanwhile
         device = engine.start()
         names = tuple(hf_config.id2label[i] for i in range(hf_config.num_labels))
-        model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code)
+        model = load_classifier(config.model_name_or_path, names, 0, config.trust_remote_code,
+                                trained=True)
         first_slot_only(model)
         runner = Runner(model, template, tokenizer, device,
                         config.batch_tokens or BATCH_TOKENS[device.type], half=dtype == "fp16")

@@ -97,10 +97,9 @@ def read_inputs(config: BenchmarkConfig) -> Inputs:
     for name in config.mask_indices:
         maskings.read_index(store, name)
     hf_config = mlm.model_config(config, store)
+    mlm.check_agreement(store, hf_config, config)
     for length in config.lengths():
         model.check_row_length(hf_config, length)
-    if config.model_name_or_path:
-        mlm.check_vocabulary(store, hf_config, config)
     tables = {length: row_tables(store, length, eval_fraction=0.0)[0]
               for length in config.lengths()}
     steps = steps_of_a_row(config) * len(tables)

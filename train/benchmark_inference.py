@@ -105,12 +105,13 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     name = args.classifier
     config = model.load_config(name)
     check_trained(config, "ForSequenceClassification", name, "give seed_N/hf of train/finetune.py")
-    model.check_row_length(config, args.annotate_length)
     tokenizer = model.load_tokenizer(name)
     task = corpus.load_task(args.task, data_dir=args.data_dir)
     classes = importance.match_labels(task, config, name)
     groups = importance.group_by_text(corpus.take_fixed(task.splits["train"], args.max_samples))
     has_aspects = any(example.aspect for group in groups.values() for example in group)
+    model.check_agreement(config, tokenizer, name, pair=has_aspects)
+    model.check_row_length(config, args.annotate_length)
     template = special_template(tokenizer, pair=has_aspects)
     documents = importance.encode_texts(tokenizer, list(groups), None if has_aspects else "en")
     queries = importance.plan_queries(
@@ -184,9 +185,10 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
     name, length = args.scorer, args.score_length
     config = model.load_config(name)
     check_trained(config, "ForTokenClassification", name, "give the hf/ of train/fit_scorer.py")
-    model.check_row_length(config, length)
     store, tokenizer = TokenStore.open(prefix), model.load_tokenizer(name)
-    model.check_same_vocabulary(store, tokenizer, name, f"tokenize with --tokenizer {name}")
+    model.check_agreement(config, tokenizer, name, store=store,
+                          remedy=f"tokenize with --tokenizer {name}")
+    model.check_row_length(config, length)
     tokens, offsets = first_sentences(store, args.max_tokens)
     template = special_template(tokenizer, pair=False)
     scorer = model.load_scorer(name, 0)

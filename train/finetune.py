@@ -13,6 +13,7 @@ that has both its row and its folder is finished and is not trained again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,25 @@ import numpy as np
 import torch
 
 from preprocess.corpus import Example, Task, load_task, take_fixed
-from preprocess.errors import DataError, run_command
+from preprocess.errors import DataError, run_command, visible
 from preprocess.files import write_json_lines
 from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
+from preprocess.text.encode import prepare_backend
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, gather_objects, is_main, start
-from train.model import check_row_length, load_classifier, load_config, load_tokenizer
-from train.reports.results import read_json_lines
+from train.model import (
+    check_agreement,
+    check_row_length,
+    describe_head,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+)
+from train.reports.results import number, read_json_lines, read_predictions
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir, sole_writer
-from train.run_dir.hf_folder import Weights, open_weights
+from train.run_dir.hf_folder import Weights, is_whole, open_weights
 from train.run_dir.identity import (
     hyperparameters,
     numerics,
@@ -66,7 +75,7 @@ def encode(
     """Turn a split into `[CLS] text [SEP]` or `[CLS] aspect [SEP] text [SEP]`.
 
     The input is cut to `max_seq_length`, always from its longer part, so that an aspect never
-    exceeds the limit. A special token written in a text is text.
+    exceeds the limit. A special token written in a text is text (`prepare_backend`).
 
     Args:
         segments: whether the model distinguishes the two parts by token types.
@@ -74,14 +83,13 @@ def encode(
     texts = [example.text for example in examples]
     aspects = [example.aspect or "" for example in examples]
     parts = (aspects, texts) if any(aspects) else (texts,)
-    encoded = tokenizer(
-        *parts, truncation="longest_first", max_length=max_seq_length,
-        return_token_type_ids=segments, return_attention_mask=False, split_special_tokens=True,
-    )
+    backend = prepare_backend(tokenizer)
+    backend.enable_truncation(max_seq_length, strategy="longest_first")
+    encoded = backend.encode_batch(texts if len(parts) == 1 else list(zip(*parts, strict=True)))
     labels = [example.label for example in examples]
     return make_examples(
-        encoded["input_ids"], encoded["token_type_ids"] if segments else None, labels,
-        [1.0] * (max(labels) + 1),
+        [one.ids for one in encoded], [one.type_ids for one in encoded] if segments else None,
+        labels, [1.0] * (max(labels) + 1),
     )
 
 
@@ -90,7 +98,7 @@ class FinetuneInputs:
     """Everything read and checked before a process group starts.
 
     splits, encoded: by the names in `SPLITS`. parent: the weights that every seed starts from.
-    identities: the record of each seed. numerics: that of all.
+    identities: the record of each seed. numerics: that of all. head: a sentence about the head.
     """
 
     config: FinetuneConfig
@@ -102,6 +110,7 @@ class FinetuneInputs:
     parent: Weights
     identities: dict[int, dict[str, Any]]
     numerics: dict[str, Any]
+    head: str
 
     @property
     def pretraining(self) -> list[dict[str, Any]]:
@@ -118,8 +127,12 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
         for name in SPLITS
     }
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
-    check_row_length(hf_config, config.max_seq_length)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    check_agreement(
+        hf_config, tokenizer, config.model_name_or_path,
+        pair=any(example.aspect for examples in splits.values() for example in examples),
+    )
+    check_row_length(hf_config, config.max_seq_length)
     segments = getattr(hf_config, "type_vocab_size", 0) > 1
     encoded = {
         name: encode(tokenizer, examples, config.max_seq_length, segments)
@@ -143,21 +156,40 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
         )
         for seed in config.seed_list()
     }
+    head = describe_head(hf_config, "ForSequenceClassification", task.labels)
     return FinetuneInputs(config, task, splits, encoded, tokenizer, resolved, parent, identities,
-                          numerics(config, resolved))
+                          numerics(config, resolved), head)
 
 
-def is_whole(seed_dir: Path, row: dict[str, Any] | None) -> bool:
-    """Return whether a seed is finished: its row, its model and its predictions."""
-    needed = ("hf/config.json", "hf/model.safetensors", "predictions.jsonl")
-    return row is not None and all((seed_dir / name).is_file() for name in needed)
+def find_finished(run_dir: Path, seeds: list[int], rows: dict[int, dict[str, Any]]) -> set[int]:
+    """Return the seeds that have their row and the model that it tells of.
+
+    Raises:
+        DataError: the model of a row is damaged, and there is no checkpoint to export it from.
+    """
+    finished = set()
+    for seed in seeds:
+        seed_dir = run_dir / f"seed_{seed}"
+        if seed in rows and not seed_dir.exists():
+            say(f"seed {seed}: has a row and no {seed_dir}; trained again")
+        elif seed in rows and is_whole(seed_dir, f"delete {seed_dir} to train this seed again"):
+            finished.add(seed)
+    return finished
+
+
+def has_predictions(seed_dir: Path, row: dict[str, Any]) -> bool:
+    """Return whether the predictions of a seed are there, and give the accuracy of its row."""
+    found = read_predictions(seed_dir / "predictions.jsonl", [])
+    return (found is not None and len(found[1]) == row.get("num_test") != 0
+            and math.isclose(np.mean(found[1]), row["test_accuracy"], abs_tol=1e-9))
 
 
 def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, float]:
     """Read a seed's model back from disk, predict the test split and write the predictions."""
     config, task, test = inputs.config, inputs.task, inputs.encoded["test"]
     seed_dir = Path(config.output_dir) / f"seed_{seed}"
-    model = load_classifier(str(seed_dir / "hf"), task.labels, seed).to(device).eval()
+    model = load_classifier(str(seed_dir / "hf"), task.labels, seed, trained=True)
+    model = model.to(device).eval()
     logits = np.stack(predict(
         model, test, inputs.tokenizer.pad_token_id, config.per_device_eval_batch_size, device,
         label="test", part=False,
@@ -220,6 +252,7 @@ def run_seed(
         "best_epoch": found.best_epoch,
         "num_epochs": config.num_train_epochs,
         **{f"num_{name}": len(examples) for name, examples in inputs.splits.items()},
+        "left_out": task.left_out,
         "labels": list(task.labels),
         "model_name_or_path": config.model_name_or_path,
         "steps": found.steps,
@@ -246,6 +279,9 @@ def check_resume(
         expected = {**first, "choice": {**first["choice"], "seed": seed}}
         compare(row.get("identity", {}), expected, f"--output_dir {run_dir}, seed {seed}",
                 "give another --output_dir")
+        if number(row.get("test_accuracy")) is None:
+            raise DataError(f"{run_dir}/results.jsonl: no test_accuracy of seed {seed}; delete its "
+                            "line and run this command again")
     for seed, identity in inputs.identities.items():
         if seed not in rows:
             check_identity(run_dir / f"seed_{seed}", identity)
@@ -264,10 +300,11 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = check_run_dir(config)
     inputs = read_inputs(config)
     task, sizes = inputs.task, (f"{len(part)} {name}" for name, part in inputs.splits.items())
-    say(f"task {task.name}: labels {', '.join(task.labels)}; {', '.join(sizes)}")
+    say(f"task {task.name}: labels {', '.join(map(visible, task.labels))}; {', '.join(sizes)}")
     train, num_seeds = inputs.encoded["train"], len(config.seed_list())
     for line in describe_plan(config, inputs.resolved, train, num_seeds):
         say(line)
+    say(inputs.head)
     if config.dry_run:
         return
     check_resume(inputs, run_dir, read_rows(run_dir))
@@ -289,11 +326,24 @@ def read_rows(run_dir: Path) -> dict[int, dict[str, Any]]:
 
 def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
     """Run the seeds that are not finished, and add their rows; collective."""
-    config, device = inputs.config, start()
+    config, task, device = inputs.config, inputs.task, start()
     run_dir = Path(config.output_dir)
+    results = run_dir / "results.jsonl"
+    finished = gather_objects(find_finished(run_dir, config.seed_list(), rows))[0]
+    again = [seed for seed in config.seed_list() if seed in rows and seed not in finished]
+    for seed in again:
+        del rows[seed]
+    if again and is_main():  # so that a kill leaves seeds to train, not damaged ones
+        write_json_lines(results, rows.values())
     for seed in config.seed_list():
         seed_dir = run_dir / f"seed_{seed}"
-        if gather_objects(is_whole(seed_dir, rows.get(seed)))[0]:
+        if seed in finished:
+            if not gather_objects(has_predictions(seed_dir, rows[seed]))[0]:
+                say(f"seed {seed}: its predictions are not those of its row; tested again")
+                rows[seed].update(test_seed(inputs, seed, device))
+                if is_main():
+                    write_json_lines(results, rows.values())
+                barrier()
             say(f"seed {seed}: finished already, test accuracy {rows[seed]['test_accuracy']:.4f}")
             if is_main():
                 remove_resume_state(seed_dir)  # a kill may have come in between
@@ -301,14 +351,16 @@ def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]
         if is_main():
-            write_json_lines(run_dir / "results.jsonl", rows.values())
+            write_json_lines(results, rows.values())
             remove_resume_state(seed_dir)
         # After the row: a seed that is tested again must not have two points.
         log.scalars(row["steps"], {TEST_ACCURACY: row["test_accuracy"],
                                    TEST_MACRO_F1: row["test_macro_f1"]})
         log.close(finished=True)
         barrier()
-        say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}, macro F1 "
+        left = sum(task.left_out.get("test", {}).values())
+        left_out = f" ({left} of {left + len(task.splits['test'])} rows left out)" if left else ""
+        say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}{left_out}, macro F1 "
             f"{row['test_macro_f1']:.4f}, best epoch {row['best_epoch']} of {row['num_epochs']} "
             f"(validation {row['validation_accuracy']:.4f}), {row['seconds']:.0f} s")
 

@@ -29,15 +29,17 @@ from preprocess.store import TokenStore, open_array
 from train.config import FitScorerConfig, parse
 from train.engine import barrier, finish, gather_objects, is_main, start
 from train.model import (
+    SCORER_LABELS,
+    check_agreement,
     check_row_length,
-    check_same_vocabulary,
+    describe_head,
     load_config,
     load_scorer,
     load_tokenizer,
 )
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir, sole_writer
-from train.run_dir.hf_folder import open_weights
+from train.run_dir.hf_folder import is_whole, open_weights
 from train.run_dir.identity import (
     hyperparameters,
     numerics,
@@ -199,13 +201,14 @@ def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
 
     Raises:
         ConfigError: what is there, finished or stopped, has another identity; says what differs.
+        DataError: its model is damaged, and there is no checkpoint to export it from again.
     """
-    if not (run_dir / "results.json").is_file() or not (run_dir / "hf/config.json").is_file():
+    if not (run_dir / "results.json").is_file():
         check_identity(run_dir, identity)
         return False
     compare(read_json(run_dir / "results.json").get("identity", {}), identity,
             f"--output_dir {run_dir}, a finished scorer", "give another --output_dir")
-    return True
+    return is_whole(run_dir, f"delete {run_dir} to fit it again")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -213,12 +216,12 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(FitScorerConfig, argv)
     store = TokenStore.open(config.annotations)
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
-    check_row_length(hf_config, config.max_seq_length)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_same_vocabulary(
-        store, tokenizer, config.model_name_or_path,
-        "annotate with a classifier that was trained from this model",
+    check_agreement(
+        hf_config, tokenizer, config.model_name_or_path, store=store,
+        remedy="annotate with a classifier that was trained from this model",
     )
+    check_row_length(hf_config, config.max_seq_length)
     template = special_template(tokenizer, pair=False)
     sentences = read_annotations(store, config.max_seq_length - template.num_special)
     is_dev = choose_dev(sentences.text_keys, config.dev_fraction)
@@ -236,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     say_sizes(train, dev)
     for line in describe_plan(config, resolved, encoded["train"]):
         say(line)
+    say(describe_head(hf_config, "ForTokenClassification", SCORER_LABELS))
     run_dir = check_run_dir(config)
     if config.dry_run:
         return

@@ -25,7 +25,7 @@ from train.config import PipelineConfig, parse
 from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
 from train.recipes.plan import Step, plan
 from train.recipes.recipe import load_recipe
-from train.recipes.run import Journal, follow, run_steps, shown
+from train.recipes.run import Journal, follow, run_steps, shown, tell_others_of_a_stop
 
 WAIT_SECONDS = 5.0  # for a pipeline of the same folder that may be about to say that it is stopping
 
@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_nodes(options, hosts, steps)
     root.mkdir(parents=True, exist_ok=True)
+    if options.no_ssh:
+        tell_others_of_a_stop()
     if options.node_rank:
         follow(steps, Journal(root), options, OtherNode(root, options.node_rank, steps))
         return

@@ -93,10 +93,9 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
     store = TokenStore.open(config.tokens)
     tokenizer = model.load_tokenizer(store.tokenizer_dir)
     hf_config, parent = mlm.model_config(config, store), None
-    if config.model_name_or_path:
-        mlm.check_vocabulary(store, hf_config, config)
-        if not config.from_scratch:
-            parent = hf_folder.open_weights(config.model_name_or_path)
+    mlm.check_agreement(store, hf_config, config)
+    if config.model_name_or_path and not config.from_scratch:
+        parent = hf_folder.open_weights(config.model_name_or_path)
     model.check_row_length(hf_config, config.max_seq_length)
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)
@@ -227,8 +226,11 @@ def memory_line(module: model.PackedMaskedLM, inputs: PretrainInputs) -> str:
 @torch.no_grad()
 def evaluate(
     engine: Any, held: data.PackedData, max_rows: int, device: torch.device
-) -> tuple[float, float]:
-    """Return mean loss (nats per masked token) and accuracy on the held-out rows; collective."""
+) -> tuple[float, float] | None:
+    """Return mean loss (nats per masked token) and accuracy on the held-out rows; collective.
+
+    None where nothing is masked: a mean over no token is no number.
+    """
     engine.eval()
     sums, count = torch.zeros(2, dtype=torch.float64, device=device), 0
     rows = min(max_rows, held.table.num_rows)
@@ -242,7 +244,7 @@ def evaluate(
             progress.update()
     engine.train()
     loss_sum, hits, total = ds.all_reduce_sum(*sums, count)
-    return loss_sum / max(total, 1), hits / max(total, 1)
+    return (loss_sum / total, hits / total) if total else None
 
 
 def freeze_encoder(engine: Any) -> None:
@@ -314,12 +316,12 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
     resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
     peak = flops.peak_flops(device, resolved.precision)
     engine, module = start_engine(inputs)
-    totals = Totals()
+    totals, window = Totals(), {}
     if resume_from:
         state = checkpoint.load_checkpoint(
             engine, resume_from, inputs.records["identity"], config.allow_world_size_change
         )
-        totals = Totals(**state["totals"])
+        totals, window = Totals(**state["totals"]), state.get("window", {})
         records.report_changes(state["numerics"], inputs.records["numerics"])
         say(f"resumed from {resume_from}")
 
@@ -327,6 +329,7 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
         inputs.batches.pack_for(device, inputs.execution.sizes)
     startup.lap("engine")
     log = _Log(inputs, run_dir, engine, module, device, peak, totals.step)
+    log.sums.update(window)
     results = log.evaluate(0) if totals.step == 0 else {}
     engine.train()
     progress = Progress(
@@ -354,15 +357,16 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
             totals.masked_tokens += batch.step_masked_tokens
             now = time.monotonic()
             totals.seconds += now - clock
+            masked = batch.step_masked_tokens
             log.sums.update(
-                loss=loss, accuracy=accuracy, waited=waited, steps=1, seconds=now - clock,
-                tokens=batch.step_tokens, masked=batch.step_masked_tokens,
+                loss=loss * masked, right=accuracy * masked, waited=waited, seconds=now - clock,
+                tokens=batch.step_tokens, masked=masked,
             )
             if stopping:
                 tell_stopping()
             if logs:
                 log.window(totals, rate, norm)
-            progress.update(1, f"loss {loss:.3f}")
+            progress.update(1, f"loss {loss:.3f}" if masked else "nothing masked")
             if ending or (config.eval_steps and totals.step % config.eval_steps == 0):
                 results = log.evaluate(totals.step)
             if totals.step in config.export_steps:
@@ -371,7 +375,7 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
             if ending or stopping or due:
                 checkpoint.save_checkpoint(
                     engine, run_dir, totals.step,
-                    {"totals": vars(totals).copy(), **inputs.records},
+                    {"totals": vars(totals).copy(), "window": dict(log.sums), **inputs.records},
                     config.save_total_limit,
                 )
             if stopping and not ending:
@@ -383,7 +387,7 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
     export(engine, module, inputs, totals, run_dir / "hf")
     log.writer.close(finished=True)
     ds.barrier()
-    if results and ds.is_main():
+    if metrics.EVAL_LOSS in results and ds.is_main():
         loss = results[metrics.EVAL_LOSS]
         baseline = unigram_loss(inputs, min(config.eval_max_rows, inputs.held_rows))
         say(
@@ -426,10 +430,8 @@ class _Log:
         sums, rows = self.sums, self._inputs.batches.table.num_rows
         seconds, tokens, masked = max(sums["seconds"], 1e-9), sums["tokens"], sums["masked"]
         scalars = {
-            metrics.TRAIN_LOSS: sums["loss"] / sums["steps"],
             metrics.LEARNING_RATE: rate,
             metrics.EPOCH: totals.step * self._inputs.resolved.train_batch_size / rows,
-            metrics.MASKED_ACCURACY: sums["accuracy"] / sums["steps"],
             metrics.MASKED_FRACTION: masked / max(tokens, 1),
             metrics.TOKENS_PER_SECOND: tokens / seconds,
             metrics.MASKED_TOKENS_PER_SECOND: masked / seconds,
@@ -437,6 +439,9 @@ class _Log:
             metrics.DATA_WAIT_FRACTION: sums["waited"] / seconds,
             **metrics.engine_scalars(self._engine),
         }
+        if masked:  # a mean over no token is no number
+            scalars[metrics.TRAIN_LOSS] = sums["loss"] / masked
+            scalars[metrics.MASKED_ACCURACY] = sums["right"] / masked
         if norm is not None:
             scalars[metrics.GRAD_NORM] = norm
         self.writer.scalars(totals.step, scalars)
@@ -452,9 +457,10 @@ class _Log:
         """
         inputs, scalars = self._inputs, {}
         for name, held in inputs.held.items() if inputs.held_rows else ():
-            loss, accuracy = evaluate(
-                self._engine, held, inputs.config.eval_max_rows, self._device
-            )
+            found = evaluate(self._engine, held, inputs.config.eval_max_rows, self._device)
+            if found is None:
+                continue
+            loss, accuracy = found
             if not math.isfinite(loss):
                 remedy = (
                     "lower --learning_rate, lengthen --warmup_ratio, or use bf16" if step
@@ -478,20 +484,28 @@ def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
 
     Raises:
         ConfigError: what is there, finished or stopped, has another identity.
-        DataError: its weights were changed, and there is no checkpoint to export them from again.
+        DataError: what it wrote is damaged, and there is no checkpoint to export it from again.
     """
-    stages = hf_folder.read_stages(run_dir / "hf")
-    if not stages:
+    hf = run_dir / "hf"
+    if not hf.exists():
         checkpoint.check_identity(run_dir, identity)
         return False
-    identities.compare(stages[-1]["identity"], identity, f"--output_dir {run_dir}, a finished run",
-                       "give another --output_dir")
     try:
-        hf_folder.open_weights(str(run_dir / "hf"))
-    except DataError:
-        if not any(run_dir.glob(f"checkpoints/step_*/{checkpoint.MANIFEST}")):
-            raise
+        stages = hf_folder.read_stages(hf)
+    except DataError:  # `is_whole` says what is wrong
+        stages = []
+    if stages:
+        identities.compare(stages[-1]["identity"], identity,
+                           f"--output_dir {run_dir}, a finished run", "give another --output_dir")
+    else:
+        checkpoint.check_identity(run_dir, identity)
+    if not hf_folder.is_whole(run_dir, "give another --output_dir to train it again"):
         return False
+    for step in identity["options"]["export_steps"]:
+        problem = hf_folder.folder_problem(run_dir / f"hf_step_{step}")
+        if problem:
+            raise DataError(f"{problem}, and the last checkpoint cannot export it; give another "
+                            "--output_dir to train it again")
     return True
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preprocess.errors import ConfigError, DataError, DiskFullError, run_command
+from preprocess.errors import ConfigError, DataError, DiskFullError, run_command, visible
 from preprocess.files import WriterLock, atomic_write_bytes, read_json
 from preprocess.flags import USUAL, Parser
 from preprocess.masking import STRATEGIES
@@ -90,7 +90,7 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
 def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]:
     try:
         listed = read_json(folder / "arms.json", expected=list)
-        entries = [(str(entry["name"]), [folder / str(run) for run in entry["runs"]],
+        entries = [(visible(entry["name"]), [_inside(folder, run) for run in entry["runs"]],
                     bool(entry["floor"]), entry.get("masking")) for entry in listed]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(
@@ -113,6 +113,12 @@ def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]
         else:
             groups.setdefault(length, Group(prefix + length, [], floors)).arms.append(arm)
     return list(groups.values()) or ([Group(prefix, [], floors)] if floors else [])
+
+
+def _inside(folder: Path, run: Any) -> Path:
+    if not isinstance(run, str) or Path(run).is_absolute() or ".." in Path(run).parts:
+        raise ValueError
+    return folder / run
 
 
 def _step_seconds(folder: Path) -> dict[str, float]:
@@ -310,6 +316,7 @@ def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Pictur
     from train.reports import figures
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names are no formulas
     drawn = [
         ("accuracy", "Test accuracy: one dot per seed, the mean with its standard deviation.",
          figures.accuracy_figure(arms_of(groups), floors_of(groups))),
@@ -376,15 +383,16 @@ def main(argv: list[str] | None = None) -> None:
         )
     tables, table_notes = make_tables(groups, curves)
     pictures, figure_notes = draw(groups, curves)
-    notes = [*notes, *curve_notes, *table_notes, *figure_notes]
+    every = [*notes, *curve_notes, *table_notes, *figure_notes]
+    notes = list({note.rstrip("."): note for note in every}.values())  # a folder may be read twice
     names = ", ".join(dict.fromkeys(folder.resolve().name for folder in folders))
     output = Path(options.output_dir)
     written = write_report(output, f"selmask: {names}", tables, pictures, notes)
     for table in sorted(tables, key=lambda table: table.file in RESULTS):
         print(f"{table.as_text()}\n")
     for note in notes:
-        print(f"Note: {note}")
-    print(f"Written to {output}: {', '.join(written)}")
+        print(f"Note: {visible(note)}")
+    print(f"Written to {visible(output)}: {', '.join(written)}")
 
 
 if __name__ == "__main__":

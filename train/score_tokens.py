@@ -33,8 +33,8 @@ from preprocess.store import (
 from train import engine
 from train.config import ScoreConfig, parse
 from train.model import (
+    check_agreement,
     check_row_length,
-    check_same_vocabulary,
     load_config,
     load_scorer,
     load_tokenizer,
@@ -58,12 +58,12 @@ def main(argv: list[str] | None = None) -> None:
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
     check_trained(hf_config, "ForTokenClassification", config.model_name_or_path,
                   "give the hf/ folder of train/fit_scorer.py")
-    check_row_length(hf_config, config.max_seq_length)
     tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_same_vocabulary(
-        store, tokenizer, config.model_name_or_path,
-        f"tokenize the text again with --tokenizer {config.model_name_or_path}",
+    check_agreement(
+        hf_config, tokenizer, config.model_name_or_path, store=store,
+        remedy=f"tokenize the text again with --tokenizer {config.model_name_or_path}",
     )
+    check_row_length(hf_config, config.max_seq_length)
     dtype = choose_dtype(config.dtype)
     identity = build(
         "score_tokens",
@@ -95,7 +95,7 @@ def score(
     num_tokens = sum(shard.num_tokens for shard in todo)
     device = engine.start()
     template = special_template(tokenizer, pair=False)
-    model = load_scorer(config.model_name_or_path, 0, config.trust_remote_code)
+    model = load_scorer(config.model_name_or_path, 0, config.trust_remote_code, trained=True)
     dtype = identity["options"]["dtype"]
     runner = Runner(model, template, tokenizer, device,
                     config.batch_tokens or BATCH_TOKENS[device.type], half=dtype == "fp16")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from preprocess.corpus.packages import resolve_path
-from preprocess.corpus.sources import Span, as_text, read_lines, read_rows
+from preprocess.corpus.sources import Row, Span, place_of, read_lines, read_numbered
 from preprocess.errors import ConfigError, DataError
+from preprocess.progress import say
+
+MANY_LABELS = 50  # more classes than this are probably numbers, or texts
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its label names, and the examples of `train`, `validation` and `test`."""
+    """A task: its label names, and the examples of `train`, `validation` and `test`.
+
+    `left_out` counts the rows that are no example, by the file that they are in, then by what they
+    lack: `{"test": {"text": 2, "label": 1}}`.
+    """
 
     name: str
     labels: tuple[str, ...]
     splits: dict[str, list[Example]]
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,56 @@ def _example(text: str, label: int, aspect: str | None = None) -> Example:
     return Example(text, label, aspect, hashlib.sha256(content).hexdigest()[:16])
 
 
+LeftOut = dict[str, dict[str, int]]
+
+
+def _read_labelled(
+    spec: str, split: str, left_out: LeftOut, text_column: str, label_column: str,
+    pair_column: str | None = None, where: dict[str, str] | None = None,
+) -> Iterator[tuple[str, str, str, str | None]]:
+    """Yield place, text, label and aspect of the labelled rows of a file; count the others."""
+    texts = [text_column] + ([pair_column] if pair_column else [])
+    columns = [*texts, label_column]
+    for number, row in read_numbered(spec, columns, split, where, texts=texts):
+        place = place_of(spec, number)
+        if all(isinstance(row[c], str) and row[c].strip() == c for c in columns):
+            raise DataError(
+                f"{place}: every column holds its own name, as a first line in the middle of "
+                f"joined files does; remove this row"
+            )
+        text, aspect = ((row[c] or "").strip() if c else None for c in (text_column, pair_column))
+        label = read_label(row, label_column, place)
+        lacks = "text" if not text else "label" if label is None else ""
+        if lacks:
+            counts = left_out.setdefault(split, {"text": 0, "label": 0})
+            counts[lacks] += 1
+        else:
+            assert text and label is not None
+            yield place, text, label, aspect
+
+
+def read_label(row: Row, column: str, place: str) -> str | None:
+    """Return the name of the label of a row; None where there is none.
+
+    A label is a string, a whole number (4 and 4.0 are the same one) or a boolean.
+
+    Raises:
+        DataError: anything else, with the place and the value.
+    """
+    value = row[column]
+    if value is None or isinstance(value, str):
+        return (value or "").strip() or None
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (int, float, Decimal)) and math.isfinite(value) and value == int(value):
+        return str(int(value))
+    raise DataError(
+        f"{place}: column {column!r} holds {str(value)[:60]!r} "
+        f"({type(value).__name__}), and a label is a string, a whole number, true or false; "
+        f"--label_column chooses another column"
+    )
+
+
 def _cut_validation(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """Split off a fixed tenth for validation by a hash of the text; no text is on both sides."""
     train = [e for e in examples if _content_fraction(e.text) >= 0.1]
@@ -84,6 +145,7 @@ _POLARITY = ("negative", "positive")
 def _task_mr(files: TaskFiles) -> Task:
     """Read MR, which has no official split: by content, 80 % train, 10 % validation, 10 % test."""
     path = resolve_path(_data_dir(files))
+    left_out: LeftOut = {}
     examples = []
     if path.is_dir() and (path / "rt-polarity.pos").is_file():
         for label, suffix in enumerate(("neg", "pos")):
@@ -101,41 +163,53 @@ def _task_mr(files: TaskFiles) -> Task:
             )
         where = files.where or {"source": "rotten_tomatoes"}
         values = {"0": 0, "1": 1, "neg": 0, "pos": 1, "negative": 0, "positive": 1}
-        for row in read_rows(str(found[0]), ["text", "label"], where=where):
-            number = values.get(as_text(row["label"]).strip().lower())
+        for place, text, name, _ in _read_labelled(
+            str(found[0]), "all", left_out, "text", "label", where=where
+        ):
+            number = values.get(name.lower())
             if number is None:
-                raise DataError(f"{found[0]}: label {row['label']!r}; allowed are {list(values)}")
-            if row["text"].strip():
-                examples.append(_example(row["text"].strip(), number))
+                raise DataError(f"{place}: label {name!r}; allowed are {list(values)}")
+            examples.append(_example(text, number))
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for example in examples:
         fraction = _content_fraction(example.text)
         part = "train" if fraction < 0.8 else "validation" if fraction < 0.9 else "test"
         splits[part].append(example)
-    return Task("mr", _POLARITY, splits)
+    return Task("mr", _POLARITY, splits, left_out)
 
 
 def _task_sst2(files: TaskFiles) -> Task:
     """Read GLUE's SST-2; without its test labels, which are not public, dev is the test set."""
     data_dir = _data_dir(files)
     splits: dict[str, list[Example]] = {}
+    left_out: LeftOut = {}
     for split, stem in (("train", "train"), ("validation", "dev"), ("test", "test")):
         splits[split] = []
         on_hub = data_dir.startswith("hub:")
         spec = data_dir if on_hub else str(resolve_path(data_dir) / f"{stem}.tsv")
         if split == "test" and not on_hub and not Path(spec).is_file():
             continue
-        for row in read_rows(spec, ["sentence"], split):
-            label = as_text(row.get("label", "-1"))
+        for place, text, label, _ in _read_sst2(spec, split, left_out):
             if split == "test" and label == "-1":
                 break
             if label not in ("0", "1"):
-                raise DataError(f"{spec}, split {split}: label {label!r}; allowed are 0 and 1")
-            splits[split].append(_example(row["sentence"].strip(), int(label)))
+                raise DataError(f"{place}: label {label!r}; allowed are 0 and 1")
+            splits[split].append(_example(text, int(label)))
     if not splits["test"]:
         splits["test"] = splits["validation"]
         splits["train"], splits["validation"] = _cut_validation(splits["train"])
-    return Task("sst2", _POLARITY, splits)
+    return Task("sst2", _POLARITY, splits, left_out)
+
+
+def _read_sst2(
+    spec: str, split: str, left_out: LeftOut
+) -> Iterator[tuple[str, str, str, str | None]]:
+    """Yield the labelled rows; nothing of a test file without labels."""
+    try:
+        yield from _read_labelled(spec, split, left_out, "sentence", "label")
+    except DataError as error:
+        if split != "test" or "no column 'label'" not in str(error):
+            raise
 
 
 _SEMEVAL_LABELS = ("positive", "negative", "neutral")
@@ -198,43 +272,48 @@ def _task_custom(files: TaskFiles) -> Task:
                 f"--text_column {files.text_column} --label_column {files.label_column})"
             )
     names = {split: getattr(files, f"{split}_file") for split in ("train", "validation", "test")}
-    raw = {split: list(_read_custom(files, name, split)) for split, name in names.items() if name}
-    values = sorted({label for _, label, _ in raw["train"]}, key=_label_order)
+    columns = files.text_column, files.label_column, files.pair_column, files.where
+    left_out: LeftOut = {}
+    raw = {split: list(_read_labelled(name, split, left_out, *columns))
+           for split, name in names.items() if name}
+    values = sorted({label for _, _, label, _ in raw["train"]}, key=_label_order)
     if len(values) < 2:
         raise DataError(
             f"{files.train_file}: --label_column {files.label_column} holds {values}; "
             f"at least two labels are needed"
         )
+    _check_numbers(values, files)
     splits: dict[str, list[Example]] = {}
-    for split, name in names.items():
+    for split in names:
         splits[split] = []
-        for text, label, aspect in raw.get(split, ()):
+        for place, text, label, aspect in raw.get(split, ()):
             if label not in values:
-                raise DataError(f"{name}: label {label!r} is not in {files.train_file}: {values}")
+                raise DataError(
+                    f"{place}: label {label!r} is not in {files.train_file}: "
+                    f"{', '.join(values)[:200]}"
+                )
             splits[split].append(_example(text, values.index(label), aspect))
     if not files.validation_file:
         splits["train"], splits["validation"] = _cut_validation(splits["train"])
-    return Task("custom", tuple(values), splits)
+    return Task("custom", tuple(values), splits, left_out)
+
+
+def _check_numbers(values: list[str], files: TaskFiles) -> None:
+    """Refuse labels that are the same number, as 1 and 1.0."""
+    seen: dict[float, str] = {}
+    for value in values:
+        if re.fullmatch(r"[-+]?\d+(\.\d*)?", value):
+            other = seen.setdefault(float(value), value)
+            if other != value:
+                raise DataError(
+                    f"{files.train_file}: --label_column {files.label_column} holds {other!r} and "
+                    f"{value!r}, the same number; write it in one way"
+                )
 
 
 def _label_order(value: str) -> tuple[int, float, str]:
     """Return a sort key that orders numbers as numbers: 10 comes after 9."""
     return (0, float(value), value) if re.fullmatch(r"-?\d+", value) else (1, 0.0, value)
-
-
-def _read_custom(
-    files: TaskFiles, name: str, split: str
-) -> Iterator[tuple[str, str, str | None]]:
-    columns = [files.text_column, files.label_column]
-    columns += [files.pair_column] if files.pair_column else []
-    for row in read_rows(name, columns, split, files.where):
-        text = as_text(row[files.text_column]).strip()
-        label = as_text(row[files.label_column]).strip()
-        aspect = as_text(row[files.pair_column]).strip() if files.pair_column else None
-        if not label:
-            raise DataError(f"{name}: an empty {files.label_column!r} beside {text[:40]!r}")
-        if text:
-            yield text, label, aspect
 
 
 TASKS: dict[str, Callable[[TaskFiles], Task]] = {
@@ -264,7 +343,43 @@ def load_task(name: str, **files: Any) -> Task:
     for split, examples in task.splits.items():
         if not examples:
             raise DataError(f"{place}: --task {name} has no {split} example; give more text")
+    for line in describe_doubts(task):
+        say(line)
     return task
+
+
+def describe_doubts(task: Task) -> list[str]:
+    """Return a line for whatever in a task is probably not meant, and for rows left out."""
+    lines = []
+    for split, counts in task.left_out.items():
+        number = sum(counts.values())
+        lines.append(
+            f"task {task.name}: {number:,} row{'s' * (number > 1)} of {split} left out "
+            f"({counts['text']:,} without a text, {counts['label']:,} without a label)"
+        )
+    if len(task.labels) > MANY_LABELS:
+        lines.append(
+            f"warning: task {task.name}: {len(task.labels):,} classes; numbers or texts as labels? "
+            f"--label_column chooses the column"
+        )
+    found = Counter(example.label for example in task.splits["train"])
+    rare = [name for i, name in enumerate(task.labels) if found[i] < 2]
+    if rare:
+        shown = ", ".join(rare[:5]) + (", ..." if len(rare) > 5 else "")
+        lines.append(
+            f"warning: task {task.name}: {len(rare):,} of {len(task.labels):,} classes have fewer "
+            f"than 2 training examples: {shown}"
+        )
+    test = task.splits["test"]
+    seen = {e.item for split in ("train", "validation") for e in task.splits[split]
+            if task.splits[split] is not test}
+    both = sum(example.item in seen for example in test)
+    if both:
+        lines.append(
+            f"warning: task {task.name}: {both:,} of {len(test):,} test examples are training or "
+            f"validation examples too, so a test score says little about new texts"
+        )
+    return lines
 
 
 def take_fixed(examples: list[Example], limit: int | None) -> list[Example]:

@@ -80,6 +80,72 @@ def open_tokenizer(folder: str | Path) -> Any:
         raise DataError(f"{path}: not a tokenizer ({error}); make the store again") from None
 
 
+def check_words(tokenizer: Any) -> str:
+    """Return how words are told apart with a tokenizer, in words.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers, or the `tokenizers.Tokenizer` inside one.
+    Raises:
+        ConfigError: they cannot be: another kind of tokenizer, one that does not split at spaces,
+            or one without a token that continues a word.
+    """
+    tokenizer, backend, kind = _open(tokenizer)
+    if kind == "bytes":
+        return "by kind of character; a Chinese character is a word"
+    prefix = backend["model"]["continuing_subword_prefix"]
+    names = tokenizer.get_vocab(with_added_tokens=False)
+    by_character = (backend["normalizer"] or {}).get("handle_chinese_chars") and any(
+        len(name) == 1 and is_chinese(name) for name in names
+    )
+    if any(name.startswith(prefix) for name in names):
+        return f"by {prefix}" + ("; a Chinese character is a word" if by_character else "")
+    if by_character:
+        return f"{CHARACTERS_ONLY}, so words are single tokens"
+    raise ConfigError(
+        f"no token of this tokenizer continues a word (none begins with {prefix}), so words cannot "
+        "be told from tokens; use a masking strategy without words"
+    )
+
+
+CHARACTERS_ONLY = "each Chinese character is a word"
+
+
+def _open(tokenizer: Any) -> tuple[Any, dict[str, Any], str]:
+    """Return a tokenizer's inner one, its JSON and its kind; refuse one that has no words."""
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    backend = json.loads(tokenizer.to_str())
+    kind = _kind_of(backend)
+    if not kind:
+        raise ConfigError(
+            f"word boundaries are known for WordPiece and byte-level BPE tokenizers, and this one "
+            f"is {backend['model']['type']}; use a masking strategy without words"
+        )
+    splitter = tokenizer.pre_tokenizer
+    if splitter is None or len(splitter.pre_tokenize_str("a a")) < 2:
+        raise ConfigError(
+            "this tokenizer does not split a text at its spaces, so words cannot be told apart; "
+            "use a masking strategy without words"
+        )
+    return tokenizer, backend, kind
+
+
+def _kind_of(backend: dict[str, Any]) -> str:
+    """Return "pieces" for WordPiece, "bytes" for byte-level BPE, "" for other tokenizers."""
+    if backend["model"]["type"] == "WordPiece":
+        return "pieces"
+    by_bytes = "ByteLevel" in json.dumps(backend["pre_tokenizer"])
+    return "bytes" if backend["model"]["type"] == "BPE" and by_bytes else ""
+
+
+def is_chinese(character: str) -> bool:
+    """Return whether BERT takes a character for a word: CJK ideographs, no kana, no Hangul."""
+    return any(first <= ord(character) <= last for first, last in _IDEOGRAPHS)
+
+
+_IDEOGRAPHS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
+               (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+
+
 def continuation_table(tokenizer: Any) -> WordTable:
     """Derive from a tokenizer which of its ids continue a word.
 
@@ -87,15 +153,15 @@ def continuation_table(tokenizer: Any) -> WordTable:
     a token continues a word when the tokenizer's own pre-tokenizer keeps the end of the previous
     token and the beginning of this one together, by kind of character: letters with letters, digits
     with digits, others with others, never across a leading space. Inexact for runs of white space
-    and for characters whose first byte ends a token, which two ids alone cannot decide.
+    and for characters whose first byte ends a token, which two ids alone cannot decide. A Chinese
+    character is a word, as with BERT's own splitting.
 
     Args:
         tokenizer: a fast tokenizer of transformers, or the `tokenizers.Tokenizer` inside one.
     Raises:
-        ConfigError: for any other kind of tokenizer.
+        ConfigError: another kind of tokenizer, or one that does not split at spaces.
     """
-    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    backend = json.loads(tokenizer.to_str())
+    tokenizer, backend, kind = _open(tokenizer)
     model = backend["model"]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = np.array([token["id"] for token in backend["added_tokens"]], dtype=np.int64)
@@ -104,23 +170,18 @@ def continuation_table(tokenizer: Any) -> WordTable:
     last = np.full(size, _OTHER, dtype=np.uint8)
     joins = np.zeros((_INHERITS + 1, _INHERITS + 1), dtype=bool)
     joins[:, _CONTINUES] = True
-    if model["type"] == "WordPiece":
+    if kind == "pieces":
         prefix = model["continuing_subword_prefix"]
         first[[i for name, i in vocabulary.items() if name.startswith(prefix)]] = _CONTINUES
-    elif model["type"] == "BPE" and "ByteLevel" in json.dumps(backend["pre_tokenizer"]):
+    else:
         split = tokenizer.pre_tokenizer.pre_tokenize_str
-        to_byte = _byte_level_alphabet()
+        to_byte = byte_level_alphabet()
         for name, i in vocabulary.items():
             if name and all(character in to_byte for character in name):
                 first[i], last[i] = _token_kinds(bytes(to_byte[c] for c in name), split)
         for end, end_sample in enumerate(_SAMPLES):
             for begin in (_LETTER, _NUMBER, _OTHER, _ENDING):
                 joins[end, begin] = len(split(end_sample + _SAMPLES[begin])) == 1
-    else:
-        raise ConfigError(
-            f"word boundaries are known for WordPiece and byte-level BPE tokenizers, and this one "
-            f"is {model['type']}; use a masking strategy without words"
-        )
     # Added tokens are cut out of the text before words are looked for.
     first[added], last[added] = _STARTS, _STARTS
     return WordTable(first, last, joins)
@@ -156,11 +217,13 @@ def _token_kinds(raw: bytes, split: Callable[[str], list]) -> tuple[int, int]:
 def _character_kind(character: str) -> int:
     if character.isspace():
         return _WHITE
+    if is_chinese(character):
+        return _STARTS
     category = unicodedata.category(character)[0]
     return {"L": _LETTER, "N": _NUMBER}.get(category, _OTHER)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Return the byte behind each character of a byte-level vocabulary.
 
     Printable Latin-1 bytes stand for themselves, the other 68 for the characters from 256 on.

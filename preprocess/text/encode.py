@@ -11,6 +11,7 @@ sentences takes time that grows with its square. A sentence ends with its block.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,7 +42,6 @@ Encoder = Callable[[list[str], str | None], Encoded]
 def encode_in_blocks(texts: list[str], language: str | None, encode: Encoder) -> Encoded:
     """Encode texts with a function for short texts; long texts go through it block by block."""
     made: list[Encoded] = []
-    texts = [valid_unicode(text) for text in texts]
     for long, run in itertools.groupby(texts, lambda text: len(text) > BLOCK_CHARACTERS):
         if not long:
             made.append(encode(list(run), language))
@@ -152,20 +152,49 @@ def sentence_of(offsets: list[tuple[int, int]], ends: np.ndarray) -> np.ndarray:
 
 
 def prepare_backend(tokenizer: Any) -> Any:
-    """Return a copy of the Rust tokenizer without padding or truncation; `[SEP]` is plain text."""
+    """Return a copy of the Rust tokenizer without padding or truncation, for text.
+
+    `[SEP]` and whatever else the model reserves is plain text; tokens that the user registered
+    (`user_tokens`) are kept whole.
+    """
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    made = tokenizer.backend_tokenizer.to_str()
+    if mine := set(user_tokens(tokenizer)):
+        parts = json.loads(made)
+        for token in parts["added_tokens"]:
+            token["special"] &= token["content"] not in mine
+        made = json.dumps(parts)
+    backend = Tokenizer.from_str(made)
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True
     return backend
 
 
-def valid_unicode(text: str) -> str:
-    """Replace half surrogate pairs, which JSON escapes can express and no tokenizer accepts."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def user_tokens(tokenizer: Any) -> list[str]:
+    """Return the tokens that a user added to a tokenizer, and that a text may hold.
+
+    Those are all added tokens that are not special; of the special ones, those listed as
+    `additional_special_tokens` (`extra_special_tokens` since transformers 5), and those added
+    behind the vocabulary and the tokens with a role (`add_tokens(..., special_tokens=True)`). A
+    model reserves the tokens with a role, and what lies among them.
+    """
+    backend = tokenizer.backend_tokenizer
+    roles = {str(name) for role in _ROLES if (name := getattr(tokenizer, f"{role}_token", None))}
+    listed = {
+        str(name) for attribute in ("extra_special_tokens", "additional_special_tokens")
+        for name in getattr(tokenizer, attribute, None) or ()
+    }
+    own = backend.get_vocab(with_added_tokens=False)
+    last = max((i for role in roles if (i := backend.token_to_id(role)) is not None), default=-1)
+    found = []
+    for i, token in sorted(backend.get_added_tokens_decoder().items()):
+        name = token.content
+        behind = name not in own and i > last
+        if name not in roles and (not token.special or name in listed or behind):
+            found.append(name)
+    return found
+
+
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")

@@ -1,7 +1,8 @@
 """Hold rows under columns, and write them as text, CSV or HTML: the one table of the house.
 
 An HTML page is one file that needs no network and runs no script: its content security policy lets
-it load nothing but inlined pictures. All text is escaped here.
+it load nothing but inlined pictures. All text is escaped here, for each of the three: cells hold
+labels, names and tokens of files that strangers wrote.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from preprocess.errors import visible
+
 _BAR = 12  # characters of the longest bar
 _NUMBER = re.compile(r"|-|[+-]?\d.*")
+# What a spreadsheet would run as a formula, unless it is a number, a share, or "-" for nothing.
+_FORMULA = re.compile(r"\s*[=+\-@].*", re.DOTALL)
+_HARMLESS = re.compile(r"-|[+-]?(\d[\d,]*\.?\d*|\.\d+)([eE][+-]?\d+)?( ?%)?|[+-](inf|nan)")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .3em 0;
@@ -89,17 +95,18 @@ class Table:
         lines = self._lines(bars=True)
         if max(map(text_width, lines)) > width:
             lines = self._lines(bars=False)
-        lines = [self.title, *(f"  {line}" for line in lines)] if self.title else lines
-        note = textwrap.wrap(self.note, max(width - 2, 20), break_on_hyphens=False)
+        title = visible(self.title)
+        lines = [title, *(f"  {line}" for line in lines)] if title else lines
+        note = textwrap.wrap(visible(self.note), max(width - 2, 20), break_on_hyphens=False)
         return "\n".join([*lines, *(f"  {line}" for line in note)])
 
     def _lines(self, bars: bool) -> list[str]:
         def write(cell: Any) -> str:
             if not bars or not isinstance(cell, Share):
-                return str(cell)
+                return visible(cell)
             return f"{cell!s:>7} {'#' * round(cell.length * _BAR):<{_BAR}}"
 
-        cells = [list(self.columns), *([write(cell) for cell in row] for row in self.rows)]
+        cells = [[write(cell) for cell in row] for row in [self.columns, *self.rows]]
         widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
         columns = list(zip(widths, self.numeric, strict=True))
 
@@ -111,9 +118,13 @@ class Table:
                 .rstrip() for row in cells]
 
     def as_csv(self) -> str:
-        """Write a line of column names and one line per row."""
+        """Write a line of column names and one line per row.
+
+        What a spreadsheet would take for a formula gets an apostrophe before it, which it hides.
+        """
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([self.columns, *self.rows])
+        csv.writer(out, lineterminator="\n").writerows(
+            [_csv_cell(cell) for cell in row] for row in [self.columns, *self.rows])
         return out.getvalue()
 
     def as_html(self, level: int = 2) -> str:
@@ -127,15 +138,24 @@ class Table:
 
         head = line("th", (column.replace("_", " ") for column in self.columns))
         body = "\n".join(line("td", row) for row in self.rows)
-        note = f'<p class="note">{html.escape(self.note)}</p>\n' if self.note else ""
-        return (f"<h{level}>{html.escape(self.title)}</h{level}>\n{note}"
+        note = f'<p class="note">{_escaped(self.note)}</p>\n' if self.note else ""
+        return (f"<h{level}>{_escaped(self.title)}</h{level}>\n{note}"
                 f'<div class="scroll"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n'
                 "</table></div>")
 
 
+def _csv_cell(cell: Any) -> str:
+    text = visible("" if cell is None else cell)
+    return f"'{text}" if _FORMULA.fullmatch(text) and not _HARMLESS.fullmatch(text) else text
+
+
+def _escaped(text: Any) -> str:
+    return html.escape(visible(text))
+
+
 def _html_cell(cell: Any) -> str:
     if not isinstance(cell, Share):
-        return f"<bdi>{html.escape(str(cell))}</bdi>"
+        return f"<bdi>{_escaped(cell)}</bdi>"
     bar = f'<i style="width:{100 * cell.length:.1f}%"></i>' if cell.length else ""
     return f'{cell}<span class="bar">{bar}</span>'
 
@@ -153,7 +173,7 @@ def text_width(text: str) -> int:
 
 def html_page(title: str, style: str, parts: Iterable[str]) -> str:
     """Write a page with the title as its heading; `style` comes after that of tables."""
-    head, body = html.escape(title), "\n".join(parts)
+    head, body = _escaped(title), "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'

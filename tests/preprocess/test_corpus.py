@@ -173,22 +173,20 @@ def test_a_part_is_cut_into_smaller_ones(tmp_path, monkeypatch, count):
 # --------------------------------------------------------------------------- inside packages
 
 
-@pytest.fixture(params=["whl", "tar.gz"])
-def package(request, tmp_path, monkeypatch):
-    """An archive with a file and a folder, in place of what pip would download."""
-    archive = tmp_path / f"thing-1.0.{request.param}"
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A wheel with a file and a folder, in place of what pip would download."""
+    archive = tmp_path / "thing-1.0.whl"
     files = {"thing/a.csv": b"text\nhello\n", "thing/model/x/y.json": b"{}", "thing/b": b"b"}
-    if request.param == "whl":
-        with zipfile.ZipFile(archive, "w") as opened:
-            for name, data in files.items():
-                opened.writestr(name, data)
-            opened.writestr("bad/../../escape", b"")
-    else:
-        with tarfile.open(archive, "w:gz") as opened:
-            for name, data in [*files.items(), ("bad/../../escape", b"")]:
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                opened.addfile(member, io.BytesIO(data))
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name, data in files.items():
+            opened.writestr(name, data)
+        opened.writestr("bad/../../escape", b"")
+        opened.writestr("big/zeros", bytes(5 << 20))
+        for i in range(30):
+            opened.writestr(f"many/{i}", b"")
+        opened.writestr("both", b"")
+        opened.writestr("both/inside", b"")
     downloads = []
 
     def download(name, version, sha256, scratch):
@@ -213,6 +211,48 @@ def test_file_and_folder_inside_a_package(package, tmp_path):
     with pytest.raises(DataError, match="not safe"):
         resolve_path(spec("bad"))
     assert not list(tmp_path.rglob("escape"))
+    with pytest.raises(DataError, match="not a readable wheel"):
+        resolve_path(spec("both"))
+
+
+def test_a_wheel_is_unpacked_within_bounds(package, tmp_path, monkeypatch):
+    spec, _ = package
+    monkeypatch.setattr(packages, "MAX_BYTES", 4 << 20)
+    monkeypatch.setattr(packages, "MAX_FILES", 20)
+    for inside, complaint in (("big", "more than 4,194,304 bytes"), ("many", "30 files, more")):
+        with pytest.raises(DataError, match=complaint):
+            resolve_path(spec(inside))
+    assert not list((tmp_path / "cache").rglob("*[z0]*/zeros"))  # nothing is left of it
+    assert resolve_path(spec("many/3")).read_bytes() == b""
+
+
+@pytest.mark.slow
+def test_pip_runs_no_code_of_a_package(tmp_path, monkeypatch):
+    """A source distribution is refused unopened, and a folder named pip is not taken for pip."""
+    canary, links = tmp_path / "canary", tmp_path / "links"
+    files = {
+        "x-1.0/pyproject.toml": '[build-system]\nrequires = []\nbuild-backend = "b"\n'
+                                'backend-path = ["."]\n[project]\nname = "x"\nversion = "1.0"\n',
+        "x-1.0/b.py": f"import os\nos.mkdir({str(canary)!r})\n", "x-1.0/t.txt": "text\n",
+        "x-1.0/setup.py": f"import os\nos.mkdir({str(canary)!r})\n",
+        "x-1.0/PKG-INFO": "Metadata-Version: 2.1\nName: x\nVersion: 1.0\n",
+    }
+    links.mkdir()
+    with tarfile.open(links / "x-1.0.tar.gz", "w:gz") as opened:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            opened.addfile(member, io.BytesIO(text.encode()))
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__main__.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(links)),
+                        ("SELMASK_CACHE", str(tmp_path / "cache"))):
+        monkeypatch.setenv(name, value)
+    digest = hashlib.sha256((links / "x-1.0.tar.gz").read_bytes()).hexdigest()
+    with pytest.raises(DataError, match="that the hash is that of a wheel"):
+        resolve_path(f"pypi:x==1.0/x-1.0/t.txt#sha256={digest}")
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +354,7 @@ def test_custom(tmp_path):
     pairs = load_task("custom", **files, pair_column="class")
     assert pairs.splits["test"][0].aspect == "10"
     test.write_text("body,class\nunseen,zebra\n")
-    with pytest.raises(DataError, match="test.csv: label 'zebra'"):
+    with pytest.raises(DataError, match="test.csv, line 2: label 'zebra'"):
         load_task("custom", **files)
     with pytest.raises(ConfigError, match="--test_file"):
         load_task("custom", train_file=str(train), **columns)

@@ -10,6 +10,9 @@ import gzip
 import json
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -229,6 +232,85 @@ def test_invalid_utf8_in_parquet(tmp_path):
     )
     pyarrow.parquet.write_table(pyarrow.table({"text": text}), path)
     assert re.search(r"a\.parquet: not UTF-8 in rows 129 to 256", refusal(path))
+
+
+# --------------------------------------------------------------------------- sizes in parquet
+
+
+def write_parquet(path, texts, **options) -> str:
+    text = texts if isinstance(texts, pyarrow.Array) else pyarrow.array(texts)
+    pyarrow.parquet.write_table(pyarrow.table({"text": text, "n": range(len(text))}), path,
+                                **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_pages_of_a_column_are_known_from_their_headers(tmp_path, version, compression):
+    texts = [f"text {i} " * (i % 50) for i in range(5000)] + [None]
+    path = write_parquet(tmp_path / "a.parquet", texts, compression=compression,
+                         data_page_version=version, data_page_size=10_000, use_dictionary=["n"])
+    assert documents(path) == [text or "" for text in texts]
+    opened = pyarrow.parquet.ParquetFile(path)
+    chunk = opened.metadata.row_group(0).column(0)
+    pages = list(corpus.sources.read_pages(tmp_path / "a.parquet", chunk))
+    assert len(pages) > 3 and all(page.is_data and not page.is_indices for page in pages)
+    headers = chunk.total_uncompressed_size - sum(page.size for page in pages)
+    assert 0 < headers < 1000 * len(pages)
+    numbers = list(corpus.sources.read_pages(
+        tmp_path / "a.parquet", opened.metadata.row_group(0).column(1)))
+    assert [page.is_data for page in numbers][:2] == [False, True] and numbers[1].is_indices
+
+
+def test_few_bytes_that_unpack_to_many(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", ["b" * (4 << 20)], compression="zstd")
+    assert re.search(r"a\.parquet, row group 1: column 'text' unpacks from .* more than 500 times",
+                     refusal(path))
+    assert "holds int64" in refusal(path, text_column="n")
+
+
+def test_a_value_above_the_limit_in_every_format(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus.sources, "MAX_LINE_BYTES", 1000)
+    texts = ["fine"] * 300 + ["\u00e9" * 501] + ["fine"]  # 1,002 bytes, 501 characters
+    again = pyarrow.array(texts).dictionary_encode()
+    for name, made in (("a", texts), ("b", again)):
+        path = write_parquet(tmp_path / f"{name}.parquet", made, use_dictionary=name == "b")
+        said = refusal(path)
+        assert "column 'text' holds a value of 1,002 bytes; at most 1,000" in said
+        assert re.search(rf"{name}\.parquet, rows \d+ to \d+", said)
+    path = write_parquet(tmp_path / "c.parquet", ["x" * 1100], compression="none")
+    assert "row group 1" in refusal(path)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": texts[300]}, ensure_ascii=False) + "\n")
+    assert "longer than 1,000 bytes" in refusal(tmp_path / "d.jsonl")
+    (tmp_path / "e.csv").write_text('text\n"' + "x\n" * 550 + '"\n')
+    assert "field limit (1000)" in refusal(tmp_path / "e.csv")
+
+
+def test_a_page_that_does_not_fit_into_memory(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", [f"{i}" * 40 for i in range(3000)],
+                         compression="none", use_dictionary=False)
+    monkeypatch.setattr(corpus.sources, "BATCH_BYTES", 1 << 15)
+    assert "has a page of" in refusal(path) and "write_batch_size" in refusal(path)
+    monkeypatch.setattr(corpus.sources, "BATCH_BYTES", 1 << 20)
+    assert len(documents(path)) == 3000  # a row or two at a time
+
+
+def test_a_dictionary_is_held_once(tmp_path):
+    """3 GB of text from 1 MB: every value is the same string."""
+    values = pyarrow.array([os.urandom(1 << 19).hex(), "b"])
+    indices = pyarrow.array([0] * 3000 + [1], pyarrow.int32())
+    path = write_parquet(tmp_path / "a.parquet",
+                         pyarrow.DictionaryArray.from_arrays(indices, values), compression="none")
+    code = (
+        "import resource, sys; from preprocess.corpus import read_documents as read\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"
+        "import pyarrow.parquet, pyarrow.compute; before = peak()\n"
+        "print(sum(map(len, read([sys.argv[1]]))), peak() - before)"
+    )
+    made = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True,
+                          check=True, cwd=Path(corpus.__file__).parents[2])
+    characters, mib = map(int, made.stdout.split())
+    assert characters == 3000 * (1 << 20) + 1 and mib < 64
 
 
 # --------------------------------------------------------------------------- what is no file

@@ -68,7 +68,7 @@ def test_limits_leave_seven_minutes(tmp_path):
     parts = gpu_check.plan(options(tmp_path, wheels=str(tmp_path)))
     assert gpu_check.TOTAL_SECONDS + 2 * gpu_check.GRACE_SECONDS < 420
     assert [part.name for part in parts] == [
-        "install", "data", "loop 128", "loop 512", "head", "scoring", "fine-tuning", "GPU tests"]
+        "install", "data", "GPU tests", "loop 128", "head", "loop 512", "scoring", "fine-tuning"]
     assert all(part.seconds <= 150 for part in parts)
     flags = " ".join(word for part in parts for word in part.command)
     assert "random whole_word selective random_matched" in flags

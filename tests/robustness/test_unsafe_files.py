@@ -6,6 +6,7 @@ anything proves nothing.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import io
@@ -18,18 +19,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
-from preprocess import corpus, tokenize_corpus
+from preprocess import corpus, progress, tokenize_corpus
 from preprocess.corpus import Span, load_task, read_documents, sources
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import atomic_write_json, seal
 from preprocess.store import TokenStore, open_array, write_array
+from preprocess.view.tables import Table
+from tests.support.runs import made_up_stage
 from tests.support.states import Trap
 from tests.support.stores import write
-from train import model
+from train import model, report
 from train.data import row_tables
-from train.recipes import recipe
+from train.engine import schema
+from train.recipes import plan, recipe
 from train.reports import results
+from train.run_dir.hf_folder import model_card, open_weights
 
 SNOOP = """
 import os
@@ -192,8 +198,15 @@ def test_recipes_make_no_objects(tmp_path, canary, tag):
         with pytest.raises(ConfigError, match=r"evil\.yaml: not valid YAML"):
             recipe.load_recipe(tmp_path / name, [])
     (tmp_path / "good.yaml").write_text(TASK)
-    found = recipe.load_recipe(tmp_path / "good.yaml", [f"finetune.seeds={tag}"])
-    assert found["finetune"]["seeds"] == tag  # a text like any other
+    found = recipe.load_recipe(tmp_path / "good.yaml", [f"tokenizer={tag}"])
+    assert found["tokenizer"] == tag  # a text like any other
+
+
+@pytest.mark.parametrize("value", ["!!bool x", "!!timestamp x", '!!int ""', "!!float x"])
+def test_tags_fit_their_values(tmp_path, value):
+    (tmp_path / "r.yaml").write_text(f"{TASK}variables: {{x: {value}}}\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml: not valid YAML"):
+        recipe.load_recipe(tmp_path / "r.yaml", [])
 
 
 def test_recipes_do_not_grow_without_end(tmp_path):
@@ -221,6 +234,99 @@ def test_a_recipe_file_cannot_ask_for_a_checkpoints_code(tmp_path, value):
     (tmp_path / "r.yaml").write_text(f"{TASK}finetune: {{trust_remote_code: false}}\n")
     found = recipe.load_recipe(tmp_path / "r.yaml", ["finetune.trust_remote_code=true"])
     assert found["finetune"]["trust_remote_code"] is True
+
+
+# A section, and a value that its option does not take or that would become another flag.
+VALUES = {
+    'finetune: {logging_steps: ["10", "--trust_remote_code"]}': "must be a whole number",
+    'finetune: {gradient_checkpointing: "--trust_remote_code"}': "must be true or false",
+    'finetune: {learning_rate: "1 --trust_remote_code"}': "must be a number",
+    'finetune: {learning_rate: .inf}': "must be a number",
+    'finetune: {train_batch_size: 0}': "must be 1 or more",
+    'finetune: {precision: --trust_remote_code}': "must be auto or config",
+    'finetune: {seeds: "1/../../x"}': "must be whole numbers",
+    'finetune: {seeds: [1, --trust_remote_code]}': "must be whole numbers",
+    'finetune: {push_to_hub: true}': "unknown flag 'push_to_hub'",
+    'finetune: {report_to: wandb}': "unknown flag 'report_to'",
+    'finetune: {output_dir: /x}': "unknown flag 'output_dir'",
+    'task_guided: {eval_mask_index: [a, --trust_remote_code]}': "does not begin with -",
+    'task_guided: {per_device_train_batch_size: --trust_remote_code}': "does not begin|or auto",
+    'general: {model_config: --trust_remote_code}': "does not begin with -",
+    'annotate: {language: --trust_remote_code}': "does not begin with -",
+    'domain_text: {input: [d.txt, --output, x]}': "does not begin with -",
+    'domain_text: {where: {--output: x}}': "does not begin with -",
+    'domain_text: {where: {a: "\\e[31m"}}': "without control characters",
+    'domain_text: {text_column: "a\\0b"}': "without control characters",
+    'domain_text: {text_column: [a, b]}': "must be a text",
+    'domain_text: {num_workers: 1.5}': "must be a whole number",
+    'masks: {seed: [1, 2]}': "must be a whole number",
+    'floors: {untrained: "no"}': "must be true or false",
+    'tokenizer: --trust_remote_code': "does not begin with -",
+    'deepspeed_config: [a, --trust_remote_code]': "must be a text",
+    'variables: [1]': "variables must hold names and values",
+    'finetune: [1]': "must hold flags",
+}
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_a_value_of_a_recipe_is_only_a_value(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(f"{TASK}{text}\n")
+    with pytest.raises(ConfigError, match=VALUES[text]) as error:
+        recipe.load_recipe(tmp_path / "r.yaml", ["finetune.num_train_epochs=1"])
+    assert str(error.value).isprintable()
+
+
+def test_values_reach_the_commands_as_their_types(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        TASK.replace("[none]", "[random]") + "domain_text: {input: d.txt, text_column: 0}\n"
+        "finetune: {learning_rate: 1e-5, seeds: [1, 2], max_train_samples: null}\n"
+        "task_guided: {torch_compile: no, last_layer_subset: false, max_steps: 2.0e+3,"
+        " per_device_train_batch_size: auto}\n")
+    steps, _ = plan.plan(recipe.load_recipe(tmp_path / "r.yaml", []), "R")
+    words = {step.name: " ".join(step.command) for step in steps}
+    assert "--input d.txt --text_column 0 " in words["tokenize-domain"]
+    tuned = words["finetune-random-seed42"]
+    assert "--learning_rate 1e-05 " in tuned and "--seeds 1,2 " in tuned + " "
+    guided = words["task_guided-random-seed42"]
+    for part in ("--torch_compile no ", "--no_last_layer_subset ", "--max_steps 2000 ",
+                 "--per_device_train_batch_size auto "):
+        assert part in guided
+    with pytest.raises(ConfigError, match="taken for another flag"):
+        plan.flag_words({"output_dir": "-x"})
+
+
+def test_a_recipe_extends_only_files_beside_it(tmp_path):
+    home = tmp_path / "home"
+    (home / "sub").mkdir(parents=True)
+    (tmp_path / "secret.yaml").write_text(TASK)
+    (home / "base.yaml").write_text(TASK)
+    (home / "sub" / "base.yaml").write_text("extends: ../base.yaml\n")
+    (home / "link.yaml").symlink_to(tmp_path / "secret.yaml")
+    for name in ("../secret.yaml", str(tmp_path / "secret.yaml"), "/dev/stdin", "link.yaml",
+                 "sub/../../secret.yaml"):
+        (home / "r.yaml").write_text(f"extends: {name}\n")
+        with pytest.raises(ConfigError, match="outside its folder"):
+            recipe.load_recipe(home / "r.yaml", [])
+    for name in ("base.yaml", "./sub/base.yaml", recipe.REPOSITORY / "train/recipes/mr_yelp.yaml"):
+        (home / "r.yaml").write_text(f"extends: {name}\n")
+        assert recipe.load_recipe(home / "r.yaml", [])["task"]["task"] == "mr"
+
+
+@pytest.mark.parametrize(("block", "message"), [
+    ({"torch_autocast": {"lower_precision_safe_modules": ["evil.Code"]}}, "classes of torch.nn"),
+    ({"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.no"]}}, "classes of torch.nn"),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "nvme_path": "/x"}}},
+     "offloading to a disk"),
+    ({"csv_monitor": {"enabled": True, "output_path": "/x"}}, "not supported here"),
+    ({"flops_profiler": {"enabled": True, "output_file": "/x"}}, "not supported here"),
+    ({"tensorboard": {"enabled": True, "output_path": "/x"}}, "its own tb"),
+    ({"wandb": {"enabled": True}}, "not supported here"),
+])
+def test_a_deepspeed_json_names_no_code_and_no_path(block, message):
+    with pytest.raises(ConfigError, match=message):
+        schema.check(block)
+    schema.check({"torch_autocast": {"enabled": True, "dtype": "bf16",
+                                     "lower_precision_safe_modules": ["torch.nn.Linear"]}})
 
 
 # --------------------------------------------------------------------------- checkpoints' code
@@ -296,6 +402,87 @@ def test_pickled_weights_run_nothing(tmp_path, canary, tiny_encoder):
                  lambda: model.load_classifier(str(folder), ("a", "b"), 0)):
         with pytest.raises(Exception):  # noqa: B017
             load()
+
+
+def test_an_index_of_weights_stays_inside_its_folder(tmp_path, tiny_encoder):
+    folder, other = tmp_path / "in" / "model", tmp_path / "other"
+    shutil.copytree(tiny_encoder, folder)
+    shutil.copytree(tiny_encoder, other)
+    os.rename(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    with safe_open(other / "model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+
+    def index(part: object) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(
+            {"metadata": {}, "weight_map": dict.fromkeys(names, part)}))
+
+    index("model-00001-of-00001.safetensors")
+    assert len(open_weights(str(folder)).hf_digest) == 64
+    model.load_masked_lm(str(folder), 0)
+    for name in (*EVIL_NAMES, "../../other/model.safetensors", str(other / "model.safetensors"),
+                 "model-00002-of-00002.safetensors"):
+        index(name)
+        for load in (open_weights, lambda name: model.load_masked_lm(name, 0)):
+            with pytest.raises(DataError, match="no weight file of its folder"):
+                load(str(folder))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized weights"),
+    ({"attn_implementation": "somebody/kernel"}, "may name code on the hub"),
+    ({"use_cache": 1.5}, "cannot be loaded"),
+    ({"hidden_act": "nothing"}, "cannot be loaded"),
+    ([], "must hold one JSON object"),
+])
+def test_a_configuration_leads_nowhere_else(tmp_path, change, message, tiny_encoder):
+    shutil.copytree(tiny_encoder, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    changed = {**config, **change} if isinstance(change, dict) else change
+    (tmp_path / "m" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises((ConfigError, DataError), match=message):
+        model.load_masked_lm(str(tmp_path / "m"), 0)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}')
+    with pytest.raises(ConfigError, match="an adapter of another checkpoint"):
+        model.load_config(str(tmp_path / "m"))
+
+
+# --------------------------------------------------------------------------- names on a screen
+
+
+EVIL_NAME = "=a\x1b]0;pwned\x07\u202e\n|<b>$\\frac{"
+
+
+def test_names_from_files_reach_no_terminal_raw(tmp_path, capsys, monkeypatch):
+    """Labels, arms and files: in a terminal, a page, a CSV and a model card."""
+    monkeypatch.setattr(progress, "_has_terminal", lambda: False)
+    progress.say(f"labels {EVIL_NAME}")
+    with pytest.raises(SystemExit):
+        run_command(lambda: load_task("custom", train_file=f"{EVIL_NAME}.csv", test_file="t.csv"))
+    run = tmp_path / "R" / "=1+1\x1b]0;t\x07 $x_{"
+    (run / "seed_1").mkdir(parents=True)
+    row = {"seed": 1, "task": EVIL_NAME, "test_accuracy": 0.5, "test_macro_f1": 0.5}
+    (run / "results.jsonl").write_text(json.dumps(row))
+    (run / "seed_1" / "predictions.jsonl").write_text('{"item": "a", "label": 1, "prediction": 1}')
+    report.main([str(tmp_path / "R"), "--output_dir", str(tmp_path / "out")])
+    shown = "".join(capsys.readouterr())
+    page = (tmp_path / "out" / "report.html").read_text()
+    table = (tmp_path / "out" / "table.csv").read_text()
+    card = model_card([made_up_stage(masking=EVIL_NAME, masked_tokens=1)], EVIL_NAME)
+    for text in (shown, page, table, card):
+        assert all(line.isprintable() for line in text.split("\n")), text
+        assert "\\x1b" in text
+    assert "<b>" not in page and "\\|\\<b\\>" in card
+    assert table.splitlines()[1].startswith("'=1+1")
+
+
+def test_csv_cells_are_no_formulas():
+    numbers = ["-1", "+0.25", "-1e-05", "-", "12.5 %", "-3 %", "1,234", ".5", -0.5, None, ""]
+    formulas = ["=1+1", "+a", "-cmd|' /C calc'!A0", "@SUM(A1)", "-1+1", " =1", "\t=1", "--1", "+"]
+    cells = Table("t", ["=x"], [[cell] for cell in (*numbers, *formulas)]).as_csv().splitlines()
+    read = [row[0] if row else "" for row in csv.reader(cells)]
+    assert read[1 : 1 + len(numbers)] == ["" if n is None else str(n) for n in numbers]
+    assert all(cell[0] in "'\\" for cell in [read[0], *read[1 + len(numbers) :]]), read
 
 
 def test_a_data_sets_script_is_not_run(tmp_path, canary):

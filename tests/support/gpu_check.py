@@ -60,7 +60,7 @@ class Size:
     head: tuple[str, ...]
 
 
-FULL = Size(30522, 3_000_000, 8000, "bert-base", {128: (256, 2048), 512: (64, 512)}, (3, 2, 3),
+FULL = Size(30522, 3_000_000, 8000, "bert-base", {128: (256, 2048), 512: (64, 512)}, (2, 2, 2),
             ("--cases", "gpu-128-15", "--dtype", "fp16"))
 TINY = Size(400, 20_000, 64, "bert-tiny", {128: (2, 4), 512: (1, 1)}, (1, 1, 1),
             ("--rows", "2", "--slots", "32", "--hidden", "32", "--vocab", "97", "--rounds", "1",
@@ -86,43 +86,52 @@ class Part:
 
 
 def plan(options: argparse.Namespace) -> list[Part]:
-    """Return the parts, in their order: what matters most comes first."""
+    """Return the parts, in their order.
+
+    Their limits add up to more than `TOTAL_SECONDS`; the time that is left bounds each, so slow
+    parts are paid by the last ones.
+    """
     out, size = Path(options.output_dir).resolve(), TINY if options.tiny else FULL
     venv = out / "venv"
     python = str(venv / "bin" / "python") if options.wheels else sys.executable
     data = out / "data"
-    mine = [sys.executable if not options.wheels else python, str(Path(__file__).resolve())]
+    mine = [python, str(Path(__file__).resolve())]
     parts = []
     if options.wheels:
         parts.append(Part("install", [sys.executable, str(Path(__file__).resolve()), "--install",
                                       str(venv), "--wheels", options.wheels], 60))
-    parts += [
-        Part("data", [*mine, "--make_data", str(data), *["--tiny"] * options.tiny], 45, last_json),
-        *(Part(f"loop {length}", [
+
+    def loop(length: int) -> Part:
+        micro, rows = size.lengths[length]
+        return Part(f"loop {length}", [
             python, "train/benchmark.py", "--tokens", str(data / "text"), "--model_config",
             size.model, "--scores", SCORES, "--strategies", "random", "whole_word", "selective",
             "random_matched", "--baselines", "transformers-grouped", "gather-grouped",
             "--no_equal_masks", "--max_seq_lengths", str(length), "--per_device_train_batch_size",
             str(micro), "--train_batch_size", str(rows), "--warmup_steps", str(size.steps[0]),
             "--timed_steps", str(size.steps[1]), "--rounds", str(size.steps[2]), "--output_dir",
-            str(out / f"loop-{length}")], 100, read_loop)
-          for length, (micro, rows) in size.lengths.items()),
-        Part("head", [python, "csrc/benchmark.py", *size.head], 60, read_head),
+            str(out / f"loop-{length}")], 95, read_loop)
+
+    return [
+        *parts,
+        Part("data", [*mine, "--make_data", str(data), *["--tiny"] * options.tiny], 40, last_json),
+        Part("GPU tests", [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
+                           *["tests/robustness/test_gpu.py"] * options.tiny], 110, read_tests),
+        loop(128),
+        Part("head", [python, "csrc/benchmark.py", *size.head], 45, read_head),
+        loop(512),
         Part("scoring", [
             python, "train/score_tokens.py", "--tokens", str(data / "text"), "--name", "again",
-            "--model_name_or_path", str(data / "scorer"), "--max_seq_length", "128",
-            "--overwrite"], 40, read_scoring),
+            "--model_name_or_path", str(data / "scorer"), "--max_seq_length", "128"],
+            35, read_scoring),
         Part("fine-tuning", [
             python, "train/finetune.py", "--task", "custom", "--train_file",
             str(data / "train.csv"), "--test_file", str(data / "test.csv"), "--model_name_or_path",
             str(data / "encoder"), "--seeds", "13", "--num_train_epochs", "1",
             "--train_batch_size", "32", "--per_device_train_batch_size", "32", "--max_seq_length",
-            "64", "--output_dir", str(out / "finetune")], 45,
+            "64", "--output_dir", str(out / "finetune")], 40,
             lambda output: read_finetuning(out / "finetune")),
-        Part("GPU tests", [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
-                           *["tests/robustness/test_gpu.py"] * options.tiny], 150, read_tests),
     ]
-    return parts
 
 
 def last_json(output: str) -> dict[str, Any]:

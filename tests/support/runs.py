@@ -27,7 +27,8 @@ def made_up_stage(
     identity = build(command, inputs={"weights": weights},
                      choice={"masking": masking, "seed": seed})
     records = {"identity": identity, "numerics": {}}
-    return make_stage(records, None, **{"steps": 0, "seconds": 0.0, **totals})
+    counted = {"steps": 0, "seconds": 0.0, "masked_tokens": 0}
+    return make_stage(records, None, **{**counted, **totals})
 
 
 def write_lineage(folder: Path, *stages: dict[str, Any]) -> None:

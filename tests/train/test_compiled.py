@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from preprocess.errors import ConfigError
 from preprocess.store import TokenStore
@@ -162,6 +163,38 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(step(module, other), step(module, batch), atol=1e-12, rtol=1e-10)
     guesses = [module(**one, predict=True)[:11] for one in (batch, wide, plain)]
     assert torch.equal(guesses[0], guesses[1]) and torch.equal(guesses[0], guesses[2])
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuse what would make the host wait for a GPU: reading numbers, shapes that depend on them.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select",
+                                                 "unique", "item", "is_nonzero")), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_micro_batch_does_not_wait_for_the_device(family, reviews_store):
+    """From the transfer to the rows of the head, and back: the head is tested in its own room."""
+    store = TokenStore.open(reviews_store)
+    packed = data.PackedData(
+        store, data.row_tables(store, 32, 0.2)[0], data.drawn_masking(store, "random", 0.15),
+        seed=0, micro_batch_size=8,
+    )
+    packed.pack_for(CPU, packed.measure_sizes(1))
+    (batch,) = packed.step(0).micro_batches
+    config = tiny_config(family)
+    config.vocab_size = store.vocab_size
+    module = model.build_masked_lm(config, seed=0).train()
+    with NoWaiting():
+        hidden, positions = module.encode_masked(**batch.inputs(CPU))
+        hidden.sum().backward()
+    assert positions is None and len(hidden) >= batch.num_masked
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        module.encode_masked(**{**batch.inputs(CPU), "most_masked": None})
 
 
 def test_a_run_of_packed_batches_is_compiled_once(reviews_store):

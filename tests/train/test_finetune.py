@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.corpus import Example
-from preprocess.errors import ConfigError, NonFiniteError, StopRequested
+from preprocess.errors import ConfigError, DataError, NonFiniteError, StopRequested
+from tests.support.runs import logged, made_up_stage
 from train import finetune
 from train.config import FinetuneConfig
 from train.engine import Ranks, Resolved
+from train.run_dir import metrics
 from train.stages import examples, supervised
 from train.stages.examples import IGNORED, Examples, make_examples, rank_share, weighted_loss
 
@@ -207,14 +209,14 @@ class FakeEngine:
 
 
 def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, assess,
-         stop=lambda: False):
+         stop=lambda: False, logging_steps=1):
     monkeypatch.setattr(
         supervised, "full_state_dict",
         lambda e: {k: v.clone() for k, v in e.module.state_dict().items()},
     )
     config = FinetuneConfig(
         output_dir=str(tmp_path), model_name_or_path="m", task="custom", num_train_epochs=3,
-        logging_steps=1,
+        logging_steps=logging_steps,
     )
     resolved = Resolved({}, micro, accumulation, micro * accumulation, "fp32", ())
     return supervised.train_and_select(
@@ -239,6 +241,24 @@ def test_the_step_is_the_same_with_and_without_accumulation(monkeypatch, tmp_pat
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
     assert torch.allclose(weights[0], weights[2], atol=1e-6)
     assert weights[0].abs().max() > 0.01
+
+
+def test_the_logged_loss_is_the_mean_over_the_examples(monkeypatch, tmp_path):
+    """Five examples in batches of 4: the last one of an epoch counts as one, not as four."""
+    train = text_examples([0, 1, 0, 1, 1])
+    engine = FakeEngine()
+    torch.nn.init.normal_(engine.module.weight, generator=torch.Generator().manual_seed(2))
+    engine.optimizer = torch.optim.SGD(engine.module.parameters(), lr=0.0)  # one loss throughout
+    loop(monkeypatch, tmp_path, engine, train, train, micro=4, accumulation=1, logging_steps=99,
+         assess=lambda logits: {"accuracy": 0.0})
+    with torch.no_grad():
+        each = [F.cross_entropy(engine.module(torch.tensor(ids)).sum(0)[None],
+                                torch.tensor(target)[None]).item()
+                for ids, target in zip(train.input_ids, train.targets, strict=True)]
+    assert np.ptp(each) > 0.1  # else any mean would do
+    assert logged(tmp_path, metrics.TRAIN_LOSS) == pytest.approx([np.mean(each)] * 3)
+    assert logged(tmp_path, metrics.EPOCH) == [1, 2, 3]
+    assert [supervised.epochs_seen(step, 5, 4) for step in range(4)] == [0, 0.8, 1, 1.8]
 
 
 def test_the_epoch_is_chosen_on_dev_examples_and_its_weights_are_kept(monkeypatch, tmp_path):
@@ -298,7 +318,7 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
         supervised, "find_checkpoint",
         lambda run_dir, mode: run_dir if kept and "parts" in str(run_dir) else None,
     )
-    options = {"micro": 3, "accumulation": 1}
+    options = {"micro": 3, "accumulation": 1, "logging_steps": 4}
 
     def assess(logits):
         return {"accuracy": float(np.stack(logits)[0, 1])}  # grows or falls with the weights
@@ -319,6 +339,8 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
     assert torch.equal(engine.module.weight, second.module.weight)
     assert resumed.history == unbroken.history and resumed.best_epoch == unbroken.best_epoch
     assert torch.equal(resumed.best_state["weight"], unbroken.best_state["weight"])
+    parts, whole = (logged(tmp_path / name, metrics.TRAIN_LOSS) for name in ("parts", "whole"))
+    assert parts == whole  # a stop within a window takes nothing out of its mean
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -413,15 +435,40 @@ def test_a_run_of_seeds_keeps_its_texts_and_its_tokenizer(
     assert len({before, texts, task()}) == 3
 
 
-def test_a_seed_counts_as_finished_only_with_row_model_and_predictions(tmp_path):
+def whole_seed(folder, tiny_encoder) -> tuple[dict, str]:
+    """A row, and the folder of its seed with everything that belongs to it."""
+    from train.run_dir import hf_folder
+
+    module = finetune.load_classifier(tiny_encoder, ("a", "b"), 1)
+    hf_folder.save_hf(module, dict(module.named_parameters()),
+                      finetune.load_tokenizer(tiny_encoder), folder / "seed_1" / "hf",
+                      [made_up_stage("finetune")])
+    answers = [{"item": str(n), "label": 1, "prediction": int(n > 0)} for n in range(4)]
+    (folder / "seed_1" / "predictions.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    return {"seed": 1, "num_test": 4, "test_accuracy": 0.75}, folder / "seed_1"
+
+
+def test_a_seed_counts_as_finished_only_with_row_model_and_predictions(
+    tmp_path, tiny_encoder, capsys
+):
     """Published bug B5: every seed was written to a misspelt path and then not found."""
-    row = {"seed": 1}
-    (tmp_path / "hf").mkdir()
-    for name in ("hf/config.json", "hf/model.safetensors"):
-        (tmp_path / name).touch()
-    assert not finetune.is_whole(tmp_path, row)
-    (tmp_path / "predictions.jsonl").touch()
-    assert finetune.is_whole(tmp_path, row) and not finetune.is_whole(tmp_path, None)
+    row, seed_dir = whole_seed(tmp_path, tiny_encoder)
+    assert finetune.find_finished(tmp_path, [1, 2], {1: row}) == {1}
+    assert finetune.find_finished(tmp_path, [1], {}) == set()
+    assert finetune.has_predictions(seed_dir, row)
+    assert not finetune.has_predictions(seed_dir, {**row, "test_accuracy": 0.5})
+    assert not finetune.has_predictions(seed_dir, {**row, "num_test": 5})
+    for file in sorted(path for path in (seed_dir / "hf").iterdir() if path.name != "README.md"):
+        content = file.read_bytes()
+        for damage in (None, b"", content[:-9]):
+            file.write_bytes(damage) if damage is not None else file.unlink()
+            with pytest.raises(DataError, match=rf"{file.name}.*no checkpoint.*delete .*seed_1"):
+                finetune.find_finished(tmp_path, [1], {1: row})
+        file.write_bytes(content)
+    assert finetune.find_finished(tmp_path, [1], {1: row}) == {1}
+    shutil.rmtree(seed_dir)
+    assert finetune.find_finished(tmp_path, [1], {1: row}) == set()
+    assert "seed 1: has a row and no" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------- the command
@@ -432,9 +479,13 @@ def test_the_command_trains_tests_and_skips_finished_seeds(
     tmp_path, tiny_encoder, labelled_files, run_command_line
 ):
     run_dir = tmp_path / "run"
+    test = tmp_path / "test.csv"  # with two rows that are no example
+    shutil.copy(labelled_files["test"], test)
+    with open(test, "a") as file:
+        file.write(",pos\na film,\n")
     command = [
         "train/finetune.py", "--task", "custom", "--train_file", labelled_files["train"],
-        "--test_file", labelled_files["test"], "--max_train_samples", "40",
+        "--test_file", str(test), "--max_train_samples", "40",
         "--model_name_or_path", tiny_encoder, "--output_dir", str(run_dir),
         "--num_train_epochs", "2", "--max_seq_length", "32", "--train_batch_size", "16",
         "--learning_rate", "1e-3",
@@ -443,14 +494,18 @@ def test_the_command_trains_tests_and_skips_finished_seeds(
     assert "steps: 3 per epoch x 2 epochs = 6, 2 times" in done.stdout
     rows = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [13, 43]
+    assert "2 rows of test left out" in done.stdout and "(2 of 32 rows left out)" in done.stdout
     for row in rows:
+        assert row["left_out"] == {"test": {"text": 1, "label": 1}}
         check_seed(run_dir / f"seed_{row['seed']}", row)
     assert (run_dir / "config.resolved.yaml").exists() and (run_dir / "env.json").exists()
 
     before = (run_dir / "seed_13/predictions.jsonl").stat().st_mtime_ns
     (run_dir / "seed_43/predictions.jsonl").unlink()  # as if it had been cut off
     done = run_command_line(*command, "--seeds", "13,43", "--resume", "must")
-    assert "seed 13: finished already" in done.stdout and "seed 43: step" in done.stdout
+    assert "seed 13: finished already" in done.stdout
+    assert "seed 43: its predictions are not those of its row; tested again" in done.stdout
+    assert "step 1" not in done.stdout
     assert (run_dir / "seed_13/predictions.jsonl").stat().st_mtime_ns == before
     again = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
     for one, other in zip(rows, again, strict=True):  # the seed decides everything

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -288,7 +289,34 @@ def build_masks(score_tokens, store, run_here) -> Case:
                 {"shard_index": 0, "num_shards": 1}, {"tokens"})
 
 
-COMMANDS = ("pretrain", "finetune", "fit_scorer", "annotate", "score_tokens", "build_masks")
+@pytest.fixture(scope="module")
+def tokenize_corpus(folder, reviews_file, still_encoder, task) -> Case:
+    shutil.copy(reviews_file, folder / "text.txt")
+    (folder / "more.txt").write_text("good film .\n")
+    otherwise = folder / "tokenizer"
+    shutil.copytree(still_encoder, otherwise)
+    tokenizer = json.loads((otherwise / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["good"], vocabulary["bad"] = vocabulary["bad"], vocabulary["good"]
+    (otherwise / "tokenizer.json").write_text(json.dumps(tokenizer))
+    flags = {"input": folder / "text.txt", "tokenizer": still_encoder, "output": folder / "T"}
+    decides = {
+        "input": ({"input": [folder / "text.txt", folder / "more.txt"]}, "input was .*is "),
+        "tokenizer": ({"tokenizer": otherwise}, "the tokenizer was "),
+        **{name: ({name: value}, rf"{name} was .*is .*{value}") for name, value in (
+            ("text_column", "other"), ("split", "test"), ("language", "de"),
+            ("max_documents", 9), ("num_shards", 2))},
+        "where": ({"where": "a=b"}, "where was {}, is {'a': 'b'}"),
+        **{name: ({name: value}, f"{name} was {not value}, is {value}") for name, value in (
+            ("split_sentences", False), ("blank_line_documents", True),
+            ("unescape_newlines", True))},
+    }
+    return Case("preprocess/tokenize_corpus.py", None, flags, "complete already, skipped", decides,
+                {"num_workers": 1}, {"adopt", "verify", "shard_index"})
+
+
+COMMANDS = ("tokenize_corpus", "pretrain", "finetune", "fit_scorer", "annotate", "score_tokens",
+            "build_masks")
 
 
 @pytest.fixture(scope="module")
@@ -309,13 +337,29 @@ def finished(request, run_here):
         yield finish
 
 
-@pytest.mark.parametrize("command", COMMANDS[:-1])
-def test_every_option_decides_the_result_or_not(command, request):
+def options_of(case: Case, monkeypatch) -> set[str]:
+    """Names of all options of a command."""
+    if case.config:
+        return {entry.name for entry in dataclasses.fields(case.config)}
+    names: set[str] = set()
+
+    def note(self, *words, **options):
+        names.update(action.dest for action in self._actions)
+        raise InterruptedError
+
+    module = importlib.import_module(case.script.removesuffix(".py").replace("/", "."))
+    monkeypatch.setattr(module.Parser, "parse_args", note)
+    with pytest.raises(InterruptedError):
+        module.main([])
+    return names - {"help"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_decides_the_result_or_not(command, request, monkeypatch):
     """A new option must be sorted into one or the other."""
     case = request.getfixturevalue(command)
     sorted_so_far = [*case.decides, *case.free, *case.places]
-    names = {entry.name for entry in dataclasses.fields(case.config)} - PLACES
-    assert sorted(sorted_so_far) == sorted(names)
+    assert sorted(sorted_so_far) == sorted(options_of(case, monkeypatch) - PLACES)
 
 
 def tree(folder: Path) -> dict[str, int]:
@@ -361,6 +405,32 @@ def test_an_unfinished_run_does_not_go_on_as_another(command, finished, run_here
         with pytest.raises(ConfigError, match=f"stopped at step .*made with .*{sentence}"):
             case.run(run_here, output_dir=run_dir, **changes)
     assert tree(run_dir) == before
+
+
+def test_a_store_that_was_stopped_does_not_go_on_as_another(finished, run_here, tmp_path):
+    case = finished("tokenize_corpus")
+    here = {"output": tmp_path / "T", "num_shards": 2}
+    case.run(run_here, **here, shard_index=0)  # as if stopped before the second
+    before = tree(tmp_path)
+    for option, (changes, sentence) in case.decides.items():
+        if option == "num_shards":
+            continue  # other shards have other names
+        with pytest.raises(ConfigError, match=f"made with .*{sentence}.*; give another"):
+            case.run(run_here, **{**here, **changes})
+    assert tree(tmp_path) == before
+
+
+def test_shards_of_one_mask_index_are_made_alike(finished, run_here, tmp_path):
+    from train.data import prebuilt_masking
+
+    case = finished("tokenize_corpus")
+    prefix = str(tmp_path / "T")
+    case.run(run_here, output=prefix, num_shards=2)
+    for index, seed in enumerate((1, 2)):
+        run_here("preprocess/build_masks.py", "--tokens", prefix, "--strategy", "random", "--name",
+                 "m", "--num_shards", 2, "--shard_index", index, "--seed", seed)
+    with pytest.raises(DataError, match="index m was made with different options.*--overwrite"):
+        prebuilt_masking(TokenStore.open(prefix), "m")
 
 
 def test_other_numerics_are_reported(capsys):

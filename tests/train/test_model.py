@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -389,6 +390,167 @@ def test_a_fresh_head_is_reported_and_drawn_from_the_seed(family, tmp_path, caps
     shared = [n for n in first if n not in head]
     prefix = f"hf.{loaded[0].hf.base_model_prefix}."
     assert all(torch.equal(first[n], state[n.removeprefix(prefix)]) for n in shared)
+
+
+def labelled(family: str, kind: str, labels: tuple[str, ...], folder) -> str:
+    """Write a checkpoint of this kind with a head for these labels."""
+    import transformers
+
+    config = tiny_config(family)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    torch.manual_seed(0)
+    getattr(transformers, f"AutoModelFor{kind}").from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def head_of(module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in module.state_dict().items()
+            if name.startswith(("classifier.", "pre_classifier."))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_is_kept_for_the_same_labels_alone(family, tmp_path):
+    """As many labels of other names, or in another order, are another task."""
+    name = labelled(family, "SequenceClassification", ("neg", "pos"), tmp_path / "a")
+    old = {key: value for key, value in load_file(f"{name}/model.safetensors").items()
+           if key.startswith(("classifier.", "pre_classifier."))}
+    kept = head_of(model.load_classifier(name, ("neg", "pos"), 5, trained=True))
+    torch.testing.assert_close(kept, old, atol=0, rtol=0)
+    for labels in (("fake", "real"), ("pos", "neg"), ("neg", "pos", "mixed")):
+        first, again, other = (head_of(model.load_classifier(name, labels, seed))
+                               for seed in (5, 5, 6))
+        torch.testing.assert_close(first, again, atol=0, rtol=0)
+        for key in (key for key in first if key.endswith("weight")):
+            assert not torch.equal(first[key], other[key])
+            assert first[key].shape != old[key].shape or not torch.equal(first[key], old[key])
+        with pytest.raises(ConfigError, match="for the labels neg, pos; give one for"):
+            model.load_classifier(name, labels, 5, trained=True)
+    rest = model.load_classifier(name, ("fake", "real"), 5).state_dict()
+    stored = load_file(f"{name}/model.safetensors")
+    assert all(torch.equal(value, rest[key]) for key, value in stored.items() if key not in old)
+    sentence = model.describe_head(model.load_config(name), "ForSequenceClassification",
+                                   ("pos", "neg"))
+    assert sentence == ("head: fresh from the seed; that of the checkpoint is for the labels "
+                        "neg, pos")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_another_kind_gets_a_fresh_head(family, tmp_path):
+    labels = model.SCORER_LABELS
+    classifier, scorer = (labelled(family, f"{kind}Classification", labels, tmp_path / kind)
+                          for kind in ("Sequence", "Token"))
+    (loaded, other), old = (
+        [load(name, seed) for name, seed in ((first, 5), (second, 5))]
+        for load, first, second in (
+            (lambda name, seed: head_of(model.load_scorer(name, seed)), classifier, scorer),
+            (lambda name, seed: load_file(f"{name}/model.safetensors"), classifier, scorer)))
+    torch.testing.assert_close(other, {key: old[1][key] for key in other}, atol=0, rtol=0)
+    for key in (key for key in loaded if key.endswith("weight")):
+        assert not torch.equal(loaded[key], old[0].get(key, loaded[key] + 1))
+    fresh = head_of(model.load_classifier(scorer, labels, 5))
+    for key in (key for key in fresh if key.endswith("weight")):
+        assert not torch.equal(fresh[key], old[1].get(key, fresh[key] + 1))
+    for name in (classifier, scorer):
+        assert model.load_masked_lm(name, 5).fresh_head
+    if family == "modernbert":  # part of its MLM head has the name of a part of its classifier
+        drawn = model.load_masked_lm(classifier, 5).hf.head.dense.weight
+        assert not torch.equal(drawn, old[0]["head.dense.weight"])
+    for suffix, name in (("ForSequenceClassification", scorer), ("ForTokenClassification",
+                                                                 classifier)):
+        config = model.load_config(name)
+        said = model.describe_head(config, suffix, labels)
+        assert said == f"head: fresh from the seed; the checkpoint is a {config.architectures[0]}"
+
+
+def test_a_checkpoint_without_the_head_that_it_names_is_refused(tmp_path):
+    name = labelled("bert", "SequenceClassification", ("a", "b"), tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "classifier" not in key},
+              file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="its weights lack the head"):
+        model.load_classifier(name, ("a", "b"), 5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fresh_weights_are_fp32_whatever_the_configuration_was_of(family):
+    config = tiny_config(family)
+    config.dtype = "bfloat16"
+    module = model.build_masked_lm(config, seed=0)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["masked_lm", "classifier", "scorer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_reader_finds_the_same_in_an_export(kind, dtype, tiny_encoder, tmp_path):
+    """In 16 bit training the model in memory is in 16 bit, and the state is not."""
+    import transformers
+    from tokenizers import Tokenizer
+
+    loaded = LOADERS[kind](tiny_encoder)
+    module = loaded.hf if kind == "masked_lm" else loaded
+    state = {name: p.detach().clone() for name, p in module.named_parameters()}
+    twin = deepcopy(module).eval()
+    tokenizer = model.load_tokenizer(tiny_encoder)
+    texts = ["the good film . " * 9, "bad"]
+    # As a run may use it, and as its checkpoint may have come.
+    tokenizer(texts, truncation="longest_first", max_length=5, padding="max_length",
+              split_special_tokens=True)
+    tokenizer.init_kwargs.update(max_length=5, stride=0, truncation_strategy="longest_first")
+    hf_folder.save_hf(module.to(dtype), state, tokenizer, tmp_path / "hf", [])
+
+    folder = str(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    stored = {value.dtype for value in load_file(f"{folder}/model.safetensors").values()}
+    assert stored == {torch.float32} and config["dtype"] == "float32"
+    assert "torch_dtype" not in config
+    auto = getattr(transformers, {"masked_lm": "AutoModelForMaskedLM",
+                                  "classifier": "AutoModelForSequenceClassification",
+                                  "scorer": "AutoModelForTokenClassification"}[kind])
+    plain = transformers.AutoTokenizer.from_pretrained(tiny_encoder)
+    expected = plain(texts)["input_ids"]
+    assert [len(ids) for ids in expected] == [38, 3]
+    read = transformers.AutoTokenizer.from_pretrained(folder)
+    assert read(texts)["input_ids"] == expected and len(read) == len(plain)
+    assert read("[SEP] good")["input_ids"] == plain("[SEP] good")["input_ids"]
+    alone = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    assert [one.ids for one in alone.encode_batch(texts)] == expected
+    assert alone.truncation is None and alone.padding is None
+    assert not {"max_length", "stride", "truncation_strategy"} & set(
+        json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text()))
+    again = auto.from_pretrained(folder).eval()
+    assert again.dtype == torch.float32
+    ids = torch.tensor(expected[:1])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, twin(ids).logits)
+    if kind != "masked_lm":
+        names = ("no", "yes") if kind == "classifier" else model.SCORER_LABELS
+        assert again.config.id2label == dict(enumerate(names))
+
+
+def test_datatrove_reads_an_export(tiny_encoder, tmp_path):
+    tokenization = pytest.importorskip("datatrove.utils.tokenization")
+    module, tokenizer = model.load_masked_lm(tiny_encoder, 0), model.load_tokenizer(tiny_encoder)
+    tokenizer("good film", truncation=True, max_length=3)
+    hf_folder.save_hf(module.hf, hf_state(module), tokenizer, tmp_path / "hf", [])
+    read = tokenization.load_tokenizer(str(tmp_path / "hf" / "tokenizer.json"))
+    text = "the good film . " * 9
+    assert read.encode(text).ids == tokenizer(text)["input_ids"]
+
+
+def test_sentence_transformers_reads_an_export(tiny_encoder, tmp_path):
+    reader = pytest.importorskip("sentence_transformers")
+    module = model.load_masked_lm(tiny_encoder, 0)
+    hf_folder.save_hf(module.hf, hf_state(module), model.load_tokenizer(tiny_encoder),
+                      tmp_path / "hf", [])
+    found = reader.SentenceTransformer(str(tmp_path / "hf"), device="cpu")
+    tokenizer = model.load_tokenizer(tiny_encoder)
+    text = "the good film ."
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    assert found.tokenize([text])["input_ids"].tolist() == ids.tolist()
+    with torch.no_grad():
+        states = module.hf.base_model(ids).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(torch.tensor(found.encode(text)), states)
 
 
 LOADERS = {

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -583,6 +584,9 @@ def act_as_node(rank: int, root: Path, script: Path, kind: str) -> None:
                       records=[f"{root}/{name}.json"], launched=name == "two")
         for (name, text), needs in zip(texts.items(), ([], ["one"], ["two"]), strict=True)
     ]
+    if kind == "blind" and rank == 2:  # a disk of its own: what the others wrote is not there
+        nodes.SHARED_DISK_SECONDS = 0.5
+        steps = [dataclasses.replace(step, records=["/elsewhere"]) for step in steps]
     pipeline.plan = lambda recipe, root: (steps, [])
     pipeline.load_recipe = lambda path, settings: {}
 
@@ -616,6 +620,9 @@ def three_nodes(tmp_path):
         meanwhile(processes)
         for process in processes.values():
             process.join(60)
+            if process.exitcode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
         texts = [Path(f"{root}.out{number}") for number in range(3)]
         return ([processes[number].exitcode for number in sorted(numbers)],
                 [path.read_text() if path.exists() else "" for path in texts])
@@ -640,6 +647,7 @@ def test_nodes_started_by_hand_keep_step(three_nodes):
 @pytest.mark.parametrize(("kind", "codes", "said"), [
     ("fail0", [3, 3, 3], "step two failed with exit code 3"),
     ("fail2", [3, 3, 3], "node 2 has stopped with exit code 3"),
+    ("blind", [3, 3, 3], "node 2 has stopped with exit code 3"),
     ("odd", [2, 2, 2], "--node_rank 2 was given another recipe or other settings"),
 ])
 def test_a_node_that_fails_ends_all(three_nodes, kind, codes, said):
@@ -647,6 +655,7 @@ def test_a_node_that_fails_ends_all(three_nodes, kind, codes, said):
     found, texts = three_nodes(kind)
     assert found == codes and said in texts[0] and time.monotonic() - began < 25
     assert "the first node ended with exit code" in texts[1]
+    assert kind != "blind" or "does not see what step one has written" in texts[2]
 
 
 def test_a_stop_of_one_node_stops_all(three_nodes):
@@ -657,6 +666,16 @@ def test_a_stop_of_one_node_stops_all(three_nodes):
 
     codes, texts = three_nodes("hang", meanwhile=stop)
     assert codes == [75, 75, 75], texts
+
+    def stop_while_it_waits(processes):
+        while not (three_nodes.root / "nodes" / "node-1.json").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(processes[0].pid, signal.SIGTERM)
+
+    shutil.rmtree(three_nodes.root)
+    codes, texts = three_nodes(numbers=(0, 1), meanwhile=stop_while_it_waits)
+    assert codes == [75, 75] and "stopped on request" in texts[0]
 
 
 def test_a_node_alone_gives_up(three_nodes, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -200,3 +201,30 @@ def test_stage_1_from_fresh_weights_alone_is_no_masking(tmp_path):
         stage = made_up_stage(masking="whole_word", weights=weights)
         path = write_run(tmp_path / name, np.ones((1, 2), dtype=bool), stages=[stage])
         assert results.read_finetune_run(path).strategy == strategy
+
+
+def test_a_row_that_its_predictions_contradict_is_named(tmp_path):
+    path = write_run(tmp_path / "run", np.array([[1, 0, 1, 1], [1, 1, 1, 0]], dtype=bool))
+    assert results.read_finetune_run(path).notes == []
+    rows = [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+    rows[0]["num_test"], rows[1]["test_accuracy"] = 5, 0.9
+    (path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second = results.read_finetune_run(path).notes
+    assert "run, seed 13: 4 predictions for 5 test items" in first
+    assert "seed 14: results.jsonl says accuracy 0.9000, and the predictions give 0.7500" in second
+
+
+def test_weights_that_the_lineage_does_not_tell_of_are_named(tmp_path):
+    path = write_run(tmp_path / "run", np.ones((2, 4), dtype=bool))
+    for seed, content in ((13, b"whole"), (14, b"other")):
+        hf = path / f"seed_{seed}" / "hf"
+        (hf / "model.safetensors").write_bytes(content)
+        lineage = json.loads((hf / "lineage.json").read_text())
+        lineage["files"] = {"model.safetensors": {
+            "bytes": 5, "sha256": hashlib.sha256(b"whole").hexdigest()}}
+        (hf / "lineage.json").write_text(json.dumps(lineage))
+    (note,) = results.read_finetune_run(path).notes
+    assert "seed_14/hf/model.safetensors: the lineage.json beside it was written for other" in note
+    (path / "seed_13" / "hf" / "model.safetensors").unlink()
+    notes = results.read_finetune_run(path).notes
+    assert len(notes) == 2 and "seed_13/hf/model.safetensors: missing; type the command" in notes[0]

@@ -262,7 +262,7 @@ def compare(first_path: str, second_path: str) -> str:
                      if (slots, row["name"]) in there]
             if pairs:
                 lines += [f"Rows of {slots} slots", _compare_table(pairs), ""]
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise DataError(f"{first_path}, {second_path}: a figure is missing ({error}); "
                         "measure again") from None
     if len(lines) == 2:

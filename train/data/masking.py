@@ -10,8 +10,15 @@ import numpy as np
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import fingerprint_text
 from preprocess.masking import STRATEGIES
+from preprocess.progress import say
 from preprocess.store import TokenStore, open_array
-from preprocess.text.continuations import WordTable, continuation_table, open_tokenizer
+from preprocess.text.continuations import (
+    CHARACTERS_ONLY,
+    WordTable,
+    check_words,
+    continuation_table,
+    open_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,11 @@ def drawn_masking(store: TokenStore, name: str, rate: float) -> Masking:
         raise ConfigError(f"--masking {name}: not drawn anew each epoch; {hint}")
     words = None
     if "words" in strategy.needs:
-        words = continuation_table(open_tokenizer(store.tokenizer_dir))
+        tokenizer = open_tokenizer(store.tokenizer_dir)
+        words = continuation_table(tokenizer)
+        how = check_words(tokenizer)
+        if CHARACTERS_ONLY in how:
+            say(f"warning: --masking {name}: {how}")
     return Masking(name, rate=rate, words=words)
 
 
@@ -57,12 +68,16 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
     """Open a mask index beside the store.
 
     Raises:
-        DataError: absent, made for another store, or empty.
+        DataError: absent, made for another store, with other options from shard to shard, or empty.
     """
     opened = [open_array(shard, name, "mask") for shard in store.shards]
     index, infos = [positions for positions, _ in opened], [info for _, info in opened]
     if not any(len(positions) for positions in index):
         raise DataError(f"{store.prefix}: mask index {name} masks no token; build another")
+    choices = [info["identity"]["choice"] for info in infos if "identity" in info]
+    if any(choice != choices[0] for choice in choices):
+        raise DataError(f"{store.prefix}: mask index {name} was made with different options from "
+                        "shard to shard; build it again with --overwrite")
     return Masking(
         name, index=index, options=infos[0].get("options") or {},
         fingerprint=fingerprint_text(*(info["sha256"] for info in infos)),

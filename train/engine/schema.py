@@ -15,6 +15,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, get_args
 
+import torch
+
 from preprocess.errors import ConfigError
 from train.config import Bounds
 from train.engine.group import load_deepspeed
@@ -42,6 +44,11 @@ def _one_of(*values: Any) -> Bounds:
     return Bounds(lambda given: any(given == v and type(given) is type(v) for v in values), text)
 
 
+# DeepSpeed imports the module of such a name.
+MODULES = Bounds(lambda value: isinstance(value, list) and all(
+    isinstance(name, str) and hasattr(torch.nn, name.removeprefix("torch.nn."))
+    and name.startswith("torch.nn.") for name in value),
+    "a list of classes of torch.nn, as torch.nn.Linear")
 SWITCH = Bounds(lambda value: isinstance(value, bool), "true or false")
 NAMES = Bounds(lambda value: isinstance(value, list)
                and all(isinstance(name, str) for name in value), "a list of names in quotes")
@@ -102,7 +109,7 @@ RULES = {
     "torch_autocast.enabled": SWITCH,
     # float16 would skip steps without counting them.
     "torch_autocast.dtype": _one_of("bfloat16", "bf16"),
-    "torch_autocast.lower_precision_safe_modules": NAMES,
+    "torch_autocast.lower_precision_safe_modules": MODULES,
     "data_types.grad_accum_dtype": DTYPE,
     "data_types.param_dtype": DTYPE,
     "data_types.buffer_dtype": DTYPE,
@@ -146,6 +153,10 @@ REFUSED = {
     "use_node_local_storage": "a checkpoint is one folder; leave it out",
     "optimizer.params.max_grad_norm": "write gradient_clipping at the top level",
     "tensorboard": "the run writes its own tb/ already; leave it out",
+    **dict.fromkeys(
+        (f"zero_optimization.offload_{what}.nvme_path" for what in ("optimizer", "param")),
+        "offloading to a disk is not supported here; leave it out",
+    ),
     "zero_optimization.cpu_offload": 'write "offload_optimizer": {"device": "cpu"}',
     "zero_optimization.cpu_offload_param": 'write "offload_param": {"device": "cpu"}',
     "zero_optimization.cpu_offload_use_pin_memory": "write pin_memory in the offload block",

@@ -1,5 +1,6 @@
 """Models over packed batches; knows transformers' classes."""
 
+from train.model.agreement import check_agreement
 from train.model.compiled import (
     WORTH_SLOTS,
     choose_compiling,
@@ -18,9 +19,10 @@ from train.model.families import (
 from train.model.flops import Peak, StepFlops, count_flops, peak_flops
 from train.model.loading import (
     BERT_SIZES,
+    SCORER_LABELS,
     build_masked_lm,
     check_row_length,
-    check_same_vocabulary,
+    describe_head,
     load_classifier,
     load_config,
     load_masked_lm,
@@ -36,16 +38,18 @@ __all__ = [
     "FAMILIES",
     "PackedMaskedLM",
     "Peak",
+    "SCORER_LABELS",
     "StepFlops",
     "WORTH_SLOTS",
     "attention_mask",
     "build_masked_lm",
+    "check_agreement",
     "check_row_length",
-    "check_same_vocabulary",
     "checkpoint_activations",
     "choose_compiling",
     "compile_layers",
     "count_flops",
+    "describe_head",
     "find_queries",
     "first_slot_only",
     "forget_compiled",

@@ -32,6 +32,10 @@ def compile_layers(
 ) -> None:
     """Compile the layers of the encoder, each when it is first called.
 
+    Inductor times variants of its sums on a GPU and keeps the choice in its cache folder; without
+    that folder a resumed run may differ in the last digits, unless TORCHINDUCTOR_DETERMINISTIC=1 is
+    in the environment, which leaves the timing out.
+
     Args:
         sizes: lengths of `masked_positions` and values of `most_masked` for which the last layer
             is compiled; with others it runs as it is.

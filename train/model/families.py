@@ -167,6 +167,7 @@ class Family:
         first_position: configuration -> position id of the first token of a piece.
         local_window: configuration -> half width of local attention, None where all is global.
         num_positions: configuration -> largest number of slots per row.
+        positions_from_padding: whether positions are counted from the padding id on.
         layers: encoder -> its layers.
         last_layer: (layer, hidden `(B, S, D)`, mask, queries, the encoder's other arguments) ->
             `(C, D)`, the layer's output at the slots of the queries.
@@ -182,6 +183,7 @@ class Family:
     layers: Callable[[Any], nn.ModuleList]
     last_layer: Callable[..., torch.Tensor]
     split_linear: Callable[[Any], tuple[nn.Linear, ...]] = lambda layer: ()
+    positions_from_padding: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -209,6 +211,7 @@ FAMILIES: dict[str, Family] = {
         num_positions=lambda config: config.max_position_embeddings - config.pad_token_id - 1,
         layers=lambda encoder: encoder.encoder.layer,
         last_layer=_bert_last_layer,
+        positions_from_padding=True,
     ),
     "distilbert": Family(
         encoder=lambda model: model.distilbert,

@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from preprocess.corpus import resolve_path
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import ConfigError
 from preprocess.progress import say
-from preprocess.store import TokenStore
 from train.model.families import FAMILIES
+from train.model.folder import (
+    check_config,
+    check_loaded,
+    check_tokenizer,
+    check_weights,
+    list_weights,
+    loading,
+)
 from train.model.packed import PackedMaskedLM
 
 # Layers, hidden size and heads of the published BERT sizes (Turc et al. 2019; Devlin et al. 2019).
@@ -26,8 +33,10 @@ BERT_SIZES = {
     "bert-base": (12, 768, 12),
     "bert-large": (24, 1024, 16),
 }
-# What transformers raises for weights that are absent, cut short, or of another shape.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+# What only a classifier of texts or tokens has: the head that knows the labels.
+_LABEL_HEAD = ("classifier.", "pre_classifier.")
+_LABELLED = ("ForSequenceClassification", "ForTokenClassification")
+SCORER_LABELS = ("other", "important")
 
 
 def _quiet_transformers() -> None:
@@ -36,13 +45,6 @@ def _quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _hub_error(name: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"--model_name_or_path {name}: cannot be loaded ({str(error).splitlines()[0]}); give a "
-        "folder with config.json and model.safetensors, or a hub name that this machine reaches"
-    )
 
 
 def local_checkpoint(name: str) -> str:
@@ -59,17 +61,16 @@ def local_checkpoint(name: str) -> str:
 def _load_with(auto_class: Any, name: str, trust_remote_code: bool) -> Any:
     """Load a checkpoint folder, hub name or pypi: spec with `auto_class`."""
     _quiet_transformers()
-    path = local_checkpoint(name)
-    try:
-        return auto_class.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise _hub_error(name, error) from None
+    with loading(name):
+        return auto_class.from_pretrained(
+            local_checkpoint(name), trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load the fast tokenizer of a checkpoint folder, hub name or pypi: spec."""
     from transformers import AutoTokenizer
 
+    check_tokenizer(Path(local_checkpoint(name)))
     tokenizer = _load_with(AutoTokenizer, name, trust_remote_code)
     if not tokenizer.is_fast:
         raise ConfigError(f"{name}: needs a fast tokenizer (tokenizer.json)")
@@ -80,7 +81,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's configuration and check that its family is known."""
     from transformers import AutoConfig
 
+    check_config(Path(local_checkpoint(name)))
     config = _load_with(AutoConfig, name, trust_remote_code)
+    check_loaded(name, config)
     if config.model_type not in FAMILIES:
         raise ConfigError(
             f"{name}: model type {config.model_type!r} is not supported; known: "
@@ -125,35 +128,55 @@ def build_masked_lm(config: Any, seed: int) -> PackedMaskedLM:
 
     _quiet_transformers()
     torch.manual_seed(seed)
-    return PackedMaskedLM(AutoModelForMaskedLM.from_config(config), {}, fresh_head=True)
+    with loading(getattr(config, "name_or_path", ""), "its configuration makes no model"):
+        # It may be that of a checkpoint in 16 bit.
+        model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    return PackedMaskedLM(model, {}, fresh_head=True)
 
 
 def _load_with_top(
     auto_class: Any, name: str, seed: int, top: tuple[str, ...], trust_remote_code: bool,
-    **options: Any,
+    head: tuple[str, ...] = (), **options: Any,
 ) -> tuple[Any, bool]:
     """Load a checkpoint in fp32; draw parameters of its top from `seed` if they are absent.
 
     Args:
         top: parts of the names of these parameters.
+        head: beginnings of the names of parameters that are drawn from `seed` in any case.
     Returns:
         The model, and whether any parameter was absent.
     """
     torch.manual_seed(seed)
-    try:
+    check_weights(Path(local_checkpoint(name)))
+    with loading(name):
         model, info = auto_class.from_pretrained(
             local_checkpoint(name), output_loading_info=True, dtype=torch.float32,
-            trust_remote_code=trust_remote_code, **options,
+            trust_remote_code=trust_remote_code, ignore_mismatched_sizes=bool(head), **options,
         )
-    except LOAD_ERRORS as error:
-        raise _hub_error(name, error) from None
+        other = [key for key, *_ in info["mismatched_keys"] if not key.startswith(head)]
+        if other:
+            raise ValueError(f"{other[0]} has another shape than config.json says")
     lost = [key for key in info["missing_keys"] if not any(part in key for part in top)]
     if lost:
         raise ConfigError(
             f"--model_name_or_path {name}: {len(lost)} encoder weights are missing, as "
             f"{sorted(lost)[0]}; it is not such a checkpoint"
         )
-    return model, bool(info["missing_keys"])
+    found = [key for key, _ in model.named_parameters()
+             if key.startswith(head) and key not in info["missing_keys"]] if head else []
+    if found:
+        _draw(model, head, seed)
+    return model, bool(found or info["missing_keys"])
+
+
+def _draw(model: Any, head: tuple[str, ...], seed: int) -> None:
+    """Draw modules as transformers does where a checkpoint lacks them."""
+    torch.manual_seed(seed)
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(head):
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False
+            model._init_weights(module)
 
 
 def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> PackedMaskedLM:
@@ -164,14 +187,18 @@ def load_masked_lm(name: str, seed: int, trust_remote_code: bool = False) -> Pac
     """
     from transformers import AutoModelForMaskedLM
 
-    top = FAMILIES[load_config(name, trust_remote_code).model_type].head_prefixes
-    hf, fresh_head = _load_with_top(AutoModelForMaskedLM, name, seed, top, trust_remote_code)
+    config = load_config(name, trust_remote_code)
+    top = FAMILIES[config.model_type].head_prefixes
+    # ModernBERT's classifiers have a part of the same name as its MLM head.
+    head = ("head.",) if _kind(config).endswith(_LABELLED) else ()
+    hf, fresh_head = _load_with_top(AutoModelForMaskedLM, name, seed, top, trust_remote_code, head)
     if fresh_head:
         say(
             f"{name} has no MLM head: a fresh one is drawn from seed {seed}, its bias set to the "
             "log-frequencies of the tokens"
         )
-    carried = _read_pooler(local_checkpoint(name), f"{hf.base_model_prefix}.")
+    with loading(name):
+        carried = _read_pooler(local_checkpoint(name), f"{hf.base_model_prefix}.")
     return PackedMaskedLM(hf, carried, fresh_head)
 
 
@@ -199,48 +226,85 @@ def _read_pooler(path: str, prefix: str) -> dict[str, torch.Tensor]:
     }
 
 
-def load_classifier(
-    name: str, label_names: tuple[str, ...], seed: int, trust_remote_code: bool = False
-) -> Any:
-    """Load a sequence classifier; its top is drawn from `seed` if absent."""
-    from transformers import AutoModelForSequenceClassification
-
-    load_config(name, trust_remote_code)
-    return _load_with_top(
-        AutoModelForSequenceClassification, name, seed,
-        ("pooler.", "classifier.", "pre_classifier.", "head."), trust_remote_code,
-        num_labels=len(label_names),
-        id2label=dict(enumerate(label_names)),
-        label2id={label: index for index, label in enumerate(label_names)},
-    )[0]
+def _kind(config: Any) -> str:
+    """Return the class that a checkpoint is of, or nothing."""
+    return str((config.architectures or [""])[0])
 
 
-def load_scorer(name: str, seed: int, trust_remote_code: bool = False) -> Any:
-    """Load a token classifier (1: important); its top is drawn from `seed` if absent."""
-    from transformers import AutoModelForTokenClassification
-
-    load_config(name, trust_remote_code)
-    return _load_with_top(
-        AutoModelForTokenClassification, name, seed, ("classifier.", "head."), trust_remote_code,
-        num_labels=2, id2label={0: "other", 1: "important"}, label2id={"other": 0, "important": 1},
-    )[0]
+def _labels(config: Any) -> tuple[str, ...]:
+    return tuple(str(config.id2label[i]) for i in sorted(config.id2label))
 
 
-def check_same_vocabulary(store: TokenStore, tokenizer: Any, name: str, remedy: str) -> None:
-    """Refuse a model whose vocabulary differs from the store's.
+def keeps_head(config: Any, suffix: str, labels: tuple[str, ...]) -> bool:
+    """Return whether a checkpoint has the head that is asked for.
 
     Args:
-        tokenizer: of the model `name`.
-        remedy: what to type, as the end of the sentence.
+        config: of the checkpoint.
+        suffix: of its class: "ForSequenceClassification" or "ForTokenClassification".
+        labels: names of all labels; those of the checkpoint must be the same, in the same order.
     """
-    theirs = load_tokenizer(store.tokenizer_dir)
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        raise DataError(
-            f"--model_name_or_path {name}: its tokenizer ({len(tokenizer)} ids) is not the one "
-            f"of {store.prefix} ({len(theirs)} ids, {store.info['tokenizer']['name']}); {remedy}"
+    return _kind(config).endswith(suffix) and _labels(config) == tuple(map(str, labels))
+
+
+def describe_head(config: Any, suffix: str, labels: tuple[str, ...]) -> str:
+    """Say in a sentence whether the head of a checkpoint is kept, and why not."""
+    if keeps_head(config, suffix, labels):
+        return f"head: kept, the checkpoint has one for the labels {', '.join(labels)}"
+    kind = _kind(config)
+    if kind.endswith(suffix):
+        return (f"head: fresh from the seed; that of the checkpoint is for the labels "
+                f"{', '.join(_labels(config))}")
+    return f"head: fresh from the seed; the checkpoint is a {kind or 'model of unknown kind'}"
+
+
+def _load_labelled(
+    auto_class: Any, suffix: str, name: str, labels: tuple[str, ...], seed: int,
+    trust_remote_code: bool, top: tuple[str, ...], trained: bool,
+) -> Any:
+    config = load_config(name, trust_remote_code)
+    keeps = keeps_head(config, suffix, labels)
+    if trained and not keeps:
+        raise ConfigError(
+            f"--model_name_or_path {name}: a {_kind(config) or 'model of unknown kind'} for the "
+            f"labels {', '.join(_labels(config))}; give one for {', '.join(labels)}, in this order"
         )
+    model, drawn = _load_with_top(
+        auto_class, name, seed, top, trust_remote_code, () if keeps else _LABEL_HEAD,
+        num_labels=len(labels), id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    )
+    if keeps and drawn:
+        raise ConfigError(
+            f"--model_name_or_path {name}: its config.json names a {_kind(config)}, and its "
+            "weights lack the head; give a whole checkpoint"
+        )
+    return model
 
 
-def list_weights(folder: Path) -> list[Path]:
-    """List a checkpoint's weight files, safetensors where there are any."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+def load_classifier(
+    name: str, label_names: tuple[str, ...], seed: int, trust_remote_code: bool = False,
+    trained: bool = False,
+) -> Any:
+    """Load a sequence classifier; its head is drawn from `seed` unless it is for these labels.
+
+    Args:
+        trained: refuse a checkpoint whose head would be drawn.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    return _load_labelled(
+        AutoModelForSequenceClassification, "ForSequenceClassification", name, label_names, seed,
+        trust_remote_code, ("pooler.", "head.", *_LABEL_HEAD), trained,
+    )
+
+
+def load_scorer(
+    name: str, seed: int, trust_remote_code: bool = False, trained: bool = False
+) -> Any:
+    """Load a token classifier (1: important); its head is drawn as `load_classifier` does."""
+    from transformers import AutoModelForTokenClassification
+
+    return _load_labelled(
+        AutoModelForTokenClassification, "ForTokenClassification", name, SCORER_LABELS, seed,
+        trust_remote_code, ("head.", *_LABEL_HEAD), trained,
+    )

@@ -145,9 +145,10 @@ def plan_digest(steps: list[Step]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """Read what another node has written; {} while it is not there, or is being replaced."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _list(numbers: list[int]) -> str:
@@ -209,6 +210,9 @@ class FirstNode:
         begin = spoke = time.monotonic()
         while True:
             found = {rank: said for rank in self._others if (said := self._member(rank))}
+            members = {str(rank): said["token"] for rank, said in found.items()}
+            if members != self._told["members"]:  # at once, so that they hear of an early end
+                self._tell(members=members)
             now, missing = time.monotonic(), sorted(set(self._others) - set(found))
             if not missing or now - begin > JOIN_SECONDS:
                 break
@@ -216,8 +220,6 @@ class FirstNode:
                 print(f"waiting for the same command with --node_rank {_list(missing)}", flush=True)
                 spoke = now
             time.sleep(POLL_SECONDS)
-        # Also those that are refused, so that they hear of the end.
-        self._tell(members={str(rank): said["token"] for rank, said in found.items()})
         if missing:
             raise ConfigError(f"--node_rank {_list(missing)} was not started within "
                               f"{JOIN_SECONDS / 60:.0f} minutes; type the same command on every "
@@ -305,7 +307,7 @@ class OtherNode:
         heard: dict[str, Any] = {}
         while True:
             now, anybody = time.monotonic(), _read(self.folder / "first.json")
-            if anybody and anybody["token"] != self._said.get("answers"):
+            if anybody.get("token") not in (None, self._said.get("answers")):
                 self._say(answers=anybody["token"], turn=0, code=0)  # perhaps of an earlier run
             told = self._first()
             self._joined = self._joined or bool(told)

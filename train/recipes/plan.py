@@ -13,7 +13,7 @@ from typing import Any
 from preprocess.errors import ConfigError
 from preprocess.masking import ARRAY_NEEDS, MATCHED, STRATEGIES
 from train.config import FinetuneConfig
-from train.recipes.recipe import NEGATED, REPOSITORY, needs_domain
+from train.recipes.recipe import NEGATED, REPOSITORY, SWITCHED_OFF, needs_domain
 from train.stages.floors import write_naive_bayes
 
 
@@ -50,27 +50,34 @@ def flag_words(flags: dict[str, Any]) -> list[str]:
     Args:
         flags: name -> value; None and False leave a flag out, True is the flag alone, a list
             becomes several words and a dictionary `key=value` words.
+    Raises:
+        ConfigError: a value that a command would take for another flag.
     """
     words: list[str] = []
     for name, value in flags.items():
-        if value is False and name in NEGATED:
-            words.append(f"--no-{name}")
+        if value is False and name in (*NEGATED, *SWITCHED_OFF):
+            words.append(f"--no{'-' if name in NEGATED else '_'}{name}")
         if value is None or value is False or value == []:
             continue
         words.append(f"--{name}")
+        given: list[Any] = [value]
         if isinstance(value, dict):
-            words += [f"{key}={entry}" for key, entry in value.items()]
+            given = [f"{key}={entry}" for key, entry in value.items()]
+        elif isinstance(value, bool):
+            given = []
         elif isinstance(value, list):
-            words += [str(entry) for entry in value]
-        elif not isinstance(value, bool):
-            words.append(str(value))
+            given = value
+        for word in given:
+            if str(word).startswith("-") and not isinstance(word, int | float):
+                raise ConfigError(f"--{name} {word}: would be taken for another flag; give a name "
+                                  f"that does not begin with -, as ./{word}")
+            words.append(str(word))
     return words
 
 
 def _seeds(flags: dict[str, Any]) -> str:
-    """Return the seeds of a section as the command takes them; YAML may hold a list or a number."""
-    value = flags.get("seeds", FinetuneConfig.seeds)
-    return ",".join(str(seed) for seed in value) if isinstance(value, list) else str(value)
+    """Return the seeds of a section as the command takes them."""
+    return flags.get("seeds") or FinetuneConfig.seeds
 
 
 def _inside(folder: Path, *patterns: str) -> list[str]:

@@ -1,22 +1,28 @@
 """Read a recipe: its sections, variables and checks.
 
 A recipe is YAML: variables, the task, the texts, flags for each stage, the arms to compare. It may
-extend another one. Every key is checked before anything runs, with "did you mean".
+extend another one of its folder. It is data: every key is checked before anything runs, with "did
+you mean", and every value against the type of the option that it sets, so that none can become
+another flag. What lets code run (`TYPED`) is not taken from a file, only from the command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from preprocess.errors import ConfigError
+from preprocess.errors import ConfigError, visible
 from preprocess.files import parse_yaml, read_yaml
 from preprocess.masking import STRATEGIES
 from train.config import (
     AnnotateConfig,
+    Bounds,
     FinetuneConfig,
     FitScorerConfig,
     PretrainConfig,
@@ -25,26 +31,58 @@ from train.config import (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TOKENIZE_FLAGS = (
-    "input", "text_column", "where", "split", "split_sentences", "language",
-    "blank_line_documents", "max_documents", "num_workers", "num_shards",
-)
-VOCABULARY_FLAGS = ("input", "text_column", "max_documents", "vocab_size", "kind", "lowercase")
+TYPED = ("trust_remote_code",)  # flags that no file may set
+
+
+class Option(NamedTuple):
+    """What a flag takes: its type, and the bounds of its value."""
+
+    kind: Any
+    bounds: Bounds | None = None
+
+
+class _Seeds:
+    """The kind of `seeds`: numbers separated by commas; YAML may hold a list or one number."""
+
+
+_TEXT, _WHOLE, _SWITCH = Option(str), Option(int), Option(bool)
+TOKENIZE_FLAGS = {
+    "input": Option(list[str]), "text_column": _TEXT, "where": Option(dict[str, str]),
+    "split": _TEXT, "split_sentences": _SWITCH, "language": _TEXT,
+    "blank_line_documents": _SWITCH, "max_documents": _WHOLE, "num_workers": _WHOLE,
+    "num_shards": _WHOLE,
+}
+VOCABULARY_FLAGS = {
+    "input": Option(list[str]), "text_column": _TEXT, "max_documents": _WHOLE,
+    "vocab_size": _WHOLE, "kind": _TEXT, "lowercase": _SWITCH,
+}
 NEGATED = ("split_sentences", "lowercase")  # argparse flags whose negation is --no-NAME
-MASK_FLAGS = ("mlm_probability", "seed")
+MASK_FLAGS = {"mlm_probability": Option(float), "seed": _WHOLE}
 
 
-def _flags_of(config_class: type) -> tuple[str, ...]:
+def _options_of(config_class: type) -> dict[str, Option]:
+    """Return the flags of a training command, as its dataclass has them."""
+    kinds = get_type_hints(config_class)
+    return {option.name: Option(_Seeds if option.name == "seeds" else kinds[option.name],
+                                option.metadata["bounds"])
+            for option in dataclasses.fields(config_class)}
+
+
+_TASK_FLAGS = _options_of(TaskOptions)
+_OURS = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
+         "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite",
+         *_TASK_FLAGS}
+
+
+def _flags_of(config_class: type) -> dict[str, Option]:
     """Return the flags of a training command, without those that the pipeline sets itself."""
-    ours = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
-            "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite"}
-    ours |= {f.name for f in dataclasses.fields(TaskOptions)}
-    return tuple(f.name for f in dataclasses.fields(config_class) if f.name not in ours)
+    return {name: option for name, option in _options_of(config_class).items()
+            if name not in _OURS}
 
 
 # The sections of a recipe, most of them flags of a command, and the keys each may hold.
-SECTIONS: dict[str, tuple[str, ...]] = {
-    "task": tuple(f.name for f in dataclasses.fields(TaskOptions)),
+SECTIONS: dict[str, dict[str, Option]] = {
+    "task": _TASK_FLAGS,
     "vocabulary": VOCABULARY_FLAGS,
     "general_text": TOKENIZE_FLAGS,
     "domain_text": TOKENIZE_FLAGS,
@@ -54,13 +92,17 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "scorer": _flags_of(FitScorerConfig),
     "score": _flags_of(ScoreConfig),
     "masks": MASK_FLAGS,
-    "task_guided": tuple(
-        flag for flag in _flags_of(PretrainConfig)
+    "task_guided": {
+        flag: option for flag, option in _flags_of(PretrainConfig).items()
         if flag not in ("model_config", "from_scratch", "masking", "seed", "export_steps")
-    ),
+    },
     "finetune": _flags_of(FinetuneConfig),
-    "floors": ("naive_bayes", "untrained"),  # trivial baselines, on or off
+    "floors": {"naive_bayes": _SWITCH, "untrained": _SWITCH},  # trivial baselines
 }
+PATHS = ("deepspeed_config", "encoder", "tokenizer")  # keys outside of a section that are texts
+# Flags that are on by default, whose negation is --no_NAME.
+SWITCHED_OFF = {option.name for option in dataclasses.fields(PretrainConfig)
+                if option.default is True}
 OPTIONAL = ("vocabulary", "general")  # sections whose absence leaves a step out
 DEFAULTS: dict[str, Any] = {
     "variables": {},
@@ -87,8 +129,9 @@ def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: unknown key or variable, a variable without a value, or a wrong type.
     """
-    recipe = {**DEFAULTS, **_read_yaml(Path(path), ())}
+    recipe = {**DEFAULTS, **_read_yaml(Path(path), (), Path(path).parent.resolve())}
     recipe["variables"] = dict(recipe["variables"] or {})
+    _check_sections(recipe, path)
     for setting in settings:
         _apply_setting(recipe, setting)
     for key in recipe:
@@ -107,8 +150,12 @@ def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
     return recipe
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """Read one YAML file and merge it over the one that it extends, if any."""
+def _read_yaml(path: Path, seen: tuple[Path, ...], home: Path) -> dict[str, Any]:
+    """Read one YAML file and merge it over the one that it extends, if any.
+
+    Args:
+        seen: files on the way to this one. home: folder of the recipe that the user named.
+    """
     if path.resolve() in seen:
         raise ConfigError(f"recipe {path} extends itself: remove `extends` somewhere")
     if not path.is_file():
@@ -119,20 +166,29 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = content.pop("extends", None)
     if base is None:
         return content
-    return _merge(_read_yaml(path.parent / str(base), (*seen, path.resolve())), content)
+    extended = path.parent / _check_value(base, _TEXT, f"recipe {path}: extends")
+    inside = (home, REPOSITORY / "train/recipes")
+    if not any(extended.resolve().is_relative_to(folder) for folder in inside):
+        raise ConfigError(f"recipe {path}: extends {_shown(base)} outside its folder and "
+                          "train/recipes; copy that file beside it")
+    return _merge(_read_yaml(extended, (*seen, path.resolve()), home), content)
 
 
 def _check_content(content: dict[str, Any], path: Path) -> None:
     """Refuse permission to run a checkpoint's code, which only the command line may give."""
+    if not isinstance(content.get("variables"), dict | None):
+        raise ConfigError(f"recipe {path}: variables must hold names and values, as `text: a.txt`; "
+                          f"got {_shown(content['variables'])}")
     entries: list[Any] = [content]
     while entries:
         entry = entries.pop()
         if isinstance(entry, dict):
-            if entry.get("trust_remote_code", False) is not False:
-                raise ConfigError(
-                    f"recipe {path}: trust_remote_code cannot be given in a file; if you trust the "
-                    "checkpoint, type --set finetune.trust_remote_code=true for each stage"
-                )
+            for flag in TYPED:
+                if entry.get(flag, False) is not False:
+                    raise ConfigError(
+                        f"recipe {path}: {flag} cannot be given in a file; if you trust the "
+                        f"checkpoint, type --set finetune.{flag}=true for each stage"
+                    )
             entries += entry.values()
         elif isinstance(entry, list):
             entries += entry
@@ -158,7 +214,7 @@ def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
     section, _, flag = key.partition(".")
     if key in recipe["variables"]:
         recipe["variables"][key] = value
-    elif flag and section in DEFAULTS:
+    elif flag and section in SECTIONS:
         recipe[section] = {**(recipe[section] or {}), flag: value}
     else:
         flags = [f"{name}.{f}" for name in SECTIONS for f in SECTIONS[name]]
@@ -191,16 +247,131 @@ def _fill_in(value: Any, variables: dict[str, Any], path: str | Path) -> Any:
     return re.sub(r"\$\{(\w*)\}", lambda match: str(variables[match[1]]), value)
 
 
-def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
-    for section, flags in SECTIONS.items():
+def _shown(value: Any) -> str:
+    text = visible(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# Each returns the value as the command takes it, or raises ValueError or TypeError.
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    text = str(value)
+    if text.startswith("-") or visible(text, kept="\u00ad") != text:
+        raise ValueError
+    return text
+
+
+def _number(value: Any) -> float:
+    found = value if type(value) in (int, float) else float(_text(value))  # 1e-5 is text in YAML
+    if not math.isfinite(found):
+        raise ValueError
+    return found
+
+
+def _whole(value: Any) -> int:
+    found = _number(value)
+    if found != int(found):
+        raise ValueError
+    return int(found)
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _seeds(value: Any) -> str:
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return ",".join(str(_whole(part)) for part in parts)
+
+
+READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    str: (_text, "a text without control characters that does not begin with -"),
+    int: (_whole, "a whole number"),
+    float: (_number, "a number"),
+    bool: (_switch, "true or false"),
+    _Seeds: (_seeds, "whole numbers separated by commas, as 13,43,83"),
+}
+
+
+def _check_value(value: Any, option: Option, name: str) -> Any:
+    """Return a value as the option takes it.
+
+    Args:
+        name: of the option, with the recipe, for the message.
+    Raises:
+        ConfigError: of another type, out of bounds, or a text that a command would take for a flag.
+    """
+    kinds = [kind for kind in get_args(option.kind) if kind is not NoneType]
+    origin, kind = get_origin(option.kind), option.kind
+    if value is None:
+        return None
+    if origin is list:
+        entries = value if isinstance(value, list) else [value]
+        return [_check_value(entry, Option(kinds[0]), name) for entry in entries if entry != []]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} {_shown(value)}: must be names and values, as {{a: b}}")
+        return {_check_value(key, _TEXT, name): _check_value(entry, _TEXT, name)
+                for key, entry in value.items()}
+    if origin is Literal:
+        choices = [str(choice) for choice in kinds]
+        if isinstance(value, bool):  # YAML reads `yes` and `no` as that
+            value = "yes" if value else "no"
+        if value not in choices:
+            raise ConfigError(f"{name} {_shown(value)}: must be {' or '.join(choices)}")
+        return value
+    if origin is not None:  # X | None, or a number | "auto"
+        kind = kinds[0]
+        if str in kinds and option.bounds and isinstance(value, str):
+            return _check_bounds(_text_or_number(value), option, name)
+    read, words = READERS[kind]
+    try:
+        found = read(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(f"{name} {_shown(value)}: must be {words}") from None
+    return _check_bounds(found, option, name)
+
+
+def _text_or_number(value: str) -> Any:
+    return int(value) if value.isdecimal() else value
+
+
+def _check_bounds(value: Any, option: Option, name: str) -> Any:
+    try:
+        good = option.bounds is None or option.bounds.holds(value)
+    except TypeError:  # a text where a number may stand
+        good = False
+    if not good and option.bounds:
+        raise ConfigError(f"{name} {_shown(value)}: must be {option.bounds.words}")
+    return value
+
+
+def _check_sections(recipe: dict[str, Any], path: str | Path) -> None:
+    for section in SECTIONS:
         content = recipe[section]
-        if content is None and section in OPTIONAL:
-            continue
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) and not (content is None and section in OPTIONAL):
             raise ConfigError(f"recipe {path}: {section} must hold flags, as `max_steps: 100`; "
-                              f"got {content!r}")
-        for flag in content:
+                              f"got {_shown(content)}")
+
+
+def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
+    """Check all keys and values, and put the values in as their commands take them."""
+    _check_sections(recipe, path)
+    for section, flags in SECTIONS.items():
+        for flag in recipe[section] or ():
             _check_known(flag, flags, f"recipe {path}: {section} has an unknown flag")
+        if recipe[section] is not None:
+            recipe[section] = {
+                flag: _check_value(value, flags[flag], f"recipe {path}: {section}.{flag}")
+                for flag, value in recipe[section].items()
+            }
+    for key in PATHS:
+        recipe[key] = _check_value(recipe[key], _TEXT, f"recipe {path}: {key}")
     for key in ("arms", "pretrain_seeds", "export_steps"):
         value = recipe[key]
         if not isinstance(value, list) or len(set(map(str, value))) != len(value):

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess import launchers
-from preprocess.errors import ConfigError, DataError, StopRequested
+from preprocess.errors import ConfigError, DataError, StopRequested, visible
 from preprocess.files import atomic_write_json, file_sha256, read_json, tell_stopping
 from preprocess.identity import digest
 from preprocess.progress import print_line
@@ -54,9 +55,11 @@ class Journal:
         self.root, self.path = root, root / "steps.json"
         self.steps: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
-            self.steps = read_json(
-                self.path, "delete it and run again with --rerun, or take another --output_dir"
-            )
+            again = "delete it and run again with --rerun, or take another --output_dir"
+            self.steps = read_json(self.path, again)
+            for name, entry in self.steps.items():
+                if not _is_entry(entry):
+                    raise DataError(f"{self.path}: step {name!r} is not as it was written; {again}")
 
     def command(self, step: Step) -> list[str]:
         """Return the words that must not change; the output folder may be moved."""
@@ -103,7 +106,7 @@ class Journal:
     def start(self, step: Step) -> None:
         """Note the command and the inputs of a step that runs now."""
         earlier = self.steps.get(step.name, {}).get("seconds", 0.0) if _existing(step) else 0.0
-        inputs = {need: self.steps[need]["finished"] for need in step.needs}
+        inputs = {need: self.steps.get(need, {}).get("finished") for need in step.needs}
         self.steps[step.name] = {"command": self.command(step), "inputs": inputs,
                                  "finished": None, "seconds": earlier}
         atomic_write_json(self.path, self.steps)
@@ -116,6 +119,20 @@ class Journal:
         atomic_write_json(self.path, self.steps)
 
 
+def _is_entry(entry: Any) -> bool:
+    """Return whether an entry of `steps.json` is complete, so that it can be used without a look.
+    """
+    if not isinstance(entry, dict) or {"command", "inputs", "finished", "seconds"} - entry.keys():
+        return False
+    command, inputs, seconds = entry["command"], entry["inputs"], entry["seconds"]
+    return (
+        isinstance(command, list) and all(isinstance(word, str) for word in command)
+        and isinstance(inputs, dict)
+        and all(isinstance(told, str | None) for told in (entry["finished"], *inputs.values()))
+        and type(seconds) in (int, float) and 0 <= seconds < math.inf
+    )
+
+
 def _record(path: str) -> Any:
     """Return what a JSON file says of its result; the size of any other file."""
     name = os.path.basename(path)
@@ -125,7 +142,7 @@ def _record(path: str) -> Any:
     try:
         lines = content.splitlines() if name == "results.jsonl" else [content]
         return [json.loads(line, object_hook=_identity) for line in lines]
-    except ValueError:
+    except (ValueError, RecursionError):
         return hashlib.sha256(content).hexdigest()
 
 
@@ -172,9 +189,9 @@ def run_steps(
         if not objection and journal.is_finished(step):
             print(f"{title}: finished, skipped", flush=True)
             continue
-        print(f"{title}: {objection}" if objection else title, flush=True)
+        print(f"{title}: {visible(objection)}" if objection else title, flush=True)
         for path in _existing(step) if objection or not step.resumes else ():
-            print(f"  deleting {path}", flush=True)
+            print(f"  deleting {visible(path)}", flush=True)
             shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         print(f"  {shown(step, options)}", flush=True)
         started, success = time.monotonic(), False
@@ -205,18 +222,22 @@ def run_steps(
         print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total", flush=True)
 
 
+def tell_others_of_a_stop() -> None:
+    """Turn a request to stop between two commands into an exception, which other nodes hear of."""
+    def stop(number: int, frame: Any) -> None:
+        raise StopRequested("stopped on request between two steps; the same command on every node "
+                            "continues")
+
+    for request in STOPPING:
+        if signal.getsignal(request) is not signal.SIG_IGN:
+            signal.signal(request, stop)
+
+
 def follow(
     steps: list[Step], journal: Journal, options: PipelineConfig, node: OtherNode
 ) -> None:
     """Launch what the first node says, until it ends; exit with its code."""
-    def stop(number: int, frame: Any) -> None:
-        raise StopRequested("stopped on request, while the first node worked alone; the same "
-                            "command on every node continues")
-
     with node:
-        for request in STOPPING:
-            if signal.getsignal(request) is not signal.SIG_IGN:
-                signal.signal(request, stop)
         while "end" not in (told := node.next_turn()):
             number = told["step"]
             step = steps[number - 1]
@@ -337,7 +358,7 @@ def run_process(
                 log.write(line)
                 log.flush()
                 if not _LAUNCHER_CHATTER.search(line):
-                    print_line(f"  {line.rstrip()}")
+                    print_line("  " + visible(line.rstrip(), kept="\t"))
         while (code := poll()) is None:
             time.sleep(0.01)
     finally:

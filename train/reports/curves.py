@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from preprocess.errors import visible
 from preprocess.files import read_yaml
 from train.reports.results import number, read_summaries
 from train.run_dir.metrics import (
@@ -118,12 +119,16 @@ def event_folders(folder: Path) -> list[Path]:
 
 
 def short_name(path: Path, folders: Sequence[Path]) -> str:
-    """Return a path relative to the one folder of a report, or to the parent of several."""
+    """Return a path relative to the one folder of a report, or to the parent of several.
+
+    It is for people: control characters in it are escaped.
+    """
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) == 1:
         name = os.path.relpath(path.resolve(), resolved[0])
-        return resolved[0].name if name == "." else name
-    return os.path.relpath(path.resolve(), os.path.commonpath([f.parent for f in resolved]))
+        return visible(resolved[0].name if name == "." else name)
+    parent = os.path.commonpath([f.parent for f in resolved])
+    return visible(os.path.relpath(path.resolve(), parent))
 
 
 def _read_events(folder: Path, notes: list[str]) -> dict[str, tuple[list[int], list[float]]]:

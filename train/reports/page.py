@@ -10,6 +10,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from preprocess.errors import visible
 from preprocess.view.tables import Table, html_page
 
 
@@ -42,10 +43,11 @@ def as_html(title: str, tables: Sequence[Table], pictures: Sequence[Picture],
     """Write a complete report as one page."""
     parts = [table.as_html() for table in tables]
     if notes:
-        items = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes)
+        items = "\n".join(f"<li>{html.escape(visible(note))}</li>" for note in notes)
         parts.append(f"<h2>Notes</h2>\n<ul>\n{items}\n</ul>")
     for picture in pictures:
-        data, text = base64.b64encode(picture.png).decode("ascii"), html.escape(picture.text)
+        data = base64.b64encode(picture.png).decode("ascii")
+        text = html.escape(visible(picture.text))
         parts.append(f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
                      f'<figcaption class="note">{text}</figcaption></figure>')
     return html_page(title, _STYLE, parts)

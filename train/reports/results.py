@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import DataError
+from preprocess.errors import DataError, visible
 from preprocess.files import parse_json
 from preprocess.identity import flatten
 from train.reports.intervals import paired_difference
-from train.run_dir.hf_folder import read_stages
+from train.run_dir.hf_folder import read_stages, weights_problem
 
 METRICS = {"accuracy": "test_accuracy", "macro_f1": "test_macro_f1"}
 TABLE_COLUMNS = ("arm", "task", "metric", "mean", "sd", "seeds", "masked_tokens", "steps",
@@ -54,7 +54,7 @@ class FinetuneRun:
 
     @property
     def task(self) -> str:
-        return str(self.rows[0].get("task", ""))
+        return visible(self.rows[0].get("task", ""))
 
     @property
     def seeds(self) -> list[int]:
@@ -141,15 +141,18 @@ def read_summaries(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Read the stages behind an `hf/` folder, oldest first; none if its lineage is of no use.
 
     Args:
-        notes: where to put a sentence about a lineage that cannot be read.
+        notes: where to put a sentence about a lineage that cannot be read, or weights that are
+            not those that it tells of.
     Returns:
         Of each stage what decided it, and its totals, in one dictionary.
     """
     try:
         stages = read_stages(folder)
+        problem = weights_problem(folder)
     except (DataError, OSError) as error:
         notes.append(str(error))
         return []
+    notes += [problem] if problem else []
     totals = ("steps", "tokens", "masked_tokens", "seconds")
     return [{"stage": stage["stage"], **flatten(stage["identity"]),
              **{key: stage["totals"].get(key) for key in totals}} for stage in stages]
@@ -182,6 +185,8 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
         )
     answers = [read_predictions(run_dir / f"seed_{row['seed']}" / "predictions.jsonl", notes)
                for row in rows]
+    for row, answer in zip(rows, answers, strict=True):
+        notes += _disagreements(run_dir, row, answer[1] if answer else None)
     known = [answer for answer in answers if answer is not None]
     for items, _ in known[1:]:
         if items != known[0][0]:
@@ -191,7 +196,7 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
             )
     whole = len(known) == len(rows)
     cost = rows[0].get("pretraining")
-    lineage = read_summaries(run_dir / f"seed_{rows[0]['seed']}" / "hf", notes)
+    lineages = [read_summaries(run_dir / f"seed_{row['seed']}" / "hf", notes) for row in rows]
     return FinetuneRun(
         path=run_dir,
         rows=rows,
@@ -199,9 +204,26 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
         correct=np.array([right for _, right in known], dtype=bool) if whole else None,
         cost={key: value for key, given in (cost if isinstance(cost, dict) else {}).items()
               if (value := number(given)) is not None},
-        stages=[stage for stage in lineage if stage["stage"] == "pretrain"],
+        stages=[stage for stage in lineages[0] if stage["stage"] == "pretrain"],
         notes=notes,
     )
+
+
+def _disagreements(run_dir: Path, row: dict[str, Any], right: list[bool] | None) -> list[str]:
+    """Say where a row of `results.jsonl` and the predictions beside it tell different things."""
+    if right is None:
+        return []
+    where, notes = f"{run_dir}, seed {row['seed']}", []
+    again = "type the finetune.py command again, it tests that seed again"
+    expected = number(row.get("num_test"))
+    if expected is not None and expected != len(right):
+        notes.append(f"{where}: {len(right)} predictions for {expected:.0f} test items; {again}")
+    counted = sum(right) / len(right) if right else math.nan
+    if not math.isclose(counted, row[METRICS["accuracy"]], abs_tol=1e-6):
+        notes.append(f"{where}: results.jsonl says accuracy {row[METRICS['accuracy']]:.4f}, and "
+                     f"the predictions give {counted:.4f}; the means are of the former, the "
+                     f"differences of the latter; {again}")
+    return notes
 
 
 def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], list[bool]] | None:
@@ -217,7 +239,8 @@ def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], lis
         return None
     broken: list[str] = []
     answers = read_json_lines(path, broken)
-    if broken or any(key not in a for a in answers for key in ("item", "label", "prediction")):
+    if broken or not all(isinstance(a.get("item"), str) and type(a.get("label")) is int
+                         and type(a.get("prediction")) is int for a in answers):
         notes.append(f"{path}: cut off or broken, so this run is not compared")
         return None
     return (tuple(str(a["item"]) for a in answers),

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from preprocess import machine
-from preprocess.errors import ConfigError
+from preprocess.errors import ConfigError, DataError
 from preprocess.files import (
     WriterLock,
     atomic_write_bytes,
@@ -107,7 +107,15 @@ def prepare_run_dir(
 def read_execution(run_dir: Path) -> dict[str, Any]:
     """Return what the run in this directory had found out about its machine; {} for a new run."""
     path = run_dir / EXECUTION
-    return read_json(path, "delete it") if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    found = read_json(path, "delete it")
+    size, sizes = found.get("micro_batch_size", 1), found.get("sizes") or {}
+    counts = [size, *sizes.values()] if isinstance(sizes, dict) else [0]
+    if not all(type(n) is int and n > 0 for n in counts) or not isinstance(
+            found.get("torch_compile"), bool | None):
+        raise DataError(f"{path}: not as it was written; delete it")
+    return found
 
 
 def check_run_dir(config: TrainingConfig) -> Path:

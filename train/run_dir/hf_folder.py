@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from preprocess.errors import DataError, writing
-from preprocess.files import file_sha256, read_json, sync
-from preprocess.identity import sealed
-from train.model.loading import list_weights, local_checkpoint
+from preprocess.errors import DataError, visible, writing
+from preprocess.files import atomic_write_json, file_sha256, read_json, sync
+from preprocess.identity import KEYS, digest, sealed
+from preprocess.progress import say
+from train.model.folder import check_weights, list_weights
+from train.model.loading import local_checkpoint
+from train.run_dir.checkpoint import find_checkpoint
 
 VERSION = 2
 _HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
               "pytorch_model.bin.index.json")
+
+_PARTS = ("identity", "numerics", "parent", "totals")  # of a stage, each an object
+# Beside the weights: without one of these no reader loads the folder.
+_NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+# What transformers notes of a tokenizer's use: cuts and padding belong to a run, not to its model.
+_USES = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 
 Files = dict[str, dict[str, Any]]
 
@@ -38,8 +50,19 @@ class Weights:
     stages: list[dict[str, Any]]
 
 
+@functools.lru_cache
+def _sha256(file: Path, size: int, changed: int) -> str:
+    return file_sha256(file)
+
+
+def _hash(file: Path) -> str:
+    """Return the sha256 of a file; one that has not changed is read once in a process."""
+    status = file.stat()
+    return _sha256(file.resolve(), status.st_size, status.st_mtime_ns)
+
+
 def _describe(files: Iterable[Path]) -> Files:
-    return {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)}
             for file in sorted(files)}
 
 
@@ -57,6 +80,7 @@ def weight_files(name: str) -> list[Path]:
     folder = Path(local_checkpoint(name))
     if not folder.is_dir():
         return _hub_files(name)
+    check_weights(folder)
     files = list_weights(folder)
     if not files:
         raise DataError(f"{folder}: no .safetensors and no pytorch_model.bin; give the hf/ folder "
@@ -79,17 +103,78 @@ def open_weights(name: str) -> Weights:
     """Hash the weights of a checkpoint and read the lineage beside them.
 
     Raises:
-        DataError: no weights; or a lineage that is broken, of an older version, or of others.
+        DataError: no weights, or others than those that the lineage was written for; or a lineage
+            that is broken or of an older version.
     """
     folder = local_checkpoint(name)
-    files, file = _describe(weight_files(folder)), Path(folder) / "lineage.json"
-    lineage = _read_lineage(file)
-    if lineage and lineage["files"] != files:
-        raise DataError(
-            f"{file}: written for other weights than those beside it; delete lineage.json if you "
-            "changed the model yourself"
-        )
-    return Weights(_digest(files), lineage.get("stages", []))
+    lineage = _read_lineage(Path(folder) / "lineage.json")
+    problem = _weights_problem(Path(folder), lineage) if lineage else None
+    if problem:
+        raise DataError(problem)
+    return Weights(_digest(_describe(weight_files(folder))), lineage.get("stages", []))
+
+
+def _weights_problem(folder: Path, lineage: dict[str, Any]) -> str | None:
+    """Return how the weights differ from those of the lineage, sizes first, with a remedy."""
+    again = ("type the command that wrote this folder again: it exports the weights from its "
+             "checkpoint")
+    files = lineage["files"]
+    for name in files:
+        if not (folder / name).is_file():
+            return f"{folder / name}: missing; {again}"
+    changed = next((name for name, entry in files.items()
+                    if (folder / name).stat().st_size != entry["bytes"]), None)
+    changed = changed or next((name for name, entry in files.items()
+                               if _hash(folder / name) != entry["sha256"]), None)
+    if not changed and files:
+        changed = next((file.name for file in list_weights(folder) if file.name not in files), None)
+    if not changed:
+        return None
+    return (f"{folder / changed}: the lineage.json beside it was written for other weights; "
+            f"{again}, or delete lineage.json if you changed the model yourself")
+
+
+def weights_problem(folder: Path) -> str | None:
+    """Return what is wrong with the weights of an `hf/` folder that has a lineage, or None.
+
+    Raises:
+        DataError: a lineage that is broken or of an older version.
+    """
+    lineage = _read_lineage(folder / "lineage.json")
+    return _weights_problem(folder, lineage) if lineage else None
+
+
+def is_whole(run_dir: Path, remedy: str) -> bool:
+    """Return whether `run_dir/hf` is there as it was written; collective in a process group.
+
+    Args:
+        remedy: what to do without a checkpoint, as the end of a sentence.
+    Returns:
+        False where a checkpoint is left to export it from again, which is said.
+    Raises:
+        DataError: it is not whole, and there is no such checkpoint.
+    """
+    problem = folder_problem(run_dir / "hf")
+    if problem is None:
+        return True
+    if find_checkpoint(run_dir, "auto") is None:
+        raise DataError(f"{problem}, and {run_dir} has no checkpoint to export it from; {remedy}")
+    say(f"{problem}: goes on from the checkpoint and writes it again")
+    return False
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Return which file of an `hf/` folder is not as it was written, or None."""
+    for name in ("lineage.json", *_NEEDED):
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing"
+    try:
+        for name in _NEEDED:
+            read_json(folder / name)
+        problem = weights_problem(folder)
+    except DataError as error:
+        problem = str(error)
+    return problem and problem.split(";")[0]
 
 
 def read_stages(folder: Path) -> list[dict[str, Any]]:
@@ -106,20 +191,52 @@ def _read_lineage(file: Path) -> dict[str, Any]:
         return {}
     again = "run the command that wrote this folder again in another --output_dir"
     lineage = read_json(file, again, keys=["stages"])
-    version, stages = lineage.get("version", 1), lineage["stages"]
-    try:
-        if version == VERSION:
-            _digest(lineage["files"])
-            for stage in stages:
-                stage["identity"]["inputs"], stage["totals"]["steps"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file}: not a lineage ({error}); {again}") from None
-    if version != VERSION:
+    version = lineage.get("version", 1)
+    if version == VERSION:
+        wrong = next(_faults(lineage), None)
+        if wrong:
+            raise DataError(f"{file}: not a lineage ({wrong}); {again}")
+    else:
         raise DataError(
             f"{file}: lineage of version {version}, and this program reads {VERSION}; {again}, or "
             "delete lineage.json to use its weights as a plain checkpoint"
         )
     return lineage
+
+
+def _faults(lineage: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a lineage, so that everything in it can be used without a look."""
+    files, stages = lineage.get("files"), lineage.get("stages")
+    if not isinstance(files, dict) or not isinstance(stages, list):
+        yield "files or stages are missing"
+        return
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(
+                entry.get("sha256"), str):
+            yield f"no size and sha256 of {name!r}"
+    for number, stage in enumerate(stages, start=1):
+        parts: list[Any] = [stage.get(key) for key in _PARTS] if isinstance(stage, dict) else []
+        if not parts or not all(isinstance(part, dict) for part in parts):
+            yield f"stage {number} has no {', '.join(_PARTS)}"
+            return
+        identity, _, parent, totals = parts
+        if not isinstance(stage.get("stage"), str) or "hf_digest" not in parent:
+            yield f"stage {number} has no name or no parent"
+        if not all(isinstance(identity.get(section), dict) and identity[section].keys() >= set(keys)
+                   for section, keys in KEYS.items()):
+            yield f"stage {number} has no complete identity"
+        elif stage.get("identity_digest") != digest(identity):
+            yield f"the identity of stage {number} is not what was written"
+        # Only pre-training counts its masked tokens.
+        needed = ["steps", "seconds"] + ["masked_tokens"] * (stage["stage"] == "pretrain")
+        for key in ("steps", "seconds", "masked_tokens", "tokens", "flops"):
+            value = totals.get(key)
+            if key not in totals or not _is_amount(value) and (key in needed or value is not None):
+                yield f"{key} of stage {number} is {value!r}"
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def make_stage(
@@ -141,15 +258,41 @@ def make_stage(
     }
 
 
-def _model_card(stages: list[dict[str, Any]], out_name: str) -> str:
-    lines = ["---", "library_name: transformers", "tags:", "- selmask", "---", "", f"# {out_name}",
+def model_card(stages: list[dict[str, Any]], out_name: str) -> str:
+    """Return the README of a folder: a table of the stages behind it."""
+
+    def plain(cell: Any) -> str:
+        """Write a cell so that Markdown shows it as it is: a lineage may be a stranger's."""
+        marked = re.sub(r"([\\`*\[\]<>#|~&$])", r"\\\1", visible(cell))
+        return "" if cell is None else marked
+
+    lines = ["---", "library_name: transformers", "tags:", "- selmask", "---", "",
+             f"# {plain(out_name)}",
              "", "Trained with selmask. Stages, oldest first:", "",
              "| stage | masking | steps | masked tokens | seconds |", "|---|---|---|---|---|"]
     for stage in stages:
         totals = [stage["totals"][key] for key in ("steps", "masked_tokens", "seconds")]
         cells = [stage["stage"], stage["identity"]["choice"]["masking"], *totals]
-        lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
+        lines.append(f"| {' | '.join(map(plain, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def _set_dtype(file: Path) -> None:
+    """Name the dtype of the weights; transformers names that of the model in memory."""
+    config = read_json(file)
+    config.pop("torch_dtype", None)
+    atomic_write_json(file, {**config, "dtype": "float32"})
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer without the cuts and the padding of its last use."""
+    tokenizer.save_pretrained(folder)
+    for name, plain in (("tokenizer.json", {"truncation": None, "padding": None}),
+                        ("tokenizer_config.json", {})):
+        content = read_json(folder / name)
+        kept = {key: value for key, value in content.items() if key not in _USES}
+        (folder / name).write_text(
+            json.dumps({**kept, **plain}, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_hf(
@@ -170,14 +313,17 @@ def save_hf(
         carried: tensors added to the weights.
     """
     out = Path(out_dir)
-    weights = {**state, **(carried or {})}
+    # In 16 bit training the buffers are in 16 bit.
+    weights = {name: value.float() if value.is_floating_point() else value
+               for name, value in {**state, **(carried or {})}.items()}
     with writing(out, sum(tensor.nbytes for tensor in weights.values())):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
             hf_model.save_pretrained(temporary, state_dict=weights)
-            tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(_model_card(stages, out.name))
+            _set_dtype(temporary / "config.json")
+            _save_tokenizer(tokenizer, temporary)
+            (temporary / "README.md").write_text(model_card(stages, out.name))
             files = _describe(weight_files(str(temporary)))
             lineage = {"version": VERSION, "files": files, "stages": stages}
             (temporary / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")

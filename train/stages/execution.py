@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from preprocess.errors import ConfigError
+from preprocess.errors import ConfigError, DataError
 from preprocess.progress import say
 from train import data, model
 from train import engine as ds
@@ -65,7 +65,11 @@ def settle(
         )
     sizes = recorded.get("sizes")
     if sizes and recorded.get("micro_batch_size") == resolved.micro_batch_size:
-        sizes = data.BatchSizes(**sizes)
+        try:
+            sizes = data.BatchSizes(**sizes)
+        except TypeError as error:
+            raise DataError(f"execution.json in --output_dir {config.output_dir}: {error}; delete "
+                            "it") from None
     elif device.type == "cuda" or compiles:
         sizes = batches.measure_sizes(max(1, config.max_steps))
     return Execution(resolved.micro_batch_size, compiles, sizes, why)

@@ -135,7 +135,8 @@ def match_labels(task: Task, hf_config: Any, model_name: str) -> list[int]:
         ConfigError: the classifier knows other labels.
     """
     classes = {str(name): int(number) for number, name in hf_config.id2label.items()}
-    if set(classes) != set(task.labels) or len(classes) != hf_config.num_labels:
+    if set(classes) != set(task.labels) or sorted(classes.values()) != list(
+            range(hf_config.num_labels)):
         raise ConfigError(
             f"--model_name_or_path {model_name} tells {', '.join(classes)} apart, but --task "
             f"{task.name} has {', '.join(task.labels)}; give a classifier fine-tuned on this task"

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from preprocess.errors import DataError
 from preprocess.store import TokenStore
 from train import data, model
 from train import engine as ds
@@ -17,20 +16,20 @@ from train.config import BenchmarkConfig, PretrainConfig
 UNIGRAM_TOKENS = 10_000_000  # tokens that are counted, of all shards together
 
 
-def check_vocabulary(
+def check_agreement(
     store: TokenStore, hf_config: Any, config: PretrainConfig | BenchmarkConfig
 ) -> None:
-    """Refuse a checkpoint whose tokenizer is not the store's, or whose embedding is too small."""
+    """Refuse a store, a tokenizer, a configuration and weights that do not belong together."""
     name = config.model_name_or_path
-    tokenizer = model.load_tokenizer(name, config.trust_remote_code)
-    model.check_same_vocabulary(
-        store, tokenizer, name, f"run tokenize_corpus.py with --tokenizer {name}"
+    if not name:
+        tokenizer = model.load_tokenizer(store.tokenizer_dir)
+        model.check_agreement(hf_config, tokenizer, store.tokenizer_dir, weights=False)
+        return
+    model.check_agreement(
+        hf_config, model.load_tokenizer(name, config.trust_remote_code), name, store=store,
+        remedy=f"run tokenize_corpus.py with --tokenizer {name}",
+        weights=not getattr(config, "from_scratch", False),
     )
-    if store.vocab_size > hf_config.vocab_size:
-        raise DataError(
-            f"{name}: its embedding has {hf_config.vocab_size} rows, fewer than the "
-            f"{store.vocab_size} ids of {store.prefix}"
-        )
 
 
 def token_frequencies(store: TokenStore) -> np.ndarray:
@@ -45,7 +44,9 @@ def token_frequencies(store: TokenStore) -> np.ndarray:
 def model_config(config: PretrainConfig | BenchmarkConfig, store: TokenStore) -> Any:
     """Return the configuration of the model to train."""
     if config.model_config:
-        return model.named_config(config.model_config, store.vocab_size, store.special_ids["pad"])
+        # A tokenizer without padding is refused by `check_agreement`, in words.
+        pad = store.special_ids.get("pad", 0)
+        return model.named_config(config.model_config, store.vocab_size, pad)
     return model.load_config(config.model_name_or_path, config.trust_remote_code)
 
 

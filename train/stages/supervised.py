@@ -137,8 +137,8 @@ def train_step(
         batch: indices, `(n,)` int64.
         asked: whether this rank was asked to stop.
     Returns:
-        The mean loss of the global batch, the norm of its gradient as `take_step` gives it, and
-        whether any rank was asked to stop.
+        The loss of the global batch per unit of its mass, the norm of its gradient as `take_step`
+        gives it, and whether any rank was asked to stop.
     Raises:
         NonFiniteError: the loss or the gradient is not a number, on any rank; nothing has been
             updated.
@@ -187,6 +187,7 @@ class Progressed:
     history: the dev metrics of each finished epoch. best_epoch: counts from 1; 0 before the first.
     best_state: the weights after that epoch, float32 on the CPU; None on other ranks than the
     first. seconds: of training, over all processes that took part. log: open after training.
+    window: sums over the steps since the last point of the log.
     """
 
     log: MetricsWriter
@@ -195,6 +196,7 @@ class Progressed:
     best_state: dict[str, torch.Tensor] | None = None
     seconds: float = 0.0
     steps: int = 0
+    window: Any = field(default_factory=Counter)
 
     @property
     def best(self) -> dict[str, float]:
@@ -205,6 +207,12 @@ class Progressed:
 def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
     """Count the optimizer steps of a run; a small last batch of an epoch is one step too."""
     return num_epochs * -(-num_examples // batch_size)
+
+
+def epochs_seen(step: int, num_examples: int, batch_size: int) -> float:
+    """Return the passes over the examples after `step` steps; the last batch may be smaller."""
+    epochs, more = divmod(step, num_steps(num_examples, batch_size, 1))
+    return epochs + more * batch_size / num_examples
 
 
 def resolve(
@@ -369,7 +377,7 @@ def train_and_select(
     )
     batches = global_batches(train, resolved.train_batch_size, seed, step, total_steps)
     weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
-    window: Any = Counter()  # sums over the steps since the last point of the log
+    window = found.window
     text, stopping = "", False
     engine.train()
     with progress:
@@ -405,12 +413,14 @@ def train_and_select(
             )
             if stopping:
                 tell_stopping()
-            window.update(loss=loss, tokens=int(train.lengths[batch].sum()),
-                          seconds=time.monotonic() - begun, steps=1)
+            mass = float(train.mass[batch].sum())
+            window.update(loss=loss * mass, mass=mass, tokens=int(train.lengths[batch].sum()),
+                          seconds=time.monotonic() - begun)
             step += 1
             if step % config.logging_steps == 0 or step % per_epoch == 0:
-                scalars = {LEARNING_RATE: learning_rate, EPOCH: step / per_epoch,
-                           TRAIN_LOSS: window["loss"] / window["steps"],
+                scalars = {LEARNING_RATE: learning_rate,
+                           EPOCH: epochs_seen(step, len(train), resolved.train_batch_size),
+                           TRAIN_LOSS: window["loss"] / window["mass"],
                            TOKENS_PER_SECOND: window["tokens"] / max(window["seconds"], 1e-9),
                            **engine_scalars(engine)}
                 if norm is not None:
@@ -445,7 +455,7 @@ def _save(
 
     notes = {
         "history": found.history, "best_epoch": found.best_epoch, "seconds": found.seconds,
-        "steps": found.steps, **records,
+        "steps": found.steps, "window": dict(found.window), **records,
     }
     extras = {} if found.best_state is None else {BEST: save(found.best_state)}
     save_checkpoint(engine, run_dir, found.steps, notes, limit, extras)
@@ -473,5 +483,5 @@ def _restore(
     best_state = load_file(path / BEST) if notes["best_epoch"] and is_main() else None
     return Progressed(
         MetricsWriter(run_dir, notes["steps"]), notes["history"], notes["best_epoch"], best_state,
-        notes["seconds"], notes["steps"],
+        notes["seconds"], notes["steps"], Counter(notes.get("window", {})),
     )
