@@ -55,6 +55,7 @@ from train.run_dir.metrics import (
 )
 from train.stages.examples import Examples, make_examples
 from train.stages.scores import accuracy, macro_f1, softmax
+from train.stages.startup import Startup
 from train.stages.supervised import (
     describe_plan,
     fit,
@@ -297,8 +298,11 @@ def check_resume(
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     config = parse(FinetuneConfig, argv)
+    startup = Startup()
+    startup.lap("imports")
     run_dir = check_run_dir(config)
     inputs = read_inputs(config)
+    startup.lap("inputs")
     task, sizes = inputs.task, (f"{len(part)} {name}" for name, part in inputs.splits.items())
     say(f"task {task.name}: labels {', '.join(map(visible, task.labels))}; {', '.join(sizes)}")
     train, num_seeds = inputs.encoded["train"], len(config.seed_list())
@@ -306,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         say(line)
     say(inputs.head)
     if config.dry_run:
+        say(str(startup))
         return
     check_resume(inputs, run_dir, read_rows(run_dir))
     with sole_writer(run_dir):
