@@ -303,13 +303,14 @@ def load_classifier(
 
 
 def load_scorer(
-    name: str, seed: int, trust_remote_code: bool = False, trained: bool = False
+    name: str, seed: int, trust_remote_code: bool = False, trained: bool = False,
+    labels: tuple[str, ...] = SCORER_LABELS,
 ) -> Any:
     """Load a token classifier (1: important); its head is drawn as `load_classifier` does."""
     from transformers import AutoModelForTokenClassification
 
     return _load_labelled(
-        AutoModelForTokenClassification, "ForTokenClassification", name, SCORER_LABELS, seed,
+        AutoModelForTokenClassification, "ForTokenClassification", name, labels, seed,
         trust_remote_code, ("head.", *_LABEL_HEAD), trained,
     )
 
