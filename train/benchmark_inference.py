@@ -191,7 +191,8 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
     model.check_row_length(config, length)
     tokens, offsets = first_sentences(store, args.max_tokens)
     template = special_template(tokenizer, pair=False)
-    scorer = model.load_scorer(name, 0)
+    labels = tuple(config.id2label[i] for i in range(config.num_labels))
+    scorer = model.load_scorer(name, 0, labels=labels)  # whatever they are: only time counts
     make = partial(Runner, scorer, template, tokenizer, device,
                    args.batch_tokens or BATCH_TOKENS[device.type])
 

@@ -49,7 +49,10 @@ class Case:
     places: set[str] = field(default_factory=set)
 
     def run(self, run_here, **changes: Any) -> None:
-        run_here(self.script, *words({**self.flags, **changes}))
+        typed = words({**self.flags, **changes})
+        if self.config is None:  # argparse's own way
+            typed = [word.replace("--no_", "--no-") for word in typed]
+        run_here(self.script, *typed)
 
 
 def training(other_json: str) -> dict[str, tuple[dict[str, Any], str]]:

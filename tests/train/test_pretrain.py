@@ -88,7 +88,7 @@ def test_logged_means_are_over_masked_tokens(tmp_path, reviews_store, still_enco
         for step in steps[here]:
             batch = step.micro_batches[0]
             with torch.no_grad():
-                loss, right = PackedMaskedLM(model, {}, False)(**batch.inputs("cpu"))
+                loss, right = PackedMaskedLM(model, {}, False)(**batch.inputs(torch.device("cpu")))
             losses.append(float(loss))
             hits += int(right)
         total = sum(masked[here])

@@ -263,6 +263,9 @@ def _load_labelled(
 ) -> Any:
     config = load_config(name, trust_remote_code)
     keeps = keeps_head(config, suffix, labels)
+    unnamed = tuple(f"LABEL_{i}" for i in range(len(labels)))  # transformers' own for no names
+    if trained and keeps_head(config, suffix, unnamed):
+        keeps = True
     if trained and not keeps:
         raise ConfigError(
             f"--model_name_or_path {name}: a {_kind(config) or 'model of unknown kind'} for the "
@@ -288,7 +291,8 @@ def load_classifier(
     """Load a sequence classifier; its head is drawn from `seed` unless it is for these labels.
 
     Args:
-        trained: refuse a checkpoint whose head would be drawn.
+        trained: refuse a checkpoint whose head would be drawn; one without names for its labels
+            is taken as it is.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -299,12 +303,13 @@ def load_classifier(
 
 
 def load_scorer(
-    name: str, seed: int, trust_remote_code: bool = False, trained: bool = False
+    name: str, seed: int, trust_remote_code: bool = False, trained: bool = False,
+    labels: tuple[str, ...] = SCORER_LABELS,
 ) -> Any:
     """Load a token classifier (1: important); its head is drawn as `load_classifier` does."""
     from transformers import AutoModelForTokenClassification
 
     return _load_labelled(
-        AutoModelForTokenClassification, "ForTokenClassification", name, SCORER_LABELS, seed,
+        AutoModelForTokenClassification, "ForTokenClassification", name, labels, seed,
         trust_remote_code, ("head.", *_LABEL_HEAD), trained,
     )
