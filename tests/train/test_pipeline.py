@@ -283,7 +283,7 @@ def test_a_lost_artefact_is_made_again(copy, run_pipeline):
     lost.unlink()
     assert run_pipeline(copy) == ["finetune-selective-seed42", "report"]
     assert lost.is_file()
-    shutil.rmtree(copy / "finetune" / "none" / "seed_13" / "hf")
+    shutil.rmtree(copy / "finetune" / "none" / "seed_13")
     assert run_pipeline(copy) == ["finetune-none", "report"]
     shutil.rmtree(copy / "task_guided" / ARMS["selective"] / "hf")
     (copy / "domain" / "text.selective.mask.json").unlink()
