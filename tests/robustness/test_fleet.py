@@ -327,8 +327,13 @@ from preprocess.errors import run_command
 def main():
     from train import annotate, finetune, fit_scorer, pretrain, score_tokens
     import train.engine
+    from train.run_dir import folder
     for module in (train.engine, finetune, fit_scorer):
         module.finish = lambda: None  # one process group for all
+    if not train.engine.is_main():
+        # These ranks come from the command before, and may look when rank 0 writes already.
+        for module in (folder, finetune, fit_scorer):
+            module.check_run_dir = lambda config: Path(config.output_dir)
     commands = {"pretrain": pretrain, "finetune": finetune, "annotate": annotate,
                 "fit_scorer": fit_scorer, "score_tokens": score_tokens}
     for name, *flags in json.loads(Path(sys.argv[-1]).read_text()):
