@@ -75,6 +75,7 @@ def step(module, batch: dict):
     return loss.detach(), hits, {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_compiled_after_the_first_step(family, checkpointing):
@@ -97,6 +98,7 @@ def test_nothing_is_compiled_after_the_first_step(family, checkpointing):
     assert counter.frame_count == GRAPHS[family] and not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout, checkpointing", [(0.0, False), (0.0, True), (0.1, False)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiling_changes_nothing(family, dropout, checkpointing):
@@ -136,6 +138,7 @@ def test_without_the_subset_every_layer_is_compiled_whole():
     torch.testing.assert_close(*results, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_models_and_sizes_share_the_graphs():
     """As in a benchmark: two models, ten maskings with sizes of their own."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -337,7 +337,9 @@ def test_masks_do_not_depend_on_batches_or_precision(
             candidates=np.ones(len(tokens), bool), rate=0.15, seed=0, epoch=0, scores=scores[-1]))
         masks.append(np.isin(np.arange(len(tokens)), chosen))
     found, exact = (s.astype(float) for s in scores)
-    assert 0 < (np.abs(found - exact) / np.maximum(1, np.abs(exact))).max() <= tolerance
+    difference = (np.abs(found - exact) / np.maximum(1, np.abs(exact))).max()
+    assert difference <= tolerance
+    assert difference > 0 or "half" not in options  # it was another precision
     assert 0.01 < masks[0].mean() < 0.15
     assert (masks[0] == masks[1]).mean() >= share
     assert (masks[0] & masks[1]).sum() >= share * (masks[0] | masks[1]).sum()

@@ -158,6 +158,7 @@ def test_norms_and_weights_are_those_of_deepspeed(server, tmp_path, ranks, stage
     assert ours[0]["sums"][0][1:] == [ranks * (ranks + 1) / 2, 0.25 * ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 2)])
 @pytest.mark.parametrize("adam", [{"fused": True}, {"foreach": True}], ids=["fused", "foreach"])
 def test_overflows_are_skipped_as_deepspeed_skips_them(server, tmp_path, ranks, stage, adam):
