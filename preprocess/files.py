@@ -161,15 +161,26 @@ def seal(obj: dict[str, Any]) -> dict[str, Any]:
 # --------------------------------------------------------------------------- reading
 
 
-def parse_json(text: str | bytes, strict: bool = False) -> Any:
+class DuplicateKeyError(ValueError):
+    """A key, kept in `key`, that appears twice in one JSON object."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"key {key!r} appears twice")
+        self.key = key
+
+
+def parse_json(text: str | bytes, strict: bool = False, unique_keys: bool = False) -> Any:
     """Return the value of a JSON text; raise a `ValueError` for anything wrong with it.
 
     Args:
         strict: also refuse keys that appear twice and numbers that are not finite.
+        unique_keys: only refuse keys that appear twice, by a `DuplicateKeyError`.
     """
     checks: Any = {}
+    if strict or unique_keys:
+        checks["object_pairs_hook"] = _refuse_duplicates
     if strict:
-        checks = {"object_pairs_hook": _refuse_duplicates, "parse_constant": _refuse_constant}
+        checks["parse_constant"] = _refuse_constant
     try:
         return json.loads(text, **checks)
     except RecursionError:
@@ -177,11 +188,13 @@ def parse_json(text: str | bytes, strict: bool = False) -> Any:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"key {key!r} appears twice")
-        result[key] = value
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise DuplicateKeyError(key)
+            seen.add(key)
     return result
 
 

@@ -15,7 +15,6 @@ import codecs
 import csv
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +31,7 @@ from preprocess.corpus.advice import (
 )
 from preprocess.corpus.packages import resolve_path
 from preprocess.errors import DataError
+from preprocess.files import DuplicateKeyError, parse_json
 
 Row = dict[str, Any]
 
@@ -214,36 +214,16 @@ _JSON_KINDS = {
 }
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _Twice(next(name for name in names if names.count(name) > 1))
-    return row
-
-
-class _Twice(Exception):
-    """A key that occurs twice in one object."""
-
-
-def _parse_row(line: str) -> Any:
-    """Return the value of a line of JSON; raise a `ValueError` for anything wrong with it."""
-    try:
-        return json.loads(line, object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def read_jsonl(path: Path, columns: list[str], texts: list[str], span: Span) -> Numbered:
     """Yield one row per JSON object, one per line; null is an empty text."""
     for number, line in read_lines(path, span):
         if not line.strip():
             continue
         try:
-            row = _parse_row(line)
-        except _Twice as error:
+            row = parse_json(line, unique_keys=True)
+        except DuplicateKeyError as error:
             raise DataError(
-                f"{_place(path, number, span)}: the key {str(error)!r} occurs twice in one JSON "
+                f"{_place(path, number, span)}: the key {error.key!r} occurs twice in one JSON "
                 f"object; remove one of the two"
             ) from None
         except ValueError as error:

@@ -157,23 +157,20 @@ class OnePassStep:
         numbers = _sum_over_ranks([square, *self._values], square.device)
         for master, flat in zip(self._masters, self._flat, strict=True):
             master.grad = flat
+        read = _Read(numbers)
         if self._skips_on_device:
-            read = _Read(numbers)
             bad = ~torch.isfinite(numbers[:2]).all()  # of the norm and the loss
             self._adam.grad_scale = (scale * self._clip(numbers[0].sqrt() / scale)).float()
             self._adam.found_inf = bad.float()
             self._adam.step()
             self._adam.grad_scale = self._adam.found_inf = None
-            squared, *self.sums = read.wait()
-            applied = math.isfinite(squared) and math.isfinite(self.sums[0])
-        else:
-            squared, *self.sums = numbers.tolist()
-            applied = math.isfinite(squared) and math.isfinite(self.sums[0])
-            if applied:
-                factor = scale * float(self._clip(torch.tensor(math.sqrt(squared) / scale)))
-                if factor != 1.0:
-                    torch._foreach_mul_(self._flat, 1.0 / factor)
-                self._adam.step()
+        squared, *self.sums = read.wait()
+        applied = math.isfinite(squared) and math.isfinite(self.sums[0])
+        if applied and not self._skips_on_device:
+            factor = scale * float(self._clip(torch.tensor(math.sqrt(squared) / scale)))
+            if factor != 1.0:
+                torch._foreach_mul_(self._flat, 1.0 / factor)
+            self._adam.step()
         for master in self._masters:
             master.grad = None
         if applied or self._skips_on_device:
