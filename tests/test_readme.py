@@ -22,7 +22,8 @@ from train.run_dir import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 # In the order in which a reader meets them: the commands of a page use what earlier ones made.
-FOLDERS = ("", "preprocess", "train", "train/bench", "csrc", "ds_configs", "tests")
+FOLDERS = ("", "preprocess", "train", "train/bench", "csrc", "ds_configs", "tests",
+           "preprocess/masking")
 PAGES = {folder: (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
 FRONT, PREPROCESS, TRAIN = (PAGES[folder] for folder in FOLDERS[:3])
 BLOCKS = [block for page in PAGES.values()
@@ -205,7 +206,8 @@ def test_every_tag_has_its_line():
 
 
 def test_strategies_tasks_sources_and_families_are_those_of_the_code():
-    assert [quoted(row[0])[0] for row in rows(FRONT, "Masking strategies", 3)] == list(STRATEGIES)
+    assert [quoted(row[0])[0] for row in rows(PAGES["preprocess/masking"], "Rules", 3)] == list(
+        STRATEGIES)
     assert all(f"`{name}`" in PREPROCESS for name in TASKS)
     for name in SOURCES:
         named = f"`.{name}`" in PREPROCESS or f"`{name}:" in PREPROCESS

@@ -34,11 +34,13 @@ from preprocess.store.reader import Shard, TokenStore
 
 ARRAYS: dict[str, np.dtype[Any]] = {
     "scores": np.dtype("<f2"),
+    "units": np.dtype("u1"),
     "importance": np.dtype("u1"),
     "mask": np.dtype("<u4"),
 }
 ARRAY_MAKERS = {
-    "scores": "train/score_tokens.py",
+    "scores": "train/score_tokens.py or preprocess/score_words.py",
+    "units": "preprocess/score_words.py",
     "importance": "train/annotate.py",
     "mask": "preprocess/build_masks.py",
 }
@@ -104,8 +106,8 @@ def write_array(
     """Write an array beside a shard, atomically; its JSON comes last. See `lock_array`.
 
     Args:
-        array: `(T,)` for scores and importance, `(M,)` for mask, of the dtype in `ARRAYS`; or
-            blocks of it in order, so that a large one never sits in memory.
+        array: `(M,)` for mask, `(T,)` for all others, of the dtype in `ARRAYS`; or blocks of it in
+            order, so that a large one never sits in memory.
         info: what made it; kept in the JSON with the store's fingerprint and the count.
     Raises:
         DataError: wrong dtype or length; mask positions that do not ascend or leave the shard.
