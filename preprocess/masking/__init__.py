@@ -18,13 +18,21 @@ from preprocess.masking.draws import (
     STREAM_WORD,
     counter_uniform,
 )
-from preprocess.masking.index import StrategyInputs, choose_positions, index_bounds, open_arrays
+from preprocess.masking.index import (
+    NUM_BINS,
+    StrategyInputs,
+    choose_positions,
+    index_bounds,
+    open_arrays,
+    store_facts,
+)
 from preprocess.masking.strategies import ARRAY_NEEDS, BASELINE, MATCHED, STRATEGIES, Strategy
 
 __all__ = [
     "ARRAY_NEEDS",
     "BASELINE",
     "MATCHED",
+    "NUM_BINS",
     "ROUNDING_WINDOW",
     "STRATEGIES",
     "STREAM_BUDGET",
@@ -45,4 +53,5 @@ __all__ = [
     "index_bounds",
     "open_arrays",
     "selective_limit",
+    "store_facts",
 ]
