@@ -54,10 +54,11 @@ INPUTS = {"store": "against", "lexicon": "lexicon"}  # the flag of what a measur
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line and check it."""
-    rules = {**COUNTED, **{f"--combine {name}": one for name, one in COMBINED.items()}}
+    rules = {name: one.rule for name, one in COUNTED.items()}
+    rules |= {f"--combine {name}": one.rule for name, one in COMBINED.items()}
     parser = Parser(description=__doc__, epilog="measures:\n" + "\n".join(
-        textwrap.fill(f"{name}: {one.rule}", 98, initial_indent="  ", subsequent_indent="    ")
-        for name, one in rules.items()))
+        textwrap.fill(f"{name}: {rule}", 98, initial_indent="  ", subsequent_indent="    ")
+        for name, rule in rules.items()))
     add = parser.add_argument_group(USUAL).add_argument
     add("--tokens", required=True, metavar="P", help="prefix of the token store")
     add("--name", required=True, metavar="NAME", help="name of the scores to write")
@@ -148,7 +149,7 @@ def plan_measure(args: argparse.Namespace, store: TokenStore) -> Plan:
     lexicon = (open_lexicon(args.lexicon, tokenizer, store.all_special_ids) if args.lexicon
                else None)
     language = (args.language or "en") if args.measure == "content" else None
-    kinds = language and type_kinds(type_names(tokenizer, store.vocab_size), language)
+    kinds = type_kinds(type_names(tokenizer, store.vocab_size), language) if language else None
     options = {
         "measure": args.measure,
         "against": against.fingerprint if against else None,

@@ -17,7 +17,7 @@ import numpy as np
 from preprocess.errors import ConfigError
 from preprocess.masking import find_candidates, index_bounds
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, iterate_blocks, open_array
-from preprocess.text.continuations import WordTable, continuation_table, find_continuations
+from preprocess.text.continuations import WordTable, continuation_table
 from preprocess.text.kinds import KINDS, find_kinds, type_kinds
 from preprocess.view.pieces import printable
 from preprocess.view.tables import Share, Table, percent
