@@ -23,6 +23,7 @@ COMMANDS = {
     "data": {
         "train_tokenizer": "preprocess.train_tokenizer",
         "tokenize_corpus": "preprocess.tokenize_corpus",
+        "select_documents": "preprocess.select_documents",
         "build_masks": "preprocess.build_masks",
         "show_masks": "preprocess.show_masks",
     },
