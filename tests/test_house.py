@@ -338,8 +338,9 @@ def test_a_strategy_is_one_record(records, scored_store, tiny_encoder, tmp_path,
     show_masks.main(["--tokens", scored_store, "--mask_index", "new"])
     assert f"rule: {STRATEGIES[built].rule}" in capsys.readouterr().out
 
-    options = {"max_steps": 2, "eval_max_rows": 8, "mlm_probability": 0.5}
-    pretrained(scored_store, tiny_encoder, tmp_path / "a", masking=drawn, **options)
+    options = {"max_steps": 2, "eval_max_rows": 8}
+    pretrained(scored_store, tiny_encoder, tmp_path / "a", masking=drawn, mlm_probability=0.5,
+               **options)
     pretrained(scored_store, tiny_encoder, tmp_path / "b", mask_index="new", **options)
     with pytest.raises(ConfigError, match=f"--masking {built}: .*build_masks"):
         pretrained(scored_store, tiny_encoder, tmp_path / "c", masking=built, **options)

@@ -16,11 +16,12 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from preprocess.errors import ConfigError, check_shard
 from preprocess.flags import OTHER, USUAL, Parser
-from preprocess.masking import BASELINE, STRATEGIES
+from preprocess.masking import BASELINE, STRATEGIES, Corruption, read_corruption
 
 # The groups of `--help`, in this order.
 DATA, MODEL = "data and masking", "model"
@@ -50,6 +51,28 @@ POSITIVE = Bounds(lambda value: 0 < value < 1e6, "a positive number")
 FRACTION = Bounds(lambda value: 0 < value < 1, "in (0, 1)")
 SEED = Bounds(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")
 ROW = Bounds(lambda value: 8 <= value <= 65535, "between 8 and 65535")
+
+
+def _reads(read: Callable[[Any], Any], value: Any) -> bool:
+    """Return whether a value can be read."""
+    try:
+        read(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_rates(value: float | str) -> tuple[float, float]:
+    """Return the mask rates of the first and of the last step: of 0.15, or of 0.30:0.15."""
+    first, *rest = map(float, str(value).split(":"))
+    if len(rest) > 1 or not all(map(FRACTION.holds, (first, *rest))):
+        raise ValueError(f"{value}: no rates")
+    return first, (rest or [first])[0]
+
+
+RATES = Bounds(partial(_reads, _read_rates), "in (0, 1), or a first and a last one, as 0.30:0.15")
+CORRUPTION = Bounds(partial(_reads, read_corruption),
+                    "three percentages with the sum 100, as 80,10,10")
 
 
 def _flag(default: Any, text: str, group: str = OTHER, bounds: Bounds | None = None,
@@ -183,7 +206,21 @@ class MaskedLMOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig, MaskedLMOptions):
+class CorruptionOptions(_Checked):
+    """What masked tokens become in training; evaluation is always 80,10,10."""
+
+    corruption: str = _flag(
+        "80,10,10", "percent of the masked tokens that become [MASK], a random token, or stay; "
+        "held-out text is always masked by 80,10,10", DATA, CORRUPTION, metavar="MASK,RANDOM,KEEP",
+    )
+
+    def corruption_percent(self) -> Corruption:
+        """Return `--corruption` as numbers."""
+        return read_corruption(self.corruption)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig, MaskedLMOptions, CorruptionOptions):
     """Pre-train with masked language modelling on a token store: stages 1 and 2.
 
         deepspeed train/pretrain.py --tokens P --model_config bert-base --output_dir R1
@@ -210,8 +247,10 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions):
     mask_index: str = _flag(
         "", "instead: name of a prebuilt mask index, P.NAME.mask.npy", USUAL, metavar="NAME"
     )
-    mlm_probability: float = _flag(
-        0.15, "mask rate of --masking, as a fraction of the tokens", DATA, FRACTION
+    mlm_probability: float | str | None = _flag(
+        None, "mask rate of --masking, as a fraction of the tokens; 0.30:0.15 goes from the first "
+        "to the second, linearly over the steps of the run (default: 0.15)", DATA, RATES,
+        read=lambda text: text if ":" in text else float(text), metavar="R",
     )
     max_steps: int = _flag(1000, "optimizer steps; 0: only write hf/", USUAL, _at_least(0))
     per_device_train_batch_size: int | str | None = _flag(  # type: ignore[assignment]
@@ -254,6 +293,12 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions):
                 f"--masking {self.masking} and --mask_index {self.mask_index} exclude each "
                 "other: a mask index holds the positions already; drop one"
             )
+        if self.mlm_probability is not None and self.mask_index:
+            raise ConfigError(
+                f"--mlm_probability {self.mlm_probability} has no use with --mask_index "
+                f"{self.mask_index}, whose rate was fixed when build_masks.py built it; leave it "
+                "out, or draw masks anew with --masking"
+            )
         _require(
             0 <= self.head_only_steps <= self.max_steps, "head_only_steps", self.head_only_steps,
             f"between 0 and --max_steps {self.max_steps}",
@@ -262,6 +307,10 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions):
             all(0 < step <= self.max_steps for step in self.export_steps),
             "export_steps", self.export_steps, f"between 1 and --max_steps {self.max_steps}",
         )
+
+    def mask_rates(self) -> tuple[float, float]:
+        """Return the mask rates of the first and of the last step."""
+        return _read_rates(0.15 if self.mlm_probability is None else self.mlm_probability)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,7 +498,7 @@ class ScoreConfig(_InferenceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig(TrainingConfig, MaskedLMOptions):
+class BenchmarkConfig(TrainingConfig, MaskedLMOptions, CorruptionOptions):
     """Measure the throughput of pre-training for each masking strategy.
 
         deepspeed train/benchmark.py --tokens P2 --model_config bert-base --scores mr

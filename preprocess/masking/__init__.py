@@ -7,7 +7,7 @@ from preprocess.masking.candidates import (
     find_candidates,
     selective_limit,
 )
-from preprocess.masking.corruption import corrupt
+from preprocess.masking.corruption import STANDARD, Corruption, corrupt, read_corruption
 from preprocess.masking.draws import (
     STREAM_BUDGET,
     STREAM_CHOICE,
@@ -24,8 +24,10 @@ from preprocess.masking.strategies import ARRAY_NEEDS, BASELINE, MATCHED, STRATE
 __all__ = [
     "ARRAY_NEEDS",
     "BASELINE",
+    "Corruption",
     "MATCHED",
     "ROUNDING_WINDOW",
+    "STANDARD",
     "STRATEGIES",
     "STREAM_BUDGET",
     "STREAM_CHOICE",
@@ -44,5 +46,6 @@ __all__ = [
     "find_candidates",
     "index_bounds",
     "open_arrays",
+    "read_corruption",
     "selective_limit",
 ]
