@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from preprocess.errors import ConfigError
-from preprocess.masking import MATCHED, STRATEGIES
+from preprocess.masking import MATCHED, STRATEGIES, read_corruption
 from preprocess.masking.measures import COUNTED
 from train.config import ScoreConfig
 from train.recipes.values import (
@@ -32,7 +32,6 @@ from train.recipes.values import (
     options_of,
     shown_value,
 )
-from train.stages.measures import MEASURES
 
 NONE = "none"  # the arm without task-guided pre-training; also "no units"
 TASK_SCORES = "task"  # of the token scorer, unless the recipe says otherwise
@@ -60,12 +59,14 @@ class NamedScores:
     Attributes:
         name: of the entry, and of the array beside the store.
         measure: entry of `MEASURES`; "" where others are combined.
+        needs: what that needs beside the store.
         combine, parts: how, and which other entries.
         options: flags of the command that makes them.
     """
 
     name: str
     measure: str
+    needs: tuple[str, ...] = ()
     combine: str = ""
     parts: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -75,10 +76,8 @@ class NamedScores:
         """Whether no network makes them, so that they are the same after any stage 1."""
         return self.measure in COUNTED
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What the measure needs beside the store."""
-        return MEASURES[self.measure].needs if self.measure else ()
+
+DEFAULT_SCORES = NamedScores(TASK_SCORES, "scorer", ("scorer",))
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,8 @@ def read_scores(content: Any, recipe: str, general_text: bool) -> dict[str, Name
                           f"{shown_value(content)}")
     found = {name: _one_score(name, entry, f"{recipe}: scores.{_named(name, recipe, 'scores')}",
                               general_text)
-             for name, entry in {TASK_SCORES: {"measure": "scorer"}, **content}.items()}
+             for name, entry in content.items()}
+    found.setdefault(TASK_SCORES, DEFAULT_SCORES)
     for scores in found.values():
         for part in scores.parts:
             check_known(part, found, f"{recipe}: scores.{scores.name} combines unknown scores")
@@ -163,7 +163,9 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedSc
         if not isinstance(parts, list) or len(parts) < 2 or len(set(map(str, parts))) < len(parts):
             raise ConfigError(f"{where} {shown_value(entry)}: `of` must list two or more scores, "
                               "as {combine: rank, of: [a, b]}")
-        return NamedScores(name, "", entry["combine"], tuple(parts))
+        return NamedScores(name, "", (), entry["combine"], tuple(parts))
+    from train.stages.measures import MEASURES  # brings torch, which most recipes do without
+
     measure = entry["measure"]
     check_known(measure, MEASURES, f"{where} has an unknown measure")
     flags = WORD_FLAGS if measure in COUNTED else NETWORK_FLAGS
@@ -184,7 +186,7 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedSc
     if options.get("against") == GENERAL_STORE and not general_text:
         raise ConfigError(f"{where}.against: there is no general_text; give general_text.input, or "
                           "the prefix of a token store")
-    return NamedScores(name, measure, options=options)
+    return NamedScores(name, measure, tuple(needs), options=options)
 
 
 # --------------------------------------------------------------------------------------- arms
@@ -282,9 +284,10 @@ def _rate(value: Any, drawn: bool, name: str) -> float | str | None:
                           "each epoch; give one number")
     rates = [check_value(part, Option(float), name)
              for part in (schedule.groups() if schedule else [value])]
-    if not all(0 < rate <= 1 for rate in rates):
-        raise ConfigError(f"{name} {shown_value(value)}: must be above 0 and at most 1, as 0.15"
-                          + (", or two such numbers, as 0.30:0.15" if drawn else ""))
+    if not all(0 < rate < 1 or rate == 1 and not drawn for rate in rates):
+        raise ConfigError(f"{name} {shown_value(value)}: must be above 0 and "
+                          + ("below 1, as 0.15 or, from the first step to the last, 0.30:0.15"
+                             if drawn else "at most 1, as 0.15"))
     return value if schedule else rates[0]
 
 
@@ -292,12 +295,13 @@ def _corruption(value: Any, name: str) -> str | None:
     """Return percentages of [MASK], random and unchanged tokens as one word."""
     if value is None:
         return None
-    parts = value if isinstance(value, list) else str(value).split(",")
-    shares = [check_value(part, WHOLE, name) for part in parts]
-    if len(shares) != 3 or sum(shares) != 100 or min(shares) < 0:
+    word = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        shares = read_corruption(word)
+    except ValueError:
         raise ConfigError(f"{name} {shown_value(value)}: must be three percentages of together "
-                          "100, as [80, 10, 10]")
-    return ",".join(map(str, shares))
+                          "100, as [80, 10, 10]") from None
+    return ",".join(f"{share:g}" for share in shares)
 
 
 # --------------------------------------------------------------------------------- what is used

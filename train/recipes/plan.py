@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import ConfigError
-from train.config import FinetuneConfig, PretrainConfig
+from train.config import FinetuneConfig
 from train.recipes.arms import (
     GENERAL_STORE,
     NONE,
@@ -28,6 +28,8 @@ from train.recipes.steps import (
     store_files,
 )
 from train.stages.floors import write_naive_bayes
+
+MASK_RATE = 0.15  # the default of build_masks.py and of pretrain.py alike
 
 
 def _seeds(flags: dict[str, Any]) -> str:
@@ -285,7 +287,7 @@ class _Planner:
             options["units"] = self.array(policy.units, tag)
             needs.append(self.score_step(policy.units, tag))
         indices = [name, *(f"{name}-epoch{n}" for n in range(1, policy.rules.get("epochs", 1)))]
-        made = [pattern for index in indices for pattern in array_files(self.domain, f"{index}.mask")]
+        made = [found for index in indices for found in array_files(self.domain, f"{index}.mask")]
         self.add(
             f"masks-{name}", "preprocess/build_masks.py",
             {"tokens": self.domain, "strategy": policy.strategy, **source, **options, "name": name},
@@ -297,11 +299,11 @@ class _Planner:
         """Plan stage 2 with one seed, and the fine-tuning of its model."""
         arm = f"{policy.name}-seed{seed}"
         run, target = root / "task_guided" / arm, root / "finetune" / arm
-        flags: dict[str, Any] = {"tokens": self.domain, "mask_index": f"{policy.name}{tag}"}
+        flags: dict[str, Any] = {"tokens": self.domain}
         if policy.drawn:
-            rate = policy.rate or self.default_rate()
-            flags = {"tokens": self.domain, "masking": policy.strategy,
-                     **({} if rate is None else {"mlm_probability": rate})}
+            flags |= {"masking": policy.strategy, "mlm_probability": self.drawn_rate(policy)}
+        else:  # the index has its rate already
+            flags |= {"mask_index": f"{policy.name}{tag}", "mlm_probability": None}
         if policy.corruption:
             flags["corruption"] = policy.corruption
         name = self.train(
@@ -312,11 +314,13 @@ class _Planner:
         self.finetune(f"finetune-{arm}{tag}", "finetune", target, run / "hf", [name])
         return target
 
-    def default_rate(self) -> float | str | None:
-        """Return the rate of drawn masks that only `masks` gives; None for the command's own."""
-        given = self.recipe["masks"].get("mlm_probability")
-        own = "mlm_probability" in self.recipe["task_guided"]
-        return None if own or str(given) == str(PretrainConfig.mlm_probability) else given
+    def drawn_rate(self, policy: Policy) -> float | str | None:
+        """Return the rate of masks drawn in training; None for the command's own."""
+        stage, masks = (self.recipe[section].get("mlm_probability")
+                        for section in ("task_guided", "masks"))
+        if policy.rate is not None or stage is not None:
+            return stage if policy.rate is None else policy.rate
+        return None if masks == MASK_RATE else masks
 
     def behind_masks(self, name: str) -> list[str]:
         """Name the step and all that it needs, up to general pre-training and the text."""

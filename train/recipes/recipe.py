@@ -1,9 +1,10 @@
 """Read a recipe: its sections, variables and checks.
 
 A recipe is YAML: variables, the task, the texts, flags for each stage, the scores and the arms to
-compare (`train/recipes/arms.py`). It may extend another one of its folder. It is data: every key is checked before anything runs, with "did
-you mean", and every value against the type of the option that it sets, so that none can become
-another flag. What lets code run (`TYPED`) is not taken from a file, only from the command line.
+compare (`train/recipes/arms.py`). It may extend another one of its folder. It is data: every key is
+checked before anything runs, with "did you mean", and every value against the type of the option
+that it sets, so that none can become another flag. What lets code run (`TYPED`) is not taken from a
+file, only from the command line.
 """
 
 from __future__ import annotations
