@@ -464,14 +464,32 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(_InferenceConfig):
-    """Score how much each token of a store matters to the task, with the token scorer.
+    """Score the tokens of a store with a network.
 
         deepspeed train/score_tokens.py --model_name_or_path RS/hf --tokens P2 --name mr
     """
 
     model_name_or_path: str = _flag(
-        "", "token scorer: hf/ of fit_scorer.py", USUAL, metavar="MODEL",
-        missing="give the hf/ folder of fit_scorer.py",
+        "", "by --measure: token scorer (hf/ of fit_scorer.py), classifier (seed_N/hf of "
+        "finetune.py), or masked-language model (hf/ of pretrain.py)", USUAL, metavar="MODEL",
+        missing="give the checkpoint that --measure needs, such as the hf/ folder of fit_scorer.py",
+    )
+    measure: Literal["scorer", "gradient", "surprise", "excess"] = _flag(
+        "scorer", "scorer: log-odds of the token scorer; gradient: of the classifier's margin "
+        "times the word embedding; surprise: of a masked-language model; excess: the same less "
+        "that of --reference", USUAL, metavar="NAME",
+    )
+    reference: str = _flag(
+        "", "masked-language model of the same vocabulary, for --measure excess", USUAL,
+        metavar="MODEL",
+    )
+    num_passes: int | None = _flag(
+        None, "passes of surprise and excess: each masks every k-th word of a sentence "
+        "(default: 7)", DATA, _at_least(2),
+    )
+    whole_words: bool = _flag(
+        False, "surprise and excess: mask and predict all pieces of a word at once, not each with "
+        "those after it", DATA,
     )
     tokens: str = _flag(
         "", "prefix of the token store to score", USUAL, metavar="P",
@@ -495,6 +513,27 @@ class ScoreConfig(_InferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shard(self.shard_index, self.num_shards)
+        given = {"reference": self.reference, "num_passes": self.num_passes,
+                 "whole_words": self.whole_words}
+        for name, readers in _ONLY_FOR.items():
+            if given[name] and self.measure not in readers:
+                raise ConfigError(
+                    f"--{name} {given[name]}: has no use with --measure {self.measure}; leave it "
+                    f"out, or give --measure {' or '.join(readers)}"
+                )
+        if self.measure in _ONLY_FOR["reference"] and not self.reference:
+            raise ConfigError(
+                f"--measure {self.measure} needs --reference MODEL, a masked-language model of the "
+                "same vocabulary; give one, or --measure surprise"
+            )
+        if self.measure == "gradient" and self.dtype == "fp16":
+            raise ConfigError(
+                "--dtype fp16: --measure gradient is computed in fp32; leave --dtype out")
+
+
+# Flags of score_tokens.py -> the measures that read them.
+_ONLY_FOR = {"reference": ("excess",), "num_passes": ("surprise", "excess"),
+             "whole_words": ("surprise", "excess")}
 
 
 @dataclass(frozen=True, kw_only=True)
