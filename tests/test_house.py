@@ -23,8 +23,8 @@ from train.run_dir.metrics import MASKED_FRACTION
 ROOT = Path(__file__).resolve().parents[1]
 WINGS = ("preprocess", "train", "csrc")
 COMMANDS = {
-    "preprocess": {"tokenize_corpus", "train_tokenizer", "score_words", "build_masks", "show_masks",
-                   "benchmark"},
+    "preprocess": {"tokenize_corpus", "train_tokenizer", "select_documents", "score_words",
+                   "build_masks", "show_masks", "benchmark"},
     "train": {"pretrain", "finetune", "annotate", "fit_scorer", "score_tokens", "benchmark",
               "benchmark_data", "benchmark_inference", "report", "pipeline", "doctor"},
     "csrc": {"benchmark"},

@@ -2,6 +2,7 @@
 
 from preprocess.corpus.documents import RANGE_BYTES, cut_part, num_bytes, read_documents
 from preprocess.corpus.leakage import (
+    LEAKAGE_VERSION,
     LeakIndex,
     describe_leakage,
     read_leakage,
@@ -24,6 +25,7 @@ from preprocess.corpus.tasks import TASKS, Example, Task, load_task, take_fixed
 
 __all__ = [
     "Example",
+    "LEAKAGE_VERSION",
     "LeakIndex",
     "MAX_LINE_BYTES",
     "RANGE_BYTES",

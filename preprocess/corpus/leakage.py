@@ -30,7 +30,7 @@ from preprocess.files import atomic_write_json, read_json, seal
 
 GRAM = 8  # words
 MIN_CONTAINED = 4  # words, below which a text inside a longer one is common language
-VERSION = 1  # of the rules; part of the identity of a count
+LEAKAGE_VERSION = 1  # of the rules; part of the identity of a count
 MAX_PAIRS = 1 << 20  # of a window of the corpus and one of a test text, compared at a time
 _WORD = re.compile(r"[^\W_]+")
 
@@ -232,7 +232,7 @@ def write_leakage(prefix: str, record: dict[str, Any]) -> None:
         record: `LeakIndex.counts()`, `task`, `test_digest`, `store` (its fingerprint),
             `documents_leaked` and `documents_dropped`.
     """
-    atomic_write_json(leakage_path(prefix), seal({**record, "version": VERSION}))
+    atomic_write_json(leakage_path(prefix), seal({**record, "version": LEAKAGE_VERSION}))
 
 
 def read_leakage(prefix: str) -> dict[str, Any] | None:
@@ -245,7 +245,8 @@ def read_leakage(prefix: str) -> dict[str, Any] | None:
     if not os.path.exists(path):
         return None
     again = f"count again with select_documents.py --tokens {prefix} --overwrite and the task"
-    record = read_json(path, again, keys=("task", "store", "test_texts", "documents_dropped"))
+    record = read_json(path, again, keys=(
+        "task", "store", "test_digest", "test_texts", "documents_dropped", "version"))
     if seal(record) != record:
         raise DataError(f"{path}: its content is not what was written (json_sha256); {again}")
     if os.path.exists(f"{prefix}.json"):
