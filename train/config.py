@@ -667,6 +667,10 @@ class PipelineConfig(_Checked):
     rerun: bool = _flag(
         False, "delete and redo what another command or older inputs made in --output_dir"
     )
+    go_on: bool = _flag(
+        False, "go on although the classifier, the annotation or the scorer calls its own result "
+        "too weak to build masks on"
+    )
     dry_run: bool = _flag(False, "print the commands and exit", USUAL)
 
     def __post_init__(self) -> None:
