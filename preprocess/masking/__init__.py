@@ -7,7 +7,7 @@ from preprocess.masking.candidates import (
     find_candidates,
     selective_limit,
 )
-from preprocess.masking.corruption import corrupt
+from preprocess.masking.corruption import STANDARD, Corruption, corrupt, read_corruption
 from preprocess.masking.draws import (
     STREAM_BUDGET,
     STREAM_CHOICE,
@@ -41,9 +41,11 @@ from preprocess.masking.strategies import ARRAY_NEEDS, BASELINE, MATCHED, STRATE
 __all__ = [
     "ARRAY_NEEDS",
     "BASELINE",
+    "Corruption",
     "MATCHED",
     "NUM_BINS",
     "ROUNDING_WINDOW",
+    "STANDARD",
     "STRATEGIES",
     "STREAM_BUDGET",
     "STREAM_CHOICE",
@@ -72,6 +74,7 @@ __all__ = [
     "find_candidates",
     "index_bounds",
     "open_arrays",
+    "read_corruption",
     "selective_limit",
     "store_facts",
 ]
