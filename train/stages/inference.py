@@ -166,6 +166,13 @@ def one_by_one(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 
 Cut = Callable[[np.ndarray, int], list[np.ndarray]]
+Ask = Callable[[Any, dict[str, torch.Tensor]], torch.Tensor]
+
+
+def logits_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits of a model called with `inputs`."""
+    return model(**inputs).logits
+
 
 PASSES_AHEAD = 2
 """Passes that are started before the answers of one are read."""
@@ -208,7 +215,7 @@ class _Pass(NamedTuple):
 
 @dataclass
 class Runner:
-    """A model without dropout and gradients, and the way its inputs are made.
+    """A model without dropout, and the way its inputs are made.
 
     model: a transformers model in fp32; called with `input_ids`, if it knows segments
         `token_type_ids`, and where there is padding `attention_mask`, `(B, L)` int64 each, or a
@@ -217,6 +224,7 @@ class Runner:
     cut: lengths `(N,)` and budget of slots -> indices of the inputs of each batch; None is
         `budget_batches`.
     min_width: slots to which every input is padded at least; implies a mask.
+    ask: what a pass computes from the model and its inputs; all but the logits may need gradients.
     counts: the cost so far: "passes", "inputs", real "tokens", "slots" with padding, and passes
         "repeated" in fp32.
     """
@@ -229,6 +237,7 @@ class Runner:
     half: bool = False
     cut: Cut | None = None
     min_width: int = 0
+    ask: Ask = logits_of
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -255,7 +264,8 @@ class Runner:
             firsts: ids before each, in a segment of their own; needs a pair template.
             share: `(rank, world_size)`: run only every world_size-th batch. Batches, and so
                 logits, do not depend on the number of ranks.
-            answer: what is computed on the device from the logits, and yielded instead.
+            answer: what is computed on the device from the logits (from what `ask` returns), and
+                yielded instead.
         Yields:
             Indices in `sequences`, `(B,)` int64; logits, `(B, C)` or `(B, L, C)` float32; slot of
             each sequence's first token, `(B,)` int64.
@@ -321,14 +331,14 @@ class Runner:
                        for name, tensor in tensors.items()}
         model = self._quick if half else self.model
         try:
-            with torch.inference_mode(), kernels:
+            with torch.inference_mode(self.ask is logits_of), kernels:
                 filled = tensors.get("attention_mask")
                 if filled is not None and self._family:
                     slot = torch.arange(filled.shape[1], device=self.device)[None]
                     dtype = model.get_input_embeddings().weight.dtype
                     tensors["attention_mask"] = attention_mask(
                         self._family, model.config, filled, slot, dtype)
-                found = answer(model(**tensors).logits).to("cpu", non_blocking=True)  # pinned
+                found = answer(self.ask(model, tensors)).to("cpu", non_blocking=True)  # pinned
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"--batch_tokens {self.batch_tokens}: such a pass does not fit the memory of the "
