@@ -47,6 +47,7 @@ from train.stages.inference import (
     one_by_one,
     special_template,
 )
+from train.stages.queries import EDGE, encode_texts, group_by_text, match_labels, plan_queries
 
 PUBLISHED, ALONE, OURS = "published", "one per pass", "selmask {}"
 PUBLISHED_ROWS = 32
@@ -107,14 +108,14 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     check_trained(config, "ForSequenceClassification", name, "give seed_N/hf of train/finetune.py")
     tokenizer = model.load_tokenizer(name)
     task = corpus.load_task(args.task, data_dir=args.data_dir)
-    classes = importance.match_labels(task, config, name)
-    groups = importance.group_by_text(corpus.take_fixed(task.splits["train"], args.max_samples))
+    classes = match_labels(task, config, name)
+    groups = group_by_text(corpus.take_fixed(task.splits["train"], args.max_samples))
     has_aspects = any(example.aspect for group in groups.values() for example in group)
     model.check_agreement(config, tokenizer, name, pair=has_aspects)
     model.check_row_length(config, args.annotate_length)
     template = special_template(tokenizer, pair=has_aspects)
-    documents = importance.encode_texts(tokenizer, list(groups), None if has_aspects else "en")
-    queries = importance.plan_queries(
+    documents = encode_texts(tokenizer, list(groups), None if has_aspects else "en")
+    queries = plan_queries(
         list(groups.values()), documents, classes, tokenizer,
         args.annotate_length - template.num_special)
     labels = tuple(config.id2label[i] for i in range(config.num_labels))
@@ -135,7 +136,7 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             work(WARMUP_INPUTS)
         return work
 
-    ours = {OURS.format(dtype): way(subset, importance.EDGE, half=dtype == "fp16")
+    ours = {OURS.format(dtype): way(subset, EDGE, half=dtype == "fp16")
             for dtype in args.dtypes}
     found, rows = interleave({
         PUBLISHED: way(plain, 0.0, cut=in_order, min_width=args.annotate_length),

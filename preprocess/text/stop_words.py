@@ -1,6 +1,8 @@
-"""List the English words that carry no opinion by themselves."""
+"""List the English words that carry no opinion by themselves, and know punctuation."""
 
 from __future__ import annotations
+
+import unicodedata
 
 STOP_WORDS = frozenset(
     """
@@ -23,3 +25,13 @@ very, ...) are excluded on purpose: they reverse an opinion, and must be able to
 def is_stop_word(word: str) -> bool:
     """Return whether a word is in `STOP_WORDS`; byte-level vocabularies write 's with its mark."""
     return word.strip().strip("'\u2019").lower() in STOP_WORDS
+
+
+def is_punctuation(text: str) -> bool:
+    """Return whether a text holds punctuation alone, as BERT's tokenizer defines it.
+
+    That is ASCII signs such as `$` and `+` too, but no emoji and no other symbol.
+    """
+    return bool(text) and all(
+        "!" <= c <= "~" and not c.isalnum() or unicodedata.category(c)[0] == "P" for c in text
+    )

@@ -18,7 +18,7 @@ from preprocess.errors import ConfigError
 from preprocess.masking import find_candidates, index_bounds
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, iterate_blocks, open_array
 from preprocess.text.continuations import WordTable, continuation_table, find_continuations
-from preprocess.text.stop_words import is_stop_word
+from preprocess.text.stop_words import is_punctuation, is_stop_word
 from preprocess.view.pieces import printable
 from preprocess.view.tables import Share, Table, percent
 
@@ -70,8 +70,7 @@ def type_kinds(names: list[str]) -> np.ndarray:
     plain = [name.replace("\u2423", "") for name in names]
     kinds = np.full(len(names), OTHER, dtype=np.uint8)
     kinds[[i for i, name in enumerate(plain) if is_stop_word(name)]] = STOP_WORD
-    signs = [not any(c.isalnum() or c == "\ufffd" for c in name) for name in plain]
-    kinds[np.flatnonzero(signs)] = PUNCTUATION
+    kinds[[i for i, name in enumerate(plain) if is_punctuation(name)]] = PUNCTUATION
     return kinds
 
 
