@@ -301,6 +301,7 @@ class Importance(NamedTuple):
     measure: (runner, this process's queries, the options by name, `who`, `every`) -> values.
     decide: (the values of all queries, the options) -> bool arrays.
     options: the options of annotate.py that it takes, and their defaults.
+    again: whether decisions within `edge`, an argument of `measure`, are asked again.
     half: whether it may ask in fp16.
     filtered: marks of a sequence -> those that do not hold by construction; None where none do.
     fewer, more: what to type to find fewer or more important tokens.
@@ -310,6 +311,7 @@ class Importance(NamedTuple):
     measure: Callable[..., Values]
     decide: Callable[..., Values]
     options: dict[str, Any]
+    again: bool
     half: bool
     filtered: Callable[[np.ndarray], np.ndarray] | None
     fewer: str
@@ -322,21 +324,23 @@ BUFFER = "buffer"
 
 IMPORTANCE: dict[str, Importance] = {
     BUFFER: Importance(
-        explain, lambda values, **_: values, {"delta": 0.01, "criterion": "signed"}, True,
-        drop_unremoved, "give a smaller --delta, or --criterion strict", "give a larger --delta",
-        "Important is the token that brings the confidence in the tokens kept so far to within "
-        "delta of that in the sentence.",
+        measure=explain, decide=lambda values, **_: values,
+        options={"delta": 0.01, "criterion": "signed"}, again=True, half=True,
+        filtered=drop_unremoved,
+        fewer="give a smaller --delta, or --criterion strict", more="give a larger --delta",
+        rule="Important is the token that brings the confidence in the tokens kept so far to "
+        "within delta of that in the sentence.",
     ),
     "gradient": Importance(
-        measure_gradient, take_share, {"share": 0.15}, False, None,
-        "give a smaller --share", "give a larger --share",
-        "Important is the given share of all tokens: those where gradient times embedding of the "
-        "classifier's margin is largest.",
+        measure=measure_gradient, decide=take_share, options={"share": 0.15}, again=False,
+        half=False, filtered=None, fewer="give a smaller --share", more="give a larger --share",
+        rule="Important is the given share of all tokens: those where gradient times embedding of "
+        "the classifier's margin is largest.",
     ),
     "leave_one_out": Importance(
-        measure_left_out, take_above, {"delta": 0.5}, False, None,
-        "give a larger --delta", "give a smaller --delta",
-        "Important is a word without which the log-odds of the right class drop by more than "
+        measure=measure_left_out, decide=take_above, options={"delta": 0.5}, again=True,
+        half=False, filtered=None, fewer="give a larger --delta", more="give a smaller --delta",
+        rule="Important is a word without which the log-odds of the right class drop by more than "
         "delta.",
     ),
 }
