@@ -25,8 +25,7 @@ from preprocess.errors import ConfigError
 from preprocess.store import ranges
 from tests.support.language import BAD, GOOD, review
 from train.model import first_slot_only
-from train.stages import importance
-from train.stages.importance import EDGE, Query, explain
+from train.stages.importance import CRITERIA, explain
 from train.stages.inference import (
     IdLists,
     Runner,
@@ -36,6 +35,7 @@ from train.stages.inference import (
     in_half,
     one_by_one,
 )
+from train.stages.queries import EDGE, Query
 
 
 def test_worked_examples():
@@ -274,7 +274,7 @@ class Coarse(torch.nn.Module):
         return type("Output", (), {"logits": torch.stack([torch.zeros_like(odds), odds], 1)})
 
 
-@pytest.mark.parametrize("criterion", importance.CRITERIA)
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_close_decisions_in_fp16_are_those_of_fp32(criterion, monkeypatch):
     rng = np.random.default_rng(0)
     queries = [Query(i, 0, 1, [], rng.integers(5, 9, n).tolist())
@@ -290,7 +290,7 @@ def test_close_decisions_in_fp16_are_those_of_fp32(criterion, monkeypatch):
     first, counts = found(half=True)
     assert np.array_equal(first, exact)
     assert 0 < counts["fp32"] < counts["inputs"] / 2
-    monkeypatch.setattr(importance, "half_edge", lambda *_: 0.0)
+    monkeypatch.setattr("train.stages.queries.half_edge", lambda *_: 0.0)
     assert not np.array_equal(found(half=True)[0], exact), "the error of fp16 is felt"
 
 

@@ -74,16 +74,20 @@ class MeanOfEmbeddings(torch.nn.Module):
 def test_gradient_by_hand():
     """The values of the margin, not of its probability, and a floor where there is none."""
     runner = make_runner(MeanOfEmbeddings(), Template((), (), (), 0),
-                         compute=measures.margin_gradient)
+                         compute=measures.gradient_score)
     tokens = np.array([1, 2, 3, 0, 0, 0], np.uint16)
     found = score(runner, tokens, np.array([0, 3, 6]), scoring.each_token)
     np.testing.assert_allclose(value(found[:3]), [1 / 3, 5 / 6, 1 / 6], rtol=4e-3)
     assert found[3:].tolist() == [0, 0, 0], "no gradient is the least score"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "modernbert"])
 def test_gradient_equals_autograd_on_one_sentence(family):
-    """By transformers' own way in for embeddings, without hook, batch, mask or subset."""
+    """By transformers' own way in for embeddings, without hook, batch, mask or subset.
+
+    That of ModernBERT lies before its norm, where a step along a row changes nothing; see
+    `tests/train/test_gradient.py`.
+    """
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(0)
@@ -104,7 +108,7 @@ def test_gradient_equals_autograd_on_one_sentence(family):
         (logits[order[0]] - logits[order[1]]).backward()
         alone += (embedded.grad * embedded).sum(-1).abs()[0, 1:-1].tolist()
     for options in ({"batch_tokens": 16}, {"batch_tokens": 4096, "min_width": 16}):
-        runner = make_runner(fast, pad=config.pad_token_id, compute=measures.margin_gradient,
+        runner = make_runner(fast, pad=config.pad_token_id, compute=measures.gradient_score,
                              **options)
         found = value(score(runner, tokens, offsets, scoring.each_token))
         np.testing.assert_allclose(found, np.maximum(alone, FLOOR), rtol=1.2e-2, atol=1e-5)
