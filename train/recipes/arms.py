@@ -21,6 +21,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError
 from preprocess.masking import MATCHED, STRATEGIES, read_corruption
+from preprocess.masking.combine import COMBINED
 from preprocess.masking.measures import COUNTED
 from train.config import ScoreConfig
 from train.recipes.values import (
@@ -43,7 +44,6 @@ NETWORK_FLAGS = {name: option for name, option in options_of(ScoreConfig).items(
                              "batch_tokens")}
 WORD_FLAGS = {"against": TEXT, "lexicon": TEXT, "language": TEXT}
 NEEDED_FLAGS = {"reference": "reference", "store": "against", "lexicon": "lexicon"}  # by need
-COMBINATIONS = ("max", "mean", "rank", "union")
 RULE_FLAGS = {"units": TEXT, "centre": Option(float), "temperature": Option(float),
               "epochs": WHOLE}  # of build_masks.py; an arm has its rate beside them
 ARM_KEYS = ("name", "strategy", "scores", "match", "rate", "corruption", *RULE_FLAGS)
@@ -158,7 +158,7 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedSc
     if "combine" in entry:
         for key in entry:
             check_known(key, ("combine", "of"), f"{where} has an unknown key")
-        check_known(entry["combine"], COMBINATIONS, f"{where} has an unknown way to combine")
+        check_known(entry["combine"], COMBINED, f"{where} has an unknown way to combine")
         parts = entry.get("of")
         if not isinstance(parts, list) or len(parts) < 2 or len(set(map(str, parts))) < len(parts):
             raise ConfigError(f"{where} {shown_value(entry)}: `of` must list two or more scores, "
@@ -183,6 +183,11 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedSc
                               "...}" + (", or a general_text" if need == "store" else ""))
         if need not in needs and options.get(flag):
             raise ConfigError(f"{where}.{flag}: {measure} does not read it; leave it out")
+    if measure not in COUNTED:
+        try:
+            ScoreConfig(measure=measure, model_name_or_path="M", tokens="P", name=name, **options)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
     if options.get("against") == GENERAL_STORE and not general_text:
         raise ConfigError(f"{where}.against: there is no general_text; give general_text.input, or "
                           "the prefix of a token store")
