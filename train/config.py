@@ -53,6 +53,13 @@ SEED = Bounds(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")
 ROW = Bounds(lambda value: 8 <= value <= 65535, "between 8 and 65535")
 
 
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _reads(read: Callable[[Any], Any], value: Any) -> bool:
     """Return whether a value can be read."""
     try:
@@ -250,7 +257,7 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions, CorruptionOptions):
     mlm_probability: float | str | None = _flag(
         None, "mask rate of --masking, as a fraction of the tokens; 0.30:0.15 goes from the first "
         "to the second, linearly over the steps of the run (default: 0.15)", DATA, RATES,
-        read=lambda text: text if ":" in text else float(text), metavar="R",
+        read=_number_or_text, metavar="R",
     )
     max_steps: int = _flag(1000, "optimizer steps; 0: only write hf/", USUAL, _at_least(0))
     per_device_train_batch_size: int | str | None = _flag(  # type: ignore[assignment]

@@ -329,8 +329,8 @@ def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list
         Table.of(
             "Differences in accuracy, with 95 % intervals over seeds and test items", differences,
             "seeds: pre-training x fine-tuning. Intervals: variance components of the paired "
-            "design (seeds and test items), with Satterthwaite's degrees of freedom for Student's "
-            "t. detectable: the smallest true difference that this many seeds and items show in "
+            "design (seeds and test items), with Cochran's mean of the quantiles of Student's t. "
+            "detectable: the smallest true difference that this many seeds and items show in "
             "80 % of repetitions.",
             "differences", DIFFERENCE_COLUMNS,
         ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from preprocess.text.continuations import WordTable, find_continuations
 from preprocess.text.stop_words import is_stop_word
 
 OTHER, STOP_WORD, PUNCTUATION = range(3)
@@ -27,7 +26,7 @@ def type_kinds(names: list[str], language: str = "en") -> np.ndarray:
 
 
 def find_kinds(
-    tokens: np.ndarray, offsets: np.ndarray, kinds: np.ndarray, table: WordTable | None
+    tokens: np.ndarray, kinds: np.ndarray, continues: np.ndarray | None
 ) -> np.ndarray:
     """Return the kind of each token: a stop word only where it is a word by itself.
 
@@ -36,15 +35,13 @@ def find_kinds(
 
     Args:
         tokens: token ids, `(T,)` uint16.
-        offsets: start of each sequence in `tokens`, and the end, `(B+1,)` int64.
         kinds: from `type_kinds`, `(V,)` uint8.
-        table: how ids join into words; without one every such token counts.
+        continues: from `find_continuations`, `(T,)` bool; without it every such token counts.
     Returns:
         `(T,)` uint8.
     """
     found = kinds[tokens]
-    if table is not None and len(tokens):
-        continues = find_continuations(tokens, offsets, table)
+    if continues is not None and len(tokens):
         part = continues.copy()
         part[:-1] |= continues[1:]
         found[part & (found == STOP_WORD)] = OTHER

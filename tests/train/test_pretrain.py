@@ -410,7 +410,7 @@ def test_non_finite_held_out_loss_is_not_exported(
         ({"mlm_probability": 1.5}, "in \\(0, 1\\)"),
         ({"mlm_probability": "0.3:1.5"}, "a first and a last one, as 0.30:0.15"),
         ({"mlm_probability": "0.3:0.2:0.1"}, "a first and a last one, as 0.30:0.15"),
-        ({"mlm_probability": "much"}, "mlm_probability"),
+        ({"mlm_probability": "much"}, "--mlm_probability much: must be in \\(0, 1\\)"),
         ({"mlm_probability": "0.3:0.1", "mask_index": "x"}, "x, whose rate was fixed when build_"),
         ({"corruption": "80,10"}, "three percentages with the sum 100, as 80,10,10"),
         ({"corruption": "80,30,-10"}, "three percentages with the sum 100"),
