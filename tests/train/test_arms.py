@@ -74,12 +74,12 @@ scores:
 arms:
   - none
   - {name: control, strategy: random_matched, match: a}
-  - {name: a, strategy: selective, scores: words, rate: 0.2}
-  - {name: b, strategy: selective_fill, scores: words, units: words}
+  - {name: a, strategy: top, scores: words, rate: 0.2}
+  - {name: b, strategy: band, scores: words, units: words, centre: 0.7}
   - {name: c, strategy: selective, scores: theirs}
-  - {name: d, strategy: selective, scores: gradient}
-  - {name: e, strategy: selective, scores: both, units: listed}
-  - {name: f, strategy: selective, scores: more, epochs: 3}
+  - {name: d, strategy: top, scores: gradient}
+  - {name: e, strategy: top, scores: both, units: listed}
+  - {name: f, strategy: sampled, scores: more, temperature: 2, epochs: 3}
 score: {batch_tokens: 100}
 masks: {seed: 7}
 """
@@ -105,14 +105,14 @@ masks: {seed: 7}
         "score-more": "score_tokens.py --batch_tokens 100 --measure excess --reference base "
                       f"--model_name_or_path E {tokens} --name more",
         "score-both": f"score_words.py {tokens} --combine rank --scores words surprise --name both",
-        "masks-a": f"build_masks.py {tokens} --strategy selective --scores words --seed 7 "
+        "masks-a": f"build_masks.py {tokens} --strategy top --scores words --seed 7 "
                    "--mlm_probability 0.2 --name a",
-        "masks-b": f"build_masks.py {tokens} --strategy selective_fill --scores words --seed 7 "
-                   "--units words --name b",
-        "masks-e": f"build_masks.py {tokens} --strategy selective --scores both --seed 7 "
+        "masks-b": f"build_masks.py {tokens} --strategy band --scores words --seed 7 "
+                   "--units words --centre 0.7 --name b",
+        "masks-e": f"build_masks.py {tokens} --strategy top --scores both --seed 7 "
                    "--units listed --name e",
-        "masks-f": f"build_masks.py {tokens} --strategy selective --scores more --seed 7 "
-                   "--epochs 3 --name f",
+        "masks-f": f"build_masks.py {tokens} --strategy sampled --scores more --seed 7 "
+                   "--epochs 3 --temperature 2 --name f",
         "masks-control": f"build_masks.py {tokens} --strategy random_matched --match a --seed 7 "
                          "--name control",
     }.items():
@@ -126,7 +126,7 @@ masks: {seed: 7}
     assert arms["e"]["masking"] == ["score-words", "score-surprise", "score-both", "score-listed",
                                     "masks-e"]
     assert {key: arms["b"][key] for key in ("strategy", "scores", "units", "match")} == {
-        "strategy": "selective_fill", "scores": "words", "units": "words", "match": ""}
+        "strategy": "band", "scores": "words", "units": "words", "match": ""}
     assert arms["none"]["strategy"] == "none"
 
 
@@ -158,7 +158,7 @@ scores:
   words: {measure: tfidf}
   surprise: {measure: surprise}
   both: {combine: mean, of: [words, surprise]}
-arms: [{name: a, strategy: selective, scores: words}, {name: b, strategy: selective, scores: both}]
+arms: [{name: a, strategy: top, scores: words}, {name: b, strategy: top, scores: both}]
 """
     steps, _ = planned(tmp_path, text)
     assert [name for name in steps if name.startswith("score")] == [
@@ -226,6 +226,13 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     ("[{name: a, strategy: selective, scores: wrds}]", "unknown scores 'wrds'"),
     ("[{name: a, strategy: random, scores: task}]", "scores has no use with random; leave it out"),
     ("[{name: a, strategy: random, units: words}]", "units has no use with random"),
+    ("[{name: a, strategy: top, temperature: 2}]", "temperature has no use with top; leave it out"),
+    ("[{name: a, strategy: band, temperature: 2}]", "temperature has no use with band"),
+    ("[{name: a, strategy: selective, scores: idf}]",
+     "selective takes scores above 0, and 0 means nothing in idf; .* strategy top, sampled, band"),
+    ("[{name: a, strategy: selective_fill, scores: both}]", "0 means nothing in both"),
+    ("[{name: a, strategy: inverse, match: b}, {name: b, strategy: random_matched}, selective]",
+     "arm a matches b, which has no scores that inverse could read"),
     ("[{name: a, strategy: selective, units: word}]", "unknown units 'word'; did you mean 'words"),
     ("[{name: a, strategy: selective, match: b}]", "match has no use with selective"),
     ("[{name: a, strategy: selective, rate: '0.3:0.1'}]", "needs a strategy that draws"),
@@ -235,7 +242,7 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     ("[{name: a, strategy: random, corruption: [80, 20]}]", "three percentages"),
     ("[{name: a, strategy: random, corruption: [80, 10, 20]}]", "three percentages"),
     ("[{name: a, strategy: selective, epochs: 0}]", "epochs 0: must be 1 or more"),
-    ("[{name: a, strategy: selective, centre: high}]", "centre 'high': must be a number"),
+    ("[{name: a, strategy: band, centre: high}]", "centre 'high': must be a number"),
     ("[{name: c, strategy: random_matched, match: b}, none]",
      "arm c matches 'b', which is no arm of this recipe; there are c, none"),
     ("[{name: c, strategy: random_matched, match: selective}]", "which is no arm of this recipe"),
@@ -248,14 +255,15 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
 ])
 def test_arms_that_cannot_be_are_named(tmp_path, arms, message):
     with pytest.raises(ConfigError, match=message) as error:
-        load(tmp_path, f"arms: {arms}\n")
+        load(tmp_path, "scores: {idf: {measure: tfidf}, both: {combine: union, of: [task, idf]}}\n"
+             f"arms: {arms}\n")
     assert "\n" not in str(error.value)
 
 
 def test_set_gives_scores_and_arms(tmp_path):
     recipe = load(tmp_path, "scores: {words: {measure: tfidf}}\n",
                   "scores.more={measure: surprise, num_passes: 3}",
-                  "arms=[none, {name: a, strategy: selective, scores: more}]")
+                  "arms=[none, {name: a, strategy: top, scores: more}]")
     assert set(recipe["scores"]) == {"task", "words", "more"}
     assert recipe["scores"]["more"].options == {"num_passes": 3}
     assert [arm.name for arm in recipe["arms"]] == ["none", "a"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from preprocess.errors import ConfigError
@@ -44,8 +44,8 @@ NETWORK_FLAGS = {name: option for name, option in options_of(ScoreConfig).items(
                              "batch_tokens")}
 WORD_FLAGS = {"against": TEXT, "lexicon": TEXT, "language": TEXT}
 NEEDED_FLAGS = {"reference": "reference", "store": "against", "lexicon": "lexicon"}  # by need
-RULE_FLAGS = {"units": TEXT, "centre": Option(float), "temperature": Option(float),
-              "epochs": WHOLE}  # of build_masks.py; an arm has its rate beside them
+RULE_OPTIONS = {"centre": Option(float), "temperature": Option(float)}  # of single strategies
+RULE_FLAGS = {"units": TEXT, "epochs": WHOLE, **RULE_OPTIONS}  # of build_masks.py
 ARM_KEYS = ("name", "strategy", "scores", "match", "rate", "corruption", *RULE_FLAGS)
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,39}")
 _OWN_ENDING = re.compile(r"(^|-)(seed|step_|epoch)\d+$")  # what the pipeline itself appends
@@ -60,6 +60,7 @@ class NamedScores:
         name: of the entry, and of the array beside the store.
         measure: entry of `MEASURES`; "" where others are combined.
         needs: what that needs beside the store.
+        boundary: whether 0 parts important tokens from others.
         combine, parts: how, and which other entries.
         options: flags of the command that makes them.
     """
@@ -67,6 +68,7 @@ class NamedScores:
     name: str
     measure: str
     needs: tuple[str, ...] = ()
+    boundary: bool = True
     combine: str = ""
     parts: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +150,11 @@ def read_scores(content: Any, recipe: str, general_text: bool) -> dict[str, Name
     for scores in found.values():
         _refuse_circle(scores.name, lambda name: found[name].parts,
                        f"{recipe}: scores.{scores.name} is combined of itself")
-    return found
+
+    def parted(scores: NamedScores) -> bool:
+        return scores.boundary and all(parted(found[part]) for part in scores.parts)
+
+    return {name: replace(scores, boundary=parted(scores)) for name, scores in found.items()}
 
 
 def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedScores:
@@ -163,7 +169,8 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedSc
         if not isinstance(parts, list) or len(parts) < 2 or len(set(map(str, parts))) < len(parts):
             raise ConfigError(f"{where} {shown_value(entry)}: `of` must list two or more scores, "
                               "as {combine: rank, of: [a, b]}")
-        return NamedScores(name, "", (), entry["combine"], tuple(parts))
+        boundary = COMBINED[entry["combine"]].boundary  # if all its parts have one
+        return NamedScores(name, "", (), boundary, entry["combine"], tuple(parts))
     from train.stages.measures import MEASURES  # brings torch, which most recipes do without
 
     measure = entry["measure"]
@@ -191,7 +198,7 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedSc
     if options.get("against") == GENERAL_STORE and not general_text:
         raise ConfigError(f"{where}.against: there is no general_text; give general_text.input, or "
                           "the prefix of a token store")
-    return NamedScores(name, measure, tuple(needs), options=options)
+    return NamedScores(name, measure, tuple(needs), MEASURES[measure].boundary, options=options)
 
 
 # --------------------------------------------------------------------------------------- arms
@@ -226,6 +233,9 @@ def read_arms(content: Sequence[Any], scores: Mapping[str, NamedScores],
         if other and (not other.strategy or other.drawn):
             raise ConfigError(f"{where} {other.name}, which has no mask index to match; name an "
                               "arm whose masks are built once")
+        if other and "policy" in STRATEGIES[arm.strategy].needs and not other.scores:
+            raise ConfigError(f"{where} {other.name}, which has no scores that {arm.strategy} "
+                              "could read; name an arm that has")
         _refuse_circle(arm.name, lambda name: [
             one for one in (arms[name].match,) if one in arms],
             f"{recipe}: arm {arm.name} is matched to itself, through others or directly")
@@ -250,11 +260,12 @@ def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Poli
     record, useless = STRATEGIES[strategy], []
     control = "match" in record.needs
     if control:  # all of these are those of the arm that it matches
-        useless = ["scores", "rate", "units", "centre", "temperature"]
+        useless = ["scores", "rate", "units", *RULE_OPTIONS]
     elif record.drawn:
         useless = ["scores", "match", *RULE_FLAGS]
     else:
-        useless = ["match"] + ([] if "scores" in record.needs else ["scores"])
+        useless = ["match", *(one for one in RULE_OPTIONS if one not in record.options),
+                   *([] if "scores" in record.needs else ["scores"])]
     for key in useless:
         if key in given:
             raise ConfigError(f"{where}: {key} has no use with {strategy}"
@@ -264,6 +275,11 @@ def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Poli
     named = entry.get("scores") or default.scores
     if named:
         check_known(named, scores, f"{where} has unknown scores")
+        if "boundary" in record.needs and not scores[named].boundary:
+            others = [key for key, one in STRATEGIES.items()
+                      if "scores" in one.needs and "boundary" not in one.needs]
+            raise ConfigError(f"{where}: {strategy} takes scores above 0, and 0 means nothing in "
+                              f"{named}; for these scores take strategy {', '.join(others)}")
     rules = {key: check_value(entry[key], RULE_FLAGS[key], f"{where}: {key}")
              for key in RULE_FLAGS if key in given}
     if rules.get("epochs", 1) < 1:
