@@ -83,7 +83,7 @@ DEFAULT_SCORES = NamedScores(TASK_SCORES, "scorer", ("scorer",))
 
 
 @dataclass(frozen=True)
-class Policy:
+class PlannedArm:
     """One entry of `arms`: a strategy and all that it works with.
 
     Attributes:
@@ -116,11 +116,11 @@ class Policy:
         return "" if units in (NONE, "words") else units
 
 
-def default_policy(name: str) -> Policy:
+def default_policy(name: str) -> PlannedArm:
     """Return what a strategy alone stands for, as an entry of `arms`."""
     needs = STRATEGIES[name].needs
     control = "match" in needs
-    return Policy(name, name, scores=TASK_SCORES if "scores" in needs and not control else "",
+    return PlannedArm(name, name, scores=TASK_SCORES if "scores" in needs and not control else "",
                   match=MATCHED if control else "")
 
 
@@ -205,19 +205,19 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedSc
 
 
 def read_arms(content: Sequence[Any], scores: Mapping[str, NamedScores],
-              recipe: str) -> list[Policy]:
+              recipe: str) -> list[PlannedArm]:
     """Read the list `arms`.
 
     Raises:
         ConfigError: a name or value that does not exist or does not fit, or arms that match each
             other in a circle.
     """
-    arms: dict[str, Policy] = {}
+    arms: dict[str, PlannedArm] = {}
     matched = set()  # arms that were named to be matched; the default needs no arm
     for entry in content:
         if isinstance(entry, str):
             check_known(entry, (NONE, *STRATEGIES), f"{recipe}: unknown arm")
-            arm = Policy(NONE) if entry == NONE else default_policy(entry)
+            arm = PlannedArm(NONE) if entry == NONE else default_policy(entry)
         else:
             arm = _one_arm(entry, scores, recipe)
             matched |= {arm.name} if isinstance(entry, dict) and entry.get("match") else set()
@@ -242,7 +242,7 @@ def read_arms(content: Sequence[Any], scores: Mapping[str, NamedScores],
     return list(arms.values())
 
 
-def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Policy:
+def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> PlannedArm:
     """Read an arm that is written out."""
     if not isinstance(entry, dict) or not {"name", "strategy"} <= entry.keys():
         raise ConfigError(f"{recipe}: arms: {shown_value(entry)}: must be the name of a strategy, "
@@ -287,7 +287,7 @@ def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Poli
     if "units" in rules:
         check_known(rules["units"], (NONE, "words", *scores), f"{where} has unknown units")
     match = entry.get("match")
-    return Policy(
+    return PlannedArm(
         name, strategy, named,
         default.match if match is None else check_value(match, TEXT, f"{where}: match"),
         _rate(entry.get("rate"), record.drawn, f"{where}: rate"),
@@ -328,7 +328,7 @@ def _corruption(value: Any, name: str) -> str | None:
 # --------------------------------------------------------------------------------- what is used
 
 
-def used_scores(policies: Sequence[Policy], scores: Mapping[str, NamedScores]) -> list[str]:
+def used_scores(policies: Sequence[PlannedArm], scores: Mapping[str, NamedScores]) -> list[str]:
     """Return the scores that some arms need, each after those that it is combined of."""
     found: dict[str, None] = {}
 
@@ -344,15 +344,15 @@ def used_scores(policies: Sequence[Policy], scores: Mapping[str, NamedScores]) -
     return list(found)
 
 
-def with_matched(policies: Sequence[Policy]) -> list[Policy]:
+def with_matched(policies: Sequence[PlannedArm]) -> list[PlannedArm]:
     """Return the arms whose masks are built, each after the one that it matches.
 
     A control's default is matched even if it is no arm: then only its masks are built.
     """
     known = {policy.name: policy for policy in policies}
-    found: dict[str, Policy] = {}
+    found: dict[str, PlannedArm] = {}
 
-    def add(policy: Policy) -> None:
+    def add(policy: PlannedArm) -> None:
         if policy.match:
             add(known.get(policy.match) or default_policy(policy.match))
         found.setdefault(policy.name, policy)
