@@ -246,13 +246,14 @@ def test_decisions_at_the_edge_do_not_depend_on_the_batch():
                         **options)
         marks = explain(runner, queries, 0.25, edge=edge)
         assert all(len(m) == len(q.tokens) for m, q in zip(marks, queries, strict=True))
-        return np.concatenate(marks).tolist(), runner.counts["alone"]
+        return np.concatenate(marks).tolist(), runner.counts
 
-    alone, _ = found(0.0, batch_tokens=1, cut=one_by_one)
+    alone, counts = found(0.0, batch_tokens=1, cut=one_by_one)
+    assert counts["turned"] == 0
     assert found(0.0, batch_tokens=100)[0] != alone, "the noise is felt"
     for batch_tokens in (20, 100, 5000):
-        marks, num_alone = found(EDGE, batch_tokens=batch_tokens)
-        assert marks == alone and num_alone
+        marks, counts = found(EDGE, batch_tokens=batch_tokens)
+        assert marks == alone and 0 < counts["turned"] < counts["alone"]
 
 
 class Coarse(torch.nn.Module):
