@@ -26,6 +26,7 @@ from preprocess.show_masks import (
 from preprocess.store import TokenStore, write_array
 from preprocess.view import page as mask_page
 from preprocess.view.pieces import Piece, printable, read_sequence, split_text
+from preprocess.view.scale import Scale
 from preprocess.view.terminal import mark_piece
 from tests.support.stores import write
 
@@ -207,11 +208,11 @@ def test_colours_only_on_a_terminal_that_wants_them(
 
 def test_marks_grow_with_the_score():
     scores = [None, float("nan"), -3.0, -1.0, 0.0, 0.1, 2.0, 2.1, 50.0, float("inf")]
-    levels = [Piece("x", False, score=score).level for score in scores]
+    levels = [Scale().level(score) for score in scores]
     assert levels == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
-    marks = [mark_piece(Piece("x", False, score=score)) for score in scores]
+    marks = [mark_piece(Piece("x", False, level=level)) for level in levels]
     assert marks == ["x"] * 5 + ["x+"] * 2 + ["x++"] * 3
-    assert mark_piece(Piece("x", True, True, True, 1.0)) == "[{x+}]"
+    assert mark_piece(Piece("x", True, True, True, 1.0, 2)) == "[{x+}]"
 
 
 def test_statistics_can_be_left_out_and_follow_the_documents(store, capsys):

@@ -162,7 +162,9 @@ def pretrain(folder, store, still_encoder, other_encoder, other_json) -> Case:
         "seed": ({"seed": 7}, "--seed 42, .* has 7"),
         "masking": ({"masking": "whole_word"}, "--masking .* random, .* has whole_word"),
         "mask_index": ({"mask_index": "random"}, r"--mask_index \(content\) none, .* has "),
-        "mlm_probability": ({"mlm_probability": 0.3}, "--mlm_probability 0.15, .* has 0.3"),
+        "mlm_probability": ({"mlm_probability": "0.30:0.15"},
+                            "--mlm_probability 0.15, .* has 0.3:0.15"),
+        "corruption": ({"corruption": "100,0,0"}, "--corruption 0.8 0.1 0.1, .* has 1.0 0.0 0.0"),
         "max_steps": ({"max_steps": 5}, "--max_steps 4, .* has 5"),
         "head_only_steps": ({"head_only_steps": 1}, "--head_only_steps 0, .* has 1"),
         "head_learning_rate": ({"head_learning_rate": 0.1}, "--head_learning_rate none, .* 0.1"),
@@ -263,17 +265,22 @@ def annotate(folder, task, still_encoder) -> Case:
 @pytest.fixture(scope="module")
 def score_tokens(folder, store, still_encoder) -> Case:
     first, second = (write_untrained(folder, still_encoder, "scorer", n) for n in (1, 2))
+    classifier = write_untrained(folder, still_encoder, "classifier", 3)
     flags = {"tokens": store, "model_name_or_path": first, "name": "s", "max_seq_length": 16,
              "dtype": "fp32"}
     decides = {
         "model_name_or_path": ({"model_name_or_path": second}, WEIGHTS),
         "max_seq_length": ({"max_seq_length": 12}, "--max_seq_length 16, .* has 12"),
         "dtype": ({"dtype": "fp16"}, "--dtype fp32, .* has fp16"),
+        "measure": ({"measure": "gradient", "model_name_or_path": classifier},
+                    "--measure scorer, .* has gradient"),
     }
     free = {"batch_tokens": 64, "logging_steps": 3, "trust_remote_code": True, "shard_index": 0,
             "num_shards": 1}
+    # The options of one measure are in its own tests.
     return Case("train/score_tokens.py", options.ScoreConfig, flags,
-                "1 of 1 shards are scored already", decides, free, {"tokens"})
+                "1 of 1 shards are scored already", decides, free,
+                {"tokens", "reference", "num_passes", "whole_words"})
 
 
 @pytest.fixture(scope="module")

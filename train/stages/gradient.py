@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from train.model import token_rows
-
-GRADIENT_TOKENS = 8192
-"""Token slots of a pass on any device: the states of all layers are kept for the way back."""
+from train.stages.inference import Runner
 
 
-def margin_gradient(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return gradient times embedding of each token, with its sign; `Runner.ask` of such passes.
+def margin_gradient(runner: Runner, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return gradient times embedding of each slot, with its sign: a `Compute` of a `Runner`.
 
     The margin is the logit of the predicted class minus that of the next one, not the loss: a
     loss scales every gradient by how wrong the classifier is, so that sure texts would vanish.
@@ -28,8 +26,7 @@ def margin_gradient(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor
     (2, 1), film (0, 1) give -.3333, .8333, .1667, which sum to the margin, as in no deeper model.
 
     Args:
-        model: a classifier of two or more classes in evaluation mode; called with `inputs`.
-        inputs: "input_ids" `(B, L)` int64 and whatever else the model takes.
+        model: a classifier of two or more classes in evaluation mode.
     Returns:
         `(B, L)` float32; the slots of special tokens and padding have values of no use.
     """
@@ -42,7 +39,7 @@ def margin_gradient(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor
     hook = token_rows(model).register_forward_hook(hold)
     try:
         with torch.enable_grad():
-            best = model(**inputs).logits.float().topk(2, dim=-1).values
+            best = runner.logits(model, inputs).float().topk(2, dim=-1).values
             (gradient,) = torch.autograd.grad((best[..., 0] - best[..., 1]).sum(), rows)
     finally:
         hook.remove()
