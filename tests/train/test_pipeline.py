@@ -160,8 +160,7 @@ def test_arms_of_shared_scores_are_added_to_a_finished_run(copy, run_pipeline, c
         copy, "--set", "scores={words: {measure: tfidf}, both: {combine: rank, of: [task, words]}}",
         "arms=[none, {name: control, strategy: inverse, match: best}, "
         "{name: best, strategy: top, scores: words, units: words}, "
-        "{name: mixed, strategy: sampled, scores: both, epochs: 2}]", "finetune.seeds='13'",
-        "--rerun")
+        "{name: mixed, strategy: sampled, scores: both, epochs: 2}]")
     assert [name for name in ran if name.startswith(("score", "masks"))] == [
         "score-words", "score-both", "masks-best", "masks-control", "masks-mixed"]
     store = domain(copy)
