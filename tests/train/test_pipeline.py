@@ -219,7 +219,9 @@ def test_lineage_tells_the_stages_in_order(finished):
         general, guided, finetuned = told[arm]
         assert general == told["none"][0]
         assert general["identity"]["choice"]["masking"] == "random"
-        assert guided["identity"]["choice"]["masking"] == arm
+        assert guided["identity"]["choice"]["masking"] == guided["masks"]["strategy"] == arm
+        assert guided["masks"]["index"] == arm
+        assert str(guided["masks"]["scores"]).startswith("task ") == (arm == "selective")
         assert guided["identity"]["inputs"]["store"] == domain(root).fingerprint
         assert guided["totals"]["steps"] == STEPS and guided["totals"]["masked_tokens"] > 0
         assert finetuned["stage"] == "finetune"
