@@ -345,16 +345,17 @@ def main(argv: list[str] | None = None) -> None:
                 **sealed(identity), "numerics": {**numerics(config), "dtype": dtype},
                 "seconds": round(time.monotonic() - started, 1), "dropped": dropped, "weak": weak,
             }, lock)
-        passes, inputs, tokens, slots, exact, alone = engine.all_reduce_sum(*(
+        passes, inputs, tokens, slots, exact, alone, turned = engine.all_reduce_sum(*(
             runner.counts[name]
-            for name in ("passes", "inputs", "tokens", "slots", "fp32", "alone")
+            for name in ("passes", "inputs", "tokens", "slots", "fp32", "alone", "turned")
         ))
         again = f"{exact:,.0f} of the inputs asked again in fp32 and " if dtype == "fp16" else ""
         say(describe(importance, queries, found, dropped))
         say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "
             f"{1 - tokens / max(slots, 1):.1%} padding, {again}{alone:,.0f} repeated alone to be "
-            f"sure; {time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
-            f"({device.type}, {dtype}): {config.output}.importance.npy")
+            f"sure, {turned:,.0f} decisions turned; {time.monotonic() - started:.1f} s on "
+            f"{engine.ranks().world_size} ranks ({device.type}, {dtype}): "
+            f"{config.output}.importance.npy")
         for sentence in weak:
             say(f"warning: {sentence}")
         engine.finish()

@@ -197,19 +197,18 @@ def count_differences(one: list[np.ndarray | None], other: list[np.ndarray | Non
 def compare_measures(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Compare the measures of importance: their cost, and how well they rank what `buffer` finds.
 
-    Every measure that asks close decisions again is also asked once. Average precision is that of
-    the values against the marks of `buffer` in a sentence, a mean over the sentences with a mark;
-    marks by construction are dropped first. Chance is the mean share of marks in these sentences.
+    Average precision is that of the values against the marks of `buffer` in a sentence, a mean over
+    the sentences with a mark; marks by construction are dropped first. Chance is the mean share of
+    marks in these sentences. `turned` counts the decisions that asking again has changed.
     """
     given = read_queries(args, device)
     typed = {"delta": args.delta, "criterion": args.criterion}
-    ways: dict[str, tuple[importance.Importance, dict[str, Any]]] = {}
-    for name, record in importance.IMPORTANCE.items():
-        options = importance.choose_options(name, typed if name == importance.BUFFER else {})
-        ways[name] = record, options
-        if record.again:
-            ways[f"{name}, asked once"] = record, {**options, "edge": 0.0}
+    ways = {
+        name: (record, importance.choose_options(name, typed if name == importance.BUFFER else {}))
+        for name, record in importance.IMPORTANCE.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    of_cpu: dict[str, list[float]] = {name: [] for name in ways}
     values, counts = {}, {}
     with redirect_stdout(io.StringIO()):  # lines of progress
         for record, options in ways.values():
@@ -218,35 +217,40 @@ def compare_measures(args: argparse.Namespace, device: torch.device) -> dict[str
             record, options = ways[name]
             runner = given.make(given.subset)
             synchronize()
-            started = time.perf_counter()
+            started, on_cpu = time.perf_counter(), time.process_time()
             values[name], counts[name] = record.measure(
                 runner, given.queries, **options), runner.counts
             synchronize()
             seconds[name].append(time.perf_counter() - started)
-    marks = {name: record.decide(values[name], **{k: v for k, v in options.items() if k != "edge"})
+            of_cpu[name].append(time.process_time() - on_cpu)
+    marks = {name: record.decide(values[name], **options)
              for name, (record, options) in ways.items()}
-    target = [one if one is None else importance.drop_unremoved(one)
-              for one in marks[importance.BUFFER]]
-    rows, differ = [], {}
-    for name, count in counts.items():
-        flat = np.concatenate([one for one in marks[name] if one is not None])
-        twin = name.split(",")[0]
-        if twin != name:
-            differ[twin] = count_differences(marks[twin], marks[name])
-        rows.append({
-            "measure": name,
-            "important_percent": f"{100 * flat.mean():.1f}",
-            "average_precision": f"{mean_precision(target, values[name]):.3f}",
-            "passes": count["passes"], "inputs": count["inputs"], "again_alone": count["alone"],
-            "tokens": count["tokens"], "seconds": f"{spread(seconds[name])['median']:.1f}",
-        })
-    chance = float(np.mean([one.mean() for one in target if one is not None and one.any()]))
+    found = marks[importance.BUFFER]
+    target = [one if one is None else importance.drop_unremoved(one) for one in found]
+    rows = [
+        {"measure": name,
+         "important_percent": f"{100 * np.mean(np.concatenate(only_right(marks[name]))):.1f}",
+         "average_precision": f"{mean_precision(target, values[name]):.3f}",
+         "passes": count["passes"], "inputs": count["inputs"], "tokens": count["tokens"],
+         "again_alone": count["alone"], "turned": count["turned"],
+         "seconds": f"{spread(seconds[name])['median']:.1f}",
+         "cpu_seconds": f"{spread(of_cpu[name])['median']:.1f}"}
+        for name, count in counts.items()
+    ]
+    some = [one for one in only_right(target) if one.any()]
+    chance = float(np.mean([one.mean() for one in some]))
+    by_construction = count_differences(target, found)
     table = Table.of(given.title, rows)
-    say(f"\n{table.as_text()}\nchance: average precision {chance:.3f}; tokens annotated otherwise "
-        "if close decisions are asked once: "
-        + ", ".join(f"{count} by {name}" for name, count in differ.items()))
-    return {"rows": rows, "sequences": len(given.queries), "chance": chance, "differ": differ,
-            "by_construction": count_differences(target, marks[importance.BUFFER])}
+    say(f"\n{table.as_text()}\n{len(only_right(found)):,} sequences are classified correctly; "
+        f"{by_construction:,} last tokens are important to {importance.BUFFER} by construction; "
+        f"chance in the {len(some):,} sequences with other marks: average precision {chance:.3f}")
+    return {"rows": rows, "sequences": len(given.queries), "right": len(only_right(found)),
+            "with_marks": len(some), "chance": chance, "by_construction": by_construction}
+
+
+def only_right(values: importance.Values) -> list[np.ndarray]:
+    """Return the values of the sequences that the classifier gets right."""
+    return [one for one in values if one is not None]
 
 
 def mean_precision(target: importance.Values, values: importance.Values) -> float:

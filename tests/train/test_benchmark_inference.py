@@ -83,9 +83,8 @@ def test_measures_are_compared_with_the_buffer(inputs, capsys):
         benchmark_inference.main(flags)
     result = json.loads((folder / "out" / "benchmark_inference.json").read_text())["importance"]
     rows = {row["measure"]: row for row in result["rows"]}
-    assert list(rows) == ["buffer", "buffer, asked once", "gradient", "leave_one_out",
-                          "leave_one_out, asked once"]
-    assert result["differ"] == {"buffer": 0, "leave_one_out": 0}
+    assert list(rows) == ["buffer", "gradient", "leave_one_out"]
+    assert not any(row["turned"] for row in rows.values())
     assert rows["gradient"]["passes"] < rows["leave_one_out"]["inputs"]
     for (target, values), row in zip(found, rows.values(), strict=True):
         each, shares = [], []
@@ -97,7 +96,7 @@ def test_measures_are_compared_with_the_buffer(inputs, capsys):
             shares.append(marks.mean())
         assert len(each) > 2 and row["average_precision"] == f"{np.mean(each):.3f}"
         assert result["chance"] == pytest.approx(np.mean(shares))
-    assert f"chance: average precision {result['chance']:.3f}" in capsys.readouterr().out
+    assert f"other marks: average precision {result['chance']:.3f}" in capsys.readouterr().out
 
 
 def test_sentences_are_whole(inputs):

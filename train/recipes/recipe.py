@@ -80,7 +80,7 @@ SECTIONS: dict[str, dict[str, Option]] = {
     "annotate": _flags_of(AnnotateConfig),
     "scorer": _flags_of(FitScorerConfig),
     "score": {flag: option for flag, option in _flags_of(ScoreConfig).items()
-              if flag not in ("measure", "reference")},
+              if flag not in ("measure", "reference", "num_passes", "whole_words")},
     "masks": MASK_FLAGS,
     "task_guided": {
         flag: option for flag, option in _flags_of(PretrainConfig).items()

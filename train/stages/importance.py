@@ -50,6 +50,11 @@ explained by nothing, as happens with a majority class.
 """
 
 
+def is_close(gap: np.ndarray, delta: float, criterion: str) -> np.ndarray:
+    """Return whether confidences that lie `gap` below the complete ones count as close, `(B,)`."""
+    return (np.abs(gap) if criterion == "absolute" else gap) < delta
+
+
 def find_important(
     confidence: Confidence,
     sequences: Sequence[Sequence[int]],
@@ -93,8 +98,7 @@ def find_important(
         buffers = IdLists(kept, whole.starts[active], lengths)
         part = np.asarray(confidence(buffers, active.tolist()), dtype=np.float64).reshape(-1)
         assert len(part) == len(buffers), "one confidence per buffer"
-        gap = full[active] - part
-        return (np.abs(gap) if criterion == "absolute" else gap) < delta
+        return is_close(full[active] - part, delta, criterion)
 
     active = np.flatnonzero(whole.lengths)
     if criterion == "strict" and len(active):
@@ -152,7 +156,8 @@ def explain(
         who: which process this is, for the lines of progress.
         every: inputs between two of them.
     Returns:
-        Bool arrays. The runner's counts have the inputs that were asked again, "fp32" and "alone".
+        Bool arrays. The runner's counts have the inputs that were asked again, "fp32" and "alone",
+        and the decisions that were "turned" by that.
     Raises:
         DataError: the classifier's answers are not numbers.
     """
@@ -163,7 +168,7 @@ def explain(
     num_buffers = int(ask.texts.lengths[right].sum()) + len(right) * (criterion == "strict")
 
     def confidence(buffers: IdLists, owners: list[int]) -> np.ndarray:
-        part = np.zeros(len(buffers))
+        part, first = np.zeros(len(buffers)), None
         todo, owner = np.arange(len(buffers)), np.array(owners, dtype=np.int64)
         for level, way in enumerate(ask.ways):
             which = right[owner[todo]]
@@ -171,11 +176,14 @@ def explain(
             found = ask.confidence(which, ask.logits(
                 which, buffers.take(todo), level, None if level else progress))
             part[todo] = found + (full[owner[todo]] - whole)  # `full` minus it is what this says
+            first = part.copy() if first is None else first
             # Most buffers differ by 0 from their sequence: an edge of delta would repeat them all.
             near = way.edge(whole, found, 0.9 * delta)
             todo = todo[np.abs(np.abs(whole - found) - delta) < near]
             if not len(todo):
                 break
+        close = (is_close(full[owner] - said, delta, criterion) for said in (first, part))
+        runner.counts["turned"] += int(np.sum(np.not_equal(*close)))
         return part
 
     with Progress(num_buffers, "buffer", every, label=f"annotate{who}") as progress:
@@ -205,7 +213,7 @@ def measure_gradient(
     ask = Classifier(runner, queries, EDGE)
     with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
         right = ask.find_right(progress)
-    alone = replace(runner, half=False, cut=one_by_one, min_width=0, compute=gradient_pass)
+    alone = replace(runner, half=False, cut=one_by_one, min_width=0, compute=margin_gradient)
     texts = ask.texts.take(right)
     aspects = ask.aspects.take(right) if runner.template.between else None
     found: list[np.ndarray] = [np.empty(0)] * len(right)
@@ -269,7 +277,8 @@ def measure_left_out(
     drops = np.zeros(len(starts))
     with Progress(len(starts), "word", every, label=f"annotate{who}") as progress:
         for first in range(0, len(right), LEFT_OUT_QUERIES):
-            todo = np.flatnonzero((owner >= first) & (owner < first + LEFT_OUT_QUERIES))
+            here = np.flatnonzero((owner >= first) & (owner < first + LEFT_OUT_QUERIES))
+            todo, once = here, None
             for level in range(len(ask.ways)):
                 which = right[owner[todo]]
                 without = IdLists.of([
@@ -280,9 +289,11 @@ def measure_left_out(
                 part = ask.logits(which, without, level, None if level else progress)
                 drops[todo] = (ask.log_odds(which, ask.whole(which, level))
                                - ask.log_odds(which, part))
+                once = drops[here] > delta if once is None else once
                 todo = todo[np.abs(drops[todo] - delta) < edge]
                 if not len(todo):
                     break
+            runner.counts["turned"] += int(np.sum(once != (drops[here] > delta)))
     return _spread(np.split(np.repeat(drops, sizes), texts.starts[1:]) if len(right) else [],
                    right, len(queries))
 
@@ -301,7 +312,6 @@ class Importance(NamedTuple):
     measure: (runner, this process's queries, the options by name, `who`, `every`) -> values.
     decide: (the values of all queries, the options) -> bool arrays.
     options: the options of annotate.py that it takes, and their defaults.
-    again: whether decisions within `edge`, an argument of `measure`, are asked again.
     half: whether it may ask in fp16.
     filtered: marks of a sequence -> those that do not hold by construction; None where none do.
     fewer, more: what to type to find fewer or more important tokens.
@@ -311,7 +321,6 @@ class Importance(NamedTuple):
     measure: Callable[..., Values]
     decide: Callable[..., Values]
     options: dict[str, Any]
-    again: bool
     half: bool
     filtered: Callable[[np.ndarray], np.ndarray] | None
     fewer: str
@@ -325,20 +334,20 @@ BUFFER = "buffer"
 IMPORTANCE: dict[str, Importance] = {
     BUFFER: Importance(
         measure=explain, decide=lambda values, **_: values,
-        options={"delta": 0.01, "criterion": "signed"}, again=True, half=True,
+        options={"delta": 0.01, "criterion": "signed"}, half=True,
         filtered=drop_unremoved,
         fewer="give a smaller --delta, or --criterion strict", more="give a larger --delta",
         rule="Important is the token that brings the confidence in the tokens kept so far to "
         "within delta of that in the sentence.",
     ),
     "gradient": Importance(
-        measure=measure_gradient, decide=take_share, options={"share": 0.15}, again=False,
+        measure=measure_gradient, decide=take_share, options={"share": 0.15},
         half=False, filtered=None, fewer="give a smaller --share", more="give a larger --share",
         rule="Important is the given share of all tokens: those where gradient times embedding of "
         "the classifier's margin is largest.",
     ),
     "leave_one_out": Importance(
-        measure=measure_left_out, decide=take_above, options={"delta": 0.5}, again=True,
+        measure=measure_left_out, decide=take_above, options={"delta": 0.5},
         half=False, filtered=None, fewer="give a larger --delta", more="give a smaller --delta",
         rule="Important is a word without which the log-odds of the right class drop by more than "
         "delta.",

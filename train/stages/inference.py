@@ -210,7 +210,7 @@ class _Pass(NamedTuple):
 
 @dataclass
 class Runner:
-    """A model without dropout, and the way its inputs are made.
+    """A model without dropout and gradients, and the way its inputs are made.
 
     model: a transformers model in fp32; called with `input_ids`, if it knows segments
         `token_type_ids`, and where there is padding `attention_mask`, `(B, L)` int64 each, or a
