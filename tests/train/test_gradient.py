@@ -21,7 +21,7 @@ from transformers import (
 
 from tests.support.models import MeanClassifier
 from train.model import first_slot_only, token_rows
-from train.stages.gradient import gradient_pass, margin_gradient
+from train.stages.gradient import margin_gradient
 from train.stages.inference import Runner, Template, one_by_one
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -43,13 +43,14 @@ def test_worked_example():
     """not (-1, 0), good (2, 1), film (0, 1); the values sum to the margin of a linear model."""
     model = MeanClassifier([[-1.0, 0.0], [2.0, 1.0], [0.0, 1.0]], [1.0, 0.5])
     ids = torch.tensor([[0, 1, 2]])
-    found = margin_gradient(model, {"input_ids": ids})[0]
+    runner = SimpleNamespace(logits=lambda model, inputs: model(**inputs).logits)
+    found = margin_gradient(runner, model, {"input_ids": ids})[0]
     assert found.tolist() == pytest.approx([-1 / 3, 5 / 6, 1 / 6])
     logits = model(input_ids=ids).logits[0]
     assert found.sum().item() == pytest.approx((logits[1] - logits[0]).item())
     # Of a sure text it is as large: the loss would make it vanish.
     model.weights.data *= 100
-    assert margin_gradient(model, {"input_ids": ids})[0].tolist() == pytest.approx(
+    assert margin_gradient(runner, model, {"input_ids": ids})[0].tolist() == pytest.approx(
         [-100 / 3, 500 / 6, 100 / 6])
 
 
@@ -88,7 +89,7 @@ def test_batches_give_the_gradients_of_single_inputs(name):
     for cut in (one_by_one, lambda lengths, most: [np.argsort(-lengths)]):
         runner = Runner(model, Template((2,), (), (3,), 0),
                         SimpleNamespace(pad_token_id=config.pad_token_id), torch.device("cpu"),
-                        1000, cut=cut, compute=gradient_pass)
+                        1000, cut=cut, compute=margin_gradient)
         seen = 0
         for batch, found, slots in runner.run(texts):
             assert found.dtype == np.float32 and (slots == 1).all()

@@ -5,7 +5,6 @@ Letters: `B` inputs, `L` padded length, `D` width, `C` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,25 +12,9 @@ import torch
 from train.model import token_rows
 from train.stages.inference import Runner
 
-GRADIENT_TOKENS = 8192
-"""Token slots of a pass on any device: the states of all layers are kept for the way back."""
 
-
-def plain_logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return the logits of a model called with `inputs`."""
-    return model(**inputs).logits
-
-
-def gradient_pass(runner: Runner, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return `margin_gradient` of a batch: the `compute` of a `Runner`."""
-    return margin_gradient(model, inputs, runner.logits)
-
-
-def margin_gradient(
-    model: Any, inputs: dict[str, Any],
-    logits: Callable[[Any, dict[str, Any]], torch.Tensor] = plain_logits,
-) -> torch.Tensor:
-    """Return gradient times embedding of each token, with its sign.
+def margin_gradient(runner: Runner, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return gradient times embedding of each slot, with its sign: a `Compute` of a `Runner`.
 
     The margin is the logit of the predicted class minus that of the next one, not the loss: a
     loss scales every gradient by how wrong the classifier is, so that sure texts would vanish.
@@ -44,8 +27,6 @@ def margin_gradient(
 
     Args:
         model: a classifier of two or more classes in evaluation mode.
-        inputs: "input_ids" `(B, L)` int64 and whatever else the model takes.
-        logits: calls the model with them.
     Returns:
         `(B, L)` float32; the slots of special tokens and padding have values of no use.
     """
@@ -58,7 +39,7 @@ def margin_gradient(
     hook = token_rows(model).register_forward_hook(hold)
     try:
         with torch.enable_grad():
-            best = logits(model, inputs).float().topk(2, dim=-1).values
+            best = runner.logits(model, inputs).float().topk(2, dim=-1).values
             (gradient,) = torch.autograd.grad((best[..., 0] - best[..., 1]).sum(), rows)
     finally:
         hook.remove()

@@ -23,7 +23,7 @@ import numpy as np
 from preprocess.errors import ConfigError
 from preprocess.progress import Progress
 from preprocess.text.continuations import continuation_table, find_continuations
-from train.stages.gradient import gradient_pass
+from train.stages.gradient import margin_gradient
 from train.stages.inference import IdLists, Runner, one_by_one
 from train.stages.queries import EDGE, Classifier, Query
 
@@ -208,7 +208,7 @@ def measure_gradient(
     """Return the size of gradient times embedding of the margin at each token, float32.
 
     One forward and one backward pass per sequence, each alone: the numbers then depend on nothing
-    else. The margin of a right answer is that of the right class. See `gradient_pass`.
+    else. The margin of a right answer is that of the right class. See `margin_gradient`.
     """
     ask = Classifier(runner, queries, EDGE)
     with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:

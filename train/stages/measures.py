@@ -36,7 +36,7 @@ from train.model import (
     load_masked_lm,
     load_scorer,
 )
-from train.stages.gradient import gradient_pass
+from train.stages.gradient import margin_gradient
 from train.stages.inference import BATCH_TOKENS, IdLists, Runner, Template
 from train.stages.scoring import Answers, WindowScore, each_token
 
@@ -49,13 +49,13 @@ STREAM_PASSES = 100  # of `counter_bits`: apart from those of masking
 # --------------------------------------------------------------------------- gradient
 
 
-def gradient_score(runner: Runner, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return the gradient score of each slot of a batch: the `compute` of a `Runner`.
+def gradient_size(runner: Runner, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return the gradient score of each slot of a batch: a `Compute` of a `Runner`.
 
     Returns:
         log2 of the absolute value in units of `FLOOR`, at least 0, `(B, L)` float16.
     """
-    value = gradient_pass(runner, model, inputs).abs()
+    value = margin_gradient(runner, model, inputs).abs()
     return (value / FLOOR).clamp(min=1).log2().half()
 
 
@@ -230,7 +230,7 @@ NETWORKS: dict[str, Network] = {
         ("ForTokenClassification",), "give the hf/ folder of train/fit_scorer.py", _load_scorer),
     "classifier": Network(
         ("ForSequenceClassification",), "give seed_N/hf of train/finetune.py", _load_classifier,
-        {"compute": gradient_score},
+        {"compute": gradient_size},
         slots=1 / 4,  # the states of all layers stay until the backward pass
     ),
     "mlm": _MASKED_LM,
