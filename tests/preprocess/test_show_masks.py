@@ -28,7 +28,7 @@ from preprocess.view import page as mask_page
 from preprocess.view.pieces import Piece, printable, read_sequence, split_text
 from preprocess.view.scale import Scale
 from preprocess.view.terminal import mark_piece
-from tests.support.stores import write
+from tests.support.stores import MEASURED, write
 
 ROOT = Path(show_masks.__file__).parents[1]
 WORDS = "the film is un ##believ ##able , and I ' m glad ( very ) <b> & don t . \x1b".split(" ")
@@ -81,7 +81,7 @@ def store(tmp_path, tokenizer):
         write_array(shard, "sel", "mask", np.array(positions, dtype=np.uint32), options)
         write_array(shard, "ctl", "mask", np.array(other, dtype=np.uint32), options)
         scores = np.linspace(-1, 4, shard.num_tokens).astype(np.float16)
-        write_array(shard, "mr", "scores", scores, {})
+        write_array(shard, "mr", "scores", scores, MEASURED)
     return prefix
 
 

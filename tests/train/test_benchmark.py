@@ -15,7 +15,7 @@ from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, write_array
 from tests.support.runs import words
-from tests.support.stores import read
+from tests.support.stores import MEASURED, read
 from train import benchmark, data, engine, model
 from train.bench import baselines, events, kinds, maskings, tables, throughput
 from train.config import BenchmarkConfig
@@ -38,7 +38,7 @@ def prefix(tmp_path_factory, tiny_tokenizer) -> str:
     positions = np.arange(0, shard.num_tokens, 5, dtype=np.uint32)
     write_array(shard, "fifth", "mask", positions, {"strategy": "selective"})
     scores = generator.normal(-1, 1, size=shard.num_tokens).astype(np.float16)
-    write_array(shard, "some", "scores", scores, {})
+    write_array(shard, "some", "scores", scores, MEASURED)
     return path
 
 

@@ -421,30 +421,30 @@ class PlainRow:
 def plain_row(
     store: TokenStore, table: RowTable, masking: Masking, row: int, *, epoch: int, seed: int
 ) -> PlainRow:
-    """Assemble one row token by token, each piece masked by itself."""
+    """Assemble one row token by token, masked by itself."""
     tokens = all_tokens(store)
-    index = None
+    pieces = range(table.row_offsets[row], table.row_offsets[row + 1])
     if masking.index is not None:
-        index = {
+        masked = {
             shard.token_start + int(position)
             for shard, positions in zip(store.shards, masking.index, strict=True)
             for position in positions
         }
+    else:
+        spans = [np.arange(table.piece_starts[piece], table.piece_starts[piece]
+                           + table.piece_lengths[piece]) for piece in pieces]
+        where, words = np.concatenate(spans), masking.words
+        ids, offsets = tokens[where].astype(np.uint16), np.cumsum([0, *map(len, spans)])
+        chosen = masks.STRATEGIES[masking.name].choose(masks.Sequences(
+            offsets=offsets, positions=where, rate=masking.rate, seed=seed, epoch=epoch,
+            candidates=ids >= FIRST_WORD, windows=np.zeros(len(spans), dtype=np.int64),
+            continues_word=words and find_continuations(ids, offsets, words),
+        ))
+        masked = set(where[chosen].tolist())
     result = PlainRow([], [], [], {})
-    for piece in range(table.row_offsets[row], table.row_offsets[row + 1]):
+    for piece in pieces:
         start, length = int(table.piece_starts[piece]), int(table.piece_lengths[piece])
         positions = np.arange(start, start + length)
-        if index is None:
-            words = masking.words
-            ids, offsets = tokens[positions].astype(np.uint16), np.array([0, length])
-            chosen = masks.STRATEGIES[masking.name].choose(masks.Sequences(
-                offsets=offsets, positions=positions, rate=masking.rate, seed=seed, epoch=epoch,
-                candidates=ids >= FIRST_WORD,
-                continues_word=words and find_continuations(ids, offsets, words),
-            ))
-            masked = set(positions[chosen].tolist())
-        else:
-            masked = index & set(positions.tolist())
         result.input_ids.append(CLS)
         for position in positions.tolist():
             token = int(tokens[position])

@@ -291,12 +291,20 @@ def build_masks(score_tokens, store, run_here) -> Case:
     control = {"strategy": "random_matched", "scores": None}
     run_here("preprocess/build_masks.py", *words({**flags, **control, "match": "random",
                                                   "name": "control"}))
+    band, sampled = {"strategy": "band"}, {"strategy": "sampled"}
+    for one in (band, sampled):
+        run_here("preprocess/build_masks.py", *words({**flags, **one, "name": one["strategy"]}))
     decides = {
         "strategy": ({"strategy": "selective_fill"}, "--strategy selective, .* has selective_fill"),
         "scores": ({"scores": "second"}, r"--scores \(content\) [0-9a-f]{16}, .* has "),
         "match": ({**control, "match": "another", "name": "control"},
                   r"--match \(content\) [0-9a-f]{16}, .* has "),
         "mlm_probability": ({"mlm_probability": 0.3}, "--mlm_probability 0.15, .* has 0.3"),
+        "units": ({"units": "words"}, "--units none, .* has words"),
+        "centre": ({**band, "centre": 0.9, "name": "band"}, "--centre 0.5, .* has 0.9"),
+        "temperature": ({**sampled, "temperature": 2, "name": "sampled"},
+                        "--temperature 1.0, .* has 2.0"),
+        "epochs": ({"epochs": 2}, "--epochs 1, .* has 2"),
         "seed": ({"seed": 7}, "--seed 42, .* has 7"),
     }
     return Case("preprocess/build_masks.py", None, flags, "complete, made with the same", decides,
