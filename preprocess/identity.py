@@ -44,7 +44,8 @@ FLAGS = {
     "options.loss_scaling": "--deepspeed_config (fp16)",
 }
 _OF_COMMAND = {
-    "build_masks": {"choice.masking": "--strategy", "inputs.mask_index": "--match (content)"},
+    "build_masks": {"choice.masking": "--strategy", "inputs.mask_index": "--match (content)",
+                    "options.scores_of_all_shards": "--scores (content)"},
     "fit_scorer": {"inputs.store": "--annotations (content)"},
 }
 # Of several differences the first is shown: what was typed before what follows from it.

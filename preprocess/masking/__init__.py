@@ -18,7 +18,14 @@ from preprocess.masking.draws import (
     STREAM_WORD,
     counter_uniform,
 )
-from preprocess.masking.index import StrategyInputs, choose_positions, index_bounds, open_arrays
+from preprocess.masking.index import (
+    NUM_BINS,
+    StrategyInputs,
+    choose_positions,
+    index_bounds,
+    open_arrays,
+    store_facts,
+)
 from preprocess.masking.strategies import ARRAY_NEEDS, BASELINE, MATCHED, STRATEGIES, Strategy
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "BASELINE",
     "Corruption",
     "MATCHED",
+    "NUM_BINS",
     "ROUNDING_WINDOW",
     "STANDARD",
     "STRATEGIES",
@@ -48,4 +56,5 @@ __all__ = [
     "open_arrays",
     "read_corruption",
     "selective_limit",
+    "store_facts",
 ]

@@ -225,11 +225,12 @@ class PackedData:
         first_of_row = np.cumsum(counts) - counts
         slot = before - np.repeat(before[first_of_row[counts > 0]], counts[counts > 0])
         tokens = self.store.read_pieces(start, length)
-        masked, masked_counts = self._choose(start, length, tokens, epoch, rate)
+        masked, masked_counts = self._choose(row, start, length, tokens, epoch, rate)
         return _Pieces(row, slot, start, length, tokens, masked, masked_counts)
 
     def _choose(
-        self, start: np.ndarray, length: np.ndarray, tokens: np.ndarray, epoch: int, rate: float
+        self, row: np.ndarray, start: np.ndarray, length: np.ndarray, tokens: np.ndarray,
+        epoch: int, rate: float,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Choose the masked tokens of pieces; returns positions in the store, and their counts."""
         if self._indices:
@@ -251,6 +252,7 @@ class PackedData:
                 rate=rate,
                 seed=self.seed,
                 epoch=epoch,
+                windows=row,
                 continues_word=(
                     None if words is None else find_continuations(tokens, offsets, words)
                 ),
