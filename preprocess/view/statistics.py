@@ -76,7 +76,7 @@ def type_kinds(names: list[str]) -> np.ndarray:
 
 
 def find_kinds(
-    tokens: np.ndarray, kinds: np.ndarray, continues: np.ndarray | None
+    tokens: np.ndarray, offsets: np.ndarray, kinds: np.ndarray, table: WordTable | None
 ) -> np.ndarray:
     """Return the kind of each token: a stop word only where it is a word by itself.
 
@@ -85,13 +85,15 @@ def find_kinds(
 
     Args:
         tokens: token ids, `(T,)` uint16.
+        offsets: start of each sequence in `tokens`, and the end, `(B+1,)` int64.
         kinds: from `type_kinds`, `(V,)` uint8.
-        continues: from `find_continuations`, `(T,)` bool; without it every such token counts.
+        table: from `word_table`; without one every such token counts.
     Returns:
         `(T,)` uint8.
     """
     found = kinds[tokens]
-    if continues is not None and len(tokens):
+    if table is not None and len(tokens):
+        continues = find_continuations(tokens, offsets, table)
         part = continues.copy()
         part[:-1] |= continues[1:]
         found[part & (found == STOP_WORD)] = OTHER
@@ -261,11 +263,10 @@ def _count_block(
     result.place_tokens += np.bincount(places[allowed], minlength=len(PLACES))
     if vocabulary is not None:
         table = vocabulary.table
-        continues = None if table is None else find_continuations(tokens, local, table)
-        kinds = find_kinds(tokens, vocabulary.kinds, continues)
+        kinds = find_kinds(tokens, local, vocabulary.kinds, table)
         result.kind_tokens += np.bincount(kinds, minlength=len(KINDS))
-        if continues is not None:
-            sizes = find_sizes(continues)
+        if table is not None:
+            sizes = find_sizes(find_continuations(tokens, local, table))
             result.size_tokens += np.bincount(sizes[allowed], minlength=len(SIZES))
     if binned is not None:
         bins = binned[1][binned[0][start:end].view(np.uint16)]
