@@ -15,7 +15,7 @@ from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, write_array
 from tests.support.runs import words
-from tests.support.stores import MEASURED, read
+from tests.support.stores import read
 from train import benchmark, data, engine, model
 from train.bench import baselines, events, kinds, maskings, tables, throughput
 from train.config import BenchmarkConfig
