@@ -260,6 +260,13 @@ def test_arms_that_cannot_be_are_named(tmp_path, arms, message):
     assert "\n" not in str(error.value)
 
 
+def test_flags_of_all_scores_must_suit_each(tmp_path):
+    text = "scores: {slope: {measure: gradient}}\nscore: {dtype: fp16}\n"
+    with pytest.raises(ConfigError, match=r"scores\.slope: --dtype fp16: --measure gradient"):
+        load(tmp_path, text)
+    load(tmp_path, text, "scores.slope={measure: gradient, dtype: auto}")
+
+
 def test_set_gives_scores_and_arms(tmp_path):
     recipe = load(tmp_path, "scores: {words: {measure: tfidf}}\n",
                   "scores.more={measure: surprise, num_passes: 3}",

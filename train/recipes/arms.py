@@ -127,12 +127,14 @@ def default_policy(name: str) -> PlannedArm:
 # ------------------------------------------------------------------------------------- scores
 
 
-def read_scores(content: Any, recipe: str, general_text: bool) -> dict[str, NamedScores]:
+def read_scores(content: Any, recipe: str, general_text: bool,
+                defaults: dict[str, Any]) -> dict[str, NamedScores]:
     """Read the section `scores`.
 
     Args:
         recipe: how messages begin.
         general_text: whether the recipe has a general text to compare counts with.
+        defaults: the section `score`: flags of all scores by a network.
     Raises:
         ConfigError: a name, measure or option that does not exist, one that is missing, or scores
             that are combined of themselves.
@@ -141,7 +143,7 @@ def read_scores(content: Any, recipe: str, general_text: bool) -> dict[str, Name
         raise ConfigError(f"{recipe}: scores must hold names, as `words: {{measure: tfidf}}`; got "
                           f"{shown_value(content)}")
     found = {name: _one_score(name, entry, f"{recipe}: scores.{_named(name, recipe, 'scores')}",
-                              general_text)
+                              general_text, defaults)
              for name, entry in content.items()}
     found.setdefault(TASK_SCORES, DEFAULT_SCORES)
     for scores in found.values():
@@ -157,7 +159,8 @@ def read_scores(content: Any, recipe: str, general_text: bool) -> dict[str, Name
     return {name: replace(scores, boundary=parted(scores)) for name, scores in found.items()}
 
 
-def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedScores:
+def _one_score(name: str, entry: Any, where: str, general_text: bool,
+               defaults: dict[str, Any]) -> NamedScores:
     if not isinstance(entry, dict) or ("measure" in entry) == ("combine" in entry):
         raise ConfigError(f"{where} {shown_value(entry)}: must have a measure, as {{measure: "
                           "tfidf}, or combine others, as {combine: rank, of: [a, b]}")
@@ -192,7 +195,8 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedSc
             raise ConfigError(f"{where}.{flag}: {measure} does not read it; leave it out")
     if measure not in COUNTED:
         try:
-            ScoreConfig(measure=measure, model_name_or_path="M", tokens="P", name=name, **options)
+            ScoreConfig(measure=measure, model_name_or_path="M", tokens="P", name=name,
+                        **{**defaults, **options})
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     if options.get("against") == GENERAL_STORE and not general_text:
