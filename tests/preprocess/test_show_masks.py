@@ -25,9 +25,9 @@ from preprocess.show_masks import (
 )
 from preprocess.store import TokenStore, write_array
 from preprocess.view import page as mask_page
-from preprocess.view.pieces import Piece, printable, read_sequence, split_text
+from preprocess.view.pieces import Piece, boxes, printable, read_sequence, split_text
 from preprocess.view.scale import Scale
-from preprocess.view.terminal import mark_piece
+from preprocess.view.terminal import mark_piece, mark_sequence
 from tests.support.stores import MEASURED, write
 
 ROOT = Path(show_masks.__file__).parents[1]
