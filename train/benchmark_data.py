@@ -31,11 +31,11 @@ from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
 from preprocess.flags import USUAL, Parser
 from preprocess.masking import (
-    ARRAY_NEEDS,
     MATCHED,
     STRATEGIES,
     StrategyInputs,
     choose_positions,
+    store_facts,
 )
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
@@ -124,17 +124,26 @@ def build_index(store: TokenStore, strategy: str) -> None:
     """Do the work of `build_masks.py` on a store of one shard, without its output."""
     (shard,) = store.shards
     needs = STRATEGIES[strategy].needs
-    words = continuation_table(open_tokenizer(store.tokenizer_dir)) if "words" in needs else None
-    names = {"scores": "scores", "match": MATCHED}
-    inputs = StrategyInputs(words=words, **{
-        need: open_array(shard, names[need], kind)[0]
-        for need, kind in ARRAY_NEEDS.items() if need in needs
-    })
     positions = choose_positions(
-        shard, strategy, inputs, rate=RATE, seed=SEED, all_special_ids=store.all_special_ids
+        shard, strategy, _inputs(store, strategy), rate=RATE, seed=SEED,
+        all_special_ids=store.all_special_ids,
     )
     write_array(shard, strategy, "mask", positions, {"options": {"strategy": strategy}})
     count_masks(store, [strategy, *([MATCHED] if "match" in needs else [])])
+
+
+def _inputs(store: TokenStore, strategy: str) -> StrategyInputs:
+    """Open what a strategy needs; a control is matched to `MATCHED`."""
+    (shard,) = store.shards
+    needs = STRATEGIES[strategy].needs
+    words = continuation_table(open_tokenizer(store.tokenizer_dir)) if "words" in needs else None
+    match = open_array(shard, MATCHED, "mask")[0] if "match" in needs else None
+    scores = policy = None
+    if not needs.isdisjoint({"scores", "policy"}):
+        scores = open_array(shard, "scores", "scores")[0]
+        policy = MATCHED if "policy" in needs else None
+    facts = store_facts(store, strategy, lambda: [open_array(shard, "scores", "scores")[0]])
+    return StrategyInputs(scores, match, words, policy=policy, **facts)
 
 
 def measure_masks(store: TokenStore, rounds: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from preprocess.masking.candidates import (
     find_candidates,
     selective_limit,
 )
-from preprocess.masking.corruption import corrupt
+from preprocess.masking.corruption import STANDARD, Corruption, corrupt, read_corruption
 from preprocess.masking.draws import (
     STREAM_BUDGET,
     STREAM_CHOICE,
@@ -18,14 +18,24 @@ from preprocess.masking.draws import (
     STREAM_WORD,
     counter_uniform,
 )
-from preprocess.masking.index import StrategyInputs, choose_positions, index_bounds, open_arrays
+from preprocess.masking.index import (
+    NUM_BINS,
+    StrategyInputs,
+    choose_positions,
+    index_bounds,
+    open_arrays,
+    store_facts,
+)
 from preprocess.masking.strategies import ARRAY_NEEDS, BASELINE, MATCHED, STRATEGIES, Strategy
 
 __all__ = [
     "ARRAY_NEEDS",
     "BASELINE",
+    "Corruption",
     "MATCHED",
+    "NUM_BINS",
     "ROUNDING_WINDOW",
+    "STANDARD",
     "STRATEGIES",
     "STREAM_BUDGET",
     "STREAM_CHOICE",
@@ -44,5 +54,7 @@ __all__ = [
     "find_candidates",
     "index_bounds",
     "open_arrays",
+    "read_corruption",
     "selective_limit",
+    "store_facts",
 ]

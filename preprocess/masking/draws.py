@@ -14,6 +14,12 @@ STREAM_CORRUPTION = 5
 STREAM_REPLACEMENT = 6
 STREAM_WORD = 7
 STREAM_SHOWN = 8  # documents that show_masks.py picks
+STREAM_WINDOW = 9
+STREAM_LENGTH = 10
+STREAM_ORDER = 11
+STREAM_OFFSET = 12
+STREAM_SAMPLED = 13
+STREAM_EXCHANGE = 14
 
 
 def counter_uniform(seed: int, epoch: int, positions: np.ndarray, stream: int) -> np.ndarray:

@@ -20,6 +20,9 @@ STOP_WORDS = frozenset(
 very, ...) are excluded on purpose: they reverse an opinion, and must be able to be important."""
 
 
-def is_stop_word(word: str) -> bool:
-    """Return whether a word is in `STOP_WORDS`; byte-level vocabularies write 's with its mark."""
-    return word.strip().strip("'\u2019").lower() in STOP_WORDS
+LANGUAGES = {"en": STOP_WORDS}
+
+
+def is_stop_word(word: str, language: str = "en") -> bool:
+    """Return whether a word is a stop word; byte-level vocabularies write 's with its mark."""
+    return word.strip().strip("'\u2019").lower() in LANGUAGES[language]

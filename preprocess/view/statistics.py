@@ -19,14 +19,12 @@ from preprocess.errors import ConfigError
 from preprocess.masking import find_candidates, index_bounds
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, iterate_blocks, open_array
 from preprocess.text.continuations import WordTable, continuation_table, find_continuations
-from preprocess.text.stop_words import is_stop_word
+from preprocess.text.kinds import KINDS, find_kinds, type_kinds
 from preprocess.view.overlaps import Overlaps
 from preprocess.view.pieces import printable
 from preprocess.view.scale import Scale, share_of
 from preprocess.view.tables import Share, Table, percent
 
-OTHER, STOP_WORD, PUNCTUATION = range(3)
-KINDS = ("other words", "stop words", "punctuation")
 NUM_TYPES = 15
 # Upper ends of the bins of a sequence's mask rate, in per cent; before them, one for no mask.
 RATE_EDGES = (5, 10, 15, 20, 25, 30, 50, 100)
@@ -59,45 +57,6 @@ def type_names(tokenizer: Any, vocab_size: int) -> list[str]:
             if text.strip() and "\ufffd" not in text:
                 names[i] = printable(text.replace(" ", "\u2423"))
     return names
-
-
-def type_kinds(names: list[str]) -> np.ndarray:
-    """Return the kind of every id, as far as the id alone tells: `(V,)` uint8.
-
-    Args:
-        names: from `type_names`.
-    """
-    plain = [name.replace("\u2423", "") for name in names]
-    kinds = np.full(len(names), OTHER, dtype=np.uint8)
-    kinds[[i for i, name in enumerate(plain) if is_stop_word(name)]] = STOP_WORD
-    signs = [not any(c.isalnum() or c == "\ufffd" for c in name) for name in plain]
-    kinds[np.flatnonzero(signs)] = PUNCTUATION
-    return kinds
-
-
-def find_kinds(
-    tokens: np.ndarray, offsets: np.ndarray, kinds: np.ndarray, table: WordTable | None
-) -> np.ndarray:
-    """Return the kind of each token: a stop word only where it is a word by itself.
-
-    In `the ##sis the`, the first `the` is part of another word. A stop word of several tokens
-    counts as another word; practical vocabularies have next to none.
-
-    Args:
-        tokens: token ids, `(T,)` uint16.
-        offsets: start of each sequence in `tokens`, and the end, `(B+1,)` int64.
-        kinds: from `type_kinds`, `(V,)` uint8.
-        table: from `word_table`; without one every such token counts.
-    Returns:
-        `(T,)` uint8.
-    """
-    found = kinds[tokens]
-    if table is not None and len(tokens):
-        continues = find_continuations(tokens, offsets, table)
-        part = continues.copy()
-        part[:-1] |= continues[1:]
-        found[part & (found == STOP_WORD)] = OTHER
-    return found
 
 
 def find_sizes(continues: np.ndarray) -> np.ndarray:
@@ -263,10 +222,11 @@ def _count_block(
     result.place_tokens += np.bincount(places[allowed], minlength=len(PLACES))
     if vocabulary is not None:
         table = vocabulary.table
-        kinds = find_kinds(tokens, local, vocabulary.kinds, table)
+        continues = None if table is None else find_continuations(tokens, local, table)
+        kinds = find_kinds(tokens, vocabulary.kinds, continues)
         result.kind_tokens += np.bincount(kinds, minlength=len(KINDS))
-        if table is not None:
-            sizes = find_sizes(find_continuations(tokens, local, table))
+        if continues is not None:
+            sizes = find_sizes(continues)
             result.size_tokens += np.bincount(sizes[allowed], minlength=len(SIZES))
     if binned is not None:
         bins = binned[1][binned[0][start:end].view(np.uint16)]

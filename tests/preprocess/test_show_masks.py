@@ -32,6 +32,7 @@ from tests.support.stores import write
 
 ROOT = Path(show_masks.__file__).parents[1]
 WORDS = "the film is un ##believ ##able , and I ' m glad ( very ) <b> & don t . \x1b".split(" ")
+MEASURE = {"name": "scorer", "boundary": True, "unit": "log-odds", "reads_labels": True}
 SENTENCES = ["the film is un ##believ ##able , and", "I ' m glad ( very ) .", "<b> & don ' t \x1b"]
 
 
@@ -389,7 +390,8 @@ def made(store):
     """A store with indices made by the command from scores of a known scorer."""
     for shard in TokenStore.open(store).shards:
         scores = np.linspace(-1, 4, shard.num_tokens).astype(np.float16)
-        write_array(shard, "mr", "scores", scores, {"model": "run/hf", "model_fingerprint": "f0"})
+        made_by = {"model": "run/hf", "model_fingerprint": "f0", "measure": MEASURE}
+        write_array(shard, "mr", "scores", scores, made_by)
     for strategy, name, *more in (
         ("selective", "chosen", "--scores", "mr", "--mlm_probability", "0.25"),
         ("random_matched", "control", "--match", "chosen"),

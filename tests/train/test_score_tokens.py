@@ -143,7 +143,7 @@ def test_one_writer_of_scores(store, scorer, no_process_group):
         with pytest.raises(ConfigError, match=r"P\S*\.mr\.scores\.lock: another process"):
             run(store, scorer)
         run(store, scorer, "--dry_run")  # writes nothing
-        with pytest.raises(DataError, match="score_tokens.py makes it"):
+        with pytest.raises(DataError, match="score_tokens.py or .* makes it"):
             open_array(store.shards[0], "mr", "scores")
         run(store, scorer, name="other")
     with lock_array(store, "mr", "scores", 1):
@@ -279,7 +279,7 @@ def test_one_shard_at_a_time_gives_the_same_scores(store, scorer, no_process_gro
     said = capsys.readouterr().out
     assert f"1 of 2 shards are to be scored, the first: {paths[0]}" in said
     assert not paths[0].exists() and paths[1].with_suffix(".json").exists()
-    with pytest.raises(DataError, match="P-00000-of-00002.mr.scores.*score_tokens.py makes it"):
+    with pytest.raises(DataError, match="P-00000-of-00002.mr.scores.*score_tokens.py.* makes it"):
         open_array(store.shards[0], "mr", "scores")
     before = paths[1].stat().st_mtime_ns
     run(store, scorer)

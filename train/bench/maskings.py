@@ -21,6 +21,7 @@ from preprocess.masking import (
     STRATEGIES,
     StrategyInputs,
     choose_positions,
+    store_facts,
 )
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, array_path, open_array
 from preprocess.text.continuations import continuation_table, open_tokenizer
@@ -80,10 +81,15 @@ class Builder:
             match: the index whose counts are taken, for a strategy that needs one.
         """
         counts: Any = [None] * len(self.store.shards) if match is None else match
+        needs = STRATEGIES[strategy].needs
         words = (continuation_table(open_tokenizer(self.store.tokenizer_dir))
-                 if "words" in STRATEGIES[strategy].needs else None)
+                 if "words" in needs else None)
+        own: dict[str, Any] = dict(store_facts(
+            self.store, strategy, lambda: [scores for scores in self.scores if scores is not None]))
+        if "policy" in needs:
+            own["policy"] = MATCHED
         return [
-            self._choose(strategy, shard, StrategyInputs(scores, matched, words))
+            self._choose(strategy, shard, StrategyInputs(scores, matched, words, **own))
             for shard, scores, matched in zip(self.store.shards, self.scores, counts, strict=True)
         ]
 
