@@ -18,6 +18,7 @@ from preprocess.errors import ConfigError
 from preprocess.masking import STRATEGIES, Sequences, Strategy
 from preprocess.store import TokenStore, open_array, write_array
 from tests.support.runs import logged, pretrained
+from tests.support.stores import MEASURED
 from train.run_dir.metrics import MASKED_FRACTION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -317,7 +318,7 @@ def scored_store(tmp_path, reviews_store) -> str:
     prefix = str(folder / Path(reviews_store).name)
     for shard in TokenStore.open(prefix).shards:
         scores = np.random.default_rng(0).normal(0, 1, shard.num_tokens).astype(np.float16)
-        write_array(shard, "mr", "scores", scores, {})
+        write_array(shard, "mr", "scores", scores, MEASURED)
     return prefix
 
 

@@ -1,17 +1,16 @@
 """Several scores of one store in one: the rules of several tasks in one mask.
 
-| Combination | Score |
-|---|---|
-| max, mean | of the scores, which must be on one scale: same unit, and 0 a boundary in all or none |
-| rank | mean of the percentiles in the store |
-| union | largest percentile in the sequence; where a part has a boundary at 0, only tokens above it have one |
+- max, mean: of scores on one scale: the same unit, and 0 a boundary in all or in none.
+- rank: the mean of the percentiles in the store.
+- union: the largest percentile in the sequence. Where a part has a boundary at 0, tokens that are
+  not above it have percentile 0 there.
 
 Ties share the mean of their percentiles. A percentile p, in (0, 1), is kept as -log2(1 - p): 1 for
 the better half, 2 for the best quarter, 10 for the best thousandth, where percentiles themselves
 would tie in float16.
 
-`union` ranks within each sequence, so that no task, and no sequence, crowds out another. Elsewhere
-it is defined by percentiles in the store; here these are those of `rank`.
+Others rank a union in the whole store. Within each sequence, as here, each part's best token of a
+sequence is on a par with the others', however many tokens a part finds important elsewhere.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def open_lexicon(path: str, tokenizer: Any, special_ids: tuple[int, ...]) -> Lex
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
-    spelt = [[space + form for space in (" ", "") for form in dict.fromkeys((name, name[:1].upper() + name[1:]))]
+    spelt = [[space + form for space in (" ", "") for form in (name, name[:1].upper() + name[1:])]
              for name in names]
     ids = [encoding.ids for encoding in tokenizer.encode_batch(
         [form for forms in spelt for form in forms], add_special_tokens=False)]

@@ -28,11 +28,10 @@ from preprocess.view import page as mask_page
 from preprocess.view.pieces import Piece, boxes, printable, read_sequence, split_text
 from preprocess.view.scale import Scale
 from preprocess.view.terminal import mark_piece, mark_sequence
-from tests.support.stores import write
+from tests.support.stores import MEASURED, write
 
 ROOT = Path(show_masks.__file__).parents[1]
 WORDS = "the film is un ##believ ##able , and I ' m glad ( very ) <b> & don t . \x1b".split(" ")
-MEASURE = {"name": "scorer", "boundary": True, "unit": "log-odds", "reads_labels": True}
 SENTENCES = ["the film is un ##believ ##able , and", "I ' m glad ( very ) .", "<b> & don ' t \x1b"]
 
 
@@ -82,7 +81,7 @@ def store(tmp_path, tokenizer):
         write_array(shard, "sel", "mask", np.array(positions, dtype=np.uint32), options)
         write_array(shard, "ctl", "mask", np.array(other, dtype=np.uint32), options)
         scores = np.linspace(-1, 4, shard.num_tokens).astype(np.float16)
-        write_array(shard, "mr", "scores", scores, {})
+        write_array(shard, "mr", "scores", scores, MEASURED)
     return prefix
 
 
@@ -390,7 +389,7 @@ def made(store):
     """A store with indices made by the command from scores of a known scorer."""
     for shard in TokenStore.open(store).shards:
         scores = np.linspace(-1, 4, shard.num_tokens).astype(np.float16)
-        made_by = {"model": "run/hf", "model_fingerprint": "f0", "measure": MEASURE}
+        made_by = {"model": "run/hf", "model_fingerprint": "f0", **MEASURED}
         write_array(shard, "mr", "scores", scores, made_by)
     for strategy, name, *more in (
         ("selective", "chosen", "--scores", "mr", "--mlm_probability", "0.25"),
