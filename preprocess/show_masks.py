@@ -387,7 +387,7 @@ def open_units(
     if units is not None:
         return [{"units": open_array(shard, units, "units")[0]} for shard in store.shards]
     record = STRATEGIES.get(str(strategy))
-    runs = bool(getattr(record, "spans", False))
+    runs = record is not None and record.spans
     return [{"units": words, "runs": runs} for _ in store.shards]
 
 

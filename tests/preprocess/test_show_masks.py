@@ -389,7 +389,8 @@ def made(store):
     """A store with indices made by the command from scores of a known scorer."""
     for shard in TokenStore.open(store).shards:
         scores = np.linspace(-1, 4, shard.num_tokens).astype(np.float16)
-        write_array(shard, "mr", "scores", scores, {"model": "run/hf", "model_fingerprint": "f0"})
+        made_by = {"model": "run/hf", "model_fingerprint": "f0", **MEASURED}
+        write_array(shard, "mr", "scores", scores, made_by)
     for strategy, name, *more in (
         ("selective", "chosen", "--scores", "mr", "--mlm_probability", "0.25"),
         ("random_matched", "control", "--match", "chosen"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from preprocess.store import TokenStore, write_array
-from preprocess.text.continuations import open_tokenizer
+from preprocess.text.continuations import find_continuations, open_tokenizer
 from preprocess.text.stop_words import STOP_WORDS, is_stop_word
 from preprocess.view import statistics as mask_statistics
 from preprocess.view.scale import Scale, share_of
@@ -210,12 +210,11 @@ def test_a_stop_word_that_is_part_of_a_word_is_none(tiny_tokenizer):
     vocabulary = Vocabulary.read(tiny_tokenizer.backend_tokenizer, len(tiny_tokenizer))
     words = "the the ##s film the ##s the".split()
     tokens = np.array(tiny_tokenizer.convert_tokens_to_ids(words), dtype=np.uint16)
-    offsets = np.array([0, 4, 7])
-    found = find_kinds(tokens, offsets, vocabulary.kinds, vocabulary.table)
-    assert found.tolist() == [1, 0, 0, 0, 0, 0, 1]
-    # Without a table every one counts; no tokens give no kinds.
-    assert find_kinds(tokens, offsets, vocabulary.kinds, None).tolist() == [1, 1, 0, 0, 1, 0, 1]
-    assert not len(find_kinds(tokens[:0], np.array([0]), vocabulary.kinds, vocabulary.table))
+    continues = find_continuations(tokens, np.array([0, 4, 7]), vocabulary.table)
+    assert find_kinds(tokens, vocabulary.kinds, continues).tolist() == [1, 0, 0, 0, 0, 0, 1]
+    # Without words every one counts; no tokens give no kinds.
+    assert find_kinds(tokens, vocabulary.kinds, None).tolist() == [1, 1, 0, 0, 1, 0, 1]
+    assert not len(find_kinds(tokens[:0], vocabulary.kinds, continues[:0]))
 
 
 def test_lengths_of_words_and_places_by_hand():
