@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ import torch
 from preprocess import identity as identities
 from preprocess.errors import DataError, NonFiniteError, StopRequested, run_command
 from preprocess.files import tell_stopping
-from preprocess.masking import BASELINE
-from preprocess.masking.corruption import MASKED_SHARE, RANDOM_SHARE
+from preprocess.masking import BASELINE, STANDARD
 from preprocess.progress import Progress, say
 from preprocess.store import TokenStore
 from train import data, model
@@ -40,6 +39,8 @@ from train.stages import execution as fitting
 from train.stages import masked_lm as mlm
 from train.stages.example import HeldOutExample
 from train.stages.startup import Startup
+
+MOST_REPEATS = 3  # epochs of one fixed mask index; a run of more is warned
 
 
 @dataclass
@@ -100,7 +101,8 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)
     else:
-        masking = data.drawn_masking(store, config.masking or BASELINE, config.mlm_probability)
+        rate = data.Schedule(*config.mask_rates(), num_steps=config.max_steps)
+        masking = data.drawn_masking(store, config.masking or BASELINE, rate)
     eval_maskings = {"": data.drawn_masking(store, BASELINE, data.EVAL_RATE)}
     for name in config.eval_mask_index:
         eval_maskings[name] = data.prebuilt_masking(store, name)
@@ -126,8 +128,8 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
         },
         choice={
             "masking": masking.options.get("strategy", masking.name),
-            "rate": masking.rate or masking.options.get("mlm_probability"),
-            "corruption": [MASKED_SHARE, RANDOM_SHARE, round(1 - MASKED_SHARE - RANDOM_SHARE, 9)],
+            "rate": masking.rate_text() or masking.options.get("mlm_probability"),
+            "corruption": config.corruption_percent().shares(),
             "seed": config.seed,
         },
         train=records.training(
@@ -150,7 +152,7 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
     batches = data.PackedData(
         store, train_rows, masking, seed=config.seed, micro_batch_size=resolved.micro_batch_size,
         accumulation_steps=resolved.accumulation_steps,
-        world_size=ranks.world_size, rank=ranks.rank,
+        world_size=ranks.world_size, rank=ranks.rank, corruption=config.corruption_percent(),
     )
     execution = fitting.settle(config, resolved, batches)
     numerics = records.numerics(config, resolved, execution.record())
@@ -169,8 +171,10 @@ def trial(config: PretrainConfig) -> fitting.Trial:
     module.to(device, dtype[resolved.precision]).train()
 
     def run(size: int) -> None:
-        packed = data.PackedData(inputs.store, inputs.batches.table, inputs.batches.masking,
-                                 seed=config.seed, micro_batch_size=size)
+        # At the largest rate of a schedule.
+        masking = replace(inputs.batches.masking, schedule=None)
+        packed = data.PackedData(inputs.store, inputs.batches.table, masking, seed=config.seed,
+                                 micro_batch_size=size)
         loss, _ = module(**packed.step(0).micro_batches[0].inputs(device))
         loss.backward()
         module.zero_grad(set_to_none=True)
@@ -203,10 +207,42 @@ def plan(inputs: PretrainInputs) -> list[str]:
         f"batch: {resolved.micro_batch_size} rows x {resolved.accumulation_steps} micro batches x "
         f"{world_size} ranks = {resolved.train_batch_size} rows per step; {config.max_steps} steps "
         f"= {epochs:.2f} epochs",
-        f"masking: {inputs.batches.masking.name}, precision {resolved.precision}, ZeRO "
+        f"masking: {describe_masking(inputs)}, precision {resolved.precision}, ZeRO "
         f"{resolved.zero_stage}",
+        *repeated_masks(inputs.batches.masking, config.max_steps, epochs),
         *([inputs.execution.why] if torch.cuda.is_available() or config.torch_compile != AUTO
           else []),
+    ]
+
+
+def describe_masking(inputs: PretrainInputs) -> str:
+    """Name the masks of a run, with what is not as usual about them."""
+    masking, corruption = inputs.batches.masking, inputs.config.corruption_percent()
+    parts = [masking.name]
+    if masking.schedule:
+        parts.append(f"at {masking.rate_text()} of the tokens")
+    if masking.later:
+        parts.append(f"an index for each of {len(masking.indices)} epochs")
+    if corruption != STANDARD:
+        percent, usual = ("/".join(f"{part:g}" for part in one) for one in (corruption, STANDARD))
+        parts.append(f"corrupted {percent} (held-out text, as in every run, {usual})")
+    return ", ".join(parts)
+
+
+def repeated_masks(masking: data.Masking, max_steps: int, epochs: float) -> list[str]:
+    """Warn where a run shows each row under the same masks again and again.
+
+    Args:
+        epochs: passes over the rows.
+    """
+    indices = len(masking.indices)
+    if not indices or epochs / indices <= MOST_REPEATS:
+        return []
+    return [
+        f"warning: {max_steps} steps are {epochs:.1f} epochs, and mask index {masking.name} "
+        f"{'has' if indices == 1 else f'of {indices} epochs has'} the same masks "
+        f"{epochs / indices:.1f} times: build one for each epoch (build_masks.py --epochs "
+        f"{math.ceil(epochs)}) if its strategy draws, or take fewer --max_steps"
     ]
 
 
@@ -266,10 +302,13 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: PretrainInputs, to
     if state is None:
         return
     counted = flops.count_flops(module, inputs.config.max_seq_length)
+    masking = inputs.batches.masking
+    names = {key: masking.options.get(key) for key in ("strategy", "scores", "match", "units")}
     stage = hf_folder.make_stage(
         inputs.records, inputs.parent, steps=totals.step, tokens=totals.tokens,
         masked_tokens=totals.masked_tokens, seconds=totals.seconds,
         flops=counted.of(totals.tokens, totals.masked_tokens),
+        masks={"index": masking.name, **names} if masking.indices else None,
     )
     hf_folder.save_hf(
         module.hf,

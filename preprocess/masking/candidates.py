@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,26 +21,46 @@ class Sequences:
     positions: token positions in the whole store, the key of every draw, `(T,)` int64; those of
         the candidates are unique.
     candidates: True where a token may be masked, `(T,)` bool.
-    rate: share of a sequence's candidates to mask, in (0, 1].
+    rate: share of a sequence's candidates to mask, in (0, 1]; one number, or one for each sequence,
+        `(B,)`, equal within a window.
     seed, epoch: integers; the epoch is 0 for masks that are stored once.
-    scores: importance of each token, above 0 if important rather than not, `(T,)` float16.
-    continues_word: True where a token continues the word of the token before, `(T,)` bool; from
-        `find_continuations`.
+    scores: importance of each token, larger is more important, minus infinity is never masked,
+        `(T,)` float16.
+    continues_word: True where a token continues the unit of the token before, `(T,)` bool. A unit
+        is a word (`find_continuations`), or what the user named instead.
     matched_counts: how many tokens of each sequence the matched index masks, `(B,)` int64.
+    windows: number of the window of each sequence, `(B,)` ascending: its row, or neighbours in one
+        document. Rules that choose words keep the rate in each window; by default a window is one
+        sequence.
+    documents: number of the document of each sequence, `(B,)` ascending.
+    matched: flat indices that the matched index masks, `(M,)` int64, ascending.
+    octaves: floor of the binary logarithm of how often each token's type occurs in the store,
+        `(T,)` uint8.
+    centre: the share of lower scores in the middle of a band, in [0, 1].
+    temperature: what scores are divided by before they are drawn by, above 0.
+    policy: how the matched index was chosen.
     """
 
     offsets: np.ndarray
     positions: np.ndarray
     candidates: np.ndarray
-    rate: float
+    rate: float | np.ndarray
     seed: int
     epoch: int
     scores: np.ndarray | None = None
     continues_word: np.ndarray | None = None
     matched_counts: np.ndarray | None = None
+    windows: np.ndarray | None = None
+    documents: np.ndarray | None = None
+    matched: np.ndarray | None = None
+    octaves: np.ndarray | None = None
+    centre: float = 0.5
+    temperature: float = 1.0
+    policy: Callable[[Sequences], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
+        rate = np.asarray(self.rate)
+        if not np.all((rate > 0) & (rate <= 1)):
             raise ValueError(f"the mask rate is {self.rate}; it must be in (0, 1]")
         num_tokens, num_sequences = len(self.candidates), len(self.offsets) - 1
         if num_sequences < 0 or self.offsets[0] != 0 or self.offsets[-1] != num_tokens:
@@ -53,11 +73,24 @@ class Sequences:
             ("positions", num_tokens),
             ("scores", num_tokens),
             ("continues_word", num_tokens),
+            ("octaves", num_tokens),
             ("matched_counts", num_sequences),
+            ("windows", num_sequences),
+            ("documents", num_sequences),
+            ("rate", num_sequences),
         ):
             array = getattr(self, name)
-            if array is not None and array.shape != (length,):
+            if isinstance(array, np.ndarray) and array.shape != (length,):
                 raise ValueError(f"{name} has shape {array.shape}; ({length},) is needed")
+        if not 0 <= self.centre <= 1:
+            raise ValueError(f"the centre of a band is {self.centre}; it must be in [0, 1]")
+        if not 0 < self.temperature < np.inf:
+            raise ValueError(f"the temperature is {self.temperature}; it must be above 0")
+
+    @property
+    def rates(self) -> np.ndarray:
+        """The rate of each sequence, `(B,)` float64."""
+        return np.broadcast_to(np.asarray(self.rate, np.float64), len(self.offsets) - 1)
 
 
 def find_candidates(tokens: np.ndarray, all_special_ids: Sequence[int]) -> np.ndarray:
@@ -118,18 +151,19 @@ def draw_counts(sequences: Sequences, found: Candidates | None = None) -> np.nda
     counts = np.zeros(len(found.counts), dtype=np.int64)
     windows = first // ROUNDING_WINDOW
     shift = counter_uniform(sequences.seed, sequences.epoch, windows, STREAM_BUDGET)
-    before = sequences.rate * first + shift.astype(np.float64)
-    after = before + sequences.rate * found.counts[filled]
+    rate = sequences.rates[filled]
+    before = rate * first + shift.astype(np.float64)
+    after = before + rate * found.counts[filled]
     counts[filled] = np.floor(after) - np.floor(before)
     return np.minimum(counts, found.counts)
 
 
-def selective_limit(num_candidates: np.ndarray, rate: float) -> np.ndarray:
+def selective_limit(num_candidates: np.ndarray, rate: float | np.ndarray) -> np.ndarray:
     """Return the largest number of tokens to mask: floor(rate x candidates), at least one.
 
     Args:
         num_candidates: candidates of each sequence, `(B,)` int64.
-        rate: share to mask, in (0, 1].
+        rate: share to mask, in (0, 1], one number or `(B,)`.
     Returns:
         Limits, `(B,)` int64, at most the candidates.
     """

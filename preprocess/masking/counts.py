@@ -26,6 +26,7 @@ from preprocess.masking.words import (
     word_blocks,
 )
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore
+from preprocess.text.continuations import find_continuations
 from preprocess.text.kinds import OTHER, find_kinds
 from preprocess.text.lexicon import Lexicon
 
@@ -225,13 +226,14 @@ def score_lexicon(counting: Counting) -> Scored:
 
 def score_content(counting: Counting) -> Scored:
     """1 for words that are neither stop words nor punctuation, 0 for all others."""
-    kinds = counting.kinds
+    kinds, table = counting.kinds, counting.finder.table
     assert kinds is not None
 
     def scores(shard: Shard) -> Iterator[np.ndarray]:
         for block in counting.blocks(shard):
             tokens, words = block.tokens, block.words
-            found = find_kinds(tokens, block.offsets, kinds, counting.finder.table) == OTHER
+            continues = None if table is None else find_continuations(tokens, block.offsets, table)
+            found = find_kinds(tokens, kinds, continues) == OTHER
             yield (found & np.repeat(words.known, words.lengths)).astype(np.float16)
 
     return Scored(scores, {}, "")

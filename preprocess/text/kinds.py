@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from preprocess.text.continuations import WordTable, find_continuations
-from preprocess.text.stop_words import is_stop_word
+from preprocess.text.stop_words import is_punctuation, is_stop_word
 
 OTHER, STOP_WORD, PUNCTUATION = range(3)
 KINDS = ("other words", "stop words", "punctuation")
@@ -21,13 +20,12 @@ def type_kinds(names: list[str], language: str = "en") -> np.ndarray:
     plain = [name.replace("\u2423", "") for name in names]
     kinds = np.full(len(names), OTHER, dtype=np.uint8)
     kinds[[i for i, name in enumerate(plain) if is_stop_word(name, language)]] = STOP_WORD
-    signs = [not any(c.isalnum() or c == "\ufffd" for c in name) for name in plain]
-    kinds[np.flatnonzero(signs)] = PUNCTUATION
+    kinds[[i for i, name in enumerate(plain) if is_punctuation(name)]] = PUNCTUATION
     return kinds
 
 
 def find_kinds(
-    tokens: np.ndarray, offsets: np.ndarray, kinds: np.ndarray, table: WordTable | None
+    tokens: np.ndarray, kinds: np.ndarray, continues: np.ndarray | None
 ) -> np.ndarray:
     """Return the kind of each token: a stop word only where it is a word by itself.
 
@@ -36,15 +34,13 @@ def find_kinds(
 
     Args:
         tokens: token ids, `(T,)` uint16.
-        offsets: start of each sequence in `tokens`, and the end, `(B+1,)` int64.
         kinds: from `type_kinds`, `(V,)` uint8.
-        table: how ids join into words; without one every such token counts.
+        continues: from `find_continuations`, `(T,)` bool; without it every such token counts.
     Returns:
         `(T,)` uint8.
     """
     found = kinds[tokens]
-    if table is not None and len(tokens):
-        continues = find_continuations(tokens, offsets, table)
+    if continues is not None and len(tokens):
         part = continues.copy()
         part[:-1] |= continues[1:]
         found[part & (found == STOP_WORD)] = OTHER

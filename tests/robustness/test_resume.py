@@ -72,16 +72,17 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "stage"),
-    [pytest.param(*one, marks=() if one[0] == "fp32" else pytest.mark.slow) for one in SETTINGS],
+    ("precision", "stage", "changes"),
+    [pytest.param(*one, {}, marks=() if one[0] == "fp32" else pytest.mark.slow)
+     for one in SETTINGS] + [("fp32", 0, {"mlm_probability": "0.6:0.1", "corruption": "50,40,10"})],
 )
 def test_stopped_and_resumed_equals_straight(
-    precision, stage, tmp_path, reviews_store, tiny_encoder, batches_seen, monkeypatch
+    precision, stage, changes, tmp_path, reviews_store, tiny_encoder, batches_seen, monkeypatch
 ):
     """Dropout is on; a step has two micro batches."""
     allow_all_precisions(monkeypatch)
     options = {
-        "max_steps": STEPS, "gradient_accumulation_steps": 2, "eval_fraction": 0,
+        **changes, "max_steps": STEPS, "gradient_accumulation_steps": 2, "eval_fraction": 0,
         "deepspeed_config": write_ds_config(tmp_path, stage, BLOCKS[precision]),
     }
     pretrained(reviews_store, tiny_encoder, tmp_path / "straight", **options)
@@ -98,6 +99,8 @@ def test_stopped_and_resumed_equals_straight(
     assert len(straight) == len(batches_seen) == STEPS
     for arrays, others in zip(straight, batches_seen, strict=True):
         assert all(map(np.array_equal, arrays, others))
+    rates = [logged(tmp_path / name, metrics.MASKED_FRACTION) for name in ("straight", "broken")]
+    assert rates[0] == rates[1] and (not changes or sorted(rates[0], reverse=True) == rates[0])
     text = " ".join(one)
     assert all(name in text for name in ("exp_avg", "exp_avg_sq", "lr_scheduler", "generators"))
     if precision == "fp16":
@@ -245,6 +248,27 @@ def test_a_run_goes_on_at_another_number_of_ranks(world, change):
         np.testing.assert_allclose(found[LONG // 2], expected[LONG // 2], rtol=1e-6, err_msg=name)
         np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
         assert not list((world / name / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_scheduled_rate_does_not_depend_on_ranks(tmp_path, reviews_store, still_encoder):
+    """The same masks in every step, and the same loss."""
+    options = {"max_steps": STEPS, "mlm_probability": "0.6:0.1", "corruption": "50,40,10",
+               "deepspeed_config": write_ds_config(tmp_path, 0), "eval_fraction": 0,
+               "per_device_train_batch_size": 2}
+    runs = [arguments(reviews_store, still_encoder, tmp_path / f"ranks{n}", **options)
+            for n in (1, 2)]
+    with Server() as server:
+        for n, run in enumerate(runs, start=1):
+            log = tmp_path / f"log{n}"
+            done = server.run("tests.robustness.test_resume:run_all", log, n, runs=[run])
+            assert done["codes"] == [0] * n, log.read_text()[-4000:]
+    one, two = (tmp_path / f"ranks{n}" for n in (1, 2))
+    fractions = logged(one, metrics.MASKED_FRACTION)
+    assert fractions == logged(two, metrics.MASKED_FRACTION)
+    assert fractions[0] > 0.4 and fractions[-1] < 0.15
+    np.testing.assert_allclose(logged(two, metrics.TRAIN_LOSS), logged(one, metrics.TRAIN_LOSS),
+                               rtol=1e-5)
 
 
 CONVERTED = [

@@ -315,6 +315,56 @@ def test_prebuilt_index_and_the_same_evaluation(tmp_path, reviews_store, still_e
     assert identity["choice"]["masking"] == "selective" and identity["inputs"]["mask_index"]
 
 
+def test_a_schedule_and_a_corruption_are_recorded_and_change_no_evaluation(
+    tmp_path, reviews_store, still_encoder, plain_run, capsys
+):
+    options = {"mlm_probability": "0.60:0.1", "corruption": "100,0,0"}
+    run_dir = pretrained(reviews_store, still_encoder, tmp_path / "run", **options)
+    said = capsys.readouterr().out
+    assert "random, at 0.6:0.1 of the tokens, corrupted 100/0/0 (held-out text, as in every run, " \
+        "80/10/10)" in said
+    fractions = logged(run_dir, metrics.MASKED_FRACTION)
+    whole = 0.6 / fractions[0]  # of the tokens, [CLS] and [SEP] are no candidates
+    assert 1 < whole < 1.3
+    np.testing.assert_allclose(np.array(fractions) * whole, np.linspace(0.6, 0.1, STEPS), atol=0.03)
+    assert logged(run_dir, metrics.EVAL_LOSS)[0] == logged(plain_run, metrics.EVAL_LOSS)[0]
+    choice = read_stages(run_dir / "hf")[-1]["identity"]["choice"]
+    assert choice["rate"] == "0.6:0.1" and choice["corruption"] == [1.0, 0.0, 0.0]
+    # The same, typed otherwise; and a longer run, whose steps have other rates.
+    pretrained(reviews_store, still_encoder, tmp_path / "run",
+               **{**options, "mlm_probability": "0.6:0.10"})
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=f"--max_steps {STEPS}, and this run has 9"):
+        pretrained(reviews_store, still_encoder, tmp_path / "run", **options, max_steps=9)
+
+
+def test_a_fixed_index_that_is_repeated_often_is_warned_of(
+    tmp_path, reviews_store, still_encoder, capsys
+):
+    prefix = str(shutil.copytree(Path(reviews_store).parent, tmp_path / "store")
+                 / Path(reviews_store).name)
+    store = TokenStore.open(prefix)
+    positions = np.arange(0, store.num_tokens, 9, dtype=np.uint32)
+    for name, epochs, epoch in (("fixed", 1, 0), ("many", 2, 0), ("many-epoch1", 2, 1)):
+        write_array(store.shards[0], name, "mask", positions + epoch,
+                    {"options": {}, "epochs": epochs, "epoch": epoch})
+    rows = data.row_tables(store, 32, 0.2)[0].num_rows
+
+    def warned(name: str, epochs: float, **options: str) -> str:
+        source = options or {"mask_index": name}
+        pretrained(prefix, still_encoder, tmp_path / "run", dry_run=True,
+                   max_steps=int(epochs * rows / 8), **source)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "same masks" in line]
+        return lines[0] if lines else ""
+
+    assert not warned("fixed", 2.9) and not warned("many", 5.9)
+    assert not warned("", 9, masking="random")
+    found = warned("fixed", 7.3)
+    assert "mask index fixed has the same masks 7.3 times" in found
+    assert "build_masks.py --epochs 8" in found and "--max_steps" in found
+    assert "index many of 2 epochs has the same masks 3.6 times" in warned("many", 7.3)
+
+
 def test_from_scratch_and_no_steps_only_export(tmp_path, reviews_store, still_encoder):
     run_dir = pretrained(
         reviews_store, still_encoder, tmp_path / "run", max_steps=0, from_scratch=True
@@ -358,6 +408,13 @@ def test_non_finite_held_out_loss_is_not_exported(
         ({"mask_index": "absent"}, "absent"),
         ({"masking": "random", "mask_index": "x"}, "exclude each other"),
         ({"mlm_probability": 1.5}, "in \\(0, 1\\)"),
+        ({"mlm_probability": "0.3:1.5"}, "a first and a last one, as 0.30:0.15"),
+        ({"mlm_probability": "0.3:0.2:0.1"}, "a first and a last one, as 0.30:0.15"),
+        ({"mlm_probability": "much"}, "--mlm_probability much: must be in \\(0, 1\\)"),
+        ({"mlm_probability": "0.3:0.1", "mask_index": "x"}, "x, whose rate was fixed when build_"),
+        ({"corruption": "80,10"}, "three percentages with the sum 100, as 80,10,10"),
+        ({"corruption": "80,30,-10"}, "three percentages with the sum 100"),
+        ({"corruption": "0.8,0.1,0.1"}, "three percentages with the sum 100"),
         ({"max_seq_length": 128}, "at most 64"),
         ({"tokens": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"model_name_or_path": "./nowhere"}, "no such folder"),

@@ -8,7 +8,7 @@ from train.data.batches import (
     PackedData,
     StepBatch,
 )
-from train.data.masking import Masking, drawn_masking, prebuilt_masking
+from train.data.masking import Masking, Schedule, drawn_masking, prebuilt_masking
 from train.data.order import permute
 from train.data.rows import (
     BLOCK_TOKENS,
@@ -34,6 +34,7 @@ __all__ = [
     "PackedBatch",
     "PackedData",
     "RowTable",
+    "Schedule",
     "StepBatch",
     "Transfer",
     "drawn_masking",

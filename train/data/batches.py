@@ -171,42 +171,46 @@ class PackedData:
     Args:
         store, table, masking: the tokens, the rows, the masked positions.
         seed: of order, masks and corruption.
+        corruption: what the masked tokens become.
         micro_batch_size, accumulation_steps, world_size, rank: the batch arithmetic.
     """
 
     def __init__(
         self, store: TokenStore, table: RowTable, masking: Masking, *, seed: int,
         micro_batch_size: int, accumulation_steps: int = 1, world_size: int = 1, rank: int = 0,
+        corruption: masks.Corruption = masks.STANDARD,
     ) -> None:
         missing = [name for name in ("cls", "sep", "pad", "mask") if name not in store.special_ids]
         if missing:
             raise DataError(f"{store.tokenizer_dir}: the tokenizer has no {missing[0]} token")
         self.store, self.table, self.masking, self.seed = store, table, masking, seed
         self.micro_batch_size, self.accumulation_steps = micro_batch_size, accumulation_steps
-        self.world_size, self.rank = world_size, rank
+        self.world_size, self.rank, self.corruption = world_size, rank, corruption
         self.global_batch = micro_batch_size * accumulation_steps * world_size
         self._sizes: BatchSizes | None = None
         self._device = torch.device("cpu")
         self._shard_starts = np.array([shard.token_start for shard in store.shards])
         # As plain arrays: numpy's class for mapped files makes each slice several times slower.
-        self._index = masking.index and [np.asarray(positions) for positions in masking.index]
+        self._indices = [[np.asarray(part) for part in index] for index in masking.indices]
 
     def _index_bounds(
-        self, starts: np.ndarray, lengths: np.ndarray
+        self, indices: list[np.ndarray], starts: np.ndarray, lengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find where each piece begins and ends in its shard's mask index, and the shard."""
-        assert self._index is not None
         shard_of = np.searchsorted(self._shard_starts, starts, side="right") - 1
         bounds = np.stack([starts, starts + lengths]) - self._shard_starts[shard_of]
         order = np.argsort(shard_of, kind="stable")
         shards, firsts = np.unique(shard_of[order], return_index=True)
         for s, mine in zip(shards, np.split(order, firsts)[1:], strict=True):
-            index = self._index[s]
-            bounds[:, mine] = masks.index_bounds(index, bounds[:, mine])
+            bounds[:, mine] = masks.index_bounds(indices[s], bounds[:, mine])
         return bounds[0], bounds[1], shard_of
 
-    def _pieces(self, rows: np.ndarray, epoch: int) -> _Pieces:
-        """Read the pieces of `rows` (-1: an empty row) and choose their masks in `epoch`."""
+    def _pieces(self, rows: np.ndarray, epoch: int, rate: float) -> _Pieces:
+        """Read the pieces of `rows` (-1: an empty row) and choose their masks in `epoch`.
+
+        Args:
+            rate: mask rate, where masks are drawn.
+        """
         table = self.table
         real = np.maximum(rows, 0)
         first = np.asarray(table.row_offsets[real])
@@ -221,17 +225,19 @@ class PackedData:
         first_of_row = np.cumsum(counts) - counts
         slot = before - np.repeat(before[first_of_row[counts > 0]], counts[counts > 0])
         tokens = self.store.read_pieces(start, length)
-        masked, masked_counts = self._choose(start, length, tokens, epoch)
+        masked, masked_counts = self._choose(row, start, length, tokens, epoch, rate)
         return _Pieces(row, slot, start, length, tokens, masked, masked_counts)
 
     def _choose(
-        self, start: np.ndarray, length: np.ndarray, tokens: np.ndarray, epoch: int
+        self, row: np.ndarray, start: np.ndarray, length: np.ndarray, tokens: np.ndarray,
+        epoch: int, rate: float,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Choose the masked tokens of pieces; returns positions in the store, and their counts."""
-        if self._index is not None:
-            low, high, shard_of = self._index_bounds(start, length)
+        if self._indices:
+            index = self._indices[epoch % len(self._indices)]
+            low, high, shard_of = self._index_bounds(index, start, length)
             spans = zip(shard_of.tolist(), low.tolist(), high.tolist(), strict=True)
-            parts = [self._index[s][a:b] for s, a, b in spans]
+            parts = [index[s][a:b] for s, a, b in spans]
             flat = np.concatenate(parts) if parts else np.zeros(0)
             counts = high - low
             return flat.astype(np.int64) + np.repeat(self._shard_starts[shard_of], counts), counts
@@ -243,9 +249,10 @@ class PackedData:
                 offsets=offsets,
                 positions=positions,
                 candidates=masks.find_candidates(tokens, self.store.all_special_ids),
-                rate=self.masking.rate,
+                rate=rate,
                 seed=self.seed,
                 epoch=epoch,
+                windows=row,
                 continues_word=(
                     None if words is None else find_continuations(tokens, offsets, words)
                 ),
@@ -280,6 +287,7 @@ class PackedData:
         input_ids[positions] = masks.corrupt(
             labels, masked, seed=self.seed, epoch=epoch, mask_id=special["mask"],
             vocab_size=self.store.vocab_size, all_special_ids=self.store.all_special_ids,
+            corruption=self.corruption,
         )
         return PackedBatch(
             input_ids=torch.from_numpy(input_ids.reshape(shape)),
@@ -295,11 +303,12 @@ class PackedData:
         """Find the sizes that hold nearly all micro batches of the steps of a run.
 
         Some of its micro batches are drawn, evenly spaced over the whole run: the same ones
-        wherever it resumes, and at any number of ranks and micro batches of this size.
+        wherever it resumes, and at any number of ranks and micro batches of this size. Under a
+        schedule all are drawn at its largest rate: few of a run's batches are near it.
         """
         count = num_steps * self.accumulation_steps * self.world_size
-        alone = PackedData(self.store, self.table, self.masking, seed=self.seed,
-                           micro_batch_size=self.micro_batch_size)
+        alone = PackedData(self.store, self.table, replace(self.masking, schedule=None),
+                           seed=self.seed, micro_batch_size=self.micro_batch_size)
         numbers = sorted({n * count // SAMPLED_BATCHES for n in range(SAMPLED_BATCHES)})
         drawn = [alone.step(number).micro_batches[0] for number in numbers]
         return fixed_sizes([batch.num_masked for batch in drawn],
@@ -323,8 +332,10 @@ class PackedData:
 
         Rows come from an endless sequence of epochs, so a batch may hold the end of one epoch and
         the beginning of the next; nothing is dropped. Micro batch m of rank r holds rows
-        `(m * world_size + r) * micro_batch_size ...` of the global batch.
+        `(m * world_size + r) * micro_batch_size ...` of the global batch. All of them have the mask
+        rate of the step.
         """
+        rate = self.masking.rate_at(step)
         size, first = self.micro_batch_size, step * self.global_batch
         turns = np.arange(self.accumulation_steps) * self.world_size + self.rank
         numbers = (first + turns[:, None] * size + np.arange(size)).ravel()
@@ -336,7 +347,7 @@ class PackedData:
         for epoch in np.unique(epochs).tolist():
             low, high = np.searchsorted(epochs, [epoch, epoch + 1]).tolist()
             rows[low:high] = self._order(epoch, places[low:high])
-            drawn.append((epoch, low, high, self._pieces(rows[low:high], epoch)))
+            drawn.append((epoch, low, high, self._pieces(rows[low:high], epoch, rate)))
         micro_batches = []
         for start in range(0, len(numbers), size):
             layout = []
@@ -395,7 +406,8 @@ class PackedData:
         stride = self.micro_batch_size * self.world_size
         for first in range(0, num_rows, stride):
             rows = first + self.rank * self.micro_batch_size + np.arange(self.micro_batch_size)
-            pieces = self._pieces(np.where(rows < num_rows, rows, -1), epoch=0)
+            rows = np.where(rows < num_rows, rows, -1)
+            pieces = self._pieces(rows, epoch=0, rate=self.masking.rate)
             yield self._assemble(pieces, slice(0, self.micro_batch_size), epoch=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +23,35 @@ from preprocess.text.continuations import (
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """A mask rate that changes linearly over a run: a function of the optimizer step alone.
+
+    So neither ranks nor micro batches nor a resumed run can change it.
+
+    Attributes:
+        first, last: rates of the first and of the last step, in (0, 1].
+        num_steps: of the whole run.
+    """
+
+    first: float
+    last: float
+    num_steps: int
+
+    def at(self, step: int) -> float:
+        """Return the rate of a step, counted from 0."""
+        return self.first + (self.last - self.first) * step / max(self.num_steps - 1, 1)
+
+
+@dataclass(frozen=True)
 class Masking:
     """How positions are chosen: a strategy drawn on the fly, or a prebuilt mask index.
 
     Attributes:
         name: the strategy's name, or the index's.
         index: masked positions of each shard, `(m,)` uint32 ascending, or None to draw.
-        rate: mask rate of a drawn strategy, in (0, 1].
+        later: the same for epochs 1, 2, ..., where an index was built for each of several epochs.
+        rate: mask rate of a drawn strategy, in (0, 1]; the largest one of a schedule.
+        schedule: of that rate, if it changes.
         words: word boundaries, for a drawn strategy that needs them.
         options: how the index was built: its strategy, rate and seed.
         fingerprint: of the index, over all shards.
@@ -36,15 +59,34 @@ class Masking:
 
     name: str
     index: list[np.ndarray] | None = None
+    later: Sequence[list[np.ndarray]] = ()
     rate: float = 0.0
+    schedule: Schedule | None = None
     words: WordTable | None = None
     options: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
 
+    @property
+    def indices(self) -> list[list[np.ndarray]]:
+        """The index of each epoch, by shard; epoch e of a run takes number e modulo their count."""
+        return [] if self.index is None else [self.index, *self.later]
 
-def drawn_masking(store: TokenStore, name: str, rate: float) -> Masking:
+    def rate_at(self, step: int) -> float:
+        """Return the rate of an optimizer step, counted from 0."""
+        return self.schedule.at(step) if self.schedule else self.rate
+
+    def rate_text(self) -> float | str:
+        """Return the rate as it is typed; equal rates have equal texts."""
+        if self.schedule is None or self.schedule.first == self.schedule.last:
+            return self.rate
+        return f"{self.schedule.first}:{self.schedule.last}"
+
+
+def drawn_masking(store: TokenStore, name: str, rate: float | Schedule) -> Masking:
     """Return a strategy that is drawn anew each epoch.
 
+    Args:
+        rate: mask rate in (0, 1], or one that changes from step to step.
     Raises:
         ConfigError: not a strategy, or one that needs a prebuilt index.
     """
@@ -61,24 +103,49 @@ def drawn_masking(store: TokenStore, name: str, rate: float) -> Masking:
         how = check_words(tokenizer)
         if CHARACTERS_ONLY in how:
             say(f"warning: --masking {name}: {how}")
-    return Masking(name, rate=rate, words=words)
+    schedule = rate if isinstance(rate, Schedule) else None
+    largest = max(rate.first, rate.last) if isinstance(rate, Schedule) else rate
+    return Masking(name, rate=largest, schedule=schedule, words=words)
 
 
 def prebuilt_masking(store: TokenStore, name: str) -> Masking:
-    """Open a mask index beside the store.
+    """Open a mask index beside the store, and those of later epochs if it was built for several.
 
     Raises:
-        DataError: absent, made for another store, with other options from shard to shard, or empty.
+        DataError: absent, made for another store, with other options from shard to shard, or empty;
+            or an index of a later epoch is.
     """
     opened = [open_array(shard, name, "mask") for shard in store.shards]
+    first = opened[0][1]
+    # The index of a later epoch, named by itself, is that of every epoch.
+    epochs = int(first.get("epochs", 1)) if first.get("epoch", 0) == 0 else 1
+    again = f"build it again with build_masks.py --name {name} --epochs {epochs} --overwrite"
+    for epoch in range(1, epochs):
+        try:
+            opened += [open_array(shard, f"{name}-epoch{epoch}", "mask") for shard in store.shards]
+        except DataError as error:
+            raise DataError(f"mask index {name} has {epochs} epochs, and number {epoch} cannot be "
+                            f"read: {error}; {again}") from None
     index, infos = [positions for positions, _ in opened], [info for _, info in opened]
-    if not any(len(positions) for positions in index):
+    shards = len(store.shards)
+    indices = [index[start:start + shards] for start in range(0, len(index), shards)]
+    if not all(any(map(len, one)) for one in indices):
         raise DataError(f"{store.prefix}: mask index {name} masks no token; build another")
-    choices = [info["identity"]["choice"] for info in infos if "identity" in info]
-    if any(choice != choices[0] for choice in choices):
+    # An array of units has another content in each shard.
+    choices = [{**info["identity"]["choice"], "units": _units(info)}
+               for info in infos if "identity" in info]
+    numbers = [(info.get("epoch", 0), info.get("epochs", 1)) for info in infos]
+    wanted = [(number // shards, epochs) for number in range(len(infos))]
+    if any(choice != choices[0] for choice in choices) or epochs > 1 and numbers != wanted:
         raise DataError(f"{store.prefix}: mask index {name} was made with different options from "
-                        "shard to shard; build it again with --overwrite")
+                        f"{'epoch to epoch or ' if epochs > 1 else ''}shard to shard; "
+                        + (again if epochs > 1 else "build it again with --overwrite"))
     return Masking(
-        name, index=index, options=infos[0].get("options") or {},
+        name, index=indices[0], later=indices[1:], options=first.get("options") or {},
         fingerprint=fingerprint_text(*(info["sha256"] for info in infos)),
     )
+
+
+def _units(info: dict[str, Any]) -> str:
+    """Return the name of the units of a mask index, without their digest."""
+    return str((info.get("options") or {}).get("units", "")).partition(" ")[0]

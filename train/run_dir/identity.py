@@ -105,7 +105,8 @@ def hyperparameters(
     return {
         "command": identity["command"],
         **{key: flat.get(key) for key in same},
-        "mlm_probability": flat["rate"],
+        # A column of numbers: a schedule leaves it empty.
+        "mlm_probability": None if isinstance(flat["rate"], str) else flat["rate"],
         "learning_rate": optimizer["lr"],
         "weight_decay": optimizer["weight_decay"],
         "optimizer": optimizer["type"],
