@@ -222,10 +222,11 @@ def _count_block(
     result.place_tokens += np.bincount(places[allowed], minlength=len(PLACES))
     if vocabulary is not None:
         table = vocabulary.table
-        kinds = find_kinds(tokens, local, vocabulary.kinds, table)
+        continues = None if table is None else find_continuations(tokens, local, table)
+        kinds = find_kinds(tokens, vocabulary.kinds, continues)
         result.kind_tokens += np.bincount(kinds, minlength=len(KINDS))
-        if table is not None:
-            sizes = find_sizes(find_continuations(tokens, local, table))
+        if continues is not None:
+            sizes = find_sizes(continues)
             result.size_tokens += np.bincount(sizes[allowed], minlength=len(SIZES))
     if binned is not None:
         bins = binned[1][binned[0][start:end].view(np.uint16)]

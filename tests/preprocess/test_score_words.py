@@ -692,6 +692,10 @@ def test_complete_scores_are_kept_and_others_refused(stores, lexicon_file, capsy
         score(prefix, "again", *words)
     with pytest.raises(ConfigError, match="made with --measure lexicon, and this run has tfidf"):
         score(prefix, "again", "--measure", "tfidf")
+    for path in Path(prefix).parent.glob("many-00001*again*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="00000-of-00004.again.*--overwrite for every shard"):
+        score(prefix, "again", *words, "--shard_index", "1", "--num_shards", "4")
     assert set(score(prefix, "again", *words, "--overwrite").tolist()) == {0, 3}
 
 
