@@ -337,10 +337,10 @@ def _notes(args: argparse.Namespace, statistics: Statistics) -> list[str]:
         notes.append(f"{asked - masked:,.0f} of {asked:,.0f} masks are missing, since scores of "
                      "minus infinity are never masked.")
     if args.match and masked:
-        notes.append(
-            f"{statistics.shared / masked:.1%} of the masks are also masks of {args.match}; by "
-            f"chance {statistics.expected / masked:.1%} would be."
-        )
+        shared, expected = (found[0, 1] / masked for found in
+                            (statistics.overlaps.shared, statistics.overlaps.expected))
+        notes.append(f"{shared:.1%} of the masks are also masks of {args.match}; by chance "
+                     f"{expected:.1%} would be.")
     return notes
 
 

@@ -47,6 +47,7 @@ _OF_COMMAND = {
     "build_masks": {"choice.masking": "--strategy", "inputs.mask_index": "--match (content)",
                     "options.scores_of_all_shards": "--scores (content)"},
     "fit_scorer": {"inputs.store": "--annotations (content)"},
+    "score_tokens": {"options.reference": "--reference (weights)"},
 }
 # Of several differences the first is shown: what was typed before what follows from it.
 _ORDER = ("version", "command", "options", "choice", "split", "train", "length", "train.schedule",
@@ -98,12 +99,15 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
     return {key: value for section in KEYS for key, value in identity[section].items()}
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any], where: str, remedy: str) -> None:
+def compare(
+    old: Mapping[str, Any], new: Mapping[str, Any], where: str, remedy: str, whose: str = "this run"
+) -> None:
     """Refuse a result that was made with another identity.
 
     Args:
         where: what is there, as the user knows it: "--output_dir runs/a".
         remedy: what to type instead.
+        whose: what has the new identity.
     Raises:
         ConfigError: names the first entry that differs, its old and its new value; or the entry
             that a record of an older version lacks.
@@ -114,9 +118,9 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], where: str, remedy: 
             raise ConfigError(
                 f"{where}: its record has no {path}, so an older version made it; {remedy}"
             )
-        name = {**FLAGS, **_OF_COMMAND.get(new["command"], {})}.get(path) or _flag(path)
+        name = {**FLAGS, **_OF_COMMAND.get(new.get("command", ""), {})}.get(path) or _flag(path)
         raise ConfigError(
-            f"{where}: made with {name} {_show(was)}, and this run has {_show(now)}; {remedy}"
+            f"{where}: made with {name} {_show(was)}, and {whose} has {_show(now)}; {remedy}"
         )
 
 

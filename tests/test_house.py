@@ -18,12 +18,14 @@ from preprocess.errors import ConfigError
 from preprocess.masking import STRATEGIES, Sequences, Strategy
 from preprocess.store import TokenStore, open_array, write_array
 from tests.support.runs import logged, pretrained
+from tests.support.stores import MEASURED
 from train.run_dir.metrics import MASKED_FRACTION
 
 ROOT = Path(__file__).resolve().parents[1]
 WINGS = ("preprocess", "train", "csrc")
 COMMANDS = {
-    "preprocess": {"tokenize_corpus", "train_tokenizer", "build_masks", "show_masks", "benchmark"},
+    "preprocess": {"tokenize_corpus", "train_tokenizer", "select_documents", "score_words",
+                   "build_masks", "show_masks", "benchmark"},
     "train": {"pretrain", "finetune", "annotate", "fit_scorer", "score_tokens", "benchmark",
               "benchmark_data", "benchmark_inference", "report", "pipeline", "doctor"},
     "csrc": {"benchmark"},
@@ -43,8 +45,9 @@ ROOMS: dict[str, set[str]] = {
     "train.model": {"csrc", "preprocess.corpus", "preprocess.store", "preprocess.text"},
     "train.data": {"preprocess.store", "preprocess.masking", "preprocess.text"},
     "train.run_dir": {"train.config", "train.engine", "train.model"},
-    "train.stages": {"preprocess.corpus", "preprocess.store", "preprocess.text", "train.config",
-                     "train.engine", "train.model", "train.data", "train.run_dir"},
+    "train.stages": {"preprocess.corpus", "preprocess.store", "preprocess.masking",
+                     "preprocess.text", "train.config", "train.engine", "train.model",
+                     "train.data", "train.run_dir"},
     "train.bench": {"csrc", "preprocess.store", "preprocess.masking", "preprocess.text",
                     "preprocess.view", "train.config", "train.engine", "train.model",
                     "train.data", "train.run_dir"},
@@ -315,7 +318,7 @@ def scored_store(tmp_path, reviews_store) -> str:
     prefix = str(folder / Path(reviews_store).name)
     for shard in TokenStore.open(prefix).shards:
         scores = np.random.default_rng(0).normal(0, 1, shard.num_tokens).astype(np.float16)
-        write_array(shard, "mr", "scores", scores, {})
+        write_array(shard, "mr", "scores", scores, MEASURED)
     return prefix
 
 

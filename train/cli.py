@@ -23,6 +23,8 @@ COMMANDS = {
     "data": {
         "train_tokenizer": "preprocess.train_tokenizer",
         "tokenize_corpus": "preprocess.tokenize_corpus",
+        "select_documents": "preprocess.select_documents",
+        "score_words": "preprocess.score_words",
         "build_masks": "preprocess.build_masks",
         "show_masks": "preprocess.show_masks",
     },

@@ -451,14 +451,35 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
         "", "prefix of the annotated token store to write", USUAL, metavar="A",
         missing="give the prefix of the store to write",
     )
-    delta: float = _flag(
-        0.01, "largest difference in confidence between a buffer and its sequence at which the "
-        "buffer counts as close", USUAL, FRACTION,
+    measure: Literal["buffer", "gradient", "leave_one_out"] = _flag(
+        "buffer", "buffer: the tokens that restore the confidence in the whole sequence; gradient: "
+        "the largest gradients of the decision; leave_one_out: the words without which its "
+        "log-odds drop most", USUAL, metavar="NAME",
+    )
+    delta: float | None = _flag(
+        None, "buffer: largest difference in confidence between a buffer and its sequence at which "
+        "the buffer counts as close (default: 0.01); leave_one_out: least drop of the log-odds "
+        "(default: 0.5)", USUAL, POSITIVE,
     )
     criterion: Literal["signed", "absolute", "strict"] = _flag(
-        "signed", "signed, absolute or strict comparison of confidences", USUAL, metavar="NAME"
+        "signed", "buffer: signed, absolute or strict comparison of confidences", USUAL,
+        metavar="NAME",
+    )
+    share: float | None = _flag(
+        None, "gradient: share of all tokens to call important (default: 0.15)", USUAL, FRACTION,
     )
     drop_stop_words: bool = _flag(False, "never annotate an English stop word as important", DATA)
+    keep_punctuation: bool = _flag(
+        False, "let punctuation be important too (by default it never is)", DATA
+    )
+    keep_last: bool = _flag(
+        False, "buffer: keep a last token that is important only because nothing was taken out "
+        "before it: its buffer is the sequence", DATA,
+    )
+    parity: bool = _flag(
+        False, "as the published code: --criterion signed --drop_stop_words --keep_punctuation "
+        "--keep_last", USUAL,
+    )
     language: str = _flag("en", "language of the texts, for sentence boundaries", DATA)
     max_seq_length: int = _flag(
         128, "largest input length in tokens, including special tokens", DATA, _at_least(8)
@@ -468,17 +489,50 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
     )
     overwrite: bool = _flag(False, "replace an annotation made with other options")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value, published in (("measure", self.measure, "buffer"),
+                                       ("criterion", self.criterion, "signed")):
+            if self.parity and value != published:
+                raise ConfigError(f"--parity is --{flag} {published} and contradicts --{flag} "
+                                  f"{value}; leave one of them out")
+
+    def settled(self) -> AnnotateConfig:
+        """Return the options with those that `--parity` stands for."""
+        if not self.parity:
+            return self
+        return dataclasses.replace(self, drop_stop_words=True, keep_punctuation=True,
+                                   keep_last=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(_InferenceConfig):
-    """Score how much each token of a store matters to the task, with the token scorer.
+    """Score the tokens of a store with a network.
 
         deepspeed train/score_tokens.py --model_name_or_path RS/hf --tokens P2 --name mr
     """
 
     model_name_or_path: str = _flag(
-        "", "token scorer: hf/ of fit_scorer.py", USUAL, metavar="MODEL",
-        missing="give the hf/ folder of fit_scorer.py",
+        "", "by --measure: token scorer (hf/ of fit_scorer.py), classifier (seed_N/hf of "
+        "finetune.py), or masked-language model (hf/ of pretrain.py)", USUAL, metavar="MODEL",
+        missing="give the checkpoint that --measure needs, such as the hf/ folder of fit_scorer.py",
+    )
+    measure: Literal["scorer", "gradient", "surprise", "excess"] = _flag(
+        "scorer", "scorer: log-odds of the token scorer; gradient: of the classifier's margin "
+        "times the word embedding; surprise: of a masked-language model; excess: the same less "
+        "that of --reference", USUAL, metavar="NAME",
+    )
+    reference: str = _flag(
+        "", "masked-language model of the same vocabulary, for --measure excess", USUAL,
+        metavar="MODEL",
+    )
+    num_passes: int | None = _flag(
+        None, "passes of surprise and excess: each masks every k-th word of a sentence "
+        "(default: 7)", DATA, _at_least(2),
+    )
+    whole_words: bool = _flag(
+        False, "surprise and excess: mask and predict all pieces of a word at once, not each with "
+        "those after it", DATA,
     )
     tokens: str = _flag(
         "", "prefix of the token store to score", USUAL, metavar="P",
@@ -502,6 +556,27 @@ class ScoreConfig(_InferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shard(self.shard_index, self.num_shards)
+        given = {"reference": self.reference, "num_passes": self.num_passes,
+                 "whole_words": self.whole_words}
+        for name, readers in _ONLY_FOR.items():
+            if given[name] and self.measure not in readers:
+                raise ConfigError(
+                    f"--{name} {given[name]}: has no use with --measure {self.measure}; leave it "
+                    f"out, or give --measure {' or '.join(readers)}"
+                )
+        if self.measure in _ONLY_FOR["reference"] and not self.reference:
+            raise ConfigError(
+                f"--measure {self.measure} needs --reference MODEL, a masked-language model of the "
+                "same vocabulary; give one, or --measure surprise"
+            )
+        if self.measure == "gradient" and self.dtype == "fp16":
+            raise ConfigError(
+                "--dtype fp16: --measure gradient is computed in fp32; leave --dtype out")
+
+
+# Flags of score_tokens.py -> the measures that read them.
+_ONLY_FOR = {"reference": ("excess",), "num_passes": ("surprise", "excess"),
+             "whole_words": ("surprise", "excess")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -627,6 +702,10 @@ class PipelineConfig(_Checked):
     )
     rerun: bool = _flag(
         False, "delete and redo what another command or older inputs made in --output_dir"
+    )
+    go_on: bool = _flag(
+        False, "go on although the classifier, the annotation or the scorer calls its own result "
+        "too weak to build masks on"
     )
     dry_run: bool = _flag(False, "print the commands and exit", USUAL)
 

@@ -4,14 +4,16 @@
 
 A recipe becomes a flat list of steps; each step is one process that trains or prepares something.
 Typed again, the pipeline skips the finished steps and continues the interrupted one. Outputs made
-by another command, or older than their inputs, are refused until `--rerun`.
+by another command, or older than their inputs, are refused until `--rerun`. Where the classifier,
+the annotation or the scorer calls its own result weak, it stops with exit code 3 until `--go_on`.
 
 The output folder holds `vocabulary/`, `general/` and `domain/` (token stores with their arrays),
-`stage1/`, `classifier/`, `annotations/`, `scorer/`, `task_guided/ARM-seedN/`,
-`finetune/ARM-seedN/`, `floors/` (trivial baselines), `report/`, `logs/`, and `steps.json` (the
-command, outputs and seconds of each step). With `--hostfile`, training commands run on many nodes,
-all other steps on the first one (`train/recipes/nodes.py`). With `export_steps`, everything that
-depends on the length of stage 1 lies under `step_N/`.
+`domain_kept/` (with `drop_leaked`: the store without test texts), `stage1/`, `classifier/`,
+`annotations/`, `scorer/`, `task_guided/ARM-seedN/`, `finetune/ARM-seedN/`, `floors/` (trivial
+baselines), `report/`, `logs/`, and `steps.json` (the command, outputs and seconds of each step).
+With `--hostfile`, training commands run on many nodes, all other steps on the first one
+(`train/recipes/nodes.py`). With `export_steps`, everything that depends on the length of stage 1
+lies under `step_N/`.
 """
 
 from __future__ import annotations
@@ -19,25 +21,31 @@ from __future__ import annotations
 from contextlib import nullcontext
 from pathlib import Path
 
+from preprocess.corpus import describe_leakage
 from preprocess.errors import run_command
 from preprocess.files import WriterLock, atomic_write_json
 from train.config import PipelineConfig, parse
 from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
-from train.recipes.plan import Step, plan
+from train.recipes.plan import plan
 from train.recipes.recipe import load_recipe
 from train.recipes.run import Journal, follow, run_steps, shown, tell_others_of_a_stop
+from train.recipes.steps import Step
 
 WAIT_SECONDS = 5.0  # for a pipeline of the same folder that may be about to say that it is stopping
 
 
 def where_to_look(root: Path, steps: list[Step]) -> str:
-    """Return the last lines: what to open next."""
+    """Return the last lines: what leaked, and what to open next."""
+    store = next((step.command[step.command.index("--tokens") + 1] for step in steps
+                  if step.name.startswith("masks-")), f"{root}/domain/text")
     lines = [f"table and figures: {root}/report", f"curves: tensorboard --logdir {root}"]
-    masks = [step.name for step in steps if step.name.startswith("masks-selective")]
+    masks = [step.name for step in steps if step.name.startswith("masks-")]
     if masks:
         lines.append("what was masked: python preprocess/show_masks.py --tokens "
-                     f"{root}/domain/text --mask_index {masks[0].removeprefix('masks-')}")
-    return "\n".join(["Where to look next", *(f"  {line}" for line in lines)])
+                     f"{store} --mask_index {masks[0].removeprefix('masks-')}")
+    leaked = describe_leakage(f"{root}/domain/text")
+    return "\n".join([*([leaked] if leaked else []), "Where to look next",
+                      *(f"  {line}" for line in lines)])
 
 
 def main(argv: list[str] | None = None) -> None:

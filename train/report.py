@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from preprocess.corpus import describe_leakage
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command, visible
 from preprocess.files import WriterLock, atomic_write_bytes, read_json
 from preprocess.flags import USUAL, Parser
-from preprocess.masking import STRATEGIES
+from preprocess.masking import BASELINE, MATCHED, STRATEGIES
 from preprocess.view.tables import Table
 from train.reports.curves import (
     RUN_COLUMNS,
@@ -48,6 +49,7 @@ from train.reports.results import (
 RESULTS = ("table", "differences")  # printed last: the most important tables
 COST_COLUMNS = ("arm", "general", "masking", "task_guided", "total", "masking_share",
                 "share_of_full")
+MASKING_COLUMNS = ("step", "seconds", "arms")
 WAIT_SECONDS = 30.0  # for another report that is being written into the same folder
 
 
@@ -91,7 +93,7 @@ def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]
     try:
         listed = read_json(folder / "arms.json", expected=list)
         entries = [(visible(entry["name"]), [_inside(folder, run) for run in entry["runs"]],
-                    bool(entry["floor"]), entry.get("masking")) for entry in listed]
+                    bool(entry["floor"]), entry.get("masking"), _policy(entry)) for entry in listed]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(
             f"{folder}/arms.json: not a list of arms; run train/pipeline.py again"
@@ -99,20 +101,38 @@ def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]
     seconds = _step_seconds(folder)
     groups: dict[str, Group] = {}
     floors = []
-    for name, paths, is_floor, steps in entries:
+    try:
+        notes += filter(None, [describe_leakage(str(folder / "domain" / "text"))])
+    except (DataError, OSError) as error:
+        notes.append(f"{error}.")
+    for name, paths, is_floor, steps, policy in entries:
         runs = list(_read_runs(prefix + name, paths, notes))
         if not runs:
             continue
         line, _, length = name.partition("@")
-        spent = None
+        used = None
         if isinstance(steps, list) and all(str(step) in seconds for step in steps):
-            spent = sum(seconds[str(step)] for step in steps)
-        arm = Arm(prefix + name, runs, prefix + line, spent)
+            used = {f"{prefix}{visible(step)}": seconds[str(step)] for step in steps}
+        match = policy.pop("match", "")
+        arm = Arm(prefix + name, runs, prefix + line, used,
+                  match=prefix + match if match else "", **policy)
         if is_floor:
             floors.append(arm)
         else:
             groups.setdefault(length, Group(prefix + length, [], floors)).arms.append(arm)
     return list(groups.values()) or ([Group(prefix, [], floors)] if floors else [])
+
+
+def _policy(entry: dict[str, Any]) -> dict[str, str]:
+    """Return how an arm chose its masks; an older list tells only its name, a strategy's."""
+    keys = ("strategy", "scores", "units", "match")
+    if "strategy" in entry:
+        return {key: visible(entry.get(key) or "") for key in keys}
+    line = str(entry["name"]).partition("@")[0]
+    record = STRATEGIES.get(line)
+    if record is None:
+        return {"strategy": line if line == "none" else ""}
+    return {"strategy": line, "match": MATCHED if "match" in record.needs else ""}
 
 
 def _inside(folder: Path, run: Any) -> Path:
@@ -164,9 +184,11 @@ def _loose_arms(found: Sequence[tuple[str, Path]], notes: list[str]) -> list[Arm
             notes.append(f"{', '.join(names)} are treated as pre-training seeds of one arm, "
                          f"{arm}: their lineages differ in nothing else.")
             runs = [run for _, run in members]
-            arms.append(Arm(arm, runs, runs[0].strategy, _drawn_seconds(runs[0])))
+            members = [(arm, runs[0])]
         else:
-            arms += [Arm(name, [run], run.strategy, _drawn_seconds(run)) for name, run in members]
+            runs = []
+        arms += [Arm(name, runs or [run], run.strategy, _drawn_steps(run),
+                     strategy=visible(run.strategy)) for name, run in members]
     return arms
 
 
@@ -178,21 +200,34 @@ def _without_seeds(run: FinetuneRun) -> str:
     return json.dumps([run.task, run.seeds, stages], sort_keys=True)
 
 
-def _drawn_seconds(run: FinetuneRun) -> float | None:
-    """Return 0 for masks that cost nothing beforehand, None where the cost is unknown."""
+def _drawn_steps(run: FinetuneRun) -> dict[str, float] | None:
+    """Return no step for masks that cost nothing beforehand, None where the cost is unknown."""
     strategy = STRATEGIES.get(run.strategy)
-    return 0.0 if run.strategy == "none" or strategy and strategy.drawn else None
+    return {} if run.strategy == "none" or strategy and strategy.drawn else None
 
 
 # --------------------------------------------------------------------------- tables
 
 
 def pairs_of(groups: Sequence[Group]) -> Iterator[tuple[Arm, Arm]]:
-    """Yield every two arms of each group, to subtract the second from the first."""
+    """Yield every two arms of each group, to subtract the second from the first.
+
+    First come those that tell what a policy is worth: each arm against the one without task-guided
+    pre-training, against random masks and against its own control.
+    """
     for group in groups:
+        plain = [arm for strategy in ("none", BASELINE) for arm in group.arms
+                 if arm.strategy == strategy]
+        told: dict[frozenset[str], tuple[Arm, Arm]] = {}
+        for arm in group.arms:
+            controls = [other for other in group.arms if other.match and other.match == arm.line]
+            for other in [*plain, *controls]:
+                if other is not arm and not (arm in plain and other not in plain[:1]):
+                    told.setdefault(frozenset((arm.name, other.name)), (arm, other))
         for later, first in enumerate(group.arms):
             for second in group.arms[:later]:
-                yield first, second
+                told.setdefault(frozenset((first.name, second.name)), (first, second))
+        yield from told.values()
 
 
 def floors_of(groups: Sequence[Group]) -> list[Arm]:
@@ -262,6 +297,21 @@ def _parts(arm: Arm) -> dict[str, Any]:
     }
 
 
+def masking_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Return the seconds of each step that chose masks, once, and the arms that share it."""
+    seconds: dict[str, float] = {}
+    users: dict[str, list[str]] = {}
+    for arm in arms:
+        for step, spent in (arm.masking_steps or {}).items():
+            seconds[step] = spent
+            users.setdefault(step, []).append(arm.name)
+    rows = [{"step": step, "seconds": f"{spent:.0f}", "arms": ", ".join(users[step])}
+            for step, spent in seconds.items()]
+    if rows:
+        rows.append({"step": "all of them", "seconds": f"{sum(seconds.values()):.0f}", "arms": ""})
+    return rows
+
+
 def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Table], list[str]]:
     """Make the tables that the data allow, the most important first, and notes on them."""
     arms, notes = arms_of(groups), []
@@ -279,8 +329,8 @@ def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list
         Table.of(
             "Differences in accuracy, with 95 % intervals over seeds and test items", differences,
             "seeds: pre-training x fine-tuning. Intervals: variance components of the paired "
-            "design (seeds and test items), with Satterthwaite's degrees of freedom for Student's "
-            "t. detectable: the smallest true difference that this many seeds and items show in "
+            "design (seeds and test items), with Cochran's mean of the quantiles of Student's t. "
+            "detectable: the smallest true difference that this many seeds and items show in "
             "80 % of repetitions.",
             "differences", DIFFERENCE_COLUMNS,
         ),
@@ -288,9 +338,15 @@ def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list
             "Seconds before fine-tuning", costs,
             "General pre-training (stage 1), masking (classifier, annotation, scorer, scores and "
             "mask indices) and task-guided pre-training (stage 2, mean over its seeds). Both "
-            "stages count only training steps, masking complete processes with their start. "
+            "stages count only training steps, masking complete processes with their start; steps "
+            "that several arms share count in each of them. "
             "masking_share: share of the total; share_of_full: total over the longest stage 1.",
             "costs", COST_COLUMNS,
+        ),
+        Table.of(
+            "Seconds of choosing masks, each step once", masking_rows(arms),
+            "Complete processes with their start. Scores are made once and shared by all arms that "
+            "read them.", "masking", MASKING_COLUMNS,
         ),
         Table.of(
             "Pre-training runs", run_rows(curves),

@@ -1,7 +1,10 @@
-"""Score how much each token of a store matters to the task.
+"""Score the tokens of a store with a network.
 
-Each sentence is scored alone, as the scorer was fitted (`train/stages/scoring.py`). Log-odds are
-kept in float16; probabilities would tie the best tokens at 1. On a GPU the scorer runs in fp16.
+Each sentence is scored alone (`train/stages/scoring.py`), by one of the measures of
+`train/stages/measures.py`: the token scorer's log-odds, a classifier's gradient, or a
+masked-language model's surprise, as it is or beside a reference. Scores are kept in float16;
+log-odds rather than probabilities, which would tie the best tokens at 1. On a GPU the network runs
+in fp16, but for gradients.
 
     deepspeed train/score_tokens.py --model_name_or_path RS/hf --tokens P2 --name mr
 
@@ -19,60 +22,63 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import run_command
-from preprocess.identity import build, sealed
+from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.identity import build, compare, sealed
 from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
     TokenStore,
+    array_path,
+    array_records,
     has_array,
     lock_array,
     missing_arrays,
     write_array,
 )
+from preprocess.text.continuations import continuation_table
 from train import engine
 from train.config import ScoreConfig, parse
 from train.model import (
     check_agreement,
     check_row_length,
     load_config,
-    load_scorer,
     load_tokenizer,
 )
 from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import architecture, numerics
 from train.stages import scoring
-from train.stages.inference import (
-    BATCH_TOKENS,
-    Runner,
-    check_trained,
-    choose_dtype,
-    special_template,
-)
+from train.stages.inference import check_trained, choose_dtype, special_template
+from train.stages.measures import MEASURES, NETWORKS, WordPasses, bind, open_runner
+
+NUM_PASSES = 7  # masks 14 % of a sentence, about what a model was trained with
 
 
 def main(argv: list[str] | None = None) -> None:
     """Score every token of a store."""
     config = parse(ScoreConfig, argv)
+    measure = MEASURES[config.measure]
     store = TokenStore.open(config.tokens)
-    hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
-    check_trained(hf_config, "ForTokenClassification", config.model_name_or_path,
-                  "give the hf/ folder of train/fit_scorer.py")
-    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_agreement(
-        hf_config, tokenizer, config.model_name_or_path, store=store,
-        remedy=f"tokenize the text again with --tokenizer {config.model_name_or_path}",
-    )
-    check_row_length(hf_config, config.max_seq_length)
-    dtype = choose_dtype(config.dtype)
+    name = config.model_name_or_path
+    hf_config, tokenizer = check_model(
+        config, store, name, f"tokenize the text again with --tokenizer {name}")
+    passes = word_passes(config, tokenizer) if "mlm" in measure.needs else None
+    weights = open_weights(name).hf_digest
+    dtype = "fp32" if config.measure == "gradient" else choose_dtype(config.dtype)
     identity = build(
         "score_tokens",
-        inputs={"store": store.fingerprint,
-                "weights": open_weights(config.model_name_or_path).hf_digest},
+        inputs={"store": store.fingerprint, "weights": weights},
         train={"max_seq_length": config.max_seq_length},
-        options={"model_config": architecture(hf_config), "dtype": dtype},
+        options={
+            "measure": config.measure,
+            "num_passes": passes and passes.num_passes,
+            "whole_words": passes and passes.whole_words,
+            **check_reference(config, store, weights),
+            "model_config": architecture(hf_config), "dtype": dtype,
+        },
     )
     shards = store.choose_shards(config.shard_index, config.num_shards)
+    if not config.overwrite:
+        check_other_shards(config, store, shards, identity)
     writes = engine.is_main() and not config.dry_run
     with (lock_array(store, config.name, "scores", config.shard_index) if writes
           else nullcontext()):
@@ -81,58 +87,131 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{config.tokens}: {len(shards) - len(todo)} of {len(shards)} shards are "
             f"scored already, {sum(shard.num_tokens for shard in todo):,} tokens to score")
         if todo and not config.dry_run:
-            score(config, todo, tokenizer, identity)
+            score(config, todo, tokenizer, identity, passes)
     missing = missing_arrays(store, config.name, "scores")
     if missing and writes:
         say(f"{len(missing)} of {len(store.shards)} shards are to be scored, the first: "
             f"{missing[0]}")
 
 
+def check_model(config: ScoreConfig, store: TokenStore, name: str, remedy: str) -> tuple[Any, Any]:
+    """Return configuration and tokenizer of a checkpoint that the measure can score a store with.
+
+    Raises:
+        ConfigError, DataError: it is of another kind, or another vocabulary.
+    """
+    network = NETWORKS[MEASURES[config.measure].needs[0]]
+    hf_config = load_config(name, config.trust_remote_code)
+    check_trained(hf_config, network.suffixes, name, network.remedy)
+    tokenizer = load_tokenizer(name, config.trust_remote_code)
+    check_agreement(hf_config, tokenizer, name, store=store, remedy=remedy)
+    check_row_length(hf_config, config.max_seq_length)
+    return hf_config, tokenizer
+
+
+def check_reference(config: ScoreConfig, store: TokenStore, weights: str) -> dict[str, Any]:
+    """Return the part of the identity that the reference decides.
+
+    Args:
+        weights: digest of the model's.
+    """
+    name = config.reference
+    if not name:
+        return {"reference": None, "reference_config": None}
+    try:
+        hf_config, _ = check_model(config, store, name, "give a reference of the same vocabulary")
+        digest = open_weights(name).hf_digest
+    except (ConfigError, DataError) as error:  # the model's own checks
+        message = str(error).replace("--model_name_or_path", "--reference", 1)
+        raise type(error)(message) from None
+    if digest == weights:
+        raise ConfigError(
+            f"--reference {name}: has the weights of --model_name_or_path, so that no token is in "
+            "excess of another; give another checkpoint, or --measure surprise"
+        )
+    return {"reference": digest, "reference_config": architecture(hf_config)}
+
+
+def word_passes(config: ScoreConfig, tokenizer: Any) -> WordPasses:
+    """Return how words are masked."""
+    try:
+        words = continuation_table(tokenizer)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--measure {config.measure}: {str(error).split(';')[0]}; give --measure scorer or "
+            "gradient, which read no words"
+        ) from None
+    return WordPasses(config.num_passes or NUM_PASSES, config.whole_words, words)
+
+
+def check_other_shards(
+    config: ScoreConfig, store: TokenStore, shards: list[Shard], identity: dict[str, Any]
+) -> None:
+    """Refuse to score a shard otherwise than another one has been, under one name."""
+    mine = {array_path(shard, config.name, "scores") for shard in shards}
+    for path, info in array_records(store, config.name, "scores"):
+        if path not in mine:
+            compare(info.get("identity", {}), identity, str(path),
+                    "give another --name, or the same options, or --overwrite for every shard")
+
+
 def score(
-    config: ScoreConfig, todo: list[Shard], tokenizer: Any, identity: dict[str, Any]
+    config: ScoreConfig, todo: list[Shard], tokenizer: Any, identity: dict[str, Any],
+    passes: WordPasses | None,
 ) -> None:
     """Score shards one after the other and write their arrays; collective."""
+    measure = MEASURES[config.measure]
     num_tokens = sum(shard.num_tokens for shard in todo)
     device = engine.start()
     template = special_template(tokenizer, pair=False)
-    model = load_scorer(config.model_name_or_path, 0, config.trust_remote_code, trained=True)
     dtype = identity["options"]["dtype"]
-    runner = Runner(model, template, tokenizer, device,
-                    config.batch_tokens or BATCH_TOKENS[device.type], half=dtype == "fp16")
+    names = [config.model_name_or_path, *filter(None, [config.reference])]
+    runner = open_runner(config.measure, names, template, tokenizer, device, config.batch_tokens,
+                         dtype == "fp16", config.trust_remote_code)
     limit = config.max_seq_length - template.num_special
+    block_tokens = int(
+        scoring.BLOCK_TOKENS[device.type] * NETWORKS[measure.needs[0]].block) or 1
     started = time.monotonic()
-    num_important = 0
+    num_above, total = 0, 0.0
     progress = Progress(
         num_tokens, "token", config.logging_steps * runner.batch_tokens, label="score"
     )
     made_by = {
-        **sealed(identity), "numerics": numerics(config), "model": config.model_name_or_path,
+        **sealed(identity), "measure": measure.record(config.measure),
+        "numerics": numerics(config), "model": config.model_name_or_path,
     }
 
-    def count(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        nonlocal num_important
+    def count(blocks: Iterator[np.ndarray], info: dict[str, Any]) -> Iterator[np.ndarray]:
+        """Pass on the blocks of a shard; its seconds are in `info` after the last one."""
+        nonlocal num_above, total
+        begin = time.monotonic()
         for block in blocks:
-            num_important += int((block > 0).sum())
+            num_above += int((block > 0).sum())
+            total += float(block.sum(dtype=np.float64))
             yield block
+        info["seconds"] = round(time.monotonic() - begin, 3)
 
     with progress:
         for shard in todo:
+            info = dict(made_by)
             blocks = count(scoring.score_shard(
-                shard, runner, limit, progress, scoring.BLOCK_TOKENS[device.type]))
+                shard, runner, limit, progress, block_tokens, bind(config.measure, passes)), info)
             if engine.is_main():
-                write_array(shard, config.name, "scores", blocks, made_by)
+                write_array(shard, config.name, "scores", blocks, info)
             else:
                 for _ in blocks:
                     pass
-    passes, tokens, slots, repeated = engine.all_reduce_sum(
+    num_passes, tokens, slots, repeated = engine.all_reduce_sum(
         *(runner.counts[name] for name in ("passes", "tokens", "slots", "repeated"))
     )
     again = f", {repeated:,.0f} repeated in fp32" if repeated else ""
     seconds = time.monotonic() - started
+    many = max(num_tokens, 1)
+    result = (f"{measure.unit} above 0 for {num_above / many:.1%} of the tokens"
+              if measure.boundary else f"mean {total / many:.3f} {measure.unit}")
     say(f"scored {num_tokens:,} tokens in {seconds:.1f} s ({num_tokens / seconds:,.0f} tokens/s, "
-        f"{engine.ranks().world_size} ranks, {device.type}, {dtype}): {passes:,.0f} forward "
-        f"passes{again}, {1 - tokens / max(slots, 1):.1%} padding; log-odds above 0 for "
-        f"{num_important / max(num_tokens, 1):.1%} of the tokens")
+        f"{engine.ranks().world_size} ranks, {device.type}, {dtype}): {num_passes:,.0f} forward "
+        f"passes{again}, {1 - tokens / max(slots, 1):.1%} padding; {result}")
     engine.finish()
 
 

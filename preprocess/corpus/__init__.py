@@ -1,6 +1,21 @@
 """Text and labelled tasks from files, packages and the hub."""
 
-from preprocess.corpus.documents import RANGE_BYTES, cut_part, num_bytes, read_documents
+from preprocess.corpus.documents import (
+    RANGE_BYTES,
+    cut_part,
+    hash_part,
+    num_bytes,
+    read_documents,
+)
+from preprocess.corpus.leakage import (
+    LEAKAGE_VERSION,
+    LeakIndex,
+    describe_leakage,
+    read_leakage,
+    split_words,
+    write_leakage,
+)
+from preprocess.corpus.markup import find_html, strip_html
 from preprocess.corpus.packages import resolve_path
 from preprocess.corpus.sources import (
     MAX_LINE_BYTES,
@@ -17,6 +32,8 @@ from preprocess.corpus.tasks import TASKS, Example, Task, load_task, take_fixed
 
 __all__ = [
     "Example",
+    "LEAKAGE_VERSION",
+    "LeakIndex",
     "MAX_LINE_BYTES",
     "RANGE_BYTES",
     "Row",
@@ -27,12 +44,19 @@ __all__ = [
     "as_text",
     "check_file",
     "cut_part",
+    "describe_leakage",
+    "find_html",
+    "hash_part",
     "load_task",
     "num_bytes",
     "read_csv",
     "read_documents",
+    "read_leakage",
     "read_text",
     "resolve_path",
     "source_kind",
+    "split_words",
+    "strip_html",
     "take_fixed",
+    "write_leakage",
 ]

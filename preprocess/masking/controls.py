@@ -17,8 +17,10 @@ from preprocess.masking.candidates import Candidates, Sequences, list_candidates
 from preprocess.masking.drawn import choose_uniformly
 from preprocess.masking.draws import (
     STREAM_EXCHANGE,
+    STREAM_FREQUENCY,
+    STREAM_INVERSE,
     STREAM_MATCHED,
-    STREAM_TIES,
+    STREAM_SHUFFLED,
     counter_bits,
 )
 from preprocess.masking.order import (
@@ -63,7 +65,8 @@ def choose_inverse(sequences: Sequences) -> np.ndarray:
     counts = _matched_counts(sequences, found)
     units = list_units(sequences, found)
     ranks = rank_scores(sequences, found, units)
-    keys = draw_keys(sequences, units.index, units.sequence, STREAM_TIES, ranks - 1)  # 0 to 65535
+    # The rank of minus infinity, 0, becomes the last one.
+    keys = draw_keys(sequences, units.index, units.sequence, STREAM_INVERSE, ranks - np.uint16(1))
     return take_units(sequences, found, units, keys, None, counts, cut=True)
 
 
@@ -81,7 +84,7 @@ def choose_shuffled(sequences: Sequences) -> np.ndarray:
     number = np.cumsum(np.diff(documents, prepend=-1) != 0) - 1
     per_document = np.bincount(number, counts).astype(np.int64)
     owner = number[found.sequence]
-    keys = draw_keys(sequences, found.index, owner, STREAM_MATCHED)
+    keys = draw_keys(sequences, found.index, owner, STREAM_SHUFFLED)
     return np.sort(found.index[take_first(keys, owner, per_document)])
 
 
@@ -139,7 +142,7 @@ def choose_frequency_matched(sequences: Sequences) -> np.ndarray:
     aim = np.bincount(bins[matched], minlength=num_bins)
     weight = (aim + 0.5) / (np.bincount(own_bins, minlength=num_bins) + 1)
     bits = counter_bits(sequences.seed, sequences.epoch, sequences.positions[index],
-                        STREAM_MATCHED)
+                        STREAM_FREQUENCY)
     waiting = -np.log((bits.astype(np.float64) + 0.5) * 2.0**-24)
 
     chosen = np.zeros(len(index), dtype=bool)

@@ -29,7 +29,7 @@ from preprocess.masking.draws import (
 )
 from preprocess.masking.order import Units, draw_keys, list_units, rank_within, take_first
 
-WINDOW_TOKENS = 128  # from here on the spans of a window are filled up to the rate in tokens
+_SAFE = 3  # standard deviations of the tokens in the spans of a window
 # Lengths of spans in words: P(l) in proportion to 0.2 x 0.8^(l-1) for 1 to 10, mean 3.80.
 _SPAN_WEIGHTS = 0.8 ** np.arange(10)
 SPAN_SHARES = _SPAN_WEIGHTS / _SPAN_WEIGHTS.sum()
@@ -155,9 +155,10 @@ def choose_spans(sequences: Sequences) -> np.ndarray:
 
     In each window of n words, lengths are drawn until they hold floor(rate n + u) words; the last
     one is shortened. The spans and the other words, one by one, are put in an order by hash, laid
-    out on a ring and turned by a drawn offset, so that no place is preferred. In windows of
-    `WINDOW_TOKENS` and more, words of one token are then added or dropped by hash until the tokens
-    are those of `draw_counts`.
+    out on a ring and turned by a drawn offset, so that no place is preferred. Then words of one
+    token are added or dropped by hash until the tokens are those of `draw_counts`, in windows that
+    are expected to have enough of them, masked and not: where they ran out, they would be masked
+    more often than long words.
 
     Raises:
         ValueError: the batch has no `continues_word`.
@@ -191,7 +192,11 @@ def choose_spans(sequences: Sequences) -> np.ndarray:
 
     # Budgets count tokens, spans words.
     masked = np.bincount(at.of_unit[chosen], units.size[chosen], len(at.start)).astype(np.int64)
-    excess = np.where(at.tokens >= WINDOW_TOKENS, masked - at.budget, 0)
+    num_single, squares = (np.bincount(at.of_unit, values, len(at.start))
+                           for values in (units.size == 1, units.size**2))
+    spread = at.rate * (squares - at.tokens * at.tokens / at.counts)  # the variance
+    enough = np.minimum(at.rate, 1 - at.rate) * num_single
+    excess = np.where(enough * enough >= _SAFE**2 * spread, masked - at.budget, 0)
     pool = np.flatnonzero((units.size == 1) & (excess != 0)[at.of_unit]
                           & (chosen == (excess > 0)[at.of_unit]))
     keys = draw_keys(sequences, units.index[pool], at.of_unit[pool], STREAM_CHOICE)

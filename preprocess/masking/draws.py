@@ -8,7 +8,7 @@ import numpy as np
 STREAM_BUDGET = 0
 STREAM_CHOICE = 1
 STREAM_TIES = 2
-STREAM_FILL = 3
+STREAM_SHUFFLED = 3
 STREAM_MATCHED = 4
 STREAM_CORRUPTION = 5
 STREAM_REPLACEMENT = 6
@@ -20,6 +20,8 @@ STREAM_ORDER = 11
 STREAM_OFFSET = 12
 STREAM_SAMPLED = 13
 STREAM_EXCHANGE = 14
+STREAM_FREQUENCY = 15
+STREAM_INVERSE = 16
 
 
 def counter_uniform(seed: int, epoch: int, positions: np.ndarray, stream: int) -> np.ndarray:

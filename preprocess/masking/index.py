@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import DataError
+from preprocess.errors import ConfigError, DataError
+from preprocess.identity import compare
 from preprocess.masking.candidates import Sequences, find_candidates
 from preprocess.masking.controls import frequency_bins
 from preprocess.masking.strategies import STRATEGIES
@@ -22,6 +23,7 @@ from preprocess.store import (
     BLOCK_TOKENS,
     Shard,
     TokenStore,
+    array_records,
     list_arrays,
     open_array,
 )
@@ -41,13 +43,40 @@ def open_arrays(
     """Open array `name` of some shards, as named by `--flag`, each with its JSON.
 
     Raises:
-        DataError: no such array; the message lists those that every shard has.
+        DataError: no such array, and the message lists those that every shard has; or scores of
+            which the shards, also others than these, do not have one origin.
     """
     try:
-        return [open_array(shard, name, kind) for shard in shards]
+        opened = [open_array(shard, name, kind) for shard in shards]
     except DataError as error:
         known = ", ".join(list_arrays(store, kind)) or "none yet"
         raise DataError(f"--{flag} {name}: {error} (known: {known})") from None
+    if kind == "scores":
+        check_one_origin(store, name, f"--{flag} {name}")
+    return opened
+
+
+def check_one_origin(store: TokenStore, name: str, where: str) -> None:
+    """Refuse scores that one shard has of another measure, model or option than the next.
+
+    Raises:
+        DataError: names two shards, and what differs.
+    """
+    records = [(path, _origin(info)) for path, info in array_records(store, name, "scores")]
+    for path, origin in records[1:]:
+        try:
+            compare(origin, records[0][1], f"{where}: {path}",
+                    "make both again with the same options and --overwrite", str(records[0][0]))
+        except ConfigError as error:
+            raise DataError(str(error)) from None
+
+
+def _origin(info: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity without what each shard has of its own: its digests of data."""
+    identity = info.get("identity", {})
+    inputs = {key: value for key, value in identity.get("inputs", {}).items()
+              if key not in ("store", "scores")}
+    return {**identity, "inputs": inputs}
 
 
 def index_bounds(index: np.ndarray, token_offsets: np.ndarray) -> np.ndarray:

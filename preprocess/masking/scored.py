@@ -29,6 +29,7 @@ from preprocess.masking.order import (
 )
 
 _BEST = 0xFFFF  # above all ranks, so that _BEST - rank ascends from the best
+_FIRST = 1e300  # above all that finite scores give
 _DISTANCE_BITS = 24
 _DISTANCE_STEPS = 256  # of a band: steps per rank, far finer than any difference between ranks
 
@@ -87,7 +88,9 @@ def choose_sampled(sequences: Sequences) -> np.ndarray:
     bits = counter_bits(
         sequences.seed, sequences.epoch, sequences.positions[index], STREAM_SAMPLED)
     drawn = (bits.astype(np.float64) + 0.5) * 2.0**-24  # never 0 nor 1
-    value = values_of(ranks[eligible]) / sequences.temperature - np.log(-np.log(drawn))
+    with np.errstate(over="ignore"):
+        value = values_of(ranks[eligible]) / sequences.temperature - np.log(-np.log(drawn))
+    value = np.where(value == np.inf, _FIRST * (1 + drawn), value)  # those too are drawn
     keys = _descending(value) | sequence.astype(np.uint64) << np.uint64(40)
     return take_units(sequences, found, units, keys, eligible, draw_counts(sequences, found))
 

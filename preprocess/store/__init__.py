@@ -3,6 +3,7 @@
 from preprocess.store.arrays import (
     ARRAYS,
     array_path,
+    array_records,
     has_array,
     list_arrays,
     lock_array,
@@ -50,6 +51,7 @@ __all__ = [
     "StoreWriter",
     "TokenStore",
     "array_path",
+    "array_records",
     "check_vocabulary",
     "describe_tokenizer",
     "has_array",

@@ -265,6 +265,21 @@ def missing_arrays(store: TokenStore, name: str, kind: str) -> list[Path]:
     return [path for path in paths if not json_of(path).is_file()]
 
 
+def array_records(store: TokenStore, name: str, kind: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Return path and JSON of array `name` at the shards that have it, without opening it.
+
+    A JSON that cannot be read is left out: another process may be writing it, and whoever opens
+    the array says what is wrong.
+    """
+    found = []
+    for path in (array_path(shard, name, kind) for shard in store.shards):
+        try:
+            found.append((path, read_sealed(json_of(path), "")))
+        except (OSError, DataError):
+            continue
+    return found
+
+
 def verify_store(prefix: str) -> tuple[TokenStore, int]:
     """Hash every byte of a store and of the arrays beside it.
 

@@ -1,17 +1,17 @@
 """Write masks as one HTML page without scripts, other files or network.
 
-Masked tokens are boxed (dashed in a second index, double in both); the more important a token, the
-darker its background and the thicker its underline, so that neither a print without colours nor a
-colour-blind reader loses anything. All text of the corpus passes through `html.escape`.
+Masked tokens are boxed (dashed in a second index, double in both), those of one unit in one box.
+The higher the score of a token, the darker its background and the thicker its underline, so that
+neither a print without colours nor a colour-blind reader loses anything. All text of the corpus
+passes through `html.escape`.
 """
 
 from __future__ import annotations
 
 import html
-import itertools
 
-from preprocess.view.pieces import LEVELS, Document, Piece
-from preprocess.view.statistics import share_of
+from preprocess.view.pieces import Document, Piece, boxes
+from preprocess.view.scale import LEVEL_QUANTILES, Scale
 from preprocess.view.tables import Table, html_page, percent
 
 # Backgrounds of one hue whose lightness falls evenly (97, 88, 76 %, black text on all of them).
@@ -27,7 +27,8 @@ p { margin: .4em 0; } small, .note { color: #444; font-size: .8em; } small { whi
 .legend { border: 1px solid #888; padding: .4em .8em; margin: 1em 0; background: #fff; }
 .legend .k { display: inline-block; margin-right: 1.5em; }
 .legend .k > * { margin-right: .5em; display: inline-block; line-height: 1.3; }
-mark { color: inherit; background: none; }
+mark { color: inherit; background: none; -webkit-box-decoration-break: clone;
+  box-decoration-break: clone; }
 .l1, .l2, .l3 { text-decoration: underline; text-underline-offset: 3px; }
 .l1 { background: #fdf3dc; text-decoration-style: dotted; text-decoration-thickness: 1px; }
 .l2 { background: #fbd9a0; text-decoration-thickness: 1px; }
@@ -47,24 +48,32 @@ mark { color: inherit; background: none; }
 """
 
 
-def format_piece(piece: Piece, names: list[str]) -> str:
-    """Write a piece, escaped, with its space; `names` are those of the two indices."""
-    held = (piece.masked, piece.compared)
+def format_box(box: list[Piece], names: list[str], scale: Scale) -> str:
+    """Write the pieces of a box, escaped, with their spaces; `names` are those of the indices."""
+    held = (box[0].masked, box[0].compared)
     holders = [name for name, on in zip(names, held, strict=False) if on]
-    mark = {(True, False): "m", (False, True): "c", (True, True): "b"}.get(held)
-    title = [f"masked in {' and '.join(holders)}"] if mark else []
-    classes = [name for name in (mark, f"l{piece.level}" if piece.level else None) if name]
-    if piece.score is not None and classes:
-        title.append(f"log-odds {piece.score:.2f} ({share_of(piece.score)})")
+    mark = {(True, False): "m", (False, True): "c", (True, True): "b"}.get(held, "")
+    holder = f"masked in {' and '.join(holders)}" if mark else ""
+    lead = " " * box[0].space
+    if len(box) == 1:
+        return lead + _tagged(box[0], scale, mark, holder)
+    inner = "".join(" " * (piece.space and i > 0) + _tagged(piece, scale)
+                    for i, piece in enumerate(box))
+    return f'{lead}<mark class="{mark}" title="{html.escape(holder)}">{inner}</mark>'
+
+
+def _tagged(piece: Piece, scale: Scale, mark: str = "", holder: str = "") -> str:
+    classes = [name for name in (mark, f"l{piece.level}" if piece.level else "") if name]
     text = html.escape(piece.text)
-    if classes:
-        tag = "mark" if mark else "span"
-        text = (f'<{tag} class="{" ".join(classes)}" title="{html.escape(", ".join(title))}">'
-                f"{text}</{tag}>")
-    return (" " if piece.space else "") + text
+    if not classes:
+        return text
+    score = "" if piece.score is None else scale.describe(piece.score)
+    title = html.escape(", ".join(filter(None, (holder, score))))
+    about = f'class="{" ".join(classes)}" title="{title}"'
+    return f"<mark {about}>{text}</mark>" if mark else f"<span {about}>{text}</span>"
 
 
-def _format_document(document: Document, names: list[str]) -> str:
+def _format_document(document: Document, names: list[str], scale: Scale) -> str:
     head = (f"{document.num_tokens:,} tokens, {document.num_masked:,} masked "
             f"({percent(document.num_masked, document.num_tokens)})")
     if len(names) > 1:
@@ -72,7 +81,7 @@ def _format_document(document: Document, names: list[str]) -> str:
     lines = [f'<h3 id="d{document.number}">Document {document.number}</h3>',
              f'<p class="note">{html.escape(head)}.</p>']
     for sequence in document.sequences:
-        text = "".join(format_piece(piece, names) for piece in sequence.pieces).strip()
+        text = "".join(format_box(box, names, scale) for box in boxes(sequence.pieces)).strip()
         count = f"{sequence.num_masked} of {sequence.num_tokens}"
         if sequence.num_important is not None:
             count += f", {sequence.num_important} important"
@@ -83,20 +92,22 @@ def _format_document(document: Document, names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _format_legend(names: list[str], scores: str | None) -> str:
+def _format_legend(names: list[str], scores: str | None, scale: Scale) -> str:
     lines = [f'<mark class="m">masked in {html.escape(names[0])}</mark>']
     if len(names) > 1:
         lines[0] += (f' <mark class="c">in {html.escape(names[1])}</mark> '
                      '<mark class="b">in both</mark>')
     if scores:
-        edges = [share_of(edge) for edge in LEVELS]
-        ranges = [f"below {edges[0]}", *(f"{a} to {b}" for a, b in itertools.pairwise(edges)),
-                  f"above {edges[-1]}"]
-        keys = (f'<span class="l{level}">{text}</span>' for level, text in enumerate(ranges))
-        lines.append(f"probability of being important, by {html.escape(scores)}: {' '.join(keys)}")
+        keys = " ".join(f'<span class="l{level}">{text}</span>' for level, text in scale.ranges())
+        what = "probability of being important" if scale.in_log_odds else scale.unit
+        lines.append(f"{html.escape(what)}, by {html.escape(scores)}: {keys}")
+        if not scale.boundary:
+            shares = [f"{100 * share:.0f}" for share in LEVEL_QUANTILES]
+            lines[-1] += f" (the shades begin at {', '.join(shares)} % of the tokens)"
     inner = "\n".join(f'<span class="k">{key}</span>' for key in lines)
     after = "After each sequence: the number of its tokens that are masked"
-    after += ", and of those that are important (above 50 %)." if scores else "."
+    important = scores and scale.boundary
+    after += f", and of those that are important (above {scale.bound(0)})." if important else "."
     return f'<div class="legend">{inner}<div class="note">{after}</div></div>'
 
 
@@ -107,6 +118,7 @@ def format_page(
     tables: list[Table],
     names: list[str],
     scores: str | None,
+    scale: Scale,
 ) -> str:
     """Write the whole page.
 
@@ -114,6 +126,7 @@ def format_page(
         origins: lines on how each array was made, by its name.
         tables: those of one subject are placed side by side.
         names: of the shown index, and of the compared one if there is one.
+        scale: of the scores.
     """
     link = ' | <a href="#statistics">statistics</a>' if tables else ""
     parts = [f'<nav><a href="#documents">documents</a>{link}</nav>',
@@ -121,8 +134,8 @@ def format_page(
     for name, lines in origins.items():
         text = "<br>".join(map(html.escape, lines))
         parts.append(f"<p><b>{html.escape(name)}</b><br>{text}</p>")
-    parts += ['<h2 id="documents">Documents</h2>', _format_legend(names, scores)]
-    parts += [_format_document(document, names) for document in documents]
+    parts += ['<h2 id="documents">Documents</h2>', _format_legend(names, scores, scale)]
+    parts += [_format_document(document, names, scale) for document in documents]
     if tables:
         parts.append('<h2 id="statistics">Statistics</h2>')
     for subject in dict.fromkeys(table.subject for table in tables):

@@ -13,10 +13,8 @@ import numpy as np
 
 from preprocess.masking import index_bounds
 from preprocess.store import Shard
-
-# Lower ends of the levels of importance above the lowest, in log-odds: 12 %, 50 %, 88 %.
-LEVELS = (-2.0, 0.0, 2.0)
-IMPORTANT = 2  # level of a token that is important rather than not
+from preprocess.text.continuations import WordTable, find_continuations
+from preprocess.view.scale import Scale
 
 INVISIBLE = "\u2423"  # stands for a masked token without a visible character
 _KEPT = {"\u200c", "\u200d"}  # shape letters and emoji; other invisible characters mislead
@@ -27,7 +25,8 @@ class Piece:
     """Text with one mark: usually one token.
 
     space: whether a space precedes the text. masked, compared: whether the shown index and the
-    compared one hold it. score: log-odds, or None.
+    compared one hold it. score: or None; level: of it, from 0 to 3. joined: whether it is masked in
+    one unit with the piece before it, so that both share a box.
     """
 
     text: str
@@ -35,11 +34,20 @@ class Piece:
     masked: bool = False
     compared: bool = False
     score: float | None = None
+    level: int = 0
+    joined: bool = False
 
-    @property
-    def level(self) -> int:
-        """Importance from 0 to 3; 0 without a score."""
-        return 0 if self.score is None else sum(self.score > edge for edge in LEVELS)
+
+def boxes(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Yield the pieces that share a box; one that is not masked is alone."""
+    box: list[Piece] = []
+    for piece in pieces:
+        if box and not piece.joined:
+            yield box
+            box = []
+        box.append(piece)
+    if box:
+        yield box
 
 
 # ------------------------------------------------------------------------------ ids to text
@@ -96,27 +104,36 @@ def read_sequence(
     masked: np.ndarray,
     compared: np.ndarray,
     scores: np.ndarray | None,
+    scale: Scale | None = None,
+    continues: np.ndarray | None = None,
 ) -> list[Piece]:
     """Make the pieces of one sequence; tokens of a word with the same marks become one piece.
 
     Args:
         ids: `(T,)` uint16. masked, compared: `(T,)` bool. scores: `(T,)` float16 or None.
+        scale: of the scores.
+        continues: whether a token belongs to the unit of the token before it, `(T,)` bool; masked
+            neighbours of one unit share a box.
     """
+    scale = scale or Scale()
     pieces: list[Piece] = []
     start, blank = 0, False
     for num_tokens, text, space in split_text(ids.tolist(), tokenizer):
         part = slice(start, start + num_tokens)
+        in_unit = continues is not None and bool(continues[start])
         start += num_tokens
         space, blank = space or blank, False
         if text == INVISIBLE and not (masked[part] | compared[part]).any():
             blank = space
             continue
         score = None if scores is None else float(scores[part].max())
-        piece = Piece(text, space, bool(masked[part].any()), bool(compared[part].any()), score)
+        marks = bool(masked[part].any()), bool(compared[part].any())
         last = pieces[-1] if pieces else Piece("", True)
-        alike = (last.masked, last.compared, last.level) == (
-            piece.masked, piece.compared, piece.level)
-        if alike and not space and last.text[-1:].isalnum() and text[:1].isalnum():
+        alike = marks == (last.masked, last.compared)
+        piece = Piece(text, space, *marks, score, scale.level(score),
+                      joined=alike and any(marks) and in_unit and bool(pieces))
+        if (alike and last.level == piece.level and not space
+                and last.text[-1:].isalnum() and text[:1].isalnum()):
             if score is not None and last.score is not None:
                 score = max(score, last.score)
             piece = replace(last, text=last.text + text, score=score)
@@ -130,7 +147,7 @@ def read_sequence(
 
 @dataclass(frozen=True)
 class Sequence:
-    """A sequence to show, with counts of tokens; num_important is None without scores."""
+    """A sequence to show, with counts of tokens; num_important is None if no score tells."""
 
     pieces: list[Piece]
     num_tokens: int
@@ -154,37 +171,62 @@ class Document:
     num_left_out: int
 
 
-# Arrays of a shard: the shown index, the compared one or None, and the scores or None.
-Arrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+@dataclass(frozen=True)
+class Marks:
+    """What is shown of a shard's tokens.
+
+    masked, compared: positions that the shown index and the compared one hold, `(M,)` uint32.
+    scores: `(T,)` float16. units: 1 where a token belongs to the unit of the token before it,
+    `(T,)` uint8, or how words join; None if units are tokens.
+    runs: whether all neighbours are one unit.
+    """
+
+    masked: np.ndarray
+    compared: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    units: np.ndarray | WordTable | None = None
+    runs: bool = False
+
+    def continues(self, tokens: np.ndarray, start: int) -> np.ndarray | None:
+        """Return which of the tokens of a sequence continue a unit: `(T,)` bool."""
+        if self.runs:
+            return np.ones(len(tokens), dtype=bool)
+        if isinstance(self.units, WordTable):
+            return find_continuations(tokens, np.array([0, len(tokens)]), self.units)
+        return None if self.units is None else self.units[start : start + len(tokens)].astype(bool)
 
 
 def read_documents(
-    shards: list[Shard], arrays: list[Arrays], numbers: list[int], tokenizer: Any, max_tokens: int
+    shards: list[Shard], marks: list[Marks], numbers: list[int], tokenizer: Any, max_tokens: int,
+    scale: Scale | None = None,
 ) -> Iterator[Document]:
     """Yield documents with their marks; long ones with sequences up to `max_tokens`."""
     starts = np.append(0, np.cumsum([shard.num_documents for shard in shards]))
+    scale = scale or Scale()
     for number in numbers:
         # Empty shards share their start with the next one; the last of them holds the document.
         i = int(np.searchsorted(starts, number, side="right")) - 1
         local = number - int(starts[i])
-        yield _read_document(shards[i], arrays[i], number, local, tokenizer, max_tokens)
+        yield _read_document(shards[i], marks[i], number, local, tokenizer, max_tokens, scale)
 
 
 def _read_document(
-    shard: Shard, arrays: Arrays, number: int, local: int, tokenizer: Any, max_tokens: int
+    shard: Shard, marks: Marks, number: int, local: int, tokenizer: Any, max_tokens: int,
+    scale: Scale,
 ) -> Document:
     first, last = shard.document_offsets[local : local + 2]
     offsets = shard.sequence_offsets[first : last + 1]
     start, end = int(offsets[0]), int(offsets[-1])
-    masked, compared = (_marks(index, start, end) for index in arrays[:2])
+    masked, compared = (_held(index, start, end) for index in (marks.masked, marks.compared))
     # At least one sequence, and as many as fit.
     shown = max(int(np.searchsorted(offsets, start + max_tokens, side="right")) - 1, 1)
     sequences = []
     for a, b in zip(offsets[:shown].tolist(), offsets[1 : shown + 1].tolist(), strict=False):
-        here = slice(a - start, b - start)
-        scores = None if arrays[2] is None else arrays[2][a:b]
-        pieces = read_sequence(shard.tokens[a:b], tokenizer, masked[here], compared[here], scores)
-        important = None if scores is None else int((scores > 0).sum())
+        here, tokens = slice(a - start, b - start), shard.tokens[a:b]
+        scores = None if marks.scores is None else marks.scores[a:b]
+        pieces = read_sequence(tokens, tokenizer, masked[here], compared[here], scores, scale,
+                               marks.continues(tokens, a))
+        important = int((scores > 0).sum()) if scores is not None and scale.boundary else None
         sequences.append(Sequence(pieces, b - a, int(masked[here].sum()), important))
     return Document(
         number=number,
@@ -197,7 +239,7 @@ def _read_document(
     )
 
 
-def _marks(index: np.ndarray | None, start: int, end: int) -> np.ndarray:
+def _held(index: np.ndarray | None, start: int, end: int) -> np.ndarray:
     """Return which of the shard's tokens `start` to `end` an index holds: bool."""
     marks = np.zeros(end - start, dtype=bool)
     if index is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,21 +19,18 @@ from preprocess.errors import ConfigError
 from preprocess.masking import find_candidates, index_bounds
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, iterate_blocks, open_array
 from preprocess.text.continuations import WordTable, continuation_table, find_continuations
-from preprocess.text.stop_words import is_stop_word
+from preprocess.text.kinds import KINDS, find_kinds, type_kinds
+from preprocess.view.overlaps import Overlaps
 from preprocess.view.pieces import printable
+from preprocess.view.scale import Scale, share_of
 from preprocess.view.tables import Share, Table, percent
 
-OTHER, STOP_WORD, PUNCTUATION = range(3)
-KINDS = ("other words", "stop words", "punctuation")
 NUM_TYPES = 15
 # Upper ends of the bins of a sequence's mask rate, in per cent; before them, one for no mask.
 RATE_EDGES = (5, 10, 15, 20, 25, 30, 50, 100)
-# Upper ends of the bins of scores (log-odds) but the last: 2 %, 12 %, 27 %, 50 %, ...
-SCORE_EDGES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
-# The bin of each of the 65,536 float16 numbers, by its bits: ten times as fast as a search.
-_SCORE_BINS = np.searchsorted(
-    SCORE_EDGES, np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
-).astype(np.uint8)
+SIZES = ("1", "2", "3", "4", "5 and more")  # of a word, in tokens
+FIRST, LAST, INSIDE = range(3)
+PLACES = ("first", "last", "others")  # of a sequence; the only token of one is its first
 
 
 # --------------------------------------------------------------------------- kinds of tokens
@@ -61,43 +59,28 @@ def type_names(tokenizer: Any, vocab_size: int) -> list[str]:
     return names
 
 
-def type_kinds(names: list[str]) -> np.ndarray:
-    """Return the kind of every id, as far as the id alone tells: `(V,)` uint8.
+def find_sizes(continues: np.ndarray) -> np.ndarray:
+    """Return the length of each token's word, as its place in `SIZES`: `(T,)` uint8.
 
     Args:
-        names: from `type_names`.
+        continues: from `find_continuations`, `(T,)` bool.
     """
-    plain = [name.replace("\u2423", "") for name in names]
-    kinds = np.full(len(names), OTHER, dtype=np.uint8)
-    kinds[[i for i, name in enumerate(plain) if is_stop_word(name)]] = STOP_WORD
-    signs = [not any(c.isalnum() or c == "\ufffd" for c in name) for name in plain]
-    kinds[np.flatnonzero(signs)] = PUNCTUATION
-    return kinds
+    starts = np.flatnonzero(~continues)  # the first token of all is one
+    size = np.diff(np.append(starts, len(continues)))
+    return np.repeat(np.minimum(size, len(SIZES)).astype(np.uint8) - 1, size)
 
 
-def find_kinds(
-    tokens: np.ndarray, offsets: np.ndarray, kinds: np.ndarray, table: WordTable | None
-) -> np.ndarray:
-    """Return the kind of each token: a stop word only where it is a word by itself.
-
-    In `the ##sis the`, the first `the` is part of another word. A stop word of several tokens
-    counts as another word; practical vocabularies have next to none.
+def find_places(offsets: np.ndarray) -> np.ndarray:
+    """Return the place of each token in its sequence, one of `PLACES`: `(T,)` uint8.
 
     Args:
-        tokens: token ids, `(T,)` uint16.
-        offsets: start of each sequence in `tokens`, and the end, `(B+1,)` int64.
-        kinds: from `type_kinds`, `(V,)` uint8.
-        table: from `word_table`; without one every such token counts.
-    Returns:
-        `(T,)` uint8.
+        offsets: start of each sequence, and the end, `(B+1,)` int64, from 0.
     """
-    found = kinds[tokens]
-    if table is not None and len(tokens):
-        continues = find_continuations(tokens, offsets, table)
-        part = continues.copy()
-        part[:-1] |= continues[1:]
-        found[part & (found == STOP_WORD)] = OTHER
-    return found
+    places = np.full(offsets[-1], INSIDE, dtype=np.uint8)
+    filled = np.diff(offsets) > 0
+    places[offsets[1:][filled] - 1] = LAST
+    places[offsets[:-1][filled]] = FIRST
+    return places
 
 
 @dataclass(frozen=True)
@@ -120,21 +103,22 @@ class Vocabulary:
 
 @dataclass
 class IndexCounts:
-    """Counts of one mask index.
+    """Counts of one mask index, all int64.
 
-    type_masked: masked tokens of each id, `(V,)` int64.
-    kind_masked: masked tokens of each of `KINDS`, `(3,)` int64.
-    score_masked: masked tokens in each bin of scores, `(len(SCORE_EDGES) + 1,)` int64.
-    rates: sequences without a mask, then those in each bin of `RATE_EDGES`, int64.
-    by_chance: number of the masked tokens that a random choice of as many per sequence is
-        expected to hit.
+    type_masked: masked tokens of each id, `(V,)`.
+    score_masked: masked tokens in each bin of scores, `(bins,)`.
+    kind_masked, size_masked, place_masked: of each of `KINDS`, `SIZES` and `PLACES`.
+    rates: sequences without a mask, then those in each bin of `RATE_EDGES`.
+    runs: of neighbouring masked tokens of one sequence.
     """
 
     type_masked: np.ndarray
+    score_masked: np.ndarray
     kind_masked: np.ndarray = field(default_factory=lambda: _zeros(len(KINDS)))
-    score_masked: np.ndarray = field(default_factory=lambda: _zeros(len(SCORE_EDGES) + 1))
+    size_masked: np.ndarray = field(default_factory=lambda: _zeros(len(SIZES)))
+    place_masked: np.ndarray = field(default_factory=lambda: _zeros(len(PLACES)))
     rates: np.ndarray = field(default_factory=lambda: _zeros(len(RATE_EDGES) + 1))
-    by_chance: float = 0.0
+    runs: int = 0
 
     @property
     def masked(self) -> int:
@@ -146,22 +130,26 @@ class Statistics:
     """Counts over a store, or over evenly spaced blocks of it.
 
     store_tokens: tokens of the store, of which `tokens` were counted.
+    special_ids: ids that are never masked.
     indices: one `IndexCounts` per index. type_tokens: occurrences of each id, `(V,)` int64.
-    kind_tokens, score_tokens: tokens of each kind and bin of scores, as in `IndexCounts`.
-    shared: tokens that both of the first two indices hold; expected and variance: of that number,
-        if the second held as many per sequence, drawn at random.
+    overlaps: of each pair of indices.
+    scale: of the scores that tokens were sorted by.
+    score_tokens, kind_tokens: tokens of each bin of scores and kind, as in `IndexCounts`.
+    size_tokens, place_tokens: candidates of each word length and place, likewise.
     """
 
     store_tokens: int
+    special_ids: tuple[int, ...]
     indices: list[IndexCounts]
     type_tokens: np.ndarray
+    overlaps: Overlaps
+    scale: Scale
+    score_tokens: np.ndarray
     kind_tokens: np.ndarray = field(default_factory=lambda: _zeros(len(KINDS)))
-    score_tokens: np.ndarray = field(default_factory=lambda: _zeros(len(SCORE_EDGES) + 1))
+    size_tokens: np.ndarray = field(default_factory=lambda: _zeros(len(SIZES)))
+    place_tokens: np.ndarray = field(default_factory=lambda: _zeros(len(PLACES)))
     candidates: int = 0
     sequences: int = 0
-    shared: int = 0
-    expected: float = 0.0
-    variance: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -174,33 +162,43 @@ def _zeros(size: int) -> np.ndarray:
 
 def count_masks(
     store: TokenStore,
-    names: list[str],
+    names: Sequence[str],
     vocabulary: Vocabulary | None = None,
     scores: str | None = None,
     max_tokens: int | None = None,
+    scale: Scale | None = None,
+    drawn: Mapping[str, list[np.ndarray]] | None = None,
 ) -> Statistics:
-    """Count the contents of mask indices, and how the first two overlap.
+    """Count the contents of mask indices, and how each pair of them overlaps.
 
     Args:
         names: of the indices.
-        vocabulary: to count stop words and punctuation, which takes as long again.
-        scores: name of scores to sort the tokens by.
+        vocabulary: to count stop words, punctuation and words, which takes as long again.
+        scores: name of scores to sort the tokens by, and scale: how to.
         max_tokens: count at most about this many, in blocks spaced evenly over the store.
+        drawn: masked positions of each shard, of those indices that are not beside the store.
     """
+    scale = scale or Scale()
+    num_bins = len(scale.edges) + 1
     result = Statistics(
         store.num_tokens,
-        [IndexCounts(_zeros(store.vocab_size)) for _ in names],
+        tuple(store.all_special_ids),
+        [IndexCounts(_zeros(store.vocab_size), _zeros(num_bins)) for _ in names],
         _zeros(store.vocab_size),
+        Overlaps.empty(len(names)),
+        scale,
+        _zeros(num_bins),
     )
     block_tokens = min(BLOCK_TOKENS, max_tokens or BLOCK_TOKENS)
     stride = -(-store.num_tokens // max_tokens) if max_tokens else 1
-    number = 0
-    for shard in store.shards:
-        arrays = [open_array(shard, name, "mask")[0] for name in names]
-        odds = open_array(shard, scores, "scores")[0] if scores else None
+    number, bin_of = 0, scale.bins()
+    for i, shard in enumerate(store.shards):
+        arrays = [drawn[name][i] if drawn and name in drawn else open_array(shard, name, "mask")[0]
+                  for name in names]
+        binned = (open_array(shard, scores, "scores")[0], bin_of) if scores else None
         for block in iterate_blocks(shard.sequence_offsets, block_tokens):
             if number % stride == 0:
-                _count_block(result, store, shard, block, arrays, odds, vocabulary)
+                _count_block(result, store, shard, block, arrays, binned, vocabulary)
             number += 1
     return result
 
@@ -211,46 +209,49 @@ def _count_block(
     shard: Shard,
     block: slice,
     arrays: list[np.ndarray],
-    scores: np.ndarray | None,
+    binned: tuple[np.ndarray, np.ndarray] | None,
     vocabulary: Vocabulary | None,
 ) -> None:
     offsets = shard.sequence_offsets[block.start : block.stop + 1]
     start, end = int(offsets[0]), int(offsets[-1])
-    tokens = shard.tokens[start:end]
+    tokens, local = shard.tokens[start:end], offsets - start
+    allowed = find_candidates(tokens, store.all_special_ids)
     # Of each sequence, how many tokens may be masked: (B,) int64.
-    before = np.append(0, np.cumsum(find_candidates(tokens, store.all_special_ids)))
-    possible = np.diff(before[offsets - start])
-    kinds = bins = None
+    possible = np.diff(np.append(0, np.cumsum(allowed))[local])
+    places, kinds, sizes, bins = find_places(local), None, None, None
+    result.place_tokens += np.bincount(places[allowed], minlength=len(PLACES))
     if vocabulary is not None:
-        kinds = find_kinds(tokens, offsets - start, vocabulary.kinds, vocabulary.table)
+        table = vocabulary.table
+        kinds = find_kinds(tokens, local, vocabulary.kinds, table)
         result.kind_tokens += np.bincount(kinds, minlength=len(KINDS))
-    if scores is not None:
-        bins = _SCORE_BINS[scores[start:end].view(np.uint16)]
-        result.score_tokens += np.bincount(bins, minlength=len(SCORE_EDGES) + 1)
+        if table is not None:
+            sizes = find_sizes(find_continuations(tokens, local, table))
+            result.size_tokens += np.bincount(sizes[allowed], minlength=len(SIZES))
+    if binned is not None:
+        bins = binned[1][binned[0][start:end].view(np.uint16)]
+        result.score_tokens += np.bincount(bins, minlength=len(result.score_tokens))
     result.type_tokens += np.bincount(tokens, minlength=store.vocab_size)
-    result.candidates += int(before[-1])
+    result.candidates += int(possible.sum())
     result.sequences += len(possible)
 
     chosen, counts = [], []  # of each index: positions in the block (M,); of each sequence (B,)
     for array, index in zip(arrays, result.indices, strict=True):
         bounds = index_bounds(array, offsets)
-        chosen.append(array[bounds[0] : bounds[-1]].astype(np.int64) - start)
+        mine = array[bounds[0] : bounds[-1]].astype(np.int64) - start
+        chosen.append(mine)
         counts.append(np.diff(bounds))
-        index.type_masked += np.bincount(tokens[chosen[-1]], minlength=store.vocab_size)
+        index.type_masked += np.bincount(tokens[mine], minlength=store.vocab_size)
         index.rates += _bin_rates(counts[-1], possible)
-        index.by_chance += float(np.sum(counts[-1] ** 2 / np.maximum(possible, 1)))
+        place = places[mine]
+        index.place_masked += np.bincount(place, minlength=len(PLACES))
+        index.runs += int(np.count_nonzero((np.diff(mine, prepend=-2) != 1) | (place == FIRST)))
         if kinds is not None:
-            index.kind_masked += np.bincount(kinds[chosen[-1]], minlength=len(KINDS))
+            index.kind_masked += np.bincount(kinds[mine], minlength=len(KINDS))
+        if sizes is not None:
+            index.size_masked += np.bincount(sizes[mine], minlength=len(SIZES))
         if bins is not None:
-            index.score_masked += np.bincount(bins[chosen[-1]], minlength=len(SCORE_EDGES) + 1)
-    if len(arrays) > 1:
-        result.shared += len(np.intersect1d(chosen[0], chosen[1], assume_unique=True))
-        # Hypergeometric, for each sequence: of n tokens, a and b drawn without regard to each
-        # other share ab/n, with variance ab(n-a)(n-b)/(n^2 (n-1)).
-        a, b, n = counts[0], counts[1], np.maximum(possible, 1).astype(np.float64)
-        result.expected += float(np.sum(a * b / n))
-        spread = a * b * (n - a) * (n - b) / (n * n * np.maximum(n - 1, 1))
-        result.variance += float(np.sum(spread))
+            index.score_masked += np.bincount(bins[mine], minlength=len(index.score_masked))
+    result.overlaps.add(chosen, counts, possible, end - start)
 
 
 def _bin_rates(counts: np.ndarray, possible: np.ndarray) -> np.ndarray:
@@ -289,12 +290,6 @@ def rank_types(
 # -------------------------------------------------------------------------------- the tables
 
 
-def share_of(log_odds: float) -> str:
-    """Write log-odds as the probability that they stand for."""
-    # 1 / (1 + exp(-x)) would overflow where the scores are far below 0.
-    return f"{50 * (1 + math.tanh(log_odds / 2)):.0f} %"
-
-
 def make_tables(
     statistics: Statistics, names: list[str], vocabulary: Vocabulary, with_scores: bool
 ) -> list[Table]:
@@ -302,7 +297,10 @@ def make_tables(
     tables = [overall_table(statistics, names), kinds_table(statistics, names)]
     if with_scores:
         tables.append(scores_table(statistics, names))
-    tables.append(rates_table(statistics, names))
+    if vocabulary.table is not None:
+        tables.append(sizes_table(statistics, names))
+    tables += [places_table(statistics, names), octaves_table(statistics, names),
+               rates_table(statistics, names)]
     for name, index in zip(names, statistics.indices, strict=True):
         tables += type_tables(statistics, name, index, vocabulary.names)
     return tables
@@ -310,14 +308,17 @@ def make_tables(
 
 def overall_table(statistics: Statistics, names: list[str]) -> Table:
     """Show how much is masked, and how much two indices share."""
-    indices = statistics.indices
+    indices, overlaps = statistics.indices, statistics.overlaps
     without = [int(index.rates[0]) for index in indices]
     rows = [
         ["masked tokens", *(f"{index.masked:,}" for index in indices)],
         ["of the candidates", *(percent(i.masked, statistics.candidates) for i in indices)],
         ["sequences without a mask", *(f"{count:,}" for count in without)],
         ["of all sequences", *(percent(count, statistics.sequences) for count in without)],
-        ["hit by chance", *(percent(index.by_chance, index.masked) for index in indices)],
+        ["hit by chance", *(percent(float(overlaps.expected[i, i]), index.masked)
+                            for i, index in enumerate(indices))],
+        ["tokens in a run", *(f"{index.masked / index.runs:.2f}" if index.runs else "-"
+                              for index in indices)],
     ]
     note = (
         f"{statistics.tokens:,} tokens in {statistics.sequences:,} sequences, "
@@ -328,17 +329,17 @@ def overall_table(statistics: Statistics, names: list[str]) -> Table:
         note += f"; counted were {part} of the store, in blocks spaced evenly"
     note += (
         ". Hit by chance: expected share of the masked tokens that a random choice of as many per "
-        "sequence would hit."
+        "sequence would hit. Tokens in a run: mean length of a run of masked neighbours; random "
+        "masks at a rate r have runs of about 1 / (1 - r)."
     )
     if len(names) > 1:
-        shared = statistics.shared
+        shared, expected = int(overlaps.shared[0, 1]), float(overlaps.expected[0, 1])
         rows.insert(4, ["in the other index too", *(percent(shared, i.masked) for i in indices)])
-        low, high = (statistics.expected + sign * 2 * math.sqrt(statistics.variance)
-                     for sign in (-1, 1))
+        spread = 2 * math.sqrt(overlaps.variance[0, 1])
         note += (
             f" The two indices share {shared:,} tokens. Had one of them drawn as many per sequence "
-            f"at random, they would share {statistics.expected:,.0f} ({max(low, 0):,.0f} to "
-            f"{high:,.0f} in 95 % of draws)."
+            f"at random, they would share {expected:,.0f} ({max(expected - spread, 0):,.0f} to "
+            f"{expected + spread:,.0f} in 95 % of draws)."
         )
     return Table("Overall", ("", *names), rows, note)
 
@@ -357,24 +358,81 @@ def kinds_table(statistics: Statistics, names: list[str]) -> Table:
 
 def scores_table(statistics: Statistics, names: list[str]) -> Table:
     """Show how the share of masked tokens grows with the score."""
-    lowest, highest = SCORE_EDGES[0], SCORE_EDGES[-1]
-    bounds = [
-        (f"to {lowest:g}", f"to {share_of(lowest)}"),
-        *((f"above {low:g} to {high:g}", f"{share_of(low)} to {share_of(high)}")
-          for low, high in itertools.pairwise(SCORE_EDGES)),
-        (f"above {highest:g}", f"above {share_of(highest)}"),
-    ]
+    scale = statistics.scale
+    lowest, highest = scale.edges[0], scale.edges[-1]
+    pairs = list(itertools.pairwise(scale.edges))
+    titles = [f"to {lowest:.4g}", *(f"above {low:.4g} to {high:.4g}" for low, high in pairs),
+              f"above {highest:.4g}"]
     rows = [
-        [*bounds[i], f"{tokens:,}",
+        [title, f"{tokens:,}",
          *(Share(int(index.score_masked[i]), tokens) for index in statistics.indices)]
-        for i, tokens in enumerate(statistics.score_tokens.tolist())
+        for i, (title, tokens) in enumerate(
+            zip(titles, statistics.score_tokens.tolist(), strict=True))
     ]
-    return Table(
-        "Masked by importance",
-        ("log-odds", "important with", "tokens", *(f"masked in {n}" for n in names)), rows,
-        "Log-odds that a token is important, the probability they stand for, and the share of "
-        "such tokens that is masked.",
-    )
+    columns = [scale.unit, "tokens", *(f"masked in {n}" for n in names)]
+    if not scale.in_log_odds:
+        note = ("Score, and the share of such tokens that is masked; ends of the ranges are "
+                "quantiles of the scores.")
+        if scale.boundary:
+            note += " Tokens above 0 are important."
+        return Table("Masked by score", columns, rows, note)
+    columns.insert(1, "important with")
+    shares = [f"to {share_of(lowest)}", *(f"{share_of(low)} to {share_of(high)}"
+                                          for low, high in pairs), f"above {share_of(highest)}"]
+    for row, share in zip(rows, shares, strict=True):
+        row.insert(1, share)
+    return Table("Masked by importance", columns, rows,
+                 "Log-odds that a token is important, the probability they stand for, and the "
+                 "share of such tokens that is masked.")
+
+
+def _groups_table(
+    title: str, names: list[str], heads: Sequence[str], groups: Sequence[str], tokens: np.ndarray,
+    masked: Sequence[np.ndarray], note: str,
+) -> Table:
+    """Show the share of masked tokens in each group of candidates.
+
+    Args:
+        heads: of the column of groups.
+        tokens: candidates of each group; masked: those that are masked, by index.
+    """
+    rows = [[group, f"{int(tokens[i]):,}", *(Share(int(one[i]), int(tokens[i])) for one in masked)]
+            for i, group in enumerate(groups)]
+    return Table(title, (*heads, "tokens", *(f"masked in {n}" for n in names)), rows, note)
+
+
+def sizes_table(statistics: Statistics, names: list[str]) -> Table:
+    """Show the share of masked tokens by the length of their word."""
+    return _groups_table(
+        "Masked by length of the word", names, ["tokens in the word"], SIZES,
+        statistics.size_tokens, [index.size_masked for index in statistics.indices],
+        "Share of the tokens of such words that is masked, special tokens aside.")
+
+
+def places_table(statistics: Statistics, names: list[str]) -> Table:
+    """Show the share of masked tokens at the ends of a sequence and inside it."""
+    return _groups_table(
+        "Masked by place in the sequence", names, ["tokens of a sequence"], PLACES,
+        statistics.place_tokens, [index.place_masked for index in statistics.indices],
+        "A sequence is a sentence, or a document in a store without sentences.")
+
+
+def octaves_table(statistics: Statistics, names: list[str]) -> Table:
+    """Show the share of masked tokens by how often their type occurs, in octaves."""
+    counted = statistics.type_tokens.copy()
+    counted[list(statistics.special_ids)] = 0
+    ids = np.flatnonzero(counted)
+    octave = np.frexp(counted[ids])[1] - 1  # of 1: 0, of 2 and 3: 1, ...
+    found = np.unique(octave).tolist()
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.bincount(octave, values[ids], minlength=1)[found].astype(np.int64)
+
+    titles = [f"{1 << n:,} to {(2 << n) - 1:,}" if n else "1" for n in found]
+    return _groups_table(
+        "Masked by frequency", names, ["occurrences of the token"], titles, total(counted),
+        [total(index.type_masked) for index in statistics.indices],
+        "Tokens by how often they occur in what was counted, special tokens aside.")
 
 
 def rates_table(statistics: Statistics, names: list[str]) -> Table:

@@ -1,7 +1,7 @@
-"""Hold rows under columns, and write them as text, CSV or HTML: the one table of the house.
+"""Hold rows under columns, and write them as text, CSV, Markdown or HTML: the table of the house.
 
 An HTML page is one file that needs no network and runs no script: its content security policy lets
-it load nothing but inlined pictures. All text is escaped here, for each of the three: cells hold
+it load nothing but inlined pictures. All text is escaped here, for each of the four: cells hold
 labels, names and tokens of files that strangers wrote.
 """
 
@@ -91,22 +91,29 @@ class Table:
                 for i in range(len(self.columns))]
 
     def as_text(self, width: int = 100) -> str:
-        """Align the cells, words left and numbers right; bars and long notes respect `width`."""
+        """Align the cells, words left and numbers right.
+
+        Bars, long notes and a last column of words respect `width`.
+        """
         lines = self._lines(bars=True)
         if max(map(text_width, lines)) > width:
-            lines = self._lines(bars=False)
+            lines = self._lines(bars=False, width=width - 2)
         title = visible(self.title)
         lines = [title, *(f"  {line}" for line in lines)] if title else lines
         note = textwrap.wrap(visible(self.note), max(width - 2, 20), break_on_hyphens=False)
         return "\n".join([*lines, *(f"  {line}" for line in note)])
 
-    def _lines(self, bars: bool) -> list[str]:
+    def _lines(self, bars: bool, width: int | None = None) -> list[str]:
         def write(cell: Any) -> str:
             if not bars or not isinstance(cell, Share):
                 return visible(cell)
             return f"{cell!s:>7} {'#' * round(cell.length * _BAR):<{_BAR}}"
 
         cells = [[write(cell) for cell in row] for row in [self.columns, *self.rows]]
+        if width is not None and not self.numeric[-1]:
+            before = sum(max(text_width(row[i]) for row in cells) + 2
+                         for i in range(len(self.columns) - 1))
+            cells = [line for row in cells for line in _wrapped(row, max(width - before, 20))]
         widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
         columns = list(zip(widths, self.numeric, strict=True))
 
@@ -127,6 +134,17 @@ class Table:
             [_csv_cell(cell) for cell in row] for row in [self.columns, *self.rows])
         return out.getvalue()
 
+    def as_markdown(self) -> str:
+        """Write the title in bold, the table, and the note."""
+        def line(cells: Iterable[Any]) -> str:
+            return f"| {' | '.join(map(_markdown_cell, cells))} |"
+
+        rule = (("---:" if number else "---") for number in self.numeric)
+        parts = [f"**{_markdown_cell(self.title)}**" if self.title else "",
+                 "\n".join([line(self.columns), f"|{'|'.join(rule)}|", *map(line, self.rows)]),
+                 _markdown_cell(self.note)]
+        return "\n\n".join(filter(None, parts)) + "\n"
+
     def as_html(self, level: int = 2) -> str:
         """Write a heading of that level, the note, and the table."""
         kinds = [' class="number"' if number else "" for number in self.numeric]
@@ -144,9 +162,20 @@ class Table:
                 "</table></div>")
 
 
+def _wrapped(row: list[str], width: int) -> list[list[str]]:
+    """Cut the last cell of a row into lines, each a row of its own."""
+    lines = textwrap.wrap(row[-1], width, break_on_hyphens=False) or [""]
+    blank = [""] * (len(row) - 1)
+    return [[*(blank if i else row[:-1]), line] for i, line in enumerate(lines)]
+
+
 def _csv_cell(cell: Any) -> str:
     text = visible("" if cell is None else cell)
     return f"'{text}" if _FORMULA.fullmatch(text) and not _HARMLESS.fullmatch(text) else text
+
+
+def _markdown_cell(cell: Any) -> str:
+    return re.sub(r"([\\`*_\[\]<>#|~&$])", r"\\\1", visible("" if cell is None else cell))
 
 
 def _escaped(text: Any) -> str:

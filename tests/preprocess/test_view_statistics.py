@@ -11,22 +11,27 @@ from preprocess.store import TokenStore, write_array
 from preprocess.text.continuations import open_tokenizer
 from preprocess.text.stop_words import STOP_WORDS, is_stop_word
 from preprocess.view import statistics as mask_statistics
+from preprocess.view.scale import Scale, share_of
 from preprocess.view.statistics import (
     KINDS,
+    PLACES,
     RATE_EDGES,
-    SCORE_EDGES,
+    SIZES,
     IndexCounts,
     Vocabulary,
     count_masks,
     find_kinds,
+    find_places,
+    find_sizes,
     make_tables,
+    octaves_table,
     rank_types,
-    share_of,
     type_kinds,
 )
 from tests.support.stores import write
 
 UNKNOWN = 1
+SCORE_EDGES = Scale().edges
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +39,11 @@ def store(tmp_path_factory, tiny_tokenizer):
     """Two shards of random words, with indices `a` and `b` and scores `mr`."""
     generator = np.random.default_rng(5)
     prefix = str(tmp_path_factory.mktemp("statistics") / "s")
+    parts = [i for name, i in tiny_tokenizer.get_vocab().items() if name.startswith("##")]
+    ids = [UNKNOWN, *range(5, len(tiny_tokenizer)), *parts * 8]  # enough for words of five tokens
     for i in range(2):
         documents = [
-            [generator.choice([UNKNOWN, *range(5, len(tiny_tokenizer))], size=n).astype(np.uint16)
+            [generator.choice(ids, size=n).astype(np.uint16)
              for n in generator.integers(0, 25, size=generator.integers(0, 4))]
             for _ in range(20)]
         write(prefix, documents, (i, 2), tiny_tokenizer)
@@ -59,9 +66,10 @@ def slow_counts(store, names, vocabulary):
     """The same counts with a loop over every sequence and token; totals and one dict an index."""
     num_bins = len(SCORE_EDGES) + 1
     total = {"kinds": [0] * 3, "bins": [0] * num_bins, "candidates": 0, "sequences": 0,
-             "shared": 0, "expected": 0.0}
-    found = [{"kinds": [0] * 3, "bins": [0] * num_bins, "types": {},
-              "rates": [0] * (len(RATE_EDGES) + 1), "chance": 0.0} for _ in names]
+             "shared": 0, "expected": 0.0, "sizes": [0] * len(SIZES), "places": [0] * len(PLACES)}
+    found = [{"kinds": [0] * 3, "bins": [0] * num_bins, "types": {}, "sizes": [0] * len(SIZES),
+              "rates": [0] * (len(RATE_EDGES) + 1), "chance": 0.0, "places": [0] * len(PLACES),
+              "runs": 0} for _ in names]
     for shard in store.shards:
         held = [set(mask_statistics.open_array(shard, n, "mask")[0].tolist()) for n in names]
         scores = mask_statistics.open_array(shard, "mr", "scores")[0]
@@ -83,13 +91,27 @@ def slow_counts(store, names, vocabulary):
                 kind = 1 if word in STOP_WORDS and not joined else 2 if word in ".,!" else 0
                 above = sum(float(scores[start + i]) > edge for edge in SCORE_EDGES)
                 here = [start + i in index for index in held]
+                first, last = i, i + 1  # of its word
+                while first and words[first].startswith("##"):
+                    first -= 1
+                while last < len(words) and words[last].startswith("##"):
+                    last += 1
+                size = min(last - first, len(SIZES)) - 1
+                place = 0 if i == 0 else 1 if i == len(words) - 1 else 2
+                if word != "[UNK]":
+                    total["sizes"][size] += 1
+                    total["places"][place] += 1
                 total["shared"] += all(here)
                 total["kinds"][kind] += 1
                 total["bins"][above] += 1
                 for one, on in zip(found, here, strict=True):
                     one["kinds"][kind] += on
                     one["bins"][above] += on
+                    one["sizes"][size] += on
+                    one["places"][place] += on
                     one["types"][word] = one["types"].get(word, 0) + on
+                for one, index in zip(found, held, strict=True):
+                    one["runs"] += start + i in index and (i == 0 or start + i - 1 not in index)
     return total, found
 
 
@@ -101,13 +123,18 @@ def test_counts_are_those_of_a_loop(block_tokens, store, vocabulary, monkeypatch
     assert counted.kind_tokens.tolist() == total["kinds"]
     assert counted.score_tokens.tolist() == total["bins"]
     assert (counted.candidates, counted.sequences) == (total["candidates"], total["sequences"])
-    assert counted.shared == total["shared"] > 0
-    assert counted.expected == pytest.approx(total["expected"])
-    for index, one in zip(counted.indices, found, strict=True):
+    assert counted.overlaps.shared[0, 1] == total["shared"] > 0
+    assert counted.overlaps.expected[0, 1] == pytest.approx(total["expected"])
+    assert counted.size_tokens.tolist() == total["sizes"] and all(total["sizes"])
+    assert counted.place_tokens.tolist() == total["places"]
+    for i, (index, one) in enumerate(zip(counted.indices, found, strict=True)):
+        assert index.size_masked.tolist() == one["sizes"]
+        assert index.place_masked.tolist() == one["places"]
+        assert index.runs == one["runs"]
         assert index.kind_masked.tolist() == one["kinds"]
         assert index.score_masked.tolist() == one["bins"]
         assert index.rates.tolist() == one["rates"]
-        assert index.by_chance == pytest.approx(one["chance"])
+        assert counted.overlaps.expected[i, i] == pytest.approx(one["chance"])
         types = zip(vocabulary.names, index.type_masked.tolist(), strict=True)
         assert {name: n for name, n in types if n} == {k: n for k, n in one["types"].items() if n}
 
@@ -121,9 +148,9 @@ def test_overlap_by_chance_is_that_of_all_draws(tmp_path, tiny_tokenizer):
     shared = [len({*a} & {*b}) for a in itertools.combinations(range(5), 2)
               for b in itertools.combinations(range(5), 3)]
     counted = count_masks(store, ["a", "b"])
-    assert counted.shared == 1
-    assert counted.expected == pytest.approx(np.mean(shared))
-    assert counted.variance == pytest.approx(np.var(shared))
+    assert counted.overlaps.shared[0, 1] == 1
+    assert counted.overlaps.expected[0, 1] == pytest.approx(np.mean(shared))
+    assert counted.overlaps.variance[0, 1] == pytest.approx(np.var(shared))
 
 
 def test_rates_end_with_their_bin():
@@ -157,12 +184,12 @@ def test_ranks_need_enough_occurrences():
     # A fifth of 1,000 tokens is masked: 25 occurrences make 5 masks on average.
     tokens = np.array([400, 300, 200, 60, 25, 15])
     masked = np.array([100, 30, 0, 50, 5, 15])
-    often, most, fewest, least = rank_types(IndexCounts(masked), tokens, 4)
+    often, most, fewest, least = rank_types(IndexCounts(masked, masked), tokens, 4)
     assert least == 25
     assert often.tolist() == [0, 3, 1, 5]
     assert most.tolist() == [3, 0]  # not 5, which is too rare, nor 4, which has its share
     assert fewest.tolist() == [2, 1]
-    empty = rank_types(IndexCounts(np.zeros(6, dtype=np.int64)), tokens, 4)
+    empty = rank_types(IndexCounts(0 * masked, masked), tokens, 4)
     assert [ids.tolist() for ids in empty[:3]] == [[], [], []]
 
 
@@ -191,6 +218,15 @@ def test_a_stop_word_that_is_part_of_a_word_is_none(tiny_tokenizer):
     assert not len(find_kinds(tokens[:0], np.array([0]), vocabulary.kinds, vocabulary.table))
 
 
+def test_lengths_of_words_and_places_by_hand():
+    continues = np.array([0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 0], dtype=bool)
+    assert find_sizes(continues).tolist() == [0, 2, 2, 2, 4, 4, 4, 4, 4, 4, 0]
+    assert not len(find_sizes(continues[:0]))
+    places = [PLACES[i] for i in find_places(np.array([0, 0, 1, 3, 6, 6]))]
+    assert places == ["first", "first", "last", "first", "others", "last"]
+    assert not len(find_places(np.array([0, 0])))
+
+
 # ------------------------------------------------------------------------------------ tables
 
 
@@ -204,10 +240,12 @@ def test_tables_say_what_was_counted(store, vocabulary):
     assert overall["of the candidates"] == of_candidates
     unmasked = [f"{index.rates[0]:,}" for index in counted.indices]
     assert overall["sequences without a mask"] == unmasked
-    by_chance = [f"{100 * one.by_chance / one.masked:.1f} %" for one in counted.indices]
+    chance, shared = counted.overlaps.expected, counted.overlaps.shared[0, 1]
+    by_chance = [f"{100 * chance[i, i] / masked[i]:.1f} %" for i in range(2)]
     assert overall["hit by chance"] == by_chance
-    assert overall["in the other index too"][1] == f"{100 * counted.shared / masked[1]:.1f} %"
-    assert f"share {counted.shared:,} tokens" in tables["Overall"].note
+    assert overall["tokens in a run"] == [f"{i.masked / i.runs:.2f}" for i in counted.indices]
+    assert overall["in the other index too"][1] == f"{100 * shared / masked[1]:.1f} %"
+    assert f"share {shared:,} tokens" in tables["Overall"].note
     assert "of the store" not in tables["Overall"].note
     for title in ("Kinds of words", "Mask rate of each sequence"):
         for column in (1, 2):  # shares of a whole
@@ -224,6 +262,21 @@ def test_tables_say_what_was_counted(store, vocabulary):
         rate = counted.indices[0].type_masked[i] / counted.type_tokens[i]
         assert share.length == pytest.approx(rate)
         assert float(lift[:-2]) == pytest.approx(rate / (masked[0] / counted.tokens), abs=0.051)
+
+
+def test_octaves_of_frequency_by_hand(store, vocabulary):
+    counted = count_masks(store, ["a"], vocabulary)
+    table = octaves_table(counted, ["a"])
+    types = [i for i in range(store.vocab_size) if i != UNKNOWN and counted.type_tokens[i]]
+    assert {row[0] for row in table.rows} == {
+        f"{1 << n:,} to {2 ** (n + 1) - 1:,}" if n else "1"
+        for n in (int(counted.type_tokens[i]).bit_length() - 1 for i in types)}
+    for title, tokens, share in table.rows:
+        low, _, high = title.partition(" to ")
+        inside = [i for i in types if int(low) <= counted.type_tokens[i] <= int(high or low)]
+        assert int(tokens.replace(",", "")) == sum(counted.type_tokens[inside])
+        assert share.part == sum(counted.indices[0].type_masked[inside])
+    assert sum(row[2].part for row in table.rows) == counted.indices[0].masked
 
 
 def test_log_odds_as_shares():

@@ -22,8 +22,8 @@ from preprocess.errors import ConfigError, DataError, NonFiniteError
 from tests.support.runs import made_up_stage, pretrained
 from train import report
 from train.config import PipelineConfig, parse
-from train.recipes.plan import Step
 from train.recipes.run import Journal, run_steps
+from train.recipes.steps import Step
 from train.run_dir import hf_folder
 
 SEED = int(os.environ.get("SELMASK_FAULT_SEED", "0"))

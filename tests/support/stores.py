@@ -10,6 +10,10 @@ from preprocess.store import (
     StoreWriter,
 )
 
+# What the JSON of scores keeps of the measure that made them.
+MEASURED = {"measure": {"name": "scorer", "boundary": True, "unit": "log-odds",
+                        "reads_labels": True}}
+
 
 class FakeTokenizer:
     """What a store needs of a tokenizer; the largest vocabulary allowed unless told otherwise."""

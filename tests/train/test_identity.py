@@ -247,7 +247,11 @@ def annotate(folder, task, still_encoder) -> Case:
         "model_name_or_path": ({"model_name_or_path": second}, WEIGHTS),
         "delta": ({"delta": 0.2}, "--delta 0.01, .* has 0.2"),
         "criterion": ({"criterion": "strict"}, "--criterion signed, .* has strict"),
-        "drop_stop_words": ({"drop_stop_words": True}, "--drop_stop_words False, .* has True"),
+        **{name: ({name: True}, f"--{name} False, .* has True")
+           for name in ("drop_stop_words", "keep_punctuation", "keep_last")},
+        "measure": ({"measure": "gradient"}, "--measure buffer, .* has gradient"),
+        "share": ({"measure": "gradient", "share": 0.3}, "--measure buffer, .* has gradient"),
+        "parity": ({"parity": True}, "--(criterion|drop_stop_words) .*, .* has "),
         "language": ({"language": "de"}, "--language en, .* has de"),
         "max_seq_length": ({"max_seq_length": 12}, "--max_seq_length 16, .* has 12"),
         "max_train_samples": ({"max_train_samples": 8}, r"--max_train_samples .* 12, .* has 8"),
@@ -261,17 +265,22 @@ def annotate(folder, task, still_encoder) -> Case:
 @pytest.fixture(scope="module")
 def score_tokens(folder, store, still_encoder) -> Case:
     first, second = (write_untrained(folder, still_encoder, "scorer", n) for n in (1, 2))
+    classifier = write_untrained(folder, still_encoder, "classifier", 3)
     flags = {"tokens": store, "model_name_or_path": first, "name": "s", "max_seq_length": 16,
              "dtype": "fp32"}
     decides = {
         "model_name_or_path": ({"model_name_or_path": second}, WEIGHTS),
         "max_seq_length": ({"max_seq_length": 12}, "--max_seq_length 16, .* has 12"),
         "dtype": ({"dtype": "fp16"}, "--dtype fp32, .* has fp16"),
+        "measure": ({"measure": "gradient", "model_name_or_path": classifier},
+                    "--measure scorer, .* has gradient"),
     }
     free = {"batch_tokens": 64, "logging_steps": 3, "trust_remote_code": True, "shard_index": 0,
             "num_shards": 1}
+    # The options of one measure are in its own tests.
     return Case("train/score_tokens.py", options.ScoreConfig, flags,
-                "1 of 1 shards are scored already", decides, free, {"tokens"})
+                "1 of 1 shards are scored already", decides, free,
+                {"tokens", "reference", "num_passes", "whole_words"})
 
 
 @pytest.fixture(scope="module")
@@ -282,12 +291,20 @@ def build_masks(score_tokens, store, run_here) -> Case:
     control = {"strategy": "random_matched", "scores": None}
     run_here("preprocess/build_masks.py", *words({**flags, **control, "match": "random",
                                                   "name": "control"}))
+    band, sampled = {"strategy": "band"}, {"strategy": "sampled"}
+    for one in (band, sampled):
+        run_here("preprocess/build_masks.py", *words({**flags, **one, "name": one["strategy"]}))
     decides = {
         "strategy": ({"strategy": "selective_fill"}, "--strategy selective, .* has selective_fill"),
         "scores": ({"scores": "second"}, r"--scores \(content\) [0-9a-f]{16}, .* has "),
         "match": ({**control, "match": "another", "name": "control"},
                   r"--match \(content\) [0-9a-f]{16}, .* has "),
         "mlm_probability": ({"mlm_probability": 0.3}, "--mlm_probability 0.15, .* has 0.3"),
+        "units": ({"units": "words"}, "--units none, .* has words"),
+        "centre": ({**band, "centre": 0.9, "name": "band"}, "--centre 0.5, .* has 0.9"),
+        "temperature": ({**sampled, "temperature": 2, "name": "sampled"},
+                        "--temperature 1.0, .* has 2.0"),
+        "epochs": ({"epochs": 2}, "--epochs 1, .* has 2"),
         "seed": ({"seed": 7}, "--seed 42, .* has 7"),
     }
     return Case("preprocess/build_masks.py", None, flags, "complete, made with the same", decides,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from preprocess.corpus import write_leakage
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import WriterLock
 from tests.support.runs import made_up_stage, read_csv, write_lineage
@@ -112,8 +113,8 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     write_pipeline(tmp_path / "R")
     output = write_report(tmp_path)
     rows = read_csv(output / "table.csv")
-    assert list(rows[0]) == ["arm", "task", "metric", "mean", "sd", "seeds", "masked_tokens",
-                             "steps", "seconds"]
+    assert list(rows[0]) == ["arm", "strategy", "scores", "units", "task", "metric", "mean", "sd",
+                             "seeds", "masked_tokens", "steps", "seconds"]
     accuracy = {row["arm"]: row for row in rows if row["metric"] == "accuracy"}
     assert list(accuracy) == ["none", "random_matched", "selective", "naive_bayes"]
     assert accuracy["selective"]["seeds"] == "6" and accuracy["none"]["seeds"] == "3"
@@ -138,6 +139,68 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     page = (output / "report.html").read_text()
     assert all(part in page for part in ("Results", "Differences", "Notes", "random_matched"))
     assert page.count("data:image/png") == 3 and "http" not in page.replace("http-equiv", "")
+
+
+def write_policies(root: Path) -> Path:
+    """An output folder whose arms have names of their own, and share scores."""
+    arms = []
+    for name, strategy, told, masking in (
+        ("guess", "random_matched", {"match": "best"}, ["score-words", "masks-best",
+                                                        "masks-guess"]),
+        ("best", "selective", {"scores": "words", "units": "words"}, ["score-words", "masks-best"]),
+        ("rest", "selective_fill", {"scores": "words"}, ["score-words", "masks-rest"]),
+        ("draws", "random", {}, []), ("none", "none", {}, []),
+    ):
+        stages = [pretrain_stage("random", 42, 100, 200.0)]
+        if name != "none":
+            stages.append(pretrain_stage(strategy, 1, 50, 100.0))
+        write_finetune(root / "finetune" / name, 0.7, stages=stages)
+        arms.append({"name": name, "runs": [f"finetune/{name}"], "floor": False,
+                     "masking": masking, "strategy": strategy, **told})
+    (root / "arms.json").write_text(json.dumps(arms))
+    seconds = {"score-words": 30.0, "masks-best": 5.0, "masks-guess": 7.0, "masks-rest": 1.0}
+    (root / "steps.json").write_text(json.dumps(
+        {name: {"finished": 1, "seconds": spent} for name, spent in seconds.items()}))
+    return root
+
+
+def test_arms_are_told_by_their_policy_and_compared_with_their_controls_first(
+    tmp_path, capsys, no_figures
+):
+    write_policies(tmp_path / "R")
+    output = write_report(tmp_path)
+    rows = [row for row in read_csv(output / "table.csv") if row["metric"] == "accuracy"]
+    assert [[row[key] for key in ("arm", "strategy", "scores", "units")] for row in rows] == [
+        ["guess", "random_matched", "", ""], ["best", "selective", "words", "words"],
+        ["rest", "selective_fill", "words", ""], ["draws", "random", "", ""],
+        ["none", "none", "", ""]]
+    pairs = [(row["arm"], row["against"]) for row in read_csv(output / "differences.csv")]
+    assert pairs[:8] == [
+        ("guess", "none"), ("guess", "draws"), ("best", "none"), ("best", "draws"),
+        ("best", "guess"), ("rest", "none"), ("rest", "draws"), ("draws", "none")]
+    assert len(pairs) == 10 == len({frozenset(pair) for pair in pairs})
+    # Each arm alone would have cost its scores; together they were made once.
+    costs = {row["arm"]: row["masking"] for row in read_csv(output / "costs.csv")}
+    assert costs == {"guess": "42", "best": "35", "rest": "31", "draws": "0", "none": "0"}
+    assert [list(row.values()) for row in read_csv(output / "masking.csv")] == [
+        ["score-words", "30", "guess, best, rest"], ["masks-best", "5", "guess, best"],
+        ["masks-guess", "7", "guess"], ["masks-rest", "1", "rest"], ["all of them", "43", ""]]
+    assert "macro_f1" in capsys.readouterr().out
+
+
+def test_what_leaked_is_one_line_of_the_report(tmp_path, capsys, no_figures):
+    root = write_pipeline(tmp_path / "R")
+    (root / "domain").mkdir()
+    write_leakage(str(root / "domain" / "text"), {
+        "task": "mr", "store": "f", "test_texts": 1000, "equal_or_contained": 3, "half_covered": 5,
+        "any_8gram": 40, "documents_dropped": 0, "documents_leaked": 6})
+    output = write_report(tmp_path)
+    line = "leakage: of 1,000 test texts of mr, the text holds 3 complete, 5 half covered"
+    assert line in capsys.readouterr().out and line in (output / "report.html").read_text()
+    path = root / "domain" / "text.leakage.json"
+    path.write_text(path.read_text().replace("1000", "1001"))
+    write_report(tmp_path)
+    assert "its content is not what was written" in capsys.readouterr().out
 
 
 def test_several_stage_1_lengths_are_compared_each_for_itself(tmp_path):

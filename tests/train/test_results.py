@@ -87,7 +87,8 @@ def test_run_with_its_cost_is_read(tmp_path):
     np.testing.assert_array_equal(run.correct, correct)
     first, second = results.table_rows([results.Arm("selective", [run])])
     assert first == {
-        "arm": "selective", "task": "mr", "metric": "accuracy", "mean": "0.8333", "sd": "0.2357",
+        "arm": "selective", "strategy": "", "scores": "", "units": "", "task": "mr",
+        "metric": "accuracy", "mean": "0.8333", "sd": "0.2357",
         "seeds": 2, "masked_tokens": 5300, "steps": 120, "seconds": 4,
     }
     assert second["metric"] == "macro_f1" and tuple(second) == results.TABLE_COLUMNS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
-from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+)
 
+from preprocess import build_masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import seal
-from preprocess.masking import STRATEGIES, Sequences
+from preprocess.masking import STRATEGIES, Sequences, open_arrays
 from preprocess.progress import Progress
 from preprocess.store import (
     TokenStore,
@@ -29,6 +37,7 @@ from train import engine, score_tokens
 from train.run_dir.hf_folder import open_weights
 from train.stages import scoring
 from train.stages.inference import Runner, one_by_one, special_template
+from train.stages.measures import MEASURES
 
 
 def tiny_config(tokenizer):
@@ -143,7 +152,7 @@ def test_one_writer_of_scores(store, scorer, no_process_group):
         with pytest.raises(ConfigError, match=r"P\S*\.mr\.scores\.lock: another process"):
             run(store, scorer)
         run(store, scorer, "--dry_run")  # writes nothing
-        with pytest.raises(DataError, match="score_tokens.py makes it"):
+        with pytest.raises(DataError, match="score_tokens.py or .* makes it"):
             open_array(store.shards[0], "mr", "scores")
         run(store, scorer, name="other")
     with lock_array(store, "mr", "scores", 1):
@@ -279,7 +288,7 @@ def test_one_shard_at_a_time_gives_the_same_scores(store, scorer, no_process_gro
     said = capsys.readouterr().out
     assert f"1 of 2 shards are to be scored, the first: {paths[0]}" in said
     assert not paths[0].exists() and paths[1].with_suffix(".json").exists()
-    with pytest.raises(DataError, match="P-00000-of-00002.mr.scores.*score_tokens.py makes it"):
+    with pytest.raises(DataError, match="P-00000-of-00002.mr.scores.*score_tokens.py.* makes it"):
         open_array(store.shards[0], "mr", "scores")
     before = paths[1].stat().st_mtime_ns
     run(store, scorer)
@@ -357,3 +366,142 @@ def test_scores_of_both_precisions_are_not_mixed(store, scorer, no_process_group
     run(store, scorer, "--dtype", "fp32", "--overwrite")
     exact = [open_array(shard, "mr", "scores")[0] for shard in store.shards]
     assert not np.array_equal(np.concatenate(half), np.concatenate(exact))
+
+
+# ------------------------------------------------------------------ the other measures
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory, tiny_tokenizer, scorer):
+    """A folder for each kind of network, by the first word of its class."""
+    made = {"scorer": scorer[0]}
+    for number, (name, kind) in enumerate([
+        ("classifier", BertForSequenceClassification), ("mlm", BertForMaskedLM),
+        ("reference", BertForMaskedLM),
+    ]):
+        torch.manual_seed(number)
+        made[name] = save(tmp_path_factory.mktemp(name), kind(tiny_config(tiny_tokenizer)),
+                          tiny_tokenizer)
+    return made
+
+
+def measured(store, networks, tokenizer, measure, *options, name=None, **models):
+    kind = {"gradient": "classifier", "excess": "mlm", "surprise": "mlm"}.get(measure, measure)
+    if measure == "excess":
+        options = ("--reference", str(models.get("reference", networks["reference"])), *options)
+    run(store, (models.get("model", networks[kind]), tokenizer), "--measure", measure, *options,
+        name=name or measure)
+
+
+def test_every_measure_keeps_what_made_it(
+    store, networks, tiny_tokenizer, no_process_group, capsys
+):
+    found = {}
+    for measure in ("gradient", "surprise", "excess"):
+        measured(store, networks, tiny_tokenizer, measure, "--dtype", "auto")
+        said = capsys.readouterr().out
+        unit = {"gradient": r"mean [\d.]+ log2", "surprise": r"mean [\d.]+ nats",
+                "excess": r"nats above 0 for [\d.]+% of"}[measure]
+        assert re.search(rf"90 tokens in .* cpu, fp32\): .* padding; {unit}", said)
+        arrays = [open_array(shard, measure, "scores") for shard in store.shards]
+        found[measure] = np.concatenate([array for array, _ in arrays]).astype(float)
+        for _, info in arrays:
+            assert info["measure"] == MEASURES[measure].record(measure)
+            assert info["seconds"] > 0
+        options = arrays[0][1]["identity"]["options"]
+        passes = None if measure == "gradient" else 7
+        assert (options["measure"], options["num_passes"]) == (measure, passes)
+    assert found["gradient"].min() >= 0 and found["surprise"].min() >= 0
+    assert found["excess"].min() < 0 < found["excess"].max()
+    measured(store, networks, tiny_tokenizer, "surprise", name="other",
+             model=networks["reference"])
+    other = np.concatenate([open_array(s, "other", "scores")[0] for s in store.shards])
+    np.testing.assert_allclose(found["excess"], found["surprise"] - other, atol=2e-2)
+
+
+def test_options_of_a_measure_are_its_identity(store, networks, tiny_tokenizer, no_process_group):
+    def again(measure, *options, **models):
+        measured(store, networks, tiny_tokenizer, measure, *options, name="x", **models)
+
+    again("excess")
+    with pytest.raises(ConfigError, match="--measure excess, and this run has surprise; .*--over"):
+        again("surprise")
+    with pytest.raises(ConfigError, match="--num_passes 7, and this run has 3"):
+        again("excess", "--num_passes", "3")
+    with pytest.raises(ConfigError, match="--whole_words False, and this run has True"):
+        again("excess", "--whole_words")
+    other = BertForMaskedLM(tiny_config(tiny_tokenizer))
+    folder = save(Path(store.prefix).parent / "other", other, tiny_tokenizer)
+    with pytest.raises(ConfigError, match=r"--reference \(weights\) [0-9a-f]{16}, and this run "):
+        again("excess", reference=folder)
+    again("excess", "--num_passes", "7", "--batch_tokens", "16")
+
+
+def test_checkpoints_of_another_kind_are_refused(
+    store, networks, tiny_tokenizer, no_process_group, tmp_path
+):
+    for measure, kind, message in [
+        ("gradient", "mlm", "BertForMaskedLM, not one for SequenceClassification; give seed_N/hf"),
+        ("surprise", "scorer", "not one for MaskedLM; give the hf/ folder of train/pretrain.py"),
+        ("scorer", "classifier", "not one for TokenClassification; give the hf/ folder of train/f"),
+    ]:
+        with pytest.raises(ConfigError, match=f"--model_name_or_path .*{message}"):
+            measured(store, networks, tiny_tokenizer, measure, model=networks[kind])
+    with pytest.raises(ConfigError, match="--reference .*not one for MaskedLM"):
+        measured(store, networks, tiny_tokenizer, "excess", reference=networks["classifier"])
+    with pytest.raises(ConfigError, match="--reference .*has the weights of --model_name"):
+        measured(store, networks, tiny_tokenizer, "excess", reference=networks["mlm"])
+    single = tiny_config(tiny_tokenizer)
+    single.num_labels = 1
+    folder = save(tmp_path / "single", BertForSequenceClassification(single), tiny_tokenizer)
+    with pytest.raises(ConfigError, match="one label has no runner-up.*two labels or more"):
+        measured(store, networks, tiny_tokenizer, "gradient", model=folder)
+    other = copy.deepcopy(tiny_tokenizer)
+    other.add_tokens(["another"])
+    for measure, flag, kind in (("gradient", "model", BertForSequenceClassification),
+                                ("excess", "reference", BertForMaskedLM)):
+        folder = save(tmp_path / measure, kind(tiny_config(other)), other)
+        with pytest.raises(DataError, match=rf"--{flag}.*tokenizer.*is not the one of"):
+            measured(store, networks, tiny_tokenizer, measure, **{flag: folder})
+    headless = save(tmp_path / "headless", BertForMaskedLM(tiny_config(tiny_tokenizer)),
+                    tiny_tokenizer)
+    weights = load_file(headless / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if not key.startswith("cls.")},
+              headless / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="no masked-language-model head.*train/pretrain.py"):
+        measured(store, networks, tiny_tokenizer, "surprise", model=headless)
+    assert not list(tmp_path.glob("P*scores*"))
+
+
+# ------------------------------------------------------------------ shards of one origin
+
+
+def test_a_shard_is_not_scored_otherwise_than_another(
+    store, scorer, networks, tiny_tokenizer, no_process_group
+):
+    torch.manual_seed(5)
+    model = BertForTokenClassification(tiny_config(tiny_tokenizer))
+    folder = save(Path(store.prefix).parent / "another", model, tiny_tokenizer)
+    first = ("--shard_index", "0", "--num_shards", "2")
+    run(store, scorer, *first)
+    for dry in ((), ("--dry_run",)):
+        with pytest.raises(ConfigError, match=(
+                r"P-00000-of-00002\.mr\.scores\.npy: made with --model_name_or_path \(weights\) "
+                r"[0-9a-f]{16}, and this run has [0-9a-f]{16}; .*--overwrite for every shard")):
+            run(store, (folder, tiny_tokenizer), *SECOND, *dry)
+    with pytest.raises(ConfigError, match="--measure scorer, and this run has gradient"):
+        measured(store, networks, tiny_tokenizer, "gradient", *SECOND, name="mr")
+    assert not array_path(store.shards[1], "mr", "scores").exists()
+    # One after the other they may be replaced; nothing reads the mixture in between.
+    run(store, (folder, tiny_tokenizer), *SECOND, "--overwrite")
+    mixed = (r"--scores mr: \S*P-00001-of-00002\.mr\.scores\.npy: made with --model_name_or_path "
+             r"\(weights\) .*, and \S*P-00000-of-00002\.mr\.scores\.npy has .*--overwrite")
+    for options in (SECOND, ()):
+        with pytest.raises(DataError, match=mixed):
+            build_masks.main(["--tokens", store.prefix, "--strategy", "selective", "--scores", "mr",
+                              "--name", "m", *options])
+    with pytest.raises(DataError, match=mixed):
+        open_arrays(store, store.shards[:1], "scores", "mr", "scores")
+    run(store, (folder, tiny_tokenizer), *first, "--overwrite")
+    build_masks.main(["--tokens", store.prefix, "--strategy", "selective", "--scores", "mr",
+                      "--name", "m"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 import csrc
 from csrc import reference
@@ -19,6 +21,9 @@ HEAD_ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }
+
+# Logits of `cross_entropies` at a time, in fp32: those of a GPU's pass, or what fits a CPU's cache.
+LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**30}
 
 
 class Masked(NamedTuple):
@@ -185,3 +190,30 @@ class PackedMaskedLM(nn.Module):
             return hidden, masked_positions[:count]
         masked = Masked(masked_positions, most_masked)
         return self.encode(input_ids, position_ids, document_ids, masked)[:count], None
+
+    def cross_entropies(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, document_ids: torch.Tensor,
+        masked_positions: torch.Tensor, masked_labels: torch.Tensor,
+        most_masked: int | None = None,
+    ) -> torch.Tensor:
+        """Return -ln P(label) at each masked position in nats, `(M,)` float32; see `forward`."""
+        hidden, positions = self.encode_masked(
+            input_ids, position_ids, document_ids, masked_positions, masked_labels, most_masked
+        )
+        rows, head = reference.gather(hidden, positions), self.head()
+        size = max(1, LOGIT_BYTES[rows.device.type] // (4 * len(head.decoder_weight)))
+        return torch.cat([
+            functional.cross_entropy(reference.logits(part, head).float(), labels.long(),
+                                     reduction="none")
+            for part, labels in zip(rows.split(size), masked_labels.split(size), strict=True)
+        ])
+
+    def in_half(self) -> PackedMaskedLM:
+        """Return a copy in fp16, for inference."""
+        hf = deepcopy(self.hf)
+        # A copied function is still the one of this model's layer.
+        del self.family.layers(self.family.encoder(hf))[-1].forward
+        twin = PackedMaskedLM(hf, {}, self.fresh_head)
+        for parameter in twin.parameters():  # buffers stay: frequencies of positions need fp32
+            parameter.data = parameter.data.half()
+        return twin.train(self.training)

@@ -34,7 +34,7 @@ from preprocess.errors import ConfigError, DataError, StopRequested
 from preprocess.files import atomic_write_json
 from preprocess.identity import digest
 from train.config import PipelineConfig
-from train.recipes.plan import Step
+from train.recipes.steps import Step
 
 POLL_SECONDS = 0.3
 BEAT_SECONDS = 10.0  # between two renewals of `first.json`

@@ -1,74 +1,63 @@
 """Read a recipe: its sections, variables and checks.
 
-A recipe is YAML: variables, the task, the texts, flags for each stage, the arms to compare. It may
-extend another one of its folder. It is data: every key is checked before anything runs, with "did
-you mean", and every value against the type of the option that it sets, so that none can become
-another flag. What lets code run (`TYPED`) is not taken from a file, only from the command line.
+A recipe is YAML: variables, the task, the texts, flags for each stage, the scores and the arms to
+compare (`train/recipes/arms.py`). It may extend another one of its folder. It is data: every key is
+checked before anything runs, with "did you mean", and every value against the type of the option
+that it sets, so that none can become another flag. What lets code run (`TYPED`) is not taken from a
+file, only from the command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any
 
-from preprocess.errors import ConfigError, visible
+from preprocess.errors import ConfigError
 from preprocess.files import parse_yaml, read_yaml
-from preprocess.masking import STRATEGIES
 from train.config import (
     AnnotateConfig,
-    Bounds,
     FinetuneConfig,
     FitScorerConfig,
     PretrainConfig,
     ScoreConfig,
     TaskOptions,
 )
+from train.recipes.arms import (
+    GENERAL_STORE,
+    NONE,
+    read_arms,
+    read_scores,
+    used_scores,
+    with_matched,
+)
+from train.recipes.values import (
+    SWITCH,
+    TEXT,
+    WHOLE,
+    Option,
+    check_known,
+    check_value,
+    options_of,
+    shown_value,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TYPED = ("trust_remote_code",)  # flags that no file may set
-
-
-class Option(NamedTuple):
-    """What a flag takes: its type, and the bounds of its value."""
-
-    kind: Any
-    bounds: Bounds | None = None
-
-
-class _Seeds:
-    """The kind of `seeds`: numbers separated by commas; YAML may hold a list or one number."""
-
-
-_TEXT, _WHOLE, _SWITCH = Option(str), Option(int), Option(bool)
 TOKENIZE_FLAGS = {
-    "input": Option(list[str]), "text_column": _TEXT, "where": Option(dict[str, str]),
-    "split": _TEXT, "split_sentences": _SWITCH, "language": _TEXT,
-    "blank_line_documents": _SWITCH, "max_documents": _WHOLE, "num_workers": _WHOLE,
-    "num_shards": _WHOLE,
+    "input": Option(list[str]), "text_column": TEXT, "where": Option(dict[str, str]),
+    "split": TEXT, "split_sentences": SWITCH, "language": TEXT,
+    "blank_line_documents": SWITCH, "max_documents": WHOLE, "num_workers": WHOLE,
+    "num_shards": WHOLE,
 }
 VOCABULARY_FLAGS = {
-    "input": Option(list[str]), "text_column": _TEXT, "max_documents": _WHOLE,
-    "vocab_size": _WHOLE, "kind": _TEXT, "lowercase": _SWITCH,
+    "input": Option(list[str]), "text_column": TEXT, "max_documents": WHOLE,
+    "vocab_size": WHOLE, "kind": TEXT, "lowercase": SWITCH,
 }
 NEGATED = ("split_sentences", "lowercase")  # argparse flags whose negation is --no-NAME
-MASK_FLAGS = {"mlm_probability": Option(float), "seed": _WHOLE}
-
-
-def _options_of(config_class: type) -> dict[str, Option]:
-    """Return the flags of a training command, as its dataclass has them."""
-    kinds = get_type_hints(config_class)
-    return {option.name: Option(_Seeds if option.name == "seeds" else kinds[option.name],
-                                option.metadata["bounds"])
-            for option in dataclasses.fields(config_class)}
-
-
-_TASK_FLAGS = _options_of(TaskOptions)
+MASK_FLAGS = {"mlm_probability": Option(float), "seed": WHOLE}
+_TASK_FLAGS = options_of(TaskOptions)
 _OURS = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
          "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite",
          *_TASK_FLAGS}
@@ -76,7 +65,7 @@ _OURS = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask
 
 def _flags_of(config_class: type) -> dict[str, Option]:
     """Return the flags of a training command, without those that the pipeline sets itself."""
-    return {name: option for name, option in _options_of(config_class).items()
+    return {name: option for name, option in options_of(config_class).items()
             if name not in _OURS}
 
 
@@ -85,19 +74,20 @@ SECTIONS: dict[str, dict[str, Option]] = {
     "task": _TASK_FLAGS,
     "vocabulary": VOCABULARY_FLAGS,
     "general_text": TOKENIZE_FLAGS,
-    "domain_text": TOKENIZE_FLAGS,
+    "domain_text": {**TOKENIZE_FLAGS, "drop_leaked": SWITCH},
     "general": _flags_of(PretrainConfig),
     "classifier": _flags_of(FinetuneConfig),
     "annotate": _flags_of(AnnotateConfig),
     "scorer": _flags_of(FitScorerConfig),
-    "score": _flags_of(ScoreConfig),
+    "score": {flag: option for flag, option in _flags_of(ScoreConfig).items()
+              if flag not in ("measure", "reference", "num_passes", "whole_words")},
     "masks": MASK_FLAGS,
     "task_guided": {
         flag: option for flag, option in _flags_of(PretrainConfig).items()
         if flag not in ("model_config", "from_scratch", "masking", "seed", "export_steps")
     },
     "finetune": _flags_of(FinetuneConfig),
-    "floors": {"naive_bayes": _SWITCH, "untrained": _SWITCH},  # trivial baselines
+    "floors": {"naive_bayes": SWITCH, "untrained": SWITCH},  # trivial baselines
 }
 PATHS = ("deepspeed_config", "encoder", "tokenizer")  # keys outside of a section that are texts
 # Flags that are on by default, whose negation is --no_NAME.
@@ -109,6 +99,7 @@ DEFAULTS: dict[str, Any] = {
     "deepspeed_config": None,
     "encoder": None,
     "tokenizer": None,
+    "scores": {},
     "arms": ["none", "random_matched", "selective"],
     "pretrain_seeds": [42],
     "export_steps": [],
@@ -125,7 +116,8 @@ def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
         path: YAML file.
         settings: `key=value`: a variable of the recipe, or a setting as `task_guided.max_steps`.
     Returns:
-        A dictionary with every key of `DEFAULTS`.
+        A dictionary with every key of `DEFAULTS`; `scores` and `arms` are what `read_scores` and
+        `read_arms` make of them.
     Raises:
         ConfigError: unknown key or variable, a variable without a value, or a wrong type.
     """
@@ -135,7 +127,7 @@ def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         _apply_setting(recipe, setting)
     for key in recipe:
-        _check_known(key, DEFAULTS, f"recipe {path}: unknown key")
+        check_known(key, DEFAULTS, f"recipe {path}: unknown key")
     variables = recipe["variables"]
     missing = [name for name, value in variables.items() if value == REQUIRED]
     if missing:
@@ -166,10 +158,10 @@ def _read_yaml(path: Path, seen: tuple[Path, ...], home: Path) -> dict[str, Any]
     base = content.pop("extends", None)
     if base is None:
         return content
-    extended = path.parent / _check_value(base, _TEXT, f"recipe {path}: extends")
+    extended = path.parent / check_value(base, TEXT, f"recipe {path}: extends")
     inside = (home, REPOSITORY / "train/recipes")
     if not any(extended.resolve().is_relative_to(folder) for folder in inside):
-        raise ConfigError(f"recipe {path}: extends {_shown(base)} outside its folder and "
+        raise ConfigError(f"recipe {path}: extends {shown_value(base)} outside its folder and "
                           "train/recipes; copy that file beside it")
     return _merge(_read_yaml(extended, (*seen, path.resolve()), home), content)
 
@@ -178,7 +170,7 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
     """Refuse permission to run a checkpoint's code, which only the command line may give."""
     if not isinstance(content.get("variables"), dict | None):
         raise ConfigError(f"recipe {path}: variables must hold names and values, as `text: a.txt`; "
-                          f"got {_shown(content['variables'])}")
+                          f"got {shown_value(content['variables'])}")
     entries: list[Any] = [content]
     while entries:
         entry = entries.pop()
@@ -214,21 +206,13 @@ def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
     section, _, flag = key.partition(".")
     if key in recipe["variables"]:
         recipe["variables"][key] = value
-    elif flag and section in SECTIONS:
+    elif flag and section in (*SECTIONS, "scores"):
         recipe[section] = {**(recipe[section] or {}), flag: value}
     else:
         flags = [f"{name}.{f}" for name in SECTIONS for f in SECTIONS[name]]
         known = [*recipe["variables"], *(name for name in DEFAULTS if name != "variables")]
-        _check_known(key, known, f"--set {setting}: unknown variable or setting", also=flags)
+        check_known(key, known, f"--set {setting}: unknown variable or setting", also=flags)
         recipe[key] = value
-
-
-def _check_known(name: str, known: Any, complaint: str, also: Any = ()) -> None:
-    if name in known:
-        return
-    near = difflib.get_close_matches(str(name), [*known, *also], n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-    raise ConfigError(f"{complaint} {name!r}; {hint}")
 
 
 def _fill_in(value: Any, variables: dict[str, Any], path: str | Path) -> Any:
@@ -241,114 +225,10 @@ def _fill_in(value: Any, variables: dict[str, Any], path: str | Path) -> Any:
         return value
     names = re.findall(r"\$\{(\w*)\}", value)
     for name in names:
-        _check_known(name, variables, f"recipe {path}: unknown variable")
+        check_known(name, variables, f"recipe {path}: unknown variable")
     if len(names) == 1 and value == f"${{{names[0]}}}":
         return variables[names[0]]
     return re.sub(r"\$\{(\w*)\}", lambda match: str(variables[match[1]]), value)
-
-
-def _shown(value: Any) -> str:
-    text = visible(repr(value))
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# Each returns the value as the command takes it, or raises ValueError or TypeError.
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise TypeError
-    text = str(value)
-    if text.startswith("-") or visible(text, kept="\u00ad") != text:
-        raise ValueError
-    return text
-
-
-def _number(value: Any) -> float:
-    found = value if type(value) in (int, float) else float(_text(value))  # 1e-5 is text in YAML
-    if not math.isfinite(found):
-        raise ValueError
-    return found
-
-
-def _whole(value: Any) -> int:
-    found = _number(value)
-    if found != int(found):
-        raise ValueError
-    return int(found)
-
-
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _seeds(value: Any) -> str:
-    parts = value if isinstance(value, list) else str(value).split(",")
-    return ",".join(str(_whole(part)) for part in parts)
-
-
-READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    str: (_text, "a text without control characters that does not begin with -"),
-    int: (_whole, "a whole number"),
-    float: (_number, "a number"),
-    bool: (_switch, "true or false"),
-    _Seeds: (_seeds, "whole numbers separated by commas, as 13,43,83"),
-}
-
-
-def _check_value(value: Any, option: Option, name: str) -> Any:
-    """Return a value as the option takes it.
-
-    Args:
-        name: of the option, with the recipe, for the message.
-    Raises:
-        ConfigError: of another type, out of bounds, or a text that a command would take for a flag.
-    """
-    kinds = [kind for kind in get_args(option.kind) if kind is not NoneType]
-    origin, kind = get_origin(option.kind), option.kind
-    if value is None:
-        return None
-    if origin is list:
-        entries = value if isinstance(value, list) else [value]
-        return [_check_value(entry, Option(kinds[0]), name) for entry in entries if entry != []]
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{name} {_shown(value)}: must be names and values, as {{a: b}}")
-        return {_check_value(key, _TEXT, name): _check_value(entry, _TEXT, name)
-                for key, entry in value.items()}
-    if origin is Literal:
-        choices = [str(choice) for choice in kinds]
-        if isinstance(value, bool):  # YAML reads `yes` and `no` as that
-            value = "yes" if value else "no"
-        if value not in choices:
-            raise ConfigError(f"{name} {_shown(value)}: must be {' or '.join(choices)}")
-        return value
-    if origin is not None:  # X | None, or a number | "auto"
-        kind = kinds[0]
-        if str in kinds and option.bounds and isinstance(value, str):
-            return _check_bounds(_text_or_number(value), option, name)
-    read, words = READERS[kind]
-    try:
-        found = read(value)
-    except (ValueError, TypeError, OverflowError):
-        raise ConfigError(f"{name} {_shown(value)}: must be {words}") from None
-    return _check_bounds(found, option, name)
-
-
-def _text_or_number(value: str) -> Any:
-    return int(value) if value.isdecimal() else value
-
-
-def _check_bounds(value: Any, option: Option, name: str) -> Any:
-    try:
-        good = option.bounds is None or option.bounds.holds(value)
-    except TypeError:  # a text where a number may stand
-        good = False
-    if not good and option.bounds:
-        raise ConfigError(f"{name} {_shown(value)}: must be {option.bounds.words}")
-    return value
 
 
 def _check_sections(recipe: dict[str, Any], path: str | Path) -> None:
@@ -356,7 +236,7 @@ def _check_sections(recipe: dict[str, Any], path: str | Path) -> None:
         content = recipe[section]
         if not isinstance(content, dict) and not (content is None and section in OPTIONAL):
             raise ConfigError(f"recipe {path}: {section} must hold flags, as `max_steps: 100`; "
-                              f"got {_shown(content)}")
+                              f"got {shown_value(content)}")
 
 
 def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
@@ -364,14 +244,14 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
     _check_sections(recipe, path)
     for section, flags in SECTIONS.items():
         for flag in recipe[section] or ():
-            _check_known(flag, flags, f"recipe {path}: {section} has an unknown flag")
+            check_known(flag, flags, f"recipe {path}: {section} has an unknown flag")
         if recipe[section] is not None:
             recipe[section] = {
-                flag: _check_value(value, flags[flag], f"recipe {path}: {section}.{flag}")
+                flag: check_value(value, flags[flag], f"recipe {path}: {section}.{flag}")
                 for flag, value in recipe[section].items()
             }
     for key in PATHS:
-        recipe[key] = _check_value(recipe[key], _TEXT, f"recipe {path}: {key}")
+        recipe[key] = check_value(recipe[key], TEXT, f"recipe {path}: {key}")
     for key in ("arms", "pretrain_seeds", "export_steps"):
         value = recipe[key]
         if not isinstance(value, list) or len(set(map(str, value))) != len(value):
@@ -379,8 +259,10 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
                               f"got {value!r}")
         if key != "arms" and not all(type(n) is int and n >= 0 for n in value):
             raise ConfigError(f"recipe {path}: {key} must hold whole numbers; got {value}")
-    for arm in recipe["arms"]:
-        _check_known(arm, ("none", *STRATEGIES), f"recipe {path}: unknown arm")
+    general_text = bool(recipe["general_text"].get("input"))
+    recipe["scores"] = read_scores(recipe["scores"], f"recipe {path}", general_text,
+                                   recipe["score"])
+    recipe["arms"] = read_arms(recipe["arms"], recipe["scores"], f"recipe {path}")
     general, vocabulary = recipe["general"], recipe["vocabulary"]
     scratch, learnt = bool(general and general.get("model_config")), vocabulary is not None
     for wrong, message in (
@@ -410,4 +292,11 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
 
 def needs_domain(recipe: dict[str, Any]) -> bool:
     """Tell whether any arm trains on the in-domain text."""
-    return any(arm != "none" for arm in recipe["arms"])
+    return any(arm.name != NONE for arm in recipe["arms"])
+
+
+def needs_general(recipe: dict[str, Any]) -> bool:
+    """Tell whether anything reads the general text: stage 1, or scores that compare with it."""
+    used = used_scores(with_matched(recipe["arms"]), recipe["scores"])
+    compared = (recipe["scores"][name].options.get("against") for name in used)
+    return recipe["general"] is not None or GENERAL_STORE in compared

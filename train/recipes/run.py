@@ -30,7 +30,7 @@ from preprocess.identity import digest
 from preprocess.progress import print_line
 from train.config import PipelineConfig
 from train.recipes.nodes import FirstNode, OtherNode, first_address
-from train.recipes.plan import Step
+from train.recipes.steps import Step
 
 HEARTBEAT_SECONDS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -174,6 +174,8 @@ def run_steps(
         first: tells the other nodes what to launch, if they were started by hand.
     Raises:
         ConfigError: outputs were made otherwise, and `--rerun` is not given.
+        DataError: a step left out an output, or says that its result is too weak to build masks
+            on, and `--go_on` is not given.
         StopRequested: a command stopped on request (exit 75).
         SystemExit: a command failed; with its exit code.
     """
@@ -188,6 +190,7 @@ def run_steps(
             _refuse(objection)
         if not objection and journal.is_finished(step):
             print(f"{title}: finished, skipped", flush=True)
+            _judge(step, options)
             continue
         print(f"{title}: {visible(objection)}" if objection else title, flush=True)
         for path in _existing(step) if objection or not step.resumes else ():
@@ -220,6 +223,17 @@ def run_steps(
                             f"complete: {', '.join(step.records)}; see {log}")
         now = time.monotonic()
         print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total", flush=True)
+        _judge(step, options)
+
+
+def _judge(step: Step, options: PipelineConfig) -> None:
+    """Stop before masks are built on a result that its own step calls weak."""
+    weak = step.weaknesses()
+    if weak and not options.go_on:
+        raise DataError(f"step {step.name}: {'; '.join(weak)}; what is finished is kept: type the "
+                        "command again with other settings, or with --go_on to go on with this")
+    for sentence in weak:
+        print(f"  warning: step {step.name}: {sentence} (--go_on)", flush=True)
 
 
 def tell_others_of_a_stop() -> None:

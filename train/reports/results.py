@@ -24,8 +24,8 @@ from train.reports.intervals import paired_difference
 from train.run_dir.hf_folder import read_stages, weights_problem
 
 METRICS = {"accuracy": "test_accuracy", "macro_f1": "test_macro_f1"}
-TABLE_COLUMNS = ("arm", "task", "metric", "mean", "sd", "seeds", "masked_tokens", "steps",
-                 "seconds")
+TABLE_COLUMNS = ("arm", "strategy", "scores", "units", "task", "metric", "mean", "sd", "seeds",
+                 "masked_tokens", "steps", "seconds")
 DIFFERENCE_COLUMNS = ("arm", "against", "difference", "low", "high", "detectable", "seeds", "items")
 
 
@@ -83,17 +83,29 @@ class Arm:
         name: unique in a report.
         runs: the fine-tuning runs, all of one task.
         line: the arms of one line of a figure: the same masking after other lengths of stage 1.
-        masking_seconds: what choosing its masks cost; None where nothing tells.
+        masking_steps: seconds of each step of a pipeline that chose its masks; None where nothing
+            tells.
+        strategy, scores, units: of its masks; empty where nothing tells, or there are none.
+        match: of a control, the line that it is the control of.
     """
 
     name: str
     runs: list[FinetuneRun]
     line: str = ""
-    masking_seconds: float | None = None
+    masking_steps: dict[str, float] | None = None
+    strategy: str = ""
+    scores: str = ""
+    units: str = ""
+    match: str = ""
 
     @property
     def task(self) -> str:
         return self.runs[0].task
+
+    @property
+    def masking_seconds(self) -> float | None:
+        """What choosing its masks would have cost without other arms; None if unknown."""
+        return None if self.masking_steps is None else sum(self.masking_steps.values())
 
     def values(self, metric: str) -> list[float]:
         """Return all values of a metric, pre-training seeds one after the other."""
@@ -270,7 +282,8 @@ def table_rows(arms: Iterable[Arm]) -> list[dict[str, Any]]:
                 continue
             mean, sd = mean_and_sd(values)
             rows.append({
-                "arm": arm.name, "task": arm.runs[0].task, "metric": metric,
+                "arm": arm.name, "strategy": arm.strategy, "scores": arm.scores,
+                "units": arm.units, "task": arm.runs[0].task, "metric": metric,
                 "mean": f"{mean:.4f}", "sd": "" if math.isnan(sd) else f"{sd:.4f}",
                 "seeds": len(values), **cost,
             })

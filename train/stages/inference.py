@@ -65,13 +65,14 @@ def special_template(tokenizer: Any, pair: bool) -> Template:
     return Template(before, between[0] if pair else (), after, encoded["token_type_ids"][-1])
 
 
-def check_trained(config: Any, suffix: str, name: str, remedy: str) -> None:
-    """Refuse a checkpoint without the trained top that is needed."""
+def check_trained(config: Any, suffix: str | tuple[str, ...], name: str, remedy: str) -> None:
+    """Refuse a checkpoint without the trained top that is needed; the first suffix names it."""
     found = config.architectures or []
     if not any(architecture.endswith(suffix) for architecture in found):
+        first = suffix if isinstance(suffix, str) else suffix[0]
         raise ConfigError(
             f"--model_name_or_path {name}: holds {', '.join(found) or 'no architecture'}, not "
-            f"one for {suffix[len('For'):]}; {remedy}"
+            f"one for {first[len('For'):]}; {remedy}"
         )
 
 
@@ -166,6 +167,7 @@ def one_by_one(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
 
 
 Cut = Callable[[np.ndarray, int], list[np.ndarray]]
+Compute = Callable[["Runner", Any, dict[str, Any]], torch.Tensor]
 
 PASSES_AHEAD = 2
 """Passes that are started before the answers of one are read."""
@@ -201,7 +203,7 @@ class _Pass(NamedTuple):
 
     batch: np.ndarray
     starts: np.ndarray
-    inputs: dict[str, np.ndarray]
+    inputs: dict[str, Any]
     answer: torch.Tensor
     done: torch.cuda.Event | None
 
@@ -217,6 +219,10 @@ class Runner:
     cut: lengths `(N,)` and budget of slots -> indices of the inputs of each batch; None is
         `budget_batches`.
     min_width: slots to which every input is padded at least; implies a mask.
+    compute: (runner, model, inputs of a batch) -> answer, instead of one of the logits. The inputs
+        have the plain mask of the padding, and those of the targets of `run`. It says itself
+        whether it needs gradients; its answer has none.
+    to_half: makes the copy of the model in fp16.
     counts: the cost so far: "passes", "inputs", real "tokens", "slots" with padding, and passes
         "repeated" in fp32.
     """
@@ -229,13 +235,15 @@ class Runner:
     half: bool = False
     cut: Cut | None = None
     min_width: int = 0
+    compute: Compute | None = None
+    to_half: Callable[[Any], Any] = in_half
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
-        self._quick: Any = in_half(self.model) if self.half else self.model
+        self._quick: Any = self.to_half(self.model) if self.half else self.model
         self._pad_id = self.tokenizer.pad_token_id
-        config = self.model.config
+        config = getattr(self.model, "config", None)
         self._segments = getattr(config, "type_vocab_size", 0) > 1
         # A top that takes the mean reads the mask as well.
         means = getattr(config, "classifier_pooling", "cls") != "cls"
@@ -247,8 +255,9 @@ class Runner:
         firsts: Iterable[Sequence[int] | np.ndarray] | None = None,
         share: tuple[int, int] = (0, 1),
         answer: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
+        targets: np.ndarray | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield the logits of each batch.
+        """Yield the logits of each batch, or what `compute` makes instead.
 
         Args:
             sequences: ids without special tokens; may be empty.
@@ -256,6 +265,10 @@ class Runner:
             share: `(rank, world_size)`: run only every world_size-th batch. Batches, and so
                 logits, do not depend on the number of ranks.
             answer: what is computed on the device from the logits, and yielded instead.
+            targets: beside the ids of `sequences`, which are `IdLists`: what each is to be, or -1
+                where nothing is asked, `(T,)` int64. `compute` gets, of a batch, the flat slots
+                (`masked_positions`, ascending), the values (`masked_labels`), and how many the
+                fullest row has (`most_masked`).
         Yields:
             Indices in `sequences`, `(B,)` int64; logits, `(B, C)` or `(B, L, C)` float32; slot of
             each sequence's first token, `(B,)` int64.
@@ -269,7 +282,7 @@ class Runner:
         waiting: deque[_Pass] = deque()
         for batch in cut(lengths, self.batch_tokens)[share[0] :: share[1]]:
             inputs, starts = self._assemble(
-                seconds.take(batch), None if heads is None else heads.take(batch))
+                seconds.take(batch), None if heads is None else heads.take(batch), targets)
             self.counts.update(passes=1, inputs=len(batch), tokens=int(lengths[batch].sum()),
                                slots=inputs["input_ids"].size)
             waiting.append(_Pass(batch, starts, inputs, *self._start(inputs, answer, self.half)))
@@ -279,8 +292,8 @@ class Runner:
             yield self._finish(waiting.popleft(), answer)
 
     def _assemble(
-        self, seconds: IdLists, firsts: IdLists | None
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        self, seconds: IdLists, firsts: IdLists | None, targets: np.ndarray | None
+    ) -> tuple[dict[str, Any], np.ndarray]:
         """Return the inputs of one batch, and the slot of each sequence's first token."""
         before, between, after, second_type = self.template
         num_rows = len(seconds)
@@ -300,35 +313,42 @@ class Runner:
         ids.reshape(-1)[ranges(row * width + starts, seconds.lengths)] = seconds.tokens()
         for i, token in enumerate(after):
             ids[row, ends + i] = token
-        inputs = {"input_ids": ids}
+        inputs: dict[str, Any] = {"input_ids": ids}
         filled = slot < lengths[:, None]
         if self.min_width or not filled.all():
             inputs["attention_mask"] = filled.astype(np.int64)
         if self._segments:
             inputs["token_type_ids"] = np.where(filled & (slot >= starts[:, None]), second_type, 0)
+        if targets is not None:
+            labels = targets[ranges(seconds.starts, seconds.lengths)]
+            slots = ranges(row * width + starts, seconds.lengths)[labels >= 0]
+            inputs["masked_positions"], inputs["masked_labels"] = slots, labels[labels >= 0]
+            inputs["most_masked"] = int(np.bincount(slots // width, minlength=1).max())
         return inputs, starts
 
     def _start(
-        self, inputs: dict[str, np.ndarray], answer: Callable[[torch.Tensor], torch.Tensor],
+        self, inputs: dict[str, Any], answer: Callable[[torch.Tensor], torch.Tensor],
         half: bool,
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Start a pass; return what becomes its answer on the host, and when it is complete."""
         on_gpu = self.device.type == "cuda"
         kernels: AbstractContextManager[Any] = sdpa_kernel(_PLANLESS) if on_gpu else nullcontext()
-        tensors: dict[str, Any] = {name: torch.from_numpy(v) for name, v in inputs.items()}
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            for name, value in inputs.items()}
         if on_gpu:
-            tensors = {name: tensor.pin_memory().to(self.device, non_blocking=True)
-                       for name, tensor in tensors.items()}
+            tensors = {name: value.pin_memory().to(self.device, non_blocking=True)
+                       if isinstance(value, torch.Tensor) else value
+                       for name, value in tensors.items()}
         model = self._quick if half else self.model
         try:
-            with torch.inference_mode(), kernels:
-                filled = tensors.get("attention_mask")
-                if filled is not None and self._family:
-                    slot = torch.arange(filled.shape[1], device=self.device)[None]
-                    dtype = model.get_input_embeddings().weight.dtype
-                    tensors["attention_mask"] = attention_mask(
-                        self._family, model.config, filled, slot, dtype)
-                found = answer(model(**tensors).logits).to("cpu", non_blocking=True)  # pinned
+            with kernels:
+                if self.compute:
+                    found = self.compute(self, model, tensors)
+                else:
+                    with torch.inference_mode():
+                        found = answer(self.logits(model, tensors))
+                found = found.to("cpu", non_blocking=True)  # pinned
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"--batch_tokens {self.batch_tokens}: such a pass does not fit the memory of the "
@@ -339,6 +359,16 @@ class Runner:
         done = torch.cuda.Event()
         done.record()
         return found, done
+
+    def logits(self, model: Any, tensors: dict[str, Any]) -> torch.Tensor:
+        """Return the logits of one batch; its mask becomes the complete one of the family."""
+        filled = tensors.get("attention_mask")
+        if filled is not None and self._family:
+            slot = torch.arange(filled.shape[1], device=self.device)[None]
+            dtype = model.get_input_embeddings().weight.dtype
+            mask = attention_mask(self._family, model.config, filled, slot, dtype)
+            tensors = {**tensors, "attention_mask": mask}
+        return model(**tensors).logits
 
     def _finish(
         self, started: _Pass, answer: Callable[[torch.Tensor], torch.Tensor]

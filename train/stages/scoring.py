@@ -1,4 +1,4 @@
-"""Compute log-odds of a store's tokens: windows, blocks, and how ranks share them.
+"""Score a store's tokens: windows, blocks, and how ranks share them.
 
 Each sentence is scored alone; one that is longer than the limit is cut into windows of about equal
 length, which do not see each other. The store is streamed in blocks of whole sentences, so memory
@@ -10,15 +10,16 @@ blocks of 2^20 tokens, 1 % in 200,000, 5 % in 20,000. Rows of several sentences 
 block-diagonal mask compute attention between sentences only to drop it; on a CPU they took 1.1 to
 1.4 times as long even on 20,000 tokens (BERT-mini, rows of 128, 256 and 512 slots).
 
-The log-odds are computed on the device. In fp16 they are within 2e-2 of those in fp32 (relative,
-above 1), which bf16 would miss; a store holds scores of one precision.
+What is computed of a window is the measure's (`train/stages/measures.py`), and is computed on the
+device. Log-odds in fp16 are within 2e-2 of those in fp32 (relative, above 1), which bf16 would
+miss; a store holds scores of one precision.
 
 Letters: `T` tokens, `N` sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -33,6 +34,11 @@ BLOCK_TOKENS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Tokens scored between two writes: enough to find sentences of similar length for its passes."""
 
 LARGEST = np.finfo(np.float16).max
+
+Answers = Iterator[tuple[np.ndarray, np.ndarray]]
+WindowScore = Callable[[Runner, IdLists, tuple[int, int]], Answers]
+"""(runner, windows, `(rank, world_size)`) -> the answers of this rank's passes: places in
+`windows.flat`, int64, and their scores; the ranks together yield every token of a window once."""
 
 
 def cut_windows(offsets: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,8 +65,17 @@ def to_log_odds(logits: torch.Tensor) -> torch.Tensor:
     return (logits[..., 1].float() - logits[..., 0].float()).half()
 
 
+def each_token(runner: Runner, windows: IdLists, share: tuple[int, int]) -> Answers:
+    """Yield log-odds of all tokens, or what the runner computes instead; see `WindowScore`."""
+    for batch, found, slots in runner.run(windows, share=share, answer=to_log_odds):
+        starts, lengths = windows.starts[batch], windows.lengths[batch]
+        row = np.arange(len(batch)) * found.shape[1]
+        yield ranges(starts, lengths), found.reshape(-1)[ranges(row + slots, lengths)]
+
+
 def score_block(
-    tokens: np.ndarray, offsets: np.ndarray, runner: Runner, limit: int, progress: Progress
+    tokens: np.ndarray, offsets: np.ndarray, runner: Runner, limit: int, progress: Progress,
+    score: WindowScore = each_token,
 ) -> np.ndarray:
     """Score complete sequences; the ranks share the work, and every rank gets all scores.
 
@@ -68,25 +83,20 @@ def score_block(
         tokens: ids of the block, `(T,)` uint16.
         offsets: of its sequences, from 0 to T, `(N+1,)` int64.
     Returns:
-        Log-odds, `(T,)` float16, clipped to finite values.
+        Scores, `(T,)` float16, clipped to finite values.
     Raises:
-        DataError: the scorer's logits are not numbers.
+        DataError: the network's answers are not numbers.
     """
     starts, ends = cut_windows(offsets, limit)
-    lengths = ends - starts
     where = engine.ranks()
     found = np.zeros(len(tokens), np.float16)
     done = np.zeros(len(tokens), bool)
     shown = 0
-    for batch, odds, slots in runner.run(
-        IdLists(tokens, starts, lengths), share=(where.rank, where.world_size), answer=to_log_odds
-    ):
-        odds = np.clip(odds, -LARGEST, LARGEST)
-        place = ranges(starts[batch], lengths[batch])
-        row = np.arange(len(batch)) * odds.shape[1]
-        found[place] = odds.reshape(-1)[ranges(row + slots, lengths[batch])]
-        done[place] = True
-        amount = min(len(place) * where.world_size, len(tokens) - shown)  # other ranks are as far
+    windows = IdLists(tokens, starts, ends - starts)
+    for places, values in score(runner, windows, (where.rank, where.world_size)):
+        found[places] = np.clip(values, -LARGEST, LARGEST)
+        done[places] = True
+        amount = min(len(places) * where.world_size, len(tokens) - shown)  # other ranks are as far
         shown += amount
         progress.update(amount)
     if where.world_size > 1:
@@ -95,15 +105,16 @@ def score_block(
     if shown < len(tokens):
         progress.update(len(tokens) - shown)
     if np.isnan(found).any():
-        raise DataError("the scorer's logits are not numbers; fit it again")
+        raise DataError("the network's answers are not numbers; train it again")
     return found
 
 
 def score_shard(
-    shard: Shard, runner: Runner, limit: int, progress: Progress, block_tokens: int
+    shard: Shard, runner: Runner, limit: int, progress: Progress, block_tokens: int,
+    score: WindowScore = each_token,
 ) -> Iterator[np.ndarray]:
-    """Yield the log-odds of a shard block by block, float16, on every rank."""
+    """Yield the scores of a shard block by block, float16, on every rank."""
     for block in iterate_blocks(shard.sequence_offsets, block_tokens):
         offsets = shard.sequence_offsets[block.start : block.stop + 1]
         tokens = shard.tokens[offsets[0] : offsets[-1]]
-        yield score_block(tokens, offsets - offsets[0], runner, limit, progress)
+        yield score_block(tokens, offsets - offsets[0], runner, limit, progress, score)
