@@ -66,6 +66,7 @@ from preprocess.store import (
     ranges,
     shard_prefix,
 )
+from preprocess.text.decode import Decoder
 from preprocess.text.encode import encode_batch, prepare_backend
 from preprocess.view.tables import Table
 
@@ -185,17 +186,13 @@ class Reader:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(store.tokenizer_dir)
         self.tokenizer.name_or_path = store.info["tokenizer"]["name"]
         self._backend = prepare_backend(self.tokenizer)
-
-    def _decode(self, ids: np.ndarray, starts: np.ndarray) -> list[str]:
-        plain, ends = ids.tolist(), starts.tolist()
-        return self._backend.decode_batch(
-            [plain[a:b] for a, b in itertools.pairwise(ends)], skip_special_tokens=False)
+        self._decoder = Decoder(self._backend)
 
     def through(self, texts: Iterable[str]) -> Iterator[list[str]]:
         """Yield texts as the tokenizer leaves them, in lists; what is empty then is left out."""
         for batch in _batches(texts):
             ids, lengths, _, _ = encode_batch(self._backend, batch, None)
-            yield self._decode(ids, np.concatenate([[0], np.cumsum(lengths)]))
+            yield self._decoder.decode(ids, np.concatenate([[0], np.cumsum(lengths)]))
 
     def blocks(self, progress: Progress) -> Iterator[_Block]:
         """Yield all documents of the store, decoded."""
@@ -204,7 +201,7 @@ class Reader:
             for first, starts in document_blocks(shard):
                 ids = shard.tokens[starts[0] : starts[-1]]
                 starts = starts - starts[0]
-                yield _Block(before + first, ids, starts, self._decode(ids, starts))
+                yield _Block(before + first, ids, starts, self._decoder.decode(ids, starts))
                 progress.update(len(ids))
             before += shard.num_documents
 
@@ -320,10 +317,9 @@ def read_target(args: argparse.Namespace, reader: Reader, test: _Test | None) ->
 
 @dataclass
 class _Octaves:
-    """Documents, tokens and summed weight per n-gram of the corpus in each octave of length."""
+    """Documents, and their summed weights per n-gram, of the corpus in each octave of length."""
 
     documents: np.ndarray
-    tokens: np.ndarray
     means: np.ndarray
 
 
@@ -337,22 +333,19 @@ def select(
     """
     store = reader.store
     raw = np.zeros(BUCKETS, np.int64)
-    corpus = _Octaves(*(np.zeros(OCTAVES, kind) for kind in (np.int64, np.int64, float)))
+    corpus = _Octaves(np.zeros(OCTAVES, np.int64), np.zeros(OCTAVES))
     with Progress(2 * store.num_tokens, "token", label="select") as progress:
         for block in reader.blocks(progress):
             buckets, owners, lengths = hash_grams(block.texts)
             free = ~np.isin(block.first + np.arange(len(lengths)), out)
             raw += count_buckets(buckets[free[owners]])
-            octaves = octaves_of(lengths)[free]
-            corpus.documents += np.bincount(octaves, minlength=OCTAVES)
-            sizes = np.diff(block.starts)[free]
-            corpus.tokens += np.bincount(octaves, sizes, minlength=OCTAVES).astype(np.int64)
+            corpus.documents += np.bincount(octaves_of(lengths)[free], minlength=OCTAVES)
         if not raw.sum():
             raise DataError(f"{store.prefix}: holds no words to compare with --like")
         smoothing = 1.0 if target.counts.sum() < SMALL_TARGET else 0.0
         ratios = log_ratios(target.counts, raw, smoothing)
         # Twice as many as are wanted, so that duplicates leave enough of each length.
-        room = share_out(2 * args.number, corpus.tokens.astype(float), corpus.documents)
+        room = share_out(2 * args.number, corpus.documents, corpus.documents)
         best = [Best(number) for number in room.tolist()]
         for block in reader.blocks(progress):
             candidates = np.empty(len(block.texts), CANDIDATE)
@@ -366,7 +359,7 @@ def select(
                 octaves[free], candidates["mean"][free], minlength=OCTAVES)
             for octave in np.unique(octaves[free]).tolist():
                 best[octave].add(candidates[free & (octaves == octave)])
-    taken = choose(best, args.number, corpus.tokens)
+    taken = choose(best, args.number, corpus.documents)
     _describe_selection(args, corpus, taken)
     return np.sort(np.concatenate(taken)["document"])
 

@@ -314,7 +314,7 @@ def describe(store: TokenStore, name: str, kind: str) -> list[str]:
                     f"measure: {value.get('name')}, in {value.get('unit')}; {what}"))
             elif isinstance(value, dict):
                 add(value)
-            elif key not in FORMAT_KEYS:
+            elif key not in FORMAT_KEYS and value is not None:
                 lines.append(printable(f"{key}: {value}"))
 
     add(infos[0])  # shards differ only in the content of their sources
@@ -387,8 +387,7 @@ def open_units(
     if units is not None:
         return [{"units": open_array(shard, units, "units")[0]} for shard in store.shards]
     record = STRATEGIES.get(str(strategy))
-    # A rule that draws runs of words over documents: touching runs are one.
-    runs = record is not None and record.drawn and "documents" in record.needs
+    runs = record is not None and record.spans
     return [{"units": words, "runs": runs} for _ in store.shards]
 
 

@@ -6,8 +6,9 @@
 Documents are tokenized as a whole and then cut into sentences by character offsets, so the ids do
 not depend on the cutting. Documents of nothing but spaces are dropped, NUL characters are removed,
 and both are counted. You choose the number of shards; the number of workers only changes the speed,
-not a byte of the store. A rerun with the same options hashes the shards that exist and makes the
-others. `--verify --output P` only hashes.
+not a byte of the store. A rerun with the same options hashes the shards that exist and the text
+that they were made of, and makes the others. `--verify --output P` only hashes a store. HTML in a
+text is reported, and removed with `--strip_html`.
 
 With several shards, one process makes each of them from beginning to end. A single shard of
 uncompressed lines is encoded by all workers, each of which reads byte ranges, and their results (2
@@ -31,17 +32,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from preprocess.corpus import (
     check_file,
     cut_part,
+    find_html,
+    hash_part,
     num_bytes,
     read_documents,
     resolve_path,
     source_kind,
+    strip_html,
 )
 from preprocess.errors import ConfigError, DataError, check_shard, run_command
 from preprocess.files import read_json
@@ -68,7 +72,8 @@ BATCH_DOCUMENTS = 4096
 BATCH_CHARACTERS = 1 << 19  # of which a tokenizer makes 90 MB
 # What decides the content of a store, beside the files and the tokenizer.
 OPTIONS = ("input", "text_column", "where", "split", "split_sentences", "language",
-           "blank_line_documents", "unescape_newlines", "max_documents", "num_shards")
+           "blank_line_documents", "unescape_newlines", "strip_html", "max_documents", "num_shards")
+MAX_SHOWN = 60  # characters of a tag
 MAX_ADOPTED_LENGTH = 1 << 16  # tokens in a sequence taken in from elsewhere; longer ones are cut
 
 
@@ -94,6 +99,8 @@ def build_parser() -> Parser:
         help="in plain text, take the blocks between blank lines as documents, not the lines")
     add("--unescape_newlines", action="store_true",
         help="read the two characters \\n as a line end, as in the Yelp and Amazon CSVs")
+    add("--strip_html", action="store_true", help="remove HTML: tags such as <br />, which end a "
+        "line where HTML does, and entities such as &amp;, which become characters")
     add("--max_documents", type=int, metavar="N", help="read only the first N documents")
     add = parser.add_argument_group("shards").add_argument
     add("--num_shards", type=int, default=1, metavar="N", help="number of shards of the store")
@@ -232,7 +239,27 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
             flush=True,
         )
     made = [shard_prefix(args.output, *s) if s else args.output for s in shards]
+    if html := _describe_html(args, made):
+        say(html)
     print(_describe_tokenizing(args, tokenizer, made), flush=True)
+
+
+def _describe_html(args: argparse.Namespace, prefixes: list[str]) -> str:
+    """Return a line about HTML in the documents of the shards of this call; "" if there is none."""
+    with_html = documents = 0
+    example = ""
+    for prefix in prefixes:
+        info = read_json(f"{prefix}.json")
+        with_html += info["counts"].get("documents_with_html", 0)
+        documents += info["counts"]["documents"] + info["counts"]["documents_dropped"]
+        example = example or (info.get("notes") or {}).get("html", "")
+    if not with_html:
+        return ""
+    share = f"{with_html:,} of {documents:,} documents ({with_html / documents:.1%})"
+    if args.strip_html:
+        return f"HTML removed from {share}, such as {example}"
+    return (f"warning: HTML in {share}, such as {example}; type the command again with "
+            f"--strip_html --overwrite to remove it")
 
 
 def _describe_tokenizing(args: argparse.Namespace, tokenizer: Any, prefixes: list[str]) -> str:
@@ -272,8 +299,11 @@ def _is_made(
         differs = [
             f"{key} was {old.get(key)!r}, is {value!r}"
             for key, value in options.items()
-            if old.get(key) != value
+            # A store of an earlier version lacks a switch that it did not have.
+            if old.get(key) != value and (key in old or value is not False)
         ]
+        if path == f"{prefix}.json" and not differs:
+            differs += _changed_input(args, shard or (0, 1), info.get("notes") or {})
         if (info.get("tokenizer") or {}).get("files") != files:
             differs.append(f"the tokenizer was {(info.get('tokenizer') or {}).get('name')!r}")
         if user_tokens(tokenizer) and "unknown_tokens" not in info.get("counts", {}):
@@ -289,6 +319,20 @@ def _is_made(
     tidy_store(prefix)
     print(f"{prefix}: complete already, skipped", flush=True)
     return True
+
+
+def _changed_input(
+    args: argparse.Namespace, part: tuple[int, int], notes: dict[str, Any]
+) -> list[str]:
+    """Return a phrase per file that is not what a shard was made of; none if it does not say."""
+    if not (known := notes.get("input_sha256")):
+        return []
+    now = _hash_input(args, part)
+    return [f"{name} holds other text now" for name in now if now[name] != known.get(name)]
+
+
+def _hash_input(args: argparse.Namespace, part: tuple[int, int]) -> dict[str, str]:
+    return hash_part(args.input, args.blank_line_documents, part, args.max_documents)
 
 
 def _make_all(
@@ -350,8 +394,19 @@ def _make_in_pool(
         pool.shutdown(cancel_futures=True)
 
 
-# Some encoded documents, how many of them had NUL characters, and the bytes read for them.
-_Block = tuple[Encoded, int, int]
+class _Block(NamedTuple):
+    """Some encoded documents, and what was met in them.
+
+    with_nul, with_html: how many of them had NUL characters, and HTML.
+    html: the first tag or entity, or "".
+    num_read: bytes read for them.
+    """
+
+    encoded: Encoded
+    with_nul: int
+    with_html: int
+    html: str
+    num_read: int
 
 
 def _make_shard(
@@ -365,16 +420,21 @@ def _make_shard(
         report: called with the documents, tokens and bytes of each block.
     """
     args, tokenizer, options = (_worker[name] for name in ("args", "tokenizer", "options"))
-    counts = {"documents_dropped": 0, "documents_with_nul": 0, "unknown_tokens": 0}
+    counts = {"documents_dropped": 0, "documents_with_nul": 0, "documents_with_html": 0,
+              "unknown_tokens": 0}
+    notes: dict[str, Any] = {"html": "", "input_sha256": _hash_input(args, shard or (0, 1))}
     with StoreWriter(args.output, tokenizer, options, shard, args.overwrite) as writer:
-        for (ids, lengths, sequences, dropped), with_nul, num_read in blocks:
+        for block in blocks:
+            ids, lengths, sequences, dropped = block.encoded
             writer.add_flat(ids, lengths, sequences)
             counts["documents_dropped"] += dropped
-            counts["documents_with_nul"] += with_nul
+            counts["documents_with_nul"] += block.with_nul
+            counts["documents_with_html"] += block.with_html
+            notes["html"] = notes["html"] or block.html
             if tokenizer.unk_token_id is not None:
                 counts["unknown_tokens"] += int((ids == tokenizer.unk_token_id).sum())
-            report(len(sequences), len(ids), num_read)
-        writer.close(counts)
+            report(len(sequences), len(ids), block.num_read)
+        writer.close(counts, notes)
     sentence = (
         f"{writer.prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens, "
         f"{counts['documents_dropped']:,} empty documents dropped"
@@ -428,8 +488,14 @@ def _encode(job: tuple[list[str], int]) -> _Block:
     with_nul = sum("\0" in text for text in texts)
     if with_nul:
         texts = [text.replace("\0", "") for text in texts]
+    found = [find_html(text) for text in texts]
+    with_html = sum(map(bool, found))
+    if with_html and args.strip_html:
+        texts = [strip_html(text) if html else text
+                 for text, html in zip(texts, found, strict=True)]
     language = args.language if args.split_sentences else None
-    return _worker["cache"].encode(texts, language), with_nul, num_read
+    encoded = _worker["cache"].encode(texts, language)
+    return _Block(encoded, with_nul, with_html, next(filter(None, found), "")[:MAX_SHOWN], num_read)
 
 
 def _encode_part(specs: list[str], part: tuple[int, int]) -> Iterator[_Block]:
@@ -441,8 +507,9 @@ def _encode_part(specs: list[str], part: tuple[int, int]) -> Iterator[_Block]:
 
 
 def _encode_range(job: tuple[list[str], tuple[int, int]]) -> _Block:
-    encoded, with_nul, num_read = zip(*_encode_part(*job), strict=True)
-    return join_encoded(list(encoded)), sum(with_nul), sum(num_read)
+    encoded, with_nul, with_html, found, num_read = zip(*_encode_part(*job), strict=True)
+    return _Block(join_encoded(list(encoded)), sum(with_nul), sum(with_html),
+                  next(filter(None, found), ""), sum(num_read))
 
 
 def _encode_in_pool(

@@ -1,13 +1,14 @@
 """Annotate which tokens of the task texts matter to the classifier.
 
-A sequence (a sentence; for aspect tasks a whole text with its aspect) is read from left to right.
-A *buffer* holds the tokens seen so far that were not found important. The token that brings the
-classifier's confidence in the right label to within `delta` of its confidence in the whole
-sequence is important, and leaves the buffer again. Only sequences that the classifier gets right
-count; the tokens of the others are marked 255, "not annotated", as are tokens beyond the length
-limit.
+What "matter" means is a record of `IMPORTANCE` (`--measure`, train/stages/importance.py). A
+sequence is a sentence; for aspect tasks a whole text with its aspect. Only sequences that the
+classifier gets right count; the tokens of the others are marked 255, "not annotated", as are tokens
+beyond the length limit.
 
-`train/stages/importance.py` finds the tokens; this file owns the task, the texts and the output.
+Not everything that is found is worth learning. Punctuation is dropped, and with `buffer` the last
+token of a sequence from which nothing was taken out: its buffer is the sequence, so that it is
+important by construction. `--keep_punctuation` and `--keep_last` keep them, `--drop_stop_words`
+drops stop words too.
 
     deepspeed train/annotate.py --task mr --data_dir D --model_name_or_path RC/seed_13/hf \
         --delta 0.01 --criterion signed --output A
@@ -34,7 +35,7 @@ from preprocess.identity import build, compare, digest, sealed
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, open_array
 from preprocess.text.continuations import continuation_table, find_continuations
-from preprocess.text.stop_words import is_stop_word
+from preprocess.text.stop_words import is_punctuation, is_stop_word
 from train import engine
 from train.config import AnnotateConfig, parse
 from train.model import (
@@ -48,14 +49,13 @@ from train.model import (
 from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import architecture, numerics
 from train.stages.importance import (
+    BUFFER,
     HALF_DELTA,
-    Query,
+    IMPORTANCE,
+    Importance,
+    Values,
     check_half,
-    encode_texts,
-    explain,
-    group_by_text,
-    match_labels,
-    plan_queries,
+    choose_options,
 )
 from train.stages.inference import (
     BATCH_TOKENS,
@@ -64,10 +64,19 @@ from train.stages.inference import (
     choose_dtype,
     special_template,
 )
+from train.stages.queries import (
+    Query,
+    encode_texts,
+    group_by_text,
+    match_labels,
+    plan_queries,
+)
 
 NOT_IMPORTANT, IMPORTANT, NOT_ANNOTATED = 0, 1, 255
+LEAST, MOST = 0.005, 0.5
+"""Shares of important tokens beyond which a scorer learns little from an annotation."""
 
-# --------------------------------------------------------------------------- stop words
+# --------------------------------------------------------------------------- what is dropped
 
 def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.ndarray]:
     """Mark the tokens of words that are stop words: one bool array per sequence."""
@@ -83,8 +92,29 @@ def find_stop_words(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.
     return np.split(marks, offsets[1:-1]) if lengths else []
 
 
+def find_punctuation(sequences: Sequence[np.ndarray], tokenizer: Any) -> list[np.ndarray]:
+    """Mark the tokens that are punctuation: one bool array per sequence."""
+    is_sign = functools.cache(lambda token: is_punctuation(tokenizer.decode([token]).strip()))
+    return [np.array([is_sign(token) for token in sequence.tolist()], dtype=bool)
+            for sequence in sequences]
+
+
+def drop(importance: list[list[np.ndarray]], marks: list[np.ndarray]) -> int:
+    """Turn important tokens where `marks` (one array per sequence) into others; count them."""
+    count = 0
+    flat = [array for sequences in importance for array in sequences]
+    for array, mark in zip(flat, marks, strict=True):
+        hits = mark & (array == IMPORTANT)
+        array[hits] = NOT_IMPORTANT
+        count += int(hits.sum())
+    return count
+
+
+# --------------------------------------------------------------------------- all queries
+
+
 def unite(
-    documents: list[list[np.ndarray]], queries: list[Query], found: list[np.ndarray | None]
+    documents: list[list[np.ndarray]], queries: list[Query], found: Values
 ) -> list[list[np.ndarray]]:
     """Merge the answers of each text: a token is important if it is for any aspect.
 
@@ -104,23 +134,23 @@ def unite(
     return importance
 
 
-def explain_on_all_ranks(
-    runner: Runner, queries: list[Query], config: AnnotateConfig
-) -> list[np.ndarray | None]:
+def measure_on_all_ranks(
+    runner: Runner, queries: list[Query], config: AnnotateConfig, options: dict[str, Any]
+) -> Values:
     """Share the queries among the ranks, longest first, round-robin, and gather the answers."""
-    where = engine.ranks()
+    where, measure = engine.ranks(), IMPORTANCE[config.measure]
     order = sorted(range(len(queries)), key=lambda i: -len(queries[i].tokens))
     mine = order[where.rank :: where.world_size]
     who = "" if where.world_size == 1 else f" (1 of {where.world_size} ranks)"
-    answers = explain(
-        runner, [queries[i] for i in mine], config.delta, config.criterion, who=who,
+    answers = measure.measure(
+        runner, [queries[i] for i in mine], **options, who=who,
         every=config.logging_steps * max(1, runner.batch_tokens // config.max_seq_length),
     )
-    found: list[np.ndarray | None] = [None] * len(queries)
+    found: Values = [None] * len(queries)
     for share in engine.gather_objects(list(zip(mine, answers, strict=True))):
-        for i, marks in share:
-            found[i] = marks
-    return found
+        for i, values in share:
+            found[i] = values
+    return measure.decide(found, **options)
 
 
 # --------------------------------------------------------------------------- the command
@@ -175,27 +205,69 @@ def write_annotations(
         )
 
 
+def count_tokens(importance: list[list[np.ndarray]]) -> tuple[int, int, int]:
+    """Return the numbers of important, annotated and all tokens."""
+    flat = np.concatenate([np.empty(0, np.uint8), *(a for doc in importance for a in doc)])
+    return int((flat == IMPORTANT).sum()), int((flat != NOT_ANNOTATED).sum()), len(flat)
+
+
 def describe(
-    importance: list[list[np.ndarray]], queries: list[Query], found: list[np.ndarray | None]
+    importance: list[list[np.ndarray]], queries: list[Query], found: Values,
+    dropped: dict[str, int],
 ) -> str:
     """Summarise the annotation in words."""
     num_right = sum(marks is not None for marks in found)
-    flat = np.concatenate([np.empty(0, np.uint8), *(a for doc in importance for a in doc)])
-    num_important, num_known = int((flat == IMPORTANT).sum()), int((flat != NOT_ANNOTATED).sum())
+    num_important, num_known, num_tokens = count_tokens(importance)
+    without = ", ".join(
+        f"{count:,} {name.replace('_', ' ')}" for name, count in dropped.items()) or "none"
     return (
         f"{num_right:,} of {len(queries):,} sequences classified correctly "
-        f"({num_right / max(len(queries), 1):.1%}); {num_known:,} of {len(flat):,} tokens "
+        f"({num_right / max(len(queries), 1):.1%}); {num_known:,} of {num_tokens:,} tokens "
         f"annotated, {num_important:,} of them important "
-        f"({num_important / max(num_known, 1):.1%})"
+        f"({num_important / max(num_known, 1):.1%}); dropped: {without}"
     )
+
+
+def find_weak(importance: list[list[np.ndarray]], measure: Importance) -> list[str]:
+    """Say what a scorer would learn little from, with the number and what to do."""
+    num_important, num_known, _ = count_tokens(importance)
+    if not num_known:
+        return ["no token is annotated, since the classifier got every sequence wrong; fine-tune "
+                "it longer or on more labels"]
+    share = num_important / num_known
+    if LEAST <= share <= MOST:
+        return []
+    few = share < LEAST
+    return [f"{share:.2%} of the annotated tokens are important, {'less' if few else 'more'} than "
+            f"{LEAST if few else MOST:.1%}, and a scorer learns little from that; "
+            f"{measure.more if few else measure.fewer}, or annotate with a better classifier"]
+
+
+def settle(config: AnnotateConfig) -> tuple[dict[str, Any], str]:
+    """Return the options of the measure, and fp16 or fp32.
+
+    Raises:
+        ConfigError: options that contradict each other.
+    """
+    measure = IMPORTANCE[config.measure]
+    criterion = config.criterion if config.criterion != AnnotateConfig.criterion else None
+    options = choose_options(config.measure, {
+        "delta": config.delta, "criterion": criterion, "share": config.share})
+    if config.keep_last and not measure.filtered:
+        raise ConfigError(f"--keep_last goes with --measure {BUFFER}, and --measure is "
+                          f"{config.measure}; leave one of them out")
+    if config.dtype == "fp16" and not measure.half:
+        raise ConfigError(f"--dtype fp16: --measure {config.measure} needs fp32; leave --dtype out")
+    if config.dtype == "fp16":
+        check_half(options["delta"])
+    half = measure.half and options["delta"] >= HALF_DELTA
+    return options, choose_dtype(config.dtype) if half else "fp32"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Annotate the training texts of a task."""
-    config = parse(AnnotateConfig, argv)
-    if config.dtype == "fp16":
-        check_half(config.delta)
-    dtype = choose_dtype(config.dtype) if config.delta >= HALF_DELTA else "fp32"
+    config = parse(AnnotateConfig, argv).settled()
+    measure, (options, dtype) = IMPORTANCE[config.measure], settle(config)
     task = load_task(config.task, **config.task_files())
     hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
     check_trained(hf_config, "ForSequenceClassification", config.model_name_or_path,
@@ -215,10 +287,12 @@ def main(argv: list[str] | None = None) -> None:
         f"{'pairs of text and aspect' if has_aspects else 'sentences'}, at most "
         f"{sum(len(query.tokens) for query in queries):,} buffers to classify")
     # Before any work: not every tokenizer marks its words.
-    stop_words = (
-        find_stop_words([s for part in documents for s in part], tokenizer)
-        if config.drop_stop_words else []
-    )
+    flat = [s for part in documents for s in part]
+    to_drop = {}
+    if not config.keep_punctuation:
+        to_drop["punctuation"] = find_punctuation(flat, tokenizer)
+    if config.drop_stop_words:
+        to_drop["stop_words"] = find_stop_words(flat, tokenizer)
     identity = build(
         "annotate",
         inputs={
@@ -232,9 +306,12 @@ def main(argv: list[str] | None = None) -> None:
         train={"max_seq_length": config.max_seq_length},
         split={"labels": len(examples)},
         options={
-            "delta": config.delta, "criterion": config.criterion,
+            "measure": config.measure, "delta": None, "criterion": None, "share": None, **options,
             "language": None if has_aspects else config.language,
-            "drop_stop_words": config.drop_stop_words, "model_config": architecture(hf_config),
+            "drop_stop_words": config.drop_stop_words,
+            "keep_punctuation": config.keep_punctuation,
+            "keep_last": config.keep_last if measure.filtered else None,
+            "model_config": architecture(hf_config),
         },
     )
     if is_made(config.output, identity, config.overwrite):
@@ -252,27 +329,35 @@ def main(argv: list[str] | None = None) -> None:
         runner = Runner(model, template, tokenizer, device,
                         config.batch_tokens or BATCH_TOKENS[device.type], half=dtype == "fp16")
         started = time.monotonic()
-        found = explain_on_all_ranks(runner, queries, config)
+        found = measure_on_all_ranks(runner, queries, config, options)
+        dropped = {}
+        if measure.filtered and not config.keep_last:
+            kept = [None if marks is None else measure.filtered(marks) for marks in found]
+            dropped["last_tokens"] = sum(
+                int(np.sum(a != b)) for a, b in zip(found, kept, strict=True))
+            found = kept
         importance = unite(documents, queries, found)
-        if config.drop_stop_words:
-            flat = [array for part in importance for array in part]
-            for array, stop in zip(flat, stop_words, strict=True):
-                array[stop & (array == IMPORTANT)] = NOT_IMPORTANT
+        for name, marks in to_drop.items():
+            dropped[name] = drop(importance, marks)
+        weak = find_weak(importance, measure)
         if engine.is_main():
             write_annotations(config.output, tokenizer, documents, importance, {
                 **sealed(identity), "numerics": {**numerics(config), "dtype": dtype},
-                "seconds": round(time.monotonic() - started, 1),
+                "seconds": round(time.monotonic() - started, 1), "dropped": dropped, "weak": weak,
             }, lock)
-        passes, inputs, tokens, slots, exact, alone = engine.all_reduce_sum(*(
+        passes, inputs, tokens, slots, exact, alone, turned = engine.all_reduce_sum(*(
             runner.counts[name]
-            for name in ("passes", "inputs", "tokens", "slots", "fp32", "alone")
+            for name in ("passes", "inputs", "tokens", "slots", "fp32", "alone", "turned")
         ))
         again = f"{exact:,.0f} of the inputs asked again in fp32 and " if dtype == "fp16" else ""
-        say(describe(importance, queries, found))
+        say(describe(importance, queries, found, dropped))
         say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "
             f"{1 - tokens / max(slots, 1):.1%} padding, {again}{alone:,.0f} repeated alone to be "
-            f"sure; {time.monotonic() - started:.1f} s on {engine.ranks().world_size} ranks "
-            f"({device.type}, {dtype}): {config.output}.importance.npy")
+            f"sure, {turned:,.0f} decisions turned; {time.monotonic() - started:.1f} s on "
+            f"{engine.ranks().world_size} ranks ({device.type}, {dtype}): "
+            f"{config.output}.importance.npy")
+        for sentence in weak:
+            say(f"warning: {sentence}")
         engine.finish()
 
 

@@ -7,8 +7,9 @@ Every strategy trains the same model on the same rows of the same store, with th
 DeepSpeed step of `pretrain.py`. The baselines are `bare` (forward, backward and AdamW of one
 prepared batch in plain PyTorch: what the loop costs) and the loops of `train/bench/baselines.py`.
 The rows of the table are interleaved (`train/bench/throughput.py`). A second table holds the
-strategies with equally many masked tokens, a third the cost of building their masks
-(`train/bench/maskings.py`).
+strategies with equally many masked tokens, a third the cost of building their masks and of the
+scores before them (`train/bench/maskings.py`). Controls are matched to the first strategy that can
+use the scores.
 
 Not counted: `--warmup_steps` at the start of each row, and the first and last step of each turn.
 
@@ -65,7 +66,7 @@ class Inputs:
     tables: dict[int, RowTable]
     strategies: list[str]
     baselines: list[str]
-    scores: list[np.ndarray | None]
+    scores: maskings.Scores | None
     resolved: ds.Resolved
     notes: tuple[str, ...]
 
@@ -85,15 +86,15 @@ class Maskings:
 
 def read_inputs(config: BenchmarkConfig) -> Inputs:
     """Open and check the store, the scores, the model's configuration and the DeepSpeed JSON."""
-    strategies = maskings.choose_strategies(config.strategies, config.scores)
+    store = TokenStore.open(config.tokens)
+    scores = maskings.open_scores(store, config.scores)
+    strategies = maskings.choose_strategies(config.strategies, scores)
     loops, notes = choose_baselines(config)
     names = [*strategies, *config.mask_indices]
     twice = {name for name in names if names.count(name) > 1 or name in (BARE, *loops)}
     if twice:
         raise ConfigError(f"--mask_indices {' '.join(sorted(twice))}: a name is used twice or "
                           "taken by another row of the table; give each row another name")
-    store = TokenStore.open(config.tokens)
-    scores = maskings.open_scores(store, config.scores)
     for name in config.mask_indices:
         maskings.read_index(store, name)
     hf_config = mlm.model_config(config, store)
@@ -133,10 +134,19 @@ def steps_of_a_row(config: BenchmarkConfig) -> int:
 
 
 def build_maskings(inputs: Inputs) -> Maskings:
-    """Build the masks of every strategy in memory, read the prebuilt ones."""
-    config = inputs.config
+    """Build the masks of every strategy in memory, read the prebuilt ones.
+
+    A strategy that masks nothing with these scores is left out, unless it was asked for.
+    """
+    config, built = inputs.config, {}
     builder = maskings.Builder(inputs.store, inputs.scores, config.mlm_probability, config.seed)
-    built = {name: builder.build(name) for name in inputs.strategies}
+    for name in inputs.strategies:
+        try:
+            built[name] = builder.build(name)
+        except maskings.MasksNothing as error:
+            if config.strategies:
+                raise
+            say(f"left out: {error}")
     built |= {name: maskings.read_index(inputs.store, name) for name in config.mask_indices}
     plain = {name: masking for name, (masking, _) in built.items()}
     costs = [cost for _, cost in built.values()]
@@ -259,7 +269,8 @@ class Loops:
         batches: Iterator[Any] = baselines.make_batches(
             self.inputs.store, rows, micro_batch_size=resolved.micro_batch_size,
             accumulation_steps=resolved.accumulation_steps, seed=config.seed,
-            mlm_probability=config.mlm_probability, pin_memory=torch.cuda.is_available(),
+            mlm_probability=config.mlm_probability, corruption=config.corruption_percent(),
+            pin_memory=torch.cuda.is_available(),
         )
         return speed.Row(
             name, "baseline", batches=batches,
@@ -278,6 +289,7 @@ def make_loader(inputs: Inputs, masking: data.Masking, table: RowTable) -> data.
         micro_batch_size=resolved.micro_batch_size,
         accumulation_steps=resolved.accumulation_steps,
         world_size=ranks.world_size, rank=ranks.rank,
+        corruption=inputs.config.corruption_percent(),
     )
 
 

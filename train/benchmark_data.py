@@ -30,19 +30,13 @@ from preprocess import store as stores
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
 from preprocess.flags import USUAL, Parser
-from preprocess.masking import (
-    MATCHED,
-    STRATEGIES,
-    StrategyInputs,
-    choose_positions,
-    store_facts,
-)
+from preprocess.masking import MATCHED, STRATEGIES, choose_positions
 from preprocess.progress import say
 from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
-from preprocess.text.continuations import continuation_table, open_tokenizer
 from preprocess.view.statistics import count_masks
 from preprocess.view.tables import Table
 from train import data
+from train.bench.maskings import strategy_inputs
 from train.bench.throughput import peak_gib, reset_peak, spread, status_gib
 from train.data import permute, row_tables
 from train.run_dir.folder import environment
@@ -123,27 +117,15 @@ def rates(counts: list[tuple[int, float]]) -> dict[str, Any]:
 def build_index(store: TokenStore, strategy: str) -> None:
     """Do the work of `build_masks.py` on a store of one shard, without its output."""
     (shard,) = store.shards
-    needs = STRATEGIES[strategy].needs
+    scores = [open_array(shard, "scores", "scores")[0]]
+    matches = "match" in STRATEGIES[strategy].needs
+    match = [open_array(shard, MATCHED, "mask")[0]] if matches else []
+    (inputs,) = strategy_inputs(store, strategy, scores, match, MATCHED)
     positions = choose_positions(
-        shard, strategy, _inputs(store, strategy), rate=RATE, seed=SEED,
-        all_special_ids=store.all_special_ids,
+        shard, strategy, inputs, rate=RATE, seed=SEED, all_special_ids=store.all_special_ids
     )
     write_array(shard, strategy, "mask", positions, {"options": {"strategy": strategy}})
-    count_masks(store, [strategy, *([MATCHED] if "match" in needs else [])])
-
-
-def _inputs(store: TokenStore, strategy: str) -> StrategyInputs:
-    """Open what a strategy needs; a control is matched to `MATCHED`."""
-    (shard,) = store.shards
-    needs = STRATEGIES[strategy].needs
-    words = continuation_table(open_tokenizer(store.tokenizer_dir)) if "words" in needs else None
-    match = open_array(shard, MATCHED, "mask")[0] if "match" in needs else None
-    scores = policy = None
-    if not needs.isdisjoint({"scores", "policy"}):
-        scores = open_array(shard, "scores", "scores")[0]
-        policy = MATCHED if "policy" in needs else None
-    facts = store_facts(store, strategy, lambda: [open_array(shard, "scores", "scores")[0]])
-    return StrategyInputs(scores, match, words, policy=policy, **facts)
+    count_masks(store, [strategy, *([MATCHED] if matches else [])])
 
 
 def measure_masks(store: TokenStore, rounds: int) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
     python train/benchmark_inference.py --classifier RC/seed_42/hf --task mr --data_dir D \\
         --scorer RS/hf --tokens P2 --output_dir runs/benchmark_inference
+    python train/benchmark_inference.py --importance --classifier RC/seed_42/hf --task mr \\
+        --data_dir D --max_samples 2000 --output_dir runs/importance
 
 The published way pads every input to one width (128 for buffers, 256 for sentences to score) and
 takes 32 at a time in their order, in fp32, without the overhead of the published code's lists.
@@ -21,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,15 @@ from train.stages.inference import (
     one_by_one,
     special_template,
 )
+from train.stages.queries import (
+    EDGE,
+    Query,
+    encode_texts,
+    group_by_text,
+    match_labels,
+    plan_queries,
+)
+from train.stages.scores import average_precision
 
 PUBLISHED, ALONE, OURS = "published", "one per pass", "selmask {}"
 PUBLISHED_ROWS = 32
@@ -100,21 +112,39 @@ def interleave(ways: dict[str, Way], rounds: int) -> tuple[dict[str, Any], list[
 # --------------------------------------------------------------------------- annotating
 
 
-def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Annotate training texts of a task in each way."""
+@dataclass(frozen=True)
+class Annotating:
+    """A classifier and its queries. plain, subset: whole, and with a last layer for [CLS] alone.
+
+    make: a model and further options of `Runner` -> a runner.
+    """
+
+    queries: list[Query]
+    plain: Any
+    subset: Any
+    make: Callable[..., Runner]
+
+    @property
+    def title(self) -> str:
+        num_tokens = sum(len(query.tokens) for query in self.queries)
+        return f"Annotating {len(self.queries):,} sequences of {num_tokens:,} tokens"
+
+
+def read_queries(args: argparse.Namespace, device: torch.device) -> Annotating:
+    """Read the classifier and the training texts of a task."""
     name = args.classifier
     config = model.load_config(name)
     check_trained(config, "ForSequenceClassification", name, "give seed_N/hf of train/finetune.py")
     tokenizer = model.load_tokenizer(name)
     task = corpus.load_task(args.task, data_dir=args.data_dir)
-    classes = importance.match_labels(task, config, name)
-    groups = importance.group_by_text(corpus.take_fixed(task.splits["train"], args.max_samples))
+    classes = match_labels(task, config, name)
+    groups = group_by_text(corpus.take_fixed(task.splits["train"], args.max_samples))
     has_aspects = any(example.aspect for group in groups.values() for example in group)
     model.check_agreement(config, tokenizer, name, pair=has_aspects)
     model.check_row_length(config, args.annotate_length)
     template = special_template(tokenizer, pair=has_aspects)
-    documents = importance.encode_texts(tokenizer, list(groups), None if has_aspects else "en")
-    queries = importance.plan_queries(
+    documents = encode_texts(tokenizer, list(groups), None if has_aspects else "en")
+    queries = plan_queries(
         list(groups.values()), documents, classes, tokenizer,
         args.annotate_length - template.num_special)
     labels = tuple(config.id2label[i] for i in range(config.num_labels))
@@ -123,37 +153,111 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     model.first_slot_only(subset)
     make = partial(Runner, template=template, tokenizer=tokenizer, device=device,
                    batch_tokens=args.batch_tokens or BATCH_TOKENS[device.type])
+    return Annotating(queries, plain, subset, make)
+
+
+def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Annotate training texts of a task in each way."""
+    given = read_queries(args, device)
 
     def way(module: Any, edge: float, **options: Any) -> Way:
         def work(last: int | None = None) -> tuple[Any, Counter[str]]:
-            runner = make(module, **options)
+            runner = given.make(module, **options)
             marks = importance.explain(
-                runner, queries[:last], args.delta, args.criterion, edge=edge)
+                runner, given.queries[:last], args.delta, args.criterion, edge=edge)
             return marks, runner.counts
 
         with redirect_stdout(io.StringIO()):
             work(WARMUP_INPUTS)
         return work
 
-    ours = {OURS.format(dtype): way(subset, importance.EDGE, half=dtype == "fp16")
+    ours = {OURS.format(dtype): way(given.subset, EDGE, half=dtype == "fp16")
             for dtype in args.dtypes}
     found, rows = interleave({
-        PUBLISHED: way(plain, 0.0, cut=in_order, min_width=args.annotate_length),
-        ALONE: way(plain, 0.0, cut=one_by_one),
+        PUBLISHED: way(given.plain, 0.0, cut=in_order, min_width=args.annotate_length),
+        ALONE: way(given.plain, 0.0, cut=one_by_one),
         **ours,
     }, args.rounds)
-    num_tokens = sum(len(query.tokens) for query in queries)
     differ = {name: count_differences(found[name], found[ALONE]) for name in (PUBLISHED, *ours)}
-    table = Table.of(f"Annotating {len(queries):,} sequences of {num_tokens:,} tokens", rows)
+    table = Table.of(given.title, rows)
     say(f"\n{table.as_text()}\ntokens annotated otherwise than one per pass: "
         + ", ".join(f"{count} by {name}" for name, count in differ.items()))
-    return {"rows": rows, "sequences": len(queries), "tokens": num_tokens, "differ": differ}
+    return {"rows": rows, "sequences": len(given.queries), "differ": differ}
 
 
 def count_differences(one: list[np.ndarray | None], other: list[np.ndarray | None]) -> int:
     """Count the tokens that are annotated differently, or by one of the two only."""
     # Every element of an array differs from None.
     return sum(int(np.sum(a != b)) for a, b in zip(one, other, strict=True))
+
+
+# --------------------------------------------------------------------------- importance
+
+
+def compare_measures(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Compare the measures of importance: their cost, and how well they rank what `buffer` finds.
+
+    Average precision is that of the values against the marks of `buffer` in a sentence, a mean over
+    the sentences with a mark; marks by construction are dropped first. Chance is the mean share of
+    marks in these sentences. `turned` counts the decisions that asking again has changed.
+    """
+    given = read_queries(args, device)
+    typed = {"delta": args.delta, "criterion": args.criterion}
+    ways = {
+        name: (record, importance.choose_options(name, typed if name == importance.BUFFER else {}))
+        for name, record in importance.IMPORTANCE.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    of_cpu: dict[str, list[float]] = {name: [] for name in ways}
+    values, counts = {}, {}
+    with redirect_stdout(io.StringIO()):  # lines of progress
+        for record, options in ways.values():
+            record.measure(given.make(given.subset), given.queries[:WARMUP_INPUTS], **options)
+        for name in turns(list(ways), args.rounds):
+            record, options = ways[name]
+            runner = given.make(given.subset)
+            synchronize()
+            started, on_cpu = time.perf_counter(), time.process_time()
+            values[name], counts[name] = record.measure(
+                runner, given.queries, **options), runner.counts
+            synchronize()
+            seconds[name].append(time.perf_counter() - started)
+            of_cpu[name].append(time.process_time() - on_cpu)
+    marks = {name: record.decide(values[name], **options)
+             for name, (record, options) in ways.items()}
+    found = marks[importance.BUFFER]
+    target = [one if one is None else importance.drop_unremoved(one) for one in found]
+    rows = [
+        {"measure": name,
+         "important_percent": f"{100 * np.mean(np.concatenate(only_right(marks[name]))):.1f}",
+         "average_precision": f"{mean_precision(target, values[name]):.3f}",
+         "passes": count["passes"], "inputs": count["inputs"], "tokens": count["tokens"],
+         "again_alone": count["alone"], "turned": count["turned"],
+         "seconds": f"{spread(seconds[name])['median']:.1f}",
+         "cpu_seconds": f"{spread(of_cpu[name])['median']:.1f}"}
+        for name, count in counts.items()
+    ]
+    some = [one for one in only_right(target) if one.any()]
+    chance = float(np.mean([one.mean() for one in some]))
+    by_construction = count_differences(target, found)
+    table = Table.of(given.title, rows)
+    say(f"\n{table.as_text()}\n{len(only_right(found)):,} sequences are classified correctly; "
+        f"{by_construction:,} last tokens are important to {importance.BUFFER} by construction; "
+        f"chance in the {len(some):,} sequences with other marks: average precision {chance:.3f}")
+    return {"rows": rows, "sequences": len(given.queries), "right": len(only_right(found)),
+            "with_marks": len(some), "chance": chance, "by_construction": by_construction}
+
+
+def only_right(values: importance.Values) -> list[np.ndarray]:
+    """Return the values of the sequences that the classifier gets right."""
+    return [one for one in values if one is not None]
+
+
+def mean_precision(target: importance.Values, values: importance.Values) -> float:
+    """Return the mean average precision over the sentences with a mark in `target`."""
+    return float(np.mean([average_precision(one, of.astype(np.float64))
+                          for one, of in zip(target, values, strict=True)
+                          if one is not None and of is not None and one.any()]))
 
 
 # --------------------------------------------------------------------------- scoring
@@ -258,6 +362,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="fine-tuned classifier, to measure annotation")
     add("--task", default="mr", metavar="TASK", help="task whose training texts are annotated")
     add("--data_dir", metavar="DIR", help="folder with the files of the task")
+    add("--importance", action="store_true",
+        help="instead: compare the measures of importance, in cost and in what they find")
     add("--scorer", default="", metavar="MODEL", help="token scorer, to measure scoring")
     add("--tokens", nargs="+", default=[], metavar="P",
         help="token stores to score, one table per store")
@@ -286,7 +392,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not args.classifier and not args.scorer:
         raise ConfigError("nothing to measure: give --classifier (with --task and --data_dir), or "
                           "--scorer and --tokens, or all")
-    if args.classifier and "fp16" in args.dtypes:
+    if args.importance and (not args.classifier or args.scorer):
+        raise ConfigError("--importance goes with --classifier, --task and --data_dir, and without "
+                          "--scorer")
+    if args.classifier and not args.importance and "fp16" in args.dtypes:
         importance.check_half(args.delta)
     if engine.ranks().world_size > 1:
         raise ConfigError(f"{engine.ranks().world_size} ranks: measure on one; start one "
@@ -299,7 +408,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {"benchmark": "inference", **environment(), "options": vars(args)}
-    if args.classifier:
+    if args.importance:
+        result["importance"] = compare_measures(args, device)
+    elif args.classifier:
         result["annotating"] = annotate(args, device)
     result["scoring"] = [score(args, prefix, device) for prefix in args.tokens]
     file = Path(args.output_dir) / "benchmark_inference.json"

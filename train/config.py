@@ -451,14 +451,35 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
         "", "prefix of the annotated token store to write", USUAL, metavar="A",
         missing="give the prefix of the store to write",
     )
-    delta: float = _flag(
-        0.01, "largest difference in confidence between a buffer and its sequence at which the "
-        "buffer counts as close", USUAL, FRACTION,
+    measure: Literal["buffer", "gradient", "leave_one_out"] = _flag(
+        "buffer", "buffer: the tokens that restore the confidence in the whole sequence; gradient: "
+        "the largest gradients of the decision; leave_one_out: the words without which its "
+        "log-odds drop most", USUAL, metavar="NAME",
+    )
+    delta: float | None = _flag(
+        None, "buffer: largest difference in confidence between a buffer and its sequence at which "
+        "the buffer counts as close (default: 0.01); leave_one_out: least drop of the log-odds "
+        "(default: 0.5)", USUAL, POSITIVE,
     )
     criterion: Literal["signed", "absolute", "strict"] = _flag(
-        "signed", "signed, absolute or strict comparison of confidences", USUAL, metavar="NAME"
+        "signed", "buffer: signed, absolute or strict comparison of confidences", USUAL,
+        metavar="NAME",
+    )
+    share: float | None = _flag(
+        None, "gradient: share of all tokens to call important (default: 0.15)", USUAL, FRACTION,
     )
     drop_stop_words: bool = _flag(False, "never annotate an English stop word as important", DATA)
+    keep_punctuation: bool = _flag(
+        False, "let punctuation be important too (by default it never is)", DATA
+    )
+    keep_last: bool = _flag(
+        False, "buffer: keep a last token that is important only because nothing was taken out "
+        "before it: its buffer is the sequence", DATA,
+    )
+    parity: bool = _flag(
+        False, "as the published code: --criterion signed --drop_stop_words --keep_punctuation "
+        "--keep_last", USUAL,
+    )
     language: str = _flag("en", "language of the texts, for sentence boundaries", DATA)
     max_seq_length: int = _flag(
         128, "largest input length in tokens, including special tokens", DATA, _at_least(8)
@@ -467,6 +488,21 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
         None, "use only this many training examples (a fixed choice)", DATA, _at_least(1)
     )
     overwrite: bool = _flag(False, "replace an annotation made with other options")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value, published in (("measure", self.measure, "buffer"),
+                                       ("criterion", self.criterion, "signed")):
+            if self.parity and value != published:
+                raise ConfigError(f"--parity is --{flag} {published} and contradicts --{flag} "
+                                  f"{value}; leave one of them out")
+
+    def settled(self) -> AnnotateConfig:
+        """Return the options with those that `--parity` stands for."""
+        if not self.parity:
+            return self
+        return dataclasses.replace(self, drop_stop_words=True, keep_punctuation=True,
+                                   keep_last=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ from train.run_dir.metrics import (
     MetricsWriter,
 )
 from train.stages.examples import Examples, make_examples
-from train.stages.scores import accuracy, macro_f1, softmax
+from train.stages.scores import accuracy, least_share, macro_f1, softmax
 from train.stages.startup import Startup
 from train.stages.supervised import (
     describe_plan,
@@ -185,7 +185,20 @@ def has_predictions(seed_dir: Path, row: dict[str, Any]) -> bool:
             and math.isclose(np.mean(found[1]), row["test_accuracy"], abs_tol=1e-9))
 
 
-def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, float]:
+def find_weak(labels: np.ndarray, predictions: np.ndarray) -> list[str]:
+    """Say whether a classifier is not clearly above the majority class of the test split."""
+    total, right = len(labels), int((labels == predictions).sum())
+    majority = float(np.bincount(labels).max() / total)
+    least = least_share(right, total)
+    if least > majority:
+        return []
+    return [f"test accuracy {right / total:.4f} on {total:,} examples is not clearly above "
+            f"{majority:.4f}, that of always giving the most frequent label (with 95 % confidence "
+            f"it is {least:.4f} or more); train longer, with another --learning_rate or on more "
+            "labels"]
+
+
+def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, Any]:
     """Read a seed's model back from disk, predict the test split and write the predictions."""
     config, task, test = inputs.config, inputs.task, inputs.encoded["test"]
     seed_dir = Path(config.output_dir) / f"seed_{seed}"
@@ -208,6 +221,7 @@ def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[s
     return {
         "test_accuracy": accuracy(labels, predictions),
         "test_macro_f1": macro_f1(labels, predictions, len(task.labels)),
+        "weak": find_weak(labels, predictions),
     }
 
 
@@ -368,6 +382,8 @@ def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
         say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}{left_out}, macro F1 "
             f"{row['test_macro_f1']:.4f}, best epoch {row['best_epoch']} of {row['num_epochs']} "
             f"(validation {row['validation_accuracy']:.4f}), {row['seconds']:.0f} s")
+        for sentence in row["weak"]:
+            say(f"warning: seed {seed}: {sentence}")
 
 
 if __name__ == "__main__":

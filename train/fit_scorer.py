@@ -196,6 +196,21 @@ def baselines(train: Annotated, dev: Annotated, vocab_size: int) -> dict[str, di
     }
 
 
+def find_weak(results: dict[str, Any]) -> list[str]:
+    """Say whether a scorer is not above its baselines, by average precision: ranks are its use."""
+    if not results["num_dev_important"]:
+        return ["no important token is held out, so nothing tells how good the scorer is; annotate "
+                "more text or raise --dev_fraction"]
+    name, best = max(((name, one["average_precision"])
+                      for name, one in results["baselines"].items()), key=lambda pair: pair[1])
+    if results["average_precision"] > best:
+        return []
+    return [f"average precision {results['average_precision']:.4f} on "
+            f"{results['num_dev_tokens']:,} held-out tokens is not above the {best:.4f} of the "
+            f"baseline {name}, which reads no context; annotate more text, or fit longer or with "
+            "another --learning_rate"]
+
+
 def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
     """Return whether the scorer in `run_dir` is complete.
 
@@ -292,6 +307,7 @@ def main(argv: list[str] | None = None) -> None:
             "annotations": config.annotations, "model_name_or_path": config.model_name_or_path,
             "seed": config.seed, **sealed(identity), "numerics": records["numerics"],
         }
+        results["weak"] = find_weak(results)
         if is_main():
             atomic_write_json(run_dir / "results.json", results)
             remove_resume_state(run_dir)
@@ -319,6 +335,8 @@ def say_results(results: dict[str, Any]) -> None:
         say(f"{name:10}  precision {row['precision']:.3f}  recall {row['recall']:.3f}  "
             f"F1 {row['f1']:.3f}  average precision {row['average_precision']:.3f}")
     say(f"best epoch {results['best_epoch']} of {results['num_epochs']}")
+    for sentence in results["weak"]:
+        say(f"warning: {sentence}")
 
 
 if __name__ == "__main__":

@@ -302,10 +302,13 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: PretrainInputs, to
     if state is None:
         return
     counted = flops.count_flops(module, inputs.config.max_seq_length)
+    masking = inputs.batches.masking
+    names = {key: masking.options.get(key) for key in ("strategy", "scores", "match", "units")}
     stage = hf_folder.make_stage(
         inputs.records, inputs.parent, steps=totals.step, tokens=totals.tokens,
         masked_tokens=totals.masked_tokens, seconds=totals.seconds,
         flops=counted.of(totals.tokens, totals.masked_tokens),
+        masks={"index": masking.name, **names} if masking.indices else None,
     )
     hf_folder.save_hf(
         module.hf,

@@ -1,6 +1,12 @@
 """Text and labelled tasks from files, packages and the hub."""
 
-from preprocess.corpus.documents import RANGE_BYTES, cut_part, num_bytes, read_documents
+from preprocess.corpus.documents import (
+    RANGE_BYTES,
+    cut_part,
+    hash_part,
+    num_bytes,
+    read_documents,
+)
 from preprocess.corpus.leakage import (
     LEAKAGE_VERSION,
     LeakIndex,
@@ -9,6 +15,7 @@ from preprocess.corpus.leakage import (
     split_words,
     write_leakage,
 )
+from preprocess.corpus.markup import find_html, strip_html
 from preprocess.corpus.packages import resolve_path
 from preprocess.corpus.sources import (
     MAX_LINE_BYTES,
@@ -38,6 +45,8 @@ __all__ = [
     "check_file",
     "cut_part",
     "describe_leakage",
+    "find_html",
+    "hash_part",
     "load_task",
     "num_bytes",
     "read_csv",
@@ -47,6 +56,7 @@ __all__ = [
     "resolve_path",
     "source_kind",
     "split_words",
+    "strip_html",
     "take_fixed",
     "write_leakage",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from preprocess.corpus.sources import (
 from preprocess.errors import ConfigError, DataError
 
 SPLITTABLE = ("text", "jsonl")  # a line is a document, so any byte range can be read by itself
+HASH_BYTES = 1 << 20  # read at a time
 RANGE_BYTES = 1 << 22  # of one big file, for one process at a time
 
 
@@ -67,6 +69,36 @@ def num_bytes(
         end = span.end if span and span.end is not None else resolve_path(spec).stat().st_size
         total += end - (span.start if span else 0)
     return total
+
+
+def hash_part(
+    specs: list[str], blank_line_documents: bool, part: tuple[int, int], max_documents: int | None
+) -> dict[str, str]:
+    """Return the sha256 of what `read_documents` reads of each file for a part, by its name.
+
+    So that a file that was edited since, to the same size, is noticed. Of a byte range, the line
+    that its last byte is in belongs to it.
+
+    Raises:
+        DataError: a folder, a pipe, or no such file.
+    """
+    made: dict[str, str] = {}
+    for spec, span in _choose(specs, blank_line_documents, part, max_documents)[0]:
+        if source_kind(spec) == "hub":
+            continue
+        path = resolve_path(spec)
+        check_file(path)
+        digest = hashlib.sha256()
+        with open(path, "rb") as stream:
+            start, end = (span.start, span.end) if span else (0, None)
+            left = (path.stat().st_size if end is None else end) - start
+            stream.seek(start)
+            while left > 0 and (block := stream.read(min(left, HASH_BYTES))):
+                digest.update(block)
+                left -= len(block)
+            digest.update(stream.readline(MAX_LINE_BYTES))
+        made[spec] = made.get(spec, "") + digest.hexdigest()
+    return made
 
 
 def _choose(

@@ -5,10 +5,10 @@ weight of a document is the sum, over that bag, of ln p_target - ln p_corpus of 
 documents with the largest sum of weight and Gumbel noise are taken.
 
 Three things differ from the publication. Weights are sums and grow with length, so documents
-compete only with those of their own octave of length (64 to 127 words, ...), and the number to take
-is shared among octaves as the tokens of the corpus are. A small target is smoothed by one n-gram
-per bucket; otherwise each bucket that it lacks would cost 9 nats. The noise is a hash of the
-document's content, so that equal documents have equal keys: one of them is taken.
+compete only with those of their own octave of length (64 to 127 words, ...), and the same share of
+each octave is taken, so that its tokens have the lengths of the corpus. A small target is smoothed
+by one n-gram per bucket; otherwise each bucket that it lacks would cost 9 nats. The noise is a hash
+of the document's content, so that equal documents have equal keys: one of them is taken.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def octaves_of(lengths: np.ndarray) -> np.ndarray:
 
 def gumbel(digests: np.ndarray) -> np.ndarray:
     """Return the Gumbel noise of each digest, from 53 of its bits."""
-    uniform = ((digests >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    uniform = np.maximum((digests >> np.uint64(11)).astype(np.float64), 0.5) * 2.0**-53  # never 0
     return -np.log(-np.log(uniform))
 
 
@@ -171,12 +171,12 @@ def weigh(
     return weights + gumbel(digests), weights / np.maximum(grams, 1), octaves_of(lengths)
 
 
-def choose(best: Iterable[Best], number: int, tokens: np.ndarray) -> list[np.ndarray]:
+def choose(best: Iterable[Best], number: int, documents: np.ndarray) -> list[np.ndarray]:
     """Return the candidates to take of each octave.
 
     Args:
-        tokens: of the corpus in each octave, `(OCTAVES,)`.
+        documents: of the corpus in each octave, `(OCTAVES,)`.
     """
     taken: list[Any] = [some.take() for some in best]
-    quotas = share_out(number, tokens.astype(np.float64), np.array([len(t) for t in taken]))
+    quotas = share_out(number, documents, np.array([len(some) for some in taken]))
     return [some[:quota] for some, quota in zip(taken, quotas.tolist(), strict=True)]

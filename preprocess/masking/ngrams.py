@@ -39,7 +39,7 @@ COVERED = 0.5  # share of the tokens in entries
 MAX_ENTRIES = 800_000
 MAX_COUNTED = 10**8  # tokens; of a larger store, a sample of its sequences is counted
 COUNTER_BITS = 26  # of the number of counters per length
-_BITMAP_BITS = 22
+_LIST_BITS = 22
 STREAM_OVERLAPS = 65  # of `draws.py`: which of overlapping entries is a unit
 
 _BASE = np.uint64(0x9FB21C651E98DF25)  # odd: of the polynomial over the words of an n-gram
@@ -91,6 +91,13 @@ def _part_key(rows: np.ndarray, first: int, length: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------- counting
 
 
+def _groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order that sorts keys, and where in it a group of equal ones begins."""
+    order = np.argsort(keys)  # np.unique sorts three times as slowly, since it keeps ties in order
+    ascending = keys[order]
+    return order, np.flatnonzero(np.diff(ascending, prepend=~ascending[:1]))
+
+
 class ExactCounts:
     """Counts of n-grams of one length, added block by block.
 
@@ -106,21 +113,22 @@ class ExactCounts:
 
     def add(self, keys: np.ndarray, words: np.ndarray, places: np.ndarray) -> None:
         """Add n-grams by the place of their first word among the words of a block."""
-        found, first, counts = np.unique(keys, return_index=True, return_counts=True)
+        order, edges = _groups(keys)
+        some = order[edges]  # any n-gram of a group has its words
         length = self._parts[0][2].shape[1]
-        rows = words[places[first][:, None] + np.arange(length)]
-        self._parts.append((found, counts, rows))
-        self._waiting += len(found)
+        rows = words[places[some][:, None] + np.arange(length)]
+        self._parts.append((keys[some], np.diff(edges, append=len(keys)), rows))
+        self._waiting += len(some)
         # Merging when as much waits as is merged takes time in proportion to what was added.
         if self._waiting > max(1 << 20, len(self._parts[0][0])):
             self._merge()
 
     def _merge(self) -> None:
         keys, counts, rows = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        found, first, place = np.unique(keys, return_index=True, return_inverse=True)
-        total = np.zeros(len(found), np.int64)
-        np.add.at(total, place, counts)
-        self._parts, self._waiting = [(found, total, rows[first])], 0
+        order, edges = _groups(keys)
+        some = order[edges]
+        total = np.add.reduceat(counts[order], edges) if len(keys) else counts
+        self._parts, self._waiting = [(keys[some], total, rows[some])], 0
 
     def result(self, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return keys, counts and rows of all n-grams that occur `least` times and more."""
@@ -204,21 +212,41 @@ def pmi(frequent: dict[int, Frequent], length: int) -> np.ndarray:
 
 
 class NgramList:
-    """Entries of one length, found by their hash; `values` belong to `keys`, which ascend."""
+    """Entries of one length and their values, found by their hash."""
 
     def __init__(self, keys: np.ndarray, values: np.ndarray) -> None:
-        self.keys, self.values = keys, values
-        # Most n-grams of a text are not listed: a look at a small table spares the search.
-        self._may = np.zeros(1 << _BITMAP_BITS, bool)
-        self._may[_slots(keys, _BITMAP_BITS)] = True
+        hashed = keys * _SPREAD
+        order = np.argsort(hashed)
+        self._hashed, self._values = hashed[order], values[order]
+        # Entries whose hashes begin with the same bits follow each other, from `_firsts` on.
+        lengths = np.bincount(self._slots(hashed), minlength=1 << _LIST_BITS)
+        self._firsts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        self._longest = int(lengths.max())
+
+    @staticmethod
+    def _slots(hashed: np.ndarray) -> np.ndarray:
+        return (hashed >> np.uint64(64 - _LIST_BITS)).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def find(self, keys: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where in `keys` an entry is, and its number in the list, int64 each."""
-        places = np.flatnonzero(there & self._may[_slots(keys, _BITMAP_BITS)])
-        numbers = np.searchsorted(self.keys, keys[places])
-        fits = self.keys[np.minimum(numbers, len(self.keys) - 1)] == keys[places] if len(
-            self.keys) else np.zeros(len(places), bool)
-        return places[fits], numbers[fits]
+        """Return where in `keys` an entry is, int64, and its value.
+
+        Args:
+            there: where to look, bool.
+        """
+        hashed = keys * _SPREAD
+        slots = self._slots(hashed)
+        first = self._firsts[slots]
+        places = np.flatnonzero(there & (first < self._firsts[slots + 1]))
+        first, slots, hashed = first[places], slots[places], hashed[places]
+        found = np.full(len(places), -1)
+        for i in range(self._longest):
+            at = np.minimum(first + i, len(self) - 1)
+            found[self._hashed[at] == hashed] = i
+        fits = found >= 0
+        return places[fits], self._values[first[fits] + found[fits]]
 
 
 def rank_ngrams(values: np.ndarray, keys: np.ndarray, length: int) -> np.ndarray:
@@ -246,14 +274,13 @@ def choose_size(counting: Counting, share: float, sizes: dict[int, NgramList]) -
         smallest = np.full(len(block.words.starts), none)
         for n, keys, there in list_ngrams(block):
             if n in sizes:
-                places, numbers = sizes[n].find(keys, there)
+                places, size = sizes[n].find(keys, there)  # perhaps above MAX_ENTRIES
                 for i in range(n):  # places are unique
-                    at = places + i
-                    smallest[at] = np.minimum(smallest[at], sizes[n].values[numbers])
+                    smallest[places + i] = np.minimum(smallest[places + i], size)
         np.add.at(tokens_at, smallest, block.words.lengths)
     covered = np.cumsum(tokens_at[:none]) / max(1, int(tokens_at.sum()))
-    size = int(np.searchsorted(covered, min(COVERED, covered[-1])))
-    return size, float(covered[size])
+    chosen = int(np.searchsorted(covered, min(COVERED, covered[-1])))
+    return chosen, float(covered[chosen])
 
 
 # ---------------------------------------------------------------------------------- the units
@@ -310,9 +337,8 @@ def cut_units(
     values = np.zeros(len(words.starts))
     for n, keys, there in list_ngrams(block):  # longer ones later
         if n in entries:
-            places, numbers = entries[n].find(keys, there)
-            longest[places] = n
-            values[places] = entries[n].values[numbers]
+            places, found = entries[n].find(keys, there)
+            longest[places], values[places] = n, found
     positions = block.start + words.starts
     bits = counter_bits(0, 0, positions, STREAM_OVERLAPS).astype(np.int64)
     firsts = choose_entries(longest, bits << 39 | positions)
@@ -333,31 +359,27 @@ def score_pmi(
     store = counting.store
     share = min(1.0, MAX_COUNTED / max(1, store.num_tokens))
     frequent = count_ngrams(counting, share, least, bits)
-    values = {n: pmi(frequent, n) for n in PARTS}
-    sizes, entries = {}, {}
+    ranked = {}
     for n in PARTS:
-        above = values[n] > 0
-        keys, values[n] = frequent[n].keys[above], values[n][above]
-        ranks = rank_ngrams(values[n], keys, n)
-        kept = ranks <= MAX_ENTRIES
-        sizes[n] = NgramList(keys[kept], ranks[kept])
-        values[n] = values[n][kept]
-    if not any(len(found.keys) for found in sizes.values()):
+        keys, values = frequent[n].keys, pmi(frequent, n)
+        keys, values = keys[values > 0], values[values > 0]
+        ranked[n] = keys, values, rank_ngrams(values, keys, n)
+    if not any(len(keys) for keys, _, _ in ranked.values()):
         raise DataError(
             f"{store.prefix}: none of its n-grams occurs {least} times and more often than its "
             f"words would together; this measure needs a store of more text"
         )
-    size, covered = choose_size(counting, share, sizes)
-    for n, found in sizes.items():
-        listed = found.values <= size
-        entries[n] = NgramList(found.keys[listed], values[n][listed])
+    size, covered = choose_size(
+        counting, share, {n: NgramList(keys, sizes) for n, (keys, _, sizes) in ranked.items()})
+    entries = {n: NgramList(keys[sizes <= size], values[sizes <= size])
+               for n, (keys, values, sizes) in ranked.items()}
 
     def cut(shard: Shard) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for block in counting.blocks(shard):
             continues = find_continuations(block.tokens, block.offsets, counting.finder.table)
             yield cut_units(block, entries, continues)
 
-    numbers = {str(n): len(found.keys) for n, found in entries.items()}
+    numbers = {str(n): len(found) for n, found in entries.items()}
     shown = ", ".join(f"{number:,} of {n} words" for n, number in numbers.items())
     sampled = "" if share == 1 else (
         f"; counted in {share:.1%} of the sequences, since the store has more than "

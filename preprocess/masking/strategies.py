@@ -38,6 +38,7 @@ class Strategy(NamedTuple):
     control: True if it exists to be compared with another strategy.
     rule: the sentence that explains it in `--help` and beside an index.
     options: the fields of `Sequences` that only it reads, of "centre" and "temperature".
+    spans: True if masked words that are neighbours belong together.
     blocks: True if its result belongs to a block of the shard (of `BLOCK_TOKENS`), not to a window.
     """
 
@@ -48,6 +49,7 @@ class Strategy(NamedTuple):
     control: bool
     rule: str
     options: tuple[str, ...] = ()
+    spans: bool = False
     blocks: bool = False
 
     @property
@@ -70,6 +72,7 @@ STRATEGIES: dict[str, Strategy] = {
     ),
     "span": Strategy(
         drawn.choose_spans, frozenset({"words"}), drawn=True, budget="rate", control=False,
+        spans=True,
         rule="Draw spans of 1 to 10 whole words, 3.8 on average, up to the mask rate.",
     ),
     "selective": Strategy(

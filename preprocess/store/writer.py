@@ -225,12 +225,21 @@ class StoreWriter(AbstractContextManager["StoreWriter"]):
             self._at_end.callback(temporary_path(staged).unlink, missing_ok=True)
         self._arrays[path] = (name, kind, array, info)
 
-    def close(self, extra_counts: dict[str, int] | None = None) -> None:
-        """Put the store in place; the JSON comes last. The last shard writes `P.json` too."""
+    def close(
+        self, extra_counts: dict[str, int] | None = None, notes: dict[str, Any] | None = None
+    ) -> None:
+        """Put the store in place; the JSON comes last. The last shard writes `P.json` too.
+
+        Args:
+            extra_counts: counts of the shard, added up over all shards in `P.json`.
+            notes: what else is worth knowing of the shard; kept in its own JSON only.
+        """
         self._done = True
         with self._at_end:
             finish(self._stream, self._bin)
             info = self._describe(self._index.close(), extra_counts or {})
+            if notes:
+                info["notes"] = notes
             write_temporary(self._json, json_bytes(seal(info)))
             for path, (name, kind, array, made_by) in self._arrays.items():
                 stage_array(path, self.num_tokens, info["fingerprint"], name, kind, array, made_by)

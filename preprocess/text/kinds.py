@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from preprocess.text.stop_words import is_stop_word
+from preprocess.text.stop_words import is_punctuation, is_stop_word
 
 OTHER, STOP_WORD, PUNCTUATION = range(3)
 KINDS = ("other words", "stop words", "punctuation")
@@ -20,8 +20,7 @@ def type_kinds(names: list[str], language: str = "en") -> np.ndarray:
     plain = [name.replace("\u2423", "") for name in names]
     kinds = np.full(len(names), OTHER, dtype=np.uint8)
     kinds[[i for i, name in enumerate(plain) if is_stop_word(name, language)]] = STOP_WORD
-    signs = [not any(c.isalnum() or c == "\ufffd" for c in name) for name in plain]
-    kinds[np.flatnonzero(signs)] = PUNCTUATION
+    kinds[[i for i, name in enumerate(plain) if is_punctuation(name)]] = PUNCTUATION
     return kinds
 
 

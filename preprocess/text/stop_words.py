@@ -1,6 +1,8 @@
-"""List the English words that carry no opinion by themselves."""
+"""List the English words that carry no opinion by themselves, and know punctuation."""
 
 from __future__ import annotations
+
+import unicodedata
 
 STOP_WORDS = frozenset(
     """
@@ -26,3 +28,13 @@ LANGUAGES = {"en": STOP_WORDS}
 def is_stop_word(word: str, language: str = "en") -> bool:
     """Return whether a word is a stop word; byte-level vocabularies write 's with its mark."""
     return word.strip().strip("'\u2019").lower() in LANGUAGES[language]
+
+
+def is_punctuation(text: str) -> bool:
+    """Return whether a text holds punctuation alone, as BERT's tokenizer defines it.
+
+    That is ASCII signs such as `$` and `+` too, but no emoji and no other symbol.
+    """
+    return bool(text) and all(
+        "!" <= c <= "~" and not c.isalnum() or unicodedata.category(c)[0] == "P" for c in text
+    )

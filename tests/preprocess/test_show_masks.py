@@ -25,9 +25,9 @@ from preprocess.show_masks import (
 )
 from preprocess.store import TokenStore, write_array
 from preprocess.view import page as mask_page
-from preprocess.view.pieces import Piece, printable, read_sequence, split_text
+from preprocess.view.pieces import Piece, boxes, printable, read_sequence, split_text
 from preprocess.view.scale import Scale
-from preprocess.view.terminal import mark_piece
+from preprocess.view.terminal import mark_piece, mark_sequence
 from tests.support.stores import MEASURED, write
 
 ROOT = Path(show_masks.__file__).parents[1]
@@ -159,6 +159,33 @@ def test_tokens_of_a_word_join_only_where_they_are_marked_alike(tokenizer):
     assert pieces([True] * 3, [1, 3, 3]) == [("un", 2), ("believable", 3)]
 
 
+def test_masked_tokens_of_one_unit_share_a_box(tokenizer):
+    names = "un ##believ ##able film is very".split()
+    ids = np.array(tokenizer.convert_tokens_to_ids(names), dtype=np.uint16)
+    masked = np.array([0, 1, 1, 1, 0, 1], dtype=bool)
+    scores = np.array([0, 3, 1, 1, 0, 0], dtype=np.float16)
+
+    def text(continues, compared=0 * masked):
+        continues = None if continues is None else np.array(continues, dtype=bool)
+        pieces = read_sequence(ids, tokenizer.backend_tokenizer, masked, compared.astype(bool),
+                               scores, Scale(), continues)
+        html = "".join(mask_page.format_box(box, ["sel", "ctl"], Scale()) for box in boxes(pieces))
+        marked = re.sub(r"</?mark[^>]*>", "|", html)
+        assert html.count("<mark") == html.count("</mark>") == marked.count("|") / 2
+        plain = re.sub("<[^>]*>", "", marked)
+        terminal = mark_sequence(pieces).replace("+", "")
+        assert re.sub(r"[\[\]{}]+", "|", terminal) == re.sub(r"\|+", "|", plain).strip()
+        return mark_sequence(pieces)
+
+    assert text(None) == "un[believ++][able+] [film+] is [very]"
+    assert text([0, 1, 1, 0, 0, 0]) == "un[believ++able+] [film+] is [very]"
+    assert text([0, 1, 1, 1, 0, 0]) == "un[believ++able+ film+] is [very]"
+    # Another mark ends a box; a token that is not masked never shares one.
+    assert text([0, 1, 1, 1, 1, 1]) == "un[believ++able+ film+] is [very]"
+    other = np.array([0, 0, 0, 1, 0, 0])
+    assert text([0, 1, 1, 1, 0, 0], other) == "un[believ++able+] [{film+}] is [very]"
+
+
 # ------------------------------------------------------------------------------------- terminal
 
 
@@ -224,6 +251,73 @@ def test_statistics_can_be_left_out_and_follow_the_documents(store, capsys):
     assert table["masked tokens"] == ["6", "4"]
     assert table["in the other index too"] == ["33.3", "%", "50.0", "%"]
     assert "sel: masked most often" in lines and "ctl: masked most often" not in lines
+
+
+# ------------------------------------------------------------------ scores of other measures
+
+
+def test_scores_without_a_boundary_are_high_by_quantile(store, capsys, tmp_path):
+    measure = {"name": "tfidf", "boundary": False, "unit": "weight", "reads_labels": False}
+    for shard in TokenStore.open(store).shards:
+        scores = np.arange(shard.num_tokens).astype(np.float16)
+        write_array(shard, "idf", "scores", scores, {"measure": measure})
+    show(store, "--scores", "idf", "--html", str(tmp_path / "p.html"))
+    capsys.readouterr()
+    page = (tmp_path / "p.html").read_text()
+    assert "important" not in page and "log-odds" not in page
+    assert "weight, by idf" in page and "15 weight" in page
+    show(store, "--scores", "idf")
+    out = capsys.readouterr().out
+    assert "important" not in out and "measure: tfidf, in weight; no boundary at 0" in out
+    # 0 to 15 and 0 to 5: three quarters are at most 10, nine tenths at most 13.
+    assert "in weight: high+ (above 10), very++ (above 13)" in out
+    assert documents_of(out)[2] == "[I] ' m glad+ (+ very+ )++.++"
+
+
+def test_scores_with_a_boundary_are_important_above_it(store, capsys):
+    measure = {"name": "difference", "boundary": True, "unit": "z", "reads_labels": False}
+    for shard in TokenStore.open(store).shards:
+        scores = (np.arange(shard.num_tokens) - 12.0).astype(np.float16)
+        write_array(shard, "dif", "scores", scores, {"measure": measure})
+    show(store, "--scores", "dif")
+    out = capsys.readouterr().out
+    assert "in z: important+ (above 0), very++ (above 2)" in out
+    assert documents_of(out)[2] == "[I] ' m glad ( very+ )+.++"
+    assert "Masked by score" in out and "Tokens above 0 are important." in out
+
+
+# ------------------------------------------------------------------------ masks and their units
+
+
+def test_masks_of_training_are_shown_without_an_index(store, capsys):
+    files = sorted(Path(store).parent.iterdir())
+    main(["--tokens", store, "--masking", "whole_word", "--mlm_probability", "0.5"])
+    out = capsys.readouterr().out
+    assert "masks of whole_word (drawn)\n  drawn as in the first epoch of training" in out
+    assert "--mlm_probability 0.5 and --seed 42\n" in out
+    assert sorted(Path(store).parent.iterdir()) == files
+    build_masks.main(["--tokens", store, "--strategy", "whole_word", "--name", "built",
+                      "--mlm_probability", "0.5"])
+    capsys.readouterr()
+    main(["--tokens", store, "--mask_index", "built"])
+    assert documents_of(out) == documents_of(capsys.readouterr().out)
+    main(["--tokens", store, "--masking", "random", "--compare", "built"])
+    assert "in both" in capsys.readouterr().out
+
+
+def test_units_are_those_that_the_index_was_built_with(store, capsys):
+    shown = []
+    for name, options in (("plain", {}), ("units", {"units": "uni"})):
+        for shard in TokenStore.open(store).shards:
+            continues = (np.arange(shard.num_tokens) % 2 == 1).astype(np.uint8)
+            write_array(shard, "uni", "units", continues, {})
+            masked = np.arange(min(shard.num_tokens, 4), dtype=np.uint32)
+            write_array(shard, name, "mask", masked, {"options": options})
+        capsys.readouterr()
+        main(["--tokens", store, "--mask_index", name, "--documents", "0"])
+        shown.append(documents_of(capsys.readouterr().out)[1])
+    assert shown == ["[the] [film] [is] [un]believable, and",
+                     "[the film] [is un]believable, and"]
 
 
 # ----------------------------------------------------------------------------- which documents
@@ -295,7 +389,8 @@ def made(store):
     """A store with indices made by the command from scores of a known scorer."""
     for shard in TokenStore.open(store).shards:
         scores = np.linspace(-1, 4, shard.num_tokens).astype(np.float16)
-        write_array(shard, "mr", "scores", scores, {"model": "run/hf", "model_fingerprint": "f0"})
+        made_by = {"model": "run/hf", "model_fingerprint": "f0", **MEASURED}
+        write_array(shard, "mr", "scores", scores, made_by)
     for strategy, name, *more in (
         ("selective", "chosen", "--scores", "mr", "--mlm_probability", "0.25"),
         ("random_matched", "control", "--match", "chosen"),
@@ -420,11 +515,34 @@ def test_marks_differ_without_colour():
         (["--containing", " "], "give a word"),
         (["--containing", "zebra"], "give another"),
         (["--compare", "sel"], "give another"),
+        (["--masking", "random"], "either --mask_index NAME, or --masking NAME"),
+        (["--mlm_probability", "0.3"], "no use without --masking"),
+        (["--types", "3"], "no use without --overlaps"),
+        (["--output", "x"], "no use without --overlaps"),
     ],
 )
 def test_documents_that_do_not_exist_are_refused(options, message, store):
     with pytest.raises(ConfigError, match=message):
         show(store, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --mask_index NAME, or --masking NAME"),
+        (["--masking", "nope"], "known: random"),
+        (["--masking", "selective"], "build an index"),
+        (["--masking", "random", "--mlm_probability", "0"], "above 0 and at most 1"),
+        (["--overlaps", "sel"], "names one index"),
+        (["--overlaps", "sel", "ctl", "sel"], "names sel twice"),
+        (["--overlaps", "sel", "ctl", "--html", "f"], "--html has no use"),
+        (["--overlaps", "sel", "ctl", "--max_statistics_tokens", "0"], "nothing to count"),
+        (["--overlaps", "sel", "ctl", "--types", "0"], "at least 1"),
+    ],
+)
+def test_what_is_asked_for_must_be_one_thing(options, message, store):
+    with pytest.raises(ConfigError, match=message):
+        main(["--tokens", store, *options])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from preprocess import tokenize_corpus, train_tokenizer
 from preprocess.errors import ConfigError, DataError
+from preprocess.files import seal
 from preprocess.store import TokenStore
 from preprocess.text.encode import cut_sentences, encode_batch, prepare_backend
 from tests.support.stores import foreign, tree
@@ -320,3 +321,83 @@ def test_help_imports_nothing_heavy():
             "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+# ------------------------------------------------------------------------------- HTML, inputs
+
+
+def test_html_is_named_and_removed(tmp_path, tokenizers, capsys):
+    pages = ["Good<br />film &amp; plot.", "no tags, a < b", "<p></p>", "it <b>ends</b>"] * 50
+    plain = ["Good\\nfilm & plot.", "no tags, a < b", "", "it ends"] * 50
+    for name, lines in (("pages", pages), ("plain", plain)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    source = str(tmp_path / "pages.txt")
+    tokenize(source, tokenizers["bpe"], tmp_path / "kept" / "s")
+    said = capsys.readouterr().out
+    assert "warning: HTML in 150 of 200 documents (75.0%), such as <br />; " in said
+    assert "--strip_html --overwrite" in said
+    with pytest.raises(ConfigError, match="strip_html was None, is True|was False, is True"):
+        tokenize(source, tokenizers["bpe"], tmp_path / "kept" / "s", "--strip_html")
+    made = []
+    for workers, shards in ((1, 1), (3, 1), (1, 2), (3, 2)):
+        prefix = tmp_path / f"{workers}-{shards}" / "s"
+        store = tokenize(source, tokenizers["bpe"], prefix, "--strip_html", "--num_shards", shards,
+                         "--num_workers", workers)
+        assert store.info["counts"]["documents_with_html"] == 150
+        assert store.info["counts"]["documents_dropped"] == 50
+        made.append(tree(prefix.parent))
+    assert made[0] == made[1] and made[2] == made[3]
+    assert "HTML removed from 150 of 200 documents (75.0%), such as <br />" in (
+        capsys.readouterr().out)
+    want = tokenize(str(tmp_path / "plain.txt"), tokenizers["bpe"], tmp_path / "plain" / "s",
+                    "--unescape_newlines")
+    assert stream(want) == stream(store)
+    assert "HTML" not in capsys.readouterr().out
+
+
+def edit(path: Path, at: int) -> None:
+    """Change one letter, and neither the size nor the time of the file."""
+    data, status = bytearray(path.read_bytes()), path.stat()
+    data[at] = ord("z") if data[at] != ord("z") else ord("y")
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_an_input_edited_to_the_same_size_is_noticed(tmp_path, tokenizers, num_shards, capsys):
+    source = tmp_path / "c.txt"
+    source.write_text("\n".join(f"line {i} with words" for i in range(300)) + "\n")
+    more = ["--num_shards", num_shards]
+    tokenize(str(source), tokenizers["bpe"], tmp_path / "s", *more)
+    tokenize(str(source), tokenizers["bpe"], tmp_path / "s", *more)
+    assert capsys.readouterr().out.count("complete already") == num_shards
+    for at in (0, 3001, source.stat().st_size - 2):
+        edit(source, at)
+        with pytest.raises(ConfigError, match=r"c\.txt holds other text now.*--overwrite"):
+            tokenize(str(source), tokenizers["bpe"], tmp_path / "s", *more)
+        before = source.read_bytes()
+        tokenize(str(source), tokenizers["bpe"], tmp_path / "s", *more, "--overwrite")
+        assert source.read_bytes() == before
+
+
+def test_the_end_of_a_line_belongs_to_the_shard_of_its_beginning(tmp_path, tokenizers):
+    source = tmp_path / "c.txt"
+    source.write_text("a" + " word" * 100 + "\n" + "b\n")
+    more = ["--num_shards", 2]
+    store = tokenize(str(source), tokenizers["bpe"], tmp_path / "s", *more)
+    assert [shard.num_documents for shard in store.shards] == [1, 1]
+    edit(source, 499)  # in the second half of the bytes, in the line of the first shard
+    with pytest.raises(ConfigError, match="00000-of-00002.*holds other text"):
+        tokenize(str(source), tokenizers["bpe"], tmp_path / "s", *more, "--shard_index", 0)
+
+
+def test_a_store_of_an_earlier_version_is_still_complete(tmp_path, corpus_file, tokenizers, capsys):
+    """Its JSON knows neither `strip_html` nor what its input held."""
+    prefix = tmp_path / "s"
+    tokenize(corpus_file, tokenizers["bpe"], prefix)
+    path = Path(f"{prefix}.json")
+    info = json.loads(path.read_text())
+    del info["options"]["strip_html"], info["notes"], info["counts"]["documents_with_html"]
+    path.write_text(json.dumps(seal(info)))
+    tokenize(corpus_file, tokenizers["bpe"], prefix)
+    assert "complete already" in capsys.readouterr().out

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import re
+import typing
 
 import numpy as np
 import pytest
@@ -17,10 +19,24 @@ from preprocess.corpus import load_task
 from preprocess.errors import ConfigError
 from preprocess.files import WriterLock
 from preprocess.store import TokenStore, open_array
-from preprocess.text.stop_words import STOP_WORDS
+from preprocess.text.continuations import WordTable
+from preprocess.text.stop_words import STOP_WORDS, is_punctuation
 from tests.support.stores import write
 from train import annotate, engine
-from train.stages.importance import CRITERIA, cut_to_fit, find_important
+from train.config import AnnotateConfig
+from train.stages.importance import (
+    CRITERIA,
+    IMPORTANCE,
+    choose_options,
+    drop_unremoved,
+    find_important,
+    measure_gradient,
+    measure_left_out,
+    take_above,
+    take_share,
+)
+from train.stages.inference import Runner, Template
+from train.stages.queries import Query, cut_to_fit
 
 
 def brute_force(confidence_of, sequence, full, delta, criterion):
@@ -164,10 +180,18 @@ def task_files(tmp_path):
     return flags
 
 
+RAW = ("--keep_punctuation", "--keep_last")
+
+
 def run(task_files, folder, output, *options):
+    """Annotate with the buffer, without any filter."""
+    run_plain(task_files, folder, output, "--delta", "0.1", *RAW, *options)
+
+
+def run_plain(task_files, folder, output, *options):
     annotate.main([
         *task_files, "--model_name_or_path", str(folder), "--output", str(output),
-        "--max_seq_length", str(LIMIT), "--delta", "0.1", "--dtype", "fp32", *options,
+        "--max_seq_length", str(LIMIT), "--dtype", "fp32", *options,
     ])
 
 
@@ -397,20 +421,266 @@ def test_stop_words_are_whole_words_and_no_negators(tiny_tokenizer):
     assert not STOP_WORDS & set(negators.split())
 
 
-def test_dropped_stop_words_are_not_important(
+def test_punctuation_is_signs_alone_and_no_emoji():
+    assert all(map(is_punctuation, (".", "...", "$", "\u201c", "\u2014", "'")))
+    assert not any(map(is_punctuation, ("", "a", "n't", "1", ":d", "\u2665", "\U0001f600")))
+
+
+def test_only_what_is_said_is_dropped(
+    task_files, make_classifier, no_process_group, tmp_path, tiny_tokenizer, capsys
+):
+    """Each filter against a look at every token; and its count in the record and the summary."""
+    folder = make_classifier(["neg", "pos"])
+    name = tiny_tokenizer.convert_ids_to_tokens
+    for kind, options, delta in (("punctuation", RAW[1:], "0.1"), ("last_tokens", RAW[:1], "1e-6"),
+                                 ("stop_words", (*RAW, "--drop_stop_words"), "0.1")):
+        run(task_files, folder, tmp_path / "A", "--delta", delta, "--overwrite")
+        run_plain(task_files, folder, tmp_path / kind, "--delta", delta, *options)
+        expected, count = [], 0
+        for tokens, marks in sum(read(tmp_path / "A")[0], []):
+            words, known = name(tokens), [mark for mark in marks if mark != 255]
+            is_dropped = {
+                "punctuation": lambda i, words=words: words[i] in (".", ",", "!"),
+                "stop_words": lambda i, words=words: (
+                    words[i] in STOP_WORDS and not "".join(words[i + 1 : i + 2]).startswith("##")),
+                # A sequence that is longer than the limit ends where the classifier's input ends.
+                "last_tokens": lambda i, known=known: i == len(known) - 1 and sum(known) == 1,
+            }[kind]
+            gone = [mark == 1 and is_dropped(i) for i, mark in enumerate(marks)]
+            count += sum(gone)
+            expected.append((tokens, [mark * (not one)
+                                      for one, mark in zip(gone, marks, strict=True)]))
+        documents, info = read(tmp_path / kind)
+        assert sum(documents, []) == expected
+        assert count and info["dropped"] == {kind: count}
+        assert f"dropped: {count} {kind.replace('_', ' ')}" in capsys.readouterr().out
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sequence=st.lists(st.integers(0, 5), max_size=8), salt=st.integers(0, 2**32),
+    levels=st.sampled_from([2, 7, 1000]), criterion=st.sampled_from(sorted(CRITERIA)),
+)
+def test_a_mark_by_construction_is_one_whose_buffer_is_the_sequence(
+    sequence, salt, levels, criterion
+):
+    """It holds whatever the classifier says; all others compare another text."""
+    full = hashed(salt, 0, sequence, levels)
+    buffers = []
+
+    def confidence(asked, _):
+        buffers.append(list(asked[0]))
+        return [hashed(salt, 0, asked[0], levels)]
+
+    (marks,) = find_important(confidence, [sequence], [full], 0.01, criterion)
+    asked = buffers[len(buffers) - len(sequence):] if buffers else []
+    whole = [buffer == sequence for buffer in asked] or [False] * len(sequence)
+    if len(asked) == len(sequence):
+        assert all(marks[np.array(whole, bool)]), "by construction"
+        assert drop_unremoved(marks).tolist() == (marks & ~np.array(whole, bool)).tolist()
+    else:
+        assert criterion == "strict" and not marks.any()
+
+
+def test_parity_is_the_published_behaviour(task_files, make_classifier, no_process_group, tmp_path):
+    folder = make_classifier(["neg", "pos"])
+    run_plain(task_files, folder, tmp_path / "A", "--delta", "0.1", "--parity")
+    run(task_files, folder, tmp_path / "B", "--drop_stop_words", "--criterion", "signed")
+    (one, published), (other, info) = read(tmp_path / "A"), read(tmp_path / "B")
+    assert one == other and published["identity_digest"] == info["identity_digest"]
+    assert "last_tokens" not in published["dropped"]
+    for wrong in (("--criterion", "strict"), ("--measure", "gradient")):
+        sentence = f"--parity is {wrong[0]} .* contradicts {' '.join(wrong)};"
+        with pytest.raises(ConfigError, match=sentence):
+            run_plain(task_files, folder, tmp_path / "C", "--parity", *wrong)
+
+
+@pytest.mark.parametrize(("marks", "sentence"), [
+    ([255, 255], "no token is annotated"),
+    ([0] * 250 + [1], "0.40% of the annotated tokens .* less than 0.5%.* give a larger --delta"),
+    ([0] * 99 + [1] * 101, "50.50% of .* more than 50.0%.* give a smaller --delta"),
+    ([0] * 199 + [1], None), ([0, 1], None),
+])
+def test_weak_annotations_are_named_with_the_number(marks, sentence):
+    found = annotate.find_weak([[np.array(marks, np.uint8)]], IMPORTANCE["buffer"])
+    assert len(found) == (sentence is not None)
+    assert sentence is None or re.search(sentence, found[0])
+
+
+def test_a_weak_annotation_is_recorded(
+    task_files, make_classifier, no_process_group, tmp_path, capsys
+):
+    folder = make_classifier(["neg", "pos"])
+    run(task_files, folder, tmp_path / "A", "--delta", "0.9")
+    (sentence,) = read(tmp_path / "A")[1]["weak"]
+    assert f"warning: {sentence}" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ the other measures
+
+TABLE = {"not": [-1.0, 0.0], "good": [2.0, 1.0], "film": [0.0, 1.0]}
+
+
+class Words:
+    """A tokenizer in which every id is a word, for a `MeanClassifier`."""
+
+    pad_token_id = 9
+
+
+@pytest.fixture
+def toy(monkeypatch, tiny_tokenizer):
+    """The worked example: `not good film`, of the positive class, without special tokens."""
+    from tests.support.models import MeanClassifier
+
+    words = WordTable(np.zeros(10, np.uint8), np.zeros(10, np.uint8), np.zeros((1, 1), bool))
+    monkeypatch.setattr("train.stages.importance.continuation_table", lambda _: words)
+    model = MeanClassifier(list(TABLE.values()), [1.0, 0.5])
+    return Runner(model, Template((), (), (), 0), Words(), torch.device("cpu"), 100)
+
+
+def test_worked_example_of_leaving_out(toy):
+    """Without `good` the logit falls from .6667 to -.25; a text of one word becomes empty."""
+    found = measure_left_out(toy, [Query(0, 0, 1, [], [0, 1, 2]), Query(1, 0, 0, [], [1]),
+                                   Query(2, 0, 1, [], [1])], 0.5)
+    assert found[0].tolist() == pytest.approx([-5 / 6, 11 / 12, -1 / 12], abs=1e-6)
+    assert found[1] is None, "the classifier is wrong"
+    assert found[2].tolist() == pytest.approx([2.5])
+    assert [m if m is None else m.tolist() for m in take_above(found, 0.5)] == [
+        [False, True, False], None, [True]]
+
+
+def test_worked_example_of_the_gradient(toy):
+    found = measure_gradient(toy, [Query(0, 0, 1, [], [0, 1, 2]), Query(1, 0, 0, [], [1])])
+    assert found[0].tolist() == pytest.approx([1 / 3, 5 / 6, 1 / 6]) and found[1] is None
+
+
+def test_a_share_is_of_all_tokens_with_ties():
+    values = [np.array([1.0, 5.0]), None, np.array([3.0, 3.0, 0.5]), np.array([])]
+
+    def taken(share):
+        return [None if m is None else m.tolist() for m in take_share(values, share)]
+
+    assert taken(0.2) == [[False, True], None, [False] * 3, []]
+    assert taken(0.4) == [[False, True], None, [True, True, False], []], "ties go together"
+    assert taken(0.01) == taken(0.2), "one at least"
+    assert take_share([None], 0.2) == [None]
+
+
+def margin_of(model, label, tokens, aspect=None):
+    """Log-odds of the label, one input without a batch."""
+    ids = [2, *tokens, 3] if aspect is None else [2, *aspect, 3, *tokens, 3]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    others = torch.cat([logits[:label], logits[label + 1 :]])
+    return (logits[label] - others.logsumexp(0)).item()
+
+
+@pytest.mark.parametrize("batch_tokens", ["16", "8192"])
+def test_leaving_out_equals_one_word_at_a_time(
+    task_files, make_classifier, no_process_group, tmp_path, tiny_tokenizer, batch_tokens
+):
+    folder = make_classifier(["neg", "pos"])
+    run_plain(task_files, folder, tmp_path / "A", "--measure", "leave_one_out", "--delta", "0.01",
+              "--keep_punctuation", "--batch_tokens", batch_tokens)
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    documents, info = read(tmp_path / "A")
+    texts = list(dict.fromkeys(text for text, _ in TEXTS))
+    joined = 0
+    for text, sequences in zip(texts, documents, strict=True):
+        for tokens, importance in sequences:
+            expected = []
+            for label in [("neg", "pos").index(y) for other, y in TEXTS if other == text]:
+                seen = tokens[: LIMIT - 2]
+                marks = [255] * len(tokens)
+                whole, right = margin_of(model, label, seen), ask_alone(model, label, seen)[1]
+                words, pieces = [], tiny_tokenizer.convert_ids_to_tokens(seen)
+                for i, piece in enumerate(pieces):
+                    if piece.startswith("##") and words:
+                        words[-1].append(i)
+                        joined += 1
+                    else:
+                        words.append([i])
+                for word in words if right else []:
+                    rest = [token for i, token in enumerate(seen) if i not in word]
+                    for i in word:
+                        marks[i] = int(whole - margin_of(model, label, rest) > 0.01)
+                expected.append(marks)
+            assert importance == np.array(expected).min(0).tolist()
+    flat = [mark for sequences in documents for _, marks in sequences for mark in marks]
+    assert joined and set(flat) == {0, 1, 255}
+    assert info["identity"]["options"]["measure"] == "leave_one_out"
+
+
+def test_gradients_of_aspects_equal_one_sequence_at_a_time(
+    make_classifier, no_process_group, tmp_path
+):
+    """With gradients of the word rows in float64, by small steps; the largest become important."""
+    for name in ("train.xml", "test.xml"):
+        (tmp_path / name).write_text(XML)
+    flags = ["--task", "semeval14_restaurant", "--data_dir", str(tmp_path)]
+    folder = make_classifier(["neutral", "negative", "positive"], 1)
+    values = []
+
+    def note(runner, queries, **options):
+        values.extend(zip(queries, measure_gradient(runner, queries, **options), strict=True))
+        return [one for _, one in values]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(IMPORTANCE, "gradient", IMPORTANCE["gradient"]._replace(measure=note))
+        run_plain(flags, folder, tmp_path / "A", "--measure", "gradient", "--share", "0.3",
+                  "--keep_punctuation")
+    model = BertForSequenceClassification.from_pretrained(folder).eval().double()
+    rows = model.get_input_embeddings()
+    checked = 0
+    for query, found in values:
+        ids = [2, *query.aspect, 3, *query.tokens, 3]
+        types = [0] * (len(query.aspect) + 2) + [1] * (len(query.tokens) + 1)
+        inputs = {"input_ids": torch.tensor([ids]), "token_type_ids": torch.tensor([types])}
+        with torch.no_grad():
+            assert (found is not None) == (model(**inputs).logits[0].argmax() == query.label)
+        for i in range(len(query.tokens)) if found is not None else ():
+            ends = []
+            for factor in (1.001, 0.999):
+                scale = torch.ones(1, len(ids), 1, dtype=torch.float64)
+                scale[0, len(query.aspect) + 2 + i] = factor
+                hook = rows.register_forward_hook(lambda *words, by=scale: words[-1] * by)
+                with torch.no_grad():
+                    best = model(**inputs).logits[0].topk(2).values
+                hook.remove()
+                ends.append((best[0] - best[1]).item())
+            assert found[i] == pytest.approx(abs(ends[0] - ends[1]) / 0.002, rel=1e-3, abs=1e-5)
+            checked += 1
+    assert checked > 20
+    flat = np.concatenate([one for _, one in values if one is not None])
+    marks = [mark for part in read(tmp_path / "A")[0] for _, one in part for mark in one]
+    assert 0 < marks.count(1) <= round(0.3 * len(flat))
+
+
+def test_the_options_of_a_measure_are_its_own(
     task_files, make_classifier, no_process_group, tmp_path
 ):
     folder = make_classifier(["neg", "pos"])
-    run(task_files, folder, tmp_path / "A")
-    run(task_files, folder, tmp_path / "B", "--drop_stop_words")
-    pairs = zip(sum(read(tmp_path / "A")[0], []), sum(read(tmp_path / "B")[0], []), strict=True)
-    dropped = 0
-    for (tokens, with_them), (same_tokens, without) in pairs:
-        assert tokens == same_tokens
-        for before, after in zip(with_them, without, strict=True):
-            assert after == before or (before, after) == (1, 0)
-            dropped += after != before
-    assert dropped
+    for wrong, sentence in (
+        (("gradient", "--delta", "0.2"), "--measure gradient takes --share; leave --delta out"),
+        (("buffer", "--share", "0.2"), "takes --delta and --criterion; leave --share out"),
+        (("leave_one_out", "--criterion", "strict"), "takes --delta; leave --criterion out"),
+        (("leave_one_out", "--keep_last"), "--keep_last goes with --measure buffer"),
+        (("gradient", "--dtype", "fp16"), "--measure gradient needs fp32"),
+        (("buffer", "--delta", "1.5"), r"must be in \(0, 1\)"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            run_plain(task_files, folder, tmp_path / "A", "--measure", *wrong)
+    assert choose_options("leave_one_out", {"delta": 1.5})["delta"] == 1.5
+
+
+def test_help_knows_the_measures_and_their_defaults():
+    fields = {field.name: field for field in dataclasses.fields(AnnotateConfig)}
+    measures = typing.get_args(typing.get_type_hints(AnnotateConfig)["measure"])
+    assert list(measures) == list(IMPORTANCE)
+    for name, record in IMPORTANCE.items():
+        for option, value in record.options.items():
+            said = re.findall(rf"{name}:[^;]*\(default: ([^)]*)\)", fields[option].metadata["help"])
+            assert said == [str(value)] or fields[option].default == value, option
 
 
 def test_wrong_options_are_refused(task_files, make_classifier, no_process_group, tmp_path):

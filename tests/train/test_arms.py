@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from preprocess.errors import ConfigError, DataError
-from preprocess.masking.measures import COUNTED, Measure
 from train import pipeline
 from train.config import PipelineConfig, parse
 from train.recipes.recipe import load_recipe
-from train.stages.measures import MEASURES
 
 BASE = """
 encoder: E
@@ -20,22 +18,6 @@ task: {task: mr, data_dir: D}
 domain_text: {input: [d.txt]}
 """
 GENERAL = "general_text: {input: [g.txt]}\n"
-
-
-def no_score(*inputs: object) -> None:
-    raise AssertionError("a plan computes no scores")
-
-
-@pytest.fixture(autouse=True)
-def measures(monkeypatch) -> None:
-    """Measures of every kind, under names of their own: a recipe knows them by their records."""
-    for name, needs in (("counted", ()), ("compared", ("store",)), ("listed", ("lexicon",)),
-                        ("felt", ("classifier",)), ("asked", ("mlm",)),
-                        ("excessive", ("mlm", "reference"))):
-        record = Measure(no_score, needs, name == "felt", True, "weight", "A rule.")
-        monkeypatch.setitem(MEASURES, name, record)
-        if name in ("counted", "compared", "listed"):
-            monkeypatch.setitem(COUNTED, name, record)
 
 
 def load(folder: Path, text: str, *settings: str) -> dict:
@@ -81,23 +63,23 @@ def test_a_recipe_of_before_plans_the_same_steps(tmp_path):
 def test_scores_are_made_once_and_only_what_an_arm_needs(tmp_path):
     text = GENERAL + """
 scores:
-  words: {measure: counted}
-  theirs: {measure: compared}
-  listed: {measure: listed, lexicon: words.csv}
-  felt: {measure: felt, max_seq_length: 64}
-  asked: {measure: asked, num_passes: 5}
-  more: {measure: excessive, reference: base}
-  both: {combine: rank, of: [words, asked]}
-  unused: {measure: counted}
+  words: {measure: tfidf}
+  theirs: {measure: difference}
+  listed: {measure: lexicon, lexicon: words.csv}
+  gradient: {measure: gradient, max_seq_length: 64}
+  surprise: {measure: surprise, num_passes: 5}
+  more: {measure: excess, reference: base}
+  both: {combine: rank, of: [words, surprise]}
+  unused: {measure: tfidf}
 arms:
   - none
   - {name: control, strategy: random_matched, match: a}
-  - {name: a, strategy: selective, scores: words, rate: 0.2}
-  - {name: b, strategy: selective_fill, scores: words, units: words}
+  - {name: a, strategy: top, scores: words, rate: 0.2}
+  - {name: b, strategy: band, scores: words, units: words, centre: 0.7}
   - {name: c, strategy: selective, scores: theirs}
-  - {name: d, strategy: selective, scores: felt}
-  - {name: e, strategy: selective, scores: both, units: listed}
-  - {name: f, strategy: selective, scores: more, epochs: 3}
+  - {name: d, strategy: top, scores: gradient}
+  - {name: e, strategy: top, scores: both, units: listed}
+  - {name: f, strategy: sampled, scores: more, temperature: 2, epochs: 3}
 score: {batch_tokens: 100}
 masks: {seed: 7}
 """
@@ -105,31 +87,32 @@ masks: {seed: 7}
     made = {name: command.split("/")[-1] for name, command in steps.items()
             if name.startswith(("score", "annotate", "classifier"))}
     # No scorer: no arm reads its scores. The general text is tokenized for `theirs` alone.
-    assert list(made) == ["score-words", "score-theirs", "classifier", "score-felt", "score-asked",
-                          "score-both", "score-listed", "score-more"]
+    assert list(made) == ["score-words", "score-theirs", "classifier", "score-gradient",
+                          "score-surprise", "score-both", "score-listed", "score-more"]
     assert "stage1" not in steps
     tokens = "--tokens R/domain/text"
     for name, command in {
-        "score-words": f"score_words.py {tokens} --measure counted --name words",
-        "score-theirs": f"score_words.py {tokens} --measure compared --against R/general/text "
+        "score-words": f"score_words.py {tokens} --measure tfidf --name words",
+        "score-theirs": f"score_words.py {tokens} --measure difference --against R/general/text "
                         "--name theirs",
-        "score-listed": f"score_words.py {tokens} --measure listed --lexicon words.csv "
+        "score-listed": f"score_words.py {tokens} --measure lexicon --lexicon words.csv "
                         "--name listed",
-        "score-felt": "score_tokens.py --batch_tokens 100 --measure felt --max_seq_length 64 "
-                      f"--model_name_or_path R/classifier/seed_13/hf {tokens} --name felt",
-        "score-asked": "score_tokens.py --batch_tokens 100 --measure asked --num_passes 5 "
-                       f"--model_name_or_path E {tokens} --name asked",
-        "score-more": "score_tokens.py --batch_tokens 100 --measure excessive --reference base "
+        "score-gradient": "score_tokens.py --batch_tokens 100 --measure gradient "
+                          "--max_seq_length 64 --model_name_or_path R/classifier/seed_13/hf "
+                          f"{tokens} --name gradient",
+        "score-surprise": "score_tokens.py --batch_tokens 100 --measure surprise --num_passes 5 "
+                          f"--model_name_or_path E {tokens} --name surprise",
+        "score-more": "score_tokens.py --batch_tokens 100 --measure excess --reference base "
                       f"--model_name_or_path E {tokens} --name more",
-        "score-both": f"score_words.py {tokens} --combine rank --scores words asked --name both",
-        "masks-a": f"build_masks.py {tokens} --strategy selective --scores words --seed 7 "
+        "score-both": f"score_words.py {tokens} --combine rank --scores words surprise --name both",
+        "masks-a": f"build_masks.py {tokens} --strategy top --scores words --seed 7 "
                    "--mlm_probability 0.2 --name a",
-        "masks-b": f"build_masks.py {tokens} --strategy selective_fill --scores words --seed 7 "
-                   "--units words --name b",
-        "masks-e": f"build_masks.py {tokens} --strategy selective --scores both --seed 7 "
+        "masks-b": f"build_masks.py {tokens} --strategy band --scores words --seed 7 "
+                   "--units words --centre 0.7 --name b",
+        "masks-e": f"build_masks.py {tokens} --strategy top --scores both --seed 7 "
                    "--units listed --name e",
-        "masks-f": f"build_masks.py {tokens} --strategy selective --scores more --seed 7 "
-                   "--epochs 3 --name f",
+        "masks-f": f"build_masks.py {tokens} --strategy sampled --scores more --seed 7 "
+                   "--epochs 3 --temperature 2 --name f",
         "masks-control": f"build_masks.py {tokens} --strategy random_matched --match a --seed 7 "
                          "--name control",
     }.items():
@@ -140,10 +123,10 @@ masks: {seed: 7}
     assert [path.split("*.")[1] for path in recorded[::2]] == [
         "f.mask.npy", "f-epoch1.mask.npy", "f-epoch2.mask.npy"]
     assert arms["control"]["masking"] == ["score-words", "masks-a", "masks-control"]
-    assert arms["e"]["masking"] == ["score-words", "score-asked", "score-both", "score-listed",
+    assert arms["e"]["masking"] == ["score-words", "score-surprise", "score-both", "score-listed",
                                     "masks-e"]
     assert {key: arms["b"][key] for key in ("strategy", "scores", "units", "match")} == {
-        "strategy": "selective_fill", "scores": "words", "units": "words", "match": ""}
+        "strategy": "band", "scores": "words", "units": "words", "match": ""}
     assert arms["none"]["strategy"] == "none"
 
 
@@ -172,17 +155,17 @@ def test_counted_scores_serve_every_length_of_stage_1(tmp_path):
 general: {max_steps: 30}
 export_steps: [10, 20]
 scores:
-  words: {measure: counted}
-  asked: {measure: asked}
-  both: {combine: mean, of: [words, asked]}
-arms: [{name: a, strategy: selective, scores: words}, {name: b, strategy: selective, scores: both}]
+  words: {measure: tfidf}
+  surprise: {measure: surprise}
+  both: {combine: mean, of: [words, surprise]}
+arms: [{name: a, strategy: top, scores: words}, {name: b, strategy: top, scores: both}]
 """
     steps, _ = planned(tmp_path, text)
     assert [name for name in steps if name.startswith("score")] == [
-        "score-words", "score-asked-step_10", "score-both-step_10", "score-asked-step_20",
+        "score-words", "score-surprise-step_10", "score-both-step_10", "score-surprise-step_20",
         "score-both-step_20"]
-    assert "--scores words asked-step_20 --name both-step_20" in steps["score-both-step_20"]
-    assert "--model_name_or_path R/stage1/hf_step_20" in steps["score-asked-step_20"]
+    assert "--scores words surprise-step_20 --name both-step_20" in steps["score-both-step_20"]
+    assert "--model_name_or_path R/stage1/hf_step_20" in steps["score-surprise-step_20"]
     assert "--scores words --name a-step_20" in steps["masks-a-step_20"]
 
 
@@ -201,25 +184,26 @@ def test_arms_can_use_the_text_without_what_leaked(tmp_path):
 
 @pytest.mark.parametrize(("scores", "message"), [
     ("[words]", "scores must hold names"),
-    ("{words: counted}", "must have a measure"),
-    ("{words: {measure: counted, combine: rank}}", "must have a measure"),
-    ("{words: {measure: countd}}", "unknown measure 'countd'; did you mean 'counted'"),
-    ("{words: {measure: [counted]}}", "unknown measure"),
-    ("{words: {measure: counted, num_passes: 3}}", "option that counted does not take: 'num_pass"),
-    ("{words: {measure: asked, num_passes: many}}", "num_passes 'many': must be a whole number"),
-    ("{words: {measure: listed}}", "listed needs lexicon"),
-    ("{words: {measure: listed, lexicon: --evil}}", "does not begin with -"),
-    ("{words: {measure: counted, lexicon: a.csv}}", "counted does not read it"),
-    ("{words: {measure: excessive}}", "excessive needs reference"),
-    ("{words: {measure: compared}}", "compared needs against.*or a general_text"),
-    ("{words: {measure: compared, against: general}}", "there is no general_text"),
+    ("{words: tfidf}", "must have a measure"),
+    ("{words: {measure: tfidf, combine: rank}}", "must have a measure"),
+    ("{words: {measure: tfidff}}", "unknown measure 'tfidff'; did you mean 'tfidf'"),
+    ("{words: {measure: [tfidf]}}", "unknown measure"),
+    ("{words: {measure: tfidf, num_passes: 3}}", "option that tfidf does not take: 'num_pass"),
+    ("{words: {measure: surprise, num_passes: many}}", "num_passes 'many': must be a whole"),
+    ("{words: {measure: lexicon}}", "lexicon needs lexicon"),
+    ("{words: {measure: gradient, num_passes: 3}}", "num_passes 3: has no use with --measure grad"),
+    ("{words: {measure: lexicon, lexicon: --evil}}", "does not begin with -"),
+    ("{words: {measure: tfidf, lexicon: a.csv}}", "tfidf does not read it"),
+    ("{words: {measure: excess}}", "excess needs reference"),
+    ("{words: {measure: difference}}", "difference needs against.*or a general_text"),
+    ("{words: {measure: difference, against: general}}", "there is no general_text"),
     ("{both: {combine: rank, of: [task]}}", "two or more scores"),
     ("{both: {combine: rank, of: [task, task]}}", "two or more scores"),
     ("{both: {combine: rnk, of: [task, both]}}", "unknown way to combine 'rnk'; did you mean 'ran"),
     ("{both: {combine: rank, of: [task, wrds]}}", "combines unknown scores 'wrds'"),
     ("{a: {combine: max, of: [task, b]}, b: {combine: max, of: [task, a]}}", "combined of itself"),
-    ("{Words: {measure: counted}}", "the name 'Words' must have 1 to 40"),
-    ("{words-step_3: {measure: counted}}", "not end as -seed1, -step_1"),
+    ("{Words: {measure: tfidf}}", "the name 'Words' must have 1 to 40"),
+    ("{words-step_3: {measure: tfidf}}", "not end as -seed1, -step_1"),
 ])
 def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     with pytest.raises(ConfigError, match=message) as error:
@@ -242,6 +226,13 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     ("[{name: a, strategy: selective, scores: wrds}]", "unknown scores 'wrds'"),
     ("[{name: a, strategy: random, scores: task}]", "scores has no use with random; leave it out"),
     ("[{name: a, strategy: random, units: words}]", "units has no use with random"),
+    ("[{name: a, strategy: top, temperature: 2}]", "temperature has no use with top; leave it out"),
+    ("[{name: a, strategy: band, temperature: 2}]", "temperature has no use with band"),
+    ("[{name: a, strategy: selective, scores: idf}]",
+     "selective takes scores above 0, and 0 means nothing in idf; .* strategy top, sampled, band"),
+    ("[{name: a, strategy: selective_fill, scores: both}]", "0 means nothing in both"),
+    ("[{name: a, strategy: inverse, match: b}, {name: b, strategy: random_matched}, selective]",
+     "arm a matches b, which has no scores that inverse could read"),
     ("[{name: a, strategy: selective, units: word}]", "unknown units 'word'; did you mean 'words"),
     ("[{name: a, strategy: selective, match: b}]", "match has no use with selective"),
     ("[{name: a, strategy: selective, rate: '0.3:0.1'}]", "needs a strategy that draws"),
@@ -251,7 +242,7 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     ("[{name: a, strategy: random, corruption: [80, 20]}]", "three percentages"),
     ("[{name: a, strategy: random, corruption: [80, 10, 20]}]", "three percentages"),
     ("[{name: a, strategy: selective, epochs: 0}]", "epochs 0: must be 1 or more"),
-    ("[{name: a, strategy: selective, centre: high}]", "centre 'high': must be a number"),
+    ("[{name: a, strategy: band, centre: high}]", "centre 'high': must be a number"),
     ("[{name: c, strategy: random_matched, match: b}, none]",
      "arm c matches 'b', which is no arm of this recipe; there are c, none"),
     ("[{name: c, strategy: random_matched, match: selective}]", "which is no arm of this recipe"),
@@ -264,14 +255,22 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
 ])
 def test_arms_that_cannot_be_are_named(tmp_path, arms, message):
     with pytest.raises(ConfigError, match=message) as error:
-        load(tmp_path, f"arms: {arms}\n")
+        load(tmp_path, "scores: {idf: {measure: tfidf}, both: {combine: union, of: [task, idf]}}\n"
+             f"arms: {arms}\n")
     assert "\n" not in str(error.value)
 
 
+def test_flags_of_all_scores_must_suit_each(tmp_path):
+    text = "scores: {slope: {measure: gradient}}\nscore: {dtype: fp16}\n"
+    with pytest.raises(ConfigError, match=r"scores\.slope: --dtype fp16: --measure gradient"):
+        load(tmp_path, text)
+    load(tmp_path, text, "scores.slope={measure: gradient, dtype: auto}")
+
+
 def test_set_gives_scores_and_arms(tmp_path):
-    recipe = load(tmp_path, "scores: {words: {measure: counted}}\n",
-                  "scores.more={measure: asked, num_passes: 3}",
-                  "arms=[none, {name: a, strategy: selective, scores: more}]")
+    recipe = load(tmp_path, "scores: {words: {measure: tfidf}}\n",
+                  "scores.more={measure: surprise, num_passes: 3}",
+                  "arms=[none, {name: a, strategy: top, scores: more}]")
     assert set(recipe["scores"]) == {"task", "words", "more"}
     assert recipe["scores"]["more"].options == {"num_passes": 3}
     assert [arm.name for arm in recipe["arms"]] == ["none", "a"]

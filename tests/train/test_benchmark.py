@@ -15,7 +15,7 @@ from preprocess import masking as masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore, write_array
 from tests.support.runs import words
-from tests.support.stores import MEASURED, read
+from tests.support.stores import read
 from train import benchmark, data, engine, model
 from train.bench import baselines, events, kinds, maskings, tables, throughput
 from train.config import BenchmarkConfig
@@ -28,7 +28,10 @@ RATE = 0.3
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory, tiny_tokenizer) -> str:
-    """60 documents with the mask index `fifth`, every fifth token, and the scores `some`."""
+    """60 documents with the mask index `fifth`, every fifth token, and scores.
+
+    The scores `some` have a boundary at 0 and tell their seconds, `rare` have neither.
+    """
     path = str(tmp_path_factory.mktemp("store") / "text")
     generator = np.random.default_rng(0)
     with StoreWriter(path, tiny_tokenizer, {}) as writer:
@@ -37,8 +40,15 @@ def prefix(tmp_path_factory, tiny_tokenizer) -> str:
     shard = TokenStore.open(path).shards[0]
     positions = np.arange(0, shard.num_tokens, 5, dtype=np.uint32)
     write_array(shard, "fifth", "mask", positions, {"strategy": "selective"})
-    scores = generator.normal(-1, 1, size=shard.num_tokens).astype(np.float16)
-    write_array(shard, "some", "scores", scores, MEASURED)
+    # Some types are important wherever they occur, as in text.
+    means = generator.normal(-1, 1, size=len(tiny_tokenizer))[shard.tokens]
+    scores = (means + generator.normal(0, 0.5, size=shard.num_tokens)).astype(np.float16)
+    measure = {"name": "drawn", "unit": "log-odds", "reads_labels": True}
+    write_array(shard, "some", "scores", scores,
+                {"measure": {**measure, "boundary": True}, "seconds": 3.0})
+    write_array(shard, "rare", "scores", np.exp(scores),
+                {"measure": {**measure, "boundary": False}})
+    write_array(shard, "old", "scores", scores, {})
     return path
 
 
@@ -113,7 +123,13 @@ def test_run_measures_every_strategy_and_baseline(config, run_here, tmp_path, ca
     assert list(costs) == ours
     assert costs["selective"]["bytes_on_disk"] == 4 * costs["selective"]["masked_tokens"] + 128
     assert costs["fifth"]["seconds"] is None and costs["random"]["bytes_on_disk"] == 0
-    assert costs["random_matched"]["masked_tokens"] == costs["selective"]["masked_tokens"]
+    matched = [name for name, one in masks.STRATEGIES.items() if one.budget == "match"]
+    assert {costs[name]["masked_tokens"] for name in matched} == {
+        costs["selective"]["masked_tokens"]}
+    tokens = saved["store_tokens"]
+    for name, found in costs.items():
+        reads = name in masks.STRATEGIES and maskings.reads_scores(name)
+        assert found["score_seconds_per_million_tokens"] == (3e6 / tokens if reads else None)
     assert saved["equal_masked_tokens"] == min(cost["masked_tokens"] for cost in costs.values())
     assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     for name in rows:
@@ -170,8 +186,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "4 rows x 2 micro batches x 1 ranks = 8 rows" in out
     assert "dropped: 1 warm-up steps" in out
-    # 3 strategies, once more equal, bare, 4 loops; each 1 + 2 x (2 + 2) steps.
-    assert f"{(3 * 2 + 1 + 4) * 9} steps of 8 rows" in out
+    # Drawn strategies and an index, once more equal, bare, 4 loops; each 1 + 2 x (2 + 2) steps.
+    ours = sum(one.drawn for one in masks.STRATEGIES.values()) + 1
+    assert f"{(ours * 2 + 1 + 4) * 9} steps of 8 rows" in out
     assert not (tmp_path / "out").exists()
 
 
@@ -182,6 +199,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(config, tmp_path, capsys):
         ({"strategies": ["selective"]}, ConfigError, "selective.*--scores.*--mask_indices"),
         ({"strategies": ["whole_word"] * 2}, ConfigError, "whole_word.*twice"),
         ({"scores": "absent"}, DataError, "absent"),
+        ({"scores": "old"}, DataError, "old: their JSON names no measure.*make them again"),
+        ({"scores": "rare", "strategies": ["selective"]}, ConfigError, "0 parts.*rare.*take top"),
+        ({"corruption": "80,10"}, ConfigError, "three percentages"),
         ({"mask_indices": ["fifth", "fifth"]}, ConfigError, "fifth.*twice"),
         ({"mask_indices": ["bare"]}, ConfigError, "bare"),
         ({"mask_indices": ["gather-lines"]}, ConfigError, "gather-lines"),
@@ -278,6 +298,34 @@ def test_equal_maskings_hold_equally_many_positions(config):
     assert built.equal["random"].rate == pytest.approx(RATE * count / drawn)
 
 
+def test_every_strategy_that_the_scores_allow_has_its_masks(config, capsys):
+    """Controls are matched to the policy: the first strategy that can use the scores."""
+    for name, policy in (("some", "selective"), ("rare", "top")):
+        inputs = benchmark.read_inputs(dataclasses.replace(config, scores=name))
+        built = benchmark.build_maskings(inputs)
+        allowed = [key for key, one in masks.STRATEGIES.items()
+                   if name == "some" or "boundary" not in one.needs]
+        assert list(built.plain) == [*allowed, "fifth"]
+        (followed,) = built.plain[policy].index
+        for key, one in masks.STRATEGIES.items():
+            if one.budget == "match":
+                (index,) = built.plain[key].index
+                assert len(index) == len(followed) and not np.array_equal(index, followed), key
+        assert not np.array_equal(built.plain["typemean"].index[0], followed)
+    shard = TokenStore.open(config.tokens).shards[0]
+    low = np.where(np.arange(shard.num_tokens) % 9, -9, 1).astype(np.float16)
+    write_array(shard, "low", "scores", low, {"measure": {"boundary": True}})
+    inputs = benchmark.read_inputs(dataclasses.replace(config, scores="low"))
+    assert "typemean" not in benchmark.build_maskings(inputs).plain  # no mean is above 0
+    assert "left out: " in capsys.readouterr().out
+    asked = dataclasses.replace(config, scores="low", strategies=["typemean"])
+    with pytest.raises(DataError, match="typemean masks no token"):
+        benchmark.build_maskings(benchmark.read_inputs(asked))
+    without = benchmark.read_inputs(dataclasses.replace(config, scores=""))
+    assert without.strategies == [
+        key for key, one in masks.STRATEGIES.items() if not {"scores", "match"} & one.needs]
+
+
 def test_thinning_keeps_positions_in_their_shards():
     index = [np.array([3, 5, 9], np.uint32), np.zeros(0, np.uint32), np.array([0, 2], np.uint32)]
     assert [part.tolist() for part in maskings._thin(index, 5, seed=1)] == [[3, 5, 9], [], [0, 2]]
@@ -294,6 +342,11 @@ def test_a_built_index_is_that_of_the_command(config, prefix, run_here):
     masking, _ = builder.build("selective")
     (expected,) = data.prebuilt_masking(store, "made").index
     np.testing.assert_array_equal(masking.index[0], expected)
+    for control in (name for name, one in masks.STRATEGIES.items() if one.control):
+        run_here("preprocess/build_masks.py", "--tokens", prefix, "--strategy", control,
+                 "--match", "made", "--name", control)
+        (expected,) = data.prebuilt_masking(store, control).index
+        np.testing.assert_array_equal(builder.build(control)[0].index[0], expected, control)
 
 
 # ----------------------------------------------------------------------------------- baselines
@@ -336,6 +389,15 @@ def test_counts_of_a_batch(prefix, cut):
     assert counts.rows == 40 and counts.tokens == sum(map(len, rows))
     assert counts.text_tokens == sum(token > 4 for row in rows for token in row)
     assert counts.slots == 40 * max(map(len, rows))
+    # The corruption of the strategies is that of the loops of transformers.
+    for percent in ((100, 0, 0), (0, 0, 100), (0, 100, 0)):
+        (batch,) = next(baselines.make_batches(
+            store, rows, micro_batch_size=40, accumulation_steps=1, mlm_probability=RATE, seed=0,
+            corruption=masks.Corruption(*percent)))
+        ids, labels = (batch[key][batch["labels"] >= 0] for key in ("input_ids", "labels"))
+        assert (ids == store.special_ids["mask"]).float().mean() == pytest.approx(
+            percent[0] / 100, abs=0.05)
+        assert (ids == labels).float().mean() == pytest.approx(percent[2] / 100, abs=0.1)
     assert counts.masked == pytest.approx(RATE * counts.text_tokens, rel=0.2)
 
 

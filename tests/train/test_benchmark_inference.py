@@ -70,6 +70,35 @@ def test_all_ways_find_the_same(inputs, capsys):
     assert re.search(r"selmask fp16: log-odds differ by at most .* equal at 9[\d.]+% of", said)
 
 
+def test_measures_are_compared_with_the_buffer(inputs, capsys):
+    """The average precision against a twin that ranks one sentence after the other."""
+    folder, flags = inputs
+    at = flags.index("--scorer")
+    flags = [*flags[:at], *flags[at + 4 :], "--importance", "--delta", "0.1"]
+    with pytest.MonkeyPatch.context() as patch:
+        found = []
+        plain = benchmark_inference.mean_precision
+        patch.setattr(benchmark_inference, "mean_precision",
+                      lambda *pair: found.append(pair) or plain(*pair))
+        benchmark_inference.main(flags)
+    result = json.loads((folder / "out" / "benchmark_inference.json").read_text())["importance"]
+    rows = {row["measure"]: row for row in result["rows"]}
+    assert list(rows) == ["buffer", "gradient", "leave_one_out"]
+    assert not any(row["turned"] for row in rows.values())
+    assert rows["gradient"]["passes"] < rows["leave_one_out"]["inputs"]
+    for (target, values), row in zip(found, rows.values(), strict=True):
+        each, shares = [], []
+        for marks, numbers in zip(target, values, strict=True):
+            if marks is None or not marks.any():
+                continue
+            at = [(numbers >= numbers[i]) for i in np.flatnonzero(marks)]
+            each.append(np.mean([marks[ahead].mean() for ahead in at]))
+            shares.append(marks.mean())
+        assert len(each) > 2 and row["average_precision"] == f"{np.mean(each):.3f}"
+        assert result["chance"] == pytest.approx(np.mean(shares))
+    assert f"other marks: average precision {result['chance']:.3f}" in capsys.readouterr().out
+
+
 def test_sentences_are_whole(inputs):
     store = TokenStore.open(inputs[0] / "P")
     for most, expected in ((1, [3]), (42, [3]), (43, [3, 40, 0]), (10**6, [3, 40, 0, 7] * 2)):
@@ -82,6 +111,7 @@ def test_wrong_options_are_one_sentence(inputs, monkeypatch):
     for wrong, text in ((["--rounds", "0"], "rounds 0"), (["--scorer", ""], "go together"),
                         (["--annotate_length", "64"], "64.*32"),
                         (["--batch_tokens", "0"], "batch_tokens 0"),
+                        (["--importance"], "--importance goes with --classifier"),
                         (["--delta", "0.001"], "fp16 with --delta 0.001")):
         with pytest.raises(ConfigError, match=text):
             benchmark_inference.main([*flags, *wrong])

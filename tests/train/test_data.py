@@ -108,6 +108,9 @@ def some_index(store: TokenStore, generator, share: float = 0.2) -> Masking:
     return Masking("some", index=index)
 
 
+WHICH = [*(name for name, strategy in masks.STRATEGIES.items() if strategy.drawn), "index"]
+
+
 def maskings(store: TokenStore) -> dict[str, Masking]:
     drawn = {name: data.drawn_masking(store, name, 0.15)
              for name, strategy in masks.STRATEGIES.items() if strategy.drawn}
@@ -424,6 +427,7 @@ def plain_row(
     """Assemble one row token by token, masked by itself."""
     tokens = all_tokens(store)
     pieces = range(table.row_offsets[row], table.row_offsets[row + 1])
+    spans = [(int(table.piece_starts[piece]), int(table.piece_lengths[piece])) for piece in pieces]
     if masking.index is not None:
         masked = {
             shard.token_start + int(position)
@@ -431,20 +435,19 @@ def plain_row(
             for position in positions
         }
     else:
-        spans = [np.arange(table.piece_starts[piece], table.piece_starts[piece]
-                           + table.piece_lengths[piece]) for piece in pieces]
-        where, words = np.concatenate(spans), masking.words
-        ids, offsets = tokens[where].astype(np.uint16), np.cumsum([0, *map(len, spans)])
+        positions = np.concatenate([np.arange(start, start + length) for start, length in spans])
+        ids, words = tokens[positions].astype(np.uint16), masking.words
+        offsets = np.cumsum([0, *(length for _, length in spans)])
         chosen = masks.STRATEGIES[masking.name].choose(masks.Sequences(
-            offsets=offsets, positions=where, rate=masking.rate, seed=seed, epoch=epoch,
-            candidates=ids >= FIRST_WORD, windows=np.zeros(len(spans), dtype=np.int64),
+            offsets=offsets, positions=positions, rate=masking.rate, seed=seed, epoch=epoch,
+            candidates=ids >= FIRST_WORD, windows=np.zeros(len(spans), np.int64),
             continues_word=words and find_continuations(ids, offsets, words),
         ))
-        masked = set(where[chosen].tolist())
+        index = set(positions[chosen].tolist())
     result = PlainRow([], [], [], {})
-    for piece in pieces:
-        start, length = int(table.piece_starts[piece]), int(table.piece_lengths[piece])
+    for piece, (start, length) in zip(pieces, spans, strict=True):
         positions = np.arange(start, start + length)
+        masked = index & set(positions.tolist())
         result.input_ids.append(CLS)
         for position in positions.tolist():
             token = int(tokens[position])
@@ -497,7 +500,7 @@ def assert_same_row(fast: PlainRow, plain: PlainRow) -> None:
 
 
 @pytest.mark.parametrize("fifths, steps", [(2, 5), (17, 1)])
-@pytest.mark.parametrize("which", ["random", "whole_word", "index"])
+@pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("kind", ["plain", "sharded"])
 def test_batches_equal_their_plain_twin(which, kind, fifths, steps, plain_store, sharded_store):
     """Each epoch draws its masks anew, or only the corruption of a mask index.
@@ -556,7 +559,7 @@ def global_rows(store, table, masking, number, *, world, accumulation, micro, se
     return rows, numbers.tolist(), (*sums, steps[0].epoch)
 
 
-@pytest.mark.parametrize("which", ["random", "whole_word", "index"])
+@pytest.mark.parametrize("which", WHICH)
 def test_global_batch_does_not_depend_on_the_split(which, sharded_store):
     masking, table = maskings(sharded_store)[which], table_of(sharded_store)
     straddling = table.num_rows // 8  # this batch of 8 holds the end of the first epoch
@@ -912,7 +915,7 @@ def test_large_ids_survive_16_bits(ids):
     assert_same_inputs(packed.inputs(CPU), batch)
 
 
-@pytest.mark.parametrize("which", ["random", "whole_word", "index"])
+@pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("kind", ["plain", "sharded"])
 def test_packed_batches_equal_the_plain_ones(which, kind, plain_store, sharded_store):
     store = plain_store if kind == "plain" else sharded_store
@@ -993,7 +996,7 @@ def larger_store(tmp_path_factory, tiny_tokenizer) -> TokenStore:
     return write_store(tmp_path_factory.mktemp("larger") / "p", tiny_tokenizer, [documents])
 
 
-@pytest.mark.parametrize("which", ["random", "whole_word", "index"])
+@pytest.mark.parametrize("which", WHICH)
 def test_sizes_of_a_run_are_near_the_counts_of_its_batches(which, larger_store):
     """Batches of 256 rows of 128 slots; the sizes are found from 64 of the 300."""
     table, masking = table_of(larger_store, 128), maskings(larger_store)[which]
@@ -1002,14 +1005,14 @@ def test_sizes_of_a_run_are_near_the_counts_of_its_batches(which, larger_store):
     batches = [packed.step(number).micro_batches[0] for number in range(0, 300, 3)]
     counts = [batch.num_masked for batch in batches]
     assert sizes.masked % 128 == 0 and sizes.per_row % 8 == 0
-    assert np.mean(counts) < sizes.masked < 1.05 * np.mean(counts)
+    assert np.mean(counts) < sizes.masked < 1.07 * np.mean(counts)
     fitting = [batch for batch in batches if batch.num_masked <= sizes.masked
                and batch.most_masked <= sizes.per_row]
     assert len(fitting) >= len(batches) - 1
     assert max(batch.most_masked for batch in batches) + 12 > sizes.per_row
 
 
-@pytest.mark.parametrize("which", ["random", "whole_word", "index"])
+@pytest.mark.parametrize("which", WHICH)
 def test_sizes_do_not_depend_on_ranks_or_where_a_run_stands(which, sharded_store):
     table, masking = table_of(sharded_store), maskings(sharded_store)[which]
 
@@ -1051,7 +1054,7 @@ def test_a_batch_beyond_the_sizes_loses_no_mask(plain_store):
 # -------------------------------------------------------------------------------- evaluation
 
 
-@pytest.mark.parametrize("which", ["random", "whole_word", "index"])
+@pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("max_rows", [1, 5, 10**6])
 def test_evaluation_covers_each_held_out_row_once(which, max_rows, sharded_store):
     """The published pipeline evaluated on the last training batch, again and again."""

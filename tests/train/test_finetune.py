@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -389,6 +390,29 @@ def test_a_special_token_written_in_a_text_is_text(tiny_tokenizer):
         tiny_tokenizer, [Example("good [SEP] film", 0, None, "a")], 16, segments=False
     ).input_ids
     assert np.flatnonzero(ids == tiny_tokenizer.sep_token_id).tolist() == [len(ids) - 1]
+
+
+def binomial_tail(count, total, share):
+    """The probability of `count` or more hits, summed up."""
+    return sum(math.comb(total, k) * share**k * (1 - share) ** (total - k)
+               for k in range(count, total + 1))
+
+
+@pytest.mark.parametrize(("right", "total", "is_weak"), [
+    (58, 100, True), (59, 100, False), (538, 1000, False), (526, 1000, True), (0, 10, True),
+    (10, 10, False),
+])
+def test_a_classifier_near_the_majority_class_is_named(right, total, is_weak):
+    """The exact one-sided test at 5 % against half of the labels."""
+    labels = np.arange(total) % 2
+    predictions = np.where(np.arange(total) < right, labels, 1 - labels)
+    assert (binomial_tail(right, total, 0.5) >= 0.05) == is_weak
+    weak = finetune.find_weak(labels, predictions)
+    assert len(weak) == is_weak
+    if is_weak and right:
+        assert f"{right / total:.4f} on {total:,} examples is not clearly above 0.5000" in weak[0]
+        least = float(weak[0].split("it is ")[1].split()[0])
+        assert binomial_tail(right, total, least) == pytest.approx(0.05, abs=2e-3)
 
 
 def test_the_head_depends_on_the_seed_only(tiny_encoder, tmp_path):

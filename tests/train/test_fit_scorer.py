@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -111,6 +112,19 @@ def test_baselines_by_hand():
     )
 
 
+@pytest.mark.parametrize(("found", "important", "sentence"), [
+    (0.31, 5, None), (0.30, 5, "0.3000 on 40 held-out .* not above the 0.3000 of .* token_type"),
+    (0.0, 0, "no important token is held out"),
+])
+def test_a_scorer_that_is_not_above_its_baselines_is_named(found, important, sentence):
+    weak = fit_scorer.find_weak({
+        "average_precision": found, "num_dev_important": important, "num_dev_tokens": 40,
+        "baselines": {"all_ones": {"average_precision": 0.1},
+                      "token_type": {"average_precision": 0.3}}})
+    assert len(weak) == (sentence is not None)
+    assert sentence is None or re.search(sentence, weak[0])
+
+
 @pytest.mark.slow
 def test_the_command_learns_which_words_matter(
     tmp_path, tiny_tokenizer, tiny_encoder, run_command_line
@@ -139,6 +153,8 @@ def test_the_command_learns_which_words_matter(
     assert results["f1"] > results["baselines"]["all_ones"]["f1"]
     assert results["baselines"]["token_type"]["f1"] > 0.9  # the type decides everything here
     assert "token_type" in done.stdout
+    assert [line for line in done.stdout.splitlines() if "warning: average" in line] == [
+        f"warning: {sentence}" for sentence in results["weak"]]
     from transformers import AutoModelForTokenClassification
 
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "run/hf")

@@ -247,7 +247,11 @@ def annotate(folder, task, still_encoder) -> Case:
         "model_name_or_path": ({"model_name_or_path": second}, WEIGHTS),
         "delta": ({"delta": 0.2}, "--delta 0.01, .* has 0.2"),
         "criterion": ({"criterion": "strict"}, "--criterion signed, .* has strict"),
-        "drop_stop_words": ({"drop_stop_words": True}, "--drop_stop_words False, .* has True"),
+        **{name: ({name: True}, f"--{name} False, .* has True")
+           for name in ("drop_stop_words", "keep_punctuation", "keep_last")},
+        "measure": ({"measure": "gradient"}, "--measure buffer, .* has gradient"),
+        "share": ({"measure": "gradient", "share": 0.3}, "--measure buffer, .* has gradient"),
+        "parity": ({"parity": True}, "--(criterion|drop_stop_words) .*, .* has "),
         "language": ({"language": "de"}, "--language en, .* has de"),
         "max_seq_length": ({"max_seq_length": 12}, "--max_seq_length 16, .* has 12"),
         "max_train_samples": ({"max_train_samples": 8}, r"--max_train_samples .* 12, .* has 8"),

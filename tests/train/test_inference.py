@@ -23,10 +23,16 @@ from transformers import (
 
 from preprocess.errors import ConfigError
 from preprocess.store import ranges
+from preprocess.text.continuations import WordTable
 from tests.support.language import BAD, GOOD, review
 from train.model import first_slot_only
-from train.stages import importance
-from train.stages.importance import EDGE, Query, explain
+from train.stages.importance import (
+    CRITERIA,
+    ODDS_EDGE,
+    explain,
+    measure_left_out,
+    take_above,
+)
 from train.stages.inference import (
     IdLists,
     Runner,
@@ -36,6 +42,7 @@ from train.stages.inference import (
     in_half,
     one_by_one,
 )
+from train.stages.queries import EDGE, Query
 
 
 def test_worked_examples():
@@ -246,13 +253,37 @@ def test_decisions_at_the_edge_do_not_depend_on_the_batch():
                         **options)
         marks = explain(runner, queries, 0.25, edge=edge)
         assert all(len(m) == len(q.tokens) for m, q in zip(marks, queries, strict=True))
-        return np.concatenate(marks).tolist(), runner.counts["alone"]
+        return np.concatenate(marks).tolist(), runner.counts
+
+    alone, counts = found(0.0, batch_tokens=1, cut=one_by_one)
+    assert counts["turned"] == 0
+    assert found(0.0, batch_tokens=100)[0] != alone, "the noise is felt"
+    for batch_tokens in (20, 100, 5000):
+        marks, counts = found(EDGE, batch_tokens=batch_tokens)
+        assert marks == alone and 0 < counts["turned"] < counts["alone"]
+
+
+def test_words_left_out_at_the_edge_do_not_depend_on_the_batch(monkeypatch):
+    """A drop is delta itself: only the noise decides, unless it is asked again."""
+    words = WordTable(np.zeros(10, np.uint8), np.zeros(10, np.uint8), np.zeros((1, 1), bool))
+    monkeypatch.setattr("train.stages.importance.continuation_table", lambda _: words)
+    rng = np.random.default_rng(0)
+    queries = [Query(i, 0, 1, [], rng.integers(5, 9, n).tolist())
+               for i, n in enumerate(rng.integers(1, 9, 60))]
+    delta = float(np.log(0.8 / 0.2) - np.log(0.55 / 0.45))
+
+    def found(edge, **options):
+        runner = Runner(Noisy(), Template((2,), (), (3,), 0), Pad(0), torch.device("cpu"),
+                        **options)
+        values = measure_left_out(runner, queries, delta, edge=edge)
+        assert all(len(v) == len(q.tokens) for v, q in zip(values, queries, strict=True))
+        return np.concatenate(take_above(values, delta)).tolist(), runner.counts
 
     alone, _ = found(0.0, batch_tokens=1, cut=one_by_one)
     assert found(0.0, batch_tokens=100)[0] != alone, "the noise is felt"
     for batch_tokens in (20, 100, 5000):
-        marks, num_alone = found(EDGE, batch_tokens=batch_tokens)
-        assert marks == alone and num_alone
+        marks, counts = found(ODDS_EDGE, batch_tokens=batch_tokens)
+        assert marks == alone and 0 < counts["turned"] <= counts["alone"]
 
 
 class Coarse(torch.nn.Module):
@@ -274,7 +305,7 @@ class Coarse(torch.nn.Module):
         return type("Output", (), {"logits": torch.stack([torch.zeros_like(odds), odds], 1)})
 
 
-@pytest.mark.parametrize("criterion", importance.CRITERIA)
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_close_decisions_in_fp16_are_those_of_fp32(criterion, monkeypatch):
     rng = np.random.default_rng(0)
     queries = [Query(i, 0, 1, [], rng.integers(5, 9, n).tolist())
@@ -290,7 +321,7 @@ def test_close_decisions_in_fp16_are_those_of_fp32(criterion, monkeypatch):
     first, counts = found(half=True)
     assert np.array_equal(first, exact)
     assert 0 < counts["fp32"] < counts["inputs"] / 2
-    monkeypatch.setattr(importance, "half_edge", lambda *_: 0.0)
+    monkeypatch.setattr("train.stages.queries.half_edge", lambda *_: 0.0)
     assert not np.array_equal(found(half=True)[0], exact), "the error of fp16 is felt"
 
 

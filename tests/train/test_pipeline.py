@@ -81,8 +81,8 @@ def run_pipeline(run_here, still_encoder, reviews_file, labelled_files):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run_room, "run_process", run_process)
             pipeline.main([
-                "--recipe", str(RECIPE), "--output_dir", str(root), "--launcher", "python", *flags,
-                "--set", *settings(still_encoder, reviews_file, labelled_files),
+                "--recipe", str(RECIPE), "--output_dir", str(root), "--launcher", "python",
+                "--go_on", *flags, "--set", *settings(still_encoder, reviews_file, labelled_files),
             ])
         return ran
 
@@ -154,6 +154,28 @@ def test_what_an_arm_cost_is_recorded(finished):
     assert costs["none"]["masking"] == "0" and float(costs["selective"]["total"]) > 0
 
 
+def test_arms_of_shared_scores_are_added_to_a_finished_run(copy, run_pipeline, capsys):
+    """Scores are made once; the control and the arm that it matches may come in any order."""
+    ran = run_pipeline(
+        copy, "--set", "scores={words: {measure: tfidf}, both: {combine: rank, of: [task, words]}}",
+        "arms=[none, {name: control, strategy: inverse, match: best}, "
+        "{name: best, strategy: top, scores: words, units: words}, "
+        "{name: mixed, strategy: sampled, scores: both, epochs: 2}]")
+    assert [name for name in ran if name.startswith(("score", "masks"))] == [
+        "score-words", "score-both", "masks-best", "masks-control", "masks-mixed"]
+    store = domain(copy)
+    assert (counts_of(store, "best") == counts_of(store, "control")).all()
+    first, second = (open_array(store.shards[0], name, "mask")[0]
+                     for name in ("mixed", "mixed-epoch1"))
+    assert not np.array_equal(first, second)
+    rows = {row["arm"]: row for row in read_csv(copy / "report" / "table.csv")}
+    assert [rows["best"][key] for key in ("strategy", "scores", "units")] == [
+        "top", "words", "words"]
+    shared = {row["step"]: row["arms"] for row in read_csv(copy / "report" / "masking.csv")}
+    assert shared["score-words"] == "control, best, mixed"
+    assert "leakage: of " in capsys.readouterr().out
+
+
 def test_every_arm_answered_the_same_test_sentences(finished, labelled_files):
     with open(labelled_files["test"], newline="") as file:
         expected = Counter(row["label"] for row in csv.DictReader(file))
@@ -197,7 +219,9 @@ def test_lineage_tells_the_stages_in_order(finished):
         general, guided, finetuned = told[arm]
         assert general == told["none"][0]
         assert general["identity"]["choice"]["masking"] == "random"
-        assert guided["identity"]["choice"]["masking"] == arm
+        assert guided["identity"]["choice"]["masking"] == guided["masks"]["strategy"] == arm
+        assert guided["masks"]["index"] == arm
+        assert str(guided["masks"]["scores"]).startswith("task ") == (arm == "selective")
         assert guided["identity"]["inputs"]["store"] == domain(root).fingerprint
         assert guided["totals"]["steps"] == STEPS and guided["totals"]["masked_tokens"] > 0
         assert finetuned["stage"] == "finetune"
@@ -323,7 +347,7 @@ def test_a_recipe_on_two_nodes_started_by_hand(
     hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
     command = [
         sys.executable, "train/pipeline.py", "--recipe", RECIPE, "--output_dir", root,
-        "--hostfile", hosts, "--no_ssh", "--set",
+        "--hostfile", hosts, "--no_ssh", "--go_on", "--set",
         *settings(still_encoder, reviews_file, labelled_files), "arms=[selective]", "general=null",
         "floors={naive_bayes: true}", "finetune.seeds='13'", "--node_rank",
     ]
@@ -339,7 +363,7 @@ def test_a_recipe_on_two_nodes_started_by_hand(
     first, second = on_both_nodes()
     launched = ["classifier", "annotate", "scorer", "score", "task_guided-selective-seed42",
                 "finetune-selective-seed42"]
-    alone = ["tokenize-domain", "masks-selective", "naive_bayes", "report"]
+    alone = ["tokenize-domain", "leakage", "masks-selective", "naive_bayes", "report"]
     for name in launched:
         assert f"] {name}\n" in first and f"] {name}\n" in second
         assert list(root.glob(f"logs/*-{name}.node1.log"))

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from preprocess import build_masks, tokenize_corpus, train_tokenizer
+from preprocess import (
+    build_masks,
+    score_words,
+    select_documents,
+    tokenize_corpus,
+    train_tokenizer,
+)
 from preprocess.errors import ConfigError, DataError, StopRequested
 from train import pipeline, report
 from train.config import (
@@ -28,6 +34,7 @@ from train.config import (
     parse,
 )
 from train.recipes import run as run_room
+from train.recipes.arms import WORD_FLAGS
 from train.recipes.recipe import (
     MASK_FLAGS,
     REPOSITORY,
@@ -45,6 +52,8 @@ PARSERS = {
     **{name: partial(parse, config) for name, config in CONFIGS.items()},
     "tokenize_corpus.py": tokenize_corpus.build_parser().parse_args,
     "train_tokenizer.py": train_tokenizer.build_parser().parse_args,
+    "select_documents.py": select_documents.parse_arguments,
+    "score_words.py": score_words.parse_arguments,
     "build_masks.py": build_masks.parse_arguments, "report.py": report.parse_arguments,
 }
 # What a user must say: a value for every variable without one.
@@ -117,8 +126,11 @@ def test_recipes_of_the_paper_have_the_published_settings(name):
 def test_flags_of_preprocess_sections_exist():
     for command, flags in ((tokenize_corpus, TOKENIZE_FLAGS), (train_tokenizer, VOCABULARY_FLAGS)):
         assert set(flags) <= {action.dest for action in command.build_parser()._actions}
-    args = build_masks.parse_arguments(["--tokens", "P", "--name", "n", "--strategy", "random"])
+    given = ["--tokens", "P", "--name", "n"]
+    args = build_masks.parse_arguments([*given, "--strategy", "random"])
     assert set(MASK_FLAGS) <= set(vars(args))
+    args = score_words.parse_arguments([*given, "--measure", "tfidf"])
+    assert set(WORD_FLAGS) <= set(vars(args))
 
 
 def test_set_replaces_variables_and_settings(tmp_path):
@@ -130,7 +142,7 @@ def test_set_replaces_variables_and_settings(tmp_path):
     assert recipe["task"] == {"task": "mr", "data_dir": "E"}
     assert recipe["masks"] == {"mlm_probability": 0.2}
     assert recipe["task_guided"] == {"max_steps": 7}
-    assert recipe["arms"] == ["none"] and recipe["tokenizer"] == "T"
+    assert [arm.name for arm in recipe["arms"]] == ["none"] and recipe["tokenizer"] == "T"
 
 
 @pytest.mark.parametrize(("text", "settings", "message"), [

@@ -31,6 +31,7 @@ from torch.nn import functional
 
 import csrc
 from csrc import reference
+from preprocess.masking import STANDARD, Corruption
 from preprocess.store import TokenStore
 from train import engine as ds
 from train.bench.throughput import Laps, no_laps
@@ -86,7 +87,7 @@ def line_rows(store: TokenStore, max_seq_length: int, num_rows: int, seed: int) 
 
 def make_batches(
     store: TokenStore, rows: list[list[int]], *, micro_batch_size: int, accumulation_steps: int,
-    mlm_probability: float, seed: int, pin_memory: bool = False,
+    mlm_probability: float, seed: int, corruption: Corruption = STANDARD, pin_memory: bool = False,
 ) -> Iterator[list[Batch]]:
     """Yield the micro batches of each step, made in the training process as by `Trainer`; endless.
 
@@ -97,6 +98,7 @@ def make_batches(
     from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
     rows = rows * -(-micro_batch_size // len(rows))  # at least one micro batch
+    masked, drawn, _ = corruption.shares()
     tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir)
     special = set(store.all_special_ids)
     dataset = Dataset.from_dict({
@@ -107,7 +109,8 @@ def make_batches(
     loader: Any = torch.utils.data.DataLoader(
         dataset, batch_size=micro_batch_size, shuffle=True, pin_memory=pin_memory,  # type: ignore
         collate_fn=DataCollatorForLanguageModeling(
-            tokenizer=tokenizer, mlm_probability=mlm_probability
+            tokenizer=tokenizer, mlm_probability=mlm_probability, mask_replace_prob=masked,
+            random_replace_prob=drawn,
         ),
         generator=torch.Generator().manual_seed(seed), drop_last=True,
     )

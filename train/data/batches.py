@@ -230,7 +230,7 @@ class PackedData:
 
     def _choose(
         self, row: np.ndarray, start: np.ndarray, length: np.ndarray, tokens: np.ndarray,
-        epoch: int, rate: float
+        epoch: int, rate: float,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Choose the masked tokens of pieces; returns positions in the store, and their counts."""
         if self._indices:

@@ -131,7 +131,9 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
     indices = [index[start:start + shards] for start in range(0, len(index), shards)]
     if not all(any(map(len, one)) for one in indices):
         raise DataError(f"{store.prefix}: mask index {name} masks no token; build another")
-    choices = [info["identity"]["choice"] for info in infos if "identity" in info]
+    # An array of units has another content in each shard.
+    choices = [{**info["identity"]["choice"], "units": _units(info)}
+               for info in infos if "identity" in info]
     numbers = [(info.get("epoch", 0), info.get("epochs", 1)) for info in infos]
     wanted = [(number // shards, epochs) for number in range(len(infos))]
     if any(choice != choices[0] for choice in choices) or epochs > 1 and numbers != wanted:
@@ -142,3 +144,8 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
         name, index=indices[0], later=indices[1:], options=first.get("options") or {},
         fingerprint=fingerprint_text(*(info["sha256"] for info in infos)),
     )
+
+
+def _units(info: dict[str, Any]) -> str:
+    """Return the name of the units of a mask index, without their digest."""
+    return str((info.get("options") or {}).get("units", "")).partition(" ")[0]

@@ -15,6 +15,7 @@ from train.model.families import (
     checkpoint_activations,
     find_queries,
     first_slot_only,
+    token_rows,
 )
 from train.model.flops import Peak, StepFlops, count_flops, peak_flops
 from train.model.loading import (
@@ -62,5 +63,6 @@ __all__ = [
     "missing_for_compiling",
     "named_config",
     "peak_flops",
+    "token_rows",
     "uncompiled",
 ]

@@ -172,6 +172,7 @@ class Family:
         last_layer: (layer, hidden `(B, S, D)`, mask, queries, the encoder's other arguments) ->
             `(C, D)`, the layer's output at the slots of the queries.
         split_linear: last layer -> the linear layers whose weights `last_layer` splits.
+        token_rows: encoder -> the norm that stands directly behind its word table; None elsewhere.
     """
 
     encoder: Callable[[Any], nn.Module]
@@ -184,6 +185,7 @@ class Family:
     last_layer: Callable[..., torch.Tensor]
     split_linear: Callable[[Any], tuple[nn.Linear, ...]] = lambda layer: ()
     positions_from_padding: bool = False
+    token_rows: Callable[[Any], nn.Module] | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -237,6 +239,7 @@ FAMILIES: dict[str, Family] = {
         layers=lambda encoder: encoder.layers,
         last_layer=_modernbert_last_layer,
         split_linear=lambda layer: (layer.attn.Wqkv,),
+        token_rows=lambda encoder: encoder.embeddings.norm,
     ),
 }
 
@@ -293,6 +296,18 @@ def first_slot_only(classifier: Any) -> None:
         return family.last_layer(layer, hidden, attention_mask, queries, **options)[:, None]
 
     layer.forward = MethodType(forward, layer)  # of a copy's own layer where a model is copied
+
+
+def token_rows(model: Any) -> nn.Module:
+    """Return the module whose output is the row of each token, before anything is added to it.
+
+    The word table; where a norm follows it directly, that norm: a step along a row that is
+    normalized alone changes nothing, so that gradient times embedding would be 0 everywhere.
+    """
+    family = FAMILIES.get(getattr(model.config, "model_type", ""))
+    if family is None or family.token_rows is None:
+        return model.get_input_embeddings()
+    return family.token_rows(family.encoder(model))
 
 
 def checkpoint_activations(hf_model: Any) -> None:

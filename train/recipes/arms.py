@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from preprocess.errors import ConfigError
 from preprocess.masking import MATCHED, STRATEGIES, read_corruption
+from preprocess.masking.combine import COMBINED
 from preprocess.masking.measures import COUNTED
 from train.config import ScoreConfig
 from train.recipes.values import (
@@ -43,9 +44,8 @@ NETWORK_FLAGS = {name: option for name, option in options_of(ScoreConfig).items(
                              "batch_tokens")}
 WORD_FLAGS = {"against": TEXT, "lexicon": TEXT, "language": TEXT}
 NEEDED_FLAGS = {"reference": "reference", "store": "against", "lexicon": "lexicon"}  # by need
-COMBINATIONS = ("max", "mean", "rank", "union")
-RULE_FLAGS = {"units": TEXT, "centre": Option(float), "temperature": Option(float),
-              "epochs": WHOLE}  # of build_masks.py; an arm has its rate beside them
+RULE_OPTIONS = {"centre": Option(float), "temperature": Option(float)}  # of single strategies
+RULE_FLAGS = {"units": TEXT, "epochs": WHOLE, **RULE_OPTIONS}  # of build_masks.py
 ARM_KEYS = ("name", "strategy", "scores", "match", "rate", "corruption", *RULE_FLAGS)
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,39}")
 _OWN_ENDING = re.compile(r"(^|-)(seed|step_|epoch)\d+$")  # what the pipeline itself appends
@@ -60,6 +60,7 @@ class NamedScores:
         name: of the entry, and of the array beside the store.
         measure: entry of `MEASURES`; "" where others are combined.
         needs: what that needs beside the store.
+        boundary: whether 0 parts important tokens from others.
         combine, parts: how, and which other entries.
         options: flags of the command that makes them.
     """
@@ -67,6 +68,7 @@ class NamedScores:
     name: str
     measure: str
     needs: tuple[str, ...] = ()
+    boundary: bool = True
     combine: str = ""
     parts: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +83,7 @@ DEFAULT_SCORES = NamedScores(TASK_SCORES, "scorer", ("scorer",))
 
 
 @dataclass(frozen=True)
-class Policy:
+class PlannedArm:
     """One entry of `arms`: a strategy and all that it works with.
 
     Attributes:
@@ -114,23 +116,25 @@ class Policy:
         return "" if units in (NONE, "words") else units
 
 
-def default_policy(name: str) -> Policy:
+def default_policy(name: str) -> PlannedArm:
     """Return what a strategy alone stands for, as an entry of `arms`."""
     needs = STRATEGIES[name].needs
     control = "match" in needs
-    return Policy(name, name, scores=TASK_SCORES if "scores" in needs and not control else "",
+    return PlannedArm(name, name, scores=TASK_SCORES if "scores" in needs and not control else "",
                   match=MATCHED if control else "")
 
 
 # ------------------------------------------------------------------------------------- scores
 
 
-def read_scores(content: Any, recipe: str, general_text: bool) -> dict[str, NamedScores]:
+def read_scores(content: Any, recipe: str, general_text: bool,
+                defaults: dict[str, Any]) -> dict[str, NamedScores]:
     """Read the section `scores`.
 
     Args:
         recipe: how messages begin.
         general_text: whether the recipe has a general text to compare counts with.
+        defaults: the section `score`: flags of all scores by a network.
     Raises:
         ConfigError: a name, measure or option that does not exist, one that is missing, or scores
             that are combined of themselves.
@@ -139,7 +143,7 @@ def read_scores(content: Any, recipe: str, general_text: bool) -> dict[str, Name
         raise ConfigError(f"{recipe}: scores must hold names, as `words: {{measure: tfidf}}`; got "
                           f"{shown_value(content)}")
     found = {name: _one_score(name, entry, f"{recipe}: scores.{_named(name, recipe, 'scores')}",
-                              general_text)
+                              general_text, defaults)
              for name, entry in content.items()}
     found.setdefault(TASK_SCORES, DEFAULT_SCORES)
     for scores in found.values():
@@ -148,22 +152,28 @@ def read_scores(content: Any, recipe: str, general_text: bool) -> dict[str, Name
     for scores in found.values():
         _refuse_circle(scores.name, lambda name: found[name].parts,
                        f"{recipe}: scores.{scores.name} is combined of itself")
-    return found
+
+    def parted(scores: NamedScores) -> bool:
+        return scores.boundary and all(parted(found[part]) for part in scores.parts)
+
+    return {name: replace(scores, boundary=parted(scores)) for name, scores in found.items()}
 
 
-def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedScores:
+def _one_score(name: str, entry: Any, where: str, general_text: bool,
+               defaults: dict[str, Any]) -> NamedScores:
     if not isinstance(entry, dict) or ("measure" in entry) == ("combine" in entry):
         raise ConfigError(f"{where} {shown_value(entry)}: must have a measure, as {{measure: "
                           "tfidf}, or combine others, as {combine: rank, of: [a, b]}")
     if "combine" in entry:
         for key in entry:
             check_known(key, ("combine", "of"), f"{where} has an unknown key")
-        check_known(entry["combine"], COMBINATIONS, f"{where} has an unknown way to combine")
+        check_known(entry["combine"], COMBINED, f"{where} has an unknown way to combine")
         parts = entry.get("of")
         if not isinstance(parts, list) or len(parts) < 2 or len(set(map(str, parts))) < len(parts):
             raise ConfigError(f"{where} {shown_value(entry)}: `of` must list two or more scores, "
                               "as {combine: rank, of: [a, b]}")
-        return NamedScores(name, "", (), entry["combine"], tuple(parts))
+        boundary = COMBINED[entry["combine"]].boundary  # if all its parts have one
+        return NamedScores(name, "", (), boundary, entry["combine"], tuple(parts))
     from train.stages.measures import MEASURES  # brings torch, which most recipes do without
 
     measure = entry["measure"]
@@ -183,29 +193,35 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool) -> NamedSc
                               "...}" + (", or a general_text" if need == "store" else ""))
         if need not in needs and options.get(flag):
             raise ConfigError(f"{where}.{flag}: {measure} does not read it; leave it out")
+    if measure not in COUNTED:
+        try:
+            ScoreConfig(measure=measure, model_name_or_path="M", tokens="P", name=name,
+                        **{**defaults, **options})
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
     if options.get("against") == GENERAL_STORE and not general_text:
         raise ConfigError(f"{where}.against: there is no general_text; give general_text.input, or "
                           "the prefix of a token store")
-    return NamedScores(name, measure, tuple(needs), options=options)
+    return NamedScores(name, measure, tuple(needs), MEASURES[measure].boundary, options=options)
 
 
 # --------------------------------------------------------------------------------------- arms
 
 
 def read_arms(content: Sequence[Any], scores: Mapping[str, NamedScores],
-              recipe: str) -> list[Policy]:
+              recipe: str) -> list[PlannedArm]:
     """Read the list `arms`.
 
     Raises:
         ConfigError: a name or value that does not exist or does not fit, or arms that match each
             other in a circle.
     """
-    arms: dict[str, Policy] = {}
+    arms: dict[str, PlannedArm] = {}
     matched = set()  # arms that were named to be matched; the default needs no arm
     for entry in content:
         if isinstance(entry, str):
             check_known(entry, (NONE, *STRATEGIES), f"{recipe}: unknown arm")
-            arm = Policy(NONE) if entry == NONE else default_policy(entry)
+            arm = PlannedArm(NONE) if entry == NONE else default_policy(entry)
         else:
             arm = _one_arm(entry, scores, recipe)
             matched |= {arm.name} if isinstance(entry, dict) and entry.get("match") else set()
@@ -221,13 +237,16 @@ def read_arms(content: Sequence[Any], scores: Mapping[str, NamedScores],
         if other and (not other.strategy or other.drawn):
             raise ConfigError(f"{where} {other.name}, which has no mask index to match; name an "
                               "arm whose masks are built once")
+        if other and "policy" in STRATEGIES[arm.strategy].needs and not other.scores:
+            raise ConfigError(f"{where} {other.name}, which has no scores that {arm.strategy} "
+                              "could read; name an arm that has")
         _refuse_circle(arm.name, lambda name: [
             one for one in (arms[name].match,) if one in arms],
             f"{recipe}: arm {arm.name} is matched to itself, through others or directly")
     return list(arms.values())
 
 
-def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Policy:
+def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> PlannedArm:
     """Read an arm that is written out."""
     if not isinstance(entry, dict) or not {"name", "strategy"} <= entry.keys():
         raise ConfigError(f"{recipe}: arms: {shown_value(entry)}: must be the name of a strategy, "
@@ -245,11 +264,12 @@ def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Poli
     record, useless = STRATEGIES[strategy], []
     control = "match" in record.needs
     if control:  # all of these are those of the arm that it matches
-        useless = ["scores", "rate", "units", "centre", "temperature"]
+        useless = ["scores", "rate", "units", *RULE_OPTIONS]
     elif record.drawn:
         useless = ["scores", "match", *RULE_FLAGS]
     else:
-        useless = ["match"] + ([] if "scores" in record.needs else ["scores"])
+        useless = ["match", *(one for one in RULE_OPTIONS if one not in record.options),
+                   *([] if "scores" in record.needs else ["scores"])]
     for key in useless:
         if key in given:
             raise ConfigError(f"{where}: {key} has no use with {strategy}"
@@ -259,6 +279,11 @@ def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Poli
     named = entry.get("scores") or default.scores
     if named:
         check_known(named, scores, f"{where} has unknown scores")
+        if "boundary" in record.needs and not scores[named].boundary:
+            others = [key for key, one in STRATEGIES.items()
+                      if "scores" in one.needs and "boundary" not in one.needs]
+            raise ConfigError(f"{where}: {strategy} takes scores above 0, and 0 means nothing in "
+                              f"{named}; for these scores take strategy {', '.join(others)}")
     rules = {key: check_value(entry[key], RULE_FLAGS[key], f"{where}: {key}")
              for key in RULE_FLAGS if key in given}
     if rules.get("epochs", 1) < 1:
@@ -266,7 +291,7 @@ def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Poli
     if "units" in rules:
         check_known(rules["units"], (NONE, "words", *scores), f"{where} has unknown units")
     match = entry.get("match")
-    return Policy(
+    return PlannedArm(
         name, strategy, named,
         default.match if match is None else check_value(match, TEXT, f"{where}: match"),
         _rate(entry.get("rate"), record.drawn, f"{where}: rate"),
@@ -307,7 +332,7 @@ def _corruption(value: Any, name: str) -> str | None:
 # --------------------------------------------------------------------------------- what is used
 
 
-def used_scores(policies: Sequence[Policy], scores: Mapping[str, NamedScores]) -> list[str]:
+def used_scores(policies: Sequence[PlannedArm], scores: Mapping[str, NamedScores]) -> list[str]:
     """Return the scores that some arms need, each after those that it is combined of."""
     found: dict[str, None] = {}
 
@@ -323,15 +348,15 @@ def used_scores(policies: Sequence[Policy], scores: Mapping[str, NamedScores]) -
     return list(found)
 
 
-def with_matched(policies: Sequence[Policy]) -> list[Policy]:
+def with_matched(policies: Sequence[PlannedArm]) -> list[PlannedArm]:
     """Return the arms whose masks are built, each after the one that it matches.
 
     A control's default is matched even if it is no arm: then only its masks are built.
     """
     known = {policy.name: policy for policy in policies}
-    found: dict[str, Policy] = {}
+    found: dict[str, PlannedArm] = {}
 
-    def add(policy: Policy) -> None:
+    def add(policy: PlannedArm) -> None:
         if policy.match:
             add(known.get(policy.match) or default_policy(policy.match))
         found.setdefault(policy.name, policy)

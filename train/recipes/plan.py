@@ -14,7 +14,7 @@ from train.recipes.arms import (
     NONE,
     TASK_SCORES,
     NamedScores,
-    Policy,
+    PlannedArm,
     used_scores,
     with_matched,
 )
@@ -271,7 +271,7 @@ class _Planner:
 
     # -------------------------------------------------------------------------------- arms
 
-    def masks(self, policy: Policy, tag: str) -> None:
+    def masks(self, policy: PlannedArm, tag: str) -> None:
         """Plan the mask index of an arm, or one for each of its epochs."""
         name, source, needs = f"{policy.name}{tag}", {}, []
         if policy.scores:
@@ -294,7 +294,7 @@ class _Planner:
             outputs=made, records=made, needs=list(dict.fromkeys(needs)) or [self.ready],
         )
 
-    def one_arm(self, policy: Policy, seed: int, root: Path, tag: str, base: str | Path,
+    def one_arm(self, policy: PlannedArm, seed: int, root: Path, tag: str, base: str | Path,
                 after: list[str]) -> Path:
         """Plan stage 2 with one seed, and the fine-tuning of its model."""
         arm = f"{policy.name}-seed{seed}"
@@ -314,7 +314,7 @@ class _Planner:
         self.finetune(f"finetune-{arm}{tag}", "finetune", target, run / "hf", [name])
         return target
 
-    def drawn_rate(self, policy: Policy) -> float | str | None:
+    def drawn_rate(self, policy: PlannedArm) -> float | str | None:
         """Return the rate of masks drawn in training; None for the command's own."""
         stage, masks = (self.recipe[section].get("mlm_probability")
                         for section in ("task_guided", "masks"))
@@ -333,7 +333,7 @@ class _Planner:
         return []  # masks that are drawn on the fly
 
     def arm(self, name: str, runs: list[Path], masking: list[str],
-            policy: Policy | None = None) -> None:
+            policy: PlannedArm | None = None) -> None:
         """Note an arm for the report; a baseline has no policy."""
         relative = [str(run.relative_to(self.root)) for run in runs]
         told = {} if policy is None else {

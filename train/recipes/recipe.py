@@ -48,8 +48,8 @@ TYPED = ("trust_remote_code",)  # flags that no file may set
 TOKENIZE_FLAGS = {
     "input": Option(list[str]), "text_column": TEXT, "where": Option(dict[str, str]),
     "split": TEXT, "split_sentences": SWITCH, "language": TEXT,
-    "blank_line_documents": SWITCH, "max_documents": WHOLE, "num_workers": WHOLE,
-    "num_shards": WHOLE,
+    "blank_line_documents": SWITCH, "strip_html": SWITCH, "max_documents": WHOLE,
+    "num_workers": WHOLE, "num_shards": WHOLE,
 }
 VOCABULARY_FLAGS = {
     "input": Option(list[str]), "text_column": TEXT, "max_documents": WHOLE,
@@ -80,7 +80,7 @@ SECTIONS: dict[str, dict[str, Option]] = {
     "annotate": _flags_of(AnnotateConfig),
     "scorer": _flags_of(FitScorerConfig),
     "score": {flag: option for flag, option in _flags_of(ScoreConfig).items()
-              if flag not in ("measure", "reference")},
+              if flag not in ("measure", "reference", "num_passes", "whole_words")},
     "masks": MASK_FLAGS,
     "task_guided": {
         flag: option for flag, option in _flags_of(PretrainConfig).items()
@@ -260,7 +260,8 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
         if key != "arms" and not all(type(n) is int and n >= 0 for n in value):
             raise ConfigError(f"recipe {path}: {key} must hold whole numbers; got {value}")
     general_text = bool(recipe["general_text"].get("input"))
-    recipe["scores"] = read_scores(recipe["scores"], f"recipe {path}", general_text)
+    recipe["scores"] = read_scores(recipe["scores"], f"recipe {path}", general_text,
+                                   recipe["score"])
     recipe["arms"] = read_arms(recipe["arms"], recipe["scores"], f"recipe {path}")
     general, vocabulary = recipe["general"], recipe["vocabulary"]
     scratch, learnt = bool(general and general.get("model_config")), vocabulary is not None

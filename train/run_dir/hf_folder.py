@@ -242,12 +242,14 @@ def _is_amount(value: Any) -> bool:
 def make_stage(
     records: dict[str, dict[str, Any]], parent: Weights | None, *, steps: int, seconds: float,
     tokens: int | None = None, masked_tokens: int | None = None, flops: float | None = None,
+    masks: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Make the stage that a command adds to the lineage.
 
     Args:
         records: its `identity` and its `numerics`.
         parent: the weights that it started from; None for fresh ones.
+        masks: the names behind its masks, for people: the identity holds digests of them.
     """
     return {
         "stage": records["identity"]["command"], **sealed(records["identity"]),
@@ -255,6 +257,7 @@ def make_stage(
         "parent": {"hf_digest": parent and parent.hf_digest},
         "totals": {"steps": steps, "tokens": tokens, "masked_tokens": masked_tokens,
                    "seconds": round(seconds, 2), "flops": flops},
+        **({"masks": masks} if masks else {}),
     }
 
 

@@ -1,44 +1,44 @@
-"""Find the tokens of a text that matter to a classifier: the buffer heuristic and its queries.
+"""Measures of how much each token of a text matters to a classifier: the records `IMPORTANCE`.
 
-A sequence is read from left to right. A *buffer* holds the tokens seen so far that were not found
-important. The token that brings the classifier's confidence in the right label to within `delta`
-of its confidence in the whole sequence is important, and leaves the buffer again.
+`buffer`, the paper's: a sequence is read from left to right. A *buffer* holds the tokens seen so
+far that were not found important. The token that brings the classifier's confidence in the right
+label to within `delta` of its confidence in the whole sequence is important, and leaves the buffer
+again. One forward pass per token would be slow one sequence at a time, so all sequences advance
+together: step t asks for the confidence of every buffer that holds its t-th token. A buffer is
+never a list: the kept tokens of a sequence stand at the front of its own room in one array.
 
-One forward pass per token would be slow one sequence at a time, so all sequences advance together:
-step t asks for the confidence of every buffer that holds its t-th token. A buffer is never a list:
-the kept tokens of a sequence stand at the front of its own room in one array.
+`gradient` and `leave_one_out` give every token a number, which `decide` turns into 0 and 1.
 
-The last digits of a confidence depend on what else is in its batch (about 1e-7 in fp32), and could
-turn a close decision. So inputs within `EDGE` of turning are repeated, each alone in its pass, and
-decided by that: the answers are those of one query at a time, whatever the batches and the number
-of ranks. (Rounding would only move the edge to where a rounded number turns.) In fp16 the same is
-done once more: what is within `half_edge` of turning is asked again in fp32, and decided there.
-
-Letters: `N` sequences, `B` inputs, `C` classes.
+Letters: `N` sequences, `B` inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from preprocess.corpus import Example, Task
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import ConfigError
 from preprocess.progress import Progress
-from preprocess.text.encode import encode_batch, prepare_backend
+from preprocess.text.continuations import continuation_table, find_continuations
+from train.stages.gradient import margin_gradient
 from train.stages.inference import IdLists, Runner, one_by_one
-from train.stages.scores import softmax
+from train.stages.queries import EDGE, Classifier, Query
 
 Confidence = Callable[[IdLists, list[int]], "np.ndarray | Sequence[float]"]
-
-EDGE = 1e-5
-"""Of a probability. A batch changed one in fp32 by at most 2e-7 (4 and 6 layers)."""
+Values = list[np.ndarray | None]
+"""One array per query, as long as its tokens; None where the classifier is wrong."""
 
 HALF_DELTA = 5e-3
 """Smallest `delta` for fp16: below it the error of fp16 may be as large as `delta`."""
+
+ODDS_EDGE = 1e-4
+"""Of log-odds, as `EDGE` of a probability."""
+
+
+# --------------------------------------------------------------------------- buffer
 
 
 CRITERIA = ("signed", "absolute", "strict")
@@ -48,6 +48,11 @@ A buffer that is more confident than the sequence is close as well, but for `abs
 `strict`, a sequence whose empty buffer is close already has no important token: the label is
 explained by nothing, as happens with a majority class.
 """
+
+
+def is_close(gap: np.ndarray, delta: float, criterion: str) -> np.ndarray:
+    """Return whether confidences that lie `gap` below the complete ones count as close, `(B,)`."""
+    return (np.abs(gap) if criterion == "absolute" else gap) < delta
 
 
 def find_important(
@@ -93,8 +98,7 @@ def find_important(
         buffers = IdLists(kept, whole.starts[active], lengths)
         part = np.asarray(confidence(buffers, active.tolist()), dtype=np.float64).reshape(-1)
         assert len(part) == len(buffers), "one confidence per buffer"
-        gap = full[active] - part
-        return (np.abs(gap) if criterion == "absolute" else gap) < delta
+        return is_close(full[active] - part, delta, criterion)
 
     active = np.flatnonzero(whole.lengths)
     if criterion == "strict" and len(active):
@@ -110,109 +114,20 @@ def find_important(
     return [important[a : a + n] for a, n in zip(whole.starts, whole.lengths, strict=True)]
 
 
-# --------------------------------------------------------------------------- from texts to queries
+def drop_unremoved(important: np.ndarray) -> np.ndarray:
+    """Return the marks of a sequence without the one that follows from nothing being removed.
 
-
-@dataclass(frozen=True)
-class Query:
-    """One sequence to be explained.
-
-    document, sequence: where it stands in the store. label: the classifier's class.
-    aspect, tokens: ids as the classifier sees them, cut to the length limit.
-    """
-
-    document: int
-    sequence: int
-    label: int
-    aspect: list[int]
-    tokens: list[int]
-
-
-def match_labels(task: Task, hf_config: Any, model_name: str) -> list[int]:
-    """Return the classifier's class for each label of the task, by name.
-
-    Raises:
-        ConfigError: the classifier knows other labels.
-    """
-    classes = {str(name): int(number) for number, name in hf_config.id2label.items()}
-    if set(classes) != set(task.labels) or sorted(classes.values()) != list(
-            range(hf_config.num_labels)):
-        raise ConfigError(
-            f"--model_name_or_path {model_name} tells {', '.join(classes)} apart, but --task "
-            f"{task.name} has {', '.join(task.labels)}; give a classifier fine-tuned on this task"
-        )
-    return [classes[label] for label in task.labels]
-
-
-def group_by_text(examples: Iterable[Example]) -> dict[str, list[Example]]:
-    """Group the distinct (aspect, label) examples by text, in order of first appearance."""
-    groups: dict[str, dict[Example, None]] = {}
-    for example in examples:
-        groups.setdefault(example.text, {})[example] = None
-    return {text: list(group) for text, group in groups.items()}
-
-
-def encode_texts(tokenizer: Any, texts: list[str], language: str | None) -> list[list[np.ndarray]]:
-    """Return the ids of each text's sentences, uint16, cut as `tokenize_corpus.py` cuts them.
+    Where no earlier token is important, the buffer with the last token *is* the sequence: its
+    confidence is the same, and the token important, whatever it says. Any other mark compares a
+    shorter text with the sequence.
+    Worked example: `[F, F, T]` becomes `[F, F, F]`; `[F, T, T]` stays.
 
     Args:
-        language: of the sentences; None keeps a text in one sequence.
-    Returns:
-        A list of sequences for each text, empty for a text without a token.
+        important: from `find_important`, `(n,)` bool.
     """
-    backend = prepare_backend(tokenizer)
-    documents = []
-    for text in texts:
-        ids, lengths, _, _ = encode_batch(backend, [text], language)
-        documents.append(np.split(ids, np.cumsum(lengths)[:-1]) if len(ids) else [])
-    return documents
-
-
-def cut_to_fit(aspect: list[int], tokens: list[int], limit: int) -> tuple[list[int], list[int]]:
-    """Cut aspect and text so that both fit into `limit` tokens; the text keeps at least half."""
-    aspect = aspect[: max(limit - len(tokens), limit // 2)]
-    return aspect, tokens[: limit - len(aspect)]
-
-
-def plan_queries(
-    groups: list[list[Example]],
-    documents: list[list[np.ndarray]],
-    classes: list[int],
-    tokenizer: Any,
-    limit: int,
-) -> list[Query]:
-    """List the questions to the classifier: every sequence of every text, once per aspect.
-
-    Args:
-        groups: the examples of each document's text.
-        documents: ids of its sequences.
-        classes: the classifier's class of each label.
-        limit: tokens that an input holds beside its special tokens.
-    """
-    backend = prepare_backend(tokenizer)
-    queries = []
-    for number, (group, sequences) in enumerate(zip(groups, documents, strict=True)):
-        for example in group:
-            aspect = []
-            if example.aspect:
-                aspect = encode_batch(backend, [example.aspect], None)[0].tolist()
-            for position, sequence in enumerate(sequences):
-                if len(sequence):
-                    parts = cut_to_fit(aspect, sequence.tolist(), limit)
-                    queries.append(Query(number, position, classes[example.label], *parts))
-    return queries
-
-
-# --------------------------------------------------------------------------- asking
-
-
-def half_edge(one: np.ndarray, other: np.ndarray, most: float) -> np.ndarray:
-    """Return by how much fp16 may change the difference of two probabilities, `(B,)` float64.
-
-    A logit that is off by e changes P by at most e P (1 - P); 0.03 is half as much again as the
-    2e-2 that log-odds may be off.
-    """
-    return np.minimum(0.03 * (one * (1 - one) + other * (1 - other)) + EDGE, most)
+    if len(important) and important[-1] and not important[:-1].any():
+        return np.zeros_like(important)
+    return important
 
 
 def check_half(delta: float) -> None:
@@ -224,94 +139,6 @@ def check_half(delta: float) -> None:
         )
 
 
-class Way(NamedTuple):
-    """One way to ask, and within what of turning its answers are asked again in a surer one.
-
-    name: of the count of inputs that were asked again in this way.
-    edge: two probabilities, `(B,)` each, and the largest edge -> edge, a number or `(B,)`.
-    """
-
-    name: str
-    runner: Runner
-    edge: Callable[[np.ndarray, np.ndarray, float], Any]
-
-
-class Classifier:
-    """Probabilities of the classes for inputs in place of the text of some queries.
-
-    ways: from the quickest to the surest: in fp16 if the runner is, in fp32, and each input alone.
-        The runner's counts have the inputs that were asked again, "fp32" and "alone".
-    """
-
-    def __init__(self, runner: Runner, queries: list[Query], edge: float) -> None:
-        exact = replace(runner, half=False)  # with the same counts
-        alone = replace(exact, cut=one_by_one, min_width=0)
-        self.ways = [Way("fp32", exact, lambda *_: edge), Way("alone", alone, lambda *_: 0.0)]
-        if runner.half:
-            self.ways.insert(0, Way("fp16", runner, half_edge))
-        self.texts = IdLists.of([query.tokens for query in queries])
-        self.labels = np.array([query.label for query in queries], dtype=np.int64)
-        self._aspects = IdLists.of([query.aspect for query in queries])
-        self._whole = np.full((len(self.ways), len(queries)), np.nan)
-
-    def classes(
-        self, which: np.ndarray, texts: IdLists, level: int, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Return P of every class, `(B, C)` float64.
-
-        Args:
-            which: the query of each text, `(B,)` int64.
-            level: number of the way to ask.
-        """
-        name, runner, _ = self.ways[level]
-        if level:
-            runner.counts[name] += len(which)
-        aspects = self._aspects.take(which) if runner.template.between else None
-        found = np.zeros((len(which), runner.model.config.num_labels))
-        for batch, logits, _ in runner.run(texts, aspects):
-            found[batch] = softmax(logits)
-            if progress:
-                progress.update(len(batch))
-        return found
-
-    def confidence(
-        self, which: np.ndarray, texts: IdLists, level: int, progress: Progress | None = None
-    ) -> np.ndarray:
-        """Return P of the right class, `(B,)` float64; see `classes`."""
-        found = self.classes(which, texts, level, progress)
-        return found[np.arange(len(which)), self.labels[which]]
-
-    def whole(self, which: np.ndarray, level: int) -> np.ndarray:
-        """Return P of the right class for complete sequences, `(B,)` float64; asked only once."""
-        known = self._whole[level]
-        new = np.unique(which[np.isnan(known[which])])
-        if len(new):
-            known[new] = self.confidence(new, self.texts.take(new), level)
-        return known[which]
-
-    def find_right(self, progress: Progress) -> np.ndarray:
-        """Return the queries whose complete sequences are classified correctly, `(M,)` int64.
-
-        Raises:
-            DataError: the classifier's answers are not numbers.
-        """
-        is_right = np.zeros(len(self.texts), bool)
-        todo = np.arange(len(self.texts))
-        for level, way in enumerate(self.ways):
-            if not len(todo):
-                break
-            found = self.classes(
-                todo, self.texts.take(todo), level, None if level else progress)
-            if np.isnan(found).any():
-                raise DataError("the classifier's logits are not numbers; fine-tune it again")
-            self._whole[level, todo] = found[np.arange(len(todo)), self.labels[todo]]
-            is_right[todo] = found.argmax(1) == self.labels[todo]
-            ascending = np.sort(found, axis=1)
-            first, second = ascending[:, -1], ascending[:, :-1].max(1, initial=0)
-            todo = todo[first - second < way.edge(first, second, 1.0)]
-        return np.flatnonzero(is_right)
-
-
 def explain(
     runner: Runner,
     queries: list[Query],
@@ -321,44 +148,230 @@ def explain(
     edge: float = EDGE,
     who: str = "",
     every: int = 1 << 14,
-) -> list[np.ndarray | None]:
-    """Find the important tokens of this process's queries.
+) -> Values:
+    """Find the important tokens of this process's queries by the buffer heuristic.
 
     Args:
         edge: inputs that are within it of turning in fp32 are repeated alone; 0 for none.
         who: which process this is, for the lines of progress.
         every: inputs between two of them.
     Returns:
-        One bool array per query, as long as its tokens, None where the classifier is wrong. The
-        runner's counts have the inputs that were asked again, "fp32" and "alone".
+        Bool arrays. The runner's counts have the inputs that were asked again, "fp32" and "alone",
+        and the decisions that were "turned" by that.
     Raises:
         DataError: the classifier's answers are not numbers.
     """
     ask = Classifier(runner, queries, edge)
     with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
         right = ask.find_right(progress)
-    full = ask.whole(right, 0)
+    full = ask.confidence(right, ask.whole(right, 0))
     num_buffers = int(ask.texts.lengths[right].sum()) + len(right) * (criterion == "strict")
 
     def confidence(buffers: IdLists, owners: list[int]) -> np.ndarray:
-        part = np.zeros(len(buffers))
+        part, first = np.zeros(len(buffers)), None
         todo, owner = np.arange(len(buffers)), np.array(owners, dtype=np.int64)
         for level, way in enumerate(ask.ways):
             which = right[owner[todo]]
-            whole = ask.whole(which, level)
-            found = ask.confidence(
-                which, buffers.take(todo), level, None if level else progress)
+            whole = ask.confidence(which, ask.whole(which, level))
+            found = ask.confidence(which, ask.logits(
+                which, buffers.take(todo), level, None if level else progress))
             part[todo] = found + (full[owner[todo]] - whole)  # `full` minus it is what this says
+            first = part.copy() if first is None else first
             # Most buffers differ by 0 from their sequence: an edge of delta would repeat them all.
             near = way.edge(whole, found, 0.9 * delta)
             todo = todo[np.abs(np.abs(whole - found) - delta) < near]
             if not len(todo):
                 break
+        close = (is_close(full[owner] - said, delta, criterion) for said in (first, part))
+        runner.counts["turned"] += int(np.sum(np.not_equal(*close)))
         return part
 
     with Progress(num_buffers, "buffer", every, label=f"annotate{who}") as progress:
         marks = find_important(confidence, ask.texts.take(right), full, delta, criterion)
-    important: list[np.ndarray | None] = [None] * len(queries)
-    for i, found in zip(right.tolist(), marks, strict=True):
-        important[i] = found
-    return important
+    return _spread(marks, right, len(queries))
+
+
+def _spread(found: list[np.ndarray], right: np.ndarray, num_queries: int) -> Values:
+    """Put the arrays of the right queries among None for the others."""
+    values: Values = [None] * num_queries
+    for i, one in zip(right.tolist(), found, strict=True):
+        values[i] = one
+    return values
+
+
+# --------------------------------------------------------------------------- gradient
+
+
+def measure_gradient(
+    runner: Runner, queries: list[Query], *, who: str = "", every: int = 1 << 14, **_: Any
+) -> Values:
+    """Return the size of gradient times embedding of the margin at each token, float32.
+
+    One forward and one backward pass per sequence, each alone: the numbers then depend on nothing
+    else. The margin of a right answer is that of the right class. See `margin_gradient`.
+    """
+    ask = Classifier(runner, queries, EDGE)
+    with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
+        right = ask.find_right(progress)
+    alone = replace(runner, half=False, cut=one_by_one, min_width=0, compute=margin_gradient)
+    texts = ask.texts.take(right)
+    aspects = ask.aspects.take(right) if runner.template.between else None
+    found: list[np.ndarray] = [np.empty(0)] * len(right)
+    with Progress(len(right), "sequence", every, label=f"annotate{who}") as progress:
+        for (i,), (row,), (start,) in alone.run(texts, aspects):
+            found[i] = np.abs(row[start : start + texts.lengths[i]])
+            progress.update()
+    return _spread(found, right, len(queries))
+
+
+def take_share(values: Values, share: float, **_: Any) -> Values:
+    """Call the share of all tokens with the largest values important, and what ties with them.
+
+    A magnitude has no value that parts important from not, so the user gives the share; at least
+    one token is taken. It is a share of the corpus: a sentence may have none.
+    """
+    flat = np.concatenate([np.empty(0), *(one for one in values if one is not None)])
+    if not len(flat):
+        return values
+    count = max(1, round(share * len(flat)))
+    least = np.partition(flat, len(flat) - count)[len(flat) - count]
+    return [None if one is None else one >= least for one in values]
+
+
+# --------------------------------------------------------------------------- leave one out
+
+
+LEFT_OUT_QUERIES = 1024
+"""Sequences whose shortened texts are in memory at a time: their number grows with the square."""
+
+
+def measure_left_out(
+    runner: Runner,
+    queries: list[Query],
+    delta: float,
+    *,
+    edge: float = ODDS_EDGE,
+    who: str = "",
+    every: int = 1 << 14,
+) -> Values:
+    """Return by how much the log-odds of the right class drop without each word, float64.
+
+    A word is deleted with all its pieces, and what follows moves up: the input stays one that the
+    classifier could have seen, as with no mask in its place. All pieces have their word's value;
+    a text of one word is compared with the empty text.
+
+    Args:
+        delta: drops within `edge` of it are asked again, each text alone.
+    Raises:
+        ConfigError: the tokenizer does not tell words apart.
+    """
+    table = continuation_table(runner.tokenizer)
+    ask = Classifier(runner, queries, edge)
+    with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
+        right = ask.find_right(progress)
+    texts = ask.texts.take(right).packed()
+    continues = find_continuations(texts.flat, np.append(texts.starts, len(texts.flat)), table)
+    starts = np.flatnonzero(~continues)  # of each word; a sequence's first token continues nothing
+    sizes = np.diff(np.append(starts, len(texts.flat)))
+    owner = np.searchsorted(texts.starts, starts, side="right") - 1
+    drops = np.zeros(len(starts))
+    with Progress(len(starts), "word", every, label=f"annotate{who}") as progress:
+        for first in range(0, len(right), LEFT_OUT_QUERIES):
+            here = np.flatnonzero((owner >= first) & (owner < first + LEFT_OUT_QUERIES))
+            todo, once = here, None
+            for level in range(len(ask.ways)):
+                which = right[owner[todo]]
+                without = IdLists.of([
+                    ids[:a] + ids[a + n :] for ids, a, n in zip(
+                        ask.texts.take(which), starts[todo] - texts.starts[owner[todo]],
+                        sizes[todo], strict=True)
+                ])
+                part = ask.logits(which, without, level, None if level else progress)
+                drops[todo] = (ask.log_odds(which, ask.whole(which, level))
+                               - ask.log_odds(which, part))
+                once = drops[here] > delta if once is None else once
+                todo = todo[np.abs(drops[todo] - delta) < edge]
+                if not len(todo):
+                    break
+            runner.counts["turned"] += int(np.sum(once != (drops[here] > delta)))
+    return _spread(np.split(np.repeat(drops, sizes), texts.starts[1:]) if len(right) else [],
+                   right, len(queries))
+
+
+def take_above(values: Values, delta: float, **_: Any) -> Values:
+    """Call a token important whose value is above `delta`."""
+    return [None if one is None else one > delta for one in values]
+
+
+# --------------------------------------------------------------------------- the records
+
+
+class Importance(NamedTuple):
+    """A way to measure importance.
+
+    measure: (runner, this process's queries, the options by name, `who`, `every`) -> values.
+    decide: (the values of all queries, the options) -> bool arrays.
+    options: the options of annotate.py that it takes, and their defaults.
+    half: whether it may ask in fp16.
+    filtered: marks of a sequence -> those that do not hold by construction; None where none do.
+    fewer, more: what to type to find fewer or more important tokens.
+    rule: the sentence that explains it.
+    """
+
+    measure: Callable[..., Values]
+    decide: Callable[..., Values]
+    options: dict[str, Any]
+    half: bool
+    filtered: Callable[[np.ndarray], np.ndarray] | None
+    fewer: str
+    more: str
+    rule: str
+
+
+BUFFER = "buffer"
+"""The measure of the paper, and the default."""
+
+IMPORTANCE: dict[str, Importance] = {
+    BUFFER: Importance(
+        measure=explain, decide=lambda values, **_: values,
+        options={"delta": 0.01, "criterion": "signed"}, half=True,
+        filtered=drop_unremoved,
+        fewer="give a smaller --delta, or --criterion strict", more="give a larger --delta",
+        rule="Important is the token that brings the confidence in the tokens kept so far to "
+        "within delta of that in the sentence.",
+    ),
+    "gradient": Importance(
+        measure=measure_gradient, decide=take_share, options={"share": 0.15},
+        half=False, filtered=None, fewer="give a smaller --share", more="give a larger --share",
+        rule="Important is the given share of all tokens: those where gradient times embedding of "
+        "the classifier's margin is largest.",
+    ),
+    "leave_one_out": Importance(
+        measure=measure_left_out, decide=take_above, options={"delta": 0.5},
+        half=False, filtered=None, fewer="give a larger --delta", more="give a smaller --delta",
+        rule="Important is a word without which the log-odds of the right class drop by more than "
+        "delta.",
+    ),
+}
+
+
+def choose_options(name: str, typed: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a measure: as typed, or their defaults.
+
+    Args:
+        typed: options of all measures, None where the user gave none.
+    Raises:
+        ConfigError: one that this measure does not take, or a value that it does not allow.
+    """
+    options = IMPORTANCE[name].options
+    for flag, value in typed.items():
+        if value is not None and flag not in options:
+            known = " and ".join(f"--{one}" for one in options)
+            raise ConfigError(f"--{flag} {value}: --measure {name} takes {known}; leave --{flag} "
+                              "out, or give another --measure")
+    chosen = {flag: default if typed.get(flag) is None else typed[flag]
+              for flag, default in options.items()}
+    if name == BUFFER and chosen["delta"] >= 1:
+        raise ConfigError(f"--delta {chosen['delta']}: with --measure {name} it is a difference of "
+                          "probabilities and must be in (0, 1); give another value")
+    return chosen

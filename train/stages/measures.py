@@ -36,6 +36,7 @@ from train.model import (
     load_masked_lm,
     load_scorer,
 )
+from train.stages.gradient import margin_gradient
 from train.stages.inference import BATCH_TOKENS, IdLists, Runner, Template
 from train.stages.scoring import Answers, WindowScore, each_token
 
@@ -48,30 +49,13 @@ STREAM_PASSES = 100  # of `counter_bits`: apart from those of masking
 # --------------------------------------------------------------------------- gradient
 
 
-def margin_gradient(
-    runner: Runner, model: Any, inputs: dict[str, Any]
-) -> torch.Tensor:
+def gradient_size(runner: Runner, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """Return the gradient score of each slot of a batch: a `Compute` of a `Runner`.
-
-    The margins are summed over the batch, never averaged, so a score does not depend on it.
 
     Returns:
         log2 of the absolute value in units of `FLOOR`, at least 0, `(B, L)` float16.
     """
-    captured: list[torch.Tensor] = []
-
-    def capture(module: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
-        captured.append(output.detach().requires_grad_())
-        return captured[0]
-
-    hook = model.get_input_embeddings().register_forward_hook(capture)
-    try:
-        with torch.enable_grad():
-            top, runner_up = runner.logits(model, inputs).float().topk(2).values.unbind(-1)
-            (gradient,) = torch.autograd.grad((top - runner_up).sum(), captured)
-    finally:
-        hook.remove()
-    value = (gradient * captured[0].detach()).sum(-1).abs()
+    value = margin_gradient(runner, model, inputs).abs()
     return (value / FLOOR).clamp(min=1).log2().half()
 
 
@@ -246,7 +230,7 @@ NETWORKS: dict[str, Network] = {
         ("ForTokenClassification",), "give the hf/ folder of train/fit_scorer.py", _load_scorer),
     "classifier": Network(
         ("ForSequenceClassification",), "give seed_N/hf of train/finetune.py", _load_classifier,
-        {"compute": margin_gradient},
+        {"compute": gradient_size},
         slots=1 / 4,  # the states of all layers stay until the backward pass
     ),
     "mlm": _MASKED_LM,

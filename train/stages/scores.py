@@ -10,6 +10,13 @@ def accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
     return float(np.mean(labels == predictions))
 
 
+def least_share(count: int, total: int, confidence: float = 0.95) -> float:
+    """Return the lower end of the exact one-sided interval of a share (Clopper and Pearson)."""
+    from scipy.stats import beta
+
+    return float(beta.ppf(1 - confidence, count, total - count + 1)) if count else 0.0
+
+
 def precision_recall_f1(labels: np.ndarray, predictions: np.ndarray) -> tuple[float, float, float]:
     """Return precision, recall and F1 of the true entries of two `(N,)` bool arrays."""
     from sklearn.metrics import precision_recall_fscore_support
