@@ -472,8 +472,9 @@ def show_documents(
     documents = read_documents(
         store.shards, marks, numbers, tokenizer, args.max_document_tokens, scale)
     origins = {f"masks of {name}": [
-        f"drawn as in the first epoch of training with --mlm_probability {args.mlm_probability:g} "
-        f"and --seed {args.seed}", f"rule: {STRATEGIES[args.masking].rule}"] for name in drawn}
+        "drawn as in the first epoch of training, over windows of documents in place of rows, with "
+        f"--mlm_probability {args.mlm_probability:g} and --seed {args.seed}",
+        f"rule: {STRATEGIES[args.masking].rule}"] for name in drawn}
     origins |= {f"mask index {name}": describe(store, name, "mask") for name in stored}
     if scores:
         origins[f"scores {scores}"] = describe(store, scores, "scores")
