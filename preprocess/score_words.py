@@ -1,4 +1,4 @@
-"""Score the tokens of a store by counting words, or combine scores that it has.
+"""Score the tokens of a store by counting words, or combine its scores.
 
     python preprocess/score_words.py --tokens P --measure tfidf --name tfidf
     python preprocess/score_words.py --tokens P --combine union --scores mr sst2 --name both
