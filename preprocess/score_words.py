@@ -7,8 +7,8 @@ writes `P.NAME.scores.npy` beside each shard, and `P.NAME.units.npy` for a measu
 of several words. Counts are those of all shards; `--shard_index I --num_shards N` writes the
 scores of one of them, after counting in all. Complete shards are skipped.
 
-Memory does not grow with the store: it is read in blocks, and words and n-grams are counted in
-tables of fixed size.
+The store is read in blocks, and words and n-grams are counted in tables of fixed size; of n-grams
+only those that may be frequent are kept.
 """
 
 from __future__ import annotations
