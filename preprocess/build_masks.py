@@ -189,6 +189,7 @@ class Policy:
 
     strategy: the rule of the matched index, for a control that applies it.
     sources: by field of `StrategyInputs`: "scores", "match", "units".
+    all_scores: the scores of all shards, for a control that needs their means, and their digest.
     """
 
     units: str = NONE
@@ -196,6 +197,7 @@ class Policy:
     options: dict[str, float] = field(default_factory=dict)
     strategy: str | None = None
     sources: dict[str, Source] = field(default_factory=dict)
+    all_scores: tuple[list[np.ndarray], str | None] = ([], None)
 
 
 def read_policy(args: argparse.Namespace, store: TokenStore, shards: list[Shard],
@@ -217,6 +219,10 @@ def read_policy(args: argparse.Namespace, store: TokenStore, shards: list[Shard]
         policy.sources["match"] = match
         if "policy" in record.needs:
             _follow(args, store, shards, match, policy)
+    if "means" in record.needs:
+        opened = open_arrays(store, store.shards, "scores", policy.sources["scores"].name, "scores")
+        policy.all_scores = ([array for array, _ in opened],
+                             digest([info["sha256"] for _, info in opened]))
     if policy.units not in (NONE, WORDS):
         policy.sources["units"] = Source(
             policy.units, open_arrays(store, shards, "units", policy.units, "units"))
@@ -365,9 +371,7 @@ def build(
                 work.append((name, epoch, policy, number, made_by))
     if not work:
         return
-    facts = store_facts(store, args.strategy, lambda: [
-        array for array, _ in open_arrays(
-            store, store.shards, "scores", policies[0].sources["scores"].name, "scores")])
+    facts = store_facts(store, args.strategy, lambda: policies[0].all_scores[0])
     words = _words(needs, policies[0].units, tokenizer)
     exact: list[np.ndarray] = []
     total = sum(shards[number].num_tokens for _, _, _, number, _ in work)
@@ -417,10 +421,7 @@ def _made_by(
             options[key] = source.label(number)
     units = policy.sources.get("units")
     own: dict[str, Any] = dict.fromkeys(OPTIONS) | policy.options
-    own |= {"epochs": args.epochs, "epoch": epoch, "scores_of_all_shards": None}
-    if "means" in STRATEGIES[args.strategy].needs:
-        infos = open_arrays(store, store.shards, "scores", policy.sources["scores"].name, "scores")
-        own["scores_of_all_shards"] = digest([info["sha256"] for _, info in infos])
+    own |= {"epochs": args.epochs, "epoch": epoch, "scores_of_all_shards": policy.all_scores[1]}
     identity = build_identity(
         "build_masks",
         inputs={"store": store.fingerprint,

@@ -38,6 +38,7 @@ from preprocess.store import (
     Shard,
     TokenStore,
     array_path,
+    check_other_shards,
     has_array,
     lock_array,
     missing_arrays,
@@ -121,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     has_units = args.measure and COUNTED[args.measure].has_units
     kinds = ["units", "scores"] if has_units else ["scores"]
     identity, made_by, count = (plan_combination if args.combine else plan_measure)(args, store)
+    if not args.overwrite:
+        check_other_shards(store, shards, args.name, "scores", identity)
     with ExitStack() as locks:
         for kind in kinds:
             locks.enter_context(lock_array(store, args.name, kind, args.shard_index))
@@ -174,16 +177,10 @@ def plan_combination(args: argparse.Namespace, store: TokenStore) -> Plan:
     """
     opened = [open_arrays(store, store.shards, "scores", name, "scores") for name in args.scores]
     for name, shards in zip(args.scores, opened, strict=True):
-        measures = [info.get("measure") for _, info in shards]
-        if None in measures:
+        if any("measure" not in info for _, info in shards):
             raise DataError(
                 f"--scores {name}: made by an older version, which did not keep the measure; make "
                 f"it again with train/score_tokens.py --overwrite"
-            )
-        if any(measure != measures[0] for measure in measures):
-            raise DataError(
-                f"--scores {name}: its shards have different measures; make it again with "
-                f"--overwrite, without --shard_index"
             )
     parts = Parts(store, args.scores, [[array for array, _ in shards] for shards in opened],
                   [shards[0][1]["measure"] for shards in opened])

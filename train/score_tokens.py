@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import ConfigError, DataError, run_command
-from preprocess.identity import build, compare, sealed
+from preprocess.identity import build, sealed
 from preprocess.progress import Progress, say
 from preprocess.store import (
     Shard,
     TokenStore,
-    array_path,
-    array_records,
+    check_other_shards,
     has_array,
     lock_array,
     missing_arrays,
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     shards = store.choose_shards(config.shard_index, config.num_shards)
     if not config.overwrite:
-        check_other_shards(config, store, shards, identity)
+        check_other_shards(store, shards, config.name, "scores", identity)
     writes = engine.is_main() and not config.dry_run
     with (lock_array(store, config.name, "scores", config.shard_index) if writes
           else nullcontext()):
@@ -142,17 +141,6 @@ def word_passes(config: ScoreConfig, tokenizer: Any) -> WordPasses:
             "gradient, which read no words"
         ) from None
     return WordPasses(config.num_passes or NUM_PASSES, config.whole_words, words)
-
-
-def check_other_shards(
-    config: ScoreConfig, store: TokenStore, shards: list[Shard], identity: dict[str, Any]
-) -> None:
-    """Refuse to score a shard otherwise than another one has been, under one name."""
-    mine = {array_path(shard, config.name, "scores") for shard in shards}
-    for path, info in array_records(store, config.name, "scores"):
-        if path not in mine:
-            compare(info.get("identity", {}), identity, str(path),
-                    "give another --name, or the same options, or --overwrite for every shard")
 
 
 def score(

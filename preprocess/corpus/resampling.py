@@ -90,7 +90,7 @@ def octaves_of(lengths: np.ndarray) -> np.ndarray:
 
 def gumbel(digests: np.ndarray) -> np.ndarray:
     """Return the Gumbel noise of each digest, from 53 of its bits."""
-    uniform = ((digests >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    uniform = np.maximum((digests >> np.uint64(11)).astype(np.float64), 0.5) * 2.0**-53  # never 0
     return -np.log(-np.log(uniform))
 
 

@@ -232,8 +232,8 @@ def score_content(counting: Counting) -> Scored:
     def scores(shard: Shard) -> Iterator[np.ndarray]:
         for block in counting.blocks(shard):
             tokens, words = block.tokens, block.words
-            continues = None if table is None else find_continuations(tokens, block.offsets, table)
-            found = find_kinds(tokens, kinds, continues) == OTHER
+            found = find_kinds(
+                tokens, kinds, find_continuations(tokens, block.offsets, table)) == OTHER
             yield (found & np.repeat(words.known, words.lengths)).astype(np.float16)
 
     return Scored(scores, {}, "")

@@ -280,6 +280,21 @@ def array_records(store: TokenStore, name: str, kind: str) -> list[tuple[Path, d
     return found
 
 
+def check_other_shards(
+    store: TokenStore, shards: list[Shard], name: str, kind: str, identity: dict[str, Any]
+) -> None:
+    """Refuse to make an array of some shards otherwise than that of the others was made.
+
+    Raises:
+        ConfigError: says what differs.
+    """
+    mine = {array_path(shard, name, kind) for shard in shards}
+    for path, info in array_records(store, name, kind):
+        if path not in mine:
+            compare(info.get("identity", {}), identity, str(path),
+                    "give another --name, or the same options, or --overwrite for every shard")
+
+
 def verify_store(prefix: str) -> tuple[TokenStore, int]:
     """Hash every byte of a store and of the arrays beside it.
 

@@ -287,6 +287,34 @@ def test_lexicon_formats(tmp_path):
             ("x" if name == "a.txt" else "a, b", 1.0)]
 
 
+def test_byte_level_words_are_found_after_a_space_and_at_the_start(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = ["good films are good", "Good plots, good films", "a film that is goodish"] * 3
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<unk>", "<s>", "</s>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", cls_token="<s>",
+        sep_token="</s>", mask_token="<mask>")
+    ids = [inner.encode(text).ids for text in texts]
+    write(tmp_path / "store", [[np.array(i, np.uint16)] for i in ids], None, tokenizer)
+    (tmp_path / "list.txt").write_text("good 1\nfilms 2\n")
+    found = score(str(tmp_path / "store"), "list", "--measure", "lexicon", "--lexicon",
+                  str(tmp_path / "list.txt"))
+    wanted = []
+    for text in texts:
+        encoding = inner.encode(text)
+        for a, b in encoding.offsets:
+            word = next(w for w in re.finditer(r"\w+|\W", text)
+                        if w.start() <= max(a, b - 1) < w.end())[0]
+            wanted.append({"good": 1.0, "Good": 1.0, "films": 2.0}.get(word, 0.0))
+    assert found.tolist() == wanted and set(wanted) == {0.0, 1.0, 2.0}
+
+
 def test_content_leaves_out_stop_words_and_punctuation(stores):
     found = score(stores["one"], "content", "--measure", "content", "--language", "en")
     others = {(ID["the"],), (ID["of"],), (ID["."],), (ID[","],)}
@@ -664,6 +692,10 @@ def test_complete_scores_are_kept_and_others_refused(stores, lexicon_file, capsy
         score(prefix, "again", *words)
     with pytest.raises(ConfigError, match="made with --measure lexicon, and this run has tfidf"):
         score(prefix, "again", "--measure", "tfidf")
+    for path in Path(prefix).parent.glob("many-00001*again*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="00000-of-00004.again.*--overwrite for every shard"):
+        score(prefix, "again", *words, "--shard_index", "1", "--num_shards", "4")
     assert set(score(prefix, "again", *words, "--overwrite").tolist()) == {0, 3}
 
 

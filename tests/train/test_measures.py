@@ -273,6 +273,13 @@ def test_surprise_does_not_depend_on_batches_or_precision(words):
     np.testing.assert_allclose(part.astype(float), plain[start:end], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_nothing_to_score(words, lengths):
+    how = measures.bind("surprise", WordPasses(7, False, words[0]))
+    tokens, offsets = make_block(lengths=lengths)
+    assert score(surprise_runner(masked_lm()), tokens, offsets, how).shape == (0,)
+
+
 def test_ranks_share_the_passes_of_one_sentence(words, monkeypatch):
     """Tokens of one window come from several ranks."""
     model = masked_lm()

@@ -48,8 +48,8 @@ TYPED = ("trust_remote_code",)  # flags that no file may set
 TOKENIZE_FLAGS = {
     "input": Option(list[str]), "text_column": TEXT, "where": Option(dict[str, str]),
     "split": TEXT, "split_sentences": SWITCH, "language": TEXT,
-    "blank_line_documents": SWITCH, "max_documents": WHOLE, "num_workers": WHOLE,
-    "num_shards": WHOLE,
+    "blank_line_documents": SWITCH, "strip_html": SWITCH, "max_documents": WHOLE,
+    "num_workers": WHOLE, "num_shards": WHOLE,
 }
 VOCABULARY_FLAGS = {
     "input": Option(list[str]), "text_column": TEXT, "max_documents": WHOLE,
