@@ -732,11 +732,9 @@ def plain_spans(plain):
         assert len(ring) == len(words)
         offset = int(plain.draw(masks.STREAM_OFFSET, first) * len(words))
         masked = [ring[(k + offset) % len(words)] for k in range(len(words))]
-        num_tokens, singles = sum(map(len, words)), sum(len(word) == 1 for word in words)
-        squares = sum(len(word) ** 2 for word in words)
-        spread = rate * (squares - num_tokens * num_tokens / len(words))
-        enough = min(rate, 1 - rate) * singles
-        if enough * enough >= 9 * spread:
+        spread = rate * (1 - rate) * sum(len(word) ** 2 for word in words if len(word) > 1)
+        enough = min(rate, 1 - rate) * sum(len(word) == 1 for word in words)
+        if sum(map(len, words)) >= 64 and enough * enough >= 1.5**2 * spread:
             excess = sum(len(word) for word, m in zip(words, masked, strict=True) if m) - budget
             pool = {word[0]: k for k, word in enumerate(words)
                     if len(word) == 1 and masked[k] == (excess > 0)}
