@@ -217,11 +217,11 @@ def test_budget_is_met_over_100_000_tokens(name):
 @pytest.mark.parametrize("name", RATED)
 def test_budget_is_met_in_expectation_by_short_sequences_and_units_too(name, units):
     masked, budget = 0, 0.0
-    for epoch in range(40):
+    for epoch in range(16):
         batch = make_batch(epoch=epoch, windows=None)
         masked += len(STRATEGIES[name].choose(with_units(name, batch, units)))
         budget += 0.15 * batch.candidates.sum()
-    assert abs(masked - budget) <= 0.002 * budget  # one sd is 0.03 to 0.06 %
+    assert abs(masked - budget) <= 0.004 * budget  # one sd is 0.02 to 0.1 %
 
 
 def sizes_batch(num_tokens: int, sizes: list[int], shares: list[float], **changes) -> Sequences:
