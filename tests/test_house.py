@@ -58,6 +58,7 @@ ROOMS: dict[str, set[str]] = {
 # Strings that are a strategy's name, by file, and why.
 NAMED_STRATEGIES = {
     ("preprocess/show_masks.py", "random"): "its option --random",
+    ("train/bench/tables.py", "top"): "a side of a picture",
     ("train/recipes/recipe.py", "random_matched"): "default arms of a recipe",
     ("train/recipes/recipe.py", "selective"): "default arms of a recipe",
 }

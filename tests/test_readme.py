@@ -268,6 +268,7 @@ def test_the_table_of_the_demo_has_its_place():
 def test_pages_are_short_and_plain(folder):
     page = PAGES[folder]
     assert page.isascii()
-    assert len(page.splitlines()) <= (300 if folder else 220)
+    # The page of all policies is read by the section.
+    assert len(page.splitlines()) <= {"": 220, "preprocess/masking": 400}.get(folder, 300)
     for line in page.splitlines():
         assert len(line) <= 100 or line.startswith("|"), line

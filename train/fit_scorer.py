@@ -197,14 +197,21 @@ def baselines(train: Annotated, dev: Annotated, vocab_size: int) -> dict[str, di
 
 
 def find_weak(results: dict[str, Any]) -> list[str]:
-    """Say whether a scorer is not above its baselines, by average precision: ranks are its use."""
+    """Say whether a scorer is not above its baselines, or calls no token important.
+
+    It is measured by average precision, since ranks are its use; but some rules take only scores
+    above 0, and they would mask next to nothing.
+    """
     if not results["num_dev_important"]:
         return ["no important token is held out, so nothing tells how good the scorer is; annotate "
                 "more text or raise --dev_fraction"]
     name, best = max(((name, one["average_precision"])
                       for name, one in results["baselines"].items()), key=lambda pair: pair[1])
     if results["average_precision"] > best:
-        return []
+        return [] if results["recall"] else [
+            f"none of the {results['num_dev_important']:,} important held-out tokens has a score "
+            "above 0, so masks of such tokens will be almost empty; annotate more text, or fit "
+            "longer or with another --learning_rate"]
     return [f"average precision {results['average_precision']:.4f} on "
             f"{results['num_dev_tokens']:,} held-out tokens is not above the {best:.4f} of the "
             f"baseline {name}, which reads no context; annotate more text, or fit longer or with "

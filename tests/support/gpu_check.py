@@ -379,7 +379,8 @@ def make_data(folder: Path, size: Size) -> None:
             left -= length
     (shard,) = TokenStore.open(str(folder / "text")).shards
     scores = generator.normal(-1, 1, shard.num_tokens).astype(np.float16)
-    write_array(shard, SCORES, "scores", scores, {})
+    measure = {"name": "drawn", "boundary": True, "unit": "log-odds", "reads_labels": False}
+    write_array(shard, SCORES, "scores", scores, {"measure": measure})
 
     moods = words[:20]
     for name, count in (("train", size.sentences), ("test", size.sentences // 4)):

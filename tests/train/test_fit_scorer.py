@@ -113,12 +113,14 @@ def test_baselines_by_hand():
 
 
 @pytest.mark.parametrize(("found", "important", "sentence"), [
-    (0.31, 5, None), (0.30, 5, "0.3000 on 40 held-out .* not above the 0.3000 of .* token_type"),
+    (0.31, 5, None), (0.31, 7, "none of the 7 important held-out tokens has a score above 0"),
+    (0.30, 5, "0.3000 on 40 held-out .* not above the 0.3000 of .* token_type"),
     (0.0, 0, "no important token is held out"),
 ])
 def test_a_scorer_that_is_not_above_its_baselines_is_named(found, important, sentence):
     weak = fit_scorer.find_weak({
         "average_precision": found, "num_dev_important": important, "num_dev_tokens": 40,
+        "recall": 0.2 if important == 5 else 0.0,
         "baselines": {"all_ones": {"average_precision": 0.1},
                       "token_type": {"average_precision": 0.3}}})
     assert len(weak) == (sentence is not None)

@@ -193,7 +193,7 @@ def test_what_leaked_is_one_line_of_the_report(tmp_path, capsys, no_figures):
     (root / "domain").mkdir()
     write_leakage(str(root / "domain" / "text"), {
         "task": "mr", "store": "f", "test_texts": 1000, "equal_or_contained": 3, "half_covered": 5,
-        "any_8gram": 40, "documents_dropped": 0, "documents_leaked": 6})
+        "any_8gram": 40, "documents_dropped": 0, "documents_leaked": 6, "test_digest": "d"})
     output = write_report(tmp_path)
     line = "leakage: of 1,000 test texts of mr, the text holds 3 complete, 5 half covered"
     assert line in capsys.readouterr().out and line in (output / "report.html").read_text()

@@ -10,10 +10,11 @@ Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -198,10 +199,10 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
     answers = [read_predictions(run_dir / f"seed_{row['seed']}" / "predictions.jsonl", notes)
                for row in rows]
     for row, answer in zip(rows, answers, strict=True):
-        notes += _disagreements(run_dir, row, answer[1] if answer else None)
+        notes += _disagreements(run_dir, row, answer)
     known = [answer for answer in answers if answer is not None]
-    for items, _ in known[1:]:
-        if items != known[0][0]:
+    for answer in known[1:]:
+        if answer.items != known[0].items:
             raise DataError(
                 f"{run_dir}: its seeds have other test items than each other; the seeds of one "
                 "directory must share one test split: delete it and run train/finetune.py again"
@@ -212,8 +213,8 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
     return FinetuneRun(
         path=run_dir,
         rows=rows,
-        items=known[0][0] if whole else (),
-        correct=np.array([right for _, right in known], dtype=bool) if whole else None,
+        items=known[0].items if whole else (),
+        correct=np.array([answer.right for answer in known], dtype=bool) if whole else None,
         cost={key: value for key, given in (cost if isinstance(cost, dict) else {}).items()
               if (value := number(given)) is not None},
         stages=[stage for stage in lineages[0] if stage["stage"] == "pretrain"],
@@ -221,10 +222,27 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
     )
 
 
-def _disagreements(run_dir: Path, row: dict[str, Any], right: list[bool] | None) -> list[str]:
+class Answers(NamedTuple):
+    """The test items of one seed, in their order, and the label and the prediction of each."""
+
+    items: tuple[str, ...]
+    right: list[bool]
+    labels: list[int]
+    predictions: list[int]
+
+    def macro_f1(self, num_classes: int) -> float:
+        """Return the mean F1 over all classes of the task; one that does not occur counts as 0."""
+        there, said = Counter(self.labels), Counter(self.predictions)
+        hits = Counter(label for label, ok in zip(self.labels, self.right, strict=True) if ok)
+        return sum(2 * hits[i] / max(there[i] + said[i], 1) for i in range(num_classes)
+                   ) / num_classes
+
+
+def _disagreements(run_dir: Path, row: dict[str, Any], answers: Answers | None) -> list[str]:
     """Say where a row of `results.jsonl` and the predictions beside it tell different things."""
-    if right is None:
+    if answers is None:
         return []
+    right, classes = answers.right, row.get("labels")
     where, notes = f"{run_dir}, seed {row['seed']}", []
     again = "type the finetune.py command again, it tests that seed again"
     expected = number(row.get("num_test"))
@@ -235,11 +253,17 @@ def _disagreements(run_dir: Path, row: dict[str, Any], right: list[bool] | None)
         notes.append(f"{where}: results.jsonl says accuracy {row[METRICS['accuracy']]:.4f}, and "
                      f"the predictions give {counted:.4f}; the means are of the former, the "
                      f"differences of the latter; {again}")
+    listed = number(row.get(METRICS["macro_f1"]))
+    if listed is not None and isinstance(classes, list) and classes and right:
+        counted = answers.macro_f1(len(classes))
+        if not math.isclose(counted, listed, abs_tol=1e-6):
+            notes.append(f"{where}: results.jsonl says macro F1 {listed:.4f}, and the predictions "
+                         f"give {counted:.4f}; {again}")
     return notes
 
 
-def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], list[bool]] | None:
-    """Read the items of one seed's test split, and whether each answer is right.
+def read_predictions(path: Path, notes: list[str]) -> Answers | None:
+    """Read the items of one seed's test split, and the answers.
 
     Args:
         notes: where to put a sentence about what is missing.
@@ -255,8 +279,9 @@ def read_predictions(path: Path, notes: list[str]) -> tuple[tuple[str, ...], lis
                          and type(a.get("prediction")) is int for a in answers):
         notes.append(f"{path}: cut off or broken, so this run is not compared")
         return None
-    return (tuple(str(a["item"]) for a in answers),
-            [a["prediction"] == a["label"] for a in answers])
+    labels, predictions = ([a[key] for a in answers] for key in ("label", "prediction"))
+    return Answers(tuple(str(a["item"]) for a in answers),
+                   [a == b for a, b in zip(labels, predictions, strict=True)], labels, predictions)
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
