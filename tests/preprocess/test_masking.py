@@ -217,11 +217,11 @@ def test_budget_is_met_over_100_000_tokens(name):
 @pytest.mark.parametrize("name", RATED)
 def test_budget_is_met_in_expectation_by_short_sequences_and_units_too(name, units):
     masked, budget = 0, 0.0
-    for epoch in range(40):
+    for epoch in range(16):
         batch = make_batch(epoch=epoch, windows=None)
         masked += len(STRATEGIES[name].choose(with_units(name, batch, units)))
         budget += 0.15 * batch.candidates.sum()
-    assert abs(masked - budget) <= 0.002 * budget  # one sd is 0.03 to 0.06 %
+    assert abs(masked - budget) <= 0.004 * budget  # one sd is 0.02 to 0.1 %
 
 
 def sizes_batch(num_tokens: int, sizes: list[int], shares: list[float], **changes) -> Sequences:
@@ -732,11 +732,9 @@ def plain_spans(plain):
         assert len(ring) == len(words)
         offset = int(plain.draw(masks.STREAM_OFFSET, first) * len(words))
         masked = [ring[(k + offset) % len(words)] for k in range(len(words))]
-        num_tokens, singles = sum(map(len, words)), sum(len(word) == 1 for word in words)
-        squares = sum(len(word) ** 2 for word in words)
-        spread = rate * (squares - num_tokens * num_tokens / len(words))
-        enough = min(rate, 1 - rate) * singles
-        if enough * enough >= 9 * spread:
+        spread = rate * (1 - rate) * sum(len(word) ** 2 for word in words if len(word) > 1)
+        enough = min(rate, 1 - rate) * sum(len(word) == 1 for word in words)
+        if sum(map(len, words)) >= 64 and enough * enough >= 1.5**2 * spread:
             excess = sum(len(word) for word, m in zip(words, masked, strict=True) if m) - budget
             pool = {word[0]: k for k, word in enumerate(words)
                     if len(word) == 1 and masked[k] == (excess > 0)}
