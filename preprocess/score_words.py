@@ -1,4 +1,4 @@
-"""Score the tokens of a store by counting words, or combine scores that it has.
+"""Score the tokens of a store by counting words, or combine its scores.
 
     python preprocess/score_words.py --tokens P --measure tfidf --name tfidf
     python preprocess/score_words.py --tokens P --combine union --scores mr sst2 --name both
@@ -7,8 +7,8 @@ writes `P.NAME.scores.npy` beside each shard, and `P.NAME.units.npy` for a measu
 of several words. Counts are those of all shards; `--shard_index I --num_shards N` writes the
 scores of one of them, after counting in all. Complete shards are skipped.
 
-Memory does not grow with the store: it is read in blocks, and words and n-grams are counted in
-tables of fixed size.
+The store is read in blocks, and words and n-grams are counted in tables of fixed size; of n-grams
+only those that may be frequent are kept.
 """
 
 from __future__ import annotations

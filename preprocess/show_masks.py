@@ -15,43 +15,29 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import os
-import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError, DataError, run_command
+from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_bytes, temporary_path
 from preprocess.flags import USUAL, Parser
-from preprocess.masking import (
-    ARRAY_NEEDS,
-    STRATEGIES,
-    STREAM_SHOWN,
-    StrategyInputs,
-    choose_positions,
-    counter_uniform,
-    open_arrays,
-)
+from preprocess.masking import STRATEGIES, StrategyInputs, choose_positions, open_arrays
 from preprocess.progress import Progress
-from preprocess.store import ARRAYS, Shard, TokenStore, iterate_blocks, open_array
+from preprocess.store import ARRAYS, TokenStore
 from preprocess.store.layout import ColumnWriter
-from preprocess.text.continuations import (
-    WordTable,
-    continuation_table,
-    find_continuations,
-    open_tokenizer,
-)
+from preprocess.text.continuations import continuation_table, open_tokenizer
+from preprocess.view.choice import choose_documents
+from preprocess.view.origins import describe, open_units, source_scores
 from preprocess.view.overlaps import draw_overlaps, overlap_rows, overlap_tables, types_table
 from preprocess.view.page import format_page
-from preprocess.view.pieces import Marks, printable, read_documents
+from preprocess.view.pieces import Marks, read_documents
 from preprocess.view.scale import Scale, read_scale
 from preprocess.view.statistics import (
     Statistics,
@@ -63,11 +49,6 @@ from preprocess.view.statistics import (
 )
 from preprocess.view.tables import Table
 from preprocess.view.terminal import format_document, format_legend
-
-BLOCK_DOCUMENTS = 1 << 20
-# Of an array's JSON, what tells nothing about how it was made.
-FORMAT_KEYS = {"format_version", "name", "kind", "count", "sha256", "store_fingerprint",
-               "json_sha256"}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -159,118 +140,6 @@ def _check_names(args: argparse.Namespace) -> None:
             raise ConfigError(f"--masking {args.masking}: not drawn anew each epoch; {hint}")
 
 
-# ------------------------------------------------------------------------ which documents
-
-
-def choose_documents(args: argparse.Namespace, store: TokenStore, tokenizer: Any) -> list[int]:
-    """Return the numbers of the requested documents.
-
-    Raises:
-        ConfigError: a number outside the store, or a word that no document has.
-        DataError: a store without documents.
-    """
-    if not store.num_documents:
-        raise DataError(f"{store.prefix} has no documents; tokenize some text into a store")
-    if args.documents is not None:
-        return _parse_documents(args.documents, store)
-    if args.containing is None:
-        blocks: Iterable[np.ndarray] = (
-            np.arange(start, min(start + BLOCK_DOCUMENTS, store.num_documents))
-            for start in range(0, store.num_documents, BLOCK_DOCUMENTS)
-        )
-    else:
-        blocks = find_word(store, args.containing.strip(), tokenizer)
-    numbers = (draw_documents(blocks, args.num_documents, args.seed) if args.random
-               else take_documents(blocks, args.num_documents))
-    if not numbers:
-        raise ConfigError(
-            f"--containing {args.containing}: no document of {store.prefix} has it as a separate "
-            "word; give another"
-        )
-    return numbers
-
-
-def _parse_documents(text: str, store: TokenStore) -> list[int]:
-    numbers: dict[int, None] = {}  # in the order given, each once
-    last = store.num_documents - 1
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
-        bounds = [int(number) for number in found.groups() if number] if found else []
-        if not bounds or bounds[-1] > last or bounds[0] > bounds[-1]:
-            raise ConfigError(
-                f"--documents {text}: {store.prefix} has documents 0 to {last}; give numbers or "
-                f"ranges, such as 0,5,10-12"
-            )
-        numbers.update(dict.fromkeys(range(bounds[0], bounds[-1] + 1)))
-    return list(numbers)
-
-
-def take_documents(blocks: Iterable[np.ndarray], count: int) -> list[int]:
-    """Take the first `count` numbers of ascending blocks, `(n,)` int64 each, and read no more."""
-    numbers = itertools.chain.from_iterable(block[: count + 1].tolist() for block in blocks)
-    distinct = (number for number, _ in itertools.groupby(numbers))  # one may lie in two blocks
-    return list(itertools.islice(distinct, count))
-
-
-def draw_documents(blocks: Iterable[np.ndarray], count: int, seed: int) -> list[int]:
-    """Draw `count` numbers from blocks of them, `(n,)` int64 each.
-
-    Each document has a draw of its own, so blocks do not change the result, and a document drawn
-    from a store is also drawn from fewer documents of it.
-    """
-    best = np.empty(0, dtype=np.int64)
-    for block in blocks:
-        best = np.union1d(best, block)
-        draws = counter_uniform(seed, 0, best, STREAM_SHOWN)
-        best = best[np.argsort(draws, kind="stable")[:count]]
-    return np.sort(best).tolist()
-
-
-def find_word(store: TokenStore, word: str, tokenizer: Any) -> Iterator[np.ndarray]:
-    """Yield the numbers of the documents that have a word, block by block, `(n,)` int64.
-
-    Search for its tokens, as given, in lower case and in capitals; where the tokenizer tells words
-    apart, it must be a separate word.
-    """
-    cases = {word, word.lower(), word.capitalize(), word.upper()}
-    # Byte-level vocabularies write a word behind a space with other tokens.
-    texts = [space + case for case in sorted(cases) for space in ("", " ")]
-    unknown = store.special_ids.get("unk")
-    tokenizer.no_padding()  # published tokenizers may come with both switched on
-    tokenizer.no_truncation()
-    patterns = {tuple(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False)}
-    patterns = {ids for ids in patterns if ids and unknown not in ids}
-    table = word_table(tokenizer)
-    start = 0
-    for shard in store.shards:
-        for block in iterate_blocks(shard.sequence_offsets):
-            yield start + _find_in_block(shard, block, sorted(patterns), table)
-        start += shard.num_documents
-
-
-def _find_in_block(
-    shard: Shard, block: slice, patterns: list[tuple[int, ...]], table: WordTable | None
-) -> np.ndarray:
-    offsets = shard.sequence_offsets[block.start : block.stop + 1]
-    tokens = shard.tokens[offsets[0] : offsets[-1]]
-    local = offsets - offsets[0]
-    begins = np.ones(len(tokens) + 1, dtype=bool)  # whether a word begins at a token
-    if table is not None:
-        begins[:-1] = ~find_continuations(tokens, local, table)
-    found: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
-    for pattern in patterns:
-        places = np.flatnonzero(tokens[: max(len(tokens) - len(pattern) + 1, 0)] == pattern[0])
-        for i, token in enumerate(pattern[1:], 1):
-            places = places[tokens[places + i] == token]
-        ends = places + len(pattern)
-        sequence = np.searchsorted(local, places, side="right") - 1
-        whole = (ends <= local[sequence + 1]) & begins[places] & begins[ends]
-        found.append(sequence[whole])
-    sequences = np.unique(np.concatenate(found)) + block.start
-    # An empty document shares its start with the next one; the last of them has the sequence.
-    return np.unique(np.searchsorted(shard.document_offsets, sequences, side="right") - 1)
-
-
 # ---------------------------------------------------------------------------- the command
 
 
@@ -299,96 +168,6 @@ def draw_masks(
             arrays.append(np.load(temporary_path(path), mmap_mode="r"))
             progress.update(shard.num_tokens)
     return arrays
-
-
-def describe(store: TokenStore, name: str, kind: str) -> list[str]:
-    """Write what the JSON beside an array records, one line per key."""
-    infos = [open_array(shard, name, kind)[1] for shard in store.shards]
-    lines: list[str] = []
-
-    def add(entries: dict[str, Any]) -> None:
-        for key, value in entries.items():
-            if key == "measure" and isinstance(value, dict):
-                what = "above 0 is important" if value.get("boundary") else "no boundary at 0"
-                lines.append(printable(
-                    f"measure: {value.get('name')}, in {value.get('unit')}; {what}"))
-            elif isinstance(value, dict):
-                add(value)
-            elif key not in FORMAT_KEYS and value is not None:
-                lines.append(printable(f"{key}: {value}"))
-
-    add(infos[0])  # shards differ only in the content of their sources
-    strategy = _options(infos[0]).get("strategy")
-    if strategy in STRATEGIES:
-        lines.append(f"rule: {STRATEGIES[strategy].rule}")
-    if kind == "mask":
-        count = sum(info["count"] for info in infos)
-        lines.append(f"masked: {count:,} of {store.num_tokens:,} tokens")
-    return lines
-
-
-def _options(info: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that an index was made with, as far as its JSON records them."""
-    options = info.get("options")
-    return options if isinstance(options, dict) else {}
-
-
-def _recorded(store: TokenStore, index: str, key: str, kind: str) -> str | None:
-    """Return the name of the array that an index was made from, recorded in its options as `key`.
-
-    None if there is none, or if it was removed or replaced since.
-    """
-    options = [_options(open_array(shard, index, "mask")[1]) for shard in store.shards]
-    # build_masks.py records `NAME (sha256 0123456789abcdef)`.
-    name, _, digest = str(options[0].get(key) or "").partition(" ")
-    if not name:
-        return None
-    try:
-        found = [open_array(shard, name, kind)[1] for shard in store.shards]
-    except DataError:
-        return None
-    unchanged = all(f"sha256 {info['sha256'][:16]}" in str(option.get(key))
-                    for info, option in zip(found, options, strict=True))
-    return name if unchanged or not digest else None
-
-
-def source_scores(store: TokenStore, index: str) -> str | None:
-    """Return the name of the scores that an index was chosen by, also through a matched index.
-
-    None if there are none, or if an array on the way was removed or replaced since.
-    """
-    seen: set[str] = set()
-    while index not in seen:
-        seen.add(index)
-        options = _options(open_array(store.shards[0], index, "mask")[1])
-        if options.get("scores"):
-            return _recorded(store, index, "scores", "scores")
-        matched = _recorded(store, index, "match", ARRAY_NEEDS["match"])
-        if matched is None:
-            return None
-        index = matched
-    return None
-
-
-def open_units(
-    store: TokenStore, index: str | None, strategy: str | None, words: WordTable | None
-) -> list[dict[str, Any]]:
-    """Return, of each shard, what is one unit to an index, as `Marks` takes it.
-
-    Args:
-        index: or None for drawn masks. strategy: that chose the positions, if it is known.
-        words: how words join; None where they cannot be told apart.
-    """
-    units = None
-    if index is not None:
-        options = _options(open_array(store.shards[0], index, "mask")[1])
-        strategy = options.get("strategy")
-        units = _recorded(store, index, "units", "units")
-    if units is not None:
-        return [{"units": open_array(shard, units, "units")[0]} for shard in store.shards]
-    record = STRATEGIES.get(str(strategy))
-    runs = record is not None and record.spans
-    return [{"units": words, "runs": runs} for _ in store.shards]
 
 
 def check_output(flag: str, path: Path) -> None:

@@ -459,7 +459,7 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
     delta: float | None = _flag(
         None, "buffer: largest difference in confidence between a buffer and its sequence at which "
         "the buffer counts as close (default: 0.01); leave_one_out: least drop of the log-odds "
-        "(default: 0.5)", USUAL, POSITIVE,
+        "(default: 0.25)", USUAL, POSITIVE,
     )
     criterion: Literal["signed", "absolute", "strict"] = _flag(
         "signed", "buffer: signed, absolute or strict comparison of confidences", USUAL,

@@ -240,13 +240,14 @@ class NgramList:
         slots = self._slots(hashed)
         first = self._firsts[slots]
         places = np.flatnonzero(there & (first < self._firsts[slots + 1]))
-        first, slots, hashed = first[places], slots[places], hashed[places]
+        first, hashed = first[places], hashed[places]
         found = np.full(len(places), -1)
         for i in range(self._longest):
             at = np.minimum(first + i, len(self) - 1)
-            found[self._hashed[at] == hashed] = i
+            fits = self._hashed[at] == hashed
+            found[fits] = at[fits]
         fits = found >= 0
-        return places[fits], self._values[first[fits] + found[fits]]
+        return places[fits], self._values[found[fits]]
 
 
 def rank_ngrams(values: np.ndarray, keys: np.ndarray, length: int) -> np.ndarray:

@@ -117,21 +117,22 @@ def read_sequence(
     """
     scale = scale or Scale()
     pieces: list[Piece] = []
-    start, blank = 0, False
+    start, blank, gap = 0, False, False  # a space to come; a token left out before
     for num_tokens, text, space in split_text(ids.tolist(), tokenizer):
         part = slice(start, start + num_tokens)
         in_unit = continues is not None and bool(continues[start])
         start += num_tokens
         space, blank = space or blank, False
         if text == INVISIBLE and not (masked[part] | compared[part]).any():
-            blank = space
+            blank, gap = space, True
             continue
         score = None if scores is None else float(scores[part].max())
         marks = bool(masked[part].any()), bool(compared[part].any())
         last = pieces[-1] if pieces else Piece("", True)
         alike = marks == (last.masked, last.compared)
         piece = Piece(text, space, *marks, score, scale.level(score),
-                      joined=alike and any(marks) and in_unit and bool(pieces))
+                      joined=alike and any(marks) and in_unit and not gap and bool(pieces))
+        gap = False
         if (alike and last.level == piece.level and not space
                 and last.text[-1:].isalnum() and text[:1].isalnum()):
             if score is not None and last.score is not None:

@@ -470,6 +470,25 @@ def test_pmi_is_that_of_plain_python(stores, name):
     assert np.allclose(found, scores, rtol=1e-3) and ((found > 0) == (scores > 0)).all()
 
 
+def test_listed_ngrams_are_found_by_their_hash():
+    """Also where many begin with the same bits, at the end of the table too."""
+    rng = np.random.default_rng(0)
+    inverse = np.uint64(pow(int(ngrams._SPREAD), -1, 1 << 64))
+    keys = np.concatenate([
+        rng.integers(0, 1 << 63, 500, np.uint64),
+        (np.uint64(0) - np.arange(1, 4, dtype=np.uint64)) * inverse,  # the largest hashes
+        np.arange(40, dtype=np.uint64) * inverse])
+    listed = np.sort(np.concatenate([keys[:257], keys[-43:]]))
+    found = ngrams.NgramList(listed, np.arange(300))
+    there = rng.random(len(keys)) < 0.9
+    places, values = found.find(keys, there)
+    number = {key: i for i, key in enumerate(listed.tolist())}
+    wanted = [(i, number[key]) for i, key in enumerate(keys.tolist()) if there[i] and key in number]
+    assert list(zip(places.tolist(), values.tolist(), strict=True)) == wanted
+    places, _ = ngrams.NgramList(listed[:0], np.arange(0)).find(keys, there)
+    assert len(places) == 0
+
+
 def test_overlapping_entries_are_taken_by_priority():
     """Long chains of overlaps, against one entry at a time."""
     rng = np.random.default_rng(0)

@@ -16,15 +16,11 @@ import pytest
 from preprocess import build_masks, show_masks
 from preprocess.errors import ConfigError, DataError
 from preprocess.masking import STRATEGIES
-from preprocess.show_masks import (
-    draw_documents,
-    find_word,
-    main,
-    source_scores,
-    take_documents,
-)
+from preprocess.show_masks import main
 from preprocess.store import TokenStore, write_array
 from preprocess.view import page as mask_page
+from preprocess.view.choice import draw_documents, find_word, take_documents
+from preprocess.view.origins import source_scores
 from preprocess.view.pieces import Piece, boxes, printable, read_sequence, split_text
 from preprocess.view.scale import Scale
 from preprocess.view.terminal import mark_piece, mark_sequence

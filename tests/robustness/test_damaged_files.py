@@ -30,8 +30,8 @@ SEED = int(os.environ.get("SELMASK_FAULT_SEED", "0"))
 SECONDS = 120  # for one command
 # What `run_command` reports in one sentence.
 REPORTED = (ConfigError, DataError, NonFiniteError, OSError)
-VALUES = (None, True, -1, 0, 7, 1.5, -1e308, "", "x", "\x1b]0;t\x07", "../../x", "\ud800", [], {},
-          [1], [[]], [None], {"a": 1}, {"": None})
+VALUES = (None, True, -1, 0, 7, 1.5, -1e308, 10**9, 10**30, "big", "", "x", "\x1b]0;t\x07",
+          "../../x", "\ud800", [], {}, [1], [[]], [None], {"a": 1}, {"": None})
 MANY = [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.faults])]
 
 

@@ -16,7 +16,8 @@ from preprocess.store import TokenStore
 from tests.support.models import tiny_config
 from train import annotate, benchmark, finetune, fit_scorer, model, pretrain, score_tokens
 from train.model import FAMILIES, check_agreement, load_config
-from train.model.agreement import check_sizes, read_shapes
+from train.model.agreement import check_room, check_sizes, read_shapes
+from train.model.loading import named_config
 
 
 def copy(tmp_path, folder, **config) -> str:
@@ -203,3 +204,34 @@ def test_a_fresh_model_needs_the_same_of_the_store(tmp_path, reviews_store, monk
         pretrain.main(["--tokens", reviews_store, "--model_config", "bert-tiny", "--max_steps", "1",
                        "--dry_run", "--output_dir", str(tmp_path / "r")])
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("how", ["from_scratch", "from_scratch without weights", "model_config"])
+@pytest.mark.parametrize("key, value, message", [
+    ("hidden_size", 10**9, "hidden_size 1000000000"),
+    ("num_hidden_layers", 10**9, "num_hidden_layers 1000000000"),
+    ("max_position_embeddings", 2 * 10**9, "max_position_embeddings 2000000000"),
+    ("intermediate_size", 10**30, "a whole number from 1 to"),
+    ("num_attention_heads", 0, "num_attention_heads 0"),
+    ("hidden_size", "big", "hidden_size"),
+])
+def test_fresh_weights_of_impossible_sizes_are_refused_before_a_model_is_built(
+    how, key, value, message, tmp_path, tiny_encoder, reviews_store, monkeypatch
+):
+    folder = copy(tmp_path, tiny_encoder, **{key: value})
+    monkeypatch.setattr(model, "build_masked_lm", None)
+    flags = ["--model_name_or_path", folder, "--from_scratch"]
+    if how != "from_scratch":
+        (tmp_path / "copy" / "model.safetensors").unlink()
+    if how == "model_config":
+        flags = ["--model_config", folder]
+    with pytest.raises(ConfigError, match=message):
+        pretrain.main(["--tokens", reviews_store, *flags, "--max_steps", "1",
+                       "--max_seq_length", "32", "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_published_size_has_room_to_be_named():
+    for name in model.BERT_SIZES:
+        if name != "bert-large":  # 1.3 GiB
+            check_room(named_config(name, 30522, 0), name)

@@ -429,7 +429,7 @@ def plain_row(
     pieces = range(table.row_offsets[row], table.row_offsets[row + 1])
     spans = [(int(table.piece_starts[piece]), int(table.piece_lengths[piece])) for piece in pieces]
     if masking.index is not None:
-        masked = {
+        index = {
             shard.token_start + int(position)
             for shard, positions in zip(store.shards, masking.index, strict=True)
             for position in positions

@@ -331,7 +331,7 @@ def tokenize_corpus(folder, reviews_file, still_encoder, task) -> Case:
         "where": ({"where": "a=b"}, "where was {}, is {'a': 'b'}"),
         **{name: ({name: value}, f"{name} was {not value}, is {value}") for name, value in (
             ("split_sentences", False), ("blank_line_documents", True),
-            ("unescape_newlines", True))},
+            ("unescape_newlines", True), ("strip_html", True))},
     }
     return Case("preprocess/tokenize_corpus.py", None, flags, "complete already, skipped", decides,
                 {"num_workers": 1}, {"adopt", "verify", "shard_index"})

@@ -295,6 +295,50 @@ def test_ranks_share_the_passes_of_one_sentence(words, monkeypatch):
     assert all(np.unpackbits(bits, count=len(tokens)).sum() < len(tokens) for bits, _ in parts)
 
 
+@pytest.mark.slow
+def test_seven_passes_rank_as_the_exact_score(words):
+    """200 sentences of a language whose next word depends on the last one, and a model of it."""
+    from scipy.stats import spearmanr
+
+    generator = np.random.default_rng(0)
+    plain = np.array([i for i in range(5, 40) if i not in words[1]])
+    after = np.array([generator.choice(plain, 4, replace=False) for _ in range(40)])
+    likely = np.array([0.6, 0.25, 0.1, 0.05])
+
+    def sentences(count, length):
+        rows = [generator.choice(plain, count)]
+        for _ in range(length - 1):
+            rows.append(after[rows[-1], generator.choice(4, count, p=likely)])
+        return np.stack(rows, 1)
+
+    model = masked_lm()
+    model.hf.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(600):
+        text = torch.from_numpy(sentences(64, 24))
+        masked = torch.rand(text.shape) < 0.15
+        ids = torch.nn.functional.pad(text.masked_fill(masked, MASK), (1, 0), value=2)
+        ids = torch.nn.functional.pad(ids, (0, 1), value=3)
+        logits = model.hf(input_ids=ids).logits[:, 1:-1]
+        loss = torch.nn.functional.cross_entropy(logits[masked], text[masked])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.hf.eval()
+    tokens = sentences(200, 24).astype(np.uint16).reshape(-1)
+    offsets = np.arange(0, len(tokens) + 1, 24)
+
+    def found(num_passes):
+        how = measures.bind("surprise", WordPasses(num_passes, False, words[0]))
+        return score(surprise_runner(model, batch_tokens=8192), tokens, offsets, how, limit=24)
+
+    exact_score = found(24)
+    assert exact_score.mean(dtype=np.float64) < 0.7 * np.log(len(plain)), "it reads the context"
+    rank = {k: spearmanr(found(k), exact_score).statistic for k in (2, 7)}
+    print(f"loss {loss.item():.2f}, rank correlation with the exact score {rank}")
+    assert rank[7] > 0.99 and rank[7] > rank[2]
+
+
 def test_excess_is_a_difference(words):
     """Model 2.3 and reference 1.0 make 1.3; here, with real losses."""
     model, reference = masked_lm(), masked_lm(seed=1)

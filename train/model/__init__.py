@@ -1,6 +1,6 @@
 """Models over packed batches; knows transformers' classes."""
 
-from train.model.agreement import check_agreement
+from train.model.agreement import check_agreement, check_room
 from train.model.compiled import (
     WORTH_SLOTS,
     choose_compiling,
@@ -45,6 +45,7 @@ __all__ = [
     "attention_mask",
     "build_masked_lm",
     "check_agreement",
+    "check_room",
     "check_row_length",
     "checkpoint_activations",
     "choose_compiling",

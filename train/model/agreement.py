@@ -5,6 +5,7 @@ and weights belong together.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from preprocess.text.encode import prepare_backend, user_tokens
 from train.model.families import FAMILIES
 from train.model.loading import list_weights, load_tokenizer, local_checkpoint
 
+LAYER_BYTES = 1 << 17  # of the Python objects of a layer, at least
 # Two tokenizers of one vocabulary may still read a text differently: case, accents, Chinese.
 _PROBES = ("ABC", "Abc def", "caf\u00e9", "na\u00efve \u00dcber", "don't", "\u4e2d\u6587", "3.14",
            "a  b", " x", "\u00a0a\u200b", "e\u0301", "[MASK]", "<mask>", "[SEP]", "</s>", "\uff21")
@@ -161,6 +163,31 @@ def check_sizes(config: Any, name: str) -> None:
                 f"--model_name_or_path {name}: by config.json {key} is {_of(ours)}, and in the "
                 f"weights it is {_of(shape)}; give the config.json that belongs to them"
             )
+
+
+def check_room(config: Any, name: str) -> None:
+    """Refuse a model whose fresh weights alone are larger than this machine's memory.
+
+    A lower bound by the sizes of the configuration, before any layer is made: four square matrices
+    and two of the inner size per layer, the embeddings, and the objects that a layer is.
+
+    Raises:
+        ConfigError: with what is needed and what is there.
+    """
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    inner = getattr(config, "intermediate_size", 0)
+    rows = config.vocab_size
+    if config.model_type != "modernbert":  # which computes its positions
+        rows += config.max_position_embeddings
+    needed = 4 * (layers * hidden * (4 * hidden + 2 * inner) + rows * hidden) + layers * LAYER_BYTES
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"{name}: a model with num_hidden_layers {layers}, hidden_size {hidden}, vocab_size "
+            f"{config.vocab_size} and max_position_embeddings {config.max_position_embeddings} "
+            f"needs {needed // 2**30:,} GiB or more for its weights, and this machine has "
+            f"{there // 2**30:,}; give a smaller one"
+        )
 
 
 def _largest(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -20,6 +20,9 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json
              "added_tokens.json", "vocab.json")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 AGAIN = "copy the checkpoint again, or give another one"
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size",
+         "vocab_size", "max_position_embeddings")
+MAX_SIZE = 1 << 31  # of a tensor's side, and far above any model's
 
 
 @contextmanager
@@ -79,8 +82,15 @@ def check_loaded(name: str, config: Any) -> None:
     """Refuse a configuration whose model is not trained here, or brings code from the hub.
 
     Raises:
-        ConfigError: it says how the weights are quantized, or names a kernel of attention.
+        ConfigError: it says how the weights are quantized, names a kernel of attention, or has a
+            size that is none.
     """
+    for key in SIZES:
+        value = getattr(config, key, 1)  # some families lack one of them
+        if type(value) is not int or not 0 < value < MAX_SIZE:
+            raise ConfigError(f"--model_name_or_path {name}: config.json has {key} "
+                              f"{str(value)[:40]}; a whole number from 1 to {MAX_SIZE - 1:,} is "
+                              "needed")
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"--model_name_or_path {name}: quantization_config in its config.json: "
                           "quantized weights cannot be trained; give it in full precision")

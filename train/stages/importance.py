@@ -347,7 +347,7 @@ IMPORTANCE: dict[str, Importance] = {
         "the classifier's margin is largest.",
     ),
     "leave_one_out": Importance(
-        measure=measure_left_out, decide=take_above, options={"delta": 0.5},
+        measure=measure_left_out, decide=take_above, options={"delta": 0.25},
         half=False, filtered=None, fewer="give a larger --delta", more="give a smaller --delta",
         rule="Important is a word without which the log-odds of the right class drop by more than "
         "delta.",

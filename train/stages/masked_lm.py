@@ -22,14 +22,17 @@ def check_agreement(
     """Refuse a store, a tokenizer, a configuration and weights that do not belong together."""
     name = config.model_name_or_path
     if not name:
+        model.check_room(hf_config, f"--model_config {config.model_config}")
         tokenizer = model.load_tokenizer(store.tokenizer_dir)
         model.check_agreement(hf_config, tokenizer, store.tokenizer_dir, weights=False)
         return
+    # Also where its weights are not used: a configuration that does not fit them is damaged.
     model.check_agreement(
         hf_config, model.load_tokenizer(name, config.trust_remote_code), name, store=store,
         remedy=f"run tokenize_corpus.py with --tokenizer {name}",
-        weights=not getattr(config, "from_scratch", False),
     )
+    if getattr(config, "from_scratch", False):
+        model.check_room(hf_config, f"--from_scratch --model_name_or_path {name}")
 
 
 def token_frequencies(store: TokenStore) -> np.ndarray:
