@@ -130,6 +130,12 @@ masks: {seed: 7}
     assert arms["none"]["strategy"] == "none"
 
 
+def test_scores_may_have_a_number_for_a_name(tmp_path):
+    steps, _ = planned(
+        tmp_path, "scores: {7: {measure: tfidf}}\narms: [{name: 8, strategy: top, scores: '7'}]\n")
+    assert "--scores 7 --name 8" in steps["masks-8"]
+
+
 def test_rates_and_corruption_go_where_masks_are_made(tmp_path):
     text = """
 arms:
@@ -204,6 +210,7 @@ def test_arms_can_use_the_text_without_what_leaked(tmp_path):
     ("{a: {combine: max, of: [task, b]}, b: {combine: max, of: [task, a]}}", "combined of itself"),
     ("{Words: {measure: tfidf}}", "the name 'Words' must have 1 to 40"),
     ("{words-step_3: {measure: tfidf}}", "not end as -seed1, -step_1"),
+    ("{7: {measure: tfidf}, both: {combine: rank, of: [task, 8]}}", "combines unknown scores 8"),
 ])
 def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     with pytest.raises(ConfigError, match=message) as error:

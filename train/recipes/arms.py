@@ -142,9 +142,9 @@ def read_scores(content: Any, recipe: str, general_text: bool,
     if not isinstance(content, dict):
         raise ConfigError(f"{recipe}: scores must hold names, as `words: {{measure: tfidf}}`; got "
                           f"{shown_value(content)}")
-    found = {name: _one_score(name, entry, f"{recipe}: scores.{_named(name, recipe, 'scores')}",
-                              general_text, defaults)
-             for name, entry in content.items()}
+    named = {_named(name, recipe, "scores"): entry for name, entry in content.items()}
+    found = {name: _one_score(name, entry, f"{recipe}: scores.{name}", general_text, defaults)
+             for name, entry in named.items()}
     found.setdefault(TASK_SCORES, DEFAULT_SCORES)
     for scores in found.values():
         for part in scores.parts:
