@@ -267,6 +267,15 @@ def test_arms_that_cannot_be_are_named(tmp_path, arms, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("arms", "arm"), [
+    ("[none, selective]", "arm selective: selective takes scores above 0"),
+    ("[random_matched]", "arm selective, which a control matches by default: selective takes"),
+])
+def test_strategies_by_name_alone_refuse_scores_without_a_boundary_too(tmp_path, arms, arm):
+    with pytest.raises(ConfigError, match=f"{arm}.*0 means nothing in task; .*strategy top"):
+        load(tmp_path, f"scores: {{task: {{measure: surprise}}}}\narms: {arms}\n")
+
+
 def test_flags_of_all_scores_must_suit_each(tmp_path):
     text = "scores: {slope: {measure: gradient}}\nscore: {dtype: fp16}\n"
     with pytest.raises(ConfigError, match=r"scores\.slope: --dtype fp16: --measure gradient"):

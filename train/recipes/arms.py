@@ -243,7 +243,21 @@ def read_arms(content: Sequence[Any], scores: Mapping[str, NamedScores],
         _refuse_circle(arm.name, lambda name: [
             one for one in (arms[name].match,) if one in arms],
             f"{recipe}: arm {arm.name} is matched to itself, through others or directly")
+    for policy in with_matched(list(arms.values())):
+        default = "" if policy.name in arms else ", which a control matches by default"
+        _check_scores(policy, scores, f"{recipe}: arm {policy.name}{default}")
     return list(arms.values())
+
+
+def _check_scores(policy: PlannedArm, scores: Mapping[str, NamedScores], where: str) -> None:
+    """Refuse scores that a strategy cannot use: nothing but its own step would, after training."""
+    if policy.scores and "boundary" in STRATEGIES[policy.strategy].needs \
+            and not scores[policy.scores].boundary:
+        others = [key for key, one in STRATEGIES.items()
+                  if "scores" in one.needs and "boundary" not in one.needs]
+        raise ConfigError(f"{where}: {policy.strategy} takes scores above 0, and 0 means nothing "
+                          f"in {policy.scores}; for these scores take strategy "
+                          f"{', '.join(others)}")
 
 
 def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> PlannedArm:
@@ -279,11 +293,6 @@ def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Plan
     named = entry.get("scores") or default.scores
     if named:
         check_known(named, scores, f"{where} has unknown scores")
-        if "boundary" in record.needs and not scores[named].boundary:
-            others = [key for key, one in STRATEGIES.items()
-                      if "scores" in one.needs and "boundary" not in one.needs]
-            raise ConfigError(f"{where}: {strategy} takes scores above 0, and 0 means nothing in "
-                              f"{named}; for these scores take strategy {', '.join(others)}")
     rules = {key: check_value(entry[key], RULE_FLAGS[key], f"{where}: {key}")
              for key in RULE_FLAGS if key in given}
     if rules.get("epochs", 1) < 1:
