@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.masking import read_corruption
 from train import pipeline
 from train.config import PipelineConfig, parse
 from train.recipes.recipe import load_recipe
@@ -154,6 +155,15 @@ masks: {mlm_probability: 0.3}
     steps, _ = planned(tmp_path, text, "task_guided.mlm_probability=0.25")
     assert "--mlm_probability 0.25" in steps["task_guided-whole_word-seed42"]
     assert "--mlm_probability" not in steps["task_guided-b-seed42"]
+    with pytest.raises(ConfigError, match="masks.mlm_probability 2: must be above 0 and at most 1"):
+        load(tmp_path, text, "masks.mlm_probability=2")
+
+
+def test_shares_of_corruption_keep_their_digits(tmp_path):
+    steps, _ = planned(tmp_path, "arms: [{name: a, strategy: random, corruption: [33.3333333, "
+                                 "33.3333333, 33.3333334]}]\n")
+    typed = steps["task_guided-a-seed42"].split("--corruption ")[1].split()[0]
+    assert read_corruption(typed) == (33.3333333, 33.3333333, 33.3333334)
 
 
 def test_counted_scores_serve_every_length_of_stage_1(tmp_path):
@@ -248,7 +258,10 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     ("[{name: a, strategy: random, rate: x}]", "rate 'x': must be a number"),
     ("[{name: a, strategy: random, corruption: [80, 20]}]", "three percentages"),
     ("[{name: a, strategy: random, corruption: [80, 10, 20]}]", "three percentages"),
-    ("[{name: a, strategy: selective, epochs: 0}]", "epochs 0: must be 1 or more"),
+    ("[{name: a, strategy: selective, epochs: 0}]", "epochs 0: must be between 1 and 1000"),
+    ("[{name: a, strategy: sampled, epochs: 1000000000}]", "epochs 1000000000: must be between"),
+    ("[{name: a, strategy: sampled, temperature: 0}]", "temperature 0: must be above 0"),
+    ("[{name: a, strategy: band, centre: 1.1}]", "centre 1.1: must be from 0 to 1"),
     ("[{name: a, strategy: band, centre: high}]", "centre 'high': must be a number"),
     ("[{name: c, strategy: random_matched, match: b}, none]",
      "arm c matches 'b', which is no arm of this recipe; there are c, none"),

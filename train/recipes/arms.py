@@ -23,10 +23,9 @@ from preprocess.errors import ConfigError
 from preprocess.masking import MATCHED, STRATEGIES, read_corruption
 from preprocess.masking.combine import COMBINED
 from preprocess.masking.measures import COUNTED
-from train.config import ScoreConfig
+from train.config import Bounds, ScoreConfig
 from train.recipes.values import (
     TEXT,
-    WHOLE,
     Option,
     check_known,
     check_value,
@@ -44,8 +43,14 @@ NETWORK_FLAGS = {name: option for name, option in options_of(ScoreConfig).items(
                              "batch_tokens")}
 WORD_FLAGS = {"against": TEXT, "lexicon": TEXT, "language": TEXT}
 NEEDED_FLAGS = {"reference": "reference", "store": "against", "lexicon": "lexicon"}  # by need
-RULE_OPTIONS = {"centre": Option(float), "temperature": Option(float)}  # of single strategies
-RULE_FLAGS = {"units": TEXT, "epochs": WHOLE, **RULE_OPTIONS}  # of build_masks.py
+# Flags of build_masks.py, the first of single strategies. It would refuse other values itself, but
+# only after the training before it; and each epoch is an index that is planned.
+RULE_OPTIONS = {
+    "centre": Option(float, Bounds(lambda value: 0 <= value <= 1, "from 0 to 1")),
+    "temperature": Option(float, Bounds(lambda value: value > 0, "above 0")),
+}
+EPOCHS = Option(int, Bounds(lambda value: 1 <= value <= 1000, "between 1 and 1000"))
+RULE_FLAGS = {"units": TEXT, "epochs": EPOCHS, **RULE_OPTIONS}
 ARM_KEYS = ("name", "strategy", "scores", "match", "rate", "corruption", *RULE_FLAGS)
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,39}")
 _OWN_ENDING = re.compile(r"(^|-)(seed|step_|epoch)\d+$")  # what the pipeline itself appends
@@ -295,8 +300,6 @@ def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Plan
         check_known(named, scores, f"{where} has unknown scores")
     rules = {key: check_value(entry[key], RULE_FLAGS[key], f"{where}: {key}")
              for key in RULE_FLAGS if key in given}
-    if rules.get("epochs", 1) < 1:
-        raise ConfigError(f"{where}: epochs {rules['epochs']}: must be 1 or more")
     if "units" in rules:
         check_known(rules["units"], (NONE, "words", *scores), f"{where} has unknown units")
     match = entry.get("match")
@@ -335,7 +338,7 @@ def _corruption(value: Any, name: str) -> str | None:
     except ValueError:
         raise ConfigError(f"{name} {shown_value(value)}: must be three percentages of together "
                           "100, as [80, 10, 10]") from None
-    return ",".join(f"{share:g}" for share in shares)
+    return ",".join(f"{share:.12g}" for share in shares)
 
 
 # --------------------------------------------------------------------------------- what is used
