@@ -67,6 +67,7 @@ scores:
   words: {measure: tfidf}
   theirs: {measure: difference}
   listed: {measure: lexicon, lexicon: words.csv}
+  phrases: {measure: pmi}
   gradient: {measure: gradient, max_seq_length: 64}
   surprise: {measure: surprise, num_passes: 5}
   more: {measure: excess, reference: base}
@@ -79,7 +80,8 @@ arms:
   - {name: b, strategy: band, scores: words, units: words, centre: 0.7}
   - {name: c, strategy: selective, scores: theirs}
   - {name: d, strategy: top, scores: gradient}
-  - {name: e, strategy: top, scores: both, units: listed}
+  - {name: e, strategy: top, scores: both, units: phrases}
+  - {name: g, strategy: top, scores: listed}
   - {name: f, strategy: sampled, scores: more, temperature: 2, epochs: 3}
 score: {batch_tokens: 100}
 masks: {seed: 7}
@@ -89,7 +91,8 @@ masks: {seed: 7}
             if name.startswith(("score", "annotate", "classifier"))}
     # No scorer: no arm reads its scores. The general text is tokenized for `theirs` alone.
     assert list(made) == ["score-words", "score-theirs", "classifier", "score-gradient",
-                          "score-surprise", "score-both", "score-listed", "score-more"]
+                          "score-surprise", "score-both", "score-phrases", "score-listed",
+                          "score-more"]
     assert "stage1" not in steps
     tokens = "--tokens R/domain/text"
     for name, command in {
@@ -111,7 +114,7 @@ masks: {seed: 7}
         "masks-b": f"build_masks.py {tokens} --strategy band --scores words --seed 7 "
                    "--units words --centre 0.7 --name b",
         "masks-e": f"build_masks.py {tokens} --strategy top --scores both --seed 7 "
-                   "--units listed --name e",
+                   "--units phrases --name e",
         "masks-f": f"build_masks.py {tokens} --strategy sampled --scores more --seed 7 "
                    "--epochs 3 --temperature 2 --name f",
         "masks-control": f"build_masks.py {tokens} --strategy random_matched --match a --seed 7 "
@@ -124,7 +127,7 @@ masks: {seed: 7}
     assert [path.split("*.")[1] for path in recorded[::2]] == [
         "f.mask.npy", "f-epoch1.mask.npy", "f-epoch2.mask.npy"]
     assert arms["control"]["masking"] == ["score-words", "masks-a", "masks-control"]
-    assert arms["e"]["masking"] == ["score-words", "score-surprise", "score-both", "score-listed",
+    assert arms["e"]["masking"] == ["score-words", "score-surprise", "score-both", "score-phrases",
                                     "masks-e"]
     assert {key: arms["b"][key] for key in ("strategy", "scores", "units", "match")} == {
         "strategy": "band", "scores": "words", "units": "words", "match": ""}
@@ -220,6 +223,7 @@ def test_arms_can_use_the_text_without_what_leaked(tmp_path):
     ("{a: {combine: max, of: [task, b]}, b: {combine: max, of: [task, a]}}", "combined of itself"),
     ("{Words: {measure: tfidf}}", "the name 'Words' must have 1 to 40"),
     ("{words-step_3: {measure: tfidf}}", "not end as -seed1, -step_1"),
+    ("{words: {measure: pmi}}", "`units: words` has a meaning of its own"),
     ("{7: {measure: tfidf}, both: {combine: rank, of: [task, 8]}}", "combines unknown scores 8"),
 ])
 def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
@@ -251,6 +255,8 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     ("[{name: a, strategy: inverse, match: b}, {name: b, strategy: random_matched}, selective]",
      "arm a matches b, which has no scores that inverse could read"),
     ("[{name: a, strategy: selective, units: word}]", "unknown units 'word'; did you mean 'words"),
+    ("[{name: a, strategy: top, scores: idf, units: idf}]",
+     "units idf: these scores have no units; give words, none, or scores of measure pmi"),
     ("[{name: a, strategy: selective, match: b}]", "match has no use with selective"),
     ("[{name: a, strategy: selective, rate: '0.3:0.1'}]", "needs a strategy that draws"),
     ("[{name: a, strategy: selective, rate: 2}]", "rate 2: must be above 0 and at most 1"),

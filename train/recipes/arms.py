@@ -52,6 +52,7 @@ RULE_OPTIONS = {
 EPOCHS = Option(int, Bounds(lambda value: 1 <= value <= 1000, "between 1 and 1000"))
 RULE_FLAGS = {"units": TEXT, "epochs": EPOCHS, **RULE_OPTIONS}
 ARM_KEYS = ("name", "strategy", "scores", "match", "rate", "corruption", *RULE_FLAGS)
+WITH_UNITS = [name for name, measure in COUNTED.items() if measure.has_units]
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,39}")
 _OWN_ENDING = re.compile(r"(^|-)(seed|step_|epoch)\d+$")  # what the pipeline itself appends
 _SCHEDULE = re.compile(r"([\d.]+):([\d.]+)")
@@ -82,6 +83,11 @@ class NamedScores:
     def is_counted(self) -> bool:
         """Whether no network makes them, so that they are the same after any stage 1."""
         return self.measure in COUNTED
+
+    @property
+    def has_units(self) -> bool:
+        """Whether they come with units that can be masked as a whole."""
+        return self.measure in WITH_UNITS
 
 
 DEFAULT_SCORES = NamedScores(TASK_SCORES, "scorer", ("scorer",))
@@ -183,6 +189,9 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool,
 
     measure = entry["measure"]
     check_known(measure, MEASURES, f"{where} has an unknown measure")
+    if measure in WITH_UNITS and name in (NONE, "words"):
+        raise ConfigError(f"{where}: `units: {name}` has a meaning of its own; give scores that "
+                          "have units another name")
     flags = WORD_FLAGS if measure in COUNTED else NETWORK_FLAGS
     options = {}
     for key, value in entry.items():
@@ -263,6 +272,9 @@ def _check_scores(policy: PlannedArm, scores: Mapping[str, NamedScores], where: 
         raise ConfigError(f"{where}: {policy.strategy} takes scores above 0, and 0 means nothing "
                           f"in {policy.scores}; for these scores take strategy "
                           f"{', '.join(others)}")
+    if policy.units and not scores[policy.units].has_units:
+        raise ConfigError(f"{where}: units {policy.units}: these scores have no units; give words, "
+                          f"none, or scores of measure {' or '.join(WITH_UNITS)}")
 
 
 def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> PlannedArm:
