@@ -309,6 +309,8 @@ def test_set_gives_scores_and_arms(tmp_path):
     assert set(recipe["scores"]) == {"task", "words", "more"}
     assert recipe["scores"]["more"].options == {"num_passes": 3}
     assert [arm.name for arm in recipe["arms"]] == ["none", "a"]
+    with pytest.raises(ConfigError, match="--set scores.b=1: scores is 5 and not names with val"):
+        load(tmp_path, "", "scores=5", "scores.b=1")
 
 
 # --------------------------------------------------------------------------- weak inputs

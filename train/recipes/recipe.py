@@ -211,7 +211,11 @@ def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
     if key in recipe["variables"]:
         recipe["variables"][key] = value
     elif flag and section in (*SECTIONS, "scores"):
-        recipe[section] = {**(recipe[section] or {}), flag: value}
+        content = recipe[section] or {}
+        if not isinstance(content, dict):
+            raise ConfigError(f"--set {setting}: {section} is {shown_value(content)} and not names "
+                              "with values; leave that out")
+        recipe[section] = {**content, flag: value}
     else:
         flags = [f"{name}.{f}" for name in SECTIONS for f in SECTIONS[name]]
         known = [*recipe["variables"], *(name for name in DEFAULTS if name != "variables")]
