@@ -1,4 +1,4 @@
-"""Choose documents of a corpus: those most like a task's texts, those without its test texts.
+"""Choose documents like a task's texts, or those without its test texts.
 
     python preprocess/select_documents.py --tokens data/web --like train.csv --number 50000 \\
         --output data/web-like-train

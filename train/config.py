@@ -466,7 +466,7 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
         metavar="NAME",
     )
     share: float | None = _flag(
-        None, "gradient: share of all tokens to call important (default: 0.15)", USUAL, FRACTION,
+        None, "gradient: share of all tokens to call important (default: 0.15)", DATA, FRACTION,
     )
     drop_stop_words: bool = _flag(False, "never annotate an English stop word as important", DATA)
     keep_punctuation: bool = _flag(

@@ -336,6 +336,19 @@ def main(argv: list[str] | None = None) -> None:
     finish()
 
 
+def log_test(log: MetricsWriter, row: dict[str, Any]) -> None:
+    """Log the test of a seed and end its log; after its row, so that no test is logged twice."""
+    log.scalars(row["steps"], {TEST_ACCURACY: row["test_accuracy"],
+                               TEST_MACRO_F1: row["test_macro_f1"]})
+    log.close(finished=True)
+
+
+def has_test(seed_dir: Path) -> bool:
+    """Return whether the log of a seed has its test: a kill may have come between row and log."""
+    path = seed_dir / "metrics.jsonl"
+    return path.is_file() and f'"{TEST_ACCURACY}"'.encode() in path.read_bytes()
+
+
 def read_rows(run_dir: Path) -> dict[int, dict[str, Any]]:
     """Return the row of each finished seed."""
     results = run_dir / "results.jsonl"
@@ -366,16 +379,15 @@ def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
             say(f"seed {seed}: finished already, test accuracy {rows[seed]['test_accuracy']:.4f}")
             if is_main():
                 remove_resume_state(seed_dir)  # a kill may have come in between
+                if not has_test(seed_dir):
+                    log_test(MetricsWriter(seed_dir, rows[seed]["steps"]), rows[seed])
             continue
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]
         if is_main():
             write_json_lines(results, rows.values())
             remove_resume_state(seed_dir)
-        # After the row: a seed that is tested again must not have two points.
-        log.scalars(row["steps"], {TEST_ACCURACY: row["test_accuracy"],
-                                   TEST_MACRO_F1: row["test_macro_f1"]})
-        log.close(finished=True)
+        log_test(log, row)
         barrier()
         left = sum(task.left_out.get("test", {}).values())
         left_out = f" ({left} of {left + len(task.splits['test'])} rows left out)" if left else ""

@@ -9,7 +9,6 @@ Letters: `B` sequences, `C` candidates, `K` histogram bins.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -121,7 +120,7 @@ def choose_frequency_matched(sequences: Sequences) -> np.ndarray:
     The histogram is over `frequency_bins`, of the whole batch. A token's chance depends on its bin
     alone: sequences are gone through in parts, the tokens of each with the smallest -ln(u) / weight
     are taken, and a bin's weight grows while it is behind. The few tokens that are left over in the
-    end are exchanged within their sequences, these in an order by hash.
+    end are exchanged within their sequences, these in an order by hash, until all bins are equal.
 
     Raises:
         ValueError: the batch has no `matched`, `matched_counts` or `octaves`.
@@ -162,7 +161,7 @@ def choose_frequency_matched(sequences: Sequences) -> np.ndarray:
         masked += np.bincount(own[taken], minlength=num_bins)
         behind = (done + _DAMPING) / (masked + _DAMPING)
         weight *= np.sqrt(np.clip(behind, 0.5, 2.0))
-    _repair(sequences, index, sequence, own_bins, chosen, hits, masked.astype(np.int64) - aim)
+    _repair(sequences, index, sequence, own_bins, chosen, masked.astype(np.int64) - aim)
     return index[chosen]
 
 
@@ -178,13 +177,12 @@ def _parts(sequence: np.ndarray, num_sequences: int) -> list[slice]:
 
 def _repair(
     sequences: Sequences, index: np.ndarray, sequence: np.ndarray, bins: np.ndarray,
-    chosen: np.ndarray, hits: np.ndarray, surplus: np.ndarray,
+    chosen: np.ndarray, surplus: np.ndarray,
 ) -> None:
     """Exchange tokens within sequences until no bin has a surplus; changes `chosen`.
 
     In an order by hash, a sequence gives a masked token of a bin with too many for an unmasked one
-    of a bin with too few. Where no such exchange is left, it takes over the tokens of the matched
-    index if that brings the histograms closer.
+    of a bin with too few; where no sequence can, several do so by way of other bins.
     """
     draw = counter_bits(
         sequences.seed, sequences.epoch, sequences.positions[index], STREAM_EXCHANGE)
@@ -205,27 +203,66 @@ def _repair(
                 if len(mine):
                     pair.append(int(mine[np.argmin(draw[mine])]))
             if len(pair) == 2:
-                _exchange(chosen, bins, surplus, pair[:1], pair[1:])
+                out, new = pair
+                chosen[out], chosen[new] = False, True
+                surplus[bins[out]] -= 1
+                surplus[bins[new]] += 1
                 if not surplus.any():
                     return
     if surplus.any():
-        starts = np.flatnonzero(np.diff(sequence, prepend=-1))
-        ends = np.append(starts[1:], len(sequence))
-        for place in np.argsort(draw[starts], kind="stable").tolist():
-            low, high = starts[place], ends[place]
-            out = np.flatnonzero(chosen[low:high] & ~hits[low:high]) + low
-            new = np.flatnonzero(hits[low:high] & ~chosen[low:high]) + low
-            change = (np.bincount(bins[new], minlength=len(surplus))
-                      - np.bincount(bins[out], minlength=len(surplus)))
-            if np.abs(surplus + change).sum() < np.abs(surplus).sum():
-                _exchange(chosen, bins, surplus, out, new)
-                if not surplus.any():
-                    return
+        _exchange_by_way(sequence, bins, draw, chosen, surplus)
 
 
-def _exchange(
-    chosen: np.ndarray, bins: np.ndarray, surplus: np.ndarray, out: Any, new: Any
+def _exchange_by_way(
+    sequence: np.ndarray, bins: np.ndarray, draw: np.ndarray, chosen: np.ndarray,
+    surplus: np.ndarray,
 ) -> None:
-    chosen[out], chosen[new] = False, True
-    np.subtract.at(surplus, bins[out], 1)
-    np.add.at(surplus, bins[new], 1)
+    """Exchange along shortest ways from bins with too many masks to bins with too few.
+
+    A step from bin b to bin c is a sequence with a masked token of b and an unmasked one of c. As
+    the matched index is itself a choice without surplus, there is such a way while there is one
+    (it is an augmenting path of a flow from sequences to bins).
+    """
+    starts = np.flatnonzero(np.diff(sequence, prepend=-1))
+    ends = np.append(starts[1:], len(sequence))
+    number = np.repeat(np.arange(len(starts)), ends - starts)
+    masked, free = (np.zeros((len(starts), len(surplus)), dtype=bool) for _ in range(2))
+    masked[number[chosen], bins[chosen]] = True
+    free[number[~chosen], bins[~chosen]] = True
+    steps = np.rint(masked.T.astype(np.float32) @ free.astype(np.float32)).astype(np.int64)
+    while surplus.any():
+        way = _shortest_way(steps > 0, surplus)
+        if not way:
+            return
+        for bin_out, bin_new in zip(way, way[1:], strict=False):
+            able = np.flatnonzero(masked[:, bin_out] & free[:, bin_new])
+            one = able[np.argmin(draw[starts[able]])]
+            mine = slice(starts[one], ends[one])
+            own, own_draw, taken = bins[mine], draw[mine], chosen[mine]
+            out, new = (places[np.argmin(own_draw[places])] for places in (
+                np.flatnonzero(taken & (own == bin_out)), np.flatnonzero(~taken & (own == bin_new))
+            ))
+            taken[out], taken[new] = False, True  # a view of `chosen`
+            steps -= np.outer(masked[one], free[one])
+            masked[one], free[one] = False, False
+            masked[one, own[taken]], free[one, own[~taken]] = True, True
+            steps += np.outer(masked[one], free[one])
+        surplus[way[0]] -= 1
+        surplus[way[-1]] += 1
+
+
+def _shortest_way(steps: np.ndarray, surplus: np.ndarray) -> list[int]:
+    """Return bins from one with a surplus to one with a lack, or nothing; lowest numbers first."""
+    before = dict.fromkeys(np.flatnonzero(surplus > 0).tolist(), -1)
+    waiting = list(before)
+    for here in waiting:
+        for there in np.flatnonzero(steps[here]).tolist():
+            if there not in before:
+                before[there] = here
+                waiting.append(there)
+                if surplus[there] < 0:
+                    way = [there]
+                    while before[way[-1]] >= 0:
+                        way.append(before[way[-1]])
+                    return way[::-1]
+    return []

@@ -29,7 +29,9 @@ from preprocess.masking.draws import (
 )
 from preprocess.masking.order import Units, draw_keys, list_units, rank_within, take_first
 
-_SAFE = 3  # standard deviations of the tokens in the spans of a window
+# Words of one token make up for longer ones in windows of so many tokens, if they are expected to
+# be masked so many standard deviations of the longer ones' tokens.
+_FILLED_TOKENS, _SAFE = 64, 1.5
 # Lengths of spans in words: P(l) in proportion to 0.2 x 0.8^(l-1) for 1 to 10, mean 3.80.
 _SPAN_WEIGHTS = 0.8 ** np.arange(10)
 SPAN_SHARES = _SPAN_WEIGHTS / _SPAN_WEIGHTS.sum()
@@ -192,11 +194,14 @@ def choose_spans(sequences: Sequences) -> np.ndarray:
 
     # Budgets count tokens, spans words.
     masked = np.bincount(at.of_unit[chosen], units.size[chosen], len(at.start)).astype(np.int64)
-    num_single, squares = (np.bincount(at.of_unit, values, len(at.start))
-                           for values in (units.size == 1, units.size**2))
-    spread = at.rate * (squares - at.tokens * at.tokens / at.counts)  # the variance
-    enough = np.minimum(at.rate, 1 - at.rate) * num_single
-    excess = np.where(enough * enough >= _SAFE**2 * spread, masked - at.budget, 0)
+    longer = units.size > 1
+    num_longer, squares = (np.bincount(at.of_unit[longer], values, len(at.start))
+                           for values in (np.ones(longer.sum()), units.size[longer] ** 2))
+    spread = at.rate * (1 - at.rate) * squares  # the variance, were words drawn one by one
+    enough = np.minimum(at.rate, 1 - at.rate) * (at.counts - num_longer)
+    excess = np.where(
+        (at.tokens >= _FILLED_TOKENS) & (enough * enough >= _SAFE**2 * spread),
+        masked - at.budget, 0)
     pool = np.flatnonzero((units.size == 1) & (excess != 0)[at.of_unit]
                           & (chosen == (excess > 0)[at.of_unit]))
     keys = draw_keys(sequences, units.index[pool], at.of_unit[pool], STREAM_CHOICE)

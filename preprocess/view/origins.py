@@ -38,7 +38,7 @@ def describe(store: TokenStore, name: str, kind: str) -> list[str]:
     if kind == "mask":
         count = sum(info["count"] for info in infos)
         lines.append(f"masked: {count:,} of {store.num_tokens:,} tokens")
-    return lines
+    return list(dict.fromkeys(lines))  # options and identity have some in common
 
 
 def _options(info: dict[str, Any]) -> dict[str, Any]:

@@ -460,9 +460,9 @@ def test_an_empty_store_gets_an_empty_index(tmp_path, tokenizer, capsys):
 
 
 def test_a_rule_of_important_tokens_refuses_scores_without_a_boundary(single):
-    add_scores(single, "grad", name="gradient", boundary=False)
+    add_scores(single, "grad", boundary=False)
     for name in ("selective", "selective_fill"):
-        with pytest.raises(ConfigError, match=r"scores grad \(measure gradient\) 0 does not part "
+        with pytest.raises(ConfigError, match=r"scores grad \(measure scorer\) 0 does not part "
                                               r".*; use --strategy top, sampled, band"):
             build(single, name, "out", "--scores", "grad")
     for name in ("top", "sampled", "band"):

@@ -217,11 +217,11 @@ def test_budget_is_met_over_100_000_tokens(name):
 @pytest.mark.parametrize("name", RATED)
 def test_budget_is_met_in_expectation_by_short_sequences_and_units_too(name, units):
     masked, budget = 0, 0.0
-    for epoch in range(40):
+    for epoch in range(16):
         batch = make_batch(epoch=epoch, windows=None)
         masked += len(STRATEGIES[name].choose(with_units(name, batch, units)))
         budget += 0.15 * batch.candidates.sum()
-    assert abs(masked - budget) <= 0.002 * budget  # one sd is 0.03 to 0.06 %
+    assert abs(masked - budget) <= 0.004 * budget  # one sd is 0.02 to 0.1 %
 
 
 def sizes_batch(num_tokens: int, sizes: list[int], shares: list[float], **changes) -> Sequences:
@@ -549,14 +549,13 @@ def test_frequency_matched_keeps_the_histogram_and_the_counts(num_tokens, length
     assert own["matched_counts"].tolist() == batch.matched_counts.tolist()
     bins = controls.frequency_bins(batch)
     aim, got = (np.bincount(bins[one], minlength=64) for one in (batch.matched, chosen))
-    assert (np.abs(got - aim)[aim >= 100] <= 0.01 * aim[aim >= 100]).all()
-    assert (np.abs(got - aim)[aim < 100] <= 1).all()
+    assert got.tolist() == aim.tolist()  # promised: within 1 %, and within 1 below 100
     # Counts alone keep nothing of it.
     random = STRATEGIES["random_matched"].choose(batch)
     off = np.abs(np.bincount(bins[random], minlength=64) - aim)[aim >= 100] / aim[aim >= 100]
     assert off.max() > 0.5
-    # Within a bin it is a draw: about as much in common as chance by bin and sequence gives.
-    assert len(np.intersect1d(chosen, batch.matched)) < 0.6 * len(chosen)
+    # Within a bin it is a draw, though this policy hardly leaves another choice.
+    assert len(np.intersect1d(chosen, batch.matched)) < 0.75 * len(chosen)
 
 
 FIELDS = {"scores": "scores", "words": "continues_word", "match": "matched_counts",
@@ -582,8 +581,8 @@ def test_a_strategy_needs_exactly_what_its_record_names(name, missing):
         {"rate": 0.0},
         {"rate": 1.01},
         {"rate": math.nan},
-        {"rate": np.full(3, 0.2)},
-        {"rate": np.array([0.1, 0.2, 0.0, 0.2])},
+        {"rate": np.full(2, 0.2)},
+        {"rate": np.array([0.1, 0.2, 0.0])},
         {"offsets": np.array([0, 50])},
         {"offsets": np.array([1, 100])},
         {"offsets": np.array([0, 60, 40, 100])},
@@ -732,11 +731,9 @@ def plain_spans(plain):
         assert len(ring) == len(words)
         offset = int(plain.draw(masks.STREAM_OFFSET, first) * len(words))
         masked = [ring[(k + offset) % len(words)] for k in range(len(words))]
-        num_tokens, singles = sum(map(len, words)), sum(len(word) == 1 for word in words)
-        squares = sum(len(word) ** 2 for word in words)
-        spread = rate * (squares - num_tokens * num_tokens / len(words))
-        enough = min(rate, 1 - rate) * singles
-        if enough * enough >= 9 * spread:
+        spread = rate * (1 - rate) * sum(len(word) ** 2 for word in words if len(word) > 1)
+        enough = min(rate, 1 - rate) * sum(len(word) == 1 for word in words)
+        if sum(map(len, words)) >= 64 and enough * enough >= 1.5**2 * spread:
             excess = sum(len(word) for word, m in zip(words, masked, strict=True) if m) - budget
             pool = {word[0]: k for k, word in enumerate(words)
                     if len(word) == 1 and masked[k] == (excess > 0)}
@@ -837,13 +834,24 @@ def plain_frequency_matched(plain):
         for b in by_draw(able):
             if all(both := pools(b)):
                 exchange(b, *(plain.lowest(pool, masks.STREAM_EXCHANGE, 1) for pool in both))
-    for b in by_draw(mine):
-        own = policy & set(mine[b])
-        change = Counter(int(bins[i]) for i in own)
-        change.subtract(int(bins[i]) for i in chosen[b])
-        after = sum(abs(surplus[k] + change[k]) for k in {*surplus, *change})
-        if after < sum(map(abs, surplus.values())):
-            exchange(b, chosen[b] - own, own - chosen[b])
+    while any(surplus.values()):
+        step = {(bins[i], bins[j]): b for b in reversed(by_draw(mine))
+                for i in chosen[b] for j in mine[b] if j not in chosen[b]}
+        ways = [[k] for k in sorted(surplus) if surplus[k] > 0]
+        seen = {way[0] for way in ways}
+        for way in ways:  # breadth first
+            if surplus[way[-1]] < 0:
+                break
+            for there in sorted({c for b, c in step if b == way[-1]} - seen):
+                seen.add(there)
+                ways.append([*way, there])
+        for out, new in zip(way, way[1:], strict=False):
+            # A step may have opened another one to an earlier sequence.
+            b = next(b for b in by_draw(mine) if any(bins[i] == out for i in chosen[b])
+                     and any(bins[j] == new for j in mine[b] if j not in chosen[b]))
+            exchange(b, *(plain.lowest([i for i in mine[b] if bins[i] == k
+                                        and (i in chosen[b]) == (k == out)],
+                                       masks.STREAM_EXCHANGE, 1) for k in (out, new)))
     return [i for own in chosen.values() for i in own]
 
 

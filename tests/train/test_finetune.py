@@ -526,7 +526,13 @@ def test_the_command_trains_tests_and_skips_finished_seeds(
 
     before = (run_dir / "seed_13/predictions.jsonl").stat().st_mtime_ns
     (run_dir / "seed_43/predictions.jsonl").unlink()  # as if it had been cut off
+    log = run_dir / "seed_43/metrics.jsonl"  # and killed between its row and its last point
+    *earlier, last = log.read_text().splitlines(keepends=True)
+    assert "test/accuracy" in last
+    log.write_text("".join(earlier))
     done = run_command_line(*command, "--seeds", "13,43", "--resume", "must")
+    kept, added = json.loads(last), json.loads(log.read_text().splitlines()[-1])
+    assert {**kept, "time": 0} == {**added, "time": 0}
     assert "seed 13: finished already" in done.stdout
     assert "seed 43: its predictions are not those of its row; tested again" in done.stdout
     assert "step 1" not in done.stdout

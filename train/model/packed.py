@@ -23,7 +23,7 @@ HEAD_ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {
 }
 
 # Logits of `cross_entropies` at a time, in fp32: those of a GPU's pass, or what fits a CPU's cache.
-LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**30}
+LOGIT_BYTES = {"cpu": 2**22, "cuda": 2**30}
 
 
 class Masked(NamedTuple):
