@@ -29,7 +29,7 @@ from preprocess.machine import num_cores
 from preprocess.progress import print_line
 from train.config import PipelineConfig
 from train.recipes import run
-from train.recipes.schedule import Schedule
+from train.recipes.schedule import StepSchedule
 from train.recipes.steps import Step
 
 _NO_MEMORY = re.compile(r"OutOfMemoryError|MemoryError|out of memory|[Cc]annot allocate memory")
@@ -230,21 +230,26 @@ class _Crew:
             for job in talking:
                 for line in job.lines() if job.output in ready else ():
                     if not run.is_chatter(line):
-                        self.say(job.step.name, visible(line.rstrip(), kept="\t"))
+                        self.say(_lead(job.step) + visible(line.rstrip(), kept="\t"))
                 job.look_after()
             now = time.monotonic()
             if now - self._spoke >= run.HEARTBEAT_SECONDS:
                 running = ", ".join(f"{job.step.name} {now - job.started:.0f} s"
                                     for job in self.jobs)
-                self.say("... running", running)
+                self.say(f"  ... running: {running}")
             ended = [(job, code) for job in self.jobs if (code := job.code()) is not None]
             if ended:
                 self.jobs = [job for job in self.jobs if job not in [one for one, _ in ended]]
                 return ended
 
-    def say(self, name: str, text: str) -> None:
+    def say(self, line: str) -> None:
         self._spoke = time.monotonic()
-        print_line(f"  {name}: {text}")
+        print_line(line)
+
+
+def _lead(step: Step) -> str:
+    """Return what begins the lines of a step; the report runs alone, and its tables are wide."""
+    return f"  {step.name}: " if step.records else "  "
 
 
 def run_side_by_side(
@@ -269,7 +274,7 @@ def run_side_by_side(
     logs = {step.name: run.log_path(journal, step, number)
             for number, step in enumerate(steps, start=1)}
     until = begin + 60 * (options.max_minutes or math.inf)
-    schedule = Schedule({step.name: step.needs for step in steps}, options.jobs, until,
+    schedule = StepSchedule({step.name: step.needs for step in steps}, options.jobs, until,
                         last=[step.name for step in steps if not step.records])
 
     def fail(name: str, code: int, why: str) -> None:
@@ -292,7 +297,7 @@ def run_side_by_side(
                 schedule.end(name)  # nothing to report
                 continue
             gpu = crew.gpu(step)
-            run.begin_step(step, places[name], journal, options, f"  {name}: ", gpu)
+            run.begin_step(step, places[name], journal, options, _lead(step), gpu)
             try:
                 crew.add(Job(step, logs[name], options, crew.port() if step.launched else 0, gpu))
             except OSError as error:  # no memory or no process number left
@@ -349,7 +354,7 @@ def _why(job: Job, code: int, options: PipelineConfig) -> str:
             f"again with fewer --jobs than {options.jobs}; its output is in {job.log}")
 
 
-def _conclude(schedule: Schedule, stopped: bool, options: PipelineConfig, root: Path) -> None:
+def _conclude(schedule: StepSchedule, stopped: bool, options: PipelineConfig, root: Path) -> None:
     """End with the reason why steps are missing, if some are."""
     if stopped:
         raise StopRequested("stopped on request; the same command goes on with what is missing")

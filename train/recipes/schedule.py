@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 
 
-class Schedule:
+class StepSchedule:
     """Steps on their way from waiting over ready and running to done or failed.
 
     A step is ready once all that it needs is done. A failed one stops what needs it, directly or
