@@ -21,7 +21,7 @@ from train import pipeline
 from train.config import PipelineConfig, parse
 from train.recipes import jobs as jobs_room
 from train.recipes import run as run_room
-from train.recipes.recipe import REPOSITORY
+from train.recipes.recipe import REPOSITORY, load_recipe
 from train.recipes.schedule import StepSchedule
 
 # ----------------------------------------------------------------------------- the schedule alone
@@ -116,6 +116,35 @@ def check_random_graph(draw: random.Random) -> None:
 def test_a_plan_in_the_wrong_order_is_a_bug():
     with pytest.raises(ValueError, match="step a needs"):
         StepSchedule({"a": ["b"], "b": []}, 2)
+
+
+READ_BY_NAME = ("scores", "units", "mask_index", "match")
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("demo", ["floors={naive_bayes: true, untrained: true}"]), ("policies_demo", []),
+    ("early_stopped", []), ("demo_quick", ["domain_text.drop_leaked=true"]),
+])
+def test_a_step_needs_all_whose_outputs_it_reads(name, settings):
+    """In plan order nobody notices a need that is not named; side by side it would be a race."""
+    recipe = load_recipe(REPOSITORY / "train" / "recipes" / f"{name}.yaml", settings)
+    steps = [step for step in pipeline.plan(recipe, "/R")[0] if step.records and not step.compute]
+    StepSchedule({step.name: step.needs for step in steps}, 2)
+    before: dict[str, set[str]] = {}
+    found = set()
+    for step in steps:
+        before[step.name] = {*step.needs}.union(*(before[need] for need in step.needs))
+        flag = ""
+        for word in step.command[1:]:
+            flag = word.removeprefix("--") if word.startswith("--") else flag
+            for other in steps:
+                makes = any(word.startswith(path) for path in other.outputs if path.endswith("/"))
+                makes |= flag in READ_BY_NAME and any(
+                    f".{word}." in Path(path).name for path in other.outputs)
+                if makes and other is not step:
+                    assert other.name in before[step.name], f"{step.name} reads {other.name}"
+                    found.add(flag)
+    assert found >= {"tokens", "model_name_or_path", "mask_index"}
 
 
 # ------------------------------------------------------------------------------------- fake steps
@@ -317,6 +346,13 @@ def test_what_the_pipeline_computes_itself_runs_beside_the_others(fake, capsys):
     assert "  wrong: reviews.csv: no such file; give another\n" in told.out
     assert "failed: wrong (exit code 3); failed: bug (exit code 1)" in told.err
     assert "KeyError: 'why'" in (fake.root / "logs" / "03-bug.log").read_text()
+
+
+def test_silent_steps_show_that_they_run(fake, capsys, monkeypatch):
+    monkeypatch.setattr(run_room, "HEARTBEAT_SECONDS", 0.05)
+    fake.script.write_text("import time\ntime.sleep(0.4)\n" + SCRIPT)
+    fake.run([fake.step("one"), fake.step("two")])
+    assert "  ... running: one 0 s, two 0 s\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -100,7 +101,7 @@ class Job:
             self.output, self._poll = _compute(step)
         else:
             command = run.started_as(step, options, port, gpu)
-            self._file.write(f"{' '.join(command)}\n")
+            self._file.write(f"{shlex.join(command)}\n")
             start = run.fork if options.launcher == "python" else run.spawn
             more = {run.VISIBLE_GPUS: gpu} if gpu else {}
             self.output, self._process, self._poll = start(command, more)
@@ -325,9 +326,9 @@ def run_side_by_side(
         except DataError as error:
             fail(step.name, error.exit_code, str(error))
 
-    shared = f", {len(gpus)} GPUs shared out" if gpus else ""
-    print(f"up to {options.jobs} steps side by side, with {os.environ.get('OMP_NUM_THREADS')} "
-          f"threads each{shared}", flush=True)
+    shared = f", on {len(gpus)} GPUs" if gpus else ""
+    print(f"up to {options.jobs} steps side by side{shared}; threads per step: "
+          f"{os.environ.get('OMP_NUM_THREADS')}", flush=True)
     with _Crew(gpus) as crew:
         try:
             while not crew.requests or crew.jobs:
