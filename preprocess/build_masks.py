@@ -32,6 +32,7 @@ from preprocess.masking import (
     NUM_BINS,
     STRATEGIES,
     StrategyInputs,
+    check_one_origin,
     choose_positions,
     open_arrays,
     store_facts,
@@ -358,6 +359,8 @@ def build(
 
     Args:
         policies: of each epoch.
+    Raises:
+        ConfigError: other shards have the index with other options.
     """
     needs = STRATEGIES[args.strategy].needs
     work = []
@@ -365,6 +368,9 @@ def build(
         for number, shard in enumerate(shards):
             name = epoch_name(args.name, epoch)
             made_by = _made_by(args, store, policy, number, epoch)
+            if not number and not args.overwrite:
+                check_one_origin(
+                    store, name, "mask", f"--name {name}", made_by=made_by, shards=shards)
             if has_array(shard, name, "mask", made_by["identity"], args.overwrite):
                 print(f"{array_path(shard, name, 'mask')}: complete, made with the same options")
             else:

@@ -35,6 +35,7 @@ from preprocess.store import (
 )
 from preprocess.text.continuations import continuation_table, find_continuations
 from tests.support.stores import write
+from train.data import prebuilt_masking
 
 ALL = sorted(STRATEGIES)
 ARRAYS = {"scores": "mr", "match": "sel"}  # by need: what the fixtures put beside their stores
@@ -327,6 +328,23 @@ def test_shards_are_made_one_by_one(sharded, capsys):
     assert "complete, made with" in (printed := capsys.readouterr().out) and "by chance" in printed
     with pytest.raises(ConfigError, match="made with --mlm_probability 0.15, and .* 0.3; "):
         build(sharded, *command, *SHARDS, "2", "--mlm_probability", "0.3")
+
+
+def test_shards_of_one_index_are_made_alike(sharded):
+    add_scores(sharded, "other", seed=9)
+    command = ["new", "--scores", "mr", "--centre", "0.5"]
+    build(sharded, "band", *command, *SHARDS, "0")
+    for changes, difference in ((["--scores", "other"], "--scores mr, and this run has other"),
+                                (["--centre", "0.9"], "--centre 0.5, and this run has 0.9"),
+                                (["--units", "words"], "--units none, and this run has words")):
+        with pytest.raises(ConfigError, match=difference):
+            build(sharded, "band", *command, *changes, *SHARDS, "2")
+    for index in (1, 2, 3):
+        build(sharded, "band", *command, "--scores", "other", "--overwrite", *SHARDS, str(index))
+    with pytest.raises(DataError, match="--match new: .*made with --scores other, and .* has mr"):
+        build(sharded, "typemean", "ctl", "--match", "new")
+    with pytest.raises(DataError, match="index new was made with different options"):
+        prebuilt_masking(TokenStore.open(sharded), "new")
 
 
 def test_only_the_shard_that_is_made_needs_scores(sharded):
