@@ -229,7 +229,8 @@ def read_test(args: argparse.Namespace, reader: Reader) -> _Test | None:
     read = [split_words(text) for some in reader.through(texts) for text in some]
     # Texts that the tokenizer leaves empty are in no store.
     read += [[]] * (len(texts) - len(read))
-    return _Test(LeakIndex(read), args.task, digest(texts))
+    unknown = "".join(split_words(reader.tokenizer.unk_token or ""))
+    return _Test(LeakIndex(read, unknown), args.task, digest(texts))
 
 
 def count_leakage(reader: Reader, test: _Test, dropped: int) -> list[int]:
