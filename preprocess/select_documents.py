@@ -385,8 +385,8 @@ def _describe_selection(
     say(f"log weight {corpus.means.sum() / num_documents:.3f} in {num_documents:,} documents, "
         f"{every['mean'].mean():.3f} in the {len(every):,} taken")
     if len(every) < min(args.number, num_documents):
-        say(f"{len(every):,} documents taken where {args.number:,} were asked for: others are exact "
-            f"duplicates, and no length gives more than twice its share")
+        say(f"{len(every):,} documents taken where {args.number:,} were asked for: others are "
+            f"exact duplicates, and no length gives more than twice its share")
     elif args.number >= num_documents:
         say(f"--number {args.number:,}: the store has no more than {num_documents:,} documents, so "
             f"all are taken, duplicates once")

@@ -602,10 +602,15 @@ def test_controls_of_a_policy_that_changed_or_has_no_scores_are_refused(name, si
     again = r"again with --strategy selective --scores mr --name sel --overwrite"
     with pytest.raises(DataError, match="--match sel: made by other scores than mr .*" + again):
         build(single, name, "out", "--match", "sel")
+    build(single, "sampled", "drawn", "--scores", "mr", "--units", "words", "--temperature", "2",
+          "--mlm_probability", "0.3", "--epochs", "2", "--seed", "7")
     path = array_path(TokenStore.open(single).shards[0], "mr", "scores")
     path.with_suffix(".json").unlink()
     with pytest.raises(DataError, match="--match sel: --scores mr: .*" + again):
         build(single, name, "out", "--match", "sel")
+    with pytest.raises(DataError, match="--scores mr --units words --mlm_probability 0.3 --seed 7 "
+                                        "--epochs 2 --temperature 2.0 --name drawn --overwrite"):
+        build(single, name, "out", "--match", "drawn")
 
 
 def test_a_match_that_runs_in_a_circle_is_refused(single):
@@ -614,6 +619,12 @@ def test_a_match_that_runs_in_a_circle_is_refused(single):
     with pytest.raises(ConfigError, match=r"--match c: it was matched to b and that to sel, the "
                                           r"index to be made, so the match runs in a circle"):
         build(single, "random_matched", "sel", "--match", "c", "--overwrite")
+
+
+def test_an_epoch_is_not_matched_to_itself(single):
+    build(single, "sampled", "x", "--scores", "mr", "--epochs", "2")
+    with pytest.raises(ConfigError, match="--name x makes the index to match, x-epoch1"):
+        build(single, "random_matched", "x", "--match", "x-epoch1", "--epochs", "2", "--overwrite")
 
 
 def test_typemean_reads_the_scores_of_all_shards(sharded):
