@@ -700,6 +700,21 @@ class PipelineConfig(_Checked):
         "deepspeed", "starts the training commands; python: one process per step, forked from one "
         "that has imported torch"
     )
+    jobs: int = _flag(
+        1, "steps that run side by side as soon as what they need is finished; each takes one GPU, "
+        "or its share of the cores", SPEED, _at_least(1)
+    )
+    threads_per_job: int | None = _flag(
+        None, "threads of torch per step (default: all cores; with --jobs N its share of them)",
+        SPEED, _at_least(1)
+    )
+    max_minutes: float | None = _flag(
+        None, "start nothing new after so many minutes, report what is there, and exit with 75",
+        SPEED, POSITIVE
+    )
+    clean: Literal["nothing", "checkpoints"] = _flag(
+        "nothing", "checkpoints: remove those of each training step once it is finished", SPEED
+    )
     rerun: bool = _flag(
         False, "delete and redo what another command or older inputs made in --output_dir"
     )
@@ -728,6 +743,18 @@ class PipelineConfig(_Checked):
             (self.no_ssh != (self.node_rank is not None),
              "--no_ssh and --node_rank go together: start the command on every node with both, "
              "or on the first one with neither"),
+            (self.hostfile and self.jobs > 1,
+             f"--jobs {self.jobs} and --hostfile {self.hostfile}: steps run side by side on one "
+             "machine only; leave --jobs out"),
+            (self.hostfile and self.threads_per_job,
+             f"--threads_per_job {self.threads_per_job} does not reach the nodes of --hostfile; "
+             "put OMP_NUM_THREADS into .deepspeed_env instead"),
+            (self.jobs > 1 and self.num_gpus > 1,
+             f"--jobs {self.jobs} and --num_gpus {self.num_gpus}: each job is one rank on one GPU; "
+             "leave one of them out"),
+            (self.jobs > 1 and self.master_port,
+             f"--jobs {self.jobs} and --master_port {self.master_port}: each job takes a free port "
+             "of its own; leave --master_port out"),
         ):
             if wrong:
                 raise ConfigError(message)

@@ -12,7 +12,8 @@ The output folder holds `vocabulary/`, `general/` and `domain/` (token stores wi
 `annotations/`, `scorer/`, `task_guided/ARM-seedN/`, `finetune/ARM-seedN/`, `floors/` (trivial
 baselines), `report/`, `logs/`, and `steps.json` (the command, outputs and seconds of each step).
 With `--hostfile`, training commands run on many nodes, all other steps on the first one
-(`train/recipes/nodes.py`). With `export_steps`, everything that depends on the length of stage 1
+(`train/recipes/nodes.py`). With `--jobs`, independent steps run side by side
+(`train/recipes/jobs.py`). With `export_steps`, everything that depends on the length of stage 1
 lies under `step_N/`.
 """
 
@@ -25,6 +26,7 @@ from preprocess.corpus import describe_leakage
 from preprocess.errors import run_command
 from preprocess.files import WriterLock, atomic_write_json
 from train.config import PipelineConfig, parse
+from train.recipes.jobs import run_side_by_side, share_machine
 from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
 from train.recipes.plan import plan
 from train.recipes.recipe import load_recipe
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             print(shown(step, options))
         return
     check_nodes(options, hosts, steps)
+    gpus = share_machine(options)
     root.mkdir(parents=True, exist_ok=True)
     if options.no_ssh:
         tell_others_of_a_stop()
@@ -71,7 +74,10 @@ def main(argv: list[str] | None = None) -> None:
           FirstNode(root, others, steps) if others else nullcontext() as first):
         journal = Journal(root)
         atomic_write_json(root / "arms.json", arms)
-        run_steps(steps, journal, options, first)
+        if options.jobs > 1:
+            run_side_by_side(steps, journal, options, gpus)
+        else:
+            run_steps(steps, journal, options, first)
     print(where_to_look(root, steps), flush=True)
 
 

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from train.recipes.steps import Step
 
 HEARTBEAT_SECONDS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 URGENT = (signal.SIGTERM, signal.SIGINT)
 # Imported once under `--launcher python`. Not deepspeed: it looks for a CUDA device, and a process
 # that has done so cannot be forked.
@@ -176,35 +177,29 @@ def run_steps(
         ConfigError: outputs were made otherwise, and `--rerun` is not given.
         DataError: a step left out an output, or says that its result is too weak to build masks
             on, and `--go_on` is not given.
-        StopRequested: a command stopped on request (exit 75).
+        StopRequested: a command stopped on request, or the time was up (exit 75).
         SystemExit: a command failed; with its exit code.
     """
     begin = time.monotonic()
-    if not options.rerun:
-        for step in steps:  # before hours of work rather than after them
-            _refuse(journal.objection(step))
+    until = begin + 60 * (options.max_minutes or math.inf)
+    left: list[str] = []
+    refuse_all(steps, journal, options)
     for number, step in enumerate(steps, start=1):
         title = f"[{number}/{len(steps)}] {step.name}"
-        objection = journal.objection(step)
-        if objection and not options.rerun:  # an input that was lost came out different
-            _refuse(objection)
-        if not objection and journal.is_finished(step):
-            print(f"{title}: finished, skipped", flush=True)
-            _judge(step, options)
+        if is_fresh(step, title, journal, options):
             continue
-        print(f"{title}: {visible(objection)}" if objection else title, flush=True)
-        for path in _existing(step) if objection or not step.resumes else ():
-            print(f"  deleting {visible(path)}", flush=True)
-            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-        print(f"  {shown(step, options)}", flush=True)
-        started, success = time.monotonic(), False
-        journal.start(step)
+        if step.records and time.monotonic() >= until:
+            left.append(step.name)
+            continue
+        if left and not has_results(journal.root):
+            break
+        started, success = begin_step(step, title, journal, options), False
         try:
             log = log_path(journal, step, number)
             if step.compute is not None:
                 step.compute()
             elif first is not None and step.launched:
-                port = options.master_port or _free_port()
+                port = options.master_port or free_port()
                 first.launch(number, port, journal.steps[step.name]["inputs"])
                 command = started_as(step, options, port)
                 code = run_process(command, log, stop=lambda: first.failed() is not None)
@@ -218,15 +213,67 @@ def run_steps(
             success = True
         finally:
             journal.end(step, time.monotonic() - started, success)
-        if step.records and not journal.steps[step.name]["finished"]:
-            raise DataError(f"step {step.name} ended without an error, but its outputs are not "
-                            f"complete: {', '.join(step.records)}; see {log}")
+        check_outputs(step, journal, log)
         now = time.monotonic()
         print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total", flush=True)
-        _judge(step, options)
+        clean(step, options)
+        judge(step, options)
+    if left:
+        raise StopRequested(what_is_left(left, options, journal.root))
 
 
-def _judge(step: Step, options: PipelineConfig) -> None:
+def refuse_all(steps: list[Step], journal: Journal, options: PipelineConfig) -> None:
+    """Refuse outputs that were made otherwise: before hours of work rather than after them."""
+    for step in steps if not options.rerun else ():
+        _refuse(journal.objection(step))
+
+
+def is_fresh(step: Step, title: str, journal: Journal, options: PipelineConfig) -> bool:
+    """Return whether a step is finished and need not run, and say so; what it reads is finished.
+
+    Raises:
+        ConfigError: its outputs were made otherwise, and `--rerun` is not given.
+        DataError: its result is too weak, and `--go_on` is not given.
+    """
+    objection = journal.objection(step)
+    if objection and not options.rerun:  # an input that was lost came out different
+        _refuse(objection)
+    if objection or not journal.is_finished(step):
+        return False
+    print(f"{title}: finished, skipped", flush=True)
+    clean(step, options)
+    judge(step, options)
+    return True
+
+
+def begin_step(
+    step: Step, title: str, journal: Journal, options: PipelineConfig, lead: str = "  ",
+    gpu: str = "",
+) -> float:
+    """Delete what cannot be used, say what runs, and note it; return the time of the start.
+
+    Args:
+        lead: of each line below the title. gpu: as of `started_as`.
+    """
+    objection = journal.objection(step)
+    print(f"{title}: {visible(objection)}" if objection else title, flush=True)
+    for path in _existing(step) if objection or not step.resumes else ():
+        print(f"{lead}deleting {visible(path)}", flush=True)
+        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+    print(f"{lead}{shown(step, options, gpu)}", flush=True)
+    started = time.monotonic()
+    journal.start(step)
+    return started
+
+
+def check_outputs(step: Step, journal: Journal, log: Path) -> None:
+    """Raise DataError if a step that has ended without an error left out an output."""
+    if step.records and not journal.steps[step.name]["finished"]:
+        raise DataError(f"step {step.name} ended without an error, but its outputs are not "
+                        f"complete: {', '.join(step.records)}; see {log}")
+
+
+def judge(step: Step, options: PipelineConfig) -> None:
     """Stop before masks are built on a result that its own step calls weak."""
     weak = step.weaknesses()
     if weak and not options.go_on:
@@ -234,6 +281,35 @@ def _judge(step: Step, options: PipelineConfig) -> None:
                         "command again with other settings, or with --go_on to go on with this")
     for sentence in weak:
         print(f"  warning: step {step.name}: {sentence} (--go_on)", flush=True)
+
+
+def clean(step: Step, options: PipelineConfig) -> None:
+    """Remove the checkpoints of a finished training step, if asked to; its models stay."""
+    if options.clean != "checkpoints" or not step.launched:
+        return
+    for folder in (Path(path) for path in _existing(step) if os.path.isdir(path)):
+        for run in (folder, *folder.glob("seed_*")):
+            if (run / "checkpoints").is_dir():
+                shutil.rmtree(run / "checkpoints")
+                (run / "latest").unlink(missing_ok=True)
+
+
+def has_results(root: Path) -> bool:
+    """Return whether there is anything to report yet."""
+    return any(root.rglob("results.jsonl"))
+
+
+def what_is_left(left: list[str], options: PipelineConfig, root: Path) -> str:
+    """Return the sentence of a pipeline that ends for want of time."""
+    report = f"; {root}/report has what is there" if has_results(root) else ""
+    return (f"--max_minutes {options.max_minutes:g} are over, and {len(left)} steps are left: "
+            f"{listed(left)}{report}; the same command goes on")
+
+
+def listed(names: Collection[str]) -> str:
+    """Return names for a sentence, and only the number of those behind the first twelve."""
+    shown_first, more = list(names)[:12], len(names) - 12
+    return ", ".join(shown_first) + (f" and {more} more" if more > 0 else "")
 
 
 def tell_others_of_a_stop() -> None:
@@ -283,22 +359,34 @@ def _check_exit(code: int, step: Step, log: Path, options: PipelineConfig) -> No
         raise StopRequested(f"step {step.name} stopped on request; the same command continues "
                             "from its checkpoint")
     if code:
-        print(f"pipeline.py: step {step.name} failed with exit code {code}: "
-              f"{shown(step, options)}; its output is in {log}", file=sys.stderr, flush=True)
-        sys.exit(code if code > 0 else 128 - code)
+        print(f"pipeline.py: {failure(code, step, log, options)}", file=sys.stderr, flush=True)
+        sys.exit(exit_code(code))
 
 
-def shown(step: Step, options: PipelineConfig) -> str:
-    """Return the step as a user would type it."""
+def failure(code: int, step: Step, log: Path, options: PipelineConfig) -> str:
+    """Return the sentence about a command that failed."""
+    return (f"step {step.name} failed with exit code {code}: {shown(step, options)}; its output "
+            f"is in {log}")
+
+
+def exit_code(code: int) -> int:
+    """Return the exit code of a process as a shell shows it: 128 + N after signal N."""
+    return code if code > 0 else 128 - code
+
+
+def shown(step: Step, options: PipelineConfig, gpu: str = "") -> str:
+    """Return the step as a user would type it; `gpu` as of `started_as`."""
     if step.compute is not None:
         return f"# {step.name}: computed by the pipeline itself"
-    return shlex.join(_words(step, options, options.master_port))
+    typed = shlex.join(_words(step, options, options.master_port, gpu))
+    return f"{VISIBLE_GPUS}={gpu} {typed}" if gpu else typed
 
 
-def _words(step: Step, options: PipelineConfig, port: int) -> list[str]:
+def _words(step: Step, options: PipelineConfig, port: int, gpu: str = "") -> list[str]:
     if not step.launched or options.launcher == "python":
         return ["python", *step.command]
-    where = ["--num_gpus", str(options.num_gpus)]
+    # DeepSpeed's launcher ignores the variable beside --num_gpus, and would take the first GPU.
+    where = [] if gpu else ["--num_gpus", str(options.num_gpus)]
     if options.hostfile:
         where = ["--hostfile", options.hostfile]
         address = options.master_addr
@@ -310,16 +398,22 @@ def _words(step: Step, options: PipelineConfig, port: int) -> list[str]:
     return ["deepspeed", *where, *chosen, *step.command]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
-def started_as(step: Step, options: PipelineConfig, port: int = 0) -> list[str]:
+def started_as(
+    step: Step, options: PipelineConfig, port: int = 0, gpu: str = ""
+) -> list[str]:
     """Return the step's process: the same interpreter, and the launcher at a port (0: a free one).
+
+    Args:
+        gpu: the only GPU of the step, which its environment names; empty: the first `--num_gpus`.
     """
-    program, *words = _words(step, options, port or options.master_port or _free_port())
+    program, *words = _words(step, options, port or options.master_port or free_port(), gpu)
     launcher = ["-m", "deepspeed.launcher.runner"] if program == "deepspeed" else []
     return [sys.executable, *launcher, *words]
 
@@ -344,7 +438,7 @@ def run_process(
         The exit code; 75 if a signal asked for the stop, whatever the launcher made of it.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    output, process, poll = (_fork if warm else _spawn)(command)
+    output, process, poll = (fork if warm else spawn)(command)
     requests: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -353,11 +447,7 @@ def run_process(
         # The end of a terminal may come as several signals.
         urgent = number in URGENT and sum(one in URGENT for one in requests) > 1
         wanted = signal.SIGKILL if urgent else signal.SIGTERM
-        with contextlib.suppress(ProcessLookupError):
-            try:
-                os.killpg(process, wanted)
-            except ProcessLookupError:  # a fork that has not got its own group yet
-                os.kill(process, wanted)
+        signal_all(process, wanted)
 
     def look_after() -> None:
         if not requests and (-(poll() or 0) in STOPPING or stop()):
@@ -371,7 +461,7 @@ def run_process(
             for line in _lines_and_heartbeats(output, look_after):
                 log.write(line)
                 log.flush()
-                if not _LAUNCHER_CHATTER.search(line):
+                if not is_chatter(line):
                     print_line("  " + visible(line.rstrip(), kept="\t"))
         while (code := poll()) is None:
             time.sleep(0.01)
@@ -381,22 +471,39 @@ def run_process(
     return StopRequested.exit_code if requests or -code in STOPPING else code
 
 
-def _spawn(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
-    """Start a process in its own group; return its output, its id and its exit code so far."""
+def signal_all(process: int, number: int) -> None:
+    """Send a signal to a process of `spawn` or `fork`, and to all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            os.killpg(process, number)
+        except ProcessLookupError:  # a fork that has not got its own group yet
+            os.kill(process, number)
+
+
+def spawn(
+    command: list[str], more: dict[str, str] | None = None
+) -> tuple[Any, int, Callable[[], int | None]]:
+    """Start a process in its own group; return its output, its id and its exit code so far.
+
+    Args:
+        more: variables of its environment beside those of this process.
+    """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **launchers.environment()},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **launchers.environment(), **(more or {})},
         start_new_session=True,
     )
     return process.stdout, process.pid, process.poll
 
 
-def _fork(command: list[str]) -> tuple[Any, int, Callable[[], int | None]]:
-    """Start a script as `_spawn` does, but from a fork server that has done the slow imports."""
+def fork(
+    command: list[str], more: dict[str, str] | None = None
+) -> tuple[Any, int, Callable[[], int | None]]:
+    """Start a script as `spawn` does, but from a fork server that has done the slow imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     output, writer = context.Pipe(duplex=False)
-    words = (command[1:], writer, launchers.environment())
+    words = (command[1:], writer, {**launchers.environment(), **(more or {})})
     process = context.Process(target=_run_script, args=words)
     process.start()
     writer.close()
@@ -421,6 +528,11 @@ def _run_script(words: list[str], output: Any, environment: dict[str, str]) -> N
 _LAUNCHER_CHATTER = re.compile(
     r"\[(INFO|WARNING)\] \[(launch|runner|real_accelerator)\.py|real_accelerator\.py:"
 )
+
+
+def is_chatter(line: str) -> bool:
+    """Return whether a line says something about DeepSpeed's launcher alone."""
+    return bool(_LAUNCHER_CHATTER.search(line))
 
 
 def _lines_and_heartbeats(output: Any, look_after: Callable[[], None]) -> Iterator[str]:

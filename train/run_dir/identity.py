@@ -78,6 +78,8 @@ def numerics(
         "execution": execution,
         "head": head,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        # How a sum on a CPU is split.
+        "threads": None if torch.cuda.is_available() else torch.get_num_threads(),
         "versions": {**dict.fromkeys(PACKAGES), **versions(PACKAGES)},
     }
 
