@@ -63,6 +63,9 @@ class Parts:
 Combined = Callable[[Shard], Iterator[np.ndarray]]
 
 
+RANKED = "log2 of rarity"  # unit of what is made of ranks
+
+
 class Combination(NamedTuple):
     """A way to combine scores.
 
@@ -79,7 +82,7 @@ class Combination(NamedTuple):
 
     def record(self, parts: Parts) -> dict[str, Any]:
         """Return what the JSON of the scores keeps under "measure": see `Measure.record`."""
-        unit = parts.measures[0]["unit"] if self.same_scale else "log2"
+        unit = parts.measures[0]["unit"] if self.same_scale else RANKED
         return {
             "name": "combine",
             "boundary": self.boundary and all(part["boundary"] for part in parts.measures),

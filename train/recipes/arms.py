@@ -21,7 +21,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError
 from preprocess.masking import MATCHED, STRATEGIES, read_corruption
-from preprocess.masking.combine import COMBINED, check_scale
+from preprocess.masking.combine import COMBINED, RANKED, check_scale
 from preprocess.masking.measures import COUNTED
 from train.config import Bounds, ScoreConfig
 from train.recipes.values import (
@@ -179,7 +179,7 @@ def _check_scales(found: Mapping[str, NamedScores], recipe: str) -> None:
             from train.stages.measures import MEASURES
 
             return MEASURES[scores.measure].unit
-        return unit(found[scores.parts[0]]) if COMBINED[scores.combine].same_scale else "log2"
+        return unit(found[scores.parts[0]]) if COMBINED[scores.combine].same_scale else RANKED
 
     for scores in found.values():
         if scores.combine and COMBINED[scores.combine].same_scale:
