@@ -224,7 +224,7 @@ def test_arms_can_use_the_text_without_what_leaked(tmp_path):
     ("{idf: {measure: tfidf}, both: {combine: max, of: [task, idf]}}",
      r"scores.both: --combine max: task \(log-odds, parted at 0\) and idf \(tf x nats, not parted"),
     ("{a: {combine: rank, of: [task, b]}, b: {measure: tfidf}, c: {combine: max, of: [a, task]}}",
-     r"c: --combine max: a \(log2, not parted at 0\) and task \(log-odds, parted at 0\)"),
+     r"c: --combine max: a \(log2 of rarity, not parted at 0\) and task \(log-odds, parted at 0\)"),
     ("{Words: {measure: tfidf}}", "the name 'Words' must have 1 to 40"),
     ("{words-step_3: {measure: tfidf}}", "not end as -seed1, -step_1"),
     ("{words: {measure: pmi}}", "`units: words` has a meaning of its own"),
