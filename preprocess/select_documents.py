@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from preprocess.corpus import (
     LeakIndex,
     check_file,
     describe_leakage,
+    leakage_path,
     load_task,
     read_documents,
     read_leakage,
@@ -487,6 +489,8 @@ def main(argv: list[str] | None = None) -> None:
             return chosen[slice(*np.searchsorted(chosen, [first, last]))]
         return np.setdiff1d(np.arange(first, last), out, assume_unique=True)
 
+    with suppress(FileNotFoundError):  # of a store that is replaced
+        os.unlink(leakage_path(args.output))
     write_store(reader, args.output, choose_of, identity, args.overwrite)
     made = TokenStore.open(args.output)
     say(f"{args.output}: {made.num_documents:,} of {store.num_documents:,} documents, "

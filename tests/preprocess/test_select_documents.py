@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from preprocess import select_documents, tokenize_corpus, train_tokenizer
-from preprocess.corpus import describe_leakage, resampling, split_words
+from preprocess.corpus import describe_leakage, read_leakage, resampling, split_words
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore
 from preprocess.text.decode import Decoder
@@ -220,6 +220,7 @@ def test_a_rerun_is_skipped_and_other_options_are_refused(files, tmp_path, capsy
     with pytest.raises(ConfigError, match="a token store of another command"):
         select(files, "bpe-3", *like(files, 20, files / "bpe-1"))
     select(files, "bpe-3", *like(files, 21, folder / "q", "--overwrite"))
+    assert read_leakage(f"{folder}/q") is None  # that of the store before
     assert TokenStore.open(folder / "q").num_documents == 21
 
 
