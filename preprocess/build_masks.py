@@ -32,6 +32,7 @@ from preprocess.masking import (
     NUM_BINS,
     STRATEGIES,
     StrategyInputs,
+    check_one_origin,
     choose_positions,
     open_arrays,
     store_facts,
@@ -61,6 +62,7 @@ MAX_COUNTED = 10**9  # tokens counted for the statistics; half a minute
 ARRAY_OF = {"scores": "scores", "match": "mask_index"}  # what a strategy reads, in an identity
 NONE, WORDS = "none", "words"  # of --units
 OPTIONS = {"centre": 0.5, "temperature": 1.0}  # flags of single strategies, and their defaults
+RATE, SEED = 0.15, 42  # of --mlm_probability and --seed
 MOST_EPOCHS = 1000
 FEW = 0.99  # of the masks that the rate asks for: below it the lack is said
 
@@ -79,7 +81,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--scores", metavar="NAME", help="scores to choose by, for a strategy that needs them")
     add("--match", metavar="NAME",
         help="mask index to match, for a control; its scores, units and rate are found in its JSON")
-    add("--mlm_probability", type=float, default=0.15,
+    add("--mlm_probability", type=float, default=RATE,
         help="fraction of the tokens of a sequence to mask, above 0 and at most 1; no use with "
         "--match (default: 0.15)")
     add = parser.add_argument_group("how").add_argument
@@ -101,7 +103,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="build only the index of this shard, counted from 0; goes with --num_shards")
     add("--num_shards", type=int,
         help="number of shards of the store; goes with --shard_index")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the draws")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the draws")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace an index made with other options")
     args = parser.parse_args(argv)
@@ -161,8 +163,9 @@ def _check(args: argparse.Namespace) -> None:
             "each epoch by itself; leave --epochs out"
         )
     check_shard(args.shard_index, args.num_shards)
-    if args.match == args.name:
-        raise ConfigError(f"--name {args.name} is the index to match; give another name")
+    if args.match in [epoch_name(args.name, epoch) for epoch in range(args.epochs)]:
+        raise ConfigError(
+            f"--name {args.name} makes the index to match, {args.match}; give another name")
 
 
 # ------------------------------------------------------------------------------------- inputs
@@ -288,8 +291,13 @@ def _follow(args: argparse.Namespace, store: TokenStore, shards: list[Shard], ma
     names = {"scores": str(listed[0]["scores"]).partition(" ")[0]}
     if policy.units not in (NONE, WORDS):
         names["units"] = policy.units
-    again = (f"make the index again with --strategy {policy.strategy} --scores {names['scores']} "
-             f"--name {args.match} --overwrite")
+    used = {"units": policy.units, "mlm_probability": policy.rate, "seed": listed[0].get("seed"),
+            "epochs": match.opened[0][1].get("epochs"), **policy.options}
+    usual = {"units": NONE, "mlm_probability": RATE, "seed": SEED, "epochs": 1, **OPTIONS}
+    more = "".join(f" --{flag} {value}" for flag, value in used.items()
+                   if value is not None and value != usual[flag])
+    again = (f"make the index again with --strategy {policy.strategy} --scores {names['scores']}"
+             f"{more} --name {args.match} --overwrite")
     for kind, name in names.items():
         try:
             source = Source(name, open_arrays(store, shards, kind, name, kind))
@@ -358,6 +366,8 @@ def build(
 
     Args:
         policies: of each epoch.
+    Raises:
+        ConfigError: other shards have the index with other options.
     """
     needs = STRATEGIES[args.strategy].needs
     work = []
@@ -365,6 +375,9 @@ def build(
         for number, shard in enumerate(shards):
             name = epoch_name(args.name, epoch)
             made_by = _made_by(args, store, policy, number, epoch)
+            if not number and not args.overwrite:
+                check_one_origin(
+                    store, name, "mask", f"--name {name}", made_by=made_by, shards=shards)
             if has_array(shard, name, "mask", made_by["identity"], args.overwrite):
                 print(f"{array_path(shard, name, 'mask')}: complete, made with the same options")
             else:

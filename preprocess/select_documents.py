@@ -229,7 +229,8 @@ def read_test(args: argparse.Namespace, reader: Reader) -> _Test | None:
     read = [split_words(text) for some in reader.through(texts) for text in some]
     # Texts that the tokenizer leaves empty are in no store.
     read += [[]] * (len(texts) - len(read))
-    return _Test(LeakIndex(read), args.task, digest(texts))
+    unknown = "".join(split_words(reader.tokenizer.unk_token or ""))
+    return _Test(LeakIndex(read, unknown), args.task, digest(texts))
 
 
 def count_leakage(reader: Reader, test: _Test, dropped: int) -> list[int]:
@@ -384,8 +385,8 @@ def _describe_selection(
     say(f"log weight {corpus.means.sum() / num_documents:.3f} in {num_documents:,} documents, "
         f"{every['mean'].mean():.3f} in the {len(every):,} taken")
     if len(every) < min(args.number, num_documents):
-        say(f"{len(every):,} documents taken where {args.number:,} were asked for: the others are "
-            f"exact duplicates")
+        say(f"{len(every):,} documents taken where {args.number:,} were asked for: others are "
+            f"exact duplicates, and no length gives more than twice its share")
     elif args.number >= num_documents:
         say(f"--number {args.number:,}: the store has no more than {num_documents:,} documents, so "
             f"all are taken, duplicates once")
@@ -468,9 +469,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.output and is_made(args.output, identity, args.overwrite):
         print(f"{args.output}: complete, made with the same options")
         if test is not None:
-            made_of, known = read_leakage(args.tokens), read_leakage(args.output)
-            if known is None:  # the command was killed between the store and its count
-                dropped = made_of["documents_leaked"] if made_of and args.drop_leaked else 0
+            known = read_leakage(args.output)
+            # The command was killed between the store and its count, or another task was counted.
+            if known is None or known["test_digest"] != test.digest:
+                dropped = len(find_leaked(args, reader, test)) if args.drop_leaked else 0
                 count_leakage(Reader(TokenStore.open(args.output)), test, dropped)
             say(describe_leakage(args.output))
         return

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from preprocess import corpus
-from preprocess.errors import ConfigError, run_command
+from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import atomic_write_json
 from preprocess.flags import USUAL, Parser
 from preprocess.masking import MATCHED, STRATEGIES, Sequences, find_candidates
@@ -227,6 +227,12 @@ def compare_measures(args: argparse.Namespace, device: torch.device) -> dict[str
              for name, (record, options) in ways.items()}
     found = marks[importance.BUFFER]
     target = [one if one is None else importance.drop_unremoved(one) for one in found]
+    some = [one for one in only_right(target) if one.any()]
+    if not some:
+        raise DataError(
+            f"--classifier {args.classifier}: {importance.BUFFER} finds no important token, so "
+            "there is nothing to rank; give a better classifier, or more --max_samples"
+        )
     rows = [
         {"measure": name,
          "important_percent": f"{100 * np.mean(np.concatenate(only_right(marks[name]))):.1f}",
@@ -237,7 +243,6 @@ def compare_measures(args: argparse.Namespace, device: torch.device) -> dict[str
          "cpu_seconds": f"{spread(of_cpu[name])['median']:.1f}"}
         for name, count in counts.items()
     ]
-    some = [one for one in only_right(target) if one.any()]
     chance = float(np.mean([one.mean() for one in some]))
     by_construction = count_differences(target, found)
     table = Table.of(given.title, rows)

@@ -122,6 +122,8 @@ def check_reference(config: ScoreConfig, store: TokenStore, weights: str) -> dic
         digest = open_weights(name).hf_digest
     except (ConfigError, DataError) as error:  # the model's own checks
         message = str(error).replace("--model_name_or_path", "--reference", 1)
+        if "--reference" not in message:  # a length, say: of this model, not of the other one
+            message = f"--reference {name}: {message}"
         raise type(error)(message) from None
     if digest == weights:
         raise ConfigError(

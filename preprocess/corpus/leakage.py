@@ -74,21 +74,25 @@ class LeakIndex:
 
     Args:
         texts: words of each distinct test text, from `split_words`.
+        unknown: the word that stands for what the tokenizer does not know; nothing but it, again
+            and again, shows nothing.
 
     Attributes:
         contained, half, any: of each text, whether a document has shown it so, `(N,)` bool.
     """
 
-    def __init__(self, texts: list[list[str]]) -> None:
+    def __init__(self, texts: list[list[str]], unknown: str = "") -> None:
         self._vocabulary: dict[str, int] = {}
         ids = [[self._vocabulary.setdefault(word, len(self._vocabulary) + 1) for word in text]
                for text in texts]
+        nothing = self._vocabulary.get(unknown)
         self._lengths = np.array([len(text) for text in texts], np.int64)
         self._begins = np.cumsum(self._lengths) - self._lengths
         self._stream = np.fromiter(itertools.chain.from_iterable(ids), np.int32)
+        self._told = np.concatenate([[0], np.cumsum(self._stream != (nothing or 0))])
         self._tiny: dict[tuple[int, ...], list[int]] = {}
         for number, text in enumerate(ids):
-            if 0 < len(text) < MIN_CONTAINED:
+            if 0 < len(text) < MIN_CONTAINED and set(text) != {nothing}:
                 self._tiny.setdefault(tuple(text), []).append(number)
         self._grams = [grams for size in range(MIN_CONTAINED, GRAM + 1)
                        if (grams := self._collect(size)) is not None]
@@ -116,7 +120,10 @@ class LeakIndex:
             return None
         owners = np.repeat(texts, counts)
         starts = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
-        hashes = _hash_runs(self._stream, self._begins[owners] + starts, size)
+        places = self._begins[owners] + starts
+        told = self._told[places + size] > self._told[places]
+        owners, starts = owners[told], starts[told]
+        hashes = _hash_runs(self._stream, places[told], size)
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
         known = np.zeros(1 << _KNOWN_BITS, bool)

@@ -59,11 +59,14 @@ def strip_html(text: str) -> str:
     """Return a text without tags and comments, and with characters in place of entities.
 
     A tag that ends a line becomes a line end, a cell of a table a space, others nothing. Scripts
-    and styles go with their content. Entities are replaced once: `&amp;lt;` is `&lt;` then.
+    and styles go with their content, if they end. Entities are replaced once: `&amp;lt;` is `&lt;`
+    then.
     """
     if "<" in text:
         kept, at, hidden = [], 0, ""
-        for tag in _TAG.finditer(text):
+        tags = list(_TAG.finditer(text))
+        last_end = {tag[2].lower(): tag.start() for tag in tags if tag[1]}
+        for tag in tags:
             name = (tag[2] or "").lower()
             if hidden:
                 if tag[1] and name == hidden:
@@ -74,7 +77,7 @@ def strip_html(text: str) -> str:
                 continue
             kept += [text[at : tag.start()], space]
             at = tag.end()
-            if name in _HIDDEN and not tag[1]:
+            if name in _HIDDEN and not tag[1] and tag.start() < last_end.get(name, 0):
                 hidden = name
         text = "".join([*kept, text[at:]])
     if "&" in text:

@@ -31,6 +31,8 @@ from preprocess.masking.draws import (
 from preprocess.masking.index import (
     NUM_BINS,
     StrategyInputs,
+    array_origin,
+    check_one_origin,
     choose_positions,
     index_bounds,
     open_arrays,
@@ -67,6 +69,8 @@ __all__ = [
     "Sequences",
     "Strategy",
     "StrategyInputs",
+    "array_origin",
+    "check_one_origin",
     "choose_positions",
     "corrupt",
     "counter_uniform",

@@ -8,7 +8,7 @@ shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from preprocess.errors import ConfigError, DataError
 from preprocess.identity import compare
 from preprocess.masking.candidates import Sequences, find_candidates
 from preprocess.masking.controls import frequency_bins
-from preprocess.masking.strategies import STRATEGIES
+from preprocess.masking.strategies import ARRAY_NEEDS, STRATEGIES
 from preprocess.store import (
     BLOCK_TOKENS,
     Shard,
     TokenStore,
+    array_path,
     array_records,
     list_arrays,
     open_array,
@@ -43,40 +44,59 @@ def open_arrays(
     """Open array `name` of some shards, as named by `--flag`, each with its JSON.
 
     Raises:
-        DataError: no such array, and the message lists those that every shard has; or scores of
-            which the shards, also others than these, do not have one origin.
+        DataError: no such array, and the message lists those that every shard has; or scores or
+            masks of which the shards, also others than these, do not have one origin.
     """
     try:
         opened = [open_array(shard, name, kind) for shard in shards]
     except DataError as error:
         known = ", ".join(list_arrays(store, kind)) or "none yet"
         raise DataError(f"--{flag} {name}: {error} (known: {known})") from None
-    if kind == "scores":
-        check_one_origin(store, name, f"--{flag} {name}")
+    if kind in ("scores", "mask"):
+        check_one_origin(store, name, kind, f"--{flag} {name}")
     return opened
 
 
-def check_one_origin(store: TokenStore, name: str, where: str) -> None:
-    """Refuse scores that one shard has of another measure, model or option than the next.
+def check_one_origin(
+    store: TokenStore, name: str, kind: str, where: str, *,
+    made_by: dict[str, Any] | None = None, shards: Sequence[Shard] = (),
+) -> None:
+    """Refuse an array that one shard has of another measure, rule or option than the next.
 
+    Args:
+        made_by: what the JSON of this run's arrays will have; shards: whose old ones do not count.
     Raises:
-        DataError: names two shards, and what differs.
+        DataError: names two shards and what differs.
+        ConfigError: names a shard, and what differs from this run.
     """
-    records = [(path, _origin(info)) for path, info in array_records(store, name, "scores")]
+    replaced = {array_path(shard, name, kind) for shard in shards}
+    records = [(str(path), array_origin(info)) for path, info in array_records(store, name, kind)
+               if path not in replaced]
+    remedy = "make both again with the same options and --overwrite"
+    if made_by is not None:
+        records.insert(0, ("this run", array_origin(made_by)))
+        remedy = "give another --name, or the same options, or --overwrite for every shard"
     for path, origin in records[1:]:
         try:
-            compare(origin, records[0][1], f"{where}: {path}",
-                    "make both again with the same options and --overwrite", str(records[0][0]))
+            compare(origin, records[0][1], f"{where}: {path}", remedy, records[0][0])
         except ConfigError as error:
+            if made_by is not None:
+                raise
             raise DataError(str(error)) from None
 
 
-def _origin(info: dict[str, Any]) -> dict[str, Any]:
-    """Return an identity without what each shard has of its own: its digests of data."""
+def array_origin(info: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity in an array's JSON without the digests that each shard has of its own."""
     identity = info.get("identity", {})
     inputs = {key: value for key, value in identity.get("inputs", {}).items()
-              if key not in ("store", "scores")}
-    return {**identity, "inputs": inputs}
+              if key not in ("store", "scores", "mask_index")}
+    # Of what a mask index was made from, the name: `NAME (sha256 0123456789abcdef)`.
+    options = info.get("options") or {}
+    names = {key: str(options[key]).partition(" (sha256 ")[0]
+             for key in (*ARRAY_NEEDS, "units") if key in options}
+    return {**identity, "inputs": inputs,
+            "choice": {**identity.get("choice", {}), "units": names.pop("units", None)},
+            "options": {**identity.get("options", {}), **names}}
 
 
 def index_bounds(index: np.ndarray, token_offsets: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ from preprocess.masking.order import (
 
 _BEST = 0xFFFF  # above all ranks, so that _BEST - rank ascends from the best
 _FIRST = 1e300  # above all that finite scores give
+_COLD = 2.0**-8  # temperatures below leave too few of 40 bits to the draw
 _DISTANCE_BITS = 24
 _DISTANCE_STEPS = 256  # of a band: steps per rank, far finer than any difference between ranks
 
@@ -90,8 +91,15 @@ def choose_sampled(sequences: Sequences) -> np.ndarray:
     drawn = (bits.astype(np.float64) + 0.5) * 2.0**-24  # never 0 nor 1
     with np.errstate(over="ignore"):
         value = values_of(ranks[eligible]) / sequences.temperature - np.log(-np.log(drawn))
-    value = np.where(value == np.inf, _FIRST * (1 + drawn), value)  # those too are drawn
-    keys = _descending(value) | sequence.astype(np.uint64) << np.uint64(40)
+    if sequences.temperature < _COLD:
+        # Beside such numbers the draw is rounded off: of equal ones the score decides, then it.
+        places = np.empty(len(value), np.uint64)
+        order = np.lexsort((-drawn, -ranks[eligible].astype(np.int64), -value))
+        places[order] = np.arange(len(value), dtype=np.uint64)
+    else:
+        value = np.where(value == np.inf, _FIRST * (1 + drawn), value)  # those too are drawn
+        places = _descending(value)
+    keys = places | sequence.astype(np.uint64) << np.uint64(40)
     return take_units(sequences, found, units, keys, eligible, draw_counts(sequences, found))
 
 

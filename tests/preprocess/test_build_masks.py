@@ -35,6 +35,7 @@ from preprocess.store import (
 )
 from preprocess.text.continuations import continuation_table, find_continuations
 from tests.support.stores import write
+from train.data import prebuilt_masking
 
 ALL = sorted(STRATEGIES)
 ARRAYS = {"scores": "mr", "match": "sel"}  # by need: what the fixtures put beside their stores
@@ -329,6 +330,23 @@ def test_shards_are_made_one_by_one(sharded, capsys):
         build(sharded, *command, *SHARDS, "2", "--mlm_probability", "0.3")
 
 
+def test_shards_of_one_index_are_made_alike(sharded):
+    add_scores(sharded, "other", seed=9)
+    command = ["new", "--scores", "mr", "--centre", "0.5"]
+    build(sharded, "band", *command, *SHARDS, "0")
+    for changes, difference in ((["--scores", "other"], "--scores mr, and this run has other"),
+                                (["--centre", "0.9"], "--centre 0.5, and this run has 0.9"),
+                                (["--units", "words"], "--units none, and this run has words")):
+        with pytest.raises(ConfigError, match=difference):
+            build(sharded, "band", *command, *changes, *SHARDS, "2")
+    for index in (1, 2, 3):
+        build(sharded, "band", *command, "--scores", "other", "--overwrite", *SHARDS, str(index))
+    with pytest.raises(DataError, match="--match new: .*made with --scores other, and .* has mr"):
+        build(sharded, "typemean", "ctl", "--match", "new")
+    with pytest.raises(DataError, match="index new was made with different options"):
+        prebuilt_masking(TokenStore.open(sharded), "new")
+
+
 def test_only_the_shard_that_is_made_needs_scores(sharded):
     shards = TokenStore.open(sharded).shards
     for index in (0, 1, 3):
@@ -584,10 +602,15 @@ def test_controls_of_a_policy_that_changed_or_has_no_scores_are_refused(name, si
     again = r"again with --strategy selective --scores mr --name sel --overwrite"
     with pytest.raises(DataError, match="--match sel: made by other scores than mr .*" + again):
         build(single, name, "out", "--match", "sel")
+    build(single, "sampled", "drawn", "--scores", "mr", "--units", "words", "--temperature", "2",
+          "--mlm_probability", "0.3", "--epochs", "2", "--seed", "7")
     path = array_path(TokenStore.open(single).shards[0], "mr", "scores")
     path.with_suffix(".json").unlink()
     with pytest.raises(DataError, match="--match sel: --scores mr: .*" + again):
         build(single, name, "out", "--match", "sel")
+    with pytest.raises(DataError, match="--scores mr --units words --mlm_probability 0.3 --seed 7 "
+                                        "--epochs 2 --temperature 2.0 --name drawn --overwrite"):
+        build(single, name, "out", "--match", "drawn")
 
 
 def test_a_match_that_runs_in_a_circle_is_refused(single):
@@ -596,6 +619,12 @@ def test_a_match_that_runs_in_a_circle_is_refused(single):
     with pytest.raises(ConfigError, match=r"--match c: it was matched to b and that to sel, the "
                                           r"index to be made, so the match runs in a circle"):
         build(single, "random_matched", "sel", "--match", "c", "--overwrite")
+
+
+def test_an_epoch_is_not_matched_to_itself(single):
+    build(single, "sampled", "x", "--scores", "mr", "--epochs", "2")
+    with pytest.raises(ConfigError, match="--name x makes the index to match, x-epoch1"):
+        build(single, "random_matched", "x", "--match", "x-epoch1", "--epochs", "2", "--overwrite")
 
 
 def test_typemean_reads_the_scores_of_all_shards(sharded):

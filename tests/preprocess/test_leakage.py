@@ -93,6 +93,16 @@ def test_very_short_texts_are_found_only_alone():
     assert index.contained.tolist() == [True, False, False]
 
 
+def test_unknown_words_alone_show_nothing():
+    unknown, known = ["unk"], "one two three four five six seven".split()
+    texts = [unknown * 2, unknown * 5, unknown * 20, [*known[:4], "unk"], [*known, *unknown * 9]]
+    index = LeakIndex(texts, "unk")
+    documents = [unknown * 2, unknown * 30, [*known[:4], "unk"], [*known, "unk", "unk"]]
+    assert index.scan(documents).tolist() == [False, False, True, True]
+    assert index.counts() == {
+        "test_texts": 5, "equal_or_contained": 1, "half_covered": 1, "any_8gram": 1}
+
+
 def test_half_of_the_words_must_come_from_one_document():
     text = [f"w{i}" for i in range(32)]
     index = LeakIndex([text])

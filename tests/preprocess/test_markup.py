@@ -21,6 +21,7 @@ from preprocess.corpus import find_html, strip_html
     ("&lt;br /&gt; &amp;lt;", "&lt;", "<br /> &lt;"),
     ("x<script>if (a < b) { c() }</script>y", "<script>", "x\ny"),
     ("x<script>never closed", "<script>", "x\nnever closed"),
+    ("x<script>a <b>bold</b> word", "<script>", "x\na bold word"),
     ("x<!-- gone --><!DOCTYPE html>y", "<!-- gone -->", "xy"),
     ("<BR><P Class=x>Up", "<BR>", "\n\nUp"),
 ])

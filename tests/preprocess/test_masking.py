@@ -413,6 +413,9 @@ def test_temperature_goes_from_the_largest_to_a_draw():
     assert np.abs(share - 0.25).max() < 0.03
     tiny = dataclasses.replace(batch, temperature=1e-320)
     assert len(STRATEGIES["sampled"].choose(tiny)) == 4_000
+    colder = dataclasses.replace(many([3.0] * 8, 0.5, copies=4_000), temperature=1e-12)
+    places = np.bincount(STRATEGIES["sampled"].choose(colder) % 8, minlength=8)
+    assert np.abs(places - 2_000).max() < 160  # of equal scores the draw still decides
     first = STRATEGIES["sampled"].choose(many([np.inf, np.inf, 5, 4], 0.25, copies=4_000))
     share = np.bincount(first % 4, minlength=4) / 4_000
     assert np.abs(share - [0.5, 0.5, 0, 0]).max() < 0.03

@@ -208,6 +208,9 @@ def test_a_rerun_is_skipped_and_other_options_are_refused(files, tmp_path, capsy
     os.remove(f"{folder}/q.leakage.json")
     select(files, "bpe-3", *arguments)
     assert made_files(folder) == before and "complete, made with" in capsys.readouterr().out
+    select(folder, "q", *task(files)[:-1], files / "like.csv")  # the count of another task
+    select(files, "bpe-3", *arguments)
+    assert made_files(folder) == before
     os.remove(f"{folder}/q-00001-of-00003.json")  # as if it had been killed
     os.remove(f"{folder}/q.json")
     select(files, "bpe-3", *arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from preprocess.errors import ConfigError, DataError
+from preprocess.masking import read_corruption
 from train import pipeline
 from train.config import PipelineConfig, parse
 from train.recipes.recipe import load_recipe
@@ -66,6 +67,7 @@ scores:
   words: {measure: tfidf}
   theirs: {measure: difference}
   listed: {measure: lexicon, lexicon: words.csv}
+  phrases: {measure: pmi}
   gradient: {measure: gradient, max_seq_length: 64}
   surprise: {measure: surprise, num_passes: 5}
   more: {measure: excess, reference: base}
@@ -78,7 +80,8 @@ arms:
   - {name: b, strategy: band, scores: words, units: words, centre: 0.7}
   - {name: c, strategy: selective, scores: theirs}
   - {name: d, strategy: top, scores: gradient}
-  - {name: e, strategy: top, scores: both, units: listed}
+  - {name: e, strategy: top, scores: both, units: phrases}
+  - {name: g, strategy: top, scores: listed}
   - {name: f, strategy: sampled, scores: more, temperature: 2, epochs: 3}
 score: {batch_tokens: 100}
 masks: {seed: 7}
@@ -88,7 +91,8 @@ masks: {seed: 7}
             if name.startswith(("score", "annotate", "classifier"))}
     # No scorer: no arm reads its scores. The general text is tokenized for `theirs` alone.
     assert list(made) == ["score-words", "score-theirs", "classifier", "score-gradient",
-                          "score-surprise", "score-both", "score-listed", "score-more"]
+                          "score-surprise", "score-both", "score-phrases", "score-listed",
+                          "score-more"]
     assert "stage1" not in steps
     tokens = "--tokens R/domain/text"
     for name, command in {
@@ -110,7 +114,7 @@ masks: {seed: 7}
         "masks-b": f"build_masks.py {tokens} --strategy band --scores words --seed 7 "
                    "--units words --centre 0.7 --name b",
         "masks-e": f"build_masks.py {tokens} --strategy top --scores both --seed 7 "
-                   "--units listed --name e",
+                   "--units phrases --name e",
         "masks-f": f"build_masks.py {tokens} --strategy sampled --scores more --seed 7 "
                    "--epochs 3 --temperature 2 --name f",
         "masks-control": f"build_masks.py {tokens} --strategy random_matched --match a --seed 7 "
@@ -123,11 +127,17 @@ masks: {seed: 7}
     assert [path.split("*.")[1] for path in recorded[::2]] == [
         "f.mask.npy", "f-epoch1.mask.npy", "f-epoch2.mask.npy"]
     assert arms["control"]["masking"] == ["score-words", "masks-a", "masks-control"]
-    assert arms["e"]["masking"] == ["score-words", "score-surprise", "score-both", "score-listed",
+    assert arms["e"]["masking"] == ["score-words", "score-surprise", "score-both", "score-phrases",
                                     "masks-e"]
     assert {key: arms["b"][key] for key in ("strategy", "scores", "units", "match")} == {
         "strategy": "band", "scores": "words", "units": "words", "match": ""}
     assert arms["none"]["strategy"] == "none"
+
+
+def test_scores_may_have_a_number_for_a_name(tmp_path):
+    steps, _ = planned(
+        tmp_path, "scores: {7: {measure: tfidf}}\narms: [{name: 8, strategy: top, scores: '7'}]\n")
+    assert "--scores 7 --name 8" in steps["masks-8"]
 
 
 def test_rates_and_corruption_go_where_masks_are_made(tmp_path):
@@ -148,6 +158,15 @@ masks: {mlm_probability: 0.3}
     steps, _ = planned(tmp_path, text, "task_guided.mlm_probability=0.25")
     assert "--mlm_probability 0.25" in steps["task_guided-whole_word-seed42"]
     assert "--mlm_probability" not in steps["task_guided-b-seed42"]
+    with pytest.raises(ConfigError, match="masks.mlm_probability 2: must be above 0 and at most 1"):
+        load(tmp_path, text, "masks.mlm_probability=2")
+
+
+def test_shares_of_corruption_keep_their_digits(tmp_path):
+    steps, _ = planned(tmp_path, "arms: [{name: a, strategy: random, corruption: [33.3333333, "
+                                 "33.3333333, 33.3333334]}]\n")
+    typed = steps["task_guided-a-seed42"].split("--corruption ")[1].split()[0]
+    assert read_corruption(typed) == (33.3333333, 33.3333333, 33.3333334)
 
 
 def test_counted_scores_serve_every_length_of_stage_1(tmp_path):
@@ -204,6 +223,8 @@ def test_arms_can_use_the_text_without_what_leaked(tmp_path):
     ("{a: {combine: max, of: [task, b]}, b: {combine: max, of: [task, a]}}", "combined of itself"),
     ("{Words: {measure: tfidf}}", "the name 'Words' must have 1 to 40"),
     ("{words-step_3: {measure: tfidf}}", "not end as -seed1, -step_1"),
+    ("{words: {measure: pmi}}", "`units: words` has a meaning of its own"),
+    ("{7: {measure: tfidf}, both: {combine: rank, of: [task, 8]}}", "combines unknown scores 8"),
 ])
 def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     with pytest.raises(ConfigError, match=message) as error:
@@ -234,6 +255,8 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     ("[{name: a, strategy: inverse, match: b}, {name: b, strategy: random_matched}, selective]",
      "arm a matches b, which has no scores that inverse could read"),
     ("[{name: a, strategy: selective, units: word}]", "unknown units 'word'; did you mean 'words"),
+    ("[{name: a, strategy: top, scores: idf, units: idf}]",
+     "units idf: these scores have no units; give words, none, or scores of measure pmi"),
     ("[{name: a, strategy: selective, match: b}]", "match has no use with selective"),
     ("[{name: a, strategy: selective, rate: '0.3:0.1'}]", "needs a strategy that draws"),
     ("[{name: a, strategy: selective, rate: 2}]", "rate 2: must be above 0 and at most 1"),
@@ -241,7 +264,10 @@ def test_scores_that_cannot_be_are_named(tmp_path, scores, message):
     ("[{name: a, strategy: random, rate: x}]", "rate 'x': must be a number"),
     ("[{name: a, strategy: random, corruption: [80, 20]}]", "three percentages"),
     ("[{name: a, strategy: random, corruption: [80, 10, 20]}]", "three percentages"),
-    ("[{name: a, strategy: selective, epochs: 0}]", "epochs 0: must be 1 or more"),
+    ("[{name: a, strategy: selective, epochs: 0}]", "epochs 0: must be between 1 and 1000"),
+    ("[{name: a, strategy: sampled, epochs: 1000000000}]", "epochs 1000000000: must be between"),
+    ("[{name: a, strategy: sampled, temperature: 0}]", "temperature 0: must be above 0"),
+    ("[{name: a, strategy: band, centre: 1.1}]", "centre 1.1: must be from 0 to 1"),
     ("[{name: a, strategy: band, centre: high}]", "centre 'high': must be a number"),
     ("[{name: c, strategy: random_matched, match: b}, none]",
      "arm c matches 'b', which is no arm of this recipe; there are c, none"),
@@ -260,6 +286,15 @@ def test_arms_that_cannot_be_are_named(tmp_path, arms, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("arms", "arm"), [
+    ("[none, selective]", "arm selective: selective takes scores above 0"),
+    ("[random_matched]", "arm selective, which a control matches by default: selective takes"),
+])
+def test_strategies_by_name_alone_refuse_scores_without_a_boundary_too(tmp_path, arms, arm):
+    with pytest.raises(ConfigError, match=f"{arm}.*0 means nothing in task; .*strategy top"):
+        load(tmp_path, f"scores: {{task: {{measure: surprise}}}}\narms: {arms}\n")
+
+
 def test_flags_of_all_scores_must_suit_each(tmp_path):
     text = "scores: {slope: {measure: gradient}}\nscore: {dtype: fp16}\n"
     with pytest.raises(ConfigError, match=r"scores\.slope: --dtype fp16: --measure gradient"):
@@ -274,6 +309,8 @@ def test_set_gives_scores_and_arms(tmp_path):
     assert set(recipe["scores"]) == {"task", "words", "more"}
     assert recipe["scores"]["more"].options == {"num_passes": 3}
     assert [arm.name for arm in recipe["arms"]] == ["none", "a"]
+    with pytest.raises(ConfigError, match="--set scores.b=1: scores is 5 and not names with val"):
+        load(tmp_path, "", "scores=5", "scores.b=1")
 
 
 # --------------------------------------------------------------------------- weak inputs

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
-from preprocess.errors import ConfigError
+from preprocess.errors import ConfigError, DataError
 from preprocess.store import StoreWriter, TokenStore
 from tests.support.language import BAD, GOOD, review
 from train import benchmark_inference
@@ -97,6 +97,8 @@ def test_measures_are_compared_with_the_buffer(inputs, capsys):
         assert len(each) > 2 and row["average_precision"] == f"{np.mean(each):.3f}"
         assert result["chance"] == pytest.approx(np.mean(shares))
     assert f"other marks: average precision {result['chance']:.3f}" in capsys.readouterr().out
+    with pytest.raises(DataError, match="buffer finds no important token"):
+        benchmark_inference.main([*flags, "--delta", "1e-9", "--criterion", "absolute"])
 
 
 def test_sentences_are_whole(inputs):

@@ -450,7 +450,7 @@ def test_shards_of_one_mask_index_are_made_alike(finished, run_here, tmp_path):
     case.run(run_here, output=prefix, num_shards=2)
     for index, seed in enumerate((1, 2)):
         run_here("preprocess/build_masks.py", "--tokens", prefix, "--strategy", "random", "--name",
-                 "m", "--num_shards", 2, "--shard_index", index, "--seed", seed)
+                 "m", "--num_shards", 2, "--shard_index", index, "--seed", seed, "--overwrite")
     with pytest.raises(DataError, match="index m was made with different options.*--overwrite"):
         prebuilt_masking(TokenStore.open(prefix), "m")
 

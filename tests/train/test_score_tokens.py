@@ -451,6 +451,11 @@ def test_checkpoints_of_another_kind_are_refused(
         measured(store, networks, tiny_tokenizer, "excess", reference=networks["classifier"])
     with pytest.raises(ConfigError, match="--reference .*has the weights of --model_name"):
         measured(store, networks, tiny_tokenizer, "excess", reference=networks["mlm"])
+    short = tiny_config(tiny_tokenizer)
+    short.max_position_embeddings = 15
+    folder = save(tmp_path / "short", BertForMaskedLM(short), tiny_tokenizer)
+    with pytest.raises(ConfigError, match="--reference .*short: --max_seq_length 16.*15 positions"):
+        measured(store, networks, tiny_tokenizer, "excess", reference=folder)
     single = tiny_config(tiny_tokenizer)
     single.num_labels = 1
     folder = save(tmp_path / "single", BertForSequenceClassification(single), tiny_tokenizer)

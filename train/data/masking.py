@@ -10,7 +10,7 @@ import numpy as np
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import fingerprint_text
-from preprocess.masking import STRATEGIES
+from preprocess.masking import STRATEGIES, array_origin
 from preprocess.progress import say
 from preprocess.store import TokenStore, open_array
 from preprocess.text.continuations import (
@@ -131,9 +131,10 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
     indices = [index[start:start + shards] for start in range(0, len(index), shards)]
     if not all(any(map(len, one)) for one in indices):
         raise DataError(f"{store.prefix}: mask index {name} masks no token; build another")
-    # An array of units has another content in each shard.
-    choices = [{**info["identity"]["choice"], "units": _units(info)}
-               for info in infos if "identity" in info]
+    choices = [array_origin(info) for info in infos if "identity" in info]
+    for choice in choices:  # the epochs of a control are matched to those of its policy
+        choice["options"] = {key: value for key, value in choice["options"].items()
+                             if key not in ("epoch", "match")}
     numbers = [(info.get("epoch", 0), info.get("epochs", 1)) for info in infos]
     wanted = [(number // shards, epochs) for number in range(len(infos))]
     if any(choice != choices[0] for choice in choices) or epochs > 1 and numbers != wanted:
@@ -144,8 +145,3 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
         name, index=indices[0], later=indices[1:], options=first.get("options") or {},
         fingerprint=fingerprint_text(*(info["sha256"] for info in infos)),
     )
-
-
-def _units(info: dict[str, Any]) -> str:
-    """Return the name of the units of a mask index, without their digest."""
-    return str((info.get("options") or {}).get("units", "")).partition(" ")[0]

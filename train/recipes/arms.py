@@ -23,10 +23,9 @@ from preprocess.errors import ConfigError
 from preprocess.masking import MATCHED, STRATEGIES, read_corruption
 from preprocess.masking.combine import COMBINED
 from preprocess.masking.measures import COUNTED
-from train.config import ScoreConfig
+from train.config import Bounds, ScoreConfig
 from train.recipes.values import (
     TEXT,
-    WHOLE,
     Option,
     check_known,
     check_value,
@@ -44,9 +43,16 @@ NETWORK_FLAGS = {name: option for name, option in options_of(ScoreConfig).items(
                              "batch_tokens")}
 WORD_FLAGS = {"against": TEXT, "lexicon": TEXT, "language": TEXT}
 NEEDED_FLAGS = {"reference": "reference", "store": "against", "lexicon": "lexicon"}  # by need
-RULE_OPTIONS = {"centre": Option(float), "temperature": Option(float)}  # of single strategies
-RULE_FLAGS = {"units": TEXT, "epochs": WHOLE, **RULE_OPTIONS}  # of build_masks.py
+# Flags of build_masks.py, the first of single strategies. It would refuse other values itself, but
+# only after the training before it; and each epoch is an index that is planned.
+RULE_OPTIONS = {
+    "centre": Option(float, Bounds(lambda value: 0 <= value <= 1, "from 0 to 1")),
+    "temperature": Option(float, Bounds(lambda value: value > 0, "above 0")),
+}
+EPOCHS = Option(int, Bounds(lambda value: 1 <= value <= 1000, "between 1 and 1000"))
+RULE_FLAGS = {"units": TEXT, "epochs": EPOCHS, **RULE_OPTIONS}
 ARM_KEYS = ("name", "strategy", "scores", "match", "rate", "corruption", *RULE_FLAGS)
+WITH_UNITS = [name for name, measure in COUNTED.items() if measure.has_units]
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,39}")
 _OWN_ENDING = re.compile(r"(^|-)(seed|step_|epoch)\d+$")  # what the pipeline itself appends
 _SCHEDULE = re.compile(r"([\d.]+):([\d.]+)")
@@ -77,6 +83,11 @@ class NamedScores:
     def is_counted(self) -> bool:
         """Whether no network makes them, so that they are the same after any stage 1."""
         return self.measure in COUNTED
+
+    @property
+    def has_units(self) -> bool:
+        """Whether they come with units that can be masked as a whole."""
+        return self.measure in WITH_UNITS
 
 
 DEFAULT_SCORES = NamedScores(TASK_SCORES, "scorer", ("scorer",))
@@ -142,9 +153,9 @@ def read_scores(content: Any, recipe: str, general_text: bool,
     if not isinstance(content, dict):
         raise ConfigError(f"{recipe}: scores must hold names, as `words: {{measure: tfidf}}`; got "
                           f"{shown_value(content)}")
-    found = {name: _one_score(name, entry, f"{recipe}: scores.{_named(name, recipe, 'scores')}",
-                              general_text, defaults)
-             for name, entry in content.items()}
+    named = {_named(name, recipe, "scores"): entry for name, entry in content.items()}
+    found = {name: _one_score(name, entry, f"{recipe}: scores.{name}", general_text, defaults)
+             for name, entry in named.items()}
     found.setdefault(TASK_SCORES, DEFAULT_SCORES)
     for scores in found.values():
         for part in scores.parts:
@@ -178,6 +189,9 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool,
 
     measure = entry["measure"]
     check_known(measure, MEASURES, f"{where} has an unknown measure")
+    if measure in WITH_UNITS and name in (NONE, "words"):
+        raise ConfigError(f"{where}: `units: {name}` has a meaning of its own; give scores that "
+                          "have units another name")
     flags = WORD_FLAGS if measure in COUNTED else NETWORK_FLAGS
     options = {}
     for key, value in entry.items():
@@ -243,7 +257,24 @@ def read_arms(content: Sequence[Any], scores: Mapping[str, NamedScores],
         _refuse_circle(arm.name, lambda name: [
             one for one in (arms[name].match,) if one in arms],
             f"{recipe}: arm {arm.name} is matched to itself, through others or directly")
+    for policy in with_matched(list(arms.values())):
+        default = "" if policy.name in arms else ", which a control matches by default"
+        _check_scores(policy, scores, f"{recipe}: arm {policy.name}{default}")
     return list(arms.values())
+
+
+def _check_scores(policy: PlannedArm, scores: Mapping[str, NamedScores], where: str) -> None:
+    """Refuse scores that a strategy cannot use: nothing but its own step would, after training."""
+    if policy.scores and "boundary" in STRATEGIES[policy.strategy].needs \
+            and not scores[policy.scores].boundary:
+        others = [key for key, one in STRATEGIES.items()
+                  if "scores" in one.needs and "boundary" not in one.needs]
+        raise ConfigError(f"{where}: {policy.strategy} takes scores above 0, and 0 means nothing "
+                          f"in {policy.scores}; for these scores take strategy "
+                          f"{', '.join(others)}")
+    if policy.units and not scores[policy.units].has_units:
+        raise ConfigError(f"{where}: units {policy.units}: these scores have no units; give words, "
+                          f"none, or scores of measure {' or '.join(WITH_UNITS)}")
 
 
 def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> PlannedArm:
@@ -279,15 +310,8 @@ def _one_arm(entry: Any, scores: Mapping[str, NamedScores], recipe: str) -> Plan
     named = entry.get("scores") or default.scores
     if named:
         check_known(named, scores, f"{where} has unknown scores")
-        if "boundary" in record.needs and not scores[named].boundary:
-            others = [key for key, one in STRATEGIES.items()
-                      if "scores" in one.needs and "boundary" not in one.needs]
-            raise ConfigError(f"{where}: {strategy} takes scores above 0, and 0 means nothing in "
-                              f"{named}; for these scores take strategy {', '.join(others)}")
     rules = {key: check_value(entry[key], RULE_FLAGS[key], f"{where}: {key}")
              for key in RULE_FLAGS if key in given}
-    if rules.get("epochs", 1) < 1:
-        raise ConfigError(f"{where}: epochs {rules['epochs']}: must be 1 or more")
     if "units" in rules:
         check_known(rules["units"], (NONE, "words", *scores), f"{where} has unknown units")
     match = entry.get("match")
@@ -326,7 +350,7 @@ def _corruption(value: Any, name: str) -> str | None:
     except ValueError:
         raise ConfigError(f"{name} {shown_value(value)}: must be three percentages of together "
                           "100, as [80, 10, 10]") from None
-    return ",".join(f"{share:g}" for share in shares)
+    return ",".join(f"{share:.12g}" for share in shares)
 
 
 # --------------------------------------------------------------------------------- what is used

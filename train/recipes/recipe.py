@@ -18,6 +18,7 @@ from preprocess.errors import ConfigError
 from preprocess.files import parse_yaml, read_yaml
 from train.config import (
     AnnotateConfig,
+    Bounds,
     FinetuneConfig,
     FitScorerConfig,
     PretrainConfig,
@@ -56,7 +57,10 @@ VOCABULARY_FLAGS = {
     "vocab_size": WHOLE, "kind": TEXT, "lowercase": SWITCH,
 }
 NEGATED = ("split_sentences", "lowercase")  # argparse flags whose negation is --no-NAME
-MASK_FLAGS = {"mlm_probability": Option(float), "seed": WHOLE}
+MASK_FLAGS = {
+    "mlm_probability": Option(float, Bounds(lambda rate: 0 < rate <= 1, "above 0 and at most 1")),
+    "seed": WHOLE,
+}
 _TASK_FLAGS = options_of(TaskOptions)
 _OURS = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
          "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite",
@@ -207,7 +211,11 @@ def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
     if key in recipe["variables"]:
         recipe["variables"][key] = value
     elif flag and section in (*SECTIONS, "scores"):
-        recipe[section] = {**(recipe[section] or {}), flag: value}
+        content = recipe[section] or {}
+        if not isinstance(content, dict):
+            raise ConfigError(f"--set {setting}: {section} is {shown_value(content)} and not names "
+                              "with values; leave that out")
+        recipe[section] = {**content, flag: value}
     else:
         flags = [f"{name}.{f}" for name in SECTIONS for f in SECTIONS[name]]
         known = [*recipe["variables"], *(name for name in DEFAULTS if name != "variables")]
