@@ -184,7 +184,7 @@ def plan_combination(args: argparse.Namespace, store: TokenStore) -> Plan:
             )
     parts = Parts(store, args.scores, [[array for array, _ in shards] for shards in opened],
                   [shards[0][1]["measure"] for shards in opened])
-    check_scale(parts, args.combine)
+    check_scale(parts.names, parts.measures, args.combine)
     combination = COMBINED[args.combine]
     identity = build_identity(
         "score_words",

@@ -102,7 +102,8 @@ def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]
     groups: dict[str, Group] = {}
     floors = []
     try:
-        notes += filter(None, [describe_leakage(str(folder / "domain" / "text"))])
+        leaked = describe_leakage(str(folder / "domain" / "text"))
+        notes += [f"{prefix.rstrip('/')}: {leaked}" if prefix else leaked] if leaked else []
     except (DataError, OSError) as error:
         notes.append(f"{error}.")
     for name, paths, is_floor, steps, policy in entries:

@@ -96,7 +96,7 @@ def gumbel(digests: np.ndarray) -> np.ndarray:
 
 def digest_ids(ids: np.ndarray, seed: int) -> int:
     """Return 64 bits that depend on the ids of a document, uint16, and on the seed."""
-    salt = seed.to_bytes(16, "little", signed=True)
+    salt = (seed % (1 << 128)).to_bytes(16, "little")
     return int.from_bytes(
         hashlib.blake2b(ids.astype("<u2").tobytes(), digest_size=8, salt=salt).digest(), "little")
 
@@ -104,7 +104,7 @@ def digest_ids(ids: np.ndarray, seed: int) -> int:
 def share_out(number: int, weights: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """Share a number among groups in proportion to `weights`, none above its limit.
 
-    What a group cannot take goes to the others, and fractions go to the largest remainders.
+    What a group cannot take goes to the others, and what rounding down leaves to the largest ones.
 
     Returns:
         `(K,)` int64; the sum is `number`, or all of `limits` if that is less.

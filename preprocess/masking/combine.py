@@ -15,7 +15,7 @@ sequence is on a par with the others', however many tokens a part finds importan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,6 +63,9 @@ class Parts:
 Combined = Callable[[Shard], Iterator[np.ndarray]]
 
 
+RANKED = "log2 of rarity"  # unit of what is made of ranks
+
+
 class Combination(NamedTuple):
     """A way to combine scores.
 
@@ -79,7 +82,7 @@ class Combination(NamedTuple):
 
     def record(self, parts: Parts) -> dict[str, Any]:
         """Return what the JSON of the scores keeps under "measure": see `Measure.record`."""
-        unit = parts.measures[0]["unit"] if self.same_scale else "log2"
+        unit = parts.measures[0]["unit"] if self.same_scale else RANKED
         return {
             "name": "combine",
             "boundary": self.boundary and all(part["boundary"] for part in parts.measures),
@@ -88,9 +91,11 @@ class Combination(NamedTuple):
         }
 
 
-def check_scale(parts: Parts, how: str) -> None:
+def check_scale(names: Sequence[str], measures: Sequence[dict[str, Any]], how: str) -> None:
     """Refuse parts that a combination cannot compare.
 
+    Args:
+        names, measures: see `Parts`.
     Raises:
         ConfigError: names two parts on different scales.
     """
@@ -98,11 +103,11 @@ def check_scale(parts: Parts, how: str) -> None:
         return f"{measure['unit']}, {'' if measure['boundary'] else 'not '}parted at 0"
 
     if COMBINED[how].same_scale:
-        first = scale(parts.measures[0])
-        for name, measure in zip(parts.names[1:], parts.measures[1:], strict=True):
+        first = scale(measures[0])
+        for name, measure in zip(names[1:], measures[1:], strict=True):
             if scale(measure) != first:
                 raise ConfigError(
-                    f"--combine {how}: {parts.names[0]} ({first}) and {name} ({scale(measure)}) "
+                    f"--combine {how}: {names[0]} ({first}) and {name} ({scale(measure)}) "
                     f"are on different scales; take --combine rank or union"
                 )
 

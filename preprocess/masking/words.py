@@ -31,7 +31,7 @@ share the rest by their hash: of 100,000 such words 600 share one, of a million 
 
 LARGEST = np.finfo(np.float16).max
 _LEAST = np.finfo(np.float16).smallest_subnormal
-STREAM_SAMPLED = 64  # of `draws.py`: sequences that are counted where a store is too large
+STREAM_COUNTED = 64  # of `draws.py`: sequences that are counted where a store is too large
 
 _GAMMA, _MIX_1, _MIX_2 = (
     np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -158,7 +158,7 @@ def word_blocks(
         offsets = offsets - start
         if share < 1:
             first = shard.token_start + start + offsets[:-1]
-            kept = counter_uniform(0, 0, first, STREAM_SAMPLED) < share
+            kept = counter_uniform(0, 0, first, STREAM_COUNTED) < share
             lengths = np.diff(offsets)[kept]
             tokens = tokens[ranges(offsets[:-1][kept], lengths)]
             offsets = np.concatenate([[0], np.cumsum(lengths)])

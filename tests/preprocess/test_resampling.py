@@ -81,6 +81,7 @@ def test_noise_is_finite_and_has_the_deviation_of_gumbel():
     assert gumbel(some).std() == pytest.approx(math.pi / math.sqrt(6), rel=0.03)
     assert len(set(some.tolist())) == 20000
     assert digest_ids(np.array([1], np.uint16), 7) != digest_ids(np.array([1], np.uint16), 8)
+    assert 0 <= digest_ids(np.array([1], np.uint16), 1 << 200) < 1 << 64
 
 
 def test_octaves():

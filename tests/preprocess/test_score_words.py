@@ -561,7 +561,8 @@ def test_rank_is_the_mean_percentile_in_the_store(scored):
     found = score(scored, "r", "--combine", "rank", "--scores", "a", "t")
     assert np.allclose(found, -np.log2(1 - shares), rtol=1e-3)
     assert info(scored, "r")["measure"] == {
-        "name": "combine", "boundary": False, "unit": "log2", "reads_labels": True}
+        "name": "combine", "boundary": False, "unit": "log2 of rarity",
+        "reads_labels": True}
 
 
 @pytest.mark.parametrize("names", ["ab", "at"])

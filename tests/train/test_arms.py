@@ -176,7 +176,7 @@ export_steps: [10, 20]
 scores:
   words: {measure: tfidf}
   surprise: {measure: surprise}
-  both: {combine: mean, of: [words, surprise]}
+  both: {combine: rank, of: [words, surprise]}
 arms: [{name: a, strategy: top, scores: words}, {name: b, strategy: top, scores: both}]
 """
     steps, _ = planned(tmp_path, text)
@@ -221,6 +221,10 @@ def test_arms_can_use_the_text_without_what_leaked(tmp_path):
     ("{both: {combine: rnk, of: [task, both]}}", "unknown way to combine 'rnk'; did you mean 'ran"),
     ("{both: {combine: rank, of: [task, wrds]}}", "combines unknown scores 'wrds'"),
     ("{a: {combine: max, of: [task, b]}, b: {combine: max, of: [task, a]}}", "combined of itself"),
+    ("{idf: {measure: tfidf}, both: {combine: max, of: [task, idf]}}",
+     r"scores.both: --combine max: task \(log-odds, parted at 0\) and idf \(tf x nats, not parted"),
+    ("{a: {combine: rank, of: [task, b]}, b: {measure: tfidf}, c: {combine: max, of: [a, task]}}",
+     r"c: --combine max: a \(log2 of rarity, not parted at 0\) and task \(log-odds, parted at 0\)"),
     ("{Words: {measure: tfidf}}", "the name 'Words' must have 1 to 40"),
     ("{words-step_3: {measure: tfidf}}", "not end as -seed1, -step_1"),
     ("{words: {measure: pmi}}", "`units: words` has a meaning of its own"),

@@ -201,6 +201,10 @@ def test_what_leaked_is_one_line_of_the_report(tmp_path, capsys, no_figures):
     path.write_text(path.read_text().replace("1000", "1001"))
     write_report(tmp_path)
     assert "its content is not what was written" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("1001", "1000"))
+    write_pipeline(tmp_path / "S")  # of several pipelines, whose text it is
+    write_report(tmp_path, root, tmp_path / "S")
+    assert f"R: {line}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_several_stage_1_lengths_are_compared_each_for_itself(tmp_path):

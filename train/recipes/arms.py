@@ -21,7 +21,7 @@ from typing import Any
 
 from preprocess.errors import ConfigError
 from preprocess.masking import MATCHED, STRATEGIES, read_corruption
-from preprocess.masking.combine import COMBINED
+from preprocess.masking.combine import COMBINED, RANKED, check_scale
 from preprocess.masking.measures import COUNTED
 from train.config import Bounds, ScoreConfig
 from train.recipes.values import (
@@ -167,7 +167,28 @@ def read_scores(content: Any, recipe: str, general_text: bool,
     def parted(scores: NamedScores) -> bool:
         return scores.boundary and all(parted(found[part]) for part in scores.parts)
 
-    return {name: replace(scores, boundary=parted(scores)) for name, scores in found.items()}
+    found = {name: replace(scores, boundary=parted(scores)) for name, scores in found.items()}
+    _check_scales(found, recipe)
+    return found
+
+
+def _check_scales(found: Mapping[str, NamedScores], recipe: str) -> None:
+    """Refuse to combine scores of different scales: score_words.py would, after all training."""
+    def unit(scores: NamedScores) -> str:
+        if not scores.combine:
+            from train.stages.measures import MEASURES
+
+            return MEASURES[scores.measure].unit
+        return unit(found[scores.parts[0]]) if COMBINED[scores.combine].same_scale else RANKED
+
+    for scores in found.values():
+        if scores.combine and COMBINED[scores.combine].same_scale:
+            measures = [{"unit": unit(found[part]), "boundary": found[part].boundary}
+                        for part in scores.parts]
+            try:
+                check_scale(scores.parts, measures, scores.combine)
+            except ConfigError as error:
+                raise ConfigError(f"{recipe}: scores.{scores.name}: {error}") from None
 
 
 def _one_score(name: str, entry: Any, where: str, general_text: bool,
