@@ -538,13 +538,14 @@ def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
                            f"--output_dir {run_dir}, a finished run", "give another --output_dir")
     else:
         checkpoint.check_identity(run_dir, identity)
-    if not hf_folder.is_whole(run_dir, f"delete {run_dir} to train it again"):
+    if not hf_folder.is_whole(
+            run_dir, f"give another --output_dir, or delete {run_dir}, to train it again"):
         return False
     for step in identity["options"]["export_steps"]:
         problem = hf_folder.folder_problem(run_dir / f"hf_step_{step}")
         if problem:
-            raise DataError(f"{problem}, and the last checkpoint cannot export it; delete "
-                            f"{run_dir} to train it again")
+            raise DataError(f"{problem}, and the last checkpoint cannot export it; give another "
+                            f"--output_dir, or delete {run_dir}, to train it again")
     return True
 
 

@@ -639,5 +639,5 @@ def test_results_do_not_depend_on_the_number_of_jobs(
         run(three, "--jobs", "3")
     assert ended.value.code == 3
     told = capsys.readouterr()
-    assert f"delete {run_dir} to train it again" in told.out
+    assert f"or delete {run_dir}, to train it again" in told.out
     assert "failed: task_guided-random-seed42 (exit code 3); not run, since they need" in told.err

@@ -527,6 +527,7 @@ def _run_script(words: list[str], output: Any, environment: dict[str, str]) -> N
 
 _LAUNCHER_CHATTER = re.compile(
     r"\[(INFO|WARNING)\] \[(launch|runner|real_accelerator)\.py|real_accelerator\.py:"
+    r"|^Detected VISIBLE_DEVICES="
 )
 
 
