@@ -37,6 +37,42 @@ def tiny_config(family: str):
     )
 
 
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 32, "vocab_size": 40}
+
+
+def small_classifiers(num_labels: int = 2) -> dict[str, tuple[Any, Any]]:
+    """Return class and configuration of a classifier of each family, and of both its poolings."""
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        DistilBertConfig,
+        DistilBertForSequenceClassification,
+        ModernBertConfig,
+        ModernBertForSequenceClassification,
+        RobertaConfig,
+        RobertaForSequenceClassification,
+    )
+
+    def modernbert(pooling: str) -> Any:
+        return ModernBertForSequenceClassification, ModernBertConfig(
+            **SMALL, num_labels=num_labels, pad_token_id=0, local_attention=4,
+            global_attn_every_n_layers=2, classifier_pooling=pooling, cls_token_id=2,
+            sep_token_id=3, bos_token_id=2, eos_token_id=3)
+
+    return {
+        "bert": (BertForSequenceClassification,
+                 BertConfig(**SMALL, num_labels=num_labels, pad_token_id=0)),
+        "roberta": (RobertaForSequenceClassification,
+                    RobertaConfig(**SMALL, num_labels=num_labels, pad_token_id=1)),
+        "distilbert": (DistilBertForSequenceClassification, DistilBertConfig(
+            dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=40, pad_token_id=0,
+            num_labels=num_labels)),
+        "modernbert": modernbert("cls"),
+        "modernbert-mean": modernbert("mean"),
+    }
+
+
 def packed_rows(lengths: list[list[int]], slots: int = 64, seed: int = 0):
     """Make rows of random pieces of these lengths, special tokens included."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,21 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    ModernBertConfig,
-    ModernBertForSequenceClassification,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import BertConfig, BertForSequenceClassification
 
 from preprocess.errors import ConfigError
 from preprocess.store import ranges
 from preprocess.text.continuations import WordTable
 from tests.support.language import BAD, GOOD, review
+from tests.support.models import small_classifiers
 from train.model import first_slot_only
 from train.stages.importance import (
     CRITERIA,
@@ -82,20 +74,7 @@ def test_id_lists_are_lists_of_ids(lists, data):
     assert taken.tokens().tolist() == sum((lists[i] for i in which), [])
 
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "intermediate_size": 32, "vocab_size": 40, "pad_token_id": 0}
-CLASSIFIERS = {
-    "bert": (BertForSequenceClassification, BertConfig(**SMALL)),
-    "roberta": (RobertaForSequenceClassification, RobertaConfig(**{**SMALL, "pad_token_id": 1})),
-    "distilbert": (DistilBertForSequenceClassification, DistilBertConfig(
-        dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=40, pad_token_id=0)),
-    "modernbert": (ModernBertForSequenceClassification, ModernBertConfig(
-        **SMALL, local_attention=4, global_attn_every_n_layers=2, classifier_pooling="cls",
-        cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)),
-    "modernbert-mean": (ModernBertForSequenceClassification, ModernBertConfig(
-        **SMALL, local_attention=4, global_attn_every_n_layers=2, classifier_pooling="mean",
-        cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)),
-}
+CLASSIFIERS = small_classifiers()
 
 
 class Pad:
