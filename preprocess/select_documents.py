@@ -69,11 +69,10 @@ from preprocess.store import (
     shard_prefix,
 )
 from preprocess.text.decode import Decoder
-from preprocess.text.encode import encode_batch, prepare_backend
+from preprocess.text.encode import batch_texts, encode_batch, prepare_backend
 from preprocess.view.tables import Table
 
 BLOCK_DOCUMENTS = 4096
-BATCH_CHARACTERS = 1 << 19  # of which a tokenizer makes 90 MB
 BLOCK_TOKENS = 1 << 18  # decoded at a time: about 100 MB of texts and words
 SELECTION_VERSION = 1  # of the rule; part of the identity
 TASK_FLAGS = ("data_dir", "train_file", "validation_file", "test_file", "pair_column")
@@ -165,19 +164,6 @@ def document_blocks(shard: Shard) -> Iterator[tuple[int, np.ndarray]]:
             yield first + block.start, starts[block.start : block.stop + 1]
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) >= BLOCK_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 class Reader:
     """The documents of a store as texts, and other texts as they would be in it."""
 
@@ -192,7 +178,7 @@ class Reader:
 
     def through(self, texts: Iterable[str]) -> Iterator[list[str]]:
         """Yield texts as the tokenizer leaves them, in lists; what is empty then is left out."""
-        for batch in _batches(texts):
+        for batch in batch_texts(texts):
             ids, lengths, _, _ = encode_batch(self._backend, batch, None)
             yield self._decoder.decode(ids, np.concatenate([[0], np.cumsum(lengths)]))
 

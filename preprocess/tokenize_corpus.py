@@ -65,11 +65,15 @@ from preprocess.store import (
     verify_store,
 )
 from preprocess.text.checks import check_tokenizer, describe_tokenizing
-from preprocess.text.encode import Encoded, join_encoded, prepare_backend, user_tokens
+from preprocess.text.encode import (
+    Encoded,
+    batch_texts,
+    join_encoded,
+    prepare_backend,
+    user_tokens,
+)
 from preprocess.text.word_cache import WordCache
 
-BATCH_DOCUMENTS = 4096
-BATCH_CHARACTERS = 1 << 19  # of which a tokenizer makes 90 MB
 # What decides the content of a store, beside the files and the tokenizer.
 OPTIONS = ("input", "text_column", "where", "split", "split_sentences", "language",
            "blank_line_documents", "unescape_newlines", "strip_html", "max_documents", "num_shards")
@@ -471,15 +475,10 @@ def _batches(
         specs, args.text_column, args.where, args.split, args.blank_line_documents, part,
         args.max_documents, args.unescape_newlines, passed,
     )
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch, num_read
-            batch, characters, num_read = [], 0, 0
-    yield batch, num_read
+    for batch in batch_texts(documents):
+        yield batch, num_read
+        num_read = 0
+    yield [], num_read  # what was read behind the last document
 
 
 def _encode(job: tuple[list[str], int]) -> _Block:

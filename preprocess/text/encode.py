@@ -13,17 +13,33 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 BLOCK_CHARACTERS = 1 << 19
+BATCH_TEXTS = 4096
+BATCH_CHARACTERS = 1 << 19  # of which a tokenizer makes 90 MB
 BORDER = re.compile(r"(?<=\S)(?= \S)")  # before a single space between two words
 # (ids uint16 (T,), tokens of each sequence int64 (N,), sequences of each document int64 (D,),
 # documents dropped)
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+
+
+def batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts in lists that are large enough to encode at once, and small enough for memory."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) >= BATCH_TEXTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def encode_batch(backend: Any, texts: list[str], language: str | None) -> Encoded:

@@ -15,6 +15,7 @@ from preprocess import select_documents, tokenize_corpus, train_tokenizer
 from preprocess.corpus import describe_leakage, read_leakage, resampling, split_words
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore
+from preprocess.text import encode
 from preprocess.text.decode import Decoder
 from preprocess.text.encode import prepare_backend
 from tests.support.stores import read, tree
@@ -147,7 +148,7 @@ def test_the_choice_is_that_of_a_plain_twin(files, tmp_path, monkeypatch):
 def test_shards_and_blocks_do_not_change_the_choice(files, tmp_path, monkeypatch):
     select(files, "bpe-1", *like(files, 30, tmp_path / "a"))
     monkeypatch.setattr(select_documents, "BLOCK_DOCUMENTS", 7)
-    monkeypatch.setattr(select_documents, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 50)
     select(files, "bpe-3", *like(files, 30, tmp_path / "b"))
     select(files, "bpe-1", *like(files, 30, tmp_path / "c", "--seed", 1))
     assert documents(tmp_path / "a") == documents(tmp_path / "b") != documents(tmp_path / "c")
