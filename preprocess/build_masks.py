@@ -34,6 +34,7 @@ from preprocess.masking import (
     StrategyInputs,
     check_one_origin,
     choose_positions,
+    find_words,
     open_arrays,
     store_facts,
 )
@@ -48,14 +49,13 @@ from preprocess.store import (
     open_array,
     write_array,
 )
-from preprocess.text.continuations import WordTable, continuation_table, open_tokenizer
+from preprocess.text.continuations import open_tokenizer
 from preprocess.view.statistics import (
     Statistics,
     count_masks,
     overall_table,
     type_names,
     type_tables,
-    word_table,
 )
 
 MAX_COUNTED = 10**9  # tokens counted for the statistics; half a minute
@@ -385,7 +385,7 @@ def build(
     if not work:
         return
     facts = store_facts(store, args.strategy, lambda: policies[0].all_scores[0])
-    words = _words(needs, policies[0].units, tokenizer)
+    words = find_words(args.strategy, policies[0].units == WORDS, tokenizer)
     exact: list[np.ndarray] = []
     total = sum(shards[number].num_tokens for _, _, _, number, _ in work)
     with Progress(total, "token", label="mask") as progress:
@@ -408,14 +408,6 @@ def build(
             say(str(write_array(shards[number], name, "mask", positions, made_by)))
     if exact:
         print(_exactness(exact))
-
-
-def _words(needs: frozenset[str], units: str, tokenizer: Any) -> WordTable | None:
-    """Return where words begin, if the units or the frequencies of a strategy need it."""
-    if units == WORDS:
-        return continuation_table(tokenizer)
-    # Without word boundaries frequencies are compared all the same.
-    return word_table(tokenizer) if "frequency" in needs else None
 
 
 def _made_by(

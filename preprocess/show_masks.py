@@ -32,7 +32,7 @@ from preprocess.masking import STRATEGIES, StrategyInputs, choose_positions, ope
 from preprocess.progress import Progress
 from preprocess.store import ARRAYS, TokenStore
 from preprocess.store.layout import ColumnWriter
-from preprocess.text.continuations import continuation_table, open_tokenizer
+from preprocess.text.continuations import continuation_table, open_tokenizer, word_table
 from preprocess.view.choice import choose_documents
 from preprocess.view.origins import describe, open_units, source_scores
 from preprocess.view.overlaps import draw_overlaps, overlap_rows, overlap_tables, types_table
@@ -45,7 +45,6 @@ from preprocess.view.statistics import (
     count_masks,
     make_tables,
     type_names,
-    word_table,
 )
 from preprocess.view.tables import Table
 from preprocess.view.terminal import format_document, format_legend

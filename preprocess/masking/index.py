@@ -28,7 +28,12 @@ from preprocess.store import (
     list_arrays,
     open_array,
 )
-from preprocess.text.continuations import WordTable, find_continuations
+from preprocess.text.continuations import (
+    WordTable,
+    continuation_table,
+    find_continuations,
+    word_table,
+)
 
 # A window holds the sequences of a document that begin within so many tokens, the last one up to
 # twice as many; a document longer than a segment is cut into segments in the same way.
@@ -150,6 +155,16 @@ def store_facts(
     if "means" in needs:
         facts["means"] = type_means(store, scores())
     return facts
+
+
+def find_words(strategy: str, whole_words: bool, tokenizer: Any) -> WordTable | None:
+    """Return where words begin, if a strategy that masks whole words or compares frequencies asks.
+
+    Without word boundaries frequencies are compared all the same.
+    """
+    if whole_words:
+        return continuation_table(tokenizer)
+    return word_table(tokenizer) if "frequency" in STRATEGIES[strategy].needs else None
 
 
 def type_octaves(store: TokenStore) -> np.ndarray:

@@ -187,6 +187,14 @@ def continuation_table(tokenizer: Any) -> WordTable:
     return WordTable(first, last, joins)
 
 
+def word_table(tokenizer: Any) -> WordTable | None:
+    """Return `continuation_table`, or None for a tokenizer without word boundaries."""
+    try:
+        return continuation_table(tokenizer)
+    except ConfigError:
+        return None
+
+
 def _token_kinds(raw: bytes, split: Callable[[str], list]) -> tuple[int, int]:
     """Return how a byte-level token begins and ends; `split` is the pre-tokenizer."""
     tail = len(raw) - len(raw.lstrip(_TAIL_BYTES))

@@ -13,8 +13,7 @@ import numpy as np
 from preprocess.errors import ConfigError, DataError
 from preprocess.masking import STREAM_SHOWN, counter_uniform
 from preprocess.store import Shard, TokenStore, iterate_blocks
-from preprocess.text.continuations import WordTable, find_continuations
-from preprocess.view.statistics import word_table
+from preprocess.text.continuations import WordTable, find_continuations, word_table
 
 BLOCK_DOCUMENTS = 1 << 20
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.errors import ConfigError
 from preprocess.masking import find_candidates, index_bounds
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, iterate_blocks, open_array
-from preprocess.text.continuations import WordTable, continuation_table, find_continuations
+from preprocess.text.continuations import WordTable, find_continuations, word_table
 from preprocess.text.kinds import KINDS, find_kinds, type_kinds
 from preprocess.view.overlaps import Overlaps
 from preprocess.view.pieces import printable
@@ -34,14 +33,6 @@ PLACES = ("first", "last", "others")  # of a sequence; the only token of one is 
 
 
 # --------------------------------------------------------------------------- kinds of tokens
-
-
-def word_table(tokenizer: Any) -> WordTable | None:
-    """Return `continuation_table`, or None for a tokenizer without word boundaries."""
-    try:
-        return continuation_table(tokenizer)
-    except ConfigError:
-        return None
 
 
 def type_names(tokenizer: Any, vocab_size: int) -> list[str]:

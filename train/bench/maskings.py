@@ -20,11 +20,11 @@ from preprocess.masking import (
     STRATEGIES,
     StrategyInputs,
     choose_positions,
+    find_words,
     store_facts,
 )
 from preprocess.store import BLOCK_TOKENS, Shard, TokenStore, array_path, open_array
-from preprocess.text.continuations import continuation_table, open_tokenizer
-from preprocess.view.statistics import word_table
+from preprocess.text.continuations import open_tokenizer
 from train import data
 
 DRAWN_BLOCKS = 16  # of each shard: the sample on which drawing is timed
@@ -123,12 +123,7 @@ def strategy_inputs(
     """
     needs = STRATEGIES[strategy].needs
     facts = store_facts(store, strategy, lambda: scores)
-    tokenizer = open_tokenizer(store.tokenizer_dir)
-    words = None
-    if "words" in needs:
-        words = continuation_table(tokenizer)
-    elif "frequency" in needs:  # word boundaries, if there are any
-        words = word_table(tokenizer)
+    words = find_words(strategy, "words" in needs, open_tokenizer(store.tokenizer_dir))
     own_scores = scores if not needs.isdisjoint({"scores", "policy"}) else []
     own_match = match if "match" in needs else []
     return [
