@@ -182,32 +182,25 @@ class _Crew:
         self._gpus, self._spoke = gpus, time.monotonic()
 
     def __enter__(self) -> _Crew:
-        self._handlers = {number: signal.signal(number, self._pass_on) for number in run.STOPPING
-                          if number != signal.SIGHUP
-                          or signal.getsignal(number) is not signal.SIG_IGN}
+        self._requests = run.requests_to(self._pass_on)
+        self._requests.__enter__()
         return self
 
     def __exit__(self, *rest: object) -> None:
         for job in self.jobs:  # after an error of this process
             job.ask_to_stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._requests.__exit__(None, None, None)
 
     def _pass_on(self, number: int, frame: Any) -> None:
         tell_stopping()
         self.requests.append(number)
         for job in self.jobs:
-            job.ask_to_stop(self._wanted())
-
-    def _wanted(self) -> int:
-        # The end of a terminal may come as several signals.
-        urgent = sum(one in run.URGENT for one in self.requests) > 1
-        return signal.SIGKILL if urgent and self.requests[-1] in run.URGENT else signal.SIGTERM
+            job.ask_to_stop(run.wanted_signal(self.requests))
 
     def add(self, job: Job) -> None:
         self.jobs.append(job)
         if self.requests:  # one that came while it was started
-            job.ask_to_stop(self._wanted())
+            job.ask_to_stop(run.wanted_signal(self.requests))
 
     def gpu(self, step: Step) -> str:
         """Return the GPU with the fewest jobs, the first of them; empty where none is needed."""

@@ -444,18 +444,13 @@ def run_process(
     def pass_on(number: int, frame: Any) -> None:
         tell_stopping()
         requests.append(number)
-        # The end of a terminal may come as several signals.
-        urgent = number in URGENT and sum(one in URGENT for one in requests) > 1
-        wanted = signal.SIGKILL if urgent else signal.SIGTERM
-        signal_all(process, wanted)
+        signal_all(process, wanted_signal(requests))
 
     def look_after() -> None:
         if not requests and (-(poll() or 0) in STOPPING or stop()):
             pass_on(signal.SIGTERM, None)
 
-    handlers = {number: signal.signal(number, pass_on) for number in STOPPING
-                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN}
-    try:
+    with requests_to(pass_on):
         with open(log_path, "a", encoding="utf-8") as log:  # after an earlier attempt
             log.write(shlex.join(command) + "\n")
             for line in _lines_and_heartbeats(output, look_after):
@@ -465,10 +460,26 @@ def run_process(
                     print_line("  " + visible(line.rstrip(), kept="\t"))
         while (code := poll()) is None:
             time.sleep(0.01)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return StopRequested.exit_code if requests or -code in STOPPING else code
+
+
+@contextlib.contextmanager
+def requests_to(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Give the requests to stop to a handler; SIGHUP only where it is not ignored (`nohup`)."""
+    before = {number: signal.signal(number, handler) for number in STOPPING
+              if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handled in before.items():
+            signal.signal(number, handled)
+
+
+def wanted_signal(requests: list[int]) -> int:
+    """Return what to pass on after the last of some requests: a second urgent one kills."""
+    # The end of a terminal may come as several signals.
+    urgent = requests[-1] in URGENT and sum(one in URGENT for one in requests) > 1
+    return signal.SIGKILL if urgent else signal.SIGTERM
 
 
 def signal_all(process: int, number: int) -> None:
