@@ -77,7 +77,7 @@ def spoilt_supervised(logits, *words):
 
 if not ds.is_main():
     # These ranks come from an earlier run of this process, and may look while rank 0 writes.
-    run_folder.check_run_dir = lambda config: Path(config.output_dir)
+    run_folder.check_run_dir = finetune.check_run_dir = lambda config: Path(config.output_dir)
 ds.build_engine = supervised.build_engine = remember
 finetune.finish = lambda: None
 csrc.masked_lm_loss = spoilt_loss

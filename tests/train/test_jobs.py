@@ -588,6 +588,9 @@ def test_results_do_not_depend_on_the_number_of_jobs(
 ):
     """To the bit, at an equal number of threads; then what `--clean checkpoints` leaves is used."""
     monkeypatch.setattr(jobs_room, "num_cores", lambda: 3)
+    # The steps inherit the environment, where earlier tests may have left one port for all.
+    for name in os.environ.keys() - fresh_environment().keys():
+        monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     settings = [
