@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from preprocess.corpus import LABEL_SEED, TEST_FRACTIONS
 from preprocess.errors import ConfigError, check_shard
 from preprocess.flags import OTHER, USUAL, Parser
 from preprocess.masking import BASELINE, STRATEGIES, Corruption, read_corruption
@@ -33,7 +34,7 @@ GROUPS = (
 )
 
 
-AUTO = "auto"
+AUTO, ALL = "auto", "all"
 
 
 class Bounds(NamedTuple):
@@ -343,11 +344,39 @@ class TaskOptions(_Checked):
     pair_column: str | None = _flag(
         None, "column with the aspect, which goes before the text", CUSTOM, metavar="NAME"
     )
+    test_fraction: float | None = _flag(
+        None, "of a task without an official split (mr): share of its texts, chosen by a hash of "
+        "their content, that are for testing (default: 0.1)", DATA, metavar="F",
+    )
+    label_budget: int | None = _flag(
+        None, "use only this many training examples, stratified by label; a smaller budget is a "
+        "part of every larger one of its seed (default: all)", DATA, _at_least(2),
+        read=lambda text: None if text == ALL else int(text), metavar="N",
+    )
+    label_seed: int | None = _flag(
+        None, f"seed of the choice of --label_budget (default: {LABEL_SEED})", DATA, SEED,
+        metavar="S",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_seed is not None and self.label_budget is None:
+            raise ConfigError(f"--label_seed {self.label_seed} chooses the examples of a "
+                              "--label_budget, and there is none; leave it out")
 
     def task_files(self) -> dict[str, Any]:
         """Return the options of `preprocess.corpus.load_task`: files and columns, by name."""
         return {option.name: getattr(self, option.name)
                 for option in dataclasses.fields(TaskOptions) if option.name != "task"}
+
+    def choice_of_labels(self) -> dict[str, Any]:
+        """Return the part of an identity that says which examples are for training and testing."""
+        seed = LABEL_SEED if self.label_seed is None else self.label_seed
+        return {
+            "label_budget": self.label_budget,
+            "label_seed": None if self.label_budget is None else seed,
+            "test_fraction": self.test_fraction or TEST_FRACTIONS.get(self.task),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,10 +413,19 @@ class FinetuneConfig(_SupervisedConfig, TaskOptions):
     max_eval_samples: int | None = _flag(
         None, "use only this many validation and test examples", EVALUATION, _at_least(1)
     )
+    epoch: Literal["best", "last"] | None = _flag(
+        None, "epoch whose model is kept and tested: best by validation accuracy (the first of "
+        "equals), or last, which reads no validation label (default: best; last with a "
+        "--label_budget)", EVALUATION,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seed_list()
+
+    def settled_epoch(self) -> str:
+        """Return the epoch to keep: best or last."""
+        return self.epoch or ("best" if self.label_budget is None else "last")
 
     def seed_list(self) -> list[int]:
         """Return `--seeds` as numbers, in the order given."""

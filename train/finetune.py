@@ -1,7 +1,8 @@
 """Fine-tune a classifier: stage 3, and the task classifier of stage 2.
 
 Each seed trains one model. The epoch with the best validation accuracy (the first of equals) is
-kept. Only that model is tested, once, after it was read back from its `hf/` folder. All arms of a
+kept; with a label budget the last one, since validation labels would be labels beyond the budget.
+Only that model is tested, once, after it was read back from its `hf/` folder. All arms of a
 comparison share seeds: the seed alone determines the head, the order and the dropout.
 
     deepspeed train/finetune.py --deepspeed_config ds_configs/cpu.json --task mr --data_dir D \
@@ -153,7 +154,8 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
             inputs={"task": content, "weights": parent.hf_digest},
             split={"labels": len(splits["train"]),
                    "test_items": digest([e.item for e in splits["test"]])},
-            options={"max_eval_samples": config.max_eval_samples},
+            options={"max_eval_samples": config.max_eval_samples,
+                     "epoch": config.settled_epoch(), **config.choice_of_labels()},
         )
         for seed in config.seed_list()
     }
@@ -249,9 +251,9 @@ def run_seed(
         # Held by nobody else, so that its memory is free before the test.
         load_classifier(config.model_name_or_path, task.labels, seed, config.trust_remote_code),
         inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
-        seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
-        tokenizer=inputs.tokenizer, parent=inputs.parent, run_dir=seed_dir, device=device,
-        records=records,
+        seed=seed, select="accuracy", epoch=config.settled_epoch(), tags=TAGS,
+        class_weights=np.ones(len(task.labels)), tokenizer=inputs.tokenizer,
+        parent=inputs.parent, run_dir=seed_dir, device=device, records=records,
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=task.name,
             masking=inputs.pretraining[-1]["identity"]["choice"]["masking"]
@@ -264,8 +266,10 @@ def run_seed(
         **test_seed(inputs, seed, device),
         "validation_accuracy": found.best["accuracy"],
         "validation_macro_f1": found.best["macro_f1"],
+        "epoch": config.settled_epoch(),
         "best_epoch": found.best_epoch,
         "num_epochs": config.num_train_epochs,
+        **config.choice_of_labels(),
         **{f"num_{name}": len(examples) for name, examples in inputs.splits.items()},
         "left_out": task.left_out,
         "labels": list(task.labels),
@@ -323,6 +327,10 @@ def main(argv: list[str] | None = None) -> None:
     for line in describe_plan(config, inputs.resolved, train, num_seeds):
         say(line)
     say(inputs.head)
+    if config.label_budget and config.settled_epoch() == "best":
+        held_out = len(inputs.splits["validation"])
+        say(f"warning: --epoch best reads the labels of {held_out:,} validation examples, beyond "
+            f"the --label_budget of {config.label_budget:,}; leave it out to keep the last epoch")
     if config.dry_run:
         say(str(startup))
         return
@@ -391,8 +399,9 @@ def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
         barrier()
         left = sum(task.left_out.get("test", {}).values())
         left_out = f" ({left} of {left + len(task.splits['test'])} rows left out)" if left else ""
+        epoch = f"{row['epoch']} epoch {row['best_epoch']} of {row['num_epochs']}"
         say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}{left_out}, macro F1 "
-            f"{row['test_macro_f1']:.4f}, best epoch {row['best_epoch']} of {row['num_epochs']} "
+            f"{row['test_macro_f1']:.4f}, {epoch} "
             f"(validation {row['validation_accuracy']:.4f}), {row['seconds']:.0f} s")
         for sentence in row["weak"]:
             say(f"warning: seed {seed}: {sentence}")

@@ -210,7 +210,7 @@ class FakeEngine:
 
 
 def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, assess,
-         stop=lambda: False, logging_steps=1):
+         stop=lambda: False, logging_steps=1, epoch="best"):
     monkeypatch.setattr(
         supervised, "full_state_dict",
         lambda e: {k: v.clone() for k, v in e.module.state_dict().items()},
@@ -221,8 +221,8 @@ def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, asse
     )
     resolved = Resolved({}, micro, accumulation, micro * accumulation, "fp32", ())
     return supervised.train_and_select(
-        engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", tags={},
-        class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
+        engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", epoch=epoch,
+        tags={}, class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
         records={"identity": {}, "numerics": {}}, hyperparameters={}, stop=stop,
     )
 
@@ -287,6 +287,16 @@ def test_the_epoch_is_chosen_on_dev_examples_and_its_weights_are_kept(monkeypatc
     assert not torch.equal(snapshots[1], engine.module.weight)
 
 
+def test_the_last_epoch_is_kept_whatever_its_metrics(monkeypatch, tmp_path):
+    engine, accuracies = FakeEngine(), iter([0.9, 0.5, 0.2])
+    found = loop(
+        monkeypatch, tmp_path, engine, text_examples([0, 0, 0, 1]), text_examples([1]), micro=2,
+        accumulation=1, assess=lambda logits: {"accuracy": next(accuracies)}, epoch="last",
+    )
+    assert found.best_epoch == 3 and found.best["accuracy"] == 0.2
+    assert torch.equal(found.best_state["weight"], engine.module.weight)
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch, tmp_path):
     engine = FakeEngine()
     engine.module.weight.data[9] = torch.nan
@@ -297,8 +307,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch, tmp_path):
         )
 
 
+@pytest.mark.parametrize("epoch", ["best", "last"])
 @pytest.mark.parametrize("stop_at", range(1, 7))
-def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
+def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at, epoch):
     """Six steps in three epochs, stopped after step `stop_at`, equal an unbroken run."""
     train, dev = text_examples([0, 1, 0, 1, 1]), text_examples([1, 0])
     kept = {}
@@ -319,7 +330,7 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
         supervised, "find_checkpoint",
         lambda run_dir, mode: run_dir if kept and "parts" in str(run_dir) else None,
     )
-    options = {"micro": 3, "accumulation": 1, "logging_steps": 4}
+    options = {"micro": 3, "accumulation": 1, "logging_steps": 4, "epoch": epoch}
 
     def assess(logits):
         return {"accuracy": float(np.stack(logits)[0, 1])}  # grows or falls with the weights
