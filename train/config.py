@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable
@@ -35,6 +36,7 @@ GROUPS = (
 
 
 AUTO, ALL = "auto", "all"
+ALSO = ("model_name_or_path", "output_dir", "label_budget", "label_seed")
 
 
 class Bounds(NamedTuple):
@@ -418,10 +420,60 @@ class FinetuneConfig(_SupervisedConfig, TaskOptions):
         "equals), or last, which reads no validation label (default: best; last with a "
         "--label_budget)", EVALUATION,
     )
+    also: list[str] = _flag(
+        [], f"further runs of this process, each with other {', '.join(ALSO)} (a label_budget of "
+        "all has no limit); all are checked before the first one trains", USUAL,
+        action="extend", metavar="'KEY=VALUE ...'",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seed_list()
+        if self.also:
+            self.runs()
+
+    def runs(self) -> list[FinetuneConfig]:
+        """Return the options of every run of this process, as if each was typed alone.
+
+        Raises:
+            ConfigError: a value of `--also` that is no such run, or two runs in one folder.
+        """
+        first = dataclasses.replace(self, also=[])
+        runs = [first, *(dataclasses.replace(first, **self._replaced(text)) for text in self.also)]
+        folders: set[str] = set()
+        for run in runs:
+            folder = os.path.realpath(run.output_dir)
+            if folder in folders:
+                raise ConfigError(f"--also: output_dir {run.output_dir} is that of two runs; give "
+                                  "each a folder of its own, as output_dir=R")
+            folders.add(folder)
+        return runs
+
+    def _replaced(self, text: str) -> dict[str, Any]:
+        """Read one value of `--also`."""
+        example = "write KEY=VALUE with blanks between them, as 'label_budget=500 output_dir=R'"
+        try:
+            pairs = [word.partition("=") for word in shlex.split(text)]
+        except ValueError as error:
+            raise ConfigError(f"--also {text!r}: {error}; {example}") from None
+        found: dict[str, Any] = {}
+        for key, equals, value in pairs:
+            if not equals or key not in ALSO or key in found:
+                what = ("has no =" if not equals else "is there twice" if key in found else
+                        f"is none of {', '.join(ALSO)}")
+                raise ConfigError(f"--also {text!r}: {key!r} {what}; {example}")
+            if key == "label_seed" or key == "label_budget" and value != ALL:
+                try:
+                    found[key] = int(value)
+                except ValueError:
+                    raise ConfigError(
+                        f"--also {text!r}: {key} {value!r} is no whole number; {example}"
+                    ) from None
+            else:
+                found[key] = value
+        if found.get("label_budget") == ALL:
+            found |= {"label_budget": None, "label_seed": found.get("label_seed")}
+        return found
 
     def settled_epoch(self) -> str:
         """Return the epoch to keep: best or last."""

@@ -12,8 +12,8 @@ from preprocess.corpus import load_task
 from preprocess.errors import ConfigError
 from preprocess.identity import compare
 from tests.support.runs import words
-from train import finetune
 from train.config import FinetuneConfig
+from train.stages.finetuning import read_inputs
 
 BUDGET = 20
 
@@ -107,10 +107,11 @@ def test_another_share_of_test_texts_is_another_run(tmp_path, tiny_encoder):
     (tmp_path / "mr.csv").write_text("text,label,source\n" + rows)
     identities = {}
     for share in (None, 0.1, 0.3):
-        (identities[share],) = finetune.read_inputs(FinetuneConfig(
+        (inputs,) = read_inputs([FinetuneConfig(
             task="mr", data_dir=str(tmp_path / "mr.csv"), max_seq_length=32, test_fraction=share,
             model_name_or_path=tiny_encoder, output_dir=str(tmp_path / "run"),
-        )).identities.values()
+        )])
+        (identities[share],) = inputs.identities.values()
     assert identities[None] == identities[0.1]
     with pytest.raises(ConfigError, match="made with --test_fraction 0.1, and this run has 0.3"):
         compare(identities[None], identities[0.3], "--output_dir a", "give another")
