@@ -68,9 +68,8 @@ class Journal:
         if "--deepspeed_config" in words:  # its content counts, not its path
             at = words.index("--deepspeed_config") + 1
             words[at] = file_sha256(words[at]) if os.path.isfile(words[at]) else words[at]
-        root = str(self.root)
-        return [word.replace(root, "OUTPUT_DIR", 1) if f"{word}/".startswith(f"{root}/") else word
-                for word in words]
+        root = re.escape(str(self.root))  # at the start of a word, or of a value of --also
+        return [re.sub(f"^{root}(?=/|$)|(?<==){root}(?=/)", "OUTPUT_DIR", word) for word in words]
 
     def digest(self, step: Step) -> str | None:
         """Return the sha256 of the outputs' records; None if one is missing."""
