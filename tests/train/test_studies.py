@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 from collections import Counter
@@ -277,6 +278,59 @@ def test_a_study_may_be_moved(tmp_path, name):
     assert [len(words) for words in journals[0]] == [len(words) for words in journals[1]]
     assert [[shlex.split(word) for word in words] for words in journals[0]] == [
         [shlex.split(word) for word in words] for words in journals[1]]
+
+
+def end_all(steps: list[pipeline.Step], journal: pipeline.Journal) -> None:
+    """Make the records of all steps, and note them as finished."""
+    journal.root.mkdir(exist_ok=True)
+    for step in steps:
+        for pattern in step.records:
+            path = Path(pattern.replace("*", "1"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+        if step.records:
+            journal.start(step)
+            journal.end(step, 1.0, success=True)
+            assert journal.is_finished(step)
+
+
+OF_NO_SEED = {"naive_bayes", "finetune-none", "finetune-untrained"}
+
+
+@pytest.mark.parametrize(("before", "after", "new"), [
+    ("label_budgets: [100]", "label_budgets: [50, 100, all]",
+     {*OF_NO_SEED, "finetune-random-seed1", "finetune-random-seed2"}),
+    ("pretrain_seeds: [1]\nlabel_budgets: [100]", "label_budgets: [100]", OF_NO_SEED),
+    ("label_budgets: [all, 100]", "label_budgets: [100, all]", set()),
+])
+def test_budgets_and_seeds_may_be_added_to_a_finished_study(tmp_path, before, after, new):
+    """What is there stays, and what is missing is made."""
+    journal = pipeline.Journal(tmp_path / "R")
+    more = "arms: [none, random]\nfloors: {naive_bayes: true, untrained: true}\n"
+    steps, _ = pipeline.plan(load(tmp_path, f"{before}\n{more}"), tmp_path / "R")
+    end_all(steps, journal)
+    made = {step.name for step in steps if step.records}
+    steps, _ = pipeline.plan(load(tmp_path, f"{after}\n{more}"), tmp_path / "R")
+    assert [journal.objection(step) for step in steps] == [None] * len(steps)
+    again = {step.name for step in steps if step.name in made and not journal.is_finished(step)}
+    assert again == new
+
+
+@pytest.mark.parametrize(("after", "complaint"), [
+    ("finetune: {seeds: '13,43', weight_decay: 0.5}", "was ``, is `--weight_decay 0.5`"),
+    ("encoder: F", "was `model_name_or_path=E .*none-seed1-labels100`, is `model_name_or_path=F"),
+])
+def test_a_run_that_would_come_out_otherwise_is_refused(tmp_path, after, complaint):
+    journal = pipeline.Journal(tmp_path / "R")
+    text = "label_budgets: [{}]\narms: [none]\n"
+    steps, _ = pipeline.plan(load(tmp_path, text.format("100, all")), tmp_path / "R")
+    end_all(steps, journal)
+    steps, _ = pipeline.plan(load(tmp_path, f"{text.format(100)}{after}\n"), tmp_path / "R")
+    said = journal.objection(next(step for step in steps if step.name == "finetune-none"))
+    assert re.search(complaint, said), said
+    # One that is not as it was written is another command, too.
+    journal.steps["finetune-none"]["command"] += ["--also", "'"]
+    assert "was run with another command" in journal.objection(steps[-2])
 
 
 def test_cleaning_keeps_the_models_of_all_lengths(tmp_path):

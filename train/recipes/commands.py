@@ -63,14 +63,15 @@ class CommandList:
 
     def train(self, name: str, script: str, section: str, run: Path, flags: dict[str, Any],
               needs: list[str], records: list[str] | None = None,
-              judged: list[str] | None = None, more_runs: Sequence[Path] = ()) -> str:
+              judged: list[str] | None = None, more_runs: Sequence[Path] = (),
+              grows: bool = False) -> str:
         """Add a training command: the section's flags, then the pipeline's own."""
         settings = {"deepspeed_config": self.deepspeed_config, **(self.recipe[section] or {}),
                     **flags, "output_dir": run}
         outputs = [pattern for folder in (run, *more_runs) for pattern in inside(folder, "")]
         return self.add(name, script, settings, outputs=outputs, needs=needs,
                         records=records or model_files(run / "hf"), launched=True,
-                        judged=judged or [])
+                        judged=judged or [], grows=grows)
 
     def finetune(self, name: str, section: str, runs: Sequence[Tuned], needs: list[str],
                  seeds: str = "", judged: list[str] | None = None) -> str:
@@ -88,7 +89,7 @@ class CommandList:
             [pattern for one in runs for pattern in inside(
                 one.run, "results.jsonl", "seed_*/predictions.jsonl", "seed_*/hf/lineage.json",
                 "seed_*/hf/*.safetensors")],
-            judged, [one.run for one in others],
+            judged, [one.run for one in others], grows=True,
         )
 
 

@@ -272,7 +272,7 @@ class _Planner(MaskPlan):
             [pattern for run in runs for pattern in inside(run, "")],
             [pattern for run in runs
              for pattern in inside(run, "results.jsonl", "seed_0/predictions.jsonl")],
-            compute=lambda: _naive_bayes(task, limits, runs),
+            grows=True, compute=lambda: _naive_bayes(task, limits, runs),
         ))
 
     def untrained(self) -> None:
