@@ -165,9 +165,18 @@ class TrainingConfig(_CommandConfig):
         None, "decay of all weights except biases and norms (default: 0.01)", OPTIMIZATION,
         Bounds(lambda value: 0 <= value < 1, "in [0, 1)"),
     )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "wsd"] | None = _flag(
+        None, "learning rate after the warm-up: linear or cosine decay, constant, or wsd, which is "
+        "constant and decays linearly in the last --decay_ratio of the steps (default: linear)",
+        OPTIMIZATION,
+    )
     warmup_ratio: float | None = _flag(
         None, "fraction of the steps with linear warm-up (default: 0.1)", OPTIMIZATION,
         Bounds(lambda value: 0 <= value <= 1, "in [0, 1]"),
+    )
+    decay_ratio: float | None = _flag(
+        None, "fraction of the steps in which wsd decays (default: 0.1)", OPTIMIZATION,
+        Bounds(lambda value: 0 < value <= 1, "in (0, 1]"),
     )
     max_grad_norm: float | None = _flag(
         None, "largest global gradient norm, clipped beyond (default: 1.0)", OPTIMIZATION, POSITIVE
