@@ -268,7 +268,14 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions, CorruptionOptions):
         "to the second, linearly over the steps of the run (default: 0.15)", DATA, RATES,
         read=_number_or_text, metavar="R",
     )
-    max_steps: int = _flag(1000, "optimizer steps; 0: only write hf/", USUAL, _at_least(0))
+    max_steps: int = _flag(
+        1000, "optimizer steps; 0: only write hf/; more than before extend a run whose schedule is "
+        "constant, or wsd from before its decay", USUAL, _at_least(0)
+    )
+    extend: bool = _flag(
+        False, "with more --max_steps than before, extend a run of any schedule: the new steps "
+        "have a warm-up and a schedule of their own", CHECKPOINTS,
+    )
     per_device_train_batch_size: int | str | None = _flag(  # type: ignore[assignment]
         None, "rows per micro batch per rank; auto: as many as fit the memory of the GPUs",
         OPTIMIZATION, Bounds(lambda value: value == AUTO or value >= 1, "1 or more, or auto"),

@@ -176,7 +176,7 @@ def pretrain(folder, store, still_encoder, other_encoder, other_json) -> Case:
         "eval_mask_index": ({"eval_mask_index": ["random"]}, "--eval_mask_index none, .* has "),
         "export_steps": ({"export_steps": [2, 3]}, "--export_steps none, .* has 2 3"),
     }
-    free = {**FREE, "eval_steps": 2, "last_layer_subset": False,
+    free = {**FREE, "eval_steps": 2, "extend": True, "last_layer_subset": False,
             "head_implementation": "reference", "torch_compile": True}
     return Case("train/pretrain.py", options.PretrainConfig, flags, "finished already", decides,
                 free)

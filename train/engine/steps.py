@@ -91,10 +91,17 @@ def build_engine(
         engine.enable_backward_allreduce = False
     if not upstream:
         zero.bind(engine)
-    # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and at its
-    # step 0. From here, step n of the run has the rate of the schedule's step n.
-    engine.lr_scheduler.step(1)
+    restart_schedule(engine)
     return engine
+
+
+def restart_schedule(engine: Any) -> None:
+    """Give the next step the rate of the schedule's step 1, the one after that of step 2, ...
+
+    DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and at its
+    step 0.
+    """
+    engine.lr_scheduler.step(1)
 
 
 class _LossScaleHistory:
