@@ -331,8 +331,8 @@ def main(argv: list[str] | None = None) -> None:
         build(args, store, shards, policies, tokenizer)
     missing = [path for name in names for path in missing_arrays(store, name, "mask")]
     if missing:
-        print(f"{len(missing)} of {len(names) * len(store.shards)} shards are missing, the first: "
-              f"{missing[0]}")
+        say(f"{len(missing)} of {len(names) * len(store.shards)} shards are missing, the first: "
+            f"{missing[0]}")
         return
     counted = [name for name in (args.name, args.match) if name]
     statistics = count_masks(store, counted, max_tokens=MAX_COUNTED)
@@ -379,7 +379,7 @@ def build(
                 check_one_origin(
                     store, name, "mask", f"--name {name}", made_by=made_by, shards=shards)
             if has_array(shard, name, "mask", made_by["identity"], args.overwrite):
-                print(f"{array_path(shard, name, 'mask')}: complete, made with the same options")
+                say(f"{array_path(shard, name, 'mask')}: complete, made with the same options")
             else:
                 work.append((name, epoch, policy, number, made_by))
     if not work:
@@ -407,7 +407,7 @@ def build(
             )
             say(str(write_array(shards[number], name, "mask", positions, made_by)))
     if exact:
-        print(_exactness(exact))
+        say(_exactness(exact))
 
 
 def _made_by(

@@ -59,7 +59,7 @@ from preprocess.files import read_json
 from preprocess.flags import USUAL, Parser
 from preprocess.identity import build as build_identity
 from preprocess.identity import compare, digest, sealed
-from preprocess.progress import Progress, say
+from preprocess.progress import Progress, say, show
 from preprocess.store import (
     Shard,
     StoreWriter,
@@ -368,7 +368,7 @@ def _describe_selection(
             })
     every = np.concatenate(taken)
     num_documents = int(corpus.documents.sum())
-    say(Table.of("Documents by length", rows, "The log weight is ln p(texts of --like) - ln "
+    show(Table.of("Documents by length", rows, "The log weight is ln p(texts of --like) - ln "
                  "p(corpus) per word and pair of words; above 0 is more like the texts.").as_text())
     say(f"log weight {corpus.means.sum() / num_documents:.3f} in {num_documents:,} documents, "
         f"{every['mean'].mean():.3f} in the {len(every):,} taken")
@@ -455,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
                  "drop_leaked": args.drop_leaked, "version": SELECTION_VERSION},
     )
     if args.output and is_made(args.output, identity, args.overwrite):
-        print(f"{args.output}: complete, made with the same options")
+        say(f"{args.output}: complete, made with the same options")
         if test is not None:
             known = read_leakage(args.output)
             # The command was killed between the store and its count, or another task was counted.

@@ -231,21 +231,20 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
     if missing and args.shard_index is None:
         raise DataError(f"{args.output}.json: not written; {missing}")
     if missing:
-        print(f"{args.output}.json: not written yet; {missing}", flush=True)
+        say(f"{args.output}.json: not written yet; {missing}")
     elif not to_make:
         tidy_store(args.output)  # after a run that was killed when it had just joined the shards
     else:
         counts = read_json(f"{args.output}.json")["counts"]  # opening the store reads the index
         rate = counts["tokens"] / seconds
-        print(
+        say(
             f"{args.output}: {counts['documents']:,} documents, {counts['sequences']:,} sequences, "
-            f"{counts['tokens']:,} tokens; {seconds:.1f} s, {rate:,.0f} tokens/s",
-            flush=True,
+            f"{counts['tokens']:,} tokens; {seconds:.1f} s, {rate:,.0f} tokens/s"
         )
     made = [shard_prefix(args.output, *s) if s else args.output for s in shards]
     if html := _describe_html(args, made):
         say(html)
-    print(_describe_tokenizing(args, tokenizer, made), flush=True)
+    say(_describe_tokenizing(args, tokenizer, made))
 
 
 def _describe_html(args: argparse.Namespace, prefixes: list[str]) -> str:
@@ -321,7 +320,7 @@ def _is_made(
         return False
     TokenStore.open(prefix, verify=True)  # report damage here, not later
     tidy_store(prefix)
-    print(f"{prefix}: complete already, skipped", flush=True)
+    say(f"{prefix}: complete already, skipped")
     return True
 
 
@@ -595,10 +594,10 @@ def _adopt_one(
                 progress.add(1, sum(map(len, kept)))
         writer.close(counts)
     said = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
-    print(f"{writer.prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens, "
-          f"{said}", flush=True)
-    print(describe_tokenizing(
-        tokenizer, args.tokenizer, writer.num_tokens, counts["unknown_tokens"]), flush=True)
+    say(f"{writer.prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens, "
+        f"{said}")
+    say(describe_tokenizing(
+        tokenizer, args.tokenizer, writer.num_tokens, counts["unknown_tokens"]))
 
 
 if __name__ == "__main__":

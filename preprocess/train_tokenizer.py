@@ -21,7 +21,7 @@ from preprocess.corpus import read_documents
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import temporary_path
 from preprocess.flags import USUAL, Parser
-from preprocess.progress import Progress
+from preprocess.progress import Progress, say
 from preprocess.store import MAX_VOCAB
 
 # In the order of their ids.
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     note = "" if len(tokenizer) == args.vocab_size else ", all that this text yields"
-    print(f"{output}: {args.kind}, {len(tokenizer):,} ids{note}", flush=True)
+    say(f"{output}: {args.kind}, {len(tokenizer):,} ids{note}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import atomic_write_json
 from preprocess.flags import USUAL, Parser
 from preprocess.masking import MATCHED, STRATEGIES, Sequences, find_candidates
-from preprocess.progress import Progress, say
+from preprocess.progress import Progress, say, show
 from preprocess.store import TokenStore
 from preprocess.view.tables import Table
 from train import engine, model
@@ -180,7 +180,7 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }, args.rounds)
     differ = {name: count_differences(found[name], found[ALONE]) for name in (PUBLISHED, *ours)}
     table = Table.of(given.title, rows)
-    say(f"\n{table.as_text()}\ntokens annotated otherwise than one per pass: "
+    show(f"\n{table.as_text()}\ntokens annotated otherwise than one per pass: "
         + ", ".join(f"{count} by {name}" for name, count in differ.items()))
     return {"rows": rows, "sequences": len(given.queries), "differ": differ}
 
@@ -246,7 +246,7 @@ def compare_measures(args: argparse.Namespace, device: torch.device) -> dict[str
     chance = float(np.mean([one.mean() for one in some]))
     by_construction = count_differences(target, found)
     table = Table.of(given.title, rows)
-    say(f"\n{table.as_text()}\n{len(only_right(found)):,} sequences are classified correctly; "
+    show(f"\n{table.as_text()}\n{len(only_right(found)):,} sequences are classified correctly; "
         f"{by_construction:,} last tokens are important to {importance.BUFFER} by construction; "
         f"chance in the {len(some):,} sequences with other marks: average precision {chance:.3f}")
     return {"rows": rows, "sequences": len(given.queries), "right": len(only_right(found)),
@@ -323,7 +323,7 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
         {PUBLISHED: way(cut=in_order, min_width=length), **ours}, args.rounds)
     table = Table.of(
         f"Scoring {len(offsets) - 1:,} sentences of {len(tokens):,} tokens of {prefix}", rows)
-    say(f"\n{table.as_text()}")
+    show(f"\n{table.as_text()}")
     agree = {}
     for name in ours:
         one, published = (found[each].astype(np.float64) for each in (name, PUBLISHED))
@@ -420,8 +420,7 @@ def main(argv: list[str] | None = None) -> None:
     result["scoring"] = [score(args, prefix, device) for prefix in args.tokens]
     file = Path(args.output_dir) / "benchmark_inference.json"
     atomic_write_json(file, result)
-    say(f"\nwrote {file}")
-    say(json.dumps(result))
+    show("\n" + json.dumps({"benchmark": "inference", "file": str(file)}))
 
 
 if __name__ == "__main__":

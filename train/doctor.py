@@ -29,7 +29,7 @@ from pathlib import Path
 
 from preprocess.errors import ConfigError, run_command
 from preprocess.flags import USUAL, Parser
-from preprocess.progress import say
+from preprocess.progress import show
 
 ROOT = Path(__file__).resolve().parents[1]
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -302,12 +302,12 @@ def main(argv: list[str] | None = None) -> None:
     failed = [finding.name for finding in findings if finding.status == "fail"]
     if options.json:
         checks = [asdict(finding) for finding in findings]
-        say(json.dumps({"ok": not failed, "checks": checks}, indent=1))
+        show(json.dumps({"ok": not failed, "checks": checks}, indent=1))
     else:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
             remedy = f"  ->  {finding.remedy}" if finding.remedy else ""
-            say(f"{finding.status:4}  {finding.name:{width}}  {finding.found}{remedy}")
+            show(f"{finding.status:4}  {finding.name:{width}}  {finding.found}{remedy}")
     if failed:
         raise ConfigError(f"not ready to train: {', '.join(failed)}; do what the table says")
 

@@ -92,7 +92,7 @@ def test_the_entry_point_and_the_version(monkeypatch, capsys):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     scripts = setup["options.entry_points"]["console_scripts"].split("\n")
-    assert scripts == ["", "selmask = train.cli:main"]
+    assert scripts == ["", "selmask = selmask:main"]
     assert exit_of(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"selmask {setup['metadata']['version']}\n"
 

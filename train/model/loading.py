@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from preprocess.corpus import resolve_path
 from preprocess.errors import ConfigError
-from preprocess.progress import say
+from preprocess.progress import level_of_libraries, say
 from train.model.families import FAMILIES
 from train.model.folder import (
     check_config,
@@ -40,10 +40,10 @@ SCORER_LABELS = ("other", "important")
 
 
 def _quiet_transformers() -> None:
-    """Keep transformers' loading reports and bars off the terminal."""
+    """Keep transformers' loading reports and bars off the terminal, but for `--log_level`."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.log_levels[(level_of_libraries() or "error").lower()])
     logging.disable_progress_bar()
 
 

@@ -27,6 +27,7 @@ from train.recipes.steps import (
     model_files,
     store_files,
 )
+from train.shipped import DS_CONFIGS, find_shipped
 from train.stages.floors import write_naive_bayes
 
 MASK_RATE = 0.15  # the default of build_masks.py and of pretrain.py alike
@@ -63,7 +64,9 @@ class _Planner:
         self.ready = "leakage" if drop else "tokenize-domain"
         self.steps: list[Step] = []
         self.arms: list[dict[str, Any]] = []
-        self.deepspeed_config = _find_config(recipe["deepspeed_config"])
+        chosen = recipe["deepspeed_config"]
+        self.deepspeed_config = chosen and str(
+            find_shipped(chosen, DS_CONFIGS, "recipe: deepspeed_config"))
         self.tokenizer = recipe["tokenizer"] or recipe["encoder"]
 
     def build(self) -> None:
@@ -378,13 +381,6 @@ class _Planner:
         first = _seeds(recipe["finetune"]).split(",")[0]  # a baseline needs no interval
         self.finetune("finetune-untrained", "finetune", run, model / "hf", [name], seeds=first)
         return run
-
-
-def _find_config(path: str | None) -> str | None:
-    """Return a DeepSpeed JSON as given, or the repository's one of that name."""
-    if path and not Path(path).exists() and (REPOSITORY / path).exists():
-        return str(REPOSITORY / path)
-    return path
 
 
 def _naive_bayes(task: dict[str, Any], limits: dict[str, int | None], run: Path) -> None:
