@@ -102,6 +102,8 @@ def build_parser() -> Parser:
     add("--label_column", default="label", metavar="NAME", help="column with the label")
     add("--pair_column", metavar="NAME", help="column with the aspect")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw of --like")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, print the plan, and exit")
     return parser
 
 
@@ -454,8 +456,15 @@ def main(argv: list[str] | None = None) -> None:
         options={"like": target and target.digest, "number": args.number,
                  "drop_leaked": args.drop_leaked, "version": SELECTION_VERSION},
     )
-    if args.output and is_made(args.output, identity, args.overwrite):
+    made = bool(args.output) and is_made(args.output, identity, args.overwrite)
+    if made:
         say(f"{args.output}: complete, made with the same options")
+    if args.dry_run:
+        if not made:
+            say(f"{args.tokens}: {store.num_documents:,} documents to look through"
+                + (f", for {args.output}" if args.output else ""))
+        return
+    if made:
         if test is not None:
             known = read_leakage(args.output)
             # The command was killed between the store and its count, or another task was counted.
@@ -478,13 +487,13 @@ def main(argv: list[str] | None = None) -> None:
     with suppress(FileNotFoundError):  # of a store that is replaced
         os.unlink(leakage_path(args.output))
     write_store(reader, args.output, choose_of, identity, args.overwrite)
-    made = TokenStore.open(args.output)
-    say(f"{args.output}: {made.num_documents:,} of {store.num_documents:,} documents, "
-        f"{made.num_sequences:,} sequences, {made.num_tokens:,} of {store.num_tokens:,} tokens"
+    new = TokenStore.open(args.output)
+    say(f"{args.output}: {new.num_documents:,} of {store.num_documents:,} documents, "
+        f"{new.num_sequences:,} sequences, {new.num_tokens:,} of {store.num_tokens:,} tokens"
         + (f"; {len(out):,} documents with test texts of {args.task} dropped"
            if args.drop_leaked else ""))
     if test is not None:
-        count_leakage(Reader(made), test, len(out))
+        count_leakage(Reader(new), test, len(out))
         say(describe_leakage(args.output))
 
 

@@ -39,6 +39,7 @@ import numpy as np
 from preprocess.corpus import (
     check_file,
     cut_part,
+    describe_first,
     find_html,
     hash_part,
     num_bytes,
@@ -115,6 +116,8 @@ def build_parser() -> Parser:
         f"cut sequences longer than {MAX_ADOPTED_LENGTH:,} tokens, and write a complete store")
     add("--verify", action="store_true", help="only hash every byte of --output and of the arrays "
         "beside it")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, print the plan, and exit")
     return parser
 
 
@@ -225,6 +228,14 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
         shards = [(i, args.num_shards) for i in range(args.num_shards)
                   if args.shard_index in (None, i)]
     to_make = [s for s in shards if not _is_made(args, s, options, files, tokenizer)]
+    if args.dry_run:
+        for line in describe_first(args.input, args.text_column, where=args.where,
+                                   split=args.split,
+                                   blank_line_documents=args.blank_line_documents):
+            say(line)
+        say(f"{args.output}: {len(to_make)} of {args.num_shards} shards to be made, by "
+            f"{args.num_workers} processes")
+        return
     if to_make:
         seconds = _make_all(args, tokenizer, options, to_make)
     missing = join_shards(args.output, args.num_shards) if args.num_shards > 1 else ""
@@ -319,7 +330,8 @@ def _is_made(
     if not os.path.exists(f"{prefix}.json"):
         return False
     TokenStore.open(prefix, verify=True)  # report damage here, not later
-    tidy_store(prefix)
+    if not args.dry_run:
+        tidy_store(prefix)
     say(f"{prefix}: complete already, skipped")
     return True
 
@@ -547,6 +559,12 @@ def adopt(args: argparse.Namespace, tokenizer: Any) -> None:
     in_place = sources == [args.output]
     if not in_place and os.path.exists(args.output + ".bin") and not args.overwrite:
         raise ConfigError(f"{args.output}.bin: exists; give another --output or --overwrite")
+    if args.dry_run:
+        for source in sources:
+            check_file(Path(f"{source}.bin"))
+            check_file(Path(f"{source}.idx"))
+        say(f"{args.output}: to be made of {', '.join(sources)}")
+        return
     options = {
         "adopted": sources if len(sources) > 1 else sources[0],
         "max_sequence_length": MAX_ADOPTED_LENGTH,

@@ -289,8 +289,8 @@ def first_sentences(store: TokenStore, max_tokens: int) -> tuple[np.ndarray, np.
     return np.concatenate(tokens), np.cumsum(np.concatenate([[0], *lengths]))
 
 
-def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[str, Any]:
-    """Score the first sentences of a store in each way."""
+def read_scorer(args: argparse.Namespace, prefix: str) -> tuple[TokenStore, Any, Any]:
+    """Open a store to score, the scorer's configuration and its tokenizer; check that they fit."""
     name, length = args.scorer, args.score_length
     config = model.load_config(name)
     check_trained(config, "ForTokenClassification", name, "give the hf/ of train/fit_scorer.py")
@@ -298,6 +298,13 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
     model.check_agreement(config, tokenizer, name, store=store,
                           remedy=f"tokenize with --tokenizer {name}")
     model.check_row_length(config, length)
+    return store, config, tokenizer
+
+
+def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[str, Any]:
+    """Score the first sentences of a store in each way."""
+    name, length = args.scorer, args.score_length
+    store, config, tokenizer = read_scorer(args, prefix)
     tokens, offsets = first_sentences(store, args.max_tokens)
     template = special_template(tokenizer, pair=False)
     labels = tuple(config.id2label[i] for i in range(config.num_labels))
@@ -389,6 +396,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     for name, default, text in numbers:
         add(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, print the plan, and exit")
     args = parser.parse_args(
         argv, max_samples=1, max_tokens=1, annotate_length=8, score_length=8, batch_tokens=1,
         rounds=1)
@@ -412,6 +421,13 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse_arguments(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.dry_run:
+        if args.classifier:
+            say(read_queries(args, device).title)
+        for prefix in args.tokens:
+            tokens, offsets = first_sentences(read_scorer(args, prefix)[0], args.max_tokens)
+            say(f"Scoring {len(offsets) - 1:,} sentences of {len(tokens):,} tokens of {prefix}")
+        return
     result: dict[str, Any] = {"benchmark": "inference", **environment(), "options": vars(args)}
     if args.importance:
         result["importance"] = compare_measures(args, device)

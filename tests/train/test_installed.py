@@ -117,7 +117,7 @@ def scripts(wheel, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def hostile(tmp_path, monkeypatch) -> Path:
+def hostile(tmp_path) -> Path:
     """A working folder with files of the names of our packages, which fail where they are run."""
     folder = tmp_path / "work"
     for name in OTHERS:

@@ -31,6 +31,7 @@ from train.model.loading import (
     load_tokenizer,
     local_checkpoint,
     named_config,
+    other_outputs,
 )
 from train.model.packed import PackedMaskedLM
 
@@ -63,6 +64,7 @@ __all__ = [
     "local_checkpoint",
     "missing_for_compiling",
     "named_config",
+    "other_outputs",
     "peak_flops",
     "token_rows",
     "uncompiled",
