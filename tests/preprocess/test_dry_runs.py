@@ -36,7 +36,8 @@ COMMANDS = {
     "score_words --tokens P --measure tfidf --name new": "0 of 1 shards are scored already",
     "build_masks --tokens P --strategy selective --scores mr --name new":
         "1 of 1 indices to be made; selective: ",
-    "build_masks --tokens P --strategy random --name new --epochs 3": "3 of 3 indices to be made",
+    "build_masks --tokens P --strategy sampled --scores mr --name new --epochs 3":
+        "3 of 3 indices to be made",
     "select_documents --tokens P --like F --number 5 --output O":
         "120 documents to look through, for ",
     "select_documents --tokens P --task custom --train_file TRAIN --test_file TEST":
@@ -79,7 +80,8 @@ def test_a_dry_run_says_what_is_finished(words, tmp_path, capsys):
      "no column 'body'"),
     ("tokenize_corpus --input TRAIN --text_column body --tokenizer T --output O", DataError,
      "no column 'body'"),
-    ("tokenize_corpus --input F --tokenizer T --output P", ConfigError, "other options"),
+    ("tokenize_corpus --input F --tokenizer T --output P --no-split_sentences", ConfigError,
+     "other options"),
     ("tokenize_corpus --adopt --input F --tokenizer T --output O", DataError, "no such file"),
     ("score_words --tokens P --measure lexicon --lexicon absent.csv --name new", DataError,
      "absent.csv"),
