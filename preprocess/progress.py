@@ -58,6 +58,12 @@ def say(text: str) -> None:
         show(text)
 
 
+def print_news(text: str) -> None:
+    """Print a line about the work of a pipeline, which has no ranks itself, as `say` does."""
+    if _is_printed("info"):
+        print_line(text)
+
+
 def show(text: str) -> None:
     """Print what was asked for: lines on rank 0, above the bar, control characters escaped."""
     text = visible(text, kept="\n")

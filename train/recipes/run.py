@@ -27,7 +27,7 @@ from preprocess import launchers
 from preprocess.errors import ConfigError, DataError, StopRequested, visible
 from preprocess.files import atomic_write_json, file_sha256, read_json, tell_stopping
 from preprocess.identity import digest
-from preprocess.progress import print_line
+from preprocess.progress import print_line, print_news
 from train.config import PipelineConfig
 from train.recipes.nodes import FirstNode, OtherNode, first_address
 from train.recipes.steps import Step
@@ -216,7 +216,7 @@ def run_steps(
             journal.end(step, time.monotonic() - started, success)
         check_outputs(step, journal, log)
         now = time.monotonic()
-        print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total", flush=True)
+        print_news(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total")
         clean(step, options)
         judge(step, options)
     if left:
@@ -241,7 +241,7 @@ def is_fresh(step: Step, title: str, journal: Journal, options: PipelineConfig) 
         _refuse(objection)
     if objection or not journal.is_finished(step):
         return False
-    print(f"{title}: finished, skipped", flush=True)
+    print_news(f"{title}: finished, skipped")
     clean(step, options)
     judge(step, options)
     return True
@@ -257,11 +257,11 @@ def begin_step(
         lead: of each line below the title. gpu: as of `started_as`.
     """
     objection = journal.objection(step)
-    print(f"{title}: {visible(objection)}" if objection else title, flush=True)
+    print_news(f"{title}: {visible(objection)}" if objection else title)
     for path in _existing(step) if objection or not step.resumes else ():
-        print(f"{lead}deleting {visible(path)}", flush=True)
+        print_news(f"{lead}deleting {visible(path)}")
         shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-    print(f"{lead}{shown(step, options, gpu)}", flush=True)
+    print_news(f"{lead}{shown(step, options, gpu)}")
     started = time.monotonic()
     journal.start(step)
     return started
