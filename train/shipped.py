@@ -27,7 +27,7 @@ def find_shipped(given: str | Path, folder: Path, flag: str) -> Path:
     """
     text, suffix = str(given), SUFFIXES[folder]
     named = folder / f"{text}{suffix}"
-    if named.parent == folder and named.is_file():
+    if "/" not in text and named.is_file():
         return named
     if Path(text).is_file():
         return Path(text)

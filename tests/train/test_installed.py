@@ -142,7 +142,8 @@ def test_nothing_in_the_working_folder_is_taken_for_the_installed_package(
     selmask, python = scripts / "selmask", scripts / "python"
     packages = str(next(scripts.parent.glob("lib/python*/site-packages")))
     # An empty entry in PYTHONPATH is the working folder.
-    assert f"train from {packages}," in start([selmask, "doctor"], hostile, PYTHONPATH=os.pathsep)
+    found = start([selmask, "doctor"], hostile, PYTHONPATH=os.pathsep)
+    assert f"preprocess, train, csrc from {packages}\n" in found
     start([selmask, "tokenize_corpus", "--input", reviews_file, "--tokenizer", tiny_encoder,
            "--output", "tokens/reviews", "--num_workers", "2"], hostile)
     training = ["--tokens", "tokens/reviews", "--model_name_or_path", tiny_encoder, "--max_steps",

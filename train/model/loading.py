@@ -96,9 +96,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def _is_decoder(config: Any) -> bool:
-    kind = _kind(config)
-    return (bool(getattr(config, "is_decoder", False) or config.is_encoder_decoder)
-            or kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")))
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return True
+    return _kind(config).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def named_config(name: str, vocab_size: int, pad_token_id: int) -> Any:
