@@ -38,8 +38,8 @@ def plan(recipe: dict[str, Any], output_dir: str | Path) -> tuple[list[Step], li
           `run_masking`: those of each run;
         - `arm`, `labels` (a number, "all", or null without budgets), `stage1_steps` (null without
           stage 1), `stage2_steps` (0 for the arm without stage 2, null for baselines) and
-          `mid_schedule`, whether that length is of a run that went on, and whose learning rate a
-          run of that length alone would have had lower by then;
+          `mid_schedule`, whether the run went on, at a learning rate that a run of that length
+          alone would not have had any more;
         - of an arm its policy: `strategy`, `scores`, `units`, `rate`, `corruption`, and `match`,
           the arm that it matches.
     """
@@ -252,7 +252,8 @@ class _Planner(MaskPlan):
             "floor": policy is None,
             "masking": list(dict.fromkeys(step for _, _, steps in runs for step in steps)),
             **(policy or {}), "arm": arm, "labels": budget, "stage1_steps": stage1,
-            "stage2_steps": stage2, "mid_schedule": bool(self.decays and stage2 and stage2 < self.end),
+            "stage2_steps": stage2,
+            "mid_schedule": bool(self.decays and stage2 and stage2 < self.end),
             "pretrain_seeds": [seed for _, seed, _ in runs],
             "run_masking": [steps for _, _, steps in runs],
         })
