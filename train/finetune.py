@@ -7,7 +7,7 @@ comparison share seeds: the seed alone determines the head, the order and the dr
     deepspeed train/finetune.py --deepspeed_config ds_configs/cpu.json --task mr --data_dir D \
         --model_name_or_path R2/hf --seeds 13,43,83 --output_dir R3
 
-writes `R3/results.jsonl` (one row per seed) and `R3/seed_N/{hf/, predictions.jsonl, tb/}`. A seed
+writes `R3/results.jsonl` (one row per seed) and `R3/seed_N/{hf/, predictions.jsonl}`. A seed
 that has both its row and its folder is finished and is not trained again.
 """
 
@@ -26,7 +26,6 @@ from preprocess.errors import DataError, run_command, visible
 from preprocess.files import write_json_lines
 from preprocess.identity import compare, digest, sealed
 from preprocess.progress import say
-from preprocess.text.encode import prepare_backend
 from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, gather_objects, is_main, start
 from train.model import (
@@ -41,6 +40,7 @@ from train.reports.results import number, read_json_lines, read_predictions
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir, sole_writer
 from train.run_dir.hf_folder import Weights, is_whole, open_weights
+from train.run_dir.hub import announce
 from train.run_dir.identity import (
     hyperparameters,
     numerics,
@@ -53,8 +53,9 @@ from train.run_dir.metrics import (
     TEST_MACRO_F1,
     MetricsWriter,
 )
-from train.stages.examples import Examples, make_examples
+from train.stages.examples import Examples, encode_inputs, make_examples
 from train.stages.scores import accuracy, least_share, macro_f1, softmax
+from train.stages.sharing import describe_task, share
 from train.stages.startup import Startup
 from train.stages.supervised import (
     describe_plan,
@@ -73,25 +74,16 @@ TAGS = {"loss": EVAL_LOSS, "accuracy": EVAL_ACCURACY, "macro_f1": EVAL_MACRO_F1}
 def encode(
     tokenizer: Any, examples: list[Example], max_seq_length: int, segments: bool
 ) -> Examples:
-    """Turn a split into `[CLS] text [SEP]` or `[CLS] aspect [SEP] text [SEP]`.
-
-    The input is cut to `max_seq_length`, always from its longer part, so that an aspect never
-    exceeds the limit. A special token written in a text is text (`prepare_backend`).
+    """Turn a split into examples, by `encode_inputs`.
 
     Args:
         segments: whether the model distinguishes the two parts by token types.
     """
     texts = [example.text for example in examples]
     aspects = [example.aspect or "" for example in examples]
-    parts = (aspects, texts) if any(aspects) else (texts,)
-    backend = prepare_backend(tokenizer)
-    backend.enable_truncation(max_seq_length, strategy="longest_first")
-    encoded = backend.encode_batch(texts if len(parts) == 1 else list(zip(*parts, strict=True)))
+    ids, types = encode_inputs(tokenizer, texts, aspects if any(aspects) else None, max_seq_length)
     labels = [example.label for example in examples]
-    return make_examples(
-        [one.ids for one in encoded], [one.type_ids for one in encoded] if segments else None,
-        labels, [1.0] * (max(labels) + 1),
-    )
+    return make_examples(ids, types if segments else None, labels, [1.0] * (max(labels) + 1))
 
 
 @dataclass(frozen=True)
@@ -251,6 +243,7 @@ def run_seed(
         inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
         seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
         tokenizer=inputs.tokenizer, parent=inputs.parent, run_dir=seed_dir, device=device,
+        about=describe_task(task.name, inputs.splits, config.model_name_or_path),
         records=records,
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=task.name,
@@ -323,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     for line in describe_plan(config, inputs.resolved, train, num_seeds):
         say(line)
     say(inputs.head)
+    announce(config.push_to_hub)
     if config.dry_run:
         say(str(startup))
         return
@@ -334,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare_run_dir(config, inputs.resolved)
         run_seeds(inputs, rows)
     finish()
+    share(config, rows)
 
 
 def log_test(log: MetricsWriter, row: dict[str, Any]) -> None:
@@ -380,7 +375,8 @@ def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
             if is_main():
                 remove_resume_state(seed_dir)  # a kill may have come in between
                 if not has_test(seed_dir):
-                    log_test(MetricsWriter(seed_dir, rows[seed]["steps"]), rows[seed])
+                    log_test(MetricsWriter(seed_dir, rows[seed]["steps"], "finetune",
+                                           config.report_to), rows[seed])
             continue
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]

@@ -75,7 +75,7 @@ def training(other_json: str) -> dict[str, tuple[dict[str, Any], str]]:
 
 FREE = {"precision": "config", "allow_world_size_change": True, "logging_steps": 3,
         "save_steps": 2, "save_total_limit": 3,
-        "gradient_checkpointing": True, "trust_remote_code": True}
+        "gradient_checkpointing": True, "trust_remote_code": True, "report_to": "none"}
 WEIGHTS = r"--model_name_or_path \(weights\) [0-9a-f]{16}, and this run has "
 
 
@@ -176,7 +176,7 @@ def pretrain(folder, store, still_encoder, other_encoder, other_json) -> Case:
     free = {**FREE, "eval_steps": 2, "last_layer_subset": False,
             "head_implementation": "reference", "torch_compile": True}
     return Case("train/pretrain.py", options.PretrainConfig, flags, "finished already", decides,
-                free)
+                free, {"push_to_hub", "hub_private"})
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def finetune(folder, task, still_encoder, other_encoder, other_json) -> Case:
     # A seed is a run of its own: others may be added to those that are there.
     free = {**FREE, "seed": 7, "per_device_eval_batch_size": 5}
     return Case("train/finetune.py", options.FinetuneConfig, flags, "seed 13: finished already",
-                decides, free, {"seeds"})
+                decides, free, {"seeds", "push_to_hub", "hub_private"})
 
 
 @pytest.fixture(scope="module")

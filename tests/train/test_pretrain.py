@@ -50,12 +50,14 @@ def test_loss_falls_and_is_written(plain_run):
     assert "[MASK" not in logged(plain_run, metrics.EXAMPLE)[0]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(plain_run / "tb")).Reload()
+    events = EventAccumulator(str(plain_run)).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {metrics.TRAIN_LOSS, metrics.GRAD_NORM, metrics.TOKENS_PER_SECOND} <= tags
-    shown = [(event.step, event.value) for event in events.Scalars(metrics.TRAIN_LOSS)]
+    assert {f"pretrain_{tag}" for tag in (
+        metrics.TRAIN_LOSS, metrics.GRAD_NORM, metrics.TOKENS_PER_SECOND)} <= tags
+    shown = [(event.step, event.value) for event in events.Scalars("pretrain_train/loss")]
     np.testing.assert_allclose(shown, list(enumerate(losses, start=1)), rtol=1e-6)
-    assert [event.step for event in events.Tensors(f"{metrics.EXAMPLE}/text_summary")] == [0, 2, 4]
+    texts = events.Tensors("pretrain_eval/example/text_summary")
+    assert [event.step for event in texts] == [0, 2, 4]
     for name in ("config.resolved.yaml", "ds_config.resolved.json", "env.json", "latest"):
         assert (plain_run / name).is_file()
     assert yaml.safe_load((plain_run / "config.resolved.yaml").read_text())["max_steps"] == STEPS
