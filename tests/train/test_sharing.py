@@ -17,7 +17,7 @@ from preprocess.errors import ConfigError
 from preprocess.store import TokenStore, write_array
 from tests.support.runs import made_up_stage, pretrained, words
 from tests.support.stores import MEASURED, write
-from train import data, finetune, pretrain
+from train import data, pretrain
 from train.config import FinetuneConfig, PretrainConfig, parse
 from train.run_dir import hub
 from train.run_dir.hf_folder import folder_problem, open_weights, read_stages, write_card
@@ -146,6 +146,16 @@ def test_the_card_of_a_classifier(folder, tuned, store):
         assert open_weights(str(tuned / f"seed_{seed}" / "hf")).stages  # as whole as before
 
 
+def test_intervals_by_hand():
+    """Student's t at 0.975: 12.7062 for two seeds, 4.30265 for three."""
+    assert Score("a", (0.7, 0.9), 9).interval() == pytest.approx((0.8 - 1.27062, 0.8 + 1.27062),
+                                                                 abs=1e-5)
+    half = 4.30265 * (0.0026 / 2) ** 0.5 / 3 ** 0.5
+    assert Score("a", (0.80, 0.82, 0.87), 9).interval() == pytest.approx((0.83 - half, 0.83 + half),
+                                                                         abs=1e-5)
+    assert Score("a", (0.8,), 9).interval() is None
+
+
 def test_the_card_of_one_seed_has_no_interval():
     stages = [made_up_stage("finetune", steps=3)]
     text = model_card(stages, "x", Model("text-classification"), [Score("accuracy", (0.8,), 50)])
@@ -256,7 +266,8 @@ class FakeApi:
         self.made.append((repo_id, private))
         from huggingface_hub import RepoUrl
 
-        return RepoUrl(f"https://huggingface.co/me/{repo_id}")
+        name = repo_id if "/" in repo_id else f"me/{repo_id}"
+        return RepoUrl(f"https://huggingface.co/{name}")
 
     def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
         assert folder_problem(Path(folder_path)) is None  # whole
@@ -297,20 +308,20 @@ def test_fine_tuning_pushes_the_seed_that_validation_chooses(tuned, flags, api, 
     rows = [json.loads(line) for line in before.splitlines()]
     rows[1]["validation_accuracy"] = rows[0]["validation_accuracy"] + 0.01
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finetune.main(words({**flags, "push_to_hub": "me/films", "hub_private": True}))
+    run_here("train/finetune.py", *words({**flags, "push_to_hub": "me/films", "hub_private": True}))
     path.write_text(before)
     ((repo, private),), ((_, sent, card),) = api.made, api.sent
     assert (repo, private) == ("me/films", True) and sent == tuned / "seed_2" / "hf"
     assert "model='me/films'" in card and "| accuracy |" in card
     said = capsys.readouterr().out
     assert "of 2 seeds, 2 is pushed" in said and "pushed" in said.splitlines()[-1]
-    finetune.main(words(flags))  # the card is that of the folder again
+    run_here("train/finetune.py", *words(flags))  # the card is that of the folder again
     assert "model='.'" in (tuned / "seed_2" / "hf" / "README.md").read_text()
 
 
-def test_a_push_that_fails_loses_nothing(tuned, flags, api, capsys):
+def test_a_push_that_fails_loses_nothing(tuned, flags, api, run_here, capsys):
     api.error = OSError("no network\nand much more")
-    finetune.main(words({**flags, "push_to_hub": "films", "hub_private": True}))  # exit code 0
+    run_here("train/finetune.py", *words({**flags, "push_to_hub": "films", "hub_private": True}))
     said = capsys.readouterr().out.splitlines()[-1]
     hf = tuned / "seed_1" / "hf"
     best = hf if f"{hf}:" in said else tuned / "seed_2" / "hf"

@@ -169,7 +169,7 @@ def front_matter(
         language=language if re.fullmatch("[a-z]{2,3}", language) else None,
         base_model=base if _HUB_NAME.fullmatch(base) else None,
         pipeline_tag=model.kind or None,
-        **({"model_name": visible(title), "eval_results": results} if results else {}),
+        model_name=visible(title) if results else None, eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---"
 
