@@ -22,6 +22,7 @@ from train.config import FinetuneConfig, PretrainConfig, parse
 from train.run_dir import hub
 from train.run_dir.hf_folder import folder_problem, open_weights, read_stages, write_card
 from train.run_dir.model_card import Model, Score, model_card
+from train.stages.sharing import push_best
 
 RATE = 0.3
 
@@ -315,6 +316,9 @@ def test_fine_tuning_pushes_the_seed_that_validation_chooses(tuned, flags, api, 
     assert "model='me/films'" in card and "| accuracy |" in card
     said = capsys.readouterr().out
     assert "of 2 seeds, 2 is pushed" in said and "pushed" in said.splitlines()[-1]
+    last = {**flags, "epoch": "last", "push_to_hub": "me/films"}
+    push_best(parse(FinetuneConfig, words(last)), dict.fromkeys((1, 2), {"validation_accuracy": 0}))
+    assert "of 2 seeds, 1 is pushed: the first one" in capsys.readouterr().out
     run_here("train/finetune.py", *words(flags))  # the card is that of the folder again
     assert "model='.'" in (tuned / "seed_2" / "hf" / "README.md").read_text()
 
@@ -364,3 +368,5 @@ def test_wrong_names_are_refused_at_once(words, message):
         parse(config, [*needed, "--push_to_hub", "me/films", "--hub_private"])
         with pytest.raises(ConfigError, match=message):
             parse(config, [*needed, *words])
+    with pytest.raises(ConfigError, match="--push_to_hub me/films names one repository, and --al"):
+        parse(FinetuneConfig, [*tuning, "--push_to_hub", "me/films", "--also", "output_dir=r2"])

@@ -9,7 +9,6 @@ from typing import Any
 from preprocess.corpus import Example
 from preprocess.progress import say
 from train.config import FinetuneConfig
-from train.engine import is_main
 from train.run_dir import hub
 from train.run_dir.hf_folder import write_card
 from train.run_dir.model_card import Score, public_name
@@ -40,23 +39,26 @@ def read_scores(rows: Sequence[Mapping[str, Any]]) -> list[Score]:
     return found
 
 
-def share(config: FinetuneConfig, rows: Mapping[int, Mapping[str, Any]]) -> None:
-    """Write the scores of all seeds into each model's card; push one model, if it is asked for.
-
-    Of several seeds the one with the best validation accuracy is pushed (the first of equals): the
-    test split chooses nothing.
-    """
-    if not is_main():
-        return
+def write_cards(config: FinetuneConfig, rows: Mapping[int, Mapping[str, Any]]) -> None:
+    """Write the scores of all seeds of a run into the card of each model."""
     scores = read_scores(list(rows.values()))
     for seed in rows:
         folder = Path(config.output_dir) / f"seed_{seed}" / "hf"
         if folder.is_dir():
             write_card(folder, scores, config.push_to_hub)
-    if config.push_to_hub:
-        best = max(config.seed_list(), key=lambda seed: rows[seed]["validation_accuracy"])
-        if len(config.seed_list()) > 1:
-            say(f"of {len(config.seed_list())} seeds, {best} is pushed: its validation accuracy is "
-                "the best")
-        hub.push(Path(config.output_dir) / f"seed_{best}" / "hf", config.push_to_hub,
-                 config.hub_private)
+
+
+def push_best(config: FinetuneConfig, rows: Mapping[int, Mapping[str, Any]]) -> None:
+    """Push the model of the seed with the best validation accuracy, the first of equals.
+
+    The test split chooses nothing, nor does validation under a label budget: then it is the first.
+    """
+    seeds = config.seed_list()
+    best, why = seeds[0], "the first one"
+    if config.settled_epoch() == "best":
+        best = max(seeds, key=lambda seed: rows[seed]["validation_accuracy"])
+        why = "its validation accuracy is the best"
+    if len(seeds) > 1:
+        say(f"of {len(seeds)} seeds, {best} is pushed: {why}")
+    hub.push(Path(config.output_dir) / f"seed_{best}" / "hf", config.push_to_hub,
+             config.hub_private)

@@ -184,10 +184,11 @@ def seed_dropout(seed: int, step: int) -> None:
 class Progressed:
     """Training so far; all but `best_state` is the same on every rank.
 
-    history: the dev metrics of each finished epoch. best_epoch: counts from 1; 0 before the first.
-    best_state: the weights after that epoch, float32 on the CPU; None on other ranks than the
-    first. seconds: of training, over all processes that took part. log: open after training.
-    window: sums over the steps since the last point of the log.
+    history: the dev metrics of each finished epoch. best_epoch: the one to keep so far, best or
+    last, counted from 1; 0 before the first. best_state: the weights after that epoch, float32 on
+    the CPU; None on other ranks than the first, and before the end where the last epoch is kept.
+    seconds: of training, over all processes that took part. log: open after training. window: sums
+    over the steps since the last point of the log.
     """
 
     log: MetricsWriter
@@ -340,6 +341,7 @@ def train_and_select(
     seed: int,
     select: str,
     tags: dict[str, str],
+    epoch: str = "best",
     class_weights: np.ndarray,
     pad_id: int,
     run_dir: Path,
@@ -348,14 +350,15 @@ def train_and_select(
     hyperparameters: dict[str, Any],
     stop: Callable[[], bool],
 ) -> Progressed:
-    """Train for `config.num_train_epochs` and keep the weights of the best epoch.
+    """Train for `config.num_train_epochs` and keep the weights of the best epoch, or the last.
 
     Resumes from the newest complete checkpoint in `run_dir` unless `--resume never`.
 
     Args:
         engine: a fresh DeepSpeed engine.
         assess: turns the logits of `dev` into metrics.
-        select: the metric whose first strictly largest value picks the epoch.
+        select: the metric whose first strictly largest value picks the best epoch.
+        epoch: best, or last: then no metric picks anything.
         tags: TensorBoard tag of each metric; those without one are not logged.
         class_weights: `(C,)` float64.
         run_dir: folder of this seed.
@@ -390,10 +393,13 @@ def train_and_select(
                 engine.train()
                 scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
                 _refuse_non_finite(scores["loss"], "validation loss", step)
-                is_better = not found.best_epoch or scores[select] > found.best[select]
+                is_better = (epoch == "last" or not found.best_epoch
+                             or scores[select] > found.best[select])
                 found.history.append(scores)
                 if is_better:
-                    found.best_epoch, found.best_state = len(found.history), full_state_dict(engine)
+                    found.best_epoch = len(found.history)
+                    if epoch == "best" or step == total_steps:
+                        found.best_state = full_state_dict(engine)
                 scalars = {tag: scores[name] for name, tag in tags.items()}
                 found.log.scalars(step, {**scalars, EVAL_BEST: found.best[select]})
             due = config.save_steps and step > first_step and step % config.save_steps == 0
@@ -432,7 +438,7 @@ def train_and_select(
                 window.clear()
             best = ""
             if found.history:
-                best = f"  best {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
+                best = f"  {epoch} {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
             progress.update(1, text + best)
     found.steps, found.seconds = step, time.monotonic() - started
     return found
@@ -483,7 +489,7 @@ def _restore(
     notes = load_checkpoint(engine, path, records["identity"], config.allow_world_size_change)
     report_changes(notes["numerics"], records["numerics"])
     say(f"resumed from {path}")
-    best_state = load_file(path / BEST) if notes["best_epoch"] and is_main() else None
+    best_state = load_file(path / BEST) if is_main() and (path / BEST).is_file() else None
     return Progressed(
         MetricsWriter(run_dir, notes["steps"], command, config.report_to),
         notes["history"], notes["best_epoch"], best_state,
