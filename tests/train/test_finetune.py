@@ -222,7 +222,8 @@ def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, asse
     return supervised.train_and_select(
         engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", epoch=epoch,
         tags={}, class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
-        records={"identity": {"command": "finetune"}, "numerics": {}}, hyperparameters={}, stop=stop,
+        records={"identity": {"command": "finetune"}, "numerics": {}}, hyperparameters={},
+        stop=stop,
     )
 
 
