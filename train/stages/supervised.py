@@ -184,9 +184,9 @@ def seed_dropout(seed: int, step: int) -> None:
 class Progressed:
     """Training so far; all but `best_state` is the same on every rank.
 
-    history: the dev metrics of each finished epoch. best_epoch: the one to keep so far, best or
-    last, counted from 1; 0 before the first. best_state: the weights after that epoch, float32 on
-    the CPU; None on other ranks than the first, and before the end where the last epoch is kept.
+    history: the dev metrics of each finished epoch; of the last one alone where that is kept.
+    best_epoch: the one to keep so far, counted from 1; 0 before the first. best_state: the weights
+    after that epoch, float32 on the CPU; None on other ranks than the first.
     seconds: of training, over all processes that took part. log: open after training. window: sums
     over the steps since the last point of the log.
     """
@@ -202,7 +202,7 @@ class Progressed:
     @property
     def best(self) -> dict[str, float]:
         """Return the dev metrics of the best epoch."""
-        return self.history[self.best_epoch - 1]
+        return self.history[min(self.best_epoch, len(self.history)) - 1]
 
 
 def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
@@ -387,19 +387,19 @@ def train_and_select(
     engine.train()
     with progress:
         while True:
-            if step == per_epoch * (len(found.history) + 1):
+            # An epoch that is not going to be kept is not measured: it may cost more than training.
+            measured = per_epoch * (len(found.history) + 1) if epoch == "best" else total_steps
+            if step == measured and (epoch == "best" or not found.history):
                 engine.eval()
                 logits = predict(engine, dev, pad_id, config.per_device_eval_batch_size, device)
                 engine.train()
                 scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
                 _refuse_non_finite(scores["loss"], "validation loss", step)
-                is_better = (epoch == "last" or not found.best_epoch
-                             or scores[select] > found.best[select])
+                is_better = not found.best_epoch or scores[select] > found.best[select]
                 found.history.append(scores)
                 if is_better:
-                    found.best_epoch = len(found.history)
-                    if epoch == "best" or step == total_steps:
-                        found.best_state = full_state_dict(engine)
+                    found.best_epoch = step // per_epoch
+                    found.best_state = full_state_dict(engine)
                 scalars = {tag: scores[name] for name, tag in tags.items()}
                 found.log.scalars(step, {**scalars, EVAL_BEST: found.best[select]})
             due = config.save_steps and step > first_step and step % config.save_steps == 0
