@@ -41,6 +41,13 @@ def plain_run(tmp_path_factory, reviews_store, still_encoder) -> Path:
     )
 
 
+def test_the_terminal_shows_the_logged_mean(tmp_path, reviews_store, still_encoder, capsys):
+    run = pretrained(reviews_store, still_encoder, tmp_path / "run", logging_steps=2)
+    lines = re.findall(r"pretrain: step (\d)/4  loss ([\d.]+) ", capsys.readouterr().out)
+    assert lines == [(str(2 * i), f"{loss:.3f}") for i, loss in
+                     enumerate(logged(run, metrics.TRAIN_LOSS), start=1)] and len(lines) == 2
+
+
 def test_loss_falls_and_is_written(plain_run):
     losses = logged(plain_run, metrics.TRAIN_LOSS)
     assert len(losses) == STEPS

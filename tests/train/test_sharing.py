@@ -128,11 +128,11 @@ def test_the_card_of_a_classifier(folder, tuned, store):
         assert results == {
             "accuracy": pytest.approx(sum(values) / 2, abs=1e-4),
             "f1": pytest.approx(sum(row["test_macro_f1"] for row in rows) / 2, abs=1e-4)}
-        half = 12.7062 * abs(values[0] - values[1]) / 2  # Student's t of one degree of freedom
         low, high = map(float, re.search(
-            r"\| accuracy \| [\d.]+ \| (-?[\d.]+) to ([\d.]+) \| 2 \| 30 \|", card.text).groups())
-        assert (low, high) == pytest.approx((sum(values) / 2 - half, sum(values) / 2 + half),
-                                            abs=1e-3)
+            r"\| accuracy \| [\d.]+ \| ([\d.]+) to ([\d.]+) \| 2 \| 30 \|", card.text).groups())
+        assert (low, high) == pytest.approx(
+            Score("accuracy", tuple(values), 30).interval(), abs=1e-4)
+        assert "| macro F1 | " in card.text
         for line in ("# tiny (a local folder), fine-tuned on custom", "| Labels | neg, pos |",
                      "60 train examples, 30 validation examples, 30 test examples",
                      "| Masks of stage 1 | selective, mask rate 0.3, scores mr, the same positions "
@@ -148,19 +148,24 @@ def test_the_card_of_a_classifier(folder, tuned, store):
 
 
 def test_intervals_by_hand():
-    """Student's t at 0.975: 12.7062 for two seeds, 4.30265 for three."""
-    assert Score("a", (0.7, 0.9), 9).interval() == pytest.approx((0.8 - 1.27062, 0.8 + 1.27062),
-                                                                 abs=1e-5)
-    half = 4.30265 * (0.0026 / 2) ** 0.5 / 3 ** 0.5
-    assert Score("a", (0.80, 0.82, 0.87), 9).interval() == pytest.approx((0.83 - half, 0.83 + half),
-                                                                         abs=1e-5)
-    assert Score("a", (0.8,), 9).interval() is None
+    """Of seeds, s^2 / 3 = 4.3333e-4 at Student's t 4.30265; of 400 examples, of which 334 of 404
+    count as right, 3.5812e-4 at 1.95996.
+    """
+    low, high = Score("accuracy", (0.80, 0.82, 0.87), 400).interval()
+    half = (4.30265 * 4.33333e-4 + 1.95996 * 3.58115e-4) / (4.33333e-4 + 3.58115e-4) ** 0.5
+    assert half == pytest.approx(0.09122, abs=1e-5)
+    assert (low, high) == pytest.approx((0.83 - half, 0.83 + half), abs=1e-6)
+    low, high = Score("accuracy", (1.0, 1.0), 50).interval()
+    assert 0.9 < low < 0.96 and high == 1  # seeds that agree prove little
+    assert Score("accuracy", (0.2, 0.9), 50).interval() == (0, 1)
+    assert Score("accuracy", (0.8,), 9).interval() is None
+    assert Score("macro F1", (0.8, 0.9), 9).interval() is None
 
 
 def test_the_card_of_one_seed_has_no_interval():
     stages = [made_up_stage("finetune", steps=3)]
     text = model_card(stages, "x", Model("text-classification"), [Score("accuracy", (0.8,), 50)])
-    assert "| accuracy | 0.8000 | one seed, so none | 1 | 50 |" in text
+    assert "| accuracy | 0.8000 | - | 1 | 50 |" in text
     assert "of one fine-tuning seed" in text and "not recorded" in text
     assert "## Scores" not in model_card(stages, "x", Model("text-classification"),
                                          [Score("accuracy", (float("nan"),), 50)])
@@ -300,7 +305,7 @@ def test_pretraining_pushes_at_the_end(folder, store, still_encoder, tmp_path, a
     pretrain.main(words(typed))
     ((repo, private),), ((name, sent, card),) = api.made, api.sent
     assert (repo, private, name, sent) == ("films", None, "me/films", tmp_path / "run" / "hf")
-    assert 'pipeline("fill-mask", model=\'films\')' in card
+    assert 'pipeline("fill-mask", model="films")' in card
 
 
 def test_fine_tuning_pushes_the_seed_that_validation_chooses(tuned, flags, api, run_here, capsys):
@@ -313,14 +318,14 @@ def test_fine_tuning_pushes_the_seed_that_validation_chooses(tuned, flags, api, 
     path.write_text(before)
     ((repo, private),), ((_, sent, card),) = api.made, api.sent
     assert (repo, private) == ("me/films", True) and sent == tuned / "seed_2" / "hf"
-    assert "model='me/films'" in card and "| accuracy |" in card
+    assert 'model="me/films"' in card and "| accuracy |" in card
     said = capsys.readouterr().out
     assert "of 2 seeds, 2 is pushed" in said and "pushed" in said.splitlines()[-1]
     last = {**flags, "epoch": "last", "push_to_hub": "me/films"}
     push_best(parse(FinetuneConfig, words(last)), dict.fromkeys((1, 2), {"validation_accuracy": 0}))
     assert "of 2 seeds, 1 is pushed: the first one" in capsys.readouterr().out
     run_here("train/finetune.py", *words(flags))  # the card is that of the folder again
-    assert "model='.'" in (tuned / "seed_2" / "hf" / "README.md").read_text()
+    assert 'model="."' in (tuned / "seed_2" / "hf" / "README.md").read_text()
 
 
 def test_a_push_that_fails_loses_nothing(tuned, flags, api, run_here, capsys):

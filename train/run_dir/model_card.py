@@ -7,6 +7,7 @@ and one that is not what it should be is left out. No card names a path of this 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from preprocess.errors import visible
 FILL_MASK, TEXTS, TOKENS = "fill-mask", "text-classification", "token-classification"
 KINDS = {"ForMaskedLM": FILL_MASK, "ForSequenceClassification": TEXTS,
          "ForTokenClassification": TOKENS}
+ACCURACY = "accuracy"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _LICENCE = ("Not stated. The weights come from the base model and from the data named above, whose "
             "terms apply; write a licence into `license:` at the top of this file before you "
@@ -48,15 +50,24 @@ class Score:
     count: int
 
     def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % interval of the mean over seeds, by Student's t; None for one seed."""
-        from scipy.stats import t
+        """Return the 95 % interval of a mean accuracy; None for one seed, or another metric.
+
+        Two variances are added up: that of the seeds' mean, and that of a share of so many test
+        examples (Agresti and Coull's, which is not 0 where all are right: seeds that happen to
+        agree prove little). Each has its own quantile, Student's t and the normal one, weighted by
+        its variance (Cochran), as in reports.
+        """
+        from scipy.stats import norm, t
 
         n, mean = len(self.values), self.mean
-        if n < 2:
+        if n < 2 or self.metric != ACCURACY or not self.count:
             return None
-        variance = sum((value - mean) ** 2 for value in self.values) / (n - 1)
-        half = float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n)
-        return mean - half, mean + half
+        seeds = sum((value - mean) ** 2 for value in self.values) / (n - 1) / n
+        share = (mean * self.count + 2) / (self.count + 4)
+        items = share * (1 - share) / self.count
+        weighted = float(t.ppf(0.975, n - 1) * seeds + norm.ppf(0.975) * items)
+        half = weighted / math.sqrt(seeds + items)
+        return max(mean - half, 0.0), min(mean + half, 1.0)
 
     @property
     def mean(self) -> float:
@@ -159,7 +170,7 @@ def front_matter(
     results = [
         EvalResult(
             task_type=TEXTS, dataset_type=visible(task), dataset_name=visible(task),
-            dataset_split="test", metric_type="f1" if "F1" in score.metric else "accuracy",
+            dataset_split="test", metric_type=ACCURACY if score.metric == ACCURACY else "f1",
             metric_name=f"{score.metric}, mean over {len(score.values)} seed"
             + "s" * (len(score.values) > 1), metric_value=round(score.mean, 4))
         for score in scores
@@ -176,7 +187,7 @@ def front_matter(
 
 def usage(stages: Sequence[dict[str, Any]], model: Model) -> str:
     """Return a snippet that runs in the folder, or anywhere once it is on the hub."""
-    location, lines = repr(model.location), ["from transformers import pipeline", ""]
+    location, lines = json.dumps(model.location), ["from transformers import pipeline", ""]
     if model.kind == TEXTS:
         length = stages[-1]["identity"]["train"]["max_seq_length"] if stages else None
         cut = f", truncation=True, max_length={length}" if isinstance(length, int) else ""
@@ -187,8 +198,8 @@ def usage(stages: Sequence[dict[str, Any]], model: Model) -> str:
     elif model.kind == TOKENS:
         lines += [f'score = pipeline("{TOKENS}", model={location})', 'print(score("A text."))']
     else:
-        text = f"This is {model.mask_token} ."
-        lines += [f'fill = pipeline("{FILL_MASK}", model={location})', f"print(fill({text!r}))"]
+        text = json.dumps(f"This is {model.mask_token} .")
+        lines += [f'fill = pipeline("{FILL_MASK}", model={location})', f"print(fill({text}))"]
     return "\n".join(["```python", *lines, "```"])
 
 
@@ -240,13 +251,14 @@ def model_card(
              "to a task, then fine-tuning.", "", "| | |", "|---|---|",
              *(f"| {key} | {plain(value)} |" for key, value in facts if value)]
     if scores:
-        lines += ["", "## Scores", "", "On the test split, which chose nothing; intervals are of "
-                  "the mean over fine-tuning seeds (Student's t).", "",
+        lines += ["", "## Scores", "", "On the test split, which chose nothing; means over "
+                  "fine-tuning seeds. The interval of the accuracy covers seeds and test examples.",
+                  "",
                   "| metric | score | 95 % interval | seeds | test examples |",
                   "|---|---|---|---|---|"]
         for score in scores:
             ends = score.interval()
-            shown = f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else "one seed, so none"
+            shown = f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else "-"
             lines.append(f"| {score.metric} | {score.mean:.4f} | {shown} | {len(score.values)} | "
                          f"{score.count:,} |")
     lines += ["", "## Use", "", usage(stages, model), "",

@@ -11,10 +11,10 @@ from preprocess.progress import say
 from train.config import FinetuneConfig
 from train.run_dir import hub
 from train.run_dir.hf_folder import write_card
-from train.run_dir.model_card import Score, public_name
+from train.run_dir.model_card import ACCURACY, Score, public_name
 
 # The entries of a row of results.jsonl that a card shows.
-METRICS = {"test_accuracy": "accuracy", "test_macro_f1": "macro F1"}
+METRICS = {"test_accuracy": ACCURACY, "test_macro_f1": "macro F1"}
 
 
 def describe_task(
