@@ -287,13 +287,13 @@ def test_the_epoch_is_chosen_on_dev_examples_and_its_weights_are_kept(monkeypatc
     assert not torch.equal(snapshots[1], engine.module.weight)
 
 
-def test_the_last_epoch_is_kept_whatever_its_metrics(monkeypatch, tmp_path):
-    engine, accuracies = FakeEngine(), iter([0.9, 0.5, 0.2])
+def test_the_last_epoch_is_kept_and_it_alone_is_measured(monkeypatch, tmp_path):
+    engine, accuracies = FakeEngine(), iter([0.2])
     found = loop(
         monkeypatch, tmp_path, engine, text_examples([0, 0, 0, 1]), text_examples([1]), micro=2,
         accumulation=1, assess=lambda logits: {"accuracy": next(accuracies)}, epoch="last",
     )
-    assert found.best_epoch == 3 and found.best["accuracy"] == 0.2
+    assert found.best_epoch == 3 and found.best["accuracy"] == 0.2 and len(found.history) == 1
     assert torch.equal(found.best_state["weight"], engine.module.weight)
 
 

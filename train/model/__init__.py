@@ -32,7 +32,8 @@ from train.model.loading import (
     local_checkpoint,
     named_config,
 )
-from train.model.packed import PackedMaskedLM
+from train.model.packed import PackedMaskedLM, masked_lm_head
+from train.model.patching import patch, unpatch
 
 __all__ = [
     "BERT_SIZES",
@@ -61,9 +62,12 @@ __all__ = [
     "load_scorer",
     "load_tokenizer",
     "local_checkpoint",
+    "masked_lm_head",
     "missing_for_compiling",
     "named_config",
+    "patch",
     "peak_flops",
     "token_rows",
     "uncompiled",
+    "unpatch",
 ]
