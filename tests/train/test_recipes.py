@@ -38,10 +38,12 @@ from train.recipes.arms import WORD_FLAGS
 from train.recipes.recipe import (
     MASK_FLAGS,
     REPOSITORY,
+    SECTIONS,
     TOKENIZE_FLAGS,
     VOCABULARY_FLAGS,
     load_recipe,
 )
+from train.recipes.values import check_value
 
 RECIPES = sorted((REPOSITORY / "train" / "recipes").glob("*.yaml"))
 CONFIGS = {
@@ -131,6 +133,20 @@ def test_flags_of_preprocess_sections_exist():
     assert set(MASK_FLAGS) <= set(vars(args))
     args = score_words.parse_arguments([*given, "--measure", "tfidf"])
     assert set(WORD_FLAGS) <= set(vars(args))
+
+
+@pytest.mark.parametrize("value", ["word", 7, True, [1], {"a": 1}])
+def test_every_flag_of_a_recipe_can_be_checked(value):
+    """Whatever the kind of an option, a value is taken or refused in words."""
+    for section, options in SECTIONS.items():
+        for name, option in options.items():
+            try:
+                check_value(value, option, f"{section}.{name}")
+            except ConfigError as error:
+                assert str(error).startswith(f"{section}.{name} ")
+    assert check_value("last", SECTIONS["finetune"]["epoch"], "finetune.epoch") == "last"
+    with pytest.raises(ConfigError, match="finetune.epoch 'first': must be best or last"):
+        check_value("first", SECTIONS["finetune"]["epoch"], "finetune.epoch")
 
 
 def test_set_replaces_variables_and_settings(tmp_path):
