@@ -335,6 +335,12 @@ class TaskOptions(_Checked):
     data_dir: str | None = _flag(
         None, "folder (or file) with the published data of the task", USUAL, metavar="DIR"
     )
+    task_name: str | None = _flag(
+        None, "what results, curves and reports call the task (default: of custom the name of "
+        "--train_file, or of its folder where that is train; else --task)", CUSTOM,
+        Bounds(lambda name: name.strip() and name.isprintable(), "a printable name"),
+        metavar="NAME",
+    )
     train_file: str | None = _flag(None, "labelled training file", CUSTOM, metavar="FILE")
     validation_file: str | None = _flag(
         None, "labelled validation file (default: a fixed tenth of --train_file)", CUSTOM,

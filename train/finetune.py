@@ -44,8 +44,9 @@ from train.run_dir.metrics import (
     TEST_MACRO_F1,
     MetricsWriter,
 )
+from train.stages.answers import find_weak, make_answers, score_answers
 from train.stages.finetuning import FinetuneInputs, read_inputs
-from train.stages.scores import accuracy, least_share, macro_f1, softmax
+from train.stages.scores import accuracy, macro_f1, softmax
 from train.stages.startup import Startup
 from train.stages.supervised import describe_plan, fit, predict, remove_resume_state
 
@@ -75,19 +76,6 @@ def has_predictions(seed_dir: Path, row: dict[str, Any]) -> bool:
             and math.isclose(np.mean(found[1]), row["test_accuracy"], abs_tol=1e-9))
 
 
-def find_weak(labels: np.ndarray, predictions: np.ndarray) -> list[str]:
-    """Say whether a classifier is not clearly above the majority class of the test split."""
-    total, right = len(labels), int((labels == predictions).sum())
-    majority = float(np.bincount(labels).max() / total)
-    least = least_share(right, total)
-    if least > majority:
-        return []
-    return [f"test accuracy {right / total:.4f} on {total:,} examples is not clearly above "
-            f"{majority:.4f}, that of always giving the most frequent label (with 95 % confidence "
-            f"it is {least:.4f} or more); train longer, with another --learning_rate or on more "
-            "labels"]
-
-
 def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, Any]:
     """Read a seed's model back from disk, predict the test split and write the predictions."""
     config, task, test = inputs.config, inputs.task, inputs.encoded["test"]
@@ -100,19 +88,9 @@ def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[s
     ))
     labels, predictions = np.stack(test.targets), logits.argmax(1)
     if is_main():
-        rows = [
-            {"item": example.item, "label": int(label), "prediction": int(prediction),
-             "probabilities": [round(float(p), 6) for p in row]}
-            for example, label, prediction, row in zip(
-                inputs.splits["test"], labels, predictions, softmax(logits), strict=True
-            )
-        ]
-        write_json_lines(seed_dir / "predictions.jsonl", rows)
-    return {
-        "test_accuracy": accuracy(labels, predictions),
-        "test_macro_f1": macro_f1(labels, predictions, len(task.labels)),
-        "weak": find_weak(labels, predictions),
-    }
+        write_json_lines(seed_dir / "predictions.jsonl", make_answers(
+            inputs.splits["test"], task.labels, softmax(logits)))
+    return {**score_answers(task, labels, predictions), "weak": find_weak(labels, predictions)}
 
 
 def run_seed(

@@ -16,7 +16,7 @@ from typing import Any
 from preprocess.corpus.budgets import choose_budget
 from preprocess.corpus.packages import resolve_path
 from preprocess.corpus.sources import Row, Span, place_of, read_lines, read_numbered
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import ConfigError, DataError, visible
 from preprocess.progress import say
 
 MANY_LABELS = 50  # more classes than this are probably numbers, or texts
@@ -337,12 +337,14 @@ TASKS: dict[str, Callable[[TaskFiles], Task]] = {
 
 
 def load_task(
-    name: str, *, label_budget: int | None = None, label_seed: int | None = None, **files: Any
+    name: str, *, task_name: str | None = None, label_budget: int | None = None,
+    label_seed: int | None = None, **files: Any
 ) -> Task:
     """Read a labelled task.
 
     Args:
         name: a key of `TASKS`.
+        task_name: what to call it; None is `default_name`.
         label_budget, label_seed: as of `limit_labels`.
         files: the fields of `TaskFiles`: data_dir, or for `custom` train_file, test_file, ...
     Raises:
@@ -353,6 +355,7 @@ def load_task(
         raise ConfigError(f"--task {name!r}: known are {', '.join(TASKS)}")
     _check_fraction(name, files.get("test_fraction"))
     task = TASKS[name](TaskFiles(name, **files))
+    task = replace(task, name=task_name or default_name(name, files.get("train_file")))
     place = files.get("data_dir") or files.get("train_file")
     for split, examples in task.splits.items():
         if not examples:
@@ -360,6 +363,22 @@ def load_task(
     for line in describe_doubts(task):
         say(line)
     return limit_labels(task, label_budget, label_seed)
+
+
+def default_name(name: str, train_file: str | None) -> str:
+    """Return what a task is called where nobody says: a custom one after its training file.
+
+    A file that is called train, as most are, takes the name of its folder:
+    data/trec/train.csv.gz is "trec", and data/trec.csv too.
+    """
+    if name != "custom" or not train_file:
+        return name
+    path = train_file.partition("#")[0].removeprefix("hub:")
+    *above, file = [part for part in re.split(r"[/:\\]", path) if part not in ("", ".", "..")]
+    stem = re.sub(r"(\.(csv|tsv|jsonl|json|parquet|txt))?(\.(gz|zst))?$", "", file)
+    if re.fullmatch(r"train(ing)?([-_.]?(set|data|split))?", stem, re.IGNORECASE) and above:
+        stem = above[-1]
+    return visible(stem) or name
 
 
 def _check_fraction(name: str, fraction: float | None) -> None:
@@ -391,7 +410,7 @@ def limit_labels(task: Task, budget: int | None, seed: int | None = None) -> Tas
         (budget < classes, f"there are {classes:,} classes, and each needs an example"),
     ):
         if wrong:
-            raise ConfigError(f"--label_budget {budget}: --task {task.name}: {reason}; give "
+            raise ConfigError(f"--label_budget {budget}: task {task.name}: {reason}; give "
                               f"{classes:,} to {len(train):,}, or leave it out for all of them")
     chosen = choose_budget([example.item for example in train],
                            [example.label for example in train], budget,

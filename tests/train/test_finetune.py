@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
+from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from train.config import FinetuneConfig
 from train.engine import Ranks, Resolved
 from train.model import load_classifier, load_tokenizer
 from train.run_dir import metrics
-from train.stages import examples, finetuning, supervised
+from train.stages import answers, examples, finetuning, supervised
 from train.stages.examples import IGNORED, Examples, make_examples, rank_share, weighted_loss
 
 RAGGED = [[2, 9, 3], [2, 8, 7, 6, 3], [2, 3], [2, 5, 5, 3], [2, 4, 3]]
@@ -417,7 +419,7 @@ def test_a_classifier_near_the_majority_class_is_named(right, total, is_weak):
     labels = np.arange(total) % 2
     predictions = np.where(np.arange(total) < right, labels, 1 - labels)
     assert (binomial_tail(right, total, 0.5) >= 0.05) == is_weak
-    weak = finetune.find_weak(labels, predictions)
+    weak = answers.find_weak(labels, predictions)
     assert len(weak) == is_weak
     if is_weak and right:
         assert f"{right / total:.4f} on {total:,} examples is not clearly above 0.5000" in weak[0]
@@ -513,13 +515,16 @@ def test_a_seed_counts_as_finished_only_with_row_model_and_predictions(
 def test_the_command_trains_tests_and_skips_finished_seeds(
     tmp_path, tiny_encoder, labelled_files, run_command_line
 ):
-    run_dir = tmp_path / "run"
-    test = tmp_path / "test.csv"  # with two rows that are no example
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    run_dir = folder / "run"
+    shutil.copy(labelled_files["train"], folder / "train.csv")
+    test = folder / "test.csv"  # with two rows that are no example
     shutil.copy(labelled_files["test"], test)
     with open(test, "a") as file:
         file.write(",pos\na film,\n")
     command = [
-        "train/finetune.py", "--task", "custom", "--train_file", labelled_files["train"],
+        "train/finetune.py", "--task", "custom", "--train_file", str(folder / "train.csv"),
         "--test_file", str(test), "--max_train_samples", "40",
         "--model_name_or_path", tiny_encoder, "--output_dir", str(run_dir),
         "--num_train_epochs", "2", "--max_seq_length", "32", "--train_batch_size", "16",
@@ -590,7 +595,20 @@ def check_seed(seed_dir, row):
     assert len(answers) == row["num_test"] == 30 and row["num_train"] == 40
     right = np.mean([answer["prediction"] == answer["label"] for answer in answers])
     assert right == pytest.approx(row["test_accuracy"])
-    assert all(sum(a["probabilities"]) == pytest.approx(1, abs=1e-5) for a in answers)
+    names = ("neg", "pos")
+    for answer in answers:
+        assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert answer["prediction"] == int(np.argmax(answer["probabilities"]))
+        assert answer["prediction_name"] == names[answer["prediction"]]
+    with open(seed_dir.parent.parent / "test.csv", newline="") as file:
+        given = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    told = [(answer["text"], answer["label_name"]) for answer in answers]
+    assert told == [pair for pair in given if all(map(str.strip, pair))]
+    counted = Counter((answer["label"], answer["prediction"]) for answer in answers)
+    assert row["confusion_matrix"] == [[counted[i, j] for j in range(2)] for i in range(2)]
+    assert [row["per_class"][name]["recall"] for name in names] == pytest.approx(
+        [counted[i, i] / (counted[i, 0] + counted[i, 1]) for i in range(2)])
+    assert row["task"] == seed_dir.parents[1].name == "reviews"
     model = AutoModelForSequenceClassification.from_pretrained(seed_dir / "hf")
     assert model.config.id2label == {0: "neg", 1: "pos"} == dict(enumerate(row["labels"]))
     assert AutoTokenizer.from_pretrained(seed_dir / "hf").mask_token == "[MASK]"

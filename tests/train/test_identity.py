@@ -198,7 +198,7 @@ def finetune(folder, task, still_encoder, other_encoder, other_json) -> Case:
         **BUDGET,
     }
     # A seed is a run of its own: others may be added to those that are there.
-    free = {**FREE, "seed": 7, "per_device_eval_batch_size": 5}
+    free = {**FREE, "seed": 7, "per_device_eval_batch_size": 5, "task_name": "reviews"}
     return Case("train/finetune.py", options.FinetuneConfig, flags, "seed 13: finished already",
                 decides, free, {"seeds", "also", *OF_MR})
 
@@ -264,7 +264,8 @@ def annotate(folder, task, still_encoder) -> Case:
         **BUDGET,
     }
     free = {"batch_tokens": 64, "logging_steps": 3, "trust_remote_code": True, "dtype": "fp16",
-            "validation_file": task[0]["train_file"], "test_file": task[0]["train_file"]}
+            "validation_file": task[0]["train_file"], "test_file": task[0]["train_file"],
+            "task_name": "reviews"}
     return Case("train/annotate.py", options.AnnotateConfig, flags, "finished already", decides,
                 free, {"task", "data_dir", *OF_MR})
 

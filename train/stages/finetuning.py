@@ -144,7 +144,7 @@ def _settle(
     """Settle the JSON, and the identity of each seed."""
     resolved = resolve(config, encoded["train"], DEFAULT_LEARNING_RATE)
     content = digest([
-        task.name, task.labels,
+        task.labels,
         [[[e.item, e.label] for e in splits[name]] for name in SPLITS],
         # Of the texts and of the tokenizer that read them.
         [[ids.tolist() for ids in encoded[name].input_ids] for name in SPLITS],
