@@ -117,8 +117,9 @@ def run_seed(
         # Held by nobody else, so that its memory is free before the test.
         load_classifier(config.model_name_or_path, task.labels, seed, config.trust_remote_code),
         inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
-        seed=seed, select="accuracy", epoch=config.settled_epoch(), tags=TAGS,
-        class_weights=np.ones(len(task.labels)), tokenizer=inputs.tokenizer,
+        seed=seed, select=config.metric or "accuracy", epoch=config.settled_epoch(), tags=TAGS,
+        patience=config.early_stopping, class_weights=inputs.class_weights,
+        tokenizer=inputs.tokenizer,
         parent=inputs.parent, run_dir=seed_dir, device=device, records=records,
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=task.name,
@@ -132,9 +133,9 @@ def run_seed(
         **test_seed(inputs, seed, device),
         "validation_accuracy": found.best["accuracy"],
         "validation_macro_f1": found.best["macro_f1"],
-        "epoch": config.settled_epoch(),
+        **config.choice_of_epoch(),
         "best_epoch": found.best_epoch,
-        "num_epochs": config.num_train_epochs,
+        "num_epochs": found.epochs,
         **config.choice_of_labels(),
         **{f"num_{name}": len(examples) for name, examples in inputs.splits.items()},
         "left_out": task.left_out,

@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from preprocess.corpus.budgets import choose_budget
+from preprocess.corpus.budgets import choose_budget, choose_validation, content_fraction
 from preprocess.corpus.packages import resolve_path
 from preprocess.corpus.sources import Row, Span, place_of, read_lines, read_numbered
 from preprocess.errors import ConfigError, DataError, visible
@@ -64,11 +64,6 @@ class TaskFiles:
     pair_column: str | None = None
     where: dict[str, str] | None = None
     test_fraction: float | None = None
-
-
-def _content_fraction(text: str) -> float:
-    """Return a number in [0, 1) that depends only on the text; equal texts stay together."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2.0**48
 
 
 def _example(text: str, label: int, aspect: str | None = None) -> Example:
@@ -133,8 +128,8 @@ def read_label(row: Row, column: str, place: str) -> str | None:
 
 def _cut_validation(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """Split off a fixed tenth for validation by a hash of the text; no text is on both sides."""
-    train = [e for e in examples if _content_fraction(e.text) >= 0.1]
-    return train, [e for e in examples if _content_fraction(e.text) < 0.1]
+    train = [e for e in examples if content_fraction(e.text) >= 0.1]
+    return train, [e for e in examples if content_fraction(e.text) < 0.1]
 
 
 def _data_dir(files: TaskFiles) -> str:
@@ -187,7 +182,7 @@ def _task_mr(files: TaskFiles) -> Task:
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     end = 1 - (files.test_fraction or TEST_FRACTIONS["mr"])
     for example in examples:
-        fraction = _content_fraction(example.text)
+        fraction = content_fraction(example.text)
         part = "train" if fraction < end - 0.1 else "validation" if fraction < end else "test"
         splits[part].append(example)
     return Task("mr", _POLARITY, splits, left_out)
@@ -309,7 +304,12 @@ def _task_custom(files: TaskFiles) -> Task:
                 )
             splits[split].append(_example(text, values.index(label), aspect))
     if not files.validation_file:
-        splits["train"], splits["validation"] = _cut_validation(splits["train"])
+        given = splits["train"]
+        held = set(choose_validation([e.text for e in given], [e.label for e in given]))
+        splits["train"] = [e for i, e in enumerate(given) if i not in held]
+        splits["validation"] = [e for i, e in enumerate(given) if i in held]
+        say(f"no --validation_file: {len(held):,} of the {len(given):,} examples of "
+            f"{files.train_file} are for validation, a tenth of each class")
     return Task("custom", tuple(values), splits, left_out)
 
 
@@ -454,6 +454,13 @@ def describe_doubts(task: Task) -> list[str]:
         lines.append(
             f"warning: task {task.name}: {len(rare):,} of {len(task.labels):,} classes have fewer "
             f"than 2 training examples: {shown}"
+        )
+    held = {example.label for example in task.splits["validation"]}
+    missing = [name for i, name in enumerate(task.labels) if found[i] and i not in held]
+    if missing:
+        lines.append(
+            f"warning: task {task.name}: {len(missing):,} of {len(task.labels):,} classes have no "
+            f"validation example: {', '.join(missing[:5])}" + ", ..." * (len(missing) > 5)
         )
     test = task.splits["test"]
     seen = {e.item for split in ("train", "validation") for e in task.splits[split]

@@ -198,6 +198,9 @@ def finetune(folder, task, still_encoder, other_encoder, other_json) -> Case:
         "max_train_samples": ({"max_train_samples": 20}, r"--max_train_samples .* 24, .* has 20"),
         "max_eval_samples": ({"max_eval_samples": 10}, "--max_eval_samples 20, .* has 10"),
         "epoch": ({"epoch": "best"}, "--epoch last, .* has best"),
+        **{name: ({"epoch": "best", name: value}, "--epoch last, .* has best")
+           for name, value in (("metric", "loss"), ("early_stopping", 2))},
+        "class_weights": ({"class_weights": "balanced"}, "--class_weights none, .* has balanced"),
         **BUDGET,
     }
     # A seed is a run of its own: others may be added to those that are there.
