@@ -76,7 +76,7 @@ BLOCK_DOCUMENTS = 4096
 BLOCK_TOKENS = 1 << 18  # decoded at a time: about 100 MB of texts and words
 SELECTION_VERSION = 1  # of the rule; part of the identity
 TASK_FLAGS = ("data_dir", "train_file", "validation_file", "test_file", "pair_column",
-              "test_fraction")
+              "test_fraction", "task_name")
 
 
 def build_parser() -> Parser:
@@ -102,6 +102,8 @@ def build_parser() -> Parser:
     add("--test_file", metavar="FILE", help="labelled test file, for --task custom")
     add("--label_column", default="label", metavar="NAME", help="column with the label")
     add("--pair_column", metavar="NAME", help="column with the aspect")
+    add("--task_name", metavar="NAME", help="what to call the task (default: of custom the name of "
+        "--train_file, or of its folder where that is train; else --task)")
     add("--test_fraction", type=float, metavar="F",
         help="of a task without an official split: share of the texts that are for testing")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw of --like")
@@ -223,7 +225,7 @@ def read_test(args: argparse.Namespace, reader: Reader) -> _Test | None:
     # Texts that the tokenizer leaves empty are in no store.
     read += [[]] * (len(texts) - len(read))
     unknown = "".join(split_words(reader.tokenizer.unk_token or ""))
-    return _Test(LeakIndex(read, unknown), args.task, digest(texts))
+    return _Test(LeakIndex(read, unknown), task.name, digest(texts))
 
 
 def count_leakage(reader: Reader, test: _Test, dropped: int) -> list[int]:

@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         "annotate",
         inputs={
             "task": digest([
-                task.name, task.labels,
+                task.labels,
                 [[text, [[e.aspect, e.label] for e in group]] for text, group in groups.items()],
                 [[ids.tolist() for ids in sequences] for sequences in documents],
             ]),

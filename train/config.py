@@ -398,10 +398,16 @@ class TaskOptions(_Checked):
     data_dir: str | None = _flag(
         None, "folder (or file) with the published data of the task", USUAL, metavar="DIR"
     )
+    task_name: str | None = _flag(
+        None, "what results, curves and reports call the task (default: of custom the name of "
+        "--train_file, or of its folder where that is train; else --task)", CUSTOM,
+        Bounds(lambda name: name.strip() and name.isprintable(), "a printable name"),
+        metavar="NAME",
+    )
     train_file: str | None = _flag(None, "labelled training file", CUSTOM, metavar="FILE")
     validation_file: str | None = _flag(
-        None, "labelled validation file (default: a fixed tenth of --train_file)", CUSTOM,
-        metavar="FILE",
+        None, "labelled validation file (default: a fixed tenth of each class of --train_file)",
+        CUSTOM, metavar="FILE",
     )
     test_file: str | None = _flag(None, "labelled test file", CUSTOM, metavar="FILE")
     text_column: str = _flag("text", "column with the text", CUSTOM, metavar="NAME")
@@ -479,9 +485,22 @@ class FinetuneConfig(_SupervisedConfig, HubOptions, TaskOptions):
         None, "use only this many validation and test examples", EVALUATION, _at_least(1)
     )
     epoch: Literal["best", "last"] | None = _flag(
-        None, "epoch whose model is kept and tested: best by validation accuracy (the first of "
-        "equals), or last, which reads no validation label (default: best; last with a "
+        None, "epoch whose model is kept and tested: best by --metric on the validation split (the "
+        "first of equals), or last, which reads no validation label (default: best; last with a "
         "--label_budget)", EVALUATION,
+    )
+    metric: Literal["accuracy", "macro_f1", "loss"] | None = _flag(
+        None, "metric of the validation split that chooses the best epoch (default: accuracy)",
+        EVALUATION,
+    )
+    early_stopping: int | None = _flag(
+        None, "stop after this many epochs in a row that are not better than the best so far; the "
+        "learning rate falls as without it", EVALUATION, _at_least(1), metavar="N",
+    )
+    class_weights: Literal["none", "balanced"] = _flag(
+        "none", "weight of the classes in the loss; balanced: the classes of the training examples "
+        "weigh equally in sum, N / (classes * n) for each of the n examples of a class",
+        OPTIMIZATION,
     )
     also: list[str] = _flag(
         [], f"further runs of this process, each with other {', '.join(ALSO)} (a label_budget of "
@@ -492,6 +511,13 @@ class FinetuneConfig(_SupervisedConfig, HubOptions, TaskOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seed_list()
+        for name in ("metric", "early_stopping"):
+            value = getattr(self, name)
+            if value is not None and self.settled_epoch() == "last":
+                raise ConfigError(
+                    f"--{name} {value} is of --epoch best, and the last epoch is kept"
+                    + (", as with every --label_budget" if self.epoch is None else "")
+                    + f"; leave --{name} out, or give --epoch best")
         if self.also and self.push_to_hub:
             raise ConfigError(f"--push_to_hub {self.push_to_hub} names one repository, and --also "
                               "makes several models; push them one by one with `hf upload`")
@@ -540,6 +566,12 @@ class FinetuneConfig(_SupervisedConfig, HubOptions, TaskOptions):
         if found.get("label_budget") == ALL:
             found |= {"label_budget": None, "label_seed": found.get("label_seed")}
         return found
+
+    def choice_of_epoch(self) -> dict[str, Any]:
+        """Return the part of an identity that says which epoch is kept, and where training ends."""
+        is_best = self.settled_epoch() == "best"
+        return {"epoch": self.settled_epoch(), "early_stopping": self.early_stopping,
+                "metric": (self.metric or "accuracy") if is_best else None}
 
     def settled_epoch(self) -> str:
         """Return the epoch to keep: best or last."""

@@ -167,8 +167,8 @@ def test_more_than_there_are_takes_all_but_duplicates(files, tmp_path, capsys):
 def test_test_texts_are_counted_and_dropped(files, tmp_path, store, capsys):
     prefix = str(files / store)
     select(files, store, *task(files))
-    line = ("leakage: of 4 test texts of custom, the text holds 1 complete, 1 half covered by one "
-            "document, 2 with any 8 words in order")
+    line = (f"leakage: of 4 test texts of {files.name}, the text holds 1 complete, 1 half covered "
+            "by one document, 2 with any 8 words in order")
     said = capsys.readouterr().out
     assert line in said and "2 of 400 documents hold them" in said and "--drop_leaked" in said
     assert describe_leakage(prefix) == line

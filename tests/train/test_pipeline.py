@@ -118,7 +118,7 @@ def counts_of(store: TokenStore, name: str) -> np.ndarray:
     return np.diff(np.searchsorted(index, shard.sequence_offsets))
 
 
-def test_the_table_compares_the_arms_and_the_floors(finished):
+def test_the_table_compares_the_arms_and_the_floors(finished, labelled_files):
     rows = read_csv(finished[0] / "report" / "table.csv")
     assert tuple(rows[0]) == TABLE_COLUMNS
     assert [row["arm"] for row in rows] == [
@@ -130,7 +130,8 @@ def test_the_table_compares_the_arms_and_the_floors(finished):
         results = [json.loads(line) for line in
                    (finished[0] / "finetune" / ARMS[arm] / "results.jsonl").open()]
         mean = np.mean([result["test_accuracy"] for result in results])
-        assert row["task"] == "custom" and row["seeds"] == str(len(SEEDS))
+        assert row["task"] == Path(labelled_files["train"]).parent.name
+        assert row["seeds"] == str(len(SEEDS))
         assert float(row["mean"]) == pytest.approx(mean, abs=1e-4)
         assert int(row["steps"]) == (2 if arm == "none" else 2 + STEPS)  # stage 1 counts as well
     assert by_arm["selective"]["masked_tokens"] == by_arm["random_matched"]["masked_tokens"]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from preprocess.corpus import Example, Task, limit_labels, load_task, take_fixed
 from preprocess.identity import digest
 from preprocess.text.encode import prepare_backend
@@ -21,7 +23,13 @@ from train.model import (
 )
 from train.run_dir.hf_folder import Weights, open_weights
 from train.run_dir.identity import numerics
-from train.stages.examples import Examples, encode_inputs, make_examples
+from train.stages.examples import (
+    Examples,
+    balanced_weights,
+    encode_inputs,
+    make_examples,
+    reweighted,
+)
 from train.stages.supervised import make_identity, resolve
 
 SPLITS = ("train", "validation", "test")
@@ -47,14 +55,16 @@ def encode(
 class FinetuneInputs:
     """Everything read and checked before a process group starts.
 
-    splits, encoded: by the names in `SPLITS`. parent: the weights that every seed starts from.
-    identities: the record of each seed. numerics: that of all. head: a sentence about the head.
+    splits, encoded: by the names in `SPLITS`. class_weights: `(C,)` float64, of the loss. parent:
+    the weights that every seed starts from. identities: the record of each seed. numerics: that of
+    all. head: a sentence about the head.
     """
 
     config: FinetuneConfig
     task: Task
     splits: dict[str, list[Example]]
     encoded: dict[str, Examples]
+    class_weights: np.ndarray
     tokenizer: Any
     resolved: Resolved
     parent: Weights
@@ -132,10 +142,14 @@ def _settle(
     config: FinetuneConfig, task: Task, splits: dict[str, list[Example]],
     encoded: dict[str, Examples], start: _Start,
 ) -> FinetuneInputs:
-    """Settle the JSON, and the identity of each seed."""
+    """Settle the JSON, the weights of the classes, and the identity of each seed."""
+    weights = np.ones(len(task.labels))
+    if config.class_weights == "balanced":
+        weights = balanced_weights([e.label for e in splits["train"]], len(task.labels))
+        encoded = {name: reweighted(one, weights) for name, one in encoded.items()}
     resolved = resolve(config, encoded["train"], DEFAULT_LEARNING_RATE)
     content = digest([
-        task.name, task.labels,
+        task.labels,
         [[[e.item, e.label] for e in splits[name]] for name in SPLITS],
         # Of the texts and of the tokenizer that read them.
         [[ids.tolist() for ids in encoded[name].input_ids] for name in SPLITS],
@@ -147,10 +161,11 @@ def _settle(
             split={"labels": len(splits["train"]),
                    "test_items": digest([e.item for e in splits["test"]])},
             options={"max_eval_samples": config.max_eval_samples,
-                     "epoch": config.settled_epoch(), **config.choice_of_labels()},
+                     "class_weights": config.class_weights, **config.choice_of_epoch(),
+                     **config.choice_of_labels()},
         )
         for seed in config.seed_list()
     }
     head = describe_head(start.hf_config, "ForSequenceClassification", task.labels)
-    return FinetuneInputs(config, task, splits, encoded, start.tokenizer, resolved, start.parent,
-                          identities, numerics(config, resolved), head)
+    return FinetuneInputs(config, task, splits, encoded, weights, start.tokenizer, resolved,
+                          start.parent, identities, numerics(config, resolved), head)
