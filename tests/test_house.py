@@ -54,6 +54,8 @@ ROOMS: dict[str, set[str]] = {
                     "preprocess.view", "train.config", "train.engine", "train.model",
                     "train.data", "train.run_dir"},
     "train.reports": {"preprocess.masking", "preprocess.view", "train.run_dir"},
+    "train.api": {"preprocess.store", "preprocess.masking", "train.data", "train.model",
+                  "train.stages", "train.reports"},
     "train.recipes": {"preprocess.corpus", "preprocess.store", "preprocess.masking",
                       "train.config", "train.reports", "train.shipped", "train.stages"},
 }

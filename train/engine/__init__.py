@@ -39,12 +39,14 @@ from train.engine.group import (
     start,
     supported_precisions,
 )
+from train.engine.schedules import TYPES, same_steps, stable_steps
 from train.engine.states import CONVERTIBLE, GENERATORS, describe, load_state, save_state
 from train.engine.steps import (
     MAX_SKIPPED_IN_A_ROW,
     build_engine,
     full_state_dict,
     parameter_groups,
+    restart_schedule,
     take_step,
 )
 from train.engine.stop import StopSignal
@@ -60,6 +62,7 @@ __all__ = [
     "Resolved",
     "SHARED_DISK_SECONDS",
     "StopSignal",
+    "TYPES",
     "all_reduce_sum",
     "barrier",
     "build_engine",
@@ -75,8 +78,11 @@ __all__ = [
     "ranks",
     "read_ds_config",
     "resolve_ds_config",
+    "restart_schedule",
     "rows_per_rank",
+    "same_steps",
     "save_state",
+    "stable_steps",
     "start",
     "supported_precisions",
     "take_step",

@@ -33,7 +33,8 @@ from train.model.loading import (
     named_config,
     other_outputs,
 )
-from train.model.packed import PackedMaskedLM
+from train.model.packed import PackedMaskedLM, masked_lm_head
+from train.model.patching import patch, unpatch
 
 __all__ = [
     "BERT_SIZES",
@@ -62,10 +63,13 @@ __all__ = [
     "load_scorer",
     "load_tokenizer",
     "local_checkpoint",
+    "masked_lm_head",
     "missing_for_compiling",
     "named_config",
     "other_outputs",
+    "patch",
     "peak_flops",
     "token_rows",
     "uncompiled",
+    "unpatch",
 ]

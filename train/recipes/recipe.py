@@ -17,6 +17,7 @@ from typing import Any
 from preprocess.errors import ConfigError
 from preprocess.files import parse_yaml, read_yaml
 from train.config import (
+    SEED,
     AnnotateConfig,
     Bounds,
     FinetuneConfig,
@@ -33,6 +34,7 @@ from train.recipes.arms import (
     used_scores,
     with_matched,
 )
+from train.recipes.labels import LIMITED_OTHERWISE, read_budgets
 from train.recipes.values import (
     SWITCH,
     TEXT,
@@ -90,7 +92,7 @@ SECTIONS: dict[str, dict[str, Option]] = {
     "masks": MASK_FLAGS,
     "task_guided": {
         flag: option for flag, option in _flags_of(PretrainConfig).items()
-        if flag not in ("model_config", "from_scratch", "masking", "seed", "export_steps")
+        if flag not in ("model_config", "from_scratch", "masking", "seed")
     },
     "finetune": _flags_of(FinetuneConfig),
     "floors": {"naive_bayes": SWITCH, "untrained": SWITCH},  # trivial baselines
@@ -109,6 +111,7 @@ DEFAULTS: dict[str, Any] = {
     "arms": ["none", "random_matched", "selective"],
     "pretrain_seeds": [42],
     "export_steps": [],
+    "label_budgets": [],
     **{section: {} for section in SECTIONS},
     **{section: None for section in OPTIONAL},
 }
@@ -269,12 +272,20 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
         if not isinstance(value, list) or len(set(map(str, value))) != len(value):
             raise ConfigError(f"recipe {path}: {key} must be a list without repeats, as [1, 2]; "
                               f"got {value!r}")
-        if key != "arms" and not all(type(n) is int and n >= 0 for n in value):
-            raise ConfigError(f"recipe {path}: {key} must hold whole numbers; got {value}")
+        if key != "arms" and not all(type(n) is int and SEED.holds(n) for n in value):
+            raise ConfigError(f"recipe {path}: {key} must hold whole numbers {SEED.words}; got "
+                              f"{shown_value(value)}")
+    recipe["label_budgets"] = read_budgets(recipe["label_budgets"], f"recipe {path}")
     general_text = bool(recipe["general_text"].get("input"))
     recipe["scores"] = read_scores(recipe["scores"], f"recipe {path}", general_text,
                                    recipe["score"])
     recipe["arms"] = read_arms(recipe["arms"], recipe["scores"], f"recipe {path}")
+    _check_lengths(recipe["task_guided"], f"recipe {path}: task_guided.export_steps")
+    for section in LIMITED_OTHERWISE if recipe["label_budgets"] else ():
+        if recipe[section].get("max_train_samples") is not None:
+            raise ConfigError(f"recipe {path}: label_budgets and {section}.max_train_samples both "
+                              "limit the labelled examples; drop the latter, as with --set "
+                              f"{section}.max_train_samples=null")
     general, vocabulary = recipe["general"], recipe["vocabulary"]
     scratch, learnt = bool(general and general.get("model_config")), vocabulary is not None
     for wrong, message in (
@@ -300,6 +311,17 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
     ):
         if wrong:
             raise ConfigError(f"recipe {path}: {message}")
+
+
+def _check_lengths(stage2: dict[str, Any], name: str) -> None:
+    """Refuse lengths of stage 2 that are not before its end, or not different."""
+    lengths, end = stage2.get("export_steps") or [], stage2.get("max_steps")
+    if lengths and end is None:
+        raise ConfigError(f"{name} {shown_value(lengths)}: must be below task_guided.max_steps, "
+                          "which is missing; give it")
+    if len(set(lengths)) < len(lengths) or not all(0 < length < (end or 0) for length in lengths):
+        raise ConfigError(f"{name} {shown_value(lengths)}: must be different numbers above 0 and "
+                          f"below task_guided.max_steps {end}, whose model is fine-tuned anyway")
 
 
 def needs_domain(recipe: dict[str, Any]) -> bool:

@@ -36,6 +36,8 @@ from train.shipped import INSTALLED
 HEARTBEAT_SECONDS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+# What the runs of one fine-tuning process differ in.
+RUN_FLAGS = ("--model_name_or_path", "--label_budget", "--label_seed", "--output_dir")
 URGENT = (signal.SIGTERM, signal.SIGINT)
 # Imported once under `--launcher python`. Not deepspeed: it looks for a CUDA device, and a process
 # that has done so cannot be forked.
@@ -69,9 +71,8 @@ class Journal:
         if "--deepspeed_config" in words:  # its content counts, not its path
             at = words.index("--deepspeed_config") + 1
             words[at] = file_sha256(words[at]) if os.path.isfile(words[at]) else words[at]
-        root = str(self.root)
-        return [word.replace(root, "OUTPUT_DIR", 1) if f"{word}/".startswith(f"{root}/") else word
-                for word in words]
+        root = re.escape(str(self.root))  # at the start of a word, or of a value of --also
+        return [re.sub(f"^{root}(?=/|$)|(?<==){root}(?=/)", "OUTPUT_DIR", word) for word in words]
 
     def digest(self, step: Step) -> str | None:
         """Return the sha256 of the outputs' records; None if one is missing."""
@@ -94,6 +95,9 @@ class Journal:
         if entry is None:
             return f"step {step.name}: {there[0]} exists, but this pipeline did not make it"
         was, now = _by_flag(entry.get("command", [])), _by_flag(self.command(step))
+        if step.grows:
+            with contextlib.suppress(ValueError, IndexError):  # written by another hand
+                was, now = _without_new_runs(was, now)
         if was != now:
             changes = "; ".join(
                 f"was `{was.get(flag, '')}`, is `{now.get(flag, '')}`"
@@ -161,6 +165,22 @@ def _by_flag(words: list[str]) -> dict[str, str]:
     """Split a command into its flags, each with its values as typed."""
     typed = shlex.join(words)
     return {part.split(" ")[0]: part for part in re.split(r" (?=--)", typed)}
+
+
+def _without_new_runs(*commands: dict[str, str]) -> list[dict[str, str]]:
+    """Replace the flags of single runs by one entry for each folder that both commands fill."""
+    found = []
+    for flags in commands:
+        words = {flag: shlex.split(text)[1:] for flag, text in flags.items()}
+        first = shlex.join(f"{flag[2:]}={words[flag][0]}" for flag in RUN_FLAGS if flag in words)
+        runs = {}
+        for run in map(shlex.split, (first, *words.get("--also", []))):
+            runs[dict(word.split("=", 1) for word in run).get("output_dir", "")] = " ".join(run)
+        common = {flag: text for flag, text in flags.items()
+                  if flag not in (*RUN_FLAGS, "--also", "--labels")}
+        found.append((common, runs))
+    both = set.intersection(*(set(runs) for _, runs in found))
+    return [{**common, **{folder: runs[folder] for folder in both}} for common, runs in found]
 
 
 def _existing(step: Step) -> list[str]:
