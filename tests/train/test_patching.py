@@ -155,6 +155,30 @@ def test_under_autocast_the_loss_is_that_of_the_plain_model(training):
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("family", NAMES)
+def test_on_a_gpu_loss_and_gradients_are_those_of_the_plain_model(family, dtype, tolerance):
+    """Triton's kernels, in the dtype of autocast."""
+    plain, model = masked_lm(family).cuda().train(), patch(masked_lm(family)).cuda().train()
+    inputs = {name: value.cuda() for name, value in batch().items()}
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+        expected, found = plain(**inputs).loss, model(**inputs).loss
+    torch.testing.assert_close(found, expected.float(), rtol=tolerance, atol=tolerance)
+    for one in (expected, found):
+        one.backward()
+    for name, gradient in gradients(plain).items():
+        if gradient is not None:
+            close = (gradients(model)[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-4
+            assert close, name
+    empty = {name: value.cuda() for name, value in batch(counts=(0, 0)).items()}
+    assert model(**empty).loss.item() == 0
+    inputs["labels"][0, 0] = VOCAB
+    with pytest.raises(ValueError, match=f"labels hold {VOCAB}"):
+        model(**inputs)
+
+
 def test_labels_that_fit_no_logit_are_refused():
     model = patch(masked_lm("bert"))
     for wrong in (-1, VOCAB, VOCAB + 7):
