@@ -42,7 +42,7 @@ LAUNCHERS = ("--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master
              "--num_gpus", "--nnodes", "--nproc_per_node", "--logdir", "--nodes",
              "--ntasks-per-node", "--gpus-per-node", "--array", "--cpus-per-task", "--parsable",
              "--dependency", "--gpus", "--jobs", "--halt", "--sshloginfile", "--workdir",
-             "--launcher", "--env")
+             "--launcher", "--env", "--module")
 # What makes a command small; everything else runs as the page shows it.
 SMALL = {
     "--max_steps": "3", "--train_batch_size": "8", "--save_steps": "2", "--vocab_size": "90",

@@ -144,7 +144,7 @@ class TrainingConfig(_CommandConfig):
         metavar="MODEL",
     )
     deepspeed_config: str | None = _flag(
-        None, "DeepSpeed JSON (default: ds_configs/cpu.json without a GPU, else zero1_fp16.json)",
+        None, "DeepSpeed JSON, or a name of ours (default: cpu without a GPU, else zero1_fp16)",
         USUAL, metavar="JSON",
     )
     precision: Literal["auto", "config"] = _flag(
@@ -877,8 +877,8 @@ class PipelineConfig(_Checked):
     """
 
     recipe: str = _flag(
-        "", "YAML file, as train/recipes/demo.yaml", USUAL, metavar="FILE",
-        missing="give a YAML file, as train/recipes/demo.yaml",
+        "", "YAML file, or a name of ours, as custom or demo", USUAL, metavar="FILE",
+        missing="give a YAML file, or a name of ours, as custom or demo",
     )
     output_dir: str = _flag(
         "", "folder for everything that the recipe makes", USUAL, metavar="DIR",

@@ -45,7 +45,7 @@ def where_to_look(root: Path, steps: list[Step]) -> str:
     lines = [f"table and figures: {root}/report", f"curves: tensorboard --logdir {root}"]
     masks = [step.name for step in steps if step.name.startswith("masks-")]
     if masks:
-        lines.append("what was masked: python preprocess/show_masks.py --tokens "
+        lines.append("what was masked: selmask show_masks --tokens "
                      f"{store} --mask_index {masks[0].removeprefix('masks-')}")
     leaked = describe_leakage(f"{root}/domain/text")
     return "\n".join([*([leaked] if leaked else []), "Where to look next",

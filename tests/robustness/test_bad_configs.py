@@ -144,7 +144,9 @@ JSONS = {
 
 # Flags after the good ones (the last of equals counts), and what the one line must say.
 FLAGS = {
-    "absent-file": (["--deepspeed_config", "nowhere.json"], "no such file; ds_configs/ has cpu"),
+    "absent-file": (["--deepspeed_config", "nowhere.json"],
+                    "--deepspeed_config nowhere.json: no such file; give a path, or one of the "
+                    "names cpu, zero1_bf16, zero1_fp16, "),
     "unknown": (["--max_step", "3"], "did you mean --max_steps?"),
     "type": (["--max_steps", "ten"], "--max_steps: invalid int value: 'ten'"),
     "choice": (["--precision", "half"], "--precision: invalid choice: 'half'"),

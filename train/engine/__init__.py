@@ -20,7 +20,6 @@ of the user's flags come first. It has no option for the following, so they are 
 
 from train.engine.ds_json import (
     DEFAULT_LEARNING_RATE,
-    DS_CONFIGS,
     Resolved,
     read_ds_config,
     resolve_ds_config,
@@ -51,6 +50,7 @@ from train.engine.steps import (
     take_step,
 )
 from train.engine.stop import StopSignal
+from train.shipped import DS_CONFIGS
 
 __all__ = [
     "CONVERTIBLE",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from preprocess.files import read_json
 from train.config import TrainingConfig
 from train.engine import schema as ds_schema
 from train.engine.schedules import settle_schedule
+from train.shipped import DS_CONFIGS, find_shipped
 
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_BATCH = 32
 
@@ -47,14 +46,13 @@ class Resolved:
 def read_ds_config(path: str | None) -> dict[str, Any]:
     """Read a DeepSpeed JSON; the default depends on whether there is a GPU.
 
+    Args:
+        path: its path, or the name of one of ours.
     Raises:
         ConfigError: no such file, not JSON, not an object, or an unknown key or a bad value.
     """
-    default = "zero1_fp16.json" if torch.cuda.is_available() else "cpu.json"
-    file = Path(DS_CONFIGS / default if path is None else path)
-    if not file.is_file():
-        known = ", ".join(sorted(f.name for f in DS_CONFIGS.glob("*.json")))
-        raise ConfigError(f"--deepspeed_config {file}: no such file; ds_configs/ has {known}")
+    default = "zero1_fp16" if torch.cuda.is_available() else "cpu"
+    file = find_shipped(default if path is None else path, DS_CONFIGS, "--deepspeed_config")
     config = read_json(file, "correct it", error=ConfigError, name=f"--deepspeed_config {file}")
     try:
         ds_schema.check(config)

@@ -31,6 +31,7 @@ from train.model.loading import (
     load_tokenizer,
     local_checkpoint,
     named_config,
+    other_outputs,
 )
 from train.model.packed import PackedMaskedLM, masked_lm_head
 from train.model.patching import patch, unpatch
@@ -65,6 +66,7 @@ __all__ = [
     "masked_lm_head",
     "missing_for_compiling",
     "named_config",
+    "other_outputs",
     "patch",
     "peak_flops",
     "token_rows",

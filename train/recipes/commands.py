@@ -13,6 +13,7 @@ from train.config import FinetuneConfig
 from train.recipes.labels import Labels
 from train.recipes.recipe import REPOSITORY
 from train.recipes.steps import Step, flag_words, inside, model_files
+from train.shipped import DS_CONFIGS, find_shipped
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class CommandList:
     def __init__(self, recipe: dict[str, Any], root: Path) -> None:
         self.recipe, self.root = recipe, root
         self.steps: list[Step] = []
-        self.deepspeed_config = _find_config(recipe["deepspeed_config"])
+        chosen = recipe["deepspeed_config"]
+        self.deepspeed_config = chosen and str(
+            find_shipped(chosen, DS_CONFIGS, "recipe: deepspeed_config"))
 
     def has(self, name: str) -> bool:
         return any(step.name == name for step in self.steps)
@@ -102,10 +105,3 @@ def exported(run: Path, steps: Sequence[int]) -> list[str]:
     """Patterns of the models that pre-training leaves: the last one, and those at some steps."""
     folders = [run / "hf", *(run / f"hf_step_{step}" for step in steps)]
     return [pattern for folder in folders for pattern in model_files(folder)]
-
-
-def _find_config(path: str | None) -> str | None:
-    """Return a DeepSpeed JSON as given, or the repository's one of that name."""
-    if path and not Path(path).exists() and (REPOSITORY / path).exists():
-        return str(REPOSITORY / path)
-    return path

@@ -45,8 +45,8 @@ from train.recipes.values import (
     options_of,
     shown_value,
 )
+from train.shipped import RECIPES, REPOSITORY, find_shipped
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TYPED = ("trust_remote_code",)  # flags that no file may set
 TOKENIZE_FLAGS = {
     "input": Option(list[str]), "text_column": TEXT, "where": Option(dict[str, str]),
@@ -122,7 +122,7 @@ def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
     """Read a recipe, what it extends, and `--set`; check every key; fill in the variables.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of one of ours.
         settings: `key=value`: a variable of the recipe, or a setting as `task_guided.max_steps`.
     Returns:
         A dictionary with every key of `DEFAULTS`; `scores` and `arms` are what `read_scores` and
@@ -130,7 +130,8 @@ def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: unknown key or variable, a variable without a value, or a wrong type.
     """
-    recipe = {**DEFAULTS, **_read_yaml(Path(path), (), Path(path).parent.resolve())}
+    path = find_shipped(path, RECIPES, "--recipe")
+    recipe = {**DEFAULTS, **_read_yaml(path, (), path.parent.resolve())}
     recipe["variables"] = dict(recipe["variables"] or {})
     _check_sections(recipe, path)
     for setting in settings:
@@ -159,19 +160,20 @@ def _read_yaml(path: Path, seen: tuple[Path, ...], home: Path) -> dict[str, Any]
     """
     if path.resolve() in seen:
         raise ConfigError(f"recipe {path} extends itself: remove `extends` somewhere")
-    if not path.is_file():
-        known = ", ".join(sorted(p.name for p in (REPOSITORY / "train/recipes").glob("*.yaml")))
-        raise ConfigError(f"--recipe {path}: no such file; train/recipes has {known}")
     content = read_yaml(path, "write keys such as task and finetune", name=f"recipe {path}")
     _check_content(content, path)
     base = content.pop("extends", None)
     if base is None:
         return content
     extended = path.parent / check_value(base, TEXT, f"recipe {path}: extends")
+    if not extended.exists() and "/" not in str(base):
+        extended = find_shipped(base, RECIPES, f"recipe {path}: extends")
     inside = (home, REPOSITORY / "train/recipes")
     if not any(extended.resolve().is_relative_to(folder) for folder in inside):
         raise ConfigError(f"recipe {path}: extends {shown_value(base)} outside its folder and "
                           "train/recipes; copy that file beside it")
+    if not extended.is_file():
+        raise ConfigError(f"recipe {path}: extends {base}: no such file; give one beside it")
     return _merge(_read_yaml(extended, (*seen, path.resolve()), home), content)
 
 

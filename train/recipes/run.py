@@ -27,10 +27,11 @@ from preprocess import launchers
 from preprocess.errors import ConfigError, DataError, StopRequested, visible
 from preprocess.files import atomic_write_json, file_sha256, read_json, tell_stopping
 from preprocess.identity import digest
-from preprocess.progress import print_line
+from preprocess.progress import print_line, print_news
 from train.config import PipelineConfig
 from train.recipes.nodes import FirstNode, OtherNode, first_address
 from train.recipes.steps import Step
+from train.shipped import INSTALLED
 
 HEARTBEAT_SECONDS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -235,7 +236,7 @@ def run_steps(
             journal.end(step, time.monotonic() - started, success)
         check_outputs(step, journal, log)
         now = time.monotonic()
-        print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total", flush=True)
+        print_news(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total")
         clean(step, options)
         judge(step, options)
     if left:
@@ -260,7 +261,7 @@ def is_fresh(step: Step, title: str, journal: Journal, options: PipelineConfig) 
         _refuse(objection)
     if objection or not journal.is_finished(step):
         return False
-    print(f"{title}: finished, skipped", flush=True)
+    print_news(f"{title}: finished, skipped")
     clean(step, options)
     judge(step, options)
     return True
@@ -276,11 +277,11 @@ def begin_step(
         lead: of each line below the title. gpu: as of `started_as`.
     """
     objection = journal.objection(step)
-    print(f"{title}: {visible(objection)}" if objection else title, flush=True)
+    print_news(f"{title}: {visible(objection)}" if objection else title)
     for path in _existing(step) if objection or not step.resumes else ():
-        print(f"{lead}deleting {visible(path)}", flush=True)
+        print_news(f"{lead}deleting {visible(path)}")
         shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-    print(f"{lead}{shown(step, options, gpu)}", flush=True)
+    print_news(f"{lead}{shown(step, options, gpu)}")
     started = time.monotonic()
     journal.start(step)
     return started
@@ -403,8 +404,10 @@ def shown(step: Step, options: PipelineConfig, gpu: str = "") -> str:
 
 
 def _words(step: Step, options: PipelineConfig, port: int, gpu: str = "") -> list[str]:
+    script, *flags = step.command
+    typed = ["selmask", Path(script).stem] if INSTALLED else [script]
     if not step.launched or options.launcher == "python":
-        return ["python", *step.command]
+        return [*typed, *flags] if INSTALLED else ["python", *typed, *flags]
     # DeepSpeed's launcher ignores the variable beside --num_gpus, and would take the first GPU.
     where = [] if gpu else ["--num_gpus", str(options.num_gpus)]
     if options.hostfile:
@@ -415,7 +418,7 @@ def _words(step: Step, options: PipelineConfig, port: int, gpu: str = "") -> lis
             address = first_address(options)
         where += ["--master_addr", address] if address else []
     chosen = ["--master_port", str(port)] if port else []
-    return ["deepspeed", *where, *chosen, *step.command]
+    return ["deepspeed", *where, *chosen, *["--module"] * INSTALLED, *typed, *flags]
 
 
 def free_port() -> int:
@@ -434,8 +437,8 @@ def started_as(
         gpu: the only GPU of the step, which its environment names; empty: the first `--num_gpus`.
     """
     program, *words = _words(step, options, port or options.master_port or free_port(), gpu)
-    launcher = ["-m", "deepspeed.launcher.runner"] if program == "deepspeed" else []
-    return [sys.executable, *launcher, *words]
+    module = {"deepspeed": "deepspeed.launcher.runner", "selmask": "selmask"}.get(program)
+    return [sys.executable, *(["-m", module] if module else []), *words]
 
 
 def run_process(
@@ -450,7 +453,7 @@ def run_process(
     a signal, its workers are stopped the same way. If this process is killed, all of them notice.
 
     Args:
-        command: a Python interpreter, a script and its flags.
+        command: a Python interpreter, a script (or `-m` and a module) and its flags.
         log_path: file to which the output is appended.
         warm: fork a process that has imported torch already instead of starting the interpreter.
         stop: asked about once per second; whether to stop the command as SIGTERM does.
@@ -551,9 +554,13 @@ def _run_script(words: list[str], output: Any, environment: dict[str, str]) -> N
     output.close()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=True)  # type: ignore[union-attr]
-    sys.argv = list(words)
-    sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__")
+    else:
+        sys.argv = list(words)
+        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 _LAUNCHER_CHATTER = re.compile(

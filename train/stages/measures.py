@@ -195,11 +195,6 @@ def _load_scorer(names: list[str], trust_remote_code: bool) -> Any:
 
 def _load_classifier(names: list[str], trust_remote_code: bool) -> Any:
     config = load_config(names[0], trust_remote_code)
-    if config.num_labels < 2:
-        raise ConfigError(
-            f"--model_name_or_path {names[0]}: a classifier of one label has no runner-up, so no "
-            "margin; give one of two labels or more"
-        )
     labels = tuple(config.id2label[i] for i in range(config.num_labels))
     model = load_classifier(names[0], labels, 0, trust_remote_code, trained=True)
     first_slot_only(model)
