@@ -677,6 +677,14 @@ class PipelineConfig(_Checked):
         [], "replace variables or settings of the recipe (may be repeated)", USUAL,
         action="extend", metavar="KEY=VALUE",
     )
+    until: str = _flag(
+        "", "run only this step, or those whose names begin with it and a hyphen (tokenize), and "
+        "what they need; --dry_run lists the steps", USUAL, metavar="STEP",
+    )
+    archive: str = _flag(
+        "", "at the end, also an early one, pack the output folder without weights, checkpoints "
+        "and stores into this .tar.gz", USUAL, metavar="FILE",
+    )
     num_gpus: int = _flag(1, "ranks per training command", USUAL, _at_least(1))
     hostfile: str = _flag(
         "", "run the training commands on these nodes; one `HOST slots=N` per line", NODES,

@@ -292,7 +292,7 @@ def chain(tmp_path):
             for name, text, code, needs in (
                 ("one", first, codes[0], []), ("two", second, codes[1], ["one"]))
         ]
-        pipeline.run_steps(steps, pipeline.Journal(root), options)
+        pipeline.run_side_by_side(steps, pipeline.Journal(root), options, [])
 
     run.root = tmp_path / "R"
     return run
@@ -381,7 +381,7 @@ def test_failures_stop_the_pipeline_with_their_code(chain, capsys):
     error = capsys.readouterr().err
     assert "step one failed with exit code 3" in error and "logs/01-one.log" in error
     assert not (chain.root / "two.json").exists()
-    with pytest.raises(StopRequested, match="step one stopped on request"):
+    with pytest.raises(StopRequested, match="stopped on request: one; the same command"):
         chain("1", "2", ("75", "0"), "--rerun")
 
 
