@@ -14,10 +14,10 @@ import dataclasses
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from preprocess.errors import ConfigError, check_shard
 from preprocess.flags import OTHER, USUAL, Parser
@@ -108,7 +108,23 @@ def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Checked:
-    """Flags that are checked against what their fields say."""
+    """Flags that are checked against what their fields say.
+
+    Attributes:
+        typed: names of those that the user has typed, also in a copy by `replaced`.
+    """
+
+    typed: ClassVar[frozenset[str]] = frozenset()
+
+    def note_typed(self, names: Iterable[str]) -> None:
+        """Note what the user has typed: only that is refused where a default would be changed."""
+        object.__setattr__(self, "typed", frozenset(names))
+
+    def replaced(self, **changes: Any) -> Any:
+        """Return a copy with other values."""
+        copy = dataclasses.replace(self, **changes)
+        copy.note_typed(self.typed)
+        return copy
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
@@ -501,8 +517,7 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
         """Return the options with those that `--parity` stands for."""
         if not self.parity:
             return self
-        return dataclasses.replace(self, drop_stop_words=True, keep_punctuation=True,
-                                   keep_last=True)
+        return self.replaced(drop_stop_words=True, keep_punctuation=True, keep_last=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -730,10 +745,19 @@ class PipelineConfig(_Checked):
         False, "go on although the classifier, the annotation or the scorer calls its own result "
         "too weak to build masks on"
     )
-    dry_run: bool = _flag(False, "print the commands and exit", USUAL)
+    dry_run: bool = _flag(
+        False, "print the commands, check every step as far as its inputs allow, estimate disk "
+        "and memory, and exit", USUAL,
+    )
+    measure: bool = _flag(
+        False, "with --dry_run: estimate the time as well, from a few training steps on this "
+        "machine (up to a minute)", USUAL,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.measure and not self.dry_run:
+            raise ConfigError("--measure goes with --dry_run; add it, or leave --measure out")
         if self.launcher == "python" and self.num_gpus > 1:
             raise ConfigError(
                 f"--launcher python starts one process, but --num_gpus is {self.num_gpus}: "
@@ -809,13 +833,15 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
     as_type: Any = config_class
     description = textwrap.dedent(f"    {config_class.__doc__}").rstrip()
     parser = DataclassParser(as_type, description=description)
-    *configs, unknown = parser.parse_args_into_dataclasses(
-        args=sys.argv[1:] if argv is None else argv, look_for_args_file=False,
-        return_remaining_strings=True,
-    )
-    if unknown:
+    words = sys.argv[1:] if argv is None else argv
+    _, unknown = parser.parse_known_args(words)
+    if unknown:  # a mistyped flag would be reported as a missing one
         parser.refuse(unknown[0])
-    return configs[0]
+    (config,) = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    config.note_typed(action.dest for action in parser._actions
+                      for name in action.option_strings
+                      if any(word.split("=")[0] == name for word in words))
+    return config
 
 
 def as_dict(config: Any) -> dict[str, Any]:

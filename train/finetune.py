@@ -31,8 +31,8 @@ from train.config import FinetuneConfig, parse
 from train.engine import Resolved, barrier, finish, gather_objects, is_main, start
 from train.model import (
     check_agreement,
-    check_row_length,
     describe_head,
+    fit_row_length,
     load_classifier,
     load_config,
     load_tokenizer,
@@ -133,7 +133,7 @@ def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
         hf_config, tokenizer, config.model_name_or_path,
         pair=any(example.aspect for examples in splits.values() for example in examples),
     )
-    check_row_length(hf_config, config.max_seq_length)
+    config = fit_row_length(hf_config, config)
     segments = getattr(hf_config, "type_vocab_size", 0) > 1
     encoded = {
         name: encode(tokenizer, examples, config.max_seq_length, segments)
@@ -316,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     startup.lap("imports")
     run_dir = check_run_dir(config)
     inputs = read_inputs(config)
+    config = inputs.config
     startup.lap("inputs")
     task, sizes = inputs.task, (f"{len(part)} {name}" for name, part in inputs.splits.items())
     say(f"task {task.name}: labels {', '.join(map(visible, task.labels))}; {', '.join(sizes)}")

@@ -29,6 +29,7 @@ from preprocess.errors import ConfigError, DataError, StopRequested, run_command
 from preprocess.files import WriterLock, atomic_write_json, read_json
 from train.config import PipelineConfig, parse
 from train.recipes.archive import check_archive, pack
+from train.recipes.estimate import dry_run
 from train.recipes.jobs import run_side_by_side, share_machine
 from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
 from train.recipes.plan import plan
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.dry_run:
         for step in steps:
             print(shown(step, options))
+        share_machine(options)
+        dry_run(recipe, steps, options, sum(hosts.values()) or options.num_gpus)
         return
     check_nodes(options, hosts, steps)
     gpus = share_machine(options)
