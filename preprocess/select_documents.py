@@ -75,7 +75,8 @@ from preprocess.view.tables import Table
 BLOCK_DOCUMENTS = 4096
 BLOCK_TOKENS = 1 << 18  # decoded at a time: about 100 MB of texts and words
 SELECTION_VERSION = 1  # of the rule; part of the identity
-TASK_FLAGS = ("data_dir", "train_file", "validation_file", "test_file", "pair_column")
+TASK_FLAGS = ("data_dir", "train_file", "validation_file", "test_file", "pair_column",
+              "test_fraction")
 
 
 def build_parser() -> Parser:
@@ -101,6 +102,8 @@ def build_parser() -> Parser:
     add("--test_file", metavar="FILE", help="labelled test file, for --task custom")
     add("--label_column", default="label", metavar="NAME", help="column with the label")
     add("--pair_column", metavar="NAME", help="column with the aspect")
+    add("--test_fraction", type=float, metavar="F",
+        help="of a task without an official split: share of the texts that are for testing")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw of --like")
     return parser
 

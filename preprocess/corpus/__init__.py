@@ -29,10 +29,20 @@ from preprocess.corpus.sources import (
     read_text,
     source_kind,
 )
-from preprocess.corpus.tasks import TASKS, Example, Task, load_task, take_fixed
+from preprocess.corpus.tasks import (
+    LABEL_SEED,
+    TASKS,
+    TEST_FRACTIONS,
+    Example,
+    Task,
+    limit_labels,
+    load_task,
+    take_fixed,
+)
 
 __all__ = [
     "Example",
+    "LABEL_SEED",
     "LEAKAGE_VERSION",
     "LeakIndex",
     "MAX_LINE_BYTES",
@@ -41,6 +51,7 @@ __all__ = [
     "SOURCES",
     "Span",
     "TASKS",
+    "TEST_FRACTIONS",
     "Task",
     "as_text",
     "check_file",
@@ -49,6 +60,7 @@ __all__ = [
     "find_html",
     "hash_part",
     "leakage_path",
+    "limit_labels",
     "load_task",
     "num_bytes",
     "read_csv",

@@ -93,6 +93,7 @@ class Checker:
     ranks: int = 1
     sampled: set[str] = field(default_factory=set)
     finished: set[str] = field(default_factory=set)
+    _tasks: set[str] = field(default_factory=set)
     _known: dict[str, tuple[int, str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,7 +137,7 @@ class Checker:
             with redirect_stdout(said), redirect_stderr(said):
                 config = found.config = parse(CONFIGS[script], found.step.command[1:])
                 if isinstance(config, TaskOptions):
-                    load_task(config.task, **config.task_files())
+                    self._task(config)
                 if self.encoder:
                     fit_row_length(load_config(self.encoder), config)
                 if isinstance(config, TrainingConfig) and \
@@ -146,6 +147,14 @@ class Checker:
                         world_size=self.ranks)
         except (ConfigError, DataError, OSError) as error:
             self._fails(found, str(error), getattr(error, "exit_code", DataError.exit_code))
+
+    def _task(self, config: TaskOptions) -> None:
+        """Read a task, once for all steps that take the same labels of it."""
+        files = {**config.task_files(), "label_seed": None}
+        key = repr([config.task, files])
+        if key not in self._tasks:
+            load_task(config.task, **files)
+            self._tasks.add(key)
 
     def _fails(self, found: Checked, sentence: str, code: int) -> None:
         text = sentence.replace(str(self.scratch), str(self.root))
@@ -235,7 +244,8 @@ class Checker:
 
     def _begin(self, found: Checked, command: list[str]) -> int:
         """Run a command to its end, once for all steps to which it is the same."""
-        same = " ".join(without(command, "output_dir", "seed", "seeds"))
+        typed = " ".join(without(command, "output_dir", "seed", "seeds", "label_seed"))
+        same = re.sub(r"(output_dir|label_seed)=\S+", "", typed)  # of --also
         if "--dry_run" not in command or same not in self._known:
             lines, code = _outcome([sys.executable, *command])
             memory = next((line for line in lines if "estimated memory" in line), "")

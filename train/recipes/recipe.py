@@ -61,10 +61,12 @@ MASK_FLAGS = {
     "mlm_probability": Option(float, Bounds(lambda rate: 0 < rate <= 1, "above 0 and at most 1")),
     "seed": WHOLE,
 }
-_TASK_FLAGS = options_of(TaskOptions)
+_BUDGET_FLAGS = ("label_budget", "label_seed")
+_TASK_FLAGS = {name: option for name, option in options_of(TaskOptions).items()
+               if name not in _BUDGET_FLAGS}
 _OURS = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
          "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite",
-         *_TASK_FLAGS}
+         "also", *_TASK_FLAGS, *_BUDGET_FLAGS}
 
 
 def _flags_of(config_class: type) -> dict[str, Option]:

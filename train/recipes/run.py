@@ -173,7 +173,7 @@ def _existing(step: Step) -> list[str]:
 def run_steps(
     steps: list[Step], journal: Journal, options: PipelineConfig, first: FirstNode | None = None
 ) -> None:
-    """Run the steps that are not finished, in order.
+    """Run the steps that are not finished, in order, on many nodes; the first failure ends it.
 
     Args:
         first: tells the other nodes what to launch, if they were started by hand.
