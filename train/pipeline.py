@@ -29,11 +29,11 @@ from preprocess.errors import ConfigError, DataError, StopRequested, run_command
 from preprocess.files import WriterLock, atomic_write_json, read_json
 from train.config import PipelineConfig, parse
 from train.recipes.archive import check_archive, pack
-from train.recipes.estimate import dry_run
 from train.recipes.jobs import run_side_by_side, share_machine
 from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
 from train.recipes.plan import plan
 from train.recipes.recipe import load_recipe
+from train.recipes.rehearsal import dry_run
 from train.recipes.run import Journal, follow, run_steps, shown, tell_others_of_a_stop
 from train.recipes.steps import Step, up_to
 

@@ -12,9 +12,14 @@ from torch import nn
 
 from preprocess.errors import ConfigError, DataError
 from train import model, pipeline
-from train.recipes.checks import flags_of, replaced, without
-from train.recipes.estimate import Estimate, network_of, size_of_text, total_seconds
+from train.recipes.checks import Checked, flags_of, replaced, without
+from train.recipes.estimate import (
+    Estimate,
+    network_of,
+    size_of_text,
+)
 from train.recipes.recipe import REPOSITORY, origin_of
+from train.recipes.rehearsal import check_memory, total_seconds
 
 RECIPE = str(REPOSITORY / "train" / "recipes" / "custom.yaml")
 SHORT = [f"{stage}.max_seq_length=32" for stage in (
@@ -60,7 +65,7 @@ def test_every_step_is_checked_as_far_as_its_inputs_allow(dry_run, capsys, tmp_p
     assert "for its model)" not in rows["stage1"] and "DeepSpeed JSON" in rows["stage1"]
     for step in ("task_guided-random-seed42", "task_guided-best-seed42", "finetune-none"):
         assert "for its model)" in rows[step], step
-    assert "estimated memory per rank" in out and re.search(r"about .* MiB of disk", out)
+    assert re.search(r"about .* MiB of disk, .* are free\nabout .* of memory for ", out)
     assert "time: add --measure" in out and not list(Path("/tmp").glob("selmask-dry-run-*/domain"))
 
 
@@ -73,7 +78,6 @@ def test_every_step_is_checked_as_far_as_its_inputs_allow(dry_run, capsys, tmp_p
      "this model has 64 positions; give at most 64"),
     (["finetune={max_seq_length: 32, train_batch_size: 30, per_device_train_batch_size: 8}"],
      "step finetune-none: batch sizes do not fit"),
-    (["task.label_budget=500"], r"--set task.label_budget=500: --task custom: there are \d+"),
     (["deepspeed_config=absent.json"], "--set deepspeed_config"),
 ])
 def test_a_mistake_is_told_in_the_words_of_the_recipe(dry_run, capsys, settings, message):
@@ -100,6 +104,17 @@ def test_a_disk_that_is_too_small_is_refused(dry_run, monkeypatch):
     with pytest.raises(ConfigError, match=r"/R: about .* MiB will be needed, and 0.0 MiB are free "
                        "there; make room.*or add --clean checkpoints"):
         dry_run("arms=[none]")
+
+
+def test_memory_that_is_too_small_for_all_jobs_is_refused():
+    step = SimpleNamespace(name="stage1")
+    found = [Checked(step, memory="model: 7 parameters; estimated memory per rank: states "
+                     "900000.00 GiB, activations 0.50 GiB, logits 0.00 GiB")]
+    options = SimpleNamespace(jobs=2)
+    with pytest.raises(ConfigError, match="step stage1: about 900000.5 GiB of memory will be needed"
+                       ".*smaller per_device_train_batch_size"):
+        check_memory(found, options)
+    assert check_memory([Checked(step)], options) == ""
 
 
 def test_an_encoder_that_is_not_here_leaves_the_rest_checked(dry_run, capsys):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
@@ -167,12 +167,8 @@ class Checker:
         if any(spec.startswith("hub:") for spec in flags["input"]):
             found.what = "options (its text is on the hub)"
             return
-        where = dict(pair.split("=", 1) for pair in flags.get("where", []))
         try:
-            documents = read_documents(
-                flags["input"], *flags.get("text_column", ["text"]), where=where,
-                max_documents=SAMPLE)
-            if not any(text.strip() for text in documents):
+            if not any(text.strip() for text in documents_of(flags, SAMPLE)):
                 raise DataError(f"--input {' '.join(flags['input'])}: no text in the first "
                                 f"{SAMPLE} documents; give another file")
         except (ConfigError, DataError, OSError) as error:
@@ -291,6 +287,17 @@ def is_here(name: str) -> bool:
     with suppress(ValueError):  # no name of the hub
         return isinstance(try_to_load_from_cache(name, "config.json"), str)
     return False
+
+
+def documents_of(
+    flags: dict[str, list[str]], most: int | None,
+    passed: Callable[[int], None] | None = None,
+) -> Iterator[str]:
+    """Yield the first documents that a tokenizing command reads, from its flags."""
+    return read_documents(
+        flags["input"], text_column=flags.get("text_column", ["text"])[0],
+        where=dict(pair.split("=", 1) for pair in flags.get("where", [])),
+        blank_line_documents="blank_line_documents" in flags, max_documents=most, passed=passed)
 
 
 def flags_of(words: list[str]) -> dict[str, list[str]]:

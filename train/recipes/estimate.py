@@ -12,34 +12,30 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from preprocess.corpus import load_task, num_bytes, read_documents
-from preprocess.errors import ConfigError, DataError
+from preprocess.corpus import load_task, num_bytes
+from preprocess.errors import ConfigError
 from preprocess.files import read_json
-from train.config import PipelineConfig
 from train.recipes import run
 from train.recipes.checks import (
     SAMPLE,
     Checked,
     Checker,
-    check_all,
+    documents_of,
     flags_of,
     is_here,
     replaced,
     without,
 )
-from train.recipes.schedule import StepSchedule
 
 BYTES_PER_TOKEN = 4.5  # of English, where there is no tokenizer to ask
 LOOK_SECONDS = 2.0  # how long a text is read to learn its size
@@ -53,7 +49,7 @@ LIGHT_SECONDS = 3.0  # a process that runs no network
 NODE_STARTS = 2  # processes that the deepspeed launcher starts before a training command
 
 
-class Network(NamedTuple):
+class EncoderSize(NamedTuple):
     """Sizes of an encoder: layers, widths, words."""
 
     layers: int
@@ -109,7 +105,7 @@ class Estimate:
 # ----------------------------------------------------------------------------- what is known
 
 
-def network_of(recipe: dict[str, Any]) -> Network | None:
+def network_of(recipe: dict[str, Any]) -> EncoderSize | None:
     """Return the sizes of the recipe's encoder; None where it is not here."""
     from train.model import load_config, named_config
 
@@ -124,8 +120,8 @@ def network_of(recipe: dict[str, Any]) -> Network | None:
         return None
     if config is None:
         return None
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", 0)
-    return Network(config.num_hidden_layers, config.hidden_size, inner, config.vocab_size,
+    inner = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)  # of DistilBERT
+    return EncoderSize(config.num_hidden_layers, config.hidden_size, inner, config.vocab_size,
                    config.max_position_embeddings)
 
 
@@ -142,9 +138,7 @@ def size_of_text(flags: dict[str, list[str]]) -> Text | None:
 
     documents = size = 0
     begin = time.monotonic()
-    where = dict(pair.split("=", 1) for pair in flags.get("where", []))
-    for text in read_documents(specs, *flags.get("text_column", ["text"]), where=where,
-                               max_documents=most, passed=count):
+    for text in documents_of(flags, most, count):
         documents += 1
         size += len(text.encode())
         if time.monotonic() - begin > LOOK_SECONDS and passed[0]:
@@ -160,10 +154,8 @@ def bytes_per_token(checker: Checker, name: str) -> float:
     if step is None or name not in checker.sampled:
         return BYTES_PER_TOKEN
     flags = flags_of(step.command[1:])
-    where = dict(pair.split("=", 1) for pair in flags.get("where", []))
     most = min(int(flags.get("max_documents", [SAMPLE])[0]), SAMPLE)
-    size = sum(len(text.encode()) for text in read_documents(
-        flags["input"], *flags.get("text_column", ["text"]), where=where, max_documents=most))
+    size = sum(len(text.encode()) for text in documents_of(flags, most))
     store = read_json(Path(checker.moved(flags["output"][0]) + ".json"))
     return size / max(1, int(store.get("num_tokens") or store["counts"]["tokens"]))
 
@@ -171,7 +163,7 @@ def bytes_per_token(checker: Checker, name: str) -> float:
 # ---------------------------------------------------------------------------- the measurement
 
 
-def measure(checker: Checker, found: Sequence[Checked], network: Network | None,
+def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | None,
             imports: float) -> Measurement | str:
     """Train the stage-2 model for a few steps on the sample; return why not where it cannot."""
     trained = [one for one in found if Path(one.step.command[0]).stem == "pretrain"
@@ -231,7 +223,7 @@ def measure(checker: Checker, found: Sequence[Checked], network: Network | None,
 class Estimator:
     """Estimates each step from the sizes of its inputs."""
 
-    def __init__(self, checker: Checker, found: Sequence[Checked], network: Network | None,
+    def __init__(self, checker: Checker, found: Sequence[Checked], network: EncoderSize | None,
                  measured: Measurement | None) -> None:
         self.checker, self.options, self.network = checker, checker.options, network
         self.measured = measured
@@ -311,7 +303,7 @@ class Estimator:
         more = max(0, starts - 1) * self.measured.start
         return Estimate(kept, self._start() + more + passes / self.measured.rate)
 
-    def _work(self, config: Any, script: str, network: Network
+    def _work(self, config: Any, script: str, network: EncoderSize
               ) -> tuple[float | None, float, int]:
         """Return parameters x tokens (forward alone), the bytes that stay, and models trained."""
         model, checkpoint = 4.0 * network.parameters, 12.0 * network.parameters
@@ -376,126 +368,3 @@ class Estimator:
         train, _, _, length = next(iter(self._tasks.values()))
         limit = self.checker.recipe["annotate"].get("max_train_samples")
         return min(train, limit or train), length
-
-
-# ------------------------------------------------------------------------------- altogether
-
-
-def total_seconds(found: Sequence[Checked], estimates: Sequence[Estimate], jobs: int) -> float:
-    """Return how long the plan takes with so many steps side by side."""
-    seconds = {one.step.name: estimate.seconds or 0.0
-               for one, estimate in zip(found, estimates, strict=True)}
-    schedule = StepSchedule({one.step.name: one.step.needs for one in found}, jobs,
-                            last=[one.step.name for one in found if not one.step.records])
-    now, running = 0.0, dict[str, float]()
-    while True:
-        schedule.arrivals(now)
-        while (name := schedule.start(now)) is not None:
-            running[name] = now + seconds[name]
-        if not running:
-            return now
-        name = min(running, key=lambda one: running[one])
-        now = running.pop(name)
-        schedule.end(name)
-
-
-def check_disk(wanted: float, options: PipelineConfig) -> str:
-    """Say how much disk is wanted and free.
-
-    Raises:
-        ConfigError: clearly more is wanted than is free.
-    """
-    root = Path(options.output_dir).absolute()
-    there = next(folder for folder in (root, *root.parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    said = f"{gib(wanted)} of disk, {gib(free)} are free"
-    if 0.8 * wanted > free:
-        hint = "" if options.clean == "checkpoints" else ", or add --clean checkpoints"
-        raise ConfigError(f"--output_dir {options.output_dir}: about {gib(wanted)} will be needed, "
-                          f"and {gib(free)} are free there; make room, or give a folder on "
-                          f"another disk{hint}")
-    return said
-
-
-def gib(size: float) -> str:
-    """Return a size for people."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def table(found: Sequence[Checked], estimates: Sequence[Estimate]) -> list[str]:
-    """Return the lines of the table: step, seconds, disk, what was checked."""
-    rows = [("step", "seconds", "disk", "checked")]
-    for one, estimate in zip(found, estimates, strict=True):
-        seconds = "?" if estimate.seconds is None else f"{estimate.seconds:.0f}"
-        rows.append((one.step.name, seconds, gib(estimate.kept) if estimate.kept else "",
-                     f"FAILS: {one.problem}" if one.problem else one.what))
-    widths = [max(len(row[at]) for row in rows) for at in range(3)]
-    return [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  "
-            f"{row[3]}".rstrip() for row in rows]
-
-
-def dry_run(recipe: dict[str, Any], steps: Sequence[Any], options: PipelineConfig,
-            ranks: int) -> None:
-    """Check all steps and estimate what they take; print a table.
-
-    Args:
-        ranks: of a training command.
-    Raises:
-        ConfigError, DataError: a step would fail, or the disk is too small.
-    """
-    begin = time.monotonic()
-    import_all()
-    imports = time.monotonic() - begin
-    with tempfile.TemporaryDirectory(prefix="selmask-dry-run-") as folder:
-        checker = Checker(recipe, options, list(steps), run.Journal(Path(options.output_dir)),
-                          Path(folder), ranks)
-        found = list(check_all(checker))
-        network = network_of(recipe)
-        failed = [one for one in found if one.problem]
-        measured: Measurement | str = "add --measure for an estimate of the time"
-        if options.measure and not failed:
-            measured = measure(checker, found, network, imports)
-        speed = measured if isinstance(measured, Measurement) else None
-        estimator = Estimator(checker, found, network, speed)
-        estimates = [estimator.of(one) for one in found]
-    if speed is None:
-        estimates = [replace(one, seconds=None) for one in estimates]
-    print("\n".join(["", *table(found, estimates)]))
-    for line in dict.fromkeys(one.memory for one in found if one.memory):
-        print(line)
-    if failed:
-        kind = ConfigError if failed[0].code == ConfigError.exit_code else DataError
-        more = f" (and {len(failed) - 1} more steps fail: see above)" if len(failed) > 1 else ""
-        raise kind(f"step {failed[0].step.name}: {failed[0].problem}{more}")
-    for line in in_total(found, estimates, measured, network, options):
-        print(line)
-
-
-def in_total(found: Sequence[Checked], estimates: Sequence[Estimate],
-             measured: Measurement | str, network: Network | None, options: PipelineConfig
-             ) -> list[str]:
-    """Return the last lines: disk, minutes, and how both were found."""
-    disk = check_disk(sum(one.kept for one in estimates), options)
-    if network is None:
-        disk += "; models are not counted, since the encoder is not here yet"
-    lines = [f"about {disk}"]
-    if isinstance(measured, str):
-        return [*lines, f"time: {measured}"]
-    unknown = [one.step.name for one, guess in zip(found, estimates, strict=True)
-               if guess.seconds is None]
-    seconds = total_seconds(found, estimates, options.jobs)
-    lines.append(
-        f"about {seconds / 60:.1f} minutes with --jobs {options.jobs}, from {measured.steps} "
-        f"measured steps of {measured.rows} x {measured.slots} slots: other steps by tokens x "
-        f"parameters ({measured.rate / 1e9:.1f} G per second), starts of "
-        f"{measured.start:.1f} s as measured; text and masks by constants")
-    if unknown:
-        lines.append(f"not in it, since their input is not known yet: {run.listed(unknown)}")
-    return lines
-
-
-def import_all() -> None:
-    """Import what a training command does, which takes it as long."""
-    import train.engine
-    import train.model
-    import train.stages.supervised  # noqa: F401
