@@ -17,10 +17,10 @@ from train.config import PipelineConfig
 from train.recipes import run
 from train.recipes.checks import Checked, Checker, check_all
 from train.recipes.estimate import (
+    EncoderSize,
     Estimate,
     Estimator,
     Measurement,
-    EncoderSize,
     measure,
     network_of,
 )
