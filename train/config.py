@@ -160,7 +160,7 @@ class TrainingConfig(_CommandConfig):
         metavar="MODEL",
     )
     deepspeed_config: str | None = _flag(
-        None, "DeepSpeed JSON (default: ds_configs/cpu.json without a GPU, else zero1_fp16.json)",
+        None, "DeepSpeed JSON, or a name of ours (default: cpu without a GPU, else zero1_fp16)",
         USUAL, metavar="JSON",
     )
     precision: Literal["auto", "config"] = _flag(
@@ -184,9 +184,18 @@ class TrainingConfig(_CommandConfig):
         None, "decay of all weights except biases and norms (default: 0.01)", OPTIMIZATION,
         Bounds(lambda value: 0 <= value < 1, "in [0, 1)"),
     )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "wsd"] | None = _flag(
+        None, "learning rate after the warm-up: linear or cosine decay, constant, or wsd, which is "
+        "constant and decays linearly in the last --decay_ratio of the steps (default: linear)",
+        OPTIMIZATION,
+    )
     warmup_ratio: float | None = _flag(
         None, "fraction of the steps with linear warm-up (default: 0.1)", OPTIMIZATION,
         Bounds(lambda value: 0 <= value <= 1, "in [0, 1]"),
+    )
+    decay_ratio: float | None = _flag(
+        None, "fraction of the steps in which wsd decays (default: 0.1)", OPTIMIZATION,
+        Bounds(lambda value: 0 < value <= 1, "in (0, 1]"),
     )
     max_grad_norm: float | None = _flag(
         None, "largest global gradient norm, clipped beyond (default: 1.0)", OPTIMIZATION, POSITIVE
@@ -278,7 +287,14 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions, CorruptionOptions):
         "to the second, linearly over the steps of the run (default: 0.15)", DATA, RATES,
         read=_number_or_text, metavar="R",
     )
-    max_steps: int = _flag(1000, "optimizer steps; 0: only write hf/", USUAL, _at_least(0))
+    max_steps: int = _flag(
+        1000, "optimizer steps; 0: only write hf/; more than before extend a run whose schedule is "
+        "constant, or wsd from before its decay", USUAL, _at_least(0)
+    )
+    extend: bool = _flag(
+        False, "with more --max_steps than before, extend a run of any schedule: the new steps "
+        "have a warm-up and a schedule of their own", CHECKPOINTS,
+    )
     per_device_train_batch_size: int | str | None = _flag(  # type: ignore[assignment]
         None, "rows per micro batch per rank; auto: as many as fit the memory of the GPUs",
         OPTIMIZATION, Bounds(lambda value: value == AUTO or value >= 1, "1 or more, or auto"),
@@ -771,8 +787,8 @@ class PipelineConfig(_Checked):
     """
 
     recipe: str = _flag(
-        "", "YAML file, as train/recipes/demo.yaml", USUAL, metavar="FILE",
-        missing="give a YAML file, as train/recipes/demo.yaml",
+        "", "YAML file, or a name of ours, as custom or demo", USUAL, metavar="FILE",
+        missing="give a YAML file, or a name of ours, as custom or demo",
     )
     output_dir: str = _flag(
         "", "folder for everything that the recipe makes", USUAL, metavar="DIR",

@@ -16,7 +16,8 @@ With `--hostfile`, training commands run on many nodes, all other steps on the f
 (`train/recipes/nodes.py`). With `--jobs`, independent steps run side by side
 (`train/recipes/jobs.py`). With `--archive`, all but what is large goes into one file at the end
 (`train/recipes/archive.py`). With `export_steps`, everything that depends on the length of stage 1
-lies under `step_N/`.
+lies under `step_N/`. With `label_budgets`, what follows from labels has their budget in its name,
+and the seed that drew them (`train/recipes/labels.py`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from preprocess.files import WriterLock, atomic_write_json, read_json
 from train.config import PipelineConfig, parse
 from train.recipes.archive import check_archive, pack
 from train.recipes.jobs import run_side_by_side, share_machine
+from train.recipes.labels import check_budgets
 from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
 from train.recipes.plan import plan
 from train.recipes.recipe import load_recipe
@@ -47,7 +49,7 @@ def where_to_look(root: Path, steps: list[Step]) -> str:
     lines = [f"table and figures: {root}/report", f"curves: tensorboard --logdir {root}"]
     masks = [step.name for step in steps if step.name.startswith("masks-")]
     if masks:
-        lines.append("what was masked: python preprocess/show_masks.py --tokens "
+        lines.append("what was masked: selmask show_masks --tokens "
                      f"{store} --mask_index {masks[0].removeprefix('masks-')}")
     leaked = describe_leakage(f"{root}/domain/text")
     return "\n".join([*([leaked] if leaked else []), "Where to look next",
@@ -68,9 +70,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.dry_run:
         for step in steps:
             print(shown(step, options))
+        check_budgets(recipe)
         share_machine(options)
         dry_run(recipe, steps, options, sum(hosts.values()) or options.num_gpus)
         return
+    check_budgets(recipe)
     check_nodes(options, hosts, steps)
     gpus = share_machine(options)
     root.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from preprocess.corpus.documents import (
     RANGE_BYTES,
     cut_part,
+    describe_first,
     hash_part,
     num_bytes,
     read_documents,
@@ -56,6 +57,7 @@ __all__ = [
     "as_text",
     "check_file",
     "cut_part",
+    "describe_first",
     "describe_leakage",
     "find_html",
     "hash_part",

@@ -119,9 +119,14 @@ def read_label(row: Row, column: str, place: str) -> str | None:
         return str(value)
     if isinstance(value, (int, float, Decimal)) and math.isfinite(value) and value == int(value):
         return str(int(value))
+    kind = type(value).__name__
+    if isinstance(value, list | tuple | dict):
+        kind += "; several labels for one text, multi-label, are not supported"
+    elif isinstance(value, float | Decimal):
+        kind += "; learning numbers, regression, is not supported"
     raise DataError(
         f"{place}: column {column!r} holds {str(value)[:60]!r} "
-        f"({type(value).__name__}), and a label is a string, a whole number, true or false; "
+        f"({kind}), and a label is a string, a whole number, true or false; "
         f"--label_column chooses another column"
     )
 
@@ -309,7 +314,17 @@ def _task_custom(files: TaskFiles) -> Task:
 
 
 def _check_numbers(values: list[str], files: TaskFiles) -> None:
-    """Refuse labels that are the same number, as 1 and 1.0."""
+    """Refuse labels that are the same number, as 1 and 1.0, and those that are no classes."""
+    column = f"{files.train_file}: --label_column {files.label_column} holds"
+    some = [value for value in values if re.fullmatch(r"\[.*\]|\{.*\}", value)]
+    if some:
+        raise DataError(f"{column} {some[0][:60]!r}; several labels for one text, multi-label, are "
+                        f"not supported: give a column with one label")
+    numbers = [value for value in values if re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", value)]
+    some = [value for value in numbers if not float(value).is_integer()]
+    if some and len(numbers) == len(values):
+        raise DataError(f"{column} numbers with fractions, as {some[0]!r}; learning numbers, "
+                        f"regression, is not supported: give a column with classes")
     seen: dict[float, str] = {}
     for value in values:
         if re.fullmatch(r"[-+]?\d+(\.\d*)?", value):

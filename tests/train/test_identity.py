@@ -63,6 +63,9 @@ def training(other_json: str) -> dict[str, tuple[dict[str, Any], str]]:
         "learning_rate": ({"learning_rate": 1e-5}, "--learning_rate 0.001, .* has 1e-05"),
         "weight_decay": ({"weight_decay": 0.3}, "--weight_decay 0.01, .* has 0.3"),
         "warmup_ratio": ({"warmup_ratio": 1.0}, r"--warmup_ratio \(steps\) 2, .* has [34]"),
+        **{name: ({"lr_scheduler_type": "wsd", "decay_ratio": 0.5},
+                  r"--lr_scheduler_type \(class\) WarmupDecayLR, .* has WarmupStableDecayLR")
+           for name in ("lr_scheduler_type", "decay_ratio")},
         "max_grad_norm": ({"max_grad_norm": 0.5}, "--max_grad_norm 1.0, .* has 0.5"),
         "train_batch_size": ({"train_batch_size": 4}, "8, .* has"),
         "per_device_train_batch_size": (
@@ -177,7 +180,7 @@ def pretrain(folder, store, still_encoder, other_encoder, other_json) -> Case:
         "eval_mask_index": ({"eval_mask_index": ["random"]}, "--eval_mask_index none, .* has "),
         "export_steps": ({"export_steps": [2, 3]}, "--export_steps none, .* has 2 3"),
     }
-    free = {**FREE, "eval_steps": 2, "last_layer_subset": False,
+    free = {**FREE, "eval_steps": 2, "extend": True, "last_layer_subset": False,
             "head_implementation": "reference", "torch_compile": True}
     return Case("train/pretrain.py", options.PretrainConfig, flags, "finished already", decides,
                 free)

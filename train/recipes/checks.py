@@ -36,6 +36,7 @@ from train.config import (
 from train.recipes import run
 from train.recipes.recipe import SECTIONS, origin_of
 from train.recipes.steps import Step
+from train.shipped import INSTALLED
 
 SAMPLE = 200  # documents
 CONFIGS: dict[str, Any] = {
@@ -243,9 +244,9 @@ class Checker:
         typed = " ".join(without(command, "output_dir", "seed", "seeds", "label_seed"))
         same = re.sub(r"(output_dir|label_seed)=\S+", "", typed)  # of --also
         if "--dry_run" not in command or same not in self._known:
-            lines, code = _outcome([sys.executable, *command])
+            lines, code = _outcome(typed_as(command))
             memory = next((line for line in lines if "estimated memory" in line), "")
-            self._known[same] = code, _sentence(lines, Path(command[0]).name), memory
+            self._known[same] = code, _sentence(lines), memory
         code, sentence, found.memory = self._known[same]
         if code:
             self._fails(found, sentence, code)
@@ -329,6 +330,13 @@ def replaced(words: list[str], flag: str, value: str) -> list[str]:
     return [*without(words, flag), f"--{flag}", value]
 
 
+def typed_as(command: list[str]) -> list[str]:
+    """Return the process of a script and its flags, as `run.started_as` starts it."""
+    script, *flags = command
+    what = ["-m", "selmask", Path(script).stem] if INSTALLED else [script]
+    return [sys.executable, *what, *flags]
+
+
 def _outcome(command: list[str]) -> tuple[list[str], int]:
     """Run a command from the fork server; return its lines and its exit code."""
     output, _, poll = run.fork(command, run.without_ranks())
@@ -339,10 +347,10 @@ def _outcome(command: list[str]) -> tuple[list[str], int]:
     return text.decode(errors="replace").splitlines(), run.exit_code(code) if code else 0
 
 
-def _sentence(lines: list[str], script: str) -> str:
-    """Return what a command says of its end."""
-    ours = [line.removeprefix(f"{script}: ") for line in lines if line.startswith(f"{script}: ")]
-    return (ours or lines or ["no reason given"])[-1]
+def _sentence(lines: list[str]) -> str:
+    """Return what a command says of its end, in its last line."""
+    last = next((line for line in reversed(lines) if line.strip()), "no reason given")
+    return re.sub(r"^(selmask )?[\w.]+: ", "", last)
 
 
 def check_all(checker: Checker) -> Iterator[Checked]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -34,6 +33,7 @@ from train.recipes.checks import (
     flags_of,
     is_here,
     replaced,
+    typed_as,
     without,
 )
 
@@ -190,7 +190,7 @@ def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | N
                         ("eval_fraction", 0), ("save_steps", 0), ("output_dir", folder)):
         words = replaced(words, flag, str(value))
     begin = time.monotonic()
-    output, process, poll = run.fork([sys.executable, chosen.step.command[0], *words],
+    output, process, poll = run.fork(typed_as([chosen.step.command[0], *words]),
                                      run.without_ranks())
     text, late = b"", False
     while chunk := os.read(output.fileno(), 1 << 16):
