@@ -117,6 +117,9 @@ class Checker:
             self._on_sample(found, script)
         elif script == "tokenize_corpus":
             self._read_text(found)
+        elif script == "train_tokenizer":
+            self._begin(found, [*step.command, "--dry_run"])
+            found.what = "files, columns, options"
         elif script in DRY and (words := self.stand_ins(step)):
             self._begin(found, [step.command[0], *words, "--dry_run"])
             found.what = DRY[script] + self._stand_in(step, words)
