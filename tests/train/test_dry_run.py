@@ -70,7 +70,7 @@ def test_every_step_is_checked_as_far_as_its_inputs_allow(dry_run, capsys, tmp_p
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    (["text_column=stars"], r"step finetune-none: .*no column 'stars'.*--set text_column, label_"),
+    (["text_column=stars"], r"step leakage: .*no column 'stars'.*--set text_column, label_"),
     (["label_column=stars"], "no column 'stars'.*--set label_column"),
     (["domain_column=body"], "step tokenize-domain: .*no column 'body'"),
     (["text=absent.txt"], "step tokenize-domain: absent.txt: no such file"),
@@ -78,12 +78,13 @@ def test_every_step_is_checked_as_far_as_its_inputs_allow(dry_run, capsys, tmp_p
      "this model has 64 positions; give at most 64"),
     (["finetune={max_seq_length: 32, train_batch_size: 30, per_device_train_batch_size: 8}"],
      "step finetune-none: batch sizes do not fit"),
-    (["deepspeed_config=absent.json"], "--set deepspeed_config"),
+    (["label_budgets=[500]"], r"label_budgets: .* training examples; give 2 to \d+"),
 ])
 def test_a_mistake_is_told_in_the_words_of_the_recipe(dry_run, capsys, settings, message):
     with pytest.raises((ConfigError, DataError), match=message) as error:
         dry_run(*settings, "arms=[none, random]")
-    assert "\n" not in str(error.value) and "FAILS: " in capsys.readouterr().out
+    assert "\n" not in str(error.value)
+    assert ("FAILS: " in capsys.readouterr().out) == ("label_budgets=[500]" not in settings)
 
 
 def test_batches_must_suit_all_ranks(dry_run):
@@ -124,6 +125,19 @@ def test_an_encoder_that_is_not_here_leaves_the_rest_checked(dry_run, capsys):
     assert "options, task, labels" in rows["finetune-none"]
     with pytest.raises(DataError, match="step tokenize-domain: .*no column 'body'"):
         dry_run("encoder=some/hub-model", "arms=[none, random]", "domain_column=body")
+
+
+def test_fresh_weights_are_checked_with_a_vocabulary_of_the_sample(dry_run, capsys, reviews_file):
+    dry_run("encoder=null", f"vocabulary={{vocab_size: 90, input: [{reviews_file}]}}",
+            "general={model_config: bert-tiny, max_steps: 2, max_seq_length: 32}",
+            f"general_text.input={reviews_file}", "general_text.num_workers=1",
+            "arms=[none, random]")
+    rows = rows_of(capsys.readouterr().out)
+    for step in ("vocabulary", "tokenize-general", "tokenize-domain", "leakage"):
+        assert "on the first 200 documents" in rows[step], step
+    assert rows["stage1"].endswith("memory")
+    assert rows["task_guided-random-seed42"].endswith("(on fresh weights for its model)")
+    assert rows["finetune-none"].endswith("options, task, labels")
 
 
 def test_measured_steps_give_a_time(dry_run, capsys):

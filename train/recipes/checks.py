@@ -45,7 +45,7 @@ CONFIGS: dict[str, Any] = {
 }
 # Commands that run on a sample, and what that checks.
 ON_SAMPLE = {
-    "tokenize_corpus": "files, columns, tokenizer",
+    "train_tokenizer": "files, columns", "tokenize_corpus": "files, columns, tokenizer",
     "select_documents": "task, test texts",
     "score_words": "options, arrays", "build_masks": "options, scores",
 }
@@ -117,9 +117,6 @@ class Checker:
             self._on_sample(found, script)
         elif script == "tokenize_corpus":
             self._read_text(found)
-        elif script == "train_tokenizer":
-            self._begin(found, [*step.command, "--dry_run"])
-            found.what = "files, columns, options"
         elif script in DRY and (words := self.stand_ins(step)):
             self._begin(found, [step.command[0], *words, "--dry_run"])
             found.what = DRY[script] + self._stand_in(step, words)
@@ -183,19 +180,20 @@ class Checker:
     def _is_on_sample(self, step: Step, script: str) -> bool:
         """Return whether a step can run on the sample, and writes nothing elsewhere."""
         flags = flags_of(step.command[1:])
-        if script == "tokenize_corpus":
-            tokenizer = flags["tokenizer"][0]
-            return is_here(tokenizer) and not any(
-                spec.startswith("hub:") for spec in flags["input"])
+        if any(spec.startswith("hub:") for spec in flags.get("input", [])):
+            return False
+        if script == "tokenize_corpus" and self.finished.issuperset(step.needs):
+            return is_here(flags["tokenizer"][0])
         return self.sampled.issuperset(step.needs)
 
     def _on_sample(self, found: Checked, script: str) -> None:
-        words = [self.moved(word) for word in found.step.command[1:]]
-        if script == "tokenize_corpus":
+        made = {f"{self.root}/vocabulary"} if "vocabulary" in self.finished else set()
+        words = [word if word in made else self.moved(word) for word in found.step.command[1:]]
+        if script in ("train_tokenizer", "tokenize_corpus"):
             flags = flags_of(words)
             most = min(int(flags.get("max_documents", [SAMPLE])[0]), SAMPLE)
             words = without(words, "max_documents", "num_shards", "num_workers")
-            words += ["--max_documents", str(most), "--num_workers", "1"]
+            words += ["--max_documents", str(most)]
         found.what = f"{ON_SAMPLE[script]}: on the first {SAMPLE} documents"
         if self._begin(found, [found.step.command[0], *words]) == 0:
             self.sampled.add(found.step.name)
@@ -219,9 +217,13 @@ class Checker:
                 words = [*without(words, "mask_index"), "--masking", BASELINE]
         model = flags.get("model_name_or_path", [""])[0]
         if model.startswith(f"{self.root}/") and not Path(model).is_dir():
-            if not self.encoder:
+            fresh = (self.recipe["general"] or {}).get("model_config")
+            if self.encoder:
+                words = replaced(words, "model_name_or_path", self.encoder)
+            elif fresh and "tokens" in flags:
+                words = replaced(without(words, "model_name_or_path"), "model_config", fresh)
+            else:
                 return []
-            words = replaced(words, "model_name_or_path", self.encoder)
         elif model and not is_here(model):
             return []
         return [self._model_in(word) for word in words]
@@ -240,7 +242,8 @@ class Checker:
     def _stand_in(self, step: Step, words: list[str]) -> str:
         was, now = (flags_of(some).get("model_name_or_path") for some in
                     (step.command[1:], words))
-        return "" if was == now else f" (on {self.recipe['encoder']} for its model)"
+        stand_in = "the encoder" if self.encoder else "fresh weights"
+        return "" if was == now else f" (on {stand_in} for its model)"
 
     def _begin(self, found: Checked, command: list[str]) -> int:
         """Run a command to its end, once for all steps to which it is the same."""

@@ -168,10 +168,10 @@ def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | N
     """Train the stage-2 model for a few steps on the sample; return why not where it cannot."""
     trained = [one for one in found if Path(one.step.command[0]).stem == "pretrain"
                and one.config is not None and one.config.max_steps]
-    chosen = next((one for one in trained if one.step.name.startswith("task_guided")),
-                  trained[0] if trained else None)
+    trained.sort(key=lambda one: not one.step.name.startswith("task_guided"))
+    chosen = next((one for one in trained if checker.stand_ins(one.step)), None)
     words = checker.stand_ins(chosen.step) if chosen else []
-    if chosen is None or not words or network is None:
+    if chosen is None or network is None:
         return "no step can be measured: its encoder or its text is not here"
     import torch
 
