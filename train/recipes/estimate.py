@@ -175,6 +175,8 @@ def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | N
         return "no step can be measured: its encoder or its text is not here"
     import torch
 
+    from train.run_dir.metrics import TOKENS_PER_SECOND
+
     slots, config = chosen.config.max_seq_length, chosen.config
     rows = config.per_device_train_batch_size or config.train_batch_size or 32
     if not torch.cuda.is_available():
@@ -205,7 +207,7 @@ def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | N
     path = folder / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else ():
         row = json.loads(line)
-        if (rate := row.get("throughput/tokens_per_sec")) and row["step"] > 1:
+        if (rate := row.get(TOKENS_PER_SECOND)) and row["step"] > 1:
             rates.append(rate)
             spent += rows * slots / rate
     if not rates:

@@ -28,8 +28,10 @@ from train.run_dir.metrics import (
     EVAL_LOSS,
     EVAL_PERPLEXITY,
     MASKED_FRACTION,
+    OLD_FOLDER,
     TOKENS_PER_SECOND,
     TRAIN_LOSS,
+    spellings,
 )
 
 TAGS = (TRAIN_LOSS, EVAL_LOSS, EVAL_PERPLEXITY, MASKED_FRACTION, TOKENS_PER_SECOND)
@@ -99,7 +101,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
     notes: list[str] = []
     logged = {path.resolve(): path for folder in folders for path in event_folders(folder)}
     for path in logged.values():
-        run = path.parent if path.name == "tb" else path
+        run = path.parent if path.name == OLD_FOLDER else path
         scalars = _read_events(path, notes)
         if scalars:
             curves.append(_with_lineage(short_name(run, folders), scalars, run, notes))
@@ -116,7 +118,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
     for path, run in silent.items():
         if any(other == path or path in other.parents for other in kept):
             continue
-        notes.append(f"{run}: no event files in it (tb/), so no curves.")
+        notes.append(f"{run}: no event files in it, so no curves.")
         found = _with_lineage(short_name(run, folders), {}, run, notes)
         if found.is_pretraining:
             curves.append(found)
@@ -133,7 +135,8 @@ def without_events(folder: Path) -> list[Path]:
 def _only_metrics(folder: Path) -> list[Path]:
     """Return the runs, this one or below it, with scalars in `metrics.jsonl` alone."""
     runs = [path.parent for path in sorted(folder.rglob(METRICS_FILE))]
-    return [run for run in runs if not any((run / "tb").glob(PATTERN))]
+    return [run for run in runs if not any(
+        path for place in (run, run / OLD_FOLDER) for path in place.glob(PATTERN))]
 
 
 def event_folders(folder: Path) -> list[Path]:
@@ -176,7 +179,14 @@ def _read_events(folder: Path, notes: list[str]) -> dict[str, tuple[list[int], l
     except Exception as error:  # complete records that are no events: any type of error
         notes.append(f"{folder}: holds records that are no events ({type(error).__name__}).")
     found = set(events.Tags()["scalars"])
-    return {tag: _ascending(events.Scalars(tag)) for tag in TAGS if tag in found}
+    made = {}
+    for tag in TAGS:
+        # An older version may have begun the run, under other tags.
+        points = [point for name in spellings(tag) if name in found
+                  for point in events.Scalars(name)]
+        if points:
+            made[tag] = _ascending(sorted(points, key=lambda point: point.step))
+    return made
 
 
 def _read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -184,7 +194,8 @@ def _read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     points: dict[str, list[Any]] = {}
     for row in read_json_lines(path, []):
         for tag in TAGS:
-            value = number(row.get(tag))
+            value = next((row[name] for name in spellings(tag) if name in row), None)
+            value = number(value)
             if value is not None and type(row.get("step")) is int:
                 points.setdefault(tag, []).append(Point(row["step"], float(np.float32(value))))
     return {tag: _ascending(points[tag]) for tag in TAGS if tag in points}
