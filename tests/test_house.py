@@ -57,7 +57,8 @@ ROOMS: dict[str, set[str]] = {
     "train.api": {"preprocess.store", "preprocess.masking", "train.data", "train.model",
                   "train.stages", "train.reports"},
     "train.recipes": {"preprocess.corpus", "preprocess.store", "preprocess.masking",
-                      "train.config", "train.reports", "train.shipped", "train.stages"},
+                      "train.config", "train.engine", "train.model", "train.reports",
+                      "train.run_dir", "train.shipped", "train.stages"},
 }
 # Strings that are a strategy's name, by file, and why.
 NAMED_STRATEGIES = {

@@ -264,7 +264,8 @@ def test_models_and_stores_between_steps_are_those_that_steps_write(tmp_path, pa
                 assert any(value == w or value.startswith(w + "/") for w in written), (name, value)
 
 
-def test_dry_run_prints_commands_that_a_shell_reads_back(tmp_path, capsys):
+def test_dry_run_prints_commands_that_a_shell_reads_back(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "dry_run", lambda *rest: None)  # the files are not there
     path = write_recipe(tmp_path, MINIMAL.replace("data_dir: D", "data_dir: 'D #1'"))
     output = tmp_path / "R"
     pipeline.main(["--recipe", str(path), "--output_dir", str(output), "--dry_run",
@@ -310,7 +311,7 @@ def chain(tmp_path):
             for name, text, code, needs in (
                 ("one", first, codes[0], []), ("two", second, codes[1], ["one"]))
         ]
-        pipeline.run_steps(steps, pipeline.Journal(root), options)
+        pipeline.run_side_by_side(steps, pipeline.Journal(root), options, [])
 
     run.root = tmp_path / "R"
     return run
@@ -399,7 +400,7 @@ def test_failures_stop_the_pipeline_with_their_code(chain, capsys):
     error = capsys.readouterr().err
     assert "step one failed with exit code 3" in error and "logs/01-one.log" in error
     assert not (chain.root / "two.json").exists()
-    with pytest.raises(StopRequested, match="step one stopped on request"):
+    with pytest.raises(StopRequested, match="stopped on request: one; the same command"):
         chain("1", "2", ("75", "0"), "--rerun")
 
 

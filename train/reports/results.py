@@ -24,6 +24,7 @@ from preprocess.identity import flatten
 from train.reports.intervals import paired_difference
 from train.run_dir.hf_folder import read_stages, weights_problem
 
+ARCHIVE = "archive.json"  # in a folder that `train/pipeline.py --archive` packed without weights
 METRICS = {"accuracy": "test_accuracy", "macro_f1": "test_macro_f1"}
 TABLE_COLUMNS = ("arm", "strategy", "scores", "units", "task", "metric", "mean", "sd", "seeds",
                  "masked_tokens", "steps", "seconds")
@@ -161,7 +162,7 @@ def read_summaries(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     """
     try:
         stages = read_stages(folder)
-        problem = weights_problem(folder)
+        problem = None if _is_archived(folder) else weights_problem(folder)
     except (DataError, OSError) as error:
         notes.append(str(error))
         return []
@@ -169,6 +170,12 @@ def read_summaries(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     totals = ("steps", "tokens", "masked_tokens", "seconds")
     return [{"stage": stage["stage"], **flatten(stage["identity"]),
              **{key: stage["totals"].get(key) for key in totals}} for stage in stages]
+
+
+def _is_archived(folder: Path) -> bool:
+    """Return whether the weights of an `hf/` folder were left out when its pipeline was packed."""
+    packed = any((above / ARCHIVE).is_file() for above in folder.resolve().parents)
+    return packed and not any(folder.glob("*.safetensors"))
 
 
 def number(value: Any) -> float | None:
