@@ -51,7 +51,8 @@ ROOMS: dict[str, set[str]] = {
     "train.bench": {"csrc", "preprocess.store", "preprocess.masking", "preprocess.text",
                     "preprocess.view", "train.config", "train.engine", "train.model",
                     "train.data", "train.run_dir"},
-    "train.reports": {"preprocess.masking", "preprocess.view", "train.run_dir"},
+    "train.reports": {"preprocess.corpus", "preprocess.masking", "preprocess.store",
+                      "preprocess.text", "preprocess.view", "train.run_dir"},
     "train.recipes": {"preprocess.corpus", "preprocess.store", "preprocess.masking",
                       "train.config", "train.reports", "train.stages"},
 }
