@@ -42,7 +42,7 @@ gpu-check:
 	$(PYTHON) tests/support/gpu_check.py --wheels "$(WHEELS)" $(GPU_CHECK_FLAGS)
 
 lint: setup
-	$(BIN)/ruff check preprocess train csrc tests
+	$(BIN)/ruff check selmask.py preprocess train csrc tests
 	$(BIN)/mypy
 
 clean:

@@ -590,11 +590,11 @@ def environment(device: str) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     git = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
-    try:
-        commit = subprocess.check_output(
-            git, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
+    commit, root = None, Path(__file__).parents[1]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if (root / ".git").exists():  # installed: git would name whatever is around us
+            commit = subprocess.check_output(
+                git, cwd=root, stderr=subprocess.DEVNULL, text=True).strip()
     return {
         "platform": platform.platform(),
         "processor": model[1] if model else platform.processor(), "cpus": os.cpu_count(),

@@ -104,6 +104,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--num_shards", type=int,
         help="number of shards of the store; goes with --shard_index")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the draws")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, print the plan, and exit")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace an index made with other options")
     args = parser.parse_args(argv)
@@ -326,13 +328,15 @@ def main(argv: list[str] | None = None) -> None:
     names = [epoch_name(args.name, epoch) for epoch in range(args.epochs)]
     policies = [read_policy(args, store, shards, epoch) for epoch in range(args.epochs)]
     with ExitStack() as locks:
-        for name in names:
+        for name in names if not args.dry_run else ():
             locks.enter_context(lock_array(store, name, "mask", args.shard_index))
         build(args, store, shards, policies, tokenizer)
+    if args.dry_run:
+        return
     missing = [path for name in names for path in missing_arrays(store, name, "mask")]
     if missing:
-        print(f"{len(missing)} of {len(names) * len(store.shards)} shards are missing, the first: "
-              f"{missing[0]}")
+        say(f"{len(missing)} of {len(names) * len(store.shards)} shards are missing, the first: "
+            f"{missing[0]}")
         return
     counted = [name for name in (args.name, args.match) if name]
     statistics = count_masks(store, counted, max_tokens=MAX_COUNTED)
@@ -379,10 +383,13 @@ def build(
                 check_one_origin(
                     store, name, "mask", f"--name {name}", made_by=made_by, shards=shards)
             if has_array(shard, name, "mask", made_by["identity"], args.overwrite):
-                print(f"{array_path(shard, name, 'mask')}: complete, made with the same options")
+                say(f"{array_path(shard, name, 'mask')}: complete, made with the same options")
             else:
                 work.append((name, epoch, policy, number, made_by))
-    if not work:
+    if args.dry_run:
+        say(f"{args.tokens}: {len(work)} of {len(policies) * len(shards)} indices to be made; "
+            f"{args.strategy}: {STRATEGIES[args.strategy].rule}")
+    if args.dry_run or not work:
         return
     facts = store_facts(store, args.strategy, lambda: policies[0].all_scores[0])
     words = find_words(args.strategy, policies[0].units == WORDS, tokenizer)
@@ -407,7 +414,7 @@ def build(
             )
             say(str(write_array(shards[number], name, "mask", positions, made_by)))
     if exact:
-        print(_exactness(exact))
+        say(_exactness(exact))
 
 
 def _made_by(

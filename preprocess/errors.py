@@ -14,11 +14,14 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+LOG_LEVEL = "SELMASK_LOG_LEVEL"  # environment variable, which `--log_level` sets
 
 
 class ConfigError(ValueError):
@@ -201,6 +204,11 @@ def _end_where_nobody_reads(error: Exception) -> None:
             sys.exit(128 + signal.SIGPIPE)
 
 
+def _trace_if_debugging() -> None:
+    if os.environ.get(LOG_LEVEL) == "debug":
+        traceback.print_exc()
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run `main`, turn our errors into one line and an exit code, and exit.
 
@@ -217,8 +225,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         main()
     except (ConfigError, NonFiniteError, StopRequested) as error:
         code, message = error.exit_code, str(error)
+        _trace_if_debugging()
     except DataError as error:
         code, message, shared = error.exit_code, str(error), not _is_alone()
+        _trace_if_debugging()
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except Exception as error:
@@ -229,6 +239,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             _leave_group(together=False)
             raise
         code, shared = DataError.exit_code, not _is_alone()
+        _trace_if_debugging()
         named = error.filename and not isinstance(error, DiskFullError)
         message = (f"{error.filename}: " if named else "") + (error.strerror or str(error))
     rank = os.environ.get("RANK", "0")

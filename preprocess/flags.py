@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from preprocess.errors import ConfigError
+from preprocess.progress import LEVELS, set_level
 
 USUAL = "required and usual"  # the title of each parser's first group
 OTHER = "other"  # of its last one, which holds `--help` and flags without a group
@@ -52,6 +53,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {shown})"
 
 
+class _SetLevel(argparse.Action):
+    """Sets the level of messages as soon as it is read; nothing else of a command depends on it."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        set_level(values)
+
+
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose `--help` fits a reader and whose mistakes are one sentence."""
 
@@ -59,6 +67,11 @@ class Parser(argparse.ArgumentParser):
         options = {"formatter_class": HelpFormatter, "allow_abbrev": False, **options}
         super().__init__(*args, **options)
         self._optionals.title = OTHER
+        self.add_argument(
+            "--log_level", action=_SetLevel, choices=LEVELS, default=argparse.SUPPRESS,
+            metavar="LEVEL", help=f"what is printed: {', '.join(LEVELS)}; given, DeepSpeed and "
+            "transformers print as much (default: info, and their errors)",
+        )
 
     def format_help(self) -> str:
         """Return the text of `--help`: required flags first, the group of `--help` itself last."""

@@ -21,6 +21,8 @@ def num_cores() -> int:
 
 def commit() -> str | None:
     """Return the commit of these sources, with "+" if they differ from it; None outside a clone."""
+    if not (Path(__file__).parents[1] / ".git").exists():  # git would name whatever is around us
+        return None
     git = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(

@@ -2,6 +2,11 @@
 
 The bar goes to stderr when that is a terminal; it shows the rate and the time left. Otherwise (a
 pipe, a log file) plain lines go to stdout, without carriage returns. Only the first rank prints.
+
+`--log_level` chooses what is printed, in this process and in all that it starts: `info` (the
+default) is everything, `warning` only lines that begin with that word, and `error` only the
+sentence with which a command fails. What was asked for, as a table, is printed at every level.
+`debug` adds what DeepSpeed and transformers say, and the traceback of an error.
 """
 
 from __future__ import annotations
@@ -14,10 +19,11 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-from preprocess.errors import visible
+from preprocess.errors import LOG_LEVEL, visible
 from preprocess.launchers import silence_unread
 
 LINE_SECONDS = 10.0  # longest pause between two plain lines
+LEVELS = ("debug", "info", "warning", "error")
 
 
 def is_first_rank() -> bool:
@@ -30,8 +36,36 @@ def _has_terminal() -> bool:
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
+def set_level(level: str) -> None:
+    """Choose what is printed, one of `LEVELS`."""
+    os.environ[LOG_LEVEL] = level
+
+
+def level_of_libraries() -> str | None:
+    """Return the level for the loggers of libraries, as `logging` names it; None if not chosen."""
+    level = os.environ.get(LOG_LEVEL, "")
+    return level.upper() if level in LEVELS else None
+
+
+def _is_printed(level: str) -> bool:
+    chosen = (level_of_libraries() or "info").lower()
+    return LEVELS.index(level) >= LEVELS.index(chosen)
+
+
 def say(text: str) -> None:
-    """Print lines on rank 0, above the bar if there is one; control characters are escaped."""
+    """Print lines about the work, or a warning, which begins with that word; see `show`."""
+    if _is_printed("warning" if text.lstrip().startswith("warning") else "info"):
+        show(text)
+
+
+def print_news(text: str) -> None:
+    """Print a line about the work of a pipeline, which has no ranks itself, as `say` does."""
+    if _is_printed("info"):
+        print_line(text)
+
+
+def show(text: str) -> None:
+    """Print what was asked for: lines on rank 0, above the bar, control characters escaped."""
     text = visible(text, kept="\n")
     if is_first_rank() and _has_terminal():
         from tqdm import tqdm
@@ -79,7 +113,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._done = self._printed = self._initial = initial
         self._start = self._printed_at = time.monotonic()
         self._bar: Any = None
-        self._quiet = not is_first_rank()
+        self._quiet = not is_first_rank() or not _is_printed("info")
         if not self._quiet and _has_terminal():
             from tqdm import tqdm
 

@@ -82,6 +82,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--num_shards", type=int, help="number of shards of the store; goes with --shard_index")
     parser.add_argument("--overwrite", action="store_true",
                         help="replace scores made with other options")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, print the plan, and exit")
     args = parser.parse_args(argv)
     check_inputs(args)
     check_shard(args.shard_index, args.num_shards)
@@ -125,14 +127,14 @@ def main(argv: list[str] | None = None) -> None:
     if not args.overwrite:
         check_other_shards(store, shards, args.name, "scores", identity)
     with ExitStack() as locks:
-        for kind in kinds:
+        for kind in kinds if not args.dry_run else ():
             locks.enter_context(lock_array(store, args.name, kind, args.shard_index))
         todo = [shard for shard in shards
                 if not all([has_array(shard, args.name, kind, identity, args.overwrite)
                             for kind in kinds])]
         say(f"{args.tokens}: {len(shards) - len(todo)} of {len(shards)} shards are scored already,"
             f" {sum(shard.num_tokens for shard in todo):,} tokens to score")
-        if todo:
+        if todo and not args.dry_run:
             write(args.name, todo, count, {**made_by, **sealed(identity)})
     missing = missing_arrays(store, args.name, "scores")
     if missing:

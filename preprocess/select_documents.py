@@ -59,7 +59,7 @@ from preprocess.files import read_json
 from preprocess.flags import USUAL, Parser
 from preprocess.identity import build as build_identity
 from preprocess.identity import compare, digest, sealed
-from preprocess.progress import Progress, say
+from preprocess.progress import Progress, say, show
 from preprocess.store import (
     Shard,
     StoreWriter,
@@ -75,7 +75,8 @@ from preprocess.view.tables import Table
 BLOCK_DOCUMENTS = 4096
 BLOCK_TOKENS = 1 << 18  # decoded at a time: about 100 MB of texts and words
 SELECTION_VERSION = 1  # of the rule; part of the identity
-TASK_FLAGS = ("data_dir", "train_file", "validation_file", "test_file", "pair_column")
+TASK_FLAGS = ("data_dir", "train_file", "validation_file", "test_file", "pair_column",
+              "test_fraction")
 
 
 def build_parser() -> Parser:
@@ -101,7 +102,11 @@ def build_parser() -> Parser:
     add("--test_file", metavar="FILE", help="labelled test file, for --task custom")
     add("--label_column", default="label", metavar="NAME", help="column with the label")
     add("--pair_column", metavar="NAME", help="column with the aspect")
+    add("--test_fraction", type=float, metavar="F",
+        help="of a task without an official split: share of the texts that are for testing")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw of --like")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, print the plan, and exit")
     return parser
 
 
@@ -368,7 +373,7 @@ def _describe_selection(
             })
     every = np.concatenate(taken)
     num_documents = int(corpus.documents.sum())
-    say(Table.of("Documents by length", rows, "The log weight is ln p(texts of --like) - ln "
+    show(Table.of("Documents by length", rows, "The log weight is ln p(texts of --like) - ln "
                  "p(corpus) per word and pair of words; above 0 is more like the texts.").as_text())
     say(f"log weight {corpus.means.sum() / num_documents:.3f} in {num_documents:,} documents, "
         f"{every['mean'].mean():.3f} in the {len(every):,} taken")
@@ -454,8 +459,15 @@ def main(argv: list[str] | None = None) -> None:
         options={"like": target and target.digest, "number": args.number,
                  "drop_leaked": args.drop_leaked, "version": SELECTION_VERSION},
     )
-    if args.output and is_made(args.output, identity, args.overwrite):
-        print(f"{args.output}: complete, made with the same options")
+    made = bool(args.output) and is_made(args.output, identity, args.overwrite)
+    if made:
+        say(f"{args.output}: complete, made with the same options")
+    if args.dry_run:
+        if not made:
+            say(f"{args.tokens}: {store.num_documents:,} documents to look through"
+                + (f", for {args.output}" if args.output else ""))
+        return
+    if made:
         if test is not None:
             known = read_leakage(args.output)
             # The command was killed between the store and its count, or another task was counted.
@@ -478,13 +490,13 @@ def main(argv: list[str] | None = None) -> None:
     with suppress(FileNotFoundError):  # of a store that is replaced
         os.unlink(leakage_path(args.output))
     write_store(reader, args.output, choose_of, identity, args.overwrite)
-    made = TokenStore.open(args.output)
-    say(f"{args.output}: {made.num_documents:,} of {store.num_documents:,} documents, "
-        f"{made.num_sequences:,} sequences, {made.num_tokens:,} of {store.num_tokens:,} tokens"
+    new = TokenStore.open(args.output)
+    say(f"{args.output}: {new.num_documents:,} of {store.num_documents:,} documents, "
+        f"{new.num_sequences:,} sequences, {new.num_tokens:,} of {store.num_tokens:,} tokens"
         + (f"; {len(out):,} documents with test texts of {args.task} dropped"
            if args.drop_leaked else ""))
     if test is not None:
-        count_leakage(Reader(made), test, len(out))
+        count_leakage(Reader(new), test, len(out))
         say(describe_leakage(args.output))
 
 

@@ -29,7 +29,7 @@ from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_bytes, temporary_path
 from preprocess.flags import USUAL, Parser
 from preprocess.masking import STRATEGIES, StrategyInputs, choose_positions, open_arrays
-from preprocess.progress import Progress
+from preprocess.progress import Progress, say
 from preprocess.store import ARRAYS, TokenStore
 from preprocess.store.layout import ColumnWriter
 from preprocess.text.continuations import continuation_table, open_tokenizer, word_table
@@ -184,8 +184,8 @@ def timed_count(store: TokenStore, *args: Any, **options: Any) -> Statistics:
     started = time.monotonic()
     statistics = count_masks(store, *args, **options)
     seconds = time.monotonic() - started
-    print(f"counted {statistics.tokens:,} tokens in {seconds:.1f} s "
-          f"({statistics.tokens / max(seconds, 1e-9):,.0f} tokens/s)\n")
+    say(f"counted {statistics.tokens:,} tokens in {seconds:.1f} s "
+        f"({statistics.tokens / max(seconds, 1e-9):,.0f} tokens/s)\n")
     return statistics
 
 

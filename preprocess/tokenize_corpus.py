@@ -39,6 +39,7 @@ import numpy as np
 from preprocess.corpus import (
     check_file,
     cut_part,
+    describe_first,
     find_html,
     hash_part,
     num_bytes,
@@ -115,6 +116,8 @@ def build_parser() -> Parser:
         f"cut sequences longer than {MAX_ADOPTED_LENGTH:,} tokens, and write a complete store")
     add("--verify", action="store_true", help="only hash every byte of --output and of the arrays "
         "beside it")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, print the plan, and exit")
     return parser
 
 
@@ -225,27 +228,34 @@ def tokenize(args: argparse.Namespace, tokenizer: Any) -> None:
         shards = [(i, args.num_shards) for i in range(args.num_shards)
                   if args.shard_index in (None, i)]
     to_make = [s for s in shards if not _is_made(args, s, options, files, tokenizer)]
+    if args.dry_run:
+        for line in describe_first(args.input, args.text_column, where=args.where,
+                                   split=args.split,
+                                   blank_line_documents=args.blank_line_documents):
+            say(line)
+        say(f"{args.output}: {len(to_make)} of {args.num_shards} shards to be made, by "
+            f"{args.num_workers} processes")
+        return
     if to_make:
         seconds = _make_all(args, tokenizer, options, to_make)
     missing = join_shards(args.output, args.num_shards) if args.num_shards > 1 else ""
     if missing and args.shard_index is None:
         raise DataError(f"{args.output}.json: not written; {missing}")
     if missing:
-        print(f"{args.output}.json: not written yet; {missing}", flush=True)
+        say(f"{args.output}.json: not written yet; {missing}")
     elif not to_make:
         tidy_store(args.output)  # after a run that was killed when it had just joined the shards
     else:
         counts = read_json(f"{args.output}.json")["counts"]  # opening the store reads the index
         rate = counts["tokens"] / seconds
-        print(
+        say(
             f"{args.output}: {counts['documents']:,} documents, {counts['sequences']:,} sequences, "
-            f"{counts['tokens']:,} tokens; {seconds:.1f} s, {rate:,.0f} tokens/s",
-            flush=True,
+            f"{counts['tokens']:,} tokens; {seconds:.1f} s, {rate:,.0f} tokens/s"
         )
     made = [shard_prefix(args.output, *s) if s else args.output for s in shards]
     if html := _describe_html(args, made):
         say(html)
-    print(_describe_tokenizing(args, tokenizer, made), flush=True)
+    say(_describe_tokenizing(args, tokenizer, made))
 
 
 def _describe_html(args: argparse.Namespace, prefixes: list[str]) -> str:
@@ -320,8 +330,9 @@ def _is_made(
     if not os.path.exists(f"{prefix}.json"):
         return False
     TokenStore.open(prefix, verify=True)  # report damage here, not later
-    tidy_store(prefix)
-    print(f"{prefix}: complete already, skipped", flush=True)
+    if not args.dry_run:
+        tidy_store(prefix)
+    say(f"{prefix}: complete already, skipped")
     return True
 
 
@@ -548,6 +559,12 @@ def adopt(args: argparse.Namespace, tokenizer: Any) -> None:
     in_place = sources == [args.output]
     if not in_place and os.path.exists(args.output + ".bin") and not args.overwrite:
         raise ConfigError(f"{args.output}.bin: exists; give another --output or --overwrite")
+    if args.dry_run:
+        for source in sources:
+            check_file(Path(f"{source}.bin"))
+            check_file(Path(f"{source}.idx"))
+        say(f"{args.output}: to be made of {', '.join(sources)}")
+        return
     options = {
         "adopted": sources if len(sources) > 1 else sources[0],
         "max_sequence_length": MAX_ADOPTED_LENGTH,
@@ -595,10 +612,10 @@ def _adopt_one(
                 progress.add(1, sum(map(len, kept)))
         writer.close(counts)
     said = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in counts.items())
-    print(f"{writer.prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens, "
-          f"{said}", flush=True)
-    print(describe_tokenizing(
-        tokenizer, args.tokenizer, writer.num_tokens, counts["unknown_tokens"]), flush=True)
+    say(f"{writer.prefix}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens, "
+        f"{said}")
+    say(describe_tokenizing(
+        tokenizer, args.tokenizer, writer.num_tokens, counts["unknown_tokens"]))
 
 
 if __name__ == "__main__":

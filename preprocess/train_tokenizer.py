@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from preprocess.corpus import read_documents
+from preprocess.corpus import describe_first, read_documents
 from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import temporary_path
 from preprocess.flags import USUAL, Parser
-from preprocess.progress import Progress
+from preprocess.progress import Progress, say
 from preprocess.store import MAX_VOCAB
 
 # In the order of their ids.
@@ -44,6 +44,8 @@ def build_parser() -> Parser:
     add("--lowercase", action=argparse.BooleanOptionalAction, default=None,
         help="lower-case the text and remove accents (wordpiece only, and the default there; "
         "--no-lowercase keeps both)")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, print the plan, and exit")
     return parser
 
 
@@ -123,6 +125,11 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output)
     if output.exists():
         raise DataError(f"{output}: exists; give another --output or remove it")
+    if args.dry_run:
+        for line in describe_first(args.input, args.text_column):
+            say(line)
+        say(f"{output}: {args.kind} of at most {args.vocab_size:,} ids, to be learnt")
+        return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the same vocabulary on any number of cores
 
     def read() -> Iterator[str]:
@@ -146,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     note = "" if len(tokenizer) == args.vocab_size else ", all that this text yields"
-    print(f"{output}: {args.kind}, {len(tokenizer):,} ids{note}", flush=True)
+    say(f"{output}: {args.kind}, {len(tokenizer):,} ids{note}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # In the order in which a reader meets them: the commands of a page use what earlier ones made.
 FOLDERS = ("", "preprocess", "train", "train/bench", "csrc", "ds_configs", "tests",
            "preprocess/masking")
-PAGES = {folder: (ROOT / folder / "README.md").read_text() for folder in FOLDERS}
+NAMES = (*FOLDERS, "train/API.md")
+
+
+def file_of(page: str) -> Path:
+    """Return the file of a page, which is named by itself or by its folder."""
+    path = ROOT / page
+    return path if path.is_file() else path / "README.md"
+
+
+PAGES = {page: file_of(page).read_text() for page in NAMES}
 FRONT, PREPROCESS, TRAIN = (PAGES[folder] for folder in FOLDERS[:3])
 BLOCKS = [block for page in PAGES.values()
           for block in re.findall(r"(<!-- runnable -->\n)?```bash\n(.*?)```", page, re.DOTALL)]
@@ -33,7 +42,7 @@ LAUNCHERS = ("--hostfile", "--no_ssh", "--node_rank", "--master_addr", "--master
              "--num_gpus", "--nnodes", "--nproc_per_node", "--logdir", "--nodes",
              "--ntasks-per-node", "--gpus-per-node", "--array", "--cpus-per-task", "--parsable",
              "--dependency", "--gpus", "--jobs", "--halt", "--sshloginfile", "--workdir",
-             "--launcher", "--env")
+             "--launcher", "--env", "--module")
 # What makes a command small; everything else runs as the page shows it.
 SMALL = {
     "--max_steps": "3", "--train_batch_size": "8", "--save_steps": "2", "--vocab_size": "90",
@@ -106,10 +115,10 @@ def test_every_flag_of_every_command_exists(known_flags):
             assert flag in known_flags[script], f"{script} has no {flag}"
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_every_flag_and_command_named_anywhere_exists(folder, known_flags):
+@pytest.mark.parametrize("page", NAMES)
+def test_every_flag_and_command_named_anywhere_exists(page, known_flags):
     everything = set().union(*known_flags.values(), LAUNCHERS)
-    prose = re.sub(r"<!--.*?-->", "", PAGES[folder])
+    prose = re.sub(r"<!--.*?-->", "", PAGES[page])
     assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]+", prose)) <= everything
     stems = {Path(script).stem for script in known_flags}
     assert set(re.findall(r"\bselmask ([a-z]\w+)`", prose)) <= stems
@@ -185,15 +194,15 @@ def test_each_page_lists_the_files_of_its_folder(folder):
     assert sorted(listed) == sorted(name for name in there if not name.startswith(inner))
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_every_path_and_link_leads_somewhere(folder):
-    page = PAGES[folder]
+@pytest.mark.parametrize("page", NAMES)
+def test_every_path_and_link_leads_somewhere(page):
+    file, text = file_of(page), PAGES[page]
     names = re.findall(
-        r"[`\s]((?:preprocess|train|csrc|ds_configs|tests)/[\w/]*(?:\.\w+)?)[`\s]", page)
+        r"[`\s]((?:preprocess|train|csrc|ds_configs|tests)/[\w/]*(?:\.\w+)?)[`\s]", text)
     for name in set(names) - set(metrics.TAGS):
         assert (ROOT / name).exists(), name
-    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page):
-        path = (ROOT / folder / target) if target else ROOT / folder / "README.md"
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text):
+        path = file.parent / target if target else file
         assert path.exists(), target
         if anchor:
             heads = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
@@ -264,11 +273,12 @@ def test_the_table_of_the_demo_has_its_place():
     assert FRONT.index("<!-- demo table -->") < FRONT.index("<!-- end -->")
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_pages_are_short_and_plain(folder):
-    page = PAGES[folder]
-    assert page.isascii()
+@pytest.mark.parametrize("page", NAMES)
+def test_pages_are_short_and_plain(page):
+    text = PAGES[page]
+    assert text.isascii()
     # The page of all policies is read by the section.
-    assert len(page.splitlines()) <= {"": 220, "preprocess/masking": 400}.get(folder, 300)
-    for line in page.splitlines():
+    limits = {"": 220, "preprocess/masking": 400, "train/API.md": 200}
+    assert len(text.splitlines()) <= limits.get(page, 300)
+    for line in text.splitlines():
         assert len(line) <= 100 or line.startswith("|"), line

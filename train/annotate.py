@@ -307,6 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         split={"labels": len(examples)},
         options={
             "measure": config.measure, "delta": None, "criterion": None, "share": None, **options,
+            **config.choice_of_labels(),
             "language": None if has_aspects else config.language,
             "drop_stop_words": config.drop_stop_words,
             "keep_punctuation": config.keep_punctuation,

@@ -32,7 +32,7 @@ import torch
 
 from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
-from preprocess.progress import say
+from preprocess.progress import say, show
 from preprocess.store import TokenStore
 from train import data, model
 from train import engine as ds
@@ -424,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     config = parse(BenchmarkConfig, argv)
     if config.compare:
-        say(tables.compare(*config.compare))
+        show(tables.compare(*config.compare))
         return
     # The model's options take one length at a time.
     config = replace(config, max_seq_length=max(config.lengths()))
@@ -441,10 +441,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     file = Path(config.output_dir) / "benchmark.json"
     atomic_write_json(file, result)
-    say(tables.format_result(result))
+    show(tables.format_result(result))
     say(tables.draw(result, file.with_suffix(".png")))
     say(f"wrote {file}")
-    say(json.dumps(result))
+    show(json.dumps(tables.in_short(result, file)))
 
 
 if __name__ == "__main__":

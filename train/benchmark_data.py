@@ -31,7 +31,7 @@ from preprocess.errors import ConfigError, run_command
 from preprocess.files import atomic_write_json
 from preprocess.flags import USUAL, Parser
 from preprocess.masking import MATCHED, STRATEGIES, choose_positions
-from preprocess.progress import say
+from preprocess.progress import show
 from preprocess.store import StoreWriter, TokenStore, array_path, open_array, write_array
 from preprocess.view.statistics import count_masks
 from preprocess.view.tables import Table
@@ -277,9 +277,9 @@ def in_process(task: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str
         return pool.submit(task, *arguments).result()
 
 
-def show(title: str, caption: str, rows: list[dict[str, Any]]) -> None:
+def report(title: str, caption: str, rows: list[dict[str, Any]]) -> None:
     """Print one table."""
-    say("\n" + Table.of(title, rows, caption).as_text())
+    show("\n" + Table.of(title, rows, caption).as_text())
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -291,16 +291,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         store = TokenStore.open(prefix)
         add_scores(store)
         result["masks"] = measure_masks(store, args.rounds)
-        show("Building masks", f"{store.num_tokens:,} tokens, {args.rounds} rounds, one process: "
-             "choosing, hashing, writing and counting.", result["masks"])
+        report("Building masks", f"{store.num_tokens:,} tokens, {args.rounds} rounds, one process: "
+               "choosing, hashing, writing and counting.", result["masks"])
         result["loader"] = measure_loader(store, args.rounds, args.steps)
-        show("The loader", f"One thread; {args.rounds} rounds of {args.steps} steps of "
-             f"{STEP_SLOTS:,} slots per rank; tokens of this rank, [CLS] and [SEP] included.",
-             result["loader"])
+        report("The loader", f"One thread; {args.rounds} rounds of {args.steps} steps of "
+               f"{STEP_SLOTS:,} slots per rank; tokens of this rank, [CLS] and [SEP] included.",
+               result["loader"])
     if args.order_rows:
         result["order"] = [in_process(measure_order, args.order_rows)]
-        show("The order of one epoch", "Computed in blocks; a run computes its own rows only.",
-             result["order"])
+        report("The order of one epoch", "Computed in blocks; a run computes its own rows only.",
+               result["order"])
     if args.num_tokens:
         result["scale"] = []
         for size in (args.num_tokens // 1000, args.num_tokens // 10, args.num_tokens):
@@ -311,11 +311,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     key: value if isinstance(value, str) else f"{value:.3g}"
                     for key, value in row.items()
                 })
-        show("Growth with the corpus", "first_open: of store and mask index, hashed; "
-             "row_table: built, and its peak of memory; first_loader: row table and loader. "
-             "Then, in another process: opening both again, and the memory that this and "
-             f"{10 * args.steps} steps add: its own, and files, which the kernel takes back.",
-             result["scale"])
+        report("Growth with the corpus", "first_open: of store and mask index, hashed; "
+               "row_table: built, and its peak of memory; first_loader: row table and loader. "
+               "Then, in another process: opening both again, and the memory that this and "
+               f"{10 * args.steps} steps add: its own, and files, which the kernel takes back.",
+               result["scale"])
     return result
 
 
@@ -329,9 +329,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=output, prefix=".stores-") as folder:
         result = {"benchmark": "data", **environment(), "options": vars(args),
                   **measure(args, Path(folder))}
-    atomic_write_json(output / "benchmark_data.json", result)
-    say(f"wrote {output / 'benchmark_data.json'}")
-    say(json.dumps(result))
+    file = output / "benchmark_data.json"
+    atomic_write_json(file, result)
+    show(json.dumps({"benchmark": "data", "file": str(file)}))
 
 
 if __name__ == "__main__":

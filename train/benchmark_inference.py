@@ -36,7 +36,7 @@ from preprocess.errors import ConfigError, DataError, run_command
 from preprocess.files import atomic_write_json
 from preprocess.flags import USUAL, Parser
 from preprocess.masking import MATCHED, STRATEGIES, Sequences, find_candidates
-from preprocess.progress import Progress, say
+from preprocess.progress import Progress, say, show
 from preprocess.store import TokenStore
 from preprocess.view.tables import Table
 from train import engine, model
@@ -180,7 +180,7 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }, args.rounds)
     differ = {name: count_differences(found[name], found[ALONE]) for name in (PUBLISHED, *ours)}
     table = Table.of(given.title, rows)
-    say(f"\n{table.as_text()}\ntokens annotated otherwise than one per pass: "
+    show(f"\n{table.as_text()}\ntokens annotated otherwise than one per pass: "
         + ", ".join(f"{count} by {name}" for name, count in differ.items()))
     return {"rows": rows, "sequences": len(given.queries), "differ": differ}
 
@@ -246,7 +246,7 @@ def compare_measures(args: argparse.Namespace, device: torch.device) -> dict[str
     chance = float(np.mean([one.mean() for one in some]))
     by_construction = count_differences(target, found)
     table = Table.of(given.title, rows)
-    say(f"\n{table.as_text()}\n{len(only_right(found)):,} sequences are classified correctly; "
+    show(f"\n{table.as_text()}\n{len(only_right(found)):,} sequences are classified correctly; "
         f"{by_construction:,} last tokens are important to {importance.BUFFER} by construction; "
         f"chance in the {len(some):,} sequences with other marks: average precision {chance:.3f}")
     return {"rows": rows, "sequences": len(given.queries), "right": len(only_right(found)),
@@ -289,8 +289,8 @@ def first_sentences(store: TokenStore, max_tokens: int) -> tuple[np.ndarray, np.
     return np.concatenate(tokens), np.cumsum(np.concatenate([[0], *lengths]))
 
 
-def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[str, Any]:
-    """Score the first sentences of a store in each way."""
+def read_scorer(args: argparse.Namespace, prefix: str) -> tuple[TokenStore, Any, Any]:
+    """Open a store to score, the scorer's configuration and its tokenizer; check that they fit."""
     name, length = args.scorer, args.score_length
     config = model.load_config(name)
     check_trained(config, "ForTokenClassification", name, "give the hf/ of train/fit_scorer.py")
@@ -298,6 +298,13 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
     model.check_agreement(config, tokenizer, name, store=store,
                           remedy=f"tokenize with --tokenizer {name}")
     model.check_row_length(config, length)
+    return store, config, tokenizer
+
+
+def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[str, Any]:
+    """Score the first sentences of a store in each way."""
+    name, length = args.scorer, args.score_length
+    store, config, tokenizer = read_scorer(args, prefix)
     tokens, offsets = first_sentences(store, args.max_tokens)
     template = special_template(tokenizer, pair=False)
     labels = tuple(config.id2label[i] for i in range(config.num_labels))
@@ -323,7 +330,7 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
         {PUBLISHED: way(cut=in_order, min_width=length), **ours}, args.rounds)
     table = Table.of(
         f"Scoring {len(offsets) - 1:,} sentences of {len(tokens):,} tokens of {prefix}", rows)
-    say(f"\n{table.as_text()}")
+    show(f"\n{table.as_text()}")
     agree = {}
     for name in ours:
         one, published = (found[each].astype(np.float64) for each in (name, PUBLISHED))
@@ -389,6 +396,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     for name, default, text in numbers:
         add(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--dry_run", action="store_true",
+                        help="check everything, print the plan, and exit")
     args = parser.parse_args(
         argv, max_samples=1, max_tokens=1, annotate_length=8, score_length=8, batch_tokens=1,
         rounds=1)
@@ -412,6 +421,13 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse_arguments(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.dry_run:
+        if args.classifier:
+            say(read_queries(args, device).title)
+        for prefix in args.tokens:
+            tokens, offsets = first_sentences(read_scorer(args, prefix)[0], args.max_tokens)
+            say(f"Scoring {len(offsets) - 1:,} sentences of {len(tokens):,} tokens of {prefix}")
+        return
     result: dict[str, Any] = {"benchmark": "inference", **environment(), "options": vars(args)}
     if args.importance:
         result["importance"] = compare_measures(args, device)
@@ -420,8 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     result["scoring"] = [score(args, prefix, device) for prefix in args.tokens]
     file = Path(args.output_dir) / "benchmark_inference.json"
     atomic_write_json(file, result)
-    say(f"\nwrote {file}")
-    say(json.dumps(result))
+    show("\n" + json.dumps({"benchmark": "inference", "file": str(file)}))
 
 
 if __name__ == "__main__":

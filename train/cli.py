@@ -3,7 +3,7 @@
     selmask pretrain --tokens P --model_config bert-base --output_dir R1
 
 `selmask pretrain` runs the same `main` as `python train/pretrain.py`. To train on several GPUs
-use the launcher: `deepspeed train/pretrain.py`.
+use the launcher: `deepspeed --module selmask pretrain`, in a clone `deepspeed train/pretrain.py`.
 """
 
 from __future__ import annotations
@@ -67,13 +67,15 @@ def help_text() -> str:
         lines.append(f"{title}:")
         lines += [f"  {name:{width}}  {summary(module)}" for name, module in group.items()]
         lines.append("")
-    lines.append("To train on several GPUs, type deepspeed train/pretrain.py instead of selmask "
-                 "pretrain.")
+    lines.append("To train on several GPUs, type deepspeed --module selmask pretrain instead of "
+                 "selmask pretrain.")
     return "\n".join(lines)
 
 
 def _start() -> None:
     words = sys.argv[1:]
+    if words and words[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first
+        words = [*words[1:2], words[0], *words[2:]]
     if not words or words[0] in ("-h", "--help"):
         print(help_text())
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from preprocess.corpus import LABEL_SEED, TEST_FRACTIONS
 from preprocess.errors import ConfigError, check_shard
 from preprocess.flags import OTHER, USUAL, Parser
 from preprocess.masking import BASELINE, STRATEGIES, Corruption, read_corruption
@@ -33,7 +35,8 @@ GROUPS = (
 )
 
 
-AUTO = "auto"
+AUTO, ALL = "auto", "all"
+ALSO = ("model_name_or_path", "output_dir", "label_budget", "label_seed")
 
 
 class Bounds(NamedTuple):
@@ -141,7 +144,7 @@ class TrainingConfig(_CommandConfig):
         metavar="MODEL",
     )
     deepspeed_config: str | None = _flag(
-        None, "DeepSpeed JSON (default: ds_configs/cpu.json without a GPU, else zero1_fp16.json)",
+        None, "DeepSpeed JSON, or a name of ours (default: cpu without a GPU, else zero1_fp16)",
         USUAL, metavar="JSON",
     )
     precision: Literal["auto", "config"] = _flag(
@@ -165,9 +168,18 @@ class TrainingConfig(_CommandConfig):
         None, "decay of all weights except biases and norms (default: 0.01)", OPTIMIZATION,
         Bounds(lambda value: 0 <= value < 1, "in [0, 1)"),
     )
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "wsd"] | None = _flag(
+        None, "learning rate after the warm-up: linear or cosine decay, constant, or wsd, which is "
+        "constant and decays linearly in the last --decay_ratio of the steps (default: linear)",
+        OPTIMIZATION,
+    )
     warmup_ratio: float | None = _flag(
         None, "fraction of the steps with linear warm-up (default: 0.1)", OPTIMIZATION,
         Bounds(lambda value: 0 <= value <= 1, "in [0, 1]"),
+    )
+    decay_ratio: float | None = _flag(
+        None, "fraction of the steps in which wsd decays (default: 0.1)", OPTIMIZATION,
+        Bounds(lambda value: 0 < value <= 1, "in (0, 1]"),
     )
     max_grad_norm: float | None = _flag(
         None, "largest global gradient norm, clipped beyond (default: 1.0)", OPTIMIZATION, POSITIVE
@@ -259,7 +271,14 @@ class PretrainConfig(TrainingConfig, MaskedLMOptions, CorruptionOptions):
         "to the second, linearly over the steps of the run (default: 0.15)", DATA, RATES,
         read=_number_or_text, metavar="R",
     )
-    max_steps: int = _flag(1000, "optimizer steps; 0: only write hf/", USUAL, _at_least(0))
+    max_steps: int = _flag(
+        1000, "optimizer steps; 0: only write hf/; more than before extend a run whose schedule is "
+        "constant, or wsd from before its decay", USUAL, _at_least(0)
+    )
+    extend: bool = _flag(
+        False, "with more --max_steps than before, extend a run of any schedule: the new steps "
+        "have a warm-up and a schedule of their own", CHECKPOINTS,
+    )
     per_device_train_batch_size: int | str | None = _flag(  # type: ignore[assignment]
         None, "rows per micro batch per rank; auto: as many as fit the memory of the GPUs",
         OPTIMIZATION, Bounds(lambda value: value == AUTO or value >= 1, "1 or more, or auto"),
@@ -343,11 +362,39 @@ class TaskOptions(_Checked):
     pair_column: str | None = _flag(
         None, "column with the aspect, which goes before the text", CUSTOM, metavar="NAME"
     )
+    test_fraction: float | None = _flag(
+        None, "of a task without an official split (mr): share of its texts, chosen by a hash of "
+        "their content, that are for testing (default: 0.1)", DATA, metavar="F",
+    )
+    label_budget: int | None = _flag(
+        None, "use only this many training examples, stratified by label; a smaller budget is a "
+        "part of every larger one of its seed (default: all)", DATA, _at_least(2),
+        read=lambda text: None if text == ALL else int(text), metavar="N",
+    )
+    label_seed: int | None = _flag(
+        None, f"seed of the choice of --label_budget (default: {LABEL_SEED})", DATA, SEED,
+        metavar="S",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_seed is not None and self.label_budget is None:
+            raise ConfigError(f"--label_seed {self.label_seed} chooses the examples of a "
+                              "--label_budget, and there is none; leave it out")
 
     def task_files(self) -> dict[str, Any]:
         """Return the options of `preprocess.corpus.load_task`: files and columns, by name."""
         return {option.name: getattr(self, option.name)
                 for option in dataclasses.fields(TaskOptions) if option.name != "task"}
+
+    def choice_of_labels(self) -> dict[str, Any]:
+        """Return the part of an identity that says which examples are for training and testing."""
+        seed = LABEL_SEED if self.label_seed is None else self.label_seed
+        return {
+            "label_budget": self.label_budget,
+            "label_seed": None if self.label_budget is None else seed,
+            "test_fraction": self.test_fraction or TEST_FRACTIONS.get(self.task),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,10 +431,69 @@ class FinetuneConfig(_SupervisedConfig, TaskOptions):
     max_eval_samples: int | None = _flag(
         None, "use only this many validation and test examples", EVALUATION, _at_least(1)
     )
+    epoch: Literal["best", "last"] | None = _flag(
+        None, "epoch whose model is kept and tested: best by validation accuracy (the first of "
+        "equals), or last, which reads no validation label (default: best; last with a "
+        "--label_budget)", EVALUATION,
+    )
+    also: list[str] = _flag(
+        [], f"further runs of this process, each with other {', '.join(ALSO)} (a label_budget of "
+        "all has no limit); all are checked before the first one trains", USUAL,
+        action="extend", metavar="'KEY=VALUE ...'",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seed_list()
+        if self.also:
+            self.runs()
+
+    def runs(self) -> list[FinetuneConfig]:
+        """Return the options of every run of this process, as if each was typed alone.
+
+        Raises:
+            ConfigError: a value of `--also` that is no such run, or two runs in one folder.
+        """
+        first = dataclasses.replace(self, also=[])
+        runs = [first, *(dataclasses.replace(first, **self._replaced(text)) for text in self.also)]
+        folders: set[str] = set()
+        for run in runs:
+            folder = os.path.realpath(run.output_dir)
+            if folder in folders:
+                raise ConfigError(f"--also: output_dir {run.output_dir} is that of two runs; give "
+                                  "each a folder of its own, as output_dir=R")
+            folders.add(folder)
+        return runs
+
+    def _replaced(self, text: str) -> dict[str, Any]:
+        """Read one value of `--also`."""
+        example = "write KEY=VALUE with blanks between them, as 'label_budget=500 output_dir=R'"
+        try:
+            pairs = [word.partition("=") for word in shlex.split(text)]
+        except ValueError as error:
+            raise ConfigError(f"--also {text!r}: {error}; {example}") from None
+        found: dict[str, Any] = {}
+        for key, equals, value in pairs:
+            if not equals or key not in ALSO or key in found:
+                what = ("has no =" if not equals else "is there twice" if key in found else
+                        f"is none of {', '.join(ALSO)}")
+                raise ConfigError(f"--also {text!r}: {key!r} {what}; {example}")
+            if key == "label_seed" or key == "label_budget" and value != ALL:
+                try:
+                    found[key] = int(value)
+                except ValueError:
+                    raise ConfigError(
+                        f"--also {text!r}: {key} {value!r} is no whole number; {example}"
+                    ) from None
+            else:
+                found[key] = value
+        if found.get("label_budget") == ALL:
+            found |= {"label_budget": None, "label_seed": found.get("label_seed")}
+        return found
+
+    def settled_epoch(self) -> str:
+        """Return the epoch to keep: best or last."""
+        return self.epoch or ("best" if self.label_budget is None else "last")
 
     def seed_list(self) -> list[int]:
         """Return `--seeds` as numbers, in the order given."""
@@ -666,8 +772,8 @@ class PipelineConfig(_Checked):
     """
 
     recipe: str = _flag(
-        "", "YAML file, as train/recipes/demo.yaml", USUAL, metavar="FILE",
-        missing="give a YAML file, as train/recipes/demo.yaml",
+        "", "YAML file, or a name of ours, as custom or demo", USUAL, metavar="FILE",
+        missing="give a YAML file, or a name of ours, as custom or demo",
     )
     output_dir: str = _flag(
         "", "folder for everything that the recipe makes", USUAL, metavar="DIR",

@@ -29,13 +29,15 @@ from pathlib import Path
 
 from preprocess.errors import ConfigError, run_command
 from preprocess.flags import USUAL, Parser
-from preprocess.progress import say
+from preprocess.progress import show
 
 ROOT = Path(__file__).resolve().parents[1]
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 DEEPSPEED_PORT = 29500  # the default of DeepSpeed's launcher
 GIB = 2**30
-INSTALL = "pip install -c constraints.txt -e ."
+IS_CLONE = (ROOT / "constraints.txt").is_file()
+INSTALL = ("pip install -c constraints.txt -e ." if IS_CLONE
+           else "install selmask again, from the wheel or folder that it came from")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def check_imports(asked: Asked) -> Iterator[Finding]:
     found = {name: Path(spec.origin).resolve().parents[1] if spec and spec.origin else None
              for name, spec in specs.items()}
     places = ", ".join(f"{name} from {place}" for name, place in found.items())
+    if len(set(found.values())) == 1:
+        places = f"{', '.join(found)} from {found['train']}"
     yield judge(set(found.values()) == {ROOT}, "imports", places, f"set PYTHONPATH={ROOT}")
 
 
@@ -99,21 +103,22 @@ def check_packages(asked: Asked) -> Iterator[Finding]:
     for package in map(Requirement, lines):
         if package.marker and not package.marker.evaluate({"extra": ""}):
             continue
+        remedy = INSTALL if IS_CLONE else f"pip install '{package.name}{package.specifier}'"
         try:
             version = metadata.version(package.name)
         except metadata.PackageNotFoundError:
-            yield Finding(package.name, "fail", "not installed", INSTALL)
+            yield Finding(package.name, "fail", "not installed", remedy)
             continue
         needed = f", needs {package.specifier}" if package.specifier else ""
         yield judge(package.specifier.contains(version, prereleases=True), package.name,
-                    f"{version}{needed}", INSTALL)
+                    f"{version}{needed}", remedy)
 
 
 def check_torch(asked: Asked) -> Iterator[Finding]:
     import torch
 
     build = torch.version.cuda or torch.version.hip
-    found = f"{torch.__version__}, built for {f'CUDA {build}' if build else 'CPUs'}"
+    found = f"for {f'CUDA {build}' if build else 'CPUs'}"
     unused = NVIDIA_DRIVER.exists() and not asked.has_gpu
     yield judge(not unused, "torch build", found + ", with an NVIDIA driver" * unused,
                 "compare nvidia-smi with the build" if build else "install a torch built for CUDA",
@@ -133,11 +138,10 @@ def check_precision(asked: Asked) -> Iterator[Finding]:
 
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it finds
         supported = supported_precisions()
-    for name, there in supported.items():
-        found = "yes" if there else "no"
-        if not asked.has_gpu:
-            found += "; --precision auto trains in fp32, which is faster on a CPU"
-        yield Finding(name, "ok", found)
+    found = ", ".join(["fp32", *(name for name, there in supported.items() if there)])
+    if not asked.has_gpu:
+        found += "; --precision auto trains in fp32, which is faster on a CPU"
+    yield Finding("precision", "ok", found)
 
 
 # ------------------------------------------------------------------------------------- compilers
@@ -279,6 +283,9 @@ def examine(output_dir: Path) -> list[Finding]:
         try:
             findings += check(asked)
         except Exception as error:
+            failed = {finding.name for finding in findings if finding.status == "fail"}
+            if isinstance(error, ModuleNotFoundError) and error.name in failed:
+                continue  # that it is missing is listed already
             name = check.__name__.removeprefix("check_")
             text = " ".join(f"{type(error).__name__}: {error}".split())
             findings.append(Finding(name, "fail", text, INSTALL))
@@ -302,12 +309,12 @@ def main(argv: list[str] | None = None) -> None:
     failed = [finding.name for finding in findings if finding.status == "fail"]
     if options.json:
         checks = [asdict(finding) for finding in findings]
-        say(json.dumps({"ok": not failed, "checks": checks}, indent=1))
+        show(json.dumps({"ok": not failed, "checks": checks}, indent=1))
     else:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
             remedy = f"  ->  {finding.remedy}" if finding.remedy else ""
-            say(f"{finding.status:4}  {finding.name:{width}}  {finding.found}{remedy}")
+            show(f"{finding.status:4}  {finding.name:{width}}  {finding.found}{remedy}")
     if failed:
         raise ConfigError(f"not ready to train: {', '.join(failed)}; do what the table says")
 

@@ -1,7 +1,8 @@
 """Fine-tune a classifier: stage 3, and the task classifier of stage 2.
 
 Each seed trains one model. The epoch with the best validation accuracy (the first of equals) is
-kept. Only that model is tested, once, after it was read back from its `hf/` folder. All arms of a
+kept; with a label budget the last one, since validation labels would be labels beyond the budget.
+Only that model is tested, once, after it was read back from its `hf/` folder. All arms of a
 comparison share seeds: the seed alone determines the head, the order and the dropout.
 
     deepspeed train/finetune.py --deepspeed_config ds_configs/cpu.json --task mr --data_dir D \
@@ -9,42 +10,32 @@ comparison share seeds: the seed alone determines the head, the order and the dr
 
 writes `R3/results.jsonl` (one row per seed) and `R3/seed_N/{hf/, predictions.jsonl, tb/}`. A seed
 that has both its row and its folder is finished and is not trained again.
+
+Each value of `--also` is one more run of the same process, with another model, folder or label
+budget: `--also 'model_name_or_path=R2/hf_step_50 output_dir=R4'`. What runs share is read once.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from preprocess.corpus import Example, Task, load_task, take_fixed
 from preprocess.errors import DataError, run_command, visible
 from preprocess.files import write_json_lines
-from preprocess.identity import compare, digest, sealed
+from preprocess.identity import compare, sealed
 from preprocess.progress import say
-from preprocess.text.encode import prepare_backend
 from train.config import FinetuneConfig, parse
-from train.engine import Resolved, barrier, finish, gather_objects, is_main, start
-from train.model import (
-    check_agreement,
-    check_row_length,
-    describe_head,
-    load_classifier,
-    load_config,
-    load_tokenizer,
-)
+from train.engine import barrier, finish, gather_objects, is_main, start
+from train.model import load_classifier
 from train.reports.results import number, read_json_lines, read_predictions
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir, sole_writer
-from train.run_dir.hf_folder import Weights, is_whole, open_weights
-from train.run_dir.identity import (
-    hyperparameters,
-    numerics,
-)
+from train.run_dir.hf_folder import is_whole
+from train.run_dir.identity import hyperparameters
 from train.run_dir.metrics import (
     EVAL_ACCURACY,
     EVAL_LOSS,
@@ -53,113 +44,12 @@ from train.run_dir.metrics import (
     TEST_MACRO_F1,
     MetricsWriter,
 )
-from train.stages.examples import Examples, make_examples
+from train.stages.finetuning import FinetuneInputs, read_inputs
 from train.stages.scores import accuracy, least_share, macro_f1, softmax
 from train.stages.startup import Startup
-from train.stages.supervised import (
-    describe_plan,
-    fit,
-    make_identity,
-    predict,
-    remove_resume_state,
-    resolve,
-)
+from train.stages.supervised import describe_plan, fit, predict, remove_resume_state
 
-SPLITS = ("train", "validation", "test")
-DEFAULT_LEARNING_RATE = 2e-5
 TAGS = {"loss": EVAL_LOSS, "accuracy": EVAL_ACCURACY, "macro_f1": EVAL_MACRO_F1}
-
-
-def encode(
-    tokenizer: Any, examples: list[Example], max_seq_length: int, segments: bool
-) -> Examples:
-    """Turn a split into `[CLS] text [SEP]` or `[CLS] aspect [SEP] text [SEP]`.
-
-    The input is cut to `max_seq_length`, always from its longer part, so that an aspect never
-    exceeds the limit. A special token written in a text is text (`prepare_backend`).
-
-    Args:
-        segments: whether the model distinguishes the two parts by token types.
-    """
-    texts = [example.text for example in examples]
-    aspects = [example.aspect or "" for example in examples]
-    parts = (aspects, texts) if any(aspects) else (texts,)
-    backend = prepare_backend(tokenizer)
-    backend.enable_truncation(max_seq_length, strategy="longest_first")
-    encoded = backend.encode_batch(texts if len(parts) == 1 else list(zip(*parts, strict=True)))
-    labels = [example.label for example in examples]
-    return make_examples(
-        [one.ids for one in encoded], [one.type_ids for one in encoded] if segments else None,
-        labels, [1.0] * (max(labels) + 1),
-    )
-
-
-@dataclass(frozen=True)
-class FinetuneInputs:
-    """Everything read and checked before a process group starts.
-
-    splits, encoded: by the names in `SPLITS`. parent: the weights that every seed starts from.
-    identities: the record of each seed. numerics: that of all. head: a sentence about the head.
-    """
-
-    config: FinetuneConfig
-    task: Task
-    splits: dict[str, list[Example]]
-    encoded: dict[str, Examples]
-    tokenizer: Any
-    resolved: Resolved
-    parent: Weights
-    identities: dict[int, dict[str, Any]]
-    numerics: dict[str, Any]
-    head: str
-
-    @property
-    def pretraining(self) -> list[dict[str, Any]]:
-        """Return the stages of pre-training behind the weights, oldest first."""
-        return [stage for stage in self.parent.stages if stage["stage"] == "pretrain"]
-
-
-def read_inputs(config: FinetuneConfig) -> FinetuneInputs:
-    """Read the task, the tokenizer and the weights, encode the splits, settle the JSON."""
-    task = load_task(config.task, **config.task_files())
-    limits = {"train": config.max_train_samples}
-    splits = {
-        name: take_fixed(task.splits[name], limits.get(name, config.max_eval_samples))
-        for name in SPLITS
-    }
-    hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
-    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
-    check_agreement(
-        hf_config, tokenizer, config.model_name_or_path,
-        pair=any(example.aspect for examples in splits.values() for example in examples),
-    )
-    check_row_length(hf_config, config.max_seq_length)
-    segments = getattr(hf_config, "type_vocab_size", 0) > 1
-    encoded = {
-        name: encode(tokenizer, examples, config.max_seq_length, segments)
-        for name, examples in splits.items()
-    }
-    resolved = resolve(config, encoded["train"], DEFAULT_LEARNING_RATE)
-    parent = open_weights(config.model_name_or_path)
-    content = digest([
-        task.name, task.labels,
-        [[[e.item, e.label] for e in splits[name]] for name in SPLITS],
-        # Of the texts and of the tokenizer that read them.
-        [[ids.tolist() for ids in encoded[name].input_ids] for name in SPLITS],
-    ])
-    identities = {
-        seed: make_identity(
-            "finetune", config, resolved, hf_config, encoded["train"], seed=seed,
-            inputs={"task": content, "weights": parent.hf_digest},
-            split={"labels": len(splits["train"]),
-                   "test_items": digest([e.item for e in splits["test"]])},
-            options={"max_eval_samples": config.max_eval_samples},
-        )
-        for seed in config.seed_list()
-    }
-    head = describe_head(hf_config, "ForSequenceClassification", task.labels)
-    return FinetuneInputs(config, task, splits, encoded, tokenizer, resolved, parent, identities,
-                          numerics(config, resolved), head)
 
 
 def find_finished(run_dir: Path, seeds: list[int], rows: dict[int, dict[str, Any]]) -> set[int]:
@@ -249,9 +139,9 @@ def run_seed(
         # Held by nobody else, so that its memory is free before the test.
         load_classifier(config.model_name_or_path, task.labels, seed, config.trust_remote_code),
         inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
-        seed=seed, select="accuracy", tags=TAGS, class_weights=np.ones(len(task.labels)),
-        tokenizer=inputs.tokenizer, parent=inputs.parent, run_dir=seed_dir, device=device,
-        records=records,
+        seed=seed, select="accuracy", epoch=config.settled_epoch(), tags=TAGS,
+        class_weights=np.ones(len(task.labels)), tokenizer=inputs.tokenizer,
+        parent=inputs.parent, run_dir=seed_dir, device=device, records=records,
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=task.name,
             masking=inputs.pretraining[-1]["identity"]["choice"]["masking"]
@@ -264,8 +154,10 @@ def run_seed(
         **test_seed(inputs, seed, device),
         "validation_accuracy": found.best["accuracy"],
         "validation_macro_f1": found.best["macro_f1"],
+        "epoch": config.settled_epoch(),
         "best_epoch": found.best_epoch,
         "num_epochs": config.num_train_epochs,
+        **config.choice_of_labels(),
         **{f"num_{name}": len(examples) for name, examples in inputs.splits.items()},
         "left_out": task.left_out,
         "labels": list(task.labels),
@@ -280,15 +172,14 @@ def run_seed(
     return row, found.log
 
 
-def check_resume(
-    inputs: FinetuneInputs, run_dir: Path, rows: dict[int, dict[str, Any]]
-) -> None:
-    """Check that the finished and stopped seeds belong to this run.
+def check_resume(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
+    """Check that the finished and stopped seeds of a run directory belong to this run.
 
     Raises:
         ConfigError: they have another identity, but for the seed; says what differs.
-        DataError: `--resume must`, and there is nothing to resume from.
+        DataError: a row without its result.
     """
+    run_dir = Path(inputs.config.output_dir)
     first, *_ = inputs.identities.values()
     for seed, row in rows.items():
         expected = {**first, "choice": {**first["choice"], "seed": seed}}
@@ -300,13 +191,34 @@ def check_resume(
     for seed, identity in inputs.identities.items():
         if seed not in rows:
             check_identity(run_dir / f"seed_{seed}", identity)
-    if inputs.config.resume == "must" and not rows:
-        seeds = inputs.config.seed_list()
-        if not any(find_checkpoint(run_dir / f"seed_{seed}", "auto") for seed in seeds):
-            raise DataError(
-                f"--resume must: {run_dir} holds no finished seed and no complete checkpoint; "
-                "type --resume auto to begin"
-            )
+
+
+def check_begun(configs: list[FinetuneConfig]) -> None:
+    """Raise DataError unless a seed of some run is finished, or has a complete checkpoint."""
+    for config in configs:
+        run_dir = Path(config.output_dir)
+        if read_rows(run_dir) or any(
+                find_checkpoint(run_dir / f"seed_{seed}", "auto") for seed in config.seed_list()):
+            return
+    raise DataError(
+        f"--resume must: {configs[0].output_dir} holds no finished seed and no complete "
+        "checkpoint; type --resume auto to begin"
+    )
+
+
+def say_plan(inputs: FinetuneInputs) -> None:
+    """Print what a run is about to do."""
+    config, task = inputs.config, inputs.task
+    sizes = (f"{len(part)} {name}" for name, part in inputs.splits.items())
+    say(f"task {task.name}: labels {', '.join(map(visible, task.labels))}; {', '.join(sizes)}")
+    train, num_seeds = inputs.encoded["train"], len(config.seed_list())
+    for line in describe_plan(config, inputs.resolved, train, num_seeds):
+        say(line)
+    say(inputs.head)
+    if config.label_budget and config.settled_epoch() == "best":
+        held_out = len(inputs.splits["validation"])
+        say(f"warning: --epoch best reads the labels of {held_out:,} validation examples, beyond "
+            f"the --label_budget of {config.label_budget:,}; leave it out to keep the last epoch")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -314,25 +226,34 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(FinetuneConfig, argv)
     startup = Startup()
     startup.lap("imports")
-    run_dir = check_run_dir(config)
-    inputs = read_inputs(config)
+    configs = config.runs()
+    # All folders before the process group starts: later the first rank may have locked one.
+    for one in configs:
+        check_run_dir(one)
+    runs = read_inputs(configs)
     startup.lap("inputs")
-    task, sizes = inputs.task, (f"{len(part)} {name}" for name, part in inputs.splits.items())
-    say(f"task {task.name}: labels {', '.join(map(visible, task.labels))}; {', '.join(sizes)}")
-    train, num_seeds = inputs.encoded["train"], len(config.seed_list())
-    for line in describe_plan(config, inputs.resolved, train, num_seeds):
-        say(line)
-    say(inputs.head)
+    titles = [f"run {i} of {len(runs)}: {one.output_dir}" for i, one in enumerate(configs, 1)]
+    for title, inputs in zip(titles, runs, strict=True):
+        if len(runs) > 1:
+            say(f"{title}, from {inputs.config.model_name_or_path}")
+        say_plan(inputs)
     if config.dry_run:
         say(str(startup))
         return
-    check_resume(inputs, run_dir, read_rows(run_dir))
-    with sole_writer(run_dir):
-        # Another process may have ended there since.
-        rows = gather_objects(read_rows(run_dir))[0]
-        check_resume(inputs, run_dir, rows)
-        prepare_run_dir(config, inputs.resolved)
-        run_seeds(inputs, rows)
+    for inputs in runs:
+        check_resume(inputs, read_rows(Path(inputs.config.output_dir)))
+    if config.resume == "must":
+        check_begun(configs)
+    for title, inputs in zip(titles, runs, strict=True):
+        run_dir = Path(inputs.config.output_dir)
+        with sole_writer(run_dir):
+            if len(runs) > 1:
+                say(title)
+            # Another process may have ended there since.
+            rows = gather_objects(read_rows(run_dir))[0]
+            check_resume(inputs, rows)
+            prepare_run_dir(inputs.config, inputs.resolved)
+            run_seeds(inputs, rows)
     finish()
 
 
@@ -391,8 +312,9 @@ def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
         barrier()
         left = sum(task.left_out.get("test", {}).values())
         left_out = f" ({left} of {left + len(task.splits['test'])} rows left out)" if left else ""
+        epoch = f"{row['epoch']} epoch {row['best_epoch']} of {row['num_epochs']}"
         say(f"seed {seed}: test accuracy {row['test_accuracy']:.4f}{left_out}, macro F1 "
-            f"{row['test_macro_f1']:.4f}, best epoch {row['best_epoch']} of {row['num_epochs']} "
+            f"{row['test_macro_f1']:.4f}, {epoch} "
             f"(validation {row['validation_accuracy']:.4f}), {row['seconds']:.0f} s")
         for sentence in row["weak"]:
             say(f"warning: seed {seed}: {sentence}")

@@ -14,7 +14,8 @@ baselines), `report/`, `logs/`, and `steps.json` (the command, outputs and secon
 With `--hostfile`, training commands run on many nodes, all other steps on the first one
 (`train/recipes/nodes.py`). With `--jobs`, independent steps run side by side
 (`train/recipes/jobs.py`). With `export_steps`, everything that depends on the length of stage 1
-lies under `step_N/`.
+lies under `step_N/`. With `label_budgets`, what follows from labels has their budget in its name,
+and the seed that drew them (`train/recipes/labels.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from preprocess.errors import run_command
 from preprocess.files import WriterLock, atomic_write_json
 from train.config import PipelineConfig, parse
 from train.recipes.jobs import run_side_by_side, share_machine
+from train.recipes.labels import check_budgets
 from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
 from train.recipes.plan import plan
 from train.recipes.recipe import load_recipe
@@ -43,7 +45,7 @@ def where_to_look(root: Path, steps: list[Step]) -> str:
     lines = [f"table and figures: {root}/report", f"curves: tensorboard --logdir {root}"]
     masks = [step.name for step in steps if step.name.startswith("masks-")]
     if masks:
-        lines.append("what was masked: python preprocess/show_masks.py --tokens "
+        lines.append("what was masked: selmask show_masks --tokens "
                      f"{store} --mask_index {masks[0].removeprefix('masks-')}")
     leaked = describe_leakage(f"{root}/domain/text")
     return "\n".join([*([leaked] if leaked else []), "Where to look next",
@@ -61,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         for step in steps:
             print(shown(step, options))
         return
+    check_budgets(recipe)
     check_nodes(options, hosts, steps)
     gpus = share_machine(options)
     root.mkdir(parents=True, exist_ok=True)

@@ -33,9 +33,10 @@ from train import engine as ds
 from train.config import AUTO, PretrainConfig, parse
 from train.data import row_tables
 from train.model import flops
-from train.run_dir import checkpoint, folder, hf_folder, metrics
+from train.run_dir import checkpoint, folder, hf_folder, metrics, parts
 from train.run_dir import identity as records
 from train.stages import execution as fitting
+from train.stages import extension
 from train.stages import masked_lm as mlm
 from train.stages.example import HeldOutExample
 from train.stages.startup import Startup
@@ -107,11 +108,16 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
     for name in config.eval_mask_index:
         eval_maskings[name] = data.prebuilt_masking(store, name)
     train_rows, eval_rows = row_tables(store, config.max_seq_length, config.eval_fraction)
-    ranks = ds.ranks()
-    resolved = ds.resolve_ds_config(
-        ds.read_ds_config(config.deepspeed_config), config,
-        total_steps=max(1, config.max_steps), world_size=ranks.world_size,
-    )
+    ranks, ds_config = ds.ranks(), ds.read_ds_config(config.deepspeed_config)
+
+    def resolve(earlier: parts.Parts) -> ds.Resolved:
+        begin, first = parts.schedule_span(earlier, config.max_steps)
+        return ds.resolve_ds_config(
+            ds_config, config, total_steps=max(1, config.max_steps - begin),
+            warmup_of=max(1, first - begin), world_size=ranks.world_size,
+        )
+
+    resolved = resolve([])  # as if it were no extension of what is there
     held = {
         name: data.PackedData(
             store, eval_rows, eval_masking, seed=data.EVAL_SEED,
@@ -149,6 +155,10 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
         },
         max_steps=config.max_steps,
     )
+    earlier = extension.find_parts(config, lambda earlier: parts.extend(
+        identity, earlier, records.training(resolve(earlier), config)["schedule"]))
+    resolved = resolve(earlier)
+    identity = parts.extend(identity, earlier, records.training(resolved, config)["schedule"])
     batches = data.PackedData(
         store, train_rows, masking, seed=config.seed, micro_batch_size=resolved.micro_batch_size,
         accumulation_steps=resolved.accumulation_steps,
@@ -209,6 +219,7 @@ def plan(inputs: PretrainInputs) -> list[str]:
         f"= {epochs:.2f} epochs",
         f"masking: {describe_masking(inputs)}, precision {resolved.precision}, ZeRO "
         f"{resolved.zero_stage}",
+        *extension.describe(inputs.records["identity"]),
         *repeated_masks(inputs.batches.masking, config.max_steps, epochs),
         *([inputs.execution.why] if torch.cuda.is_available() or config.torch_compile != AUTO
           else []),
@@ -352,17 +363,19 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
     config, resolved = inputs.config, inputs.resolved
     device = ds.start()
     startup.lap("process group")
-    resume_from = checkpoint.find_checkpoint(run_dir, config.resume)
+    identity = inputs.records["identity"]
+    resume_from = checkpoint.find_checkpoint(run_dir, config.resume, extension.wanted(identity))
     peak = flops.peak_flops(device, resolved.precision)
     engine, module = start_engine(inputs)
     totals, window = Totals(), {}
     if resume_from:
         state = checkpoint.load_checkpoint(
-            engine, resume_from, inputs.records["identity"], config.allow_world_size_change
+            engine, resume_from, identity, config.allow_world_size_change
         )
         totals, window = Totals(**state["totals"]), state.get("window", {})
         records.report_changes(state["numerics"], inputs.records["numerics"])
         say(f"resumed from {resume_from}")
+    extension.restart_or_refuse(engine, resume_from, totals.step, identity)
 
     if inputs.execution.sizes:
         inputs.batches.pack_for(device, inputs.execution.sizes)
@@ -375,6 +388,7 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
         config.max_steps, every=config.logging_steps, initial=totals.step, label="pretrain"
     )
     startup.lap("evaluation")
+    stable = extension.stable_step(identity)
     clock = time.monotonic()
     limits = fitting.memory_is_enough(resolved.micro_batch_size, device)
     with progress, ds.StopSignal() as stop, limits, fitting.garbage_frozen():
@@ -411,11 +425,11 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
             if totals.step in config.export_steps:
                 export(engine, module, inputs, totals, run_dir / f"hf_step_{totals.step}")
             due = config.save_steps and totals.step % config.save_steps == 0
-            if ending or stopping or due:
+            if ending or stopping or due or totals.step == stable:
                 checkpoint.save_checkpoint(
                     engine, run_dir, totals.step,
                     {"totals": vars(totals).copy(), "window": dict(log.sums), **inputs.records},
-                    config.save_total_limit,
+                    config.save_total_limit, spared=stable,
                 )
             if stopping and not ending:
                 raise StopRequested(
@@ -521,6 +535,8 @@ class _Log:
 def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
     """Return whether the run in this directory reached its last step.
 
+    A run that is being extended keeps the `hf/` of its earlier part until its own end.
+
     Raises:
         ConfigError: what is there, finished or stopped, has another identity.
         DataError: what it wrote is damaged, and there is no checkpoint to export it from again.
@@ -534,8 +550,11 @@ def is_finished(run_dir: Path, identity: dict[str, Any]) -> bool:
     except DataError:  # `is_whole` says what is wrong
         stages = []
     if stages:
-        identities.compare(stages[-1]["identity"], identity,
-                           f"--output_dir {run_dir}, a finished run", "give another --output_dir")
+        found = stages[-1]["identity"]
+        parts.check(found, identity, f"--output_dir {run_dir}, a finished run")
+        if found["length"] != identity["length"]:
+            checkpoint.check_identity(run_dir, identity)
+            return False
     else:
         checkpoint.check_identity(run_dir, identity)
     if not hf_folder.is_whole(

@@ -47,9 +47,14 @@ from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import architecture, numerics
 from train.stages import scoring
 from train.stages.inference import check_trained, choose_dtype, special_template
-from train.stages.measures import MEASURES, NETWORKS, WordPasses, bind, open_runner
-
-NUM_PASSES = 7  # masks 14 % of a sentence, about what a model was trained with
+from train.stages.measures import (
+    MEASURES,
+    NETWORKS,
+    NUM_PASSES,
+    WordPasses,
+    bind,
+    open_runner,
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from preprocess.corpus.documents import (
     RANGE_BYTES,
     cut_part,
+    describe_first,
     hash_part,
     num_bytes,
     read_documents,
@@ -29,10 +30,20 @@ from preprocess.corpus.sources import (
     read_text,
     source_kind,
 )
-from preprocess.corpus.tasks import TASKS, Example, Task, load_task, take_fixed
+from preprocess.corpus.tasks import (
+    LABEL_SEED,
+    TASKS,
+    TEST_FRACTIONS,
+    Example,
+    Task,
+    limit_labels,
+    load_task,
+    take_fixed,
+)
 
 __all__ = [
     "Example",
+    "LABEL_SEED",
     "LEAKAGE_VERSION",
     "LeakIndex",
     "MAX_LINE_BYTES",
@@ -41,14 +52,17 @@ __all__ = [
     "SOURCES",
     "Span",
     "TASKS",
+    "TEST_FRACTIONS",
     "Task",
     "as_text",
     "check_file",
     "cut_part",
+    "describe_first",
     "describe_leakage",
     "find_html",
     "hash_part",
     "leakage_path",
+    "limit_labels",
     "load_task",
     "num_bytes",
     "read_csv",

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from preprocess.corpus.packages import resolve_path
 from preprocess.corpus.sources import (
@@ -56,6 +57,19 @@ def read_documents(
     if unescape_newlines:
         documents = (text.replace("\\n", "\n") for text in documents)
     yield from documents
+
+
+def describe_first(specs: list[str], text_column: str = "text", **options: Any) -> Iterator[str]:
+    """Yield a line about the first document of each source, which shows that it can be read.
+
+    Args:
+        options: of `read_documents`.
+    Raises:
+        DataError: as there.
+    """
+    for spec in specs:
+        first = next(read_documents([spec], text_column, **options), None)
+        yield f"{spec}: " + ("no document" if first is None else f"begins with {first[:60]!r}")
 
 
 def num_bytes(

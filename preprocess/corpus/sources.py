@@ -200,13 +200,30 @@ Numbered = Iterator[tuple[int, Row]]
 
 
 def read_text(path: Path, columns: list[str], texts: list[str], span: Span) -> Numbered:
-    """Yield one row per line, with the single column `text`; a lone CR does not end a line."""
+    """Yield one row per line, with the single column `text`; a lone CR does not end a line.
+
+    A first line that is a JSON object is refused: the keys of every line would be learnt.
+    """
     if not {"text"}.issuperset(columns):
         check_file(path)
         advice = advise_format(path) if path.suffix not in COMPRESSED else ""
         _need({"text": ""}, columns, f"{path} (plain text)", advice)
     for number, line in read_lines(path, span):
+        if number == 1 and not span.start and line.startswith("{") and _is_object(line):
+            advice = advise_format(path) if path.suffix not in COMPRESSED else ""
+            raise DataError(
+                f"{path}, line 1: a JSON object, and this file is read as plain text; "
+                f"{advice or 'let its name end in .jsonl'}; if JSON is the text that you mean, put "
+                f"an empty line first"
+            )
         yield number, {"text": line.rstrip("\r\n")}
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
 
 
 _JSON_KINDS = {

@@ -8,17 +8,22 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from preprocess.corpus.budgets import choose_budget
 from preprocess.corpus.packages import resolve_path
 from preprocess.corpus.sources import Row, Span, place_of, read_lines, read_numbered
 from preprocess.errors import ConfigError, DataError
 from preprocess.progress import say
 
 MANY_LABELS = 50  # more classes than this are probably numbers, or texts
+LABEL_SEED = 42
+
+TEST_FRACTIONS = {"mr": 0.1}
+"""Tasks without an official split -> share of their texts that are for testing."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class TaskFiles:
     label_column: str = "label"
     pair_column: str | None = None
     where: dict[str, str] | None = None
+    test_fraction: float | None = None
 
 
 def _content_fraction(text: str) -> float:
@@ -113,9 +119,14 @@ def read_label(row: Row, column: str, place: str) -> str | None:
         return str(value)
     if isinstance(value, (int, float, Decimal)) and math.isfinite(value) and value == int(value):
         return str(int(value))
+    kind = type(value).__name__
+    if isinstance(value, list | tuple | dict):
+        kind += "; several labels for one text, multi-label, are not supported"
+    elif isinstance(value, float | Decimal):
+        kind += "; learning numbers, regression, is not supported"
     raise DataError(
         f"{place}: column {column!r} holds {str(value)[:60]!r} "
-        f"({type(value).__name__}), and a label is a string, a whole number, true or false; "
+        f"({kind}), and a label is a string, a whole number, true or false; "
         f"--label_column chooses another column"
     )
 
@@ -143,7 +154,10 @@ _POLARITY = ("negative", "positive")
 
 
 def _task_mr(files: TaskFiles) -> Task:
-    """Read MR, which has no official split: by content, 80 % train, 10 % validation, 10 % test."""
+    """Read MR, which has no official split: it is cut by content.
+
+    The test part is `test_fraction` of the texts, validation another tenth, and the rest train.
+    """
     path = resolve_path(_data_dir(files))
     left_out: LeftOut = {}
     examples = []
@@ -171,9 +185,10 @@ def _task_mr(files: TaskFiles) -> Task:
                 raise DataError(f"{place}: label {name!r}; allowed are {list(values)}")
             examples.append(_example(text, number))
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    end = 1 - (files.test_fraction or TEST_FRACTIONS["mr"])
     for example in examples:
         fraction = _content_fraction(example.text)
-        part = "train" if fraction < 0.8 else "validation" if fraction < 0.9 else "test"
+        part = "train" if fraction < end - 0.1 else "validation" if fraction < end else "test"
         splits[part].append(example)
     return Task("mr", _POLARITY, splits, left_out)
 
@@ -299,7 +314,17 @@ def _task_custom(files: TaskFiles) -> Task:
 
 
 def _check_numbers(values: list[str], files: TaskFiles) -> None:
-    """Refuse labels that are the same number, as 1 and 1.0."""
+    """Refuse labels that are the same number, as 1 and 1.0, and those that are no classes."""
+    column = f"{files.train_file}: --label_column {files.label_column} holds"
+    some = [value for value in values if re.fullmatch(r"\[.*\]|\{.*\}", value)]
+    if some:
+        raise DataError(f"{column} {some[0][:60]!r}; several labels for one text, multi-label, are "
+                        f"not supported: give a column with one label")
+    numbers = [value for value in values if re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", value)]
+    some = [value for value in numbers if not float(value).is_integer()]
+    if some and len(numbers) == len(values):
+        raise DataError(f"{column} numbers with fractions, as {some[0]!r}; learning numbers, "
+                        f"regression, is not supported: give a column with classes")
     seen: dict[float, str] = {}
     for value in values:
         if re.fullmatch(r"[-+]?\d+(\.\d*)?", value):
@@ -326,18 +351,22 @@ TASKS: dict[str, Callable[[TaskFiles], Task]] = {
 }
 
 
-def load_task(name: str, **files: Any) -> Task:
+def load_task(
+    name: str, *, label_budget: int | None = None, label_seed: int | None = None, **files: Any
+) -> Task:
     """Read a labelled task.
 
     Args:
         name: a key of `TASKS`.
+        label_budget, label_seed: as of `limit_labels`.
         files: the fields of `TaskFiles`: data_dir, or for `custom` train_file, test_file, ...
     Raises:
-        ConfigError: an unknown task, or a missing option.
+        ConfigError: an unknown task, a missing option, or one that the task has no use for.
         DataError: names the file that is absent, broken or empty.
     """
     if name not in TASKS:
         raise ConfigError(f"--task {name!r}: known are {', '.join(TASKS)}")
+    _check_fraction(name, files.get("test_fraction"))
     task = TASKS[name](TaskFiles(name, **files))
     place = files.get("data_dir") or files.get("train_file")
     for split, examples in task.splits.items():
@@ -345,7 +374,44 @@ def load_task(name: str, **files: Any) -> Task:
             raise DataError(f"{place}: --task {name} has no {split} example; give more text")
     for line in describe_doubts(task):
         say(line)
-    return task
+    return limit_labels(task, label_budget, label_seed)
+
+
+def _check_fraction(name: str, fraction: float | None) -> None:
+    if fraction is not None and name not in TEST_FRACTIONS:
+        raise ConfigError(
+            f"--test_fraction {fraction} is for --task {' or '.join(TEST_FRACTIONS)}, and --task "
+            f"{name} has a test part of its own; leave it out"
+        )
+    if fraction is not None and not 0 < fraction <= 0.8:
+        raise ConfigError(f"--test_fraction {fraction}: must be above 0 and at most 0.8, since a "
+                          "tenth is for validation; give another value")
+
+
+def limit_labels(task: Task, budget: int | None, seed: int | None = None) -> Task:
+    """Return the task with `budget` training examples, as `choose_budget` takes them.
+
+    Args:
+        budget: None leaves all of them.
+        seed: None is `LABEL_SEED`.
+    Raises:
+        ConfigError: there are fewer examples, or more classes.
+    """
+    if budget is None:
+        return task
+    train = task.splits["train"]
+    classes = len({example.label for example in train})
+    for wrong, reason in (
+        (budget > len(train), f"there are {len(train):,} training examples"),
+        (budget < classes, f"there are {classes:,} classes, and each needs an example"),
+    ):
+        if wrong:
+            raise ConfigError(f"--label_budget {budget}: --task {task.name}: {reason}; give "
+                              f"{classes:,} to {len(train):,}, or leave it out for all of them")
+    chosen = choose_budget([example.item for example in train],
+                           [example.label for example in train], budget,
+                           LABEL_SEED if seed is None else seed)
+    return replace(task, splits={**task.splits, "train": [train[i] for i in chosen]})
 
 
 def describe_doubts(task: Task) -> list[str]:

@@ -1,5 +1,6 @@
 """Masking in four steps: candidates, budget, choice, corruption."""
 
+from preprocess.masking.batch import BatchMasker, MaskedBatch
 from preprocess.masking.candidates import (
     ROUNDING_WINDOW,
     Sequences,
@@ -44,8 +45,10 @@ from preprocess.masking.strategies import ARRAY_NEEDS, BASELINE, MATCHED, STRATE
 __all__ = [
     "ARRAY_NEEDS",
     "BASELINE",
+    "BatchMasker",
     "Corruption",
     "MATCHED",
+    "MaskedBatch",
     "NUM_BINS",
     "ROUNDING_WINDOW",
     "STANDARD",

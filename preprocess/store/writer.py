@@ -44,13 +44,13 @@ from preprocess.store.layout import (
 )
 
 
-def check_vocabulary(tokenizer: Any) -> int:
+def check_vocabulary(tokenizer: Any, name: str = "") -> int:
     """Return the number of ids of a tokenizer; more than 65,536 is a `DataError`."""
     size = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
     if size > MAX_VOCAB:
         raise DataError(
-            f"tokenizer {tokenizer.name_or_path!r} has {size:,} ids, but a token store keeps "
-            f"16-bit ids: at most {MAX_VOCAB:,}; choose one with a smaller vocabulary"
+            f"{name or tokenizer.name_or_path}: its tokenizer has {size:,} ids, and a token store "
+            f"keeps 16-bit ids: at most {MAX_VOCAB:,}; choose one with a smaller vocabulary"
         )
     return size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gzip
 import os
@@ -18,6 +19,8 @@ import pytest
 
 from preprocess import progress
 from preprocess.corpus import num_bytes, read_documents
+from preprocess.errors import ConfigError
+from preprocess.flags import Parser
 from preprocess.progress import Progress
 from tests.support.launch import ROOT
 
@@ -158,3 +161,65 @@ def test_tokenizing_shows_how_much_is_left(tmp_path, reviews_file, tiny_encoder)
     assert re.search(r"tokenize: 100%.*B/s, 120 documents, [\d,]+ tokens\]", shown)
     lines = [line.split("\r")[-1] for line in shown.split("\r\n")]
     assert sum("empty documents dropped" in line for line in lines) == 2
+
+
+# --------------------------------------------------------------------------------- --log_level
+
+LINES = """
+from preprocess.flags import Parser
+from preprocess.progress import Progress, say, show
+Parser().parse_args()
+say("a line of news")
+say("warning: a doubt")
+show("a table that was asked for")
+with Progress(4, "row", every=4) as bar:
+    bar.update(4)
+"""
+
+
+@pytest.mark.parametrize(("level", "printed"), [
+    ("", "news doubt table row"), ("debug", "news doubt table row"),
+    ("info", "news doubt table row"), ("warning", "doubt table"), ("error", "table"),
+])
+def test_the_level_chooses_what_is_printed(level, printed):
+    flag = ["--log_level", level] if level else []
+    out = subprocess.run([sys.executable, "-c", LINES, *flag], cwd=ROOT, check=True, text=True,
+                         capture_output=True).stdout
+    assert [word for word in ("news", "doubt", "table", "row") if word in out] == printed.split()
+
+
+def test_what_is_started_and_libraries_follow_the_level(monkeypatch):
+    from transformers.utils import logging
+
+    from train.engine.group import load_deepspeed
+    from train.model import load_tokenizer
+
+    monkeypatch.delenv("SELMASK_LOG_LEVEL", raising=False)
+
+    def levels() -> tuple[int, int]:
+        with pytest.raises(OSError, match="no such"):
+            load_tokenizer("no such")
+        return logging.get_verbosity(), load_deepspeed().logger.level
+
+    monkeypatch.setattr("train.model.loading.local_checkpoint", lambda name: name)
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained",
+        lambda *_, **__: (_ for _ in ()).throw(OSError("no such")))
+    monkeypatch.setattr("train.model.loading.loading", lambda name: contextlib.nullcontext())
+    assert levels() == (40, 40)  # errors alone, where nothing is chosen
+    for level, number in (("debug", 10), ("info", 20), ("warning", 30), ("error", 40)):
+        Parser().parse_args(["--log_level", level])
+        assert os.environ["SELMASK_LOG_LEVEL"] == level and levels() == (number, number)
+
+
+def test_debugging_shows_where_an_error_comes_from():
+    script = ("from preprocess.errors import ConfigError, run_command\n"
+              "def main(): raise ConfigError('--x 3: must be 2')\nrun_command(main)")
+    for level, traced in (("info", False), ("debug", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True,
+            env={**os.environ, "SELMASK_LOG_LEVEL": level})
+        assert done.returncode == 2 and done.stderr.endswith("-c: --x 3: must be 2\n")
+        assert ("Traceback" in done.stderr) is traced
+    with pytest.raises(ConfigError, match="--log_level: invalid choice: 'loud'"):
+        Parser().parse_args(["--log_level", "loud"])

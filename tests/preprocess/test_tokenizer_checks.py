@@ -10,13 +10,14 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from preprocess import tokenize_corpus
+from preprocess.corpus import Example
 from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore
 from preprocess.text.checks import cased_share, check_tokenizer, describe_tokenizing, lowers_case
 from preprocess.text.continuations import check_words, continuation_table, find_continuations
 from preprocess.text.encode import prepare_backend, user_tokens
 from tests.support.language import WORDS
-from train.finetune import Example, encode
+from train.stages.finetuning import encode
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 NAMES = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL}

@@ -83,6 +83,7 @@ JSONS = {
     "auto-bucket": (zero(reduce_bucket_size="auto"), '"auto" at zero_optimization.reduce_bucket'),
     "auto-nested": (offload("offload_optimizer", 2, device="auto"), "offload_optimizer.device"),
     "auto-betas": (adam(betas=["auto", 0.9]), '"auto" at optimizer.params.betas'),
+    "auto-warmup-type": (warmup(warmup_type="auto"), '"auto" at scheduler.params.warmup_type'),
     "auto-enabled": ({"fp16": {"enabled": "auto"}}, '"auto" at fp16.enabled'),
     "auto-block": ({"zero_optimization": "auto"}, '"auto" at zero_optimization'),
     "tensorboard": ({"tensorboard": {"enabled": True}}, "the run writes its own tb/ already"),
@@ -104,6 +105,8 @@ JSONS = {
     "scheduler-type": ({"scheduler": {"type": "WarmupDecay"}}, "must be WarmupLR, WarmupDecayLR"),
     "scheduler-key": ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}},
                       "unknown key 'scheduler.params.total_num_steps' of WarmupLR"),
+    "scheduler-auto-key": ({"scheduler": {"type": "auto", "params": {"cycle": 9}}},
+                           "unknown key 'scheduler.params.cycle'"),
     # Contradictions.
     "both-halves": ({**fp16(), "bf16": {"enabled": True}}, "enables fp16 and bf16; keep one"),
     "fp16-on-cpu": (fp16(), "fp16, which this CPU lacks; type --precision auto"),
@@ -115,6 +118,9 @@ JSONS = {
     "nvme": (offload("offload_param", 3, device="nvme"), "'nvme': not supported here; write cpu"),
     "warmup-long": (warmup(warmup_num_steps=90, total_num_steps=9), "warmup_num_steps 90 is more "
                                                                     "than total_num_steps 9"),
+    "decay-long": ({"scheduler": {"type": "WarmupStableDecayLR",
+                                  "params": {"decay_num_steps": 90}}},
+                   "decay_num_steps 90 is more than total_num_steps 5"),
     "total-short": (warmup(warmup_num_steps=2, total_num_steps=3), "total_num_steps 3 in the "
                     "DeepSpeed JSON ends the schedule before the 4 steps of this run"),
     "warmup-upside": (warmup(warmup_min_lr=1, warmup_max_lr=1e-3), "warmup_min_lr 1 is more than"),
@@ -138,7 +144,9 @@ JSONS = {
 
 # Flags after the good ones (the last of equals counts), and what the one line must say.
 FLAGS = {
-    "absent-file": (["--deepspeed_config", "nowhere.json"], "no such file; ds_configs/ has cpu"),
+    "absent-file": (["--deepspeed_config", "nowhere.json"],
+                    "--deepspeed_config nowhere.json: no such file; give a path, or one of the "
+                    "names cpu, zero1_bf16, zero1_fp16, "),
     "unknown": (["--max_step", "3"], "did you mean --max_steps?"),
     "type": (["--max_steps", "ten"], "--max_steps: invalid int value: 'ten'"),
     "choice": (["--precision", "half"], "--precision: invalid choice: 'half'"),
@@ -271,6 +279,9 @@ def test_the_parameters_of_schedules_are_those_of_deepspeed():
     from deepspeed.runtime import lr_schedules
 
     for name, keys in ds_schema.SCHEDULERS.items():
+        if name == "WarmupStableDecayLR":  # ours, on top of one of theirs
+            assert keys == ds_schema.SCHEDULERS["WarmupDecayLR"] | {"decay_num_steps"}
+            continue
         theirs = set(inspect.signature(getattr(lr_schedules, name)).parameters)
         assert theirs - {"optimizer", "last_batch_iteration"} == keys, name
 

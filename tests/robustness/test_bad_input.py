@@ -109,6 +109,28 @@ def test_invalid_utf8_names_the_line_in_every_part(tmp_path, count):
         assert len(said) == 1 and f"a.txt, line {line}: not UTF-8" in said[0] and "iconv" in said[0]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.bak", "a"])
+def test_json_lines_are_no_plain_text(tmp_path, name):
+    """Or every key would be learnt as a word."""
+    path = tmp_path / name
+    lines = [json.dumps({"text": f"film {number}", "label": 1}) for number in range(3)]
+    path.write_text("\n".join(lines) + "\n")
+    said = refusal(path)
+    assert said.startswith(f"{path}, line 1: a JSON object, and this file is read as plain text; ")
+    assert f"mv {path} {tmp_path / 'a'}" in said and ".jsonl" in said
+    assert refusal(path, blank_line_documents=True) == said
+    # The other parts cannot know; the first one ends the command.
+    assert refusal(path, part=(0, 2)) == said and documents(path, part=(1, 2))
+    path.write_text("\n" + "\n".join(lines) + "\n")
+    assert documents(path) == ["", *lines]
+    for kept in ('{"a": 1', "{a}", '["a"]', "5", '"a"'):
+        path.write_text(f"{kept}\nmore\n")
+        assert documents(path) == [kept, "more"]
+    with gzip.open(tmp_path / "b.txt.gz", "wt") as file:
+        file.write(lines[0] + "\n")
+    assert "let its name end in .jsonl" in refusal(tmp_path / "b.txt.gz")
+
+
 def test_nul_characters_are_taken_out_and_counted(tmp_path, tokenize, capsys):
     path = tmp_path / "a.jsonl"
     rows = ["a go\0od film", "\0", "a bad one", "\0dull\0"]

@@ -110,7 +110,7 @@ def plan(options: argparse.Namespace) -> list[Part]:
             "--no_equal_masks", "--max_seq_lengths", str(length), "--per_device_train_batch_size",
             str(micro), "--train_batch_size", str(rows), "--warmup_steps", str(size.steps[0]),
             "--timed_steps", str(size.steps[1]), "--rounds", str(size.steps[2]), "--output_dir",
-            str(out / f"loop-{length}")], 95, read_loop)
+            str(out / f"loop-{length}")], 95, lambda _: read_loop(out / f"loop-{length}"))
 
     return [
         *parts,
@@ -139,9 +139,9 @@ def last_json(output: str) -> dict[str, Any]:
     return json.loads(output.strip().splitlines()[-1])
 
 
-def read_loop(output: str) -> dict[str, Any]:
+def read_loop(folder: Path) -> dict[str, Any]:
     """Return tokens/s, MFU, speed over transformers and the step of every row."""
-    (length,) = last_json(output)["lengths"]
+    (length,) = json.loads((folder / "benchmark.json").read_text())["lengths"]
     return {row["name"]: {
         "tokens/s": round(row["tokens_per_second"]), "MFU %": round(row["mfu_percent"], 1),
         "x grouped": round(row["over_grouped"]["median"], 2), "ms": round(

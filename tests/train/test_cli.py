@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import selmask
 from preprocess.flags import OTHER, USUAL
 from train import cli, config
 
@@ -92,9 +93,38 @@ def test_the_entry_point_and_the_version(monkeypatch, capsys):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     scripts = setup["options.entry_points"]["console_scripts"].split("\n")
-    assert scripts == ["", "selmask = train.cli:main"]
+    assert scripts == ["", "selmask = selmask:main"]
     assert exit_of(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"selmask {setup['metadata']['version']}\n"
+
+
+def test_a_rank_of_deepspeed_finds_its_command(monkeypatch):
+    """Its launcher puts --local_rank before what is typed."""
+    module = importlib.import_module("train.pretrain")
+    monkeypatch.setattr(module, "main", lambda: started.append(sys.argv))
+    started: list[list[str]] = []
+    assert exit_of(monkeypatch, "--local_rank=3", "pretrain", "--tokens", "P") == 0
+    assert started == [["selmask pretrain", "--local_rank=3", "--tokens", "P"]]
+
+
+def test_the_working_folder_is_left_but_for_a_clone(tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    kept = [str(other), os.path.join(os.path.dirname(os.__file__), "x")]
+    monkeypatch.setattr(sys, "path", ["", *kept, str(tmp_path), f"{other}/.."])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(other), str(tmp_path)]))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    before = list(sys.path)
+    monkeypatch.chdir(ROOT)
+    selmask.leave_working_folder()
+    assert sys.path == before and "PYTHONSAFEPATH" not in os.environ
+    monkeypatch.chdir(tmp_path)
+    selmask.leave_working_folder()
+    assert sys.path == kept and os.environ["PYTHONPATH"] == str(other)
+    assert os.environ["PYTHONSAFEPATH"] == "1"
+    monkeypatch.chdir(other)
+    other.rmdir()
+    selmask.leave_working_folder()  # a folder that is gone holds nothing
 
 
 # ------------------------------------------------------------------------------- --help of each
@@ -159,3 +189,24 @@ def test_spellings_that_are_not_shown_still_parse(words):
     for flag in ("--no_last_layer_subset", "--no-last-layer-subset"):
         assert not config.parse(config.PretrainConfig, [*needed, flag]).last_layer_subset
     assert config.parse(config.PretrainConfig, [*needed, "--last_layer_subset"]).last_layer_subset
+
+
+# What a command without --dry_run does instead, so that it needs none.
+WITHOUT_DRY_RUN = {
+    "show_masks": "only shows", "report": "only reads, in seconds", "doctor": "only looks",
+    "benchmark_data": "reads nothing of the user's: it makes up its stores",
+    "benchmark_tokenizing": "checks its two inputs first, and keeps nothing that it makes",
+    "benchmark_head": "reads nothing of the user's: it makes up its numbers",
+}
+
+
+@pytest.mark.parametrize("name", cli.MODULES)
+def test_every_command_can_be_tried_or_need_not_be(name, helps, capsys):
+    text = helps.get(name)
+    if text is None:
+        with pytest.raises(SystemExit):
+            importlib.import_module(cli.MODULES[name]).main(["--help"])
+        text = capsys.readouterr().out
+    assert ("--dry_run" in text) != (name in WITHOUT_DRY_RUN)
+    # `csrc` imports nothing of ours, and says nothing but its results.
+    assert ("--log_level LEVEL" in text) == (name != "benchmark_head")

@@ -14,6 +14,7 @@ from preprocess.errors import ConfigError
 from tests.support.states import leaves
 from train import engine
 from train.config import TrainingConfig
+from train.engine import schema as ds_schema
 
 SHIPPED = sorted(path.name for path in engine.DS_CONFIGS.glob("*.json"))
 
@@ -166,7 +167,11 @@ def test_nothing_said_means_the_defaults_of_the_command():
         ("WarmupDecayLR", 100, 0.0, {"warmup_num_steps": 2, "total_num_steps": 101}),
         ("WarmupDecayLR", 1, None, {"warmup_num_steps": 2, "total_num_steps": 3}),
         ("WarmupLR", 100, None, {"warmup_num_steps": 10}),
-        ("WarmupCosineLR", 100, None, {"warmup_num_steps": 10, "total_num_steps": 101}),
+        ("WarmupCosineLR", 100, None, {"warmup_num_steps": 10, "total_num_steps": 102}),
+        ("WarmupStableDecayLR", 100, None, {
+            "warmup_num_steps": 10, "total_num_steps": 101, "decay_num_steps": 10}),
+        ("WarmupStableDecayLR", 3, None, {
+            "warmup_num_steps": 2, "total_num_steps": 4, "decay_num_steps": 1}),
     ],
 )
 @pytest.mark.parametrize("how", ["auto", "absent"])
@@ -179,6 +184,22 @@ def test_schedule(kind, total_steps, ratio, expected, how):
     if kind != "WarmupCosineLR":
         assert (schedule.pop("warmup_min_lr"), schedule.pop("warmup_max_lr")) == (0, 1e-3)
     assert schedule == expected
+
+
+@pytest.mark.parametrize("name, kind", [
+    (None, "WarmupDecayLR"), ("linear", "WarmupDecayLR"), ("cosine", "WarmupCosineLR"),
+    ("constant", "WarmupLR"), ("wsd", "WarmupStableDecayLR"),
+])
+def test_a_flag_names_the_schedule_and_a_written_one_that_agrees_is_the_same(name, kind):
+    """One JSON with "auto" everywhere serves all types: what a type does not have is left out."""
+    keys = ("warmup_max_lr", "warmup_num_steps", "total_num_steps", "decay_num_steps")
+    auto = {"scheduler": {"type": "auto", "params": dict.fromkeys(keys, "auto")}}
+    found = resolve(auto, lr_scheduler_type=name).config["scheduler"]
+    assert found["type"] == kind and found["params"].keys() <= ds_schema.SCHEDULERS[kind]
+    assert ("decay_num_steps" in found["params"]) == (name == "wsd")
+    for raw in ({}, {"scheduler": {"type": "auto"}}, {"scheduler": {"type": kind}}):
+        assert resolve(raw, lr_scheduler_type=name).config["scheduler"] == found
+    assert resolve({"scheduler": {"type": kind}}).config["scheduler"] == found
 
 
 def test_the_number_of_steps_may_depend_on_the_batch():
@@ -235,6 +256,16 @@ REFUSED = {
                            "--learning_rate 0.001 contradicts warmup_max_lr 5e-05"),
     "warmup": (scheduler(warmup_num_steps=50), {"warmup_ratio": 0.1},
                "--warmup_ratio 0.1 contradicts warmup_num_steps 50"),
+    "schedule": ({"scheduler": {"type": "WarmupDecayLR"}}, {"lr_scheduler_type": "cosine"},
+                 "--lr_scheduler_type cosine contradicts scheduler.type WarmupDecayLR"),
+    "decay-steps": ({"scheduler": {"type": "auto", "params": {"decay_num_steps": 5}}}, {
+                    "lr_scheduler_type": "wsd", "decay_ratio": 0.2},
+                    "--decay_ratio 0.2 contradicts decay_num_steps 5"),
+    "no-decay": ({}, {"decay_ratio": 0.2}, "--decay_ratio 0.2: has no use .* WarmupDecayLR; leave"),
+    "no-peak": ({"scheduler": {"type": "auto", "params": {"warmup_max_lr": 1e-3}}}, {
+                "lr_scheduler_type": "cosine"}, "warmup_max_lr in .* has no use in WarmupCosineLR"),
+    "no-stable-steps": ({}, {"lr_scheduler_type": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6},
+                        "--warmup_ratio 0.5 and --decay_ratio 0.6 are more than all steps"),
     # Batches that do not work out.
     "odd-train": ({"train_batch_size": 64}, {"per_device_train_batch_size": 5},
                   "micro 5 x accumulation None x 1 ranks must equal train_batch_size 64"),

@@ -21,8 +21,9 @@ from tests.support.runs import logged, made_up_stage
 from train import finetune
 from train.config import FinetuneConfig
 from train.engine import Ranks, Resolved
+from train.model import load_classifier, load_tokenizer
 from train.run_dir import metrics
-from train.stages import examples, supervised
+from train.stages import examples, finetuning, supervised
 from train.stages.examples import IGNORED, Examples, make_examples, rank_share, weighted_loss
 
 RAGGED = [[2, 9, 3], [2, 8, 7, 6, 3], [2, 3], [2, 5, 5, 3], [2, 4, 3]]
@@ -109,8 +110,6 @@ def test_on_a_gpu_a_batch_is_one_copy_of_few_lengths(by_token, monkeypatch):
 
 
 def test_longer_padding_changes_no_logit(still_encoder):
-    from train.model import load_classifier
-
     model = load_classifier(still_encoder, ("no", "yes"), 0).eval()
     examples = make_examples([[2, 9, 3], [2, 9, 8, 7, 3]], None, [0, 1], [1.0, 1.0])
     logits = []
@@ -210,7 +209,7 @@ class FakeEngine:
 
 
 def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, assess,
-         stop=lambda: False, logging_steps=1):
+         stop=lambda: False, logging_steps=1, epoch="best"):
     monkeypatch.setattr(
         supervised, "full_state_dict",
         lambda e: {k: v.clone() for k, v in e.module.state_dict().items()},
@@ -221,8 +220,8 @@ def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, asse
     )
     resolved = Resolved({}, micro, accumulation, micro * accumulation, "fp32", ())
     return supervised.train_and_select(
-        engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", tags={},
-        class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
+        engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", epoch=epoch,
+        tags={}, class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
         records={"identity": {}, "numerics": {}}, hyperparameters={}, stop=stop,
     )
 
@@ -287,6 +286,16 @@ def test_the_epoch_is_chosen_on_dev_examples_and_its_weights_are_kept(monkeypatc
     assert not torch.equal(snapshots[1], engine.module.weight)
 
 
+def test_the_last_epoch_is_kept_and_it_alone_is_measured(monkeypatch, tmp_path):
+    engine, accuracies = FakeEngine(), iter([0.2])
+    found = loop(
+        monkeypatch, tmp_path, engine, text_examples([0, 0, 0, 1]), text_examples([1]), micro=2,
+        accumulation=1, assess=lambda logits: {"accuracy": next(accuracies)}, epoch="last",
+    )
+    assert found.best_epoch == 3 and found.best["accuracy"] == 0.2 and len(found.history) == 1
+    assert torch.equal(found.best_state["weight"], engine.module.weight)
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch, tmp_path):
     engine = FakeEngine()
     engine.module.weight.data[9] = torch.nan
@@ -297,8 +306,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch, tmp_path):
         )
 
 
+@pytest.mark.parametrize("epoch", ["best", "last"])
 @pytest.mark.parametrize("stop_at", range(1, 7))
-def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
+def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at, epoch):
     """Six steps in three epochs, stopped after step `stop_at`, equal an unbroken run."""
     train, dev = text_examples([0, 1, 0, 1, 1]), text_examples([1, 0])
     kept = {}
@@ -319,7 +329,7 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, stop_at):
         supervised, "find_checkpoint",
         lambda run_dir, mode: run_dir if kept and "parts" in str(run_dir) else None,
     )
-    options = {"micro": 3, "accumulation": 1, "logging_steps": 4}
+    options = {"micro": 3, "accumulation": 1, "logging_steps": 4, "epoch": epoch}
 
     def assess(logits):
         return {"accuracy": float(np.stack(logits)[0, 1])}  # grows or falls with the weights
@@ -376,7 +386,7 @@ def test_a_long_text_is_cut_so_that_the_aspect_fits(tiny_tokenizer):
     examples = [
         Example("good " * 50, 1, "the food", "a"), Example("bad .", 0, "music script", "b"),
     ]
-    encoded = finetune.encode(tiny_tokenizer, examples, 16, segments=True)
+    encoded = finetuning.encode(tiny_tokenizer, examples, 16, segments=True)
     cls, sep = tiny_tokenizer.cls_token_id, tiny_tokenizer.sep_token_id
     assert encoded.lengths.tolist() == [16, 7]
     for ids, types in zip(encoded.input_ids, encoded.token_type_ids, strict=True):
@@ -386,7 +396,7 @@ def test_a_long_text_is_cut_so_that_the_aspect_fits(tiny_tokenizer):
 
 
 def test_a_special_token_written_in_a_text_is_text(tiny_tokenizer):
-    (ids,) = finetune.encode(
+    (ids,) = finetuning.encode(
         tiny_tokenizer, [Example("good [SEP] film", 0, None, "a")], 16, segments=False
     ).input_ids
     assert np.flatnonzero(ids == tiny_tokenizer.sep_token_id).tolist() == [len(ids) - 1]
@@ -425,7 +435,7 @@ def test_the_head_depends_on_the_seed_only(tiny_encoder, tmp_path):
     other.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "other")
     heads = [
-        finetune.load_classifier(name, ("a", "b"), seed).classifier.weight
+        load_classifier(name, ("a", "b"), seed).classifier.weight
         for name, seed in ((tiny_encoder, 1), (str(tmp_path / "other"), 1), (tiny_encoder, 2))
     ]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
@@ -439,11 +449,12 @@ def test_a_run_of_seeds_keeps_its_texts_and_its_tokenizer(
         shutil.copy(file, tmp_path / f"{name}.csv")
 
     def task() -> str:
-        (identity,) = finetune.read_inputs(FinetuneConfig(
+        (inputs,) = finetuning.read_inputs([FinetuneConfig(
             task="custom", train_file=str(tmp_path / "train.csv"),
             test_file=str(tmp_path / "test.csv"), max_seq_length=32,
             model_name_or_path=str(tmp_path / "encoder"), output_dir=str(tmp_path / "run"),
-        )).identities.values()
+        )])
+        (identity,) = inputs.identities.values()
         return identity["inputs"]["task"]
 
     before = task()
@@ -463,9 +474,9 @@ def whole_seed(folder, tiny_encoder) -> tuple[dict, str]:
     """A row, and the folder of its seed with everything that belongs to it."""
     from train.run_dir import hf_folder
 
-    module = finetune.load_classifier(tiny_encoder, ("a", "b"), 1)
+    module = load_classifier(tiny_encoder, ("a", "b"), 1)
     hf_folder.save_hf(module, dict(module.named_parameters()),
-                      finetune.load_tokenizer(tiny_encoder), folder / "seed_1" / "hf",
+                      load_tokenizer(tiny_encoder), folder / "seed_1" / "hf",
                       [made_up_stage("finetune")])
     answers = [{"item": str(n), "label": 1, "prediction": int(n > 0)} for n in range(4)]
     (folder / "seed_1" / "predictions.jsonl").write_text("\n".join(map(json.dumps, answers)))

@@ -63,6 +63,9 @@ def training(other_json: str) -> dict[str, tuple[dict[str, Any], str]]:
         "learning_rate": ({"learning_rate": 1e-5}, "--learning_rate 0.001, .* has 1e-05"),
         "weight_decay": ({"weight_decay": 0.3}, "--weight_decay 0.01, .* has 0.3"),
         "warmup_ratio": ({"warmup_ratio": 1.0}, r"--warmup_ratio \(steps\) 2, .* has [34]"),
+        **{name: ({"lr_scheduler_type": "wsd", "decay_ratio": 0.5},
+                  r"--lr_scheduler_type \(class\) WarmupDecayLR, .* has WarmupStableDecayLR")
+           for name in ("lr_scheduler_type", "decay_ratio")},
         "max_grad_norm": ({"max_grad_norm": 0.5}, "--max_grad_norm 1.0, .* has 0.5"),
         "train_batch_size": ({"train_batch_size": 4}, "8, .* has"),
         "per_device_train_batch_size": (
@@ -76,6 +79,10 @@ def training(other_json: str) -> dict[str, tuple[dict[str, Any], str]]:
 FREE = {"precision": "config", "allow_world_size_change": True, "logging_steps": 3,
         "save_steps": 2, "save_total_limit": 3,
         "gradient_checkpointing": True, "trust_remote_code": True}
+# Of the commands that read labels; they are typed with a budget of 30.
+BUDGET = {"label_budget": ({"label_budget": 28}, "--label_budget 30, .* has 28"),
+          "label_seed": ({"label_seed": 7}, "--label_seed 42, .* has 7")}
+OF_MR = {"test_fraction"}  # tests/train/test_finetune.py
 WEIGHTS = r"--model_name_or_path \(weights\) [0-9a-f]{16}, and this run has "
 
 
@@ -131,7 +138,7 @@ def task(folder, labelled_files) -> tuple[dict[str, Any], dict[str, tuple[dict[s
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    for name, count in (("train", 30), ("dev", 8)):
+    for name, count in (("train", 50), ("dev", 8)):
         lines = [f"{row['text']}\t{i % 2}" for i, row in enumerate(rows[:count])]
         (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
     train, test = str(folder / "train.csv"), labelled_files["test"]
@@ -173,7 +180,7 @@ def pretrain(folder, store, still_encoder, other_encoder, other_json) -> Case:
         "eval_mask_index": ({"eval_mask_index": ["random"]}, "--eval_mask_index none, .* has "),
         "export_steps": ({"export_steps": [2, 3]}, "--export_steps none, .* has 2 3"),
     }
-    free = {**FREE, "eval_steps": 2, "last_layer_subset": False,
+    free = {**FREE, "eval_steps": 2, "extend": True, "last_layer_subset": False,
             "head_implementation": "reference", "torch_compile": True}
     return Case("train/pretrain.py", options.PretrainConfig, flags, "finished already", decides,
                 free)
@@ -182,7 +189,7 @@ def pretrain(folder, store, still_encoder, other_encoder, other_json) -> Case:
 @pytest.fixture(scope="module")
 def finetune(folder, task, still_encoder, other_encoder, other_json) -> Case:
     flags = {**SMALL, **task[0], "model_name_or_path": still_encoder, "num_train_epochs": 1,
-             "max_train_samples": 24, "max_eval_samples": 20, "save_steps": 1,
+             "label_budget": 30, "max_train_samples": 24, "max_eval_samples": 20, "save_steps": 1,
              "output_dir": folder / "finetune"}
     decides = {
         **training(other_json), **task[1],
@@ -190,11 +197,13 @@ def finetune(folder, task, still_encoder, other_encoder, other_json) -> Case:
         "num_train_epochs": ({"num_train_epochs": 2}, "--num_train_epochs 1, .* has 2"),
         "max_train_samples": ({"max_train_samples": 20}, r"--max_train_samples .* 24, .* has 20"),
         "max_eval_samples": ({"max_eval_samples": 10}, "--max_eval_samples 20, .* has 10"),
+        "epoch": ({"epoch": "best"}, "--epoch last, .* has best"),
+        **BUDGET,
     }
     # A seed is a run of its own: others may be added to those that are there.
     free = {**FREE, "seed": 7, "per_device_eval_batch_size": 5}
     return Case("train/finetune.py", options.FinetuneConfig, flags, "seed 13: finished already",
-                decides, free, {"seeds"})
+                decides, free, {"seeds", "also", *OF_MR})
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +247,7 @@ def write_untrained(folder: Path, encoder: str, kind: str, seed: int) -> str:
 def annotate(folder, task, still_encoder) -> Case:
     first, second = (write_untrained(folder, still_encoder, "classifier", n) for n in (1, 2))
     flags = {**task[0], "model_name_or_path": first, "max_seq_length": 16,
-             "max_train_samples": 12, "output": folder / "A"}
+             "label_budget": 30, "max_train_samples": 12, "output": folder / "A"}
     reads = {name: change for name, change in task[1].items()
              if name not in ("validation_file", "test_file")}  # it reads the training split alone
     del reads["task"], reads["data_dir"]  # that task has other labels than the classifier
@@ -255,11 +264,12 @@ def annotate(folder, task, still_encoder) -> Case:
         "language": ({"language": "de"}, "--language en, .* has de"),
         "max_seq_length": ({"max_seq_length": 12}, "--max_seq_length 16, .* has 12"),
         "max_train_samples": ({"max_train_samples": 8}, r"--max_train_samples .* 12, .* has 8"),
+        **BUDGET,
     }
     free = {"batch_tokens": 64, "logging_steps": 3, "trust_remote_code": True, "dtype": "fp16",
             "validation_file": task[0]["train_file"], "test_file": task[0]["train_file"]}
     return Case("train/annotate.py", options.AnnotateConfig, flags, "finished already", decides,
-                free, {"task", "data_dir"})
+                free, {"task", "data_dir", *OF_MR})
 
 
 @pytest.fixture(scope="module")

@@ -170,7 +170,9 @@ def test_set_replaces_variables_and_settings(tmp_path):
     ("", ["arms"], "write key=value"),
     ("a: [", [], "not valid YAML"),
     ("extends: r.yaml", [], "extends itself"),
-    ("extends: other.yaml", [], "no such file; train/recipes has"),
+    ("extends: other.yaml", [], "extends other.yaml: no such file; give a path, or one of the "
+     "names custom, demo, "),
+    ("extends: ./other.yaml", [], "extends ./other.yaml: no such file; give one beside it"),
 ])
 def test_mistakes_in_a_recipe_are_named(tmp_path, text, settings, message):
     key = text.partition(":")[0]

@@ -41,7 +41,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "/grouped (p20-p80)": lambda row: _between(row["over_grouped"], 2),
     "/pass-transformers (p20-p80)": lambda row: _between(row["over_full"], 2),
     "filled": lambda row: f"{row['filled_percent']:.1f} %",
-    **{share: lambda row, share=share: f"{row['share_percent'][share]:.1f} %"  # type: ignore
+    **{share: lambda row, share=share: _percent_or_dash(row["share_percent"][share])  # type: ignore
        for share in SHARES},
     "peak GiB": lambda row: f"{row['peak_memory_gib']:.2f}",
     "when": lambda row: row["when"],
@@ -55,6 +55,10 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _percent_or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"
 
 
 def make_table(rows: list[dict[str, Any]], *columns: str) -> str:
@@ -137,12 +141,22 @@ def reading_aids(result: dict[str, Any]) -> list[str]:
         "(its batch was ready) and the last.",
         "The last step is profiled: optimizer is clipping, reduction and update; head is the MLM "
         "head and loss, forward and",
-        "backward, measured again alone on the same rows. loader is the wait in counted steps; "
-        "rest is the encoder and the loop.",
+        "backward, measured again alone on the same rows (-: took longer than what contains it, so "
+        "it is in rest).",
+        "loader is the wait in counted steps; rest is the encoder and the loop.",
         "tokens: without padding; filled: share of all slots. transformers counts special "
         "tokens, as selmask does.",
         f"peak GiB: {note}.",
     ]
+
+
+def in_short(result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return what the last line says to a program: tokens per second, and where the rest is."""
+    speeds = {str(length["max_seq_length"]): {
+        row["name"]: round(row["tokens_per_second"]) for row in training_rows(length)
+    } for length in result["lengths"]}
+    return {"benchmark": result["benchmark"], "file": str(file), "gpu": result["gpu"],
+            "tokens_per_second": speeds}
 
 
 # ------------------------------------------------------------------------------------- picture
@@ -191,7 +205,8 @@ def _draw_speed(axis: Any, rows: list[dict[str, Any]]) -> None:
         hatch=[KINDS[row["kind"]][1] for row in rows],
         xerr=np.abs(np.subtract([low, high], values)), error_kw={"linewidth": 1, "capsize": 2})
     axis.bar_label(bars, [f"{value:,.0f}" for value in values], padding=4, fontsize=8)
-    axis.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    names = [f"{row['name']}, {100 * row['masked_rate']:.1f} % masked" for row in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.18 * max(high))
     axis.set_xlabel("tokens/s (without padding)", fontsize=9)
@@ -201,7 +216,7 @@ def _draw_shares(axis: Any, rows: list[dict[str, Any]]) -> None:
     """Draw where the time of a step goes."""
     starts = np.zeros(len(rows))
     for name, (colour, hatch) in SHARE_COLOURS.items():
-        values = [row["share_percent"][name] for row in rows]
+        values = [row["share_percent"][name] or 0.0 for row in rows]
         axis.barh(range(len(rows)), values, left=starts, color=colour, hatch=hatch,
                   edgecolor="white", linewidth=0.5, label=name)
         starts += values

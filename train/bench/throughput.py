@@ -157,8 +157,11 @@ def warm_up(row: Row, steps: int) -> float:
     """Take uncounted steps; return the growth of memory in GiB."""
     before = resident_gib()
     for _ in range(steps):
-        row.step(next(row.batches), no_laps)
-    return max(0.0, resident_gib() - before)
+        batch = next(row.batches)
+        row.step(batch, no_laps)
+    grown = max(0.0, resident_gib() - before)
+    row.head_seconds(batch)  # a GPU compiles its kernels at the first call
+    return grown
 
 
 def take_turn(row: Row, measured: Measured, timed_steps: int, foreign_gib: float) -> None:
@@ -225,22 +228,24 @@ def round_rates(measured: Measured, rounds: int) -> np.ndarray:
     return tokens.sum(axis=1) / np.reshape(measured.seconds, (rounds, -1)).sum(axis=1)
 
 
-def shares(measured: Measured) -> dict[str, float]:
+def shares(measured: Measured) -> dict[str, float | None]:
     """Return the loader's, head's, optimizer's and remaining share of a step's time, percent.
 
-    The loader's share is that of the counted steps. The others come from the profiled steps: the
-    optimizer with clipping and reduction; the head, measured again on the same rows, forward and
-    backward; the rest is the encoder and the loop itself.
+    The loader's share is that of the counted steps. The others are medians over the profiled steps:
+    the optimizer with clipping and reduction; the head, measured again on the same rows, forward
+    and backward; the rest is the encoder and the loop itself. A head that took longer alone than
+    the passes that contain it was not measured: None, and the rest contains it.
     """
-    apart = {name: sum(one.get(name, 0.0) for one in measured.apart)
+    apart = {name: np.array([one.get(name, 0.0) for one in measured.apart])
              for name in (*PARTS, "head")}
-    whole = max(sum(apart[part] for part in PARTS), 1e-12)
+    whole = np.maximum(sum(apart[part] for part in PARTS), 1e-12)
     loader = sum(measured.waited) / sum(measured.seconds)
-    optimizer, head = ((1 - loader) * apart[name] / whole for name in ("optimizer", "head"))
-    head = min(head, 1 - loader - optimizer)  # measured alone, it may come out longer
-    rest = 1 - loader - optimizer - head
-    found = {"loader": loader, "head": head, "optimizer": optimizer, "rest": rest}
-    return {name: 100 * share for name, share in found.items()}
+    optimizer, alone = (float((1 - loader) * np.median(apart[name] / whole))
+                        for name in ("optimizer", "head"))
+    passes = 1 - loader - optimizer
+    head = alone if alone < passes else None
+    found = {"loader": loader, "head": head, "optimizer": optimizer, "rest": passes - (head or 0)}
+    return {name: None if share is None else 100 * share for name, share in found.items()}
 
 
 def summarise(row: Row, measured: Measured, flops: StepFlops, peak: float) -> dict[str, Any]:

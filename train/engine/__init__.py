@@ -20,7 +20,6 @@ of the user's flags come first. It has no option for the following, so they are 
 
 from train.engine.ds_json import (
     DEFAULT_LEARNING_RATE,
-    DS_CONFIGS,
     Resolved,
     read_ds_config,
     resolve_ds_config,
@@ -40,15 +39,18 @@ from train.engine.group import (
     start,
     supported_precisions,
 )
+from train.engine.schedules import TYPES, same_steps, stable_steps
 from train.engine.states import CONVERTIBLE, GENERATORS, describe, load_state, save_state
 from train.engine.steps import (
     MAX_SKIPPED_IN_A_ROW,
     build_engine,
     full_state_dict,
     parameter_groups,
+    restart_schedule,
     take_step,
 )
 from train.engine.stop import StopSignal
+from train.shipped import DS_CONFIGS
 
 __all__ = [
     "CONVERTIBLE",
@@ -60,6 +62,7 @@ __all__ = [
     "Resolved",
     "SHARED_DISK_SECONDS",
     "StopSignal",
+    "TYPES",
     "all_reduce_sum",
     "barrier",
     "build_engine",
@@ -75,8 +78,11 @@ __all__ = [
     "ranks",
     "read_ds_config",
     "resolve_ds_config",
+    "restart_schedule",
     "rows_per_rank",
+    "same_steps",
     "save_state",
+    "stable_steps",
     "start",
     "supported_precisions",
     "take_step",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from preprocess.errors import ConfigError
 from preprocess.files import read_json
 from train.config import TrainingConfig
 from train.engine import schema as ds_schema
+from train.engine.schedules import settle_schedule
+from train.shipped import DS_CONFIGS, find_shipped
 
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_BATCH = 32
 
@@ -46,14 +46,13 @@ class Resolved:
 def read_ds_config(path: str | None) -> dict[str, Any]:
     """Read a DeepSpeed JSON; the default depends on whether there is a GPU.
 
+    Args:
+        path: its path, or the name of one of ours.
     Raises:
         ConfigError: no such file, not JSON, not an object, or an unknown key or a bad value.
     """
-    default = "zero1_fp16.json" if torch.cuda.is_available() else "cpu.json"
-    file = Path(DS_CONFIGS / default if path is None else path)
-    if not file.is_file():
-        known = ", ".join(sorted(f.name for f in DS_CONFIGS.glob("*.json")))
-        raise ConfigError(f"--deepspeed_config {file}: no such file; ds_configs/ has {known}")
+    default = "zero1_fp16" if torch.cuda.is_available() else "cpu"
+    file = find_shipped(default if path is None else path, DS_CONFIGS, "--deepspeed_config")
     config = read_json(file, "correct it", error=ConfigError, name=f"--deepspeed_config {file}")
     try:
         ds_schema.check(config)
@@ -155,6 +154,7 @@ def resolve_ds_config(
     *,
     total_steps: int | Callable[[int], int],
     world_size: int,
+    warmup_of: int | None = None,
     default_learning_rate: float = DEFAULT_LEARNING_RATE,
     default_warmup_ratio: float = 0.1,
     default_batch: int = DEFAULT_BATCH,
@@ -167,6 +167,7 @@ def resolve_ds_config(
         total_steps: optimizer steps of the run, for the schedule; or a function of
             `train_batch_size` that returns them.
         world_size: number of ranks.
+        warmup_of: steps that `warmup_ratio` is a share of, if not all.
         default_learning_rate, default_warmup_ratio, default_batch: of this command, where neither
             the JSON nor a flag gives a value.
     Raises:
@@ -193,38 +194,9 @@ def resolve_ds_config(
     if not torch.cuda.is_available() and offload.get("pin_memory"):
         offload["pin_memory"] = False  # pinning needs a GPU
     precision, notes = _settle_precision(config, options)
-    _settle_schedule(config, options, num_steps, default_warmup_ratio, parameters["lr"])
+    settle_schedule(
+        config, options, total_steps=num_steps, warmup_of=warmup_of or num_steps,
+        default_warmup_ratio=default_warmup_ratio, learning_rate=parameters["lr"],
+    )
     ds_schema.check_together(config, precision, torch.cuda.is_available())
     return Resolved(config, micro, accumulation, train, precision, tuple(notes))
-
-
-def _settle_schedule(config: dict[str, Any], options: TrainingConfig, total_steps: int,
-                     default_warmup_ratio: float, learning_rate: float) -> None:
-    scheduler = config.get("scheduler")
-    if scheduler is None:
-        scheduler = config["scheduler"] = {"type": "WarmupDecayLR", "params": {}}
-    schedule = scheduler.setdefault("params", {})
-    ratio = default_warmup_ratio if options.warmup_ratio is None else options.warmup_ratio
-    if schedule.get("warmup_num_steps", "auto") == "auto":
-        # DeepSpeed refuses warm-ups below 2 steps: it divides by log(warmup_num_steps).
-        schedule["warmup_num_steps"] = max(2, round(ratio * total_steps))
-    elif options.warmup_ratio is not None:
-        raise ConfigError(
-            f"--warmup_ratio {options.warmup_ratio} contradicts warmup_num_steps "
-            f'{schedule["warmup_num_steps"]} in the DeepSpeed JSON; drop the flag, or write "auto"'
-        )
-    schedule.setdefault("warmup_type", "linear")  # DeepSpeed's own default is logarithmic
-    if scheduler["type"] != "WarmupCosineLR":
-        schedule.setdefault("warmup_min_lr", 0)
-        # The schedule sets the rate; the optimizer's lr only repeats its peak.
-        _settle(schedule, "warmup_max_lr", "learning_rate", options.learning_rate, learning_rate)
-    if scheduler["type"] == "WarmupLR":
-        return
-    if schedule.get("total_num_steps", "auto") == "auto":
-        # One more than the run has, so that its last step has a rate above 0.
-        schedule["total_num_steps"] = max(total_steps, schedule["warmup_num_steps"]) + 1
-    elif schedule["total_num_steps"] < total_steps:
-        raise ConfigError(
-            f"total_num_steps {schedule['total_num_steps']} in the DeepSpeed JSON ends the "
-            f'schedule before the {total_steps} steps of this run; write "auto" there'
-        )

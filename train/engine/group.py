@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from preprocess.errors import ConfigError
+from preprocess.progress import level_of_libraries
 
 # DeepSpeed's launcher shows GPUs to its ranks even where DS_ACCELERATOR asks for the CPU.
 if os.environ.get("DS_ACCELERATOR") == "cpu":
@@ -49,7 +50,7 @@ def load_deepspeed() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.device_count() else "cpu")
     import deepspeed
 
-    deepspeed.logger.setLevel("ERROR")
+    deepspeed.logger.setLevel(level_of_libraries() or "ERROR")
     return deepspeed
 
 

@@ -64,6 +64,9 @@ SCHEDULERS = {
                       "total_num_steps"},
     "WarmupCosineLR": {"warmup_min_ratio", "cos_min_ratio", "warmup_num_steps", "warmup_type",
                        "total_num_steps"},
+    # Ours; see schedules.py.
+    "WarmupStableDecayLR": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type",
+                            "total_num_steps", "decay_num_steps"},
 }
 
 # Full paths. Where a model of DeepSpeed knows the key too, both must accept the value.
@@ -90,13 +93,15 @@ RULES = {
             "foreach", "fused")), SWITCH),
     "scheduler.type": Bounds(
         lambda value: isinstance(value, str) and value in SCHEDULERS,
-        "WarmupLR, WarmupDecayLR or WarmupCosineLR; no other schedule is supported here"),
+        "WarmupLR, WarmupDecayLR, WarmupCosineLR or WarmupStableDecayLR; no other schedule is "
+        "supported here"),
     "scheduler.params.warmup_min_lr": RATE,
     "scheduler.params.warmup_max_lr": RATE,
     "scheduler.params.warmup_min_ratio": SHARE,
     "scheduler.params.cos_min_ratio": SHARE,
     "scheduler.params.warmup_num_steps": _whole(0),
     "scheduler.params.total_num_steps": COUNT,
+    "scheduler.params.decay_num_steps": COUNT,
     "scheduler.params.warmup_type": _one_of("linear", "log"),
     "fp16.initial_scale_power": _whole(0, 32),
     "fp16.hysteresis": COUNT,  # with 0 the scale never falls
@@ -127,8 +132,9 @@ RULES = {
 FILLED = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "optimizer.params.lr", "optimizer.params.weight_decay",
-    "optimizer.params.torch_adam", "scheduler.params.warmup_max_lr",
+    "optimizer.params.torch_adam", "scheduler.type", "scheduler.params.warmup_max_lr",
     "scheduler.params.warmup_num_steps", "scheduler.params.total_num_steps",
+    "scheduler.params.decay_num_steps",
 }
 
 REFUSED = {
@@ -229,8 +235,9 @@ def check(config: dict[str, Any]) -> None:
         if "type" not in config.get(name, {"type": ""}):
             raise ConfigError(f"{name}.type is missing: must be {RULES[f'{name}.type'].words}")
     scheduler = config.get("scheduler", {})
+    known = SCHEDULERS.get(scheduler.get("type"), set().union(*SCHEDULERS.values()))  # "auto": any
     for key in scheduler.get("params", {}):
-        if key not in SCHEDULERS[scheduler["type"]]:
+        if key not in known:
             raise ConfigError(
                 f"unknown key 'scheduler.params.{key}' of {scheduler['type']}; remove it")
     for path, model in _models().items():
@@ -363,7 +370,8 @@ def check_together(config: dict[str, Any], precision: str, has_gpu: bool) -> Non
                 f"of {'DeepSpeed' if torchs else 'torch'} has it; leave it out"
             )
     schedule = config["scheduler"].get("params", {})
-    for low, high in (("warmup_num_steps", "total_num_steps"), ("warmup_min_lr", "warmup_max_lr")):
+    for low, high in (("warmup_num_steps", "total_num_steps"),
+                      ("decay_num_steps", "total_num_steps"), ("warmup_min_lr", "warmup_max_lr")):
         if low in schedule and high in schedule and schedule[low] > schedule[high]:
             raise ConfigError(
                 f"scheduler.params: {low} {schedule[low]} is more than {high} {schedule[high]}; "

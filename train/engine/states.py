@@ -88,6 +88,9 @@ def load_state(engine: Any, folder: str | Path, world_size: int) -> dict[str, An
             assert loaded is not None, f"{folder}: DeepSpeed loaded nothing"
         else:
             client_state = _load_converted(engine, folder)
+        # The optimizer's rate is that of the next step of the schedule then, which may have been
+        # extended since.
+        engine.lr_scheduler.step(engine.lr_scheduler.last_batch_iteration)
         generators = torch.load(
             folder / GENERATORS.format(rank=here.rank if same else 0), weights_only=True
         )

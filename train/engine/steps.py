@@ -14,6 +14,7 @@ from preprocess.errors import NonFiniteError
 from train.engine import zero
 from train.engine.ds_json import Resolved
 from train.engine.group import all_reduce_sum, is_main, ranks
+from train.engine.schedules import STABLE_DECAY, build_stable_decay
 
 # fp16 steps skipped in a row before a run stops; a scale of 2^32 reaches 1 after 33.
 MAX_SKIPPED_IN_A_ROW = 50
@@ -66,14 +67,21 @@ def build_engine(
     if ranks().world_size == 1 and "overlap_comm" in config.get("zero_optimization", {}):
         config["zero_optimization"]["overlap_comm"] = False  # nothing to overlap, but a wait
     schedule = config["scheduler"].get("params", {})
+    scales = [group.get("lr_scale", 1.0) for group in groups]
     if "warmup_max_lr" in schedule:
-        schedule["warmup_max_lr"] = [
-            schedule["warmup_max_lr"] * group.get("lr_scale", 1.0) for group in groups
-        ]
+        schedule["warmup_max_lr"] = [schedule["warmup_max_lr"] * scale for scale in scales]
+    else:  # DeepSpeed's cosine takes its peaks from the groups
+        peak = config["optimizer"]["params"]["lr"]
+        groups = [{**group, "lr": peak * scale} for group, scale in
+                  zip(groups, scales, strict=True)]
+    scheduler = None
+    if config["scheduler"]["type"] == STABLE_DECAY:
+        scheduler = build_stable_decay(config.pop("scheduler")["params"])
     engine, _, _, _ = deepspeed.initialize(
         model=module,
         model_parameters=groups,
         config=config,
+        lr_scheduler=scheduler,
         dist_init_required=False,
     )
     if engine.zero_optimization_stage() == 3:
@@ -83,10 +91,17 @@ def build_engine(
         engine.enable_backward_allreduce = False
     if not upstream:
         zero.bind(engine)
-    # DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and at its
-    # step 0. From here, step n of the run has the rate of the schedule's step n.
-    engine.lr_scheduler.step(1)
+    restart_schedule(engine)
     return engine
+
+
+def restart_schedule(engine: Any) -> None:
+    """Give the next step the rate of the schedule's step 1, the one after that of step 2, ...
+
+    DeepSpeed would take its first two steps at rate 0: before the schedule has begun, and at its
+    step 0.
+    """
+    engine.lr_scheduler.step(1)
 
 
 class _LossScaleHistory:

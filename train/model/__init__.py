@@ -31,8 +31,10 @@ from train.model.loading import (
     load_tokenizer,
     local_checkpoint,
     named_config,
+    other_outputs,
 )
-from train.model.packed import PackedMaskedLM
+from train.model.packed import PackedMaskedLM, masked_lm_head
+from train.model.patching import patch, unpatch
 
 __all__ = [
     "BERT_SIZES",
@@ -61,9 +63,13 @@ __all__ = [
     "load_scorer",
     "load_tokenizer",
     "local_checkpoint",
+    "masked_lm_head",
     "missing_for_compiling",
     "named_config",
+    "other_outputs",
+    "patch",
     "peak_flops",
     "token_rows",
     "uncompiled",
+    "unpatch",
 ]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.progress import say
-from preprocess.store import TokenStore
+from preprocess.store import TokenStore, check_vocabulary
 from preprocess.text.checks import NEEDED, check_tokenizer
 from preprocess.text.encode import prepare_backend, user_tokens
 from train.model.families import FAMILIES
@@ -42,14 +42,15 @@ def check_agreement(
         pair: whether the model reads two texts, an aspect and a text.
         weights: whether the weights of `name` are used.
     Raises:
-        DataError: the tokenizer lacks special tokens or does not put them around a text; its
-            padding is not the configuration's where positions depend on it; the embedding is too
-            small; the store has another tokenizer or other special ids.
+        DataError: the tokenizer lacks special tokens, does not put them around a text, or has
+            more ids than 16 bits hold; its padding is not the configuration's where positions
+            depend on it; the embedding is too small; the store has another tokenizer or other
+            special ids.
         ConfigError: the sizes of the configuration are not those of the weights.
     """
     check_tokenizer(tokenizer, name, pair)
     _check_padding(config, tokenizer, name)
-    size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    size = check_vocabulary(tokenizer, name)
     if store is not None:
         size = max(size, store.vocab_size)
     if size > config.vocab_size:

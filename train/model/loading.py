@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from preprocess.corpus import resolve_path
 from preprocess.errors import ConfigError
-from preprocess.progress import say
+from preprocess.progress import level_of_libraries, say
 from train.model.families import FAMILIES
 from train.model.folder import (
     check_config,
@@ -40,10 +40,10 @@ SCORER_LABELS = ("other", "important")
 
 
 def _quiet_transformers() -> None:
-    """Keep transformers' loading reports and bars off the terminal."""
+    """Keep transformers' loading reports and bars off the terminal, but for `--log_level`."""
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.log_levels[(level_of_libraries() or "error").lower()])
     logging.disable_progress_bar()
 
 
@@ -84,12 +84,21 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     check_config(Path(local_checkpoint(name)))
     config = _load_with(AutoConfig, name, trust_remote_code)
     check_loaded(name, config)
-    if config.model_type not in FAMILIES:
+    reads = "" if not _is_decoder(config) else (
+        "a decoder, which predicts the next token and not a masked one; ")
+    if reads or config.model_type not in FAMILIES:
         raise ConfigError(
-            f"{name}: model type {config.model_type!r} is not supported; known: "
+            f"{name}: {reads}model type {config.model_type!r} is not supported"
+            f"{' as a decoder' if config.model_type in FAMILIES else ''}; known: "
             f"{', '.join(FAMILIES)}"
         )
     return config
+
+
+def _is_decoder(config: Any) -> bool:
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return True
+    return _kind(config).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
 def named_config(name: str, vocab_size: int, pad_token_id: int) -> Any:
@@ -243,7 +252,23 @@ def keeps_head(config: Any, suffix: str, labels: tuple[str, ...]) -> bool:
         suffix: of its class: "ForSequenceClassification" or "ForTokenClassification".
         labels: names of all labels; those of the checkpoint must be the same, in the same order.
     """
-    return _kind(config).endswith(suffix) and _labels(config) == tuple(map(str, labels))
+    return (_kind(config).endswith(suffix) and _labels(config) == tuple(map(str, labels))
+            and not other_outputs(config))
+
+
+def other_outputs(config: Any) -> str:
+    """Return what a classifier's outputs are if not the probabilities of classes; else nothing.
+
+    One output is a number: of a regression, or of a cross-encoder that ranks pairs of texts.
+    """
+    if not _kind(config).endswith("ForSequenceClassification"):
+        return ""
+    problem = str(getattr(config, "problem_type", None) or "")
+    if problem.startswith("multi_label"):
+        return "several labels for one text (multi-label)"
+    if problem == "regression" or config.num_labels < 2:
+        return "a number and no classes (regression, or a cross-encoder)"
+    return ""
 
 
 def describe_head(config: Any, suffix: str, labels: tuple[str, ...]) -> str:
@@ -251,6 +276,8 @@ def describe_head(config: Any, suffix: str, labels: tuple[str, ...]) -> str:
     if keeps_head(config, suffix, labels):
         return f"head: kept, the checkpoint has one for the labels {', '.join(labels)}"
     kind = _kind(config)
+    if other_outputs(config):
+        return f"head: fresh from the seed; that of the checkpoint gives {other_outputs(config)}"
     if kind.endswith(suffix):
         return (f"head: fresh from the seed; that of the checkpoint is for the labels "
                 f"{', '.join(_labels(config))}")
@@ -271,8 +298,10 @@ def _load_labelled(
             f"--model_name_or_path {name}: a {_kind(config) or 'model of unknown kind'} for the "
             f"labels {', '.join(_labels(config))}; give one for {', '.join(labels)}, in this order"
         )
+    # Which loss transformers takes for these labels, if the checkpoint's were of another kind.
+    kind = {"problem_type": None} if getattr(config, "problem_type", None) else {}
     model, drawn = _load_with_top(
-        auto_class, name, seed, top, trust_remote_code, () if keeps else _LABEL_HEAD,
+        auto_class, name, seed, top, trust_remote_code, () if keeps else _LABEL_HEAD, **kind,
         num_labels=len(labels), id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
     )

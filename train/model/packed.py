@@ -37,6 +37,29 @@ class Masked(NamedTuple):
 LastLayer = Callable[..., torch.Tensor]
 
 
+def masked_lm_head(hf: Any) -> csrc.MaskedLMHead:
+    """Return the tensors of the MLM head of a transformers `...ForMaskedLM` model.
+
+    Raises:
+        ConfigError: an activation that `csrc` does not know, or layers that are not plain ones
+            (adapters), whose tensors are not all of them.
+    """
+    dense, norm, activation = FAMILIES[hf.config.model_type].transform(hf)
+    decoder = hf.get_output_embeddings()
+    name = hf.config.name_or_path or hf.config.model_type
+    if activation not in HEAD_ACTIVATIONS:
+        raise ConfigError(f"the MLM head of {name} has the activation {activation!r}; known are "
+                          f"{', '.join(HEAD_ACTIVATIONS)}")
+    for layer, kind in ((dense, nn.Linear), (norm, nn.LayerNorm), (decoder, nn.Linear)):
+        if not isinstance(layer, kind):
+            raise ConfigError(f"the MLM head of {name} has a {type(layer).__name__} where "
+                              f"{kind.__name__} is needed; leave adapters out of the head")
+    return csrc.MaskedLMHead(
+        decoder.weight, decoder.bias, dense.weight, dense.bias, norm.weight, norm.bias,
+        norm.eps, HEAD_ACTIVATIONS[activation],
+    )
+
+
 class PackedMaskedLM(nn.Module):
     """An encoder with its MLM head, over packed rows, scoring masked positions only.
 
@@ -62,12 +85,7 @@ class PackedMaskedLM(nn.Module):
         self.last_layer_subset = True
         self.head_implementation: str | None = None
         self.last_layers: dict[tuple[int, int | None], LastLayer] = {}
-        activation = self.family.transform(hf)[2]
-        if activation not in HEAD_ACTIVATIONS:
-            raise ConfigError(
-                f"the MLM head of {hf.config.name_or_path or hf.config.model_type} has the "
-                f"activation {activation!r}; known are {', '.join(HEAD_ACTIVATIONS)}"
-            )
+        masked_lm_head(hf)
         self._let_last_layer_take_masked()
 
     def _let_last_layer_take_masked(self) -> None:
@@ -100,12 +118,7 @@ class PackedMaskedLM(nn.Module):
 
     def head(self) -> csrc.MaskedLMHead:
         """Return the tensors of the MLM head."""
-        dense, norm, activation = self.family.transform(self.hf)
-        decoder = self.hf.get_output_embeddings()
-        return csrc.MaskedLMHead(
-            decoder.weight, decoder.bias, dense.weight, dense.bias, norm.weight, norm.bias,
-            norm.eps, HEAD_ACTIVATIONS[activation],
-        )
+        return masked_lm_head(self.hf)
 
     def borrowed_parameters(self) -> list[tuple[nn.Module, nn.Parameter]]:
         """List parameters that a module's forward pass uses but that belong to another module.

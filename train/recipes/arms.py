@@ -54,7 +54,8 @@ RULE_FLAGS = {"units": TEXT, "epochs": EPOCHS, **RULE_OPTIONS}
 ARM_KEYS = ("name", "strategy", "scores", "match", "rate", "corruption", *RULE_FLAGS)
 WITH_UNITS = [name for name, measure in COUNTED.items() if measure.has_units]
 _NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,39}")
-_OWN_ENDING = re.compile(r"(^|-)(seed|step_|epoch)\d+$")  # what the pipeline itself appends
+# What the pipeline itself appends.
+_OWN_ENDING = re.compile(r"(^|-)((seed|step_|epoch|labels|steps)\d+|labelsall)$")
 _SCHEDULE = re.compile(r"([\d.]+):([\d.]+)")
 
 
@@ -67,6 +68,7 @@ class NamedScores:
         measure: entry of `MEASURES`; "" where others are combined.
         needs: what that needs beside the store.
         boundary: whether 0 parts important tokens from others.
+        reads_labels: whether labels of the task have gone into it.
         combine, parts: how, and which other entries.
         options: flags of the command that makes them.
     """
@@ -75,6 +77,7 @@ class NamedScores:
     measure: str
     needs: tuple[str, ...] = ()
     boundary: bool = True
+    reads_labels: bool = False
     combine: str = ""
     parts: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +93,7 @@ class NamedScores:
         return self.measure in WITH_UNITS
 
 
-DEFAULT_SCORES = NamedScores(TASK_SCORES, "scorer", ("scorer",))
+DEFAULT_SCORES = NamedScores(TASK_SCORES, "scorer", ("scorer",), reads_labels=True)
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,11 @@ def read_scores(content: Any, recipe: str, general_text: bool,
     def parted(scores: NamedScores) -> bool:
         return scores.boundary and all(parted(found[part]) for part in scores.parts)
 
-    found = {name: replace(scores, boundary=parted(scores)) for name, scores in found.items()}
+    def labelled(scores: NamedScores) -> bool:
+        return scores.reads_labels or any(labelled(found[part]) for part in scores.parts)
+
+    found = {name: replace(scores, boundary=parted(scores), reads_labels=labelled(scores))
+             for name, scores in found.items()}
     _check_scales(found, recipe)
     return found
 
@@ -205,7 +212,8 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool,
             raise ConfigError(f"{where} {shown_value(entry)}: `of` must list two or more scores, "
                               "as {combine: rank, of: [a, b]}")
         boundary = COMBINED[entry["combine"]].boundary  # if all its parts have one
-        return NamedScores(name, "", (), boundary, entry["combine"], tuple(parts))
+        return NamedScores(name, "", boundary=boundary, combine=entry["combine"],
+                           parts=tuple(parts))
     from train.stages.measures import MEASURES  # brings torch, which most recipes do without
 
     measure = entry["measure"]
@@ -237,7 +245,8 @@ def _one_score(name: str, entry: Any, where: str, general_text: bool,
     if options.get("against") == GENERAL_STORE and not general_text:
         raise ConfigError(f"{where}.against: there is no general_text; give general_text.input, or "
                           "the prefix of a token store")
-    return NamedScores(name, measure, tuple(needs), MEASURES[measure].boundary, options=options)
+    return NamedScores(name, measure, tuple(needs), MEASURES[measure].boundary,
+                       MEASURES[measure].reads_labels, options=options)
 
 
 # --------------------------------------------------------------------------------------- arms
@@ -418,7 +427,7 @@ def _named(name: Any, recipe: str, section: str) -> str:
     if not _NAME.fullmatch(text) or _OWN_ENDING.search(text):
         raise ConfigError(f"{recipe}: {section}: the name {shown_value(name)} must have 1 to 40 of "
                           "the characters a-z, 0-9, _ and -, not begin with -, and not end as "
-                          "-seed1, -step_1 or -epoch1 do")
+                          "-seed1, -step_1, -steps1, -epoch1 or -labels1 do")
     return text
 
 

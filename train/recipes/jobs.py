@@ -27,7 +27,7 @@ from typing import Any
 from preprocess.errors import ConfigError, DataError, StopRequested, visible
 from preprocess.files import tell_stopping
 from preprocess.machine import num_cores
-from preprocess.progress import print_line
+from preprocess.progress import print_line, print_news
 from train.config import PipelineConfig
 from train.recipes import run
 from train.recipes.schedule import StepSchedule
@@ -311,8 +311,8 @@ def run_side_by_side(
                 fail(step.name, run.exit_code(code), _why(job, code, options))
             else:
                 run.check_outputs(step, journal, job.log)
-                print(f"  {step.name}: {now - job.started:.0f} s, {now - begin:.0f} s in total",
-                      flush=True)
+                print_news(
+                    f"  {step.name}: {now - job.started:.0f} s, {now - begin:.0f} s in total")
                 run.clean(step, options)
                 run.judge(step, options)
                 schedule.end(step.name)

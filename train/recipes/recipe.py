@@ -17,6 +17,7 @@ from typing import Any
 from preprocess.errors import ConfigError
 from preprocess.files import parse_yaml, read_yaml
 from train.config import (
+    SEED,
     AnnotateConfig,
     Bounds,
     FinetuneConfig,
@@ -33,6 +34,7 @@ from train.recipes.arms import (
     used_scores,
     with_matched,
 )
+from train.recipes.labels import LIMITED_OTHERWISE, read_budgets
 from train.recipes.values import (
     SWITCH,
     TEXT,
@@ -43,8 +45,8 @@ from train.recipes.values import (
     options_of,
     shown_value,
 )
+from train.shipped import RECIPES, REPOSITORY, find_shipped
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TYPED = ("trust_remote_code",)  # flags that no file may set
 TOKENIZE_FLAGS = {
     "input": Option(list[str]), "text_column": TEXT, "where": Option(dict[str, str]),
@@ -61,10 +63,12 @@ MASK_FLAGS = {
     "mlm_probability": Option(float, Bounds(lambda rate: 0 < rate <= 1, "above 0 and at most 1")),
     "seed": WHOLE,
 }
-_TASK_FLAGS = options_of(TaskOptions)
+_BUDGET_FLAGS = ("label_budget", "label_seed")
+_TASK_FLAGS = {name: option for name, option in options_of(TaskOptions).items()
+               if name not in _BUDGET_FLAGS}
 _OURS = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
          "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite",
-         *_TASK_FLAGS}
+         "also", *_TASK_FLAGS, *_BUDGET_FLAGS}
 
 
 def _flags_of(config_class: type) -> dict[str, Option]:
@@ -88,7 +92,7 @@ SECTIONS: dict[str, dict[str, Option]] = {
     "masks": MASK_FLAGS,
     "task_guided": {
         flag: option for flag, option in _flags_of(PretrainConfig).items()
-        if flag not in ("model_config", "from_scratch", "masking", "seed", "export_steps")
+        if flag not in ("model_config", "from_scratch", "masking", "seed")
     },
     "finetune": _flags_of(FinetuneConfig),
     "floors": {"naive_bayes": SWITCH, "untrained": SWITCH},  # trivial baselines
@@ -107,6 +111,7 @@ DEFAULTS: dict[str, Any] = {
     "arms": ["none", "random_matched", "selective"],
     "pretrain_seeds": [42],
     "export_steps": [],
+    "label_budgets": [],
     **{section: {} for section in SECTIONS},
     **{section: None for section in OPTIONAL},
 }
@@ -117,7 +122,7 @@ def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
     """Read a recipe, what it extends, and `--set`; check every key; fill in the variables.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of one of ours.
         settings: `key=value`: a variable of the recipe, or a setting as `task_guided.max_steps`.
     Returns:
         A dictionary with every key of `DEFAULTS`; `scores` and `arms` are what `read_scores` and
@@ -125,7 +130,8 @@ def load_recipe(path: str | Path, settings: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: unknown key or variable, a variable without a value, or a wrong type.
     """
-    recipe = {**DEFAULTS, **_read_yaml(Path(path), (), Path(path).parent.resolve())}
+    path = find_shipped(path, RECIPES, "--recipe")
+    recipe = {**DEFAULTS, **_read_yaml(path, (), path.parent.resolve())}
     recipe["variables"] = dict(recipe["variables"] or {})
     _check_sections(recipe, path)
     for setting in settings:
@@ -154,19 +160,20 @@ def _read_yaml(path: Path, seen: tuple[Path, ...], home: Path) -> dict[str, Any]
     """
     if path.resolve() in seen:
         raise ConfigError(f"recipe {path} extends itself: remove `extends` somewhere")
-    if not path.is_file():
-        known = ", ".join(sorted(p.name for p in (REPOSITORY / "train/recipes").glob("*.yaml")))
-        raise ConfigError(f"--recipe {path}: no such file; train/recipes has {known}")
     content = read_yaml(path, "write keys such as task and finetune", name=f"recipe {path}")
     _check_content(content, path)
     base = content.pop("extends", None)
     if base is None:
         return content
     extended = path.parent / check_value(base, TEXT, f"recipe {path}: extends")
+    if not extended.exists() and "/" not in str(base):
+        extended = find_shipped(base, RECIPES, f"recipe {path}: extends")
     inside = (home, REPOSITORY / "train/recipes")
     if not any(extended.resolve().is_relative_to(folder) for folder in inside):
         raise ConfigError(f"recipe {path}: extends {shown_value(base)} outside its folder and "
                           "train/recipes; copy that file beside it")
+    if not extended.is_file():
+        raise ConfigError(f"recipe {path}: extends {base}: no such file; give one beside it")
     return _merge(_read_yaml(extended, (*seen, path.resolve()), home), content)
 
 
@@ -265,12 +272,20 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
         if not isinstance(value, list) or len(set(map(str, value))) != len(value):
             raise ConfigError(f"recipe {path}: {key} must be a list without repeats, as [1, 2]; "
                               f"got {value!r}")
-        if key != "arms" and not all(type(n) is int and n >= 0 for n in value):
-            raise ConfigError(f"recipe {path}: {key} must hold whole numbers; got {value}")
+        if key != "arms" and not all(type(n) is int and SEED.holds(n) for n in value):
+            raise ConfigError(f"recipe {path}: {key} must hold whole numbers {SEED.words}; got "
+                              f"{shown_value(value)}")
+    recipe["label_budgets"] = read_budgets(recipe["label_budgets"], f"recipe {path}")
     general_text = bool(recipe["general_text"].get("input"))
     recipe["scores"] = read_scores(recipe["scores"], f"recipe {path}", general_text,
                                    recipe["score"])
     recipe["arms"] = read_arms(recipe["arms"], recipe["scores"], f"recipe {path}")
+    _check_lengths(recipe["task_guided"], f"recipe {path}: task_guided.export_steps")
+    for section in LIMITED_OTHERWISE if recipe["label_budgets"] else ():
+        if recipe[section].get("max_train_samples") is not None:
+            raise ConfigError(f"recipe {path}: label_budgets and {section}.max_train_samples both "
+                              "limit the labelled examples; drop the latter, as with --set "
+                              f"{section}.max_train_samples=null")
     general, vocabulary = recipe["general"], recipe["vocabulary"]
     scratch, learnt = bool(general and general.get("model_config")), vocabulary is not None
     for wrong, message in (
@@ -296,6 +311,17 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
     ):
         if wrong:
             raise ConfigError(f"recipe {path}: {message}")
+
+
+def _check_lengths(stage2: dict[str, Any], name: str) -> None:
+    """Refuse lengths of stage 2 that are not before its end, or not different."""
+    lengths, end = stage2.get("export_steps") or [], stage2.get("max_steps")
+    if lengths and end is None:
+        raise ConfigError(f"{name} {shown_value(lengths)}: must be below task_guided.max_steps, "
+                          "which is missing; give it")
+    if len(set(lengths)) < len(lengths) or not all(0 < length < (end or 0) for length in lengths):
+        raise ConfigError(f"{name} {shown_value(lengths)}: must be different numbers above 0 and "
+                          f"below task_guided.max_steps {end}, whose model is fine-tuned anyway")
 
 
 def needs_domain(recipe: dict[str, Any]) -> bool:

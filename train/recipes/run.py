@@ -27,14 +27,17 @@ from preprocess import launchers
 from preprocess.errors import ConfigError, DataError, StopRequested, visible
 from preprocess.files import atomic_write_json, file_sha256, read_json, tell_stopping
 from preprocess.identity import digest
-from preprocess.progress import print_line
+from preprocess.progress import print_line, print_news
 from train.config import PipelineConfig
 from train.recipes.nodes import FirstNode, OtherNode, first_address
 from train.recipes.steps import Step
+from train.shipped import INSTALLED
 
 HEARTBEAT_SECONDS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+# What the runs of one fine-tuning process differ in.
+RUN_FLAGS = ("--model_name_or_path", "--label_budget", "--label_seed", "--output_dir")
 URGENT = (signal.SIGTERM, signal.SIGINT)
 # Imported once under `--launcher python`. Not deepspeed: it looks for a CUDA device, and a process
 # that has done so cannot be forked.
@@ -68,9 +71,8 @@ class Journal:
         if "--deepspeed_config" in words:  # its content counts, not its path
             at = words.index("--deepspeed_config") + 1
             words[at] = file_sha256(words[at]) if os.path.isfile(words[at]) else words[at]
-        root = str(self.root)
-        return [word.replace(root, "OUTPUT_DIR", 1) if f"{word}/".startswith(f"{root}/") else word
-                for word in words]
+        root = re.escape(str(self.root))  # at the start of a word, or of a value of --also
+        return [re.sub(f"^{root}(?=/|$)|(?<==){root}(?=/)", "OUTPUT_DIR", word) for word in words]
 
     def digest(self, step: Step) -> str | None:
         """Return the sha256 of the outputs' records; None if one is missing."""
@@ -93,6 +95,9 @@ class Journal:
         if entry is None:
             return f"step {step.name}: {there[0]} exists, but this pipeline did not make it"
         was, now = _by_flag(entry.get("command", [])), _by_flag(self.command(step))
+        if step.grows:
+            with contextlib.suppress(ValueError, IndexError):  # written by another hand
+                was, now = _without_new_runs(was, now)
         if was != now:
             changes = "; ".join(
                 f"was `{was.get(flag, '')}`, is `{now.get(flag, '')}`"
@@ -162,6 +167,22 @@ def _by_flag(words: list[str]) -> dict[str, str]:
     return {part.split(" ")[0]: part for part in re.split(r" (?=--)", typed)}
 
 
+def _without_new_runs(*commands: dict[str, str]) -> list[dict[str, str]]:
+    """Replace the flags of single runs by one entry for each folder that both commands fill."""
+    found = []
+    for flags in commands:
+        words = {flag: shlex.split(text)[1:] for flag, text in flags.items()}
+        first = shlex.join(f"{flag[2:]}={words[flag][0]}" for flag in RUN_FLAGS if flag in words)
+        runs = {}
+        for run in map(shlex.split, (first, *words.get("--also", []))):
+            runs[dict(word.split("=", 1) for word in run).get("output_dir", "")] = " ".join(run)
+        common = {flag: text for flag, text in flags.items()
+                  if flag not in (*RUN_FLAGS, "--also", "--labels")}
+        found.append((common, runs))
+    both = set.intersection(*(set(runs) for _, runs in found))
+    return [{**common, **{folder: runs[folder] for folder in both}} for common, runs in found]
+
+
 def _existing(step: Step) -> list[str]:
     return [path for pattern in step.outputs for path in glob.glob(pattern)]
 
@@ -215,7 +236,7 @@ def run_steps(
             journal.end(step, time.monotonic() - started, success)
         check_outputs(step, journal, log)
         now = time.monotonic()
-        print(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total", flush=True)
+        print_news(f"  {step.name}: {now - started:.0f} s, {now - begin:.0f} s in total")
         clean(step, options)
         judge(step, options)
     if left:
@@ -240,7 +261,7 @@ def is_fresh(step: Step, title: str, journal: Journal, options: PipelineConfig) 
         _refuse(objection)
     if objection or not journal.is_finished(step):
         return False
-    print(f"{title}: finished, skipped", flush=True)
+    print_news(f"{title}: finished, skipped")
     clean(step, options)
     judge(step, options)
     return True
@@ -256,11 +277,11 @@ def begin_step(
         lead: of each line below the title. gpu: as of `started_as`.
     """
     objection = journal.objection(step)
-    print(f"{title}: {visible(objection)}" if objection else title, flush=True)
+    print_news(f"{title}: {visible(objection)}" if objection else title)
     for path in _existing(step) if objection or not step.resumes else ():
-        print(f"{lead}deleting {visible(path)}", flush=True)
+        print_news(f"{lead}deleting {visible(path)}")
         shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-    print(f"{lead}{shown(step, options, gpu)}", flush=True)
+    print_news(f"{lead}{shown(step, options, gpu)}")
     started = time.monotonic()
     journal.start(step)
     return started
@@ -383,8 +404,10 @@ def shown(step: Step, options: PipelineConfig, gpu: str = "") -> str:
 
 
 def _words(step: Step, options: PipelineConfig, port: int, gpu: str = "") -> list[str]:
+    script, *flags = step.command
+    typed = ["selmask", Path(script).stem] if INSTALLED else [script]
     if not step.launched or options.launcher == "python":
-        return ["python", *step.command]
+        return [*typed, *flags] if INSTALLED else ["python", *typed, *flags]
     # DeepSpeed's launcher ignores the variable beside --num_gpus, and would take the first GPU.
     where = [] if gpu else ["--num_gpus", str(options.num_gpus)]
     if options.hostfile:
@@ -395,7 +418,7 @@ def _words(step: Step, options: PipelineConfig, port: int, gpu: str = "") -> lis
             address = first_address(options)
         where += ["--master_addr", address] if address else []
     chosen = ["--master_port", str(port)] if port else []
-    return ["deepspeed", *where, *chosen, *step.command]
+    return ["deepspeed", *where, *chosen, *["--module"] * INSTALLED, *typed, *flags]
 
 
 def free_port() -> int:
@@ -414,8 +437,8 @@ def started_as(
         gpu: the only GPU of the step, which its environment names; empty: the first `--num_gpus`.
     """
     program, *words = _words(step, options, port or options.master_port or free_port(), gpu)
-    launcher = ["-m", "deepspeed.launcher.runner"] if program == "deepspeed" else []
-    return [sys.executable, *launcher, *words]
+    module = {"deepspeed": "deepspeed.launcher.runner", "selmask": "selmask"}.get(program)
+    return [sys.executable, *(["-m", module] if module else []), *words]
 
 
 def run_process(
@@ -430,7 +453,7 @@ def run_process(
     a signal, its workers are stopped the same way. If this process is killed, all of them notice.
 
     Args:
-        command: a Python interpreter, a script and its flags.
+        command: a Python interpreter, a script (or `-m` and a module) and its flags.
         log_path: file to which the output is appended.
         warm: fork a process that has imported torch already instead of starting the interpreter.
         stop: asked about once per second; whether to stop the command as SIGTERM does.
@@ -531,9 +554,13 @@ def _run_script(words: list[str], output: Any, environment: dict[str, str]) -> N
     output.close()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=True)  # type: ignore[union-attr]
-    sys.argv = list(words)
-    sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__")
+    else:
+        sys.argv = list(words)
+        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 _LAUNCHER_CHATTER = re.compile(

@@ -29,6 +29,8 @@ class Step:
         needs: names of the steps whose outputs it reads.
         launched: whether the deepspeed launcher starts the command.
         resumes: whether the command continues or keeps what an interrupted attempt left.
+        grows: whether the command fills several folders, each of which says itself what made it:
+            then one may be added later, and the others stay.
         judged: patterns of the JSON files whose `weak` lists say what is wrong with the result,
             where masks would be built on it.
         compute: called instead of the command, which then only says what it depends on.
@@ -41,6 +43,7 @@ class Step:
     needs: list[str] = field(default_factory=list)
     launched: bool = False
     resumes: bool = True
+    grows: bool = False
     compute: Callable[[], None] | None = None
     judged: list[str] = field(default_factory=list)
 

@@ -94,7 +94,10 @@ def _switch(value: Any) -> bool:
 
 def _seeds(value: Any) -> str:
     parts = value if isinstance(value, list) else str(value).split(",")
-    return ",".join(str(_whole(part)) for part in parts)
+    seeds = [_whole(part) for part in parts]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError
+    return ",".join(map(str, seeds))
 
 
 READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
@@ -102,7 +105,7 @@ READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     int: (_whole, "a whole number"),
     float: (_number, "a number"),
     bool: (_switch, "true or false"),
-    _Seeds: (_seeds, "whole numbers separated by commas, as 13,43,83"),
+    _Seeds: (_seeds, "different whole numbers separated by commas, as 13,43,83"),
 }
 
 

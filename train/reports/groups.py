@@ -110,12 +110,14 @@ def _pipeline_arms(folder: Path, prefix: str, notes: list[str]) -> list[Arm]:
             f"{folder}/arms.json: not a list of arms; run train/pipeline.py again"
         ) from None
     seconds = step_seconds(folder)
+    whole: list[int] = []  # how many labels "all" are
     try:
         leaked = describe_leakage(str(folder / "domain" / "text"))
         notes += [f"{prefix.rstrip('/')}: {leaked}" if prefix else leaked] if leaked else []
     except (DataError, OSError) as error:
         notes.append(f"{error}.")
-    arms = []
+    arms: list[Arm] = []
+    kept = []
     for entry, name, paths, is_floor in entries:
         seeds = entry.get("pretrain_seeds")
         if not isinstance(seeds, list) or len(seeds) != len(paths):
@@ -125,6 +127,13 @@ def _pipeline_arms(folder: Path, prefix: str, notes: list[str]) -> list[Arm]:
         found = _of_one_task(prefix + name, found, notes)
         if found:
             arms.append(_arm(entry, name, prefix, found, is_floor, seconds))
+            kept.append(entry)
+            if entry.get("labels") == "all" and arms[-1].labels is not None:
+                whole.append(arms[-1].labels)
+    # A baseline's row may not tell how many it read.
+    arms = [replace(arm, labels=whole[0]) if arm.floor and whole and arm.labels is None
+            and entry.get("labels") == "all" else arm
+            for arm, entry in zip(arms, kept, strict=True)]
     return named(arms, prefix) if all("arm" in entry for entry, *_ in entries) else arms
 
 
@@ -153,7 +162,8 @@ def _arm(entry: dict[str, Any], name: str, prefix: str,
     match = told.pop("match")
     return Arm(
         prefix + name, runs, line=prefix + plain, masking_steps=used,
-        match=prefix + match if match else "", labels=runs[0].num_labels,
+        match=prefix + match if match else "",
+        labels=_first(runs[0].num_labels, _count(entry.get("labels"))),
         stage1_steps=lengths[0], stage2_steps=lengths[1],
         mid_schedule=entry.get("mid_schedule") is True, seeds=seeds, floor=is_floor,
         options={key: visible(_plain(entry[key])) for key in _OPTIONS if entry.get(key)
@@ -162,6 +172,11 @@ def _arm(entry: dict[str, Any], name: str, prefix: str,
 
 def _plain(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _first(*values: int | None) -> int | None:
+    """Return the first that is known."""
+    return next((value for value in values if value is not None), None)
 
 
 def _count(value: Any) -> int | None:

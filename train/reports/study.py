@@ -86,7 +86,7 @@ def _rows(arm: Arm, study: str) -> list[dict[str, Any]]:
                 "stage1_seed": first.get("seed"),
                 "pretrain_seed": arm.seeds[place] if arm.seeds else last.get("seed"),
                 "stage1_steps": arm.stage1_steps, "stage2_steps": arm.stage2_steps,
-                "labels": run.num_labels, "finetune_seed": row["seed"],
+                "labels": arm.labels, "finetune_seed": row["seed"],
                 "validation_accuracy": row.get("validation_accuracy"),
                 "test_accuracy": row["test_accuracy"], "test_macro_f1": row.get("test_macro_f1"),
                 "masked_tokens": last.get("masked_tokens"), "tokens": last.get("tokens"),

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ from preprocess.files import (
     seal,
     sync,
 )
-from preprocess.identity import compare
 from preprocess.progress import say
 from train import engine as ds
+from train.run_dir import parts
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2
@@ -51,6 +51,7 @@ def save_checkpoint(
     client_state: dict[str, Any],
     limit: int,
     extras: dict[str, bytes] | None = None,
+    spared: int | None = None,
 ) -> Path:
     """Commit a checkpoint of `step`, then remove the oldest beyond `limit`; collective.
 
@@ -58,6 +59,7 @@ def save_checkpoint(
         client_state: plain values that `load_checkpoint` returns; its `identity`, if any, must not
             change when the run is resumed.
         extras: further files of the checkpoint, name -> content; only rank 0 writes them.
+        spared: a step whose checkpoint is kept beyond the limit.
     Raises:
         DiskFullError: nothing has been committed or removed.
     """
@@ -88,7 +90,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if ds.is_main():
-        _prune(folder, step, limit)
+        _prune(folder, step, limit, spared)
     ds.barrier()
     return final
 
@@ -130,18 +132,18 @@ def _steps(folder: Path) -> list[int]:
     return sorted((int(name[5:]) for name in names), reverse=True)
 
 
-def _prune(folder: Path, step: int, limit: int) -> None:
+def _prune(folder: Path, step: int, limit: int, spared: int | None) -> None:
     """Keep the newest `limit` checkpoints up to that of `step`, which has just been committed.
 
-    Later ones are damaged, or the run would have resumed from them. They do not count, or they
-    would push out the good ones. Nothing is removed unless the new one has all its files.
+    Later ones are damaged, or of a decay that was given up. They do not count, or they would push
+    out the good ones. Nothing is removed unless the new one has all its files.
     """
     problem = check_checkpoint(folder / f"step_{step}", digests=False)
     if problem:
         say(f"warning: {problem}; older checkpoints are kept")
         return
     steps = _steps(folder)
-    for old in {*steps[:steps.index(step)], *steps[steps.index(step) + limit:]}:
+    for old in {*steps[:steps.index(step)], *steps[steps.index(step) + limit:]} - {spared}:
         path = folder / f"step_{old}"
         os.rename(path, path.with_name(f"{path.name}.tmp"))
     _remove_debris(folder)
@@ -220,29 +222,42 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def identity_of(path: Path) -> dict[str, Any]:
+    """Return the identity of a complete checkpoint."""
+    return _read_manifest(path)["identity"]
+
+
+def identities(run_dir: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield step and identity of each checkpoint whose manifest can be read, newest first."""
+    folder = Path(run_dir) / "checkpoints"
+    for step in _steps(folder):
+        try:
+            yield step, identity_of(folder / f"step_{step}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # `find_checkpoint` says what is wrong with it
+
+
 def check_identity(run_dir: str | Path, identity: dict[str, Any]) -> None:
     """Refuse to go on from a run of another identity, before anything is written or started.
 
     Raises:
         ConfigError: the newest checkpoint has another identity; says what differs.
     """
-    for step in _steps(Path(run_dir) / "checkpoints"):
-        try:
-            manifest = _read_manifest(Path(run_dir) / "checkpoints" / f"step_{step}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # `find_checkpoint` says what is wrong with it
-        where = f"--output_dir {run_dir}, stopped at step {step}"
-        compare(manifest["identity"], identity, where, "give another --output_dir")
+    for step, found in identities(run_dir):
+        parts.check(found, identity, f"--output_dir {run_dir}, stopped at step {step}")
         return
 
 
-def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
+def find_checkpoint(
+    run_dir: str | Path, mode: str, wanted: Callable[[int, dict[str, Any]], bool] | None = None
+) -> Path | None:
     """Return the newest complete checkpoint of a run, or None.
 
     In a process group this is collective: the ranks share the work and get the same answer.
 
     Args:
         mode: auto, must or never, as `--resume`.
+        wanted: takes step and identity of a checkpoint; others are passed over without a word.
     Raises:
         DataError: `must`, and there is none.
     """
@@ -253,6 +268,8 @@ def find_checkpoint(run_dir: str | Path, mode: str) -> Path | None:
     share = (where.rank, where.world_size) if together else (0, 1)
     folder = Path(run_dir) / "checkpoints"
     steps = _steps(folder) if folder.is_dir() else []
+    if wanted is not None:
+        steps = [step for step, found in identities(run_dir) if wanted(step, found)]
     for step in ds.gather_objects(steps)[0] if together else steps:
         path = folder / f"step_{step}"
         problem = check_checkpoint(path, share=share)
@@ -285,7 +302,7 @@ def load_checkpoint(
         DataError: one of its files holds objects that are never loaded.
     """
     manifest = _read_manifest(path)
-    compare(manifest["identity"], identity, str(path), "give another --output_dir")
+    parts.check(manifest["identity"], identity, str(path))
     for key, value in ds.describe(engine).items():
         made = manifest["engine"].get(key)
         if made != value:

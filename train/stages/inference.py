@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from preprocess.errors import ConfigError
 from preprocess.store import ranges
-from train.model import FAMILIES, attention_mask
+from train.model import FAMILIES, attention_mask, other_outputs
 
 
 class Template(NamedTuple):
@@ -66,13 +66,21 @@ def special_template(tokenizer: Any, pair: bool) -> Template:
 
 
 def check_trained(config: Any, suffix: str | tuple[str, ...], name: str, remedy: str) -> None:
-    """Refuse a checkpoint without the trained top that is needed; the first suffix names it."""
+    """Refuse a checkpoint without the trained top that is needed; the first suffix names it.
+
+    A classifier whose outputs are not the probabilities of classes is refused too.
+    """
     found = config.architectures or []
     if not any(architecture.endswith(suffix) for architecture in found):
         first = suffix if isinstance(suffix, str) else suffix[0]
         raise ConfigError(
             f"--model_name_or_path {name}: holds {', '.join(found) or 'no architecture'}, not "
             f"one for {first[len('For'):]}; {remedy}"
+        )
+    if other_outputs(config):
+        raise ConfigError(
+            f"--model_name_or_path {name}: gives {other_outputs(config)}, and one class of two or "
+            f"more is needed; {remedy}"
         )
 
 

@@ -184,10 +184,11 @@ def seed_dropout(seed: int, step: int) -> None:
 class Progressed:
     """Training so far; all but `best_state` is the same on every rank.
 
-    history: the dev metrics of each finished epoch. best_epoch: counts from 1; 0 before the first.
-    best_state: the weights after that epoch, float32 on the CPU; None on other ranks than the
-    first. seconds: of training, over all processes that took part. log: open after training.
-    window: sums over the steps since the last point of the log.
+    history: the dev metrics of each finished epoch; of the last one alone where that is kept.
+    best_epoch: the one to keep so far, counted from 1; 0 before the first. best_state: the weights
+    after that epoch, float32 on the CPU; None on other ranks than the first.
+    seconds: of training, over all processes that took part. log: open after training. window: sums
+    over the steps since the last point of the log.
     """
 
     log: MetricsWriter
@@ -201,7 +202,7 @@ class Progressed:
     @property
     def best(self) -> dict[str, float]:
         """Return the dev metrics of the best epoch."""
-        return self.history[self.best_epoch - 1]
+        return self.history[min(self.best_epoch, len(self.history)) - 1]
 
 
 def num_steps(num_examples: int, batch_size: int, num_epochs: int) -> int:
@@ -338,6 +339,7 @@ def train_and_select(
     seed: int,
     select: str,
     tags: dict[str, str],
+    epoch: str = "best",
     class_weights: np.ndarray,
     pad_id: int,
     run_dir: Path,
@@ -346,14 +348,15 @@ def train_and_select(
     hyperparameters: dict[str, Any],
     stop: Callable[[], bool],
 ) -> Progressed:
-    """Train for `config.num_train_epochs` and keep the weights of the best epoch.
+    """Train for `config.num_train_epochs` and keep the weights of the best epoch, or the last.
 
     Resumes from the newest complete checkpoint in `run_dir` unless `--resume never`.
 
     Args:
         engine: a fresh DeepSpeed engine.
         assess: turns the logits of `dev` into metrics.
-        select: the metric whose first strictly largest value picks the epoch.
+        select: the metric whose first strictly largest value picks the best epoch.
+        epoch: best, or last: then no metric picks anything.
         tags: TensorBoard tag of each metric; those without one are not logged.
         class_weights: `(C,)` float64.
         run_dir: folder of this seed.
@@ -382,7 +385,9 @@ def train_and_select(
     engine.train()
     with progress:
         while True:
-            if step == per_epoch * (len(found.history) + 1):
+            # An epoch that is not going to be kept is not measured: it may cost more than training.
+            measured = per_epoch * (len(found.history) + 1) if epoch == "best" else total_steps
+            if step == measured and (epoch == "best" or not found.history):
                 engine.eval()
                 logits = predict(engine, dev, pad_id, config.per_device_eval_batch_size, device)
                 engine.train()
@@ -391,7 +396,8 @@ def train_and_select(
                 is_better = not found.best_epoch or scores[select] > found.best[select]
                 found.history.append(scores)
                 if is_better:
-                    found.best_epoch, found.best_state = len(found.history), full_state_dict(engine)
+                    found.best_epoch = step // per_epoch
+                    found.best_state = full_state_dict(engine)
                 scalars = {tag: scores[name] for name, tag in tags.items()}
                 found.log.scalars(step, {**scalars, EVAL_BEST: found.best[select]})
             due = config.save_steps and step > first_step and step % config.save_steps == 0
@@ -430,7 +436,7 @@ def train_and_select(
                 window.clear()
             best = ""
             if found.history:
-                best = f"  best {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
+                best = f"  {epoch} {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
             progress.update(1, text + best)
     found.steps, found.seconds = step, time.monotonic() - started
     return found
@@ -480,7 +486,7 @@ def _restore(
     notes = load_checkpoint(engine, path, records["identity"], config.allow_world_size_change)
     report_changes(notes["numerics"], records["numerics"])
     say(f"resumed from {path}")
-    best_state = load_file(path / BEST) if notes["best_epoch"] and is_main() else None
+    best_state = load_file(path / BEST) if is_main() and (path / BEST).is_file() else None
     return Progressed(
         MetricsWriter(run_dir, notes["steps"]), notes["history"], notes["best_epoch"], best_state,
         notes["seconds"], notes["steps"], Counter(notes.get("window", {})),

@@ -1,0 +1,165 @@
+"""What fine-tuning reads and checks before a process group starts, for one run or for several."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from preprocess.corpus import Example, Task, limit_labels, load_task, take_fixed
+from preprocess.identity import digest
+from preprocess.text.encode import prepare_backend
+from train.config import FinetuneConfig
+from train.engine import Resolved
+from train.model import (
+    check_agreement,
+    check_row_length,
+    describe_head,
+    load_config,
+    load_tokenizer,
+)
+from train.run_dir.hf_folder import Weights, open_weights
+from train.run_dir.identity import numerics
+from train.stages.examples import Examples, make_examples
+from train.stages.supervised import make_identity, resolve
+
+SPLITS = ("train", "validation", "test")
+DEFAULT_LEARNING_RATE = 2e-5
+
+
+def encode(
+    tokenizer: Any, examples: list[Example], max_seq_length: int, segments: bool
+) -> Examples:
+    """Turn a split into `[CLS] text [SEP]` or `[CLS] aspect [SEP] text [SEP]`.
+
+    The input is cut to `max_seq_length`, always from its longer part, so that an aspect never
+    exceeds the limit. A special token written in a text is text (`prepare_backend`).
+
+    Args:
+        segments: whether the model distinguishes the two parts by token types.
+    """
+    texts = [example.text for example in examples]
+    aspects = [example.aspect or "" for example in examples]
+    parts = (aspects, texts) if any(aspects) else (texts,)
+    backend = prepare_backend(tokenizer)
+    backend.enable_truncation(max_seq_length, strategy="longest_first")
+    encoded = backend.encode_batch(texts if len(parts) == 1 else list(zip(*parts, strict=True)))
+    labels = [example.label for example in examples]
+    return make_examples(
+        [one.ids for one in encoded], [one.type_ids for one in encoded] if segments else None,
+        labels, [1.0] * (max(labels) + 1),
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneInputs:
+    """Everything read and checked before a process group starts.
+
+    splits, encoded: by the names in `SPLITS`. parent: the weights that every seed starts from.
+    identities: the record of each seed. numerics: that of all. head: a sentence about the head.
+    """
+
+    config: FinetuneConfig
+    task: Task
+    splits: dict[str, list[Example]]
+    encoded: dict[str, Examples]
+    tokenizer: Any
+    resolved: Resolved
+    parent: Weights
+    identities: dict[int, dict[str, Any]]
+    numerics: dict[str, Any]
+    head: str
+
+    @property
+    def pretraining(self) -> list[dict[str, Any]]:
+        """Return the stages of pre-training behind the weights, oldest first."""
+        return [stage for stage in self.parent.stages if stage["stage"] == "pretrain"]
+
+
+class _Start(NamedTuple):
+    """What a run starts from. `reads` says how its tokenizer reads a text."""
+
+    hf_config: Any
+    tokenizer: Any
+    parent: Weights
+    segments: bool
+    reads: str
+
+
+def _open_start(config: FinetuneConfig, task: Task) -> _Start:
+    hf_config = load_config(config.model_name_or_path, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.trust_remote_code)
+    check_agreement(
+        hf_config, tokenizer, config.model_name_or_path,
+        pair=any(example.aspect for split in SPLITS for example in task.splits[split]),
+    )
+    check_row_length(hf_config, config.max_seq_length)
+    backend = prepare_backend(tokenizer).to_str()
+    return _Start(
+        hf_config, tokenizer, open_weights(config.model_name_or_path),
+        getattr(hf_config, "type_vocab_size", 0) > 1,
+        hashlib.sha256(backend.encode()).hexdigest(),
+    )
+
+
+def read_inputs(configs: Sequence[FinetuneConfig]) -> list[FinetuneInputs]:
+    """Read the task, the tokenizer and the weights, encode the splits, settle the JSON.
+
+    Args:
+        configs: of one task. What several of them share is read and encoded once.
+    """
+    first = configs[0]
+    files = {name: value for name, value in first.task_files().items()
+             if name not in ("label_budget", "label_seed")}
+    whole = load_task(first.task, **files)
+    starts: dict[str, _Start] = {}
+    encoded: dict[Any, Examples] = {}
+    found = []
+    for config in configs:
+        task = limit_labels(whole, config.label_budget, config.label_seed)
+        name = config.model_name_or_path
+        if name not in starts:
+            starts[name] = _open_start(config, task)
+        start = starts[name]
+        splits = {"train": take_fixed(task.splits["train"], config.max_train_samples)}
+        for split in SPLITS[1:]:
+            splits[split] = take_fixed(task.splits[split], config.max_eval_samples)
+        keys = {split: (split, start.reads, start.segments,
+                        *(config.choice_of_labels().values() if split == "train" else ()))
+                for split in SPLITS}
+        for split, key in keys.items():
+            if key not in encoded:
+                encoded[key] = encode(
+                    start.tokenizer, splits[split], config.max_seq_length, start.segments)
+        found.append(_settle(
+            config, task, splits, {split: encoded[key] for split, key in keys.items()}, start))
+    return found
+
+
+def _settle(
+    config: FinetuneConfig, task: Task, splits: dict[str, list[Example]],
+    encoded: dict[str, Examples], start: _Start,
+) -> FinetuneInputs:
+    """Settle the JSON, and the identity of each seed."""
+    resolved = resolve(config, encoded["train"], DEFAULT_LEARNING_RATE)
+    content = digest([
+        task.name, task.labels,
+        [[[e.item, e.label] for e in splits[name]] for name in SPLITS],
+        # Of the texts and of the tokenizer that read them.
+        [[ids.tolist() for ids in encoded[name].input_ids] for name in SPLITS],
+    ])
+    identities = {
+        seed: make_identity(
+            "finetune", config, resolved, start.hf_config, encoded["train"], seed=seed,
+            inputs={"task": content, "weights": start.parent.hf_digest},
+            split={"labels": len(splits["train"]),
+                   "test_items": digest([e.item for e in splits["test"]])},
+            options={"max_eval_samples": config.max_eval_samples,
+                     "epoch": config.settled_epoch(), **config.choice_of_labels()},
+        )
+        for seed in config.seed_list()
+    }
+    head = describe_head(start.hf_config, "ForSequenceClassification", task.labels)
+    return FinetuneInputs(config, task, splits, encoded, start.tokenizer, resolved, start.parent,
+                          identities, numerics(config, resolved), head)
