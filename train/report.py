@@ -76,8 +76,8 @@ def make_page(
     if not groups:
         notes = [*notes, "No table of results: no fine-tuning has finished yet."]
     page = ReportPage(title)
-    page.add(Section("Where this comes from", provenance(folders, groups),
-                     _collapsed([*notes, *missing])))
+    page.add(Section("Where this comes from", provenance(folders, groups)))
+    page.add(Section("Notes on what was read", notes=_collapsed([*notes, *missing])))
     page.add(_results(groups, pictures))
     page.add(_differences(comparisons, limits, pictures))
     page.add(_lengths(groups, pictures))
@@ -99,7 +99,7 @@ def _blocks(*blocks: Table | Picture | None) -> list[Table | Picture]:
 def _results(groups: Sequence[Group], pictures: dict[str, Picture]) -> Section:
     arms = arms_of(groups)
     results = Table.of(
-        "Results", table_rows([*arms, *floors_of(groups)]),
+        "Results: accuracy and macro F1", table_rows([*arms, *floors_of(groups)]),
         "Mean over all models of an arm, on the test split, with its 95 % interval over "
         "pre-training seeds, fine-tuning seeds and test items; sd: standard deviation of the "
         "models; seeds: how many; labels: labelled examples; steps: of stage 2.",
@@ -195,7 +195,7 @@ def _masks(folders: Sequence[Path], groups: Sequence[Group]) -> Section:
         masked, notes = masked_rows(pipelines[0], arms_of(groups))
         scorers = scorer_rows(pipelines[0])
     return Section("What was masked", _blocks(
-        Table.of("What was masked", masked,
+        Table.of("Masked tokens", masked,
                  "Tokens masked most often, and those masked most above their share; masked: share "
                  "of all tokens. One index of each arm and number of labels.",
                  "masked", MASKED_COLUMNS),

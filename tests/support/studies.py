@@ -55,7 +55,9 @@ def write_study(root: Path, items: int = ITEMS, seed: int = 1, lengths=LENGTHS, 
                     "rate": 0.15 if gain else None, "corruption": None, "labels": budget,
                     "stage1_steps": None, "stage2_steps": length,
                     "mid_schedule": 0 < length < lengths[-1],
-                    "pretrain_seeds": list(pretrain_seeds)})
+                    "pretrain_seeds": list(pretrain_seeds),
+                    "run_masking": [[step for step in masking if "-seed" not in step
+                                     or step.endswith(f"-seed{p}")] for p in pretrain_seeds]})
     _write_run(root / "floors" / "naive_bayes", generator, 0.6 + ease, truth, names, "", None, 0,
                None, (0,))
     arms.append({"name": "naive_bayes", "arm": "naive_bayes", "runs": ["floors/naive_bayes"],

@@ -196,6 +196,13 @@ def test_two_studies_are_kept_apart(exported, tmp_path, no_figures):
     assert all(row["arm"].partition("/")[0] == row["against"].partition("/")[0] for row in rows)
 
 
+def test_seconds_of_the_masks_of_a_seed():
+    steps = {"score-words": 8.0, "scorer-labels100-seed1": 4.0, "masks-a-labels100-seed1": 1.0,
+             "scorer-labels100-seed2-step_40": 6.0}
+    assert [arms_of_folders.seconds_at(steps, seed) for seed in (1, 2, None)] == [13, 14, 13.5]
+    assert arms_of_folders.seconds_at({}, None) == 0
+
+
 # --------------------------------------------------------------------------- steps to a target
 
 

@@ -122,8 +122,10 @@ def _pipeline_arms(folder: Path, prefix: str, notes: list[str]) -> list[Arm]:
         seeds = entry.get("pretrain_seeds")
         if not isinstance(seeds, list) or len(seeds) != len(paths):
             seeds = [None] * len(paths)
-        found = [(run, seed if type(seed) is int else None) for path, seed in
-                 zip(paths, seeds, strict=True) for run in _read_runs(prefix + name, [path], notes)]
+        chosen = _seconds_of_runs(entry, seconds, len(paths))
+        found = [(replace(run, mask_seconds=spent), seed if type(seed) is int else None)
+                 for path, seed, spent in zip(paths, seeds, chosen, strict=True)
+                 for run in _read_runs(prefix + name, [path], notes)]
         found = _of_one_task(prefix + name, found, notes)
         if found:
             arms.append(_arm(entry, name, prefix, found, is_floor, seconds))
@@ -152,7 +154,8 @@ def _arm(entry: dict[str, Any], name: str, prefix: str,
     steps, used = entry.get("masking"), None
     if isinstance(steps, list) and all(str(step) in seconds for step in steps):
         used = {f"{prefix}{visible(step)}": seconds[str(step)] for step in steps}
-        runs = [replace(run, mask_seconds=seconds_at(used, seed))
+        runs = [run if run.mask_seconds is not None
+                else replace(run, mask_seconds=seconds_at(used, seed))
                 for run, seed in zip(runs, seeds, strict=True)]
     lengths = [_count(entry.get(key)) for key in ("stage1_steps", "stage2_steps")]
     if "arm" not in entry:  # an older list
@@ -168,6 +171,16 @@ def _arm(entry: dict[str, Any], name: str, prefix: str,
         mid_schedule=entry.get("mid_schedule") is True, seeds=seeds, floor=is_floor,
         options={key: visible(_plain(entry[key])) for key in _OPTIONS if entry.get(key)
                  not in (None, "")}, **told)
+
+
+def _seconds_of_runs(entry: dict[str, Any], seconds: dict[str, float], size: int
+                     ) -> list[float | None]:
+    """Return what the masks behind each run cost; None where the entry does not tell."""
+    listed = entry.get("run_masking")
+    if not isinstance(listed, list) or len(listed) != size:
+        return [None] * size
+    return [sum(seconds[str(step)] for step in steps) if isinstance(steps, list)
+            and all(str(step) in seconds for step in steps) else None for steps in listed]
 
 
 def _plain(value: Any) -> Any:

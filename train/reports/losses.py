@@ -139,9 +139,9 @@ def _multiples(runs: Sequence[Curves], styles: Styles, held_out: str) -> bytes |
         panel.tick_params(labelsize=8)
     for panel in list(panels.flat)[len(kinds):]:
         panel.set_visible(False)
-    figure.supxlabel("step", fontsize=9)
-    figure.supylabel("training loss" + (f" (dashed: {held_out})" if dashed else "") + ", nats",
-                     fontsize=9)
+    lines = f" (solid: training loss; dashed: {held_out})" if dashed else ""
+    figure.supxlabel(f"step{lines}", fontsize=9)
+    figure.supylabel("loss, nats" if dashed else "training loss, nats", fontsize=9)
     return as_png(figure)
 
 

@@ -94,7 +94,7 @@ def as_html(page: ReportPage) -> str:
         inside = [f"<p>{_text(section.method)}</p>"] if section.method else []
         if section.notes:
             items = "\n".join(f"<li>{_text(note)}</li>" for note in section.notes)
-            inside.append(f'<div class="notes">Notes\n<ul>\n{items}\n</ul></div>')
+            inside.append(f'<div class="notes">\n<ul>\n{items}\n</ul></div>')
         inside += [block.as_html(3) if isinstance(block, Table) else _figure(block)
                    for block in section.blocks]
         if section.small:
