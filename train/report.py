@@ -334,7 +334,7 @@ def read_runs(runs: Sequence[str]) -> tuple[list[Path], list[Group], list[Curves
     if not groups and not curves:
         raise DataError(
             f"no run in {', '.join(runs)}: expected results.jsonl of train/finetune.py or "
-            "tb/ of a training command; give their folders"
+            "event files of a training command; give their folders"
         )
     return folders, groups, curves, [*notes, *curve_notes]
 

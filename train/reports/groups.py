@@ -42,7 +42,7 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
                 loose.setdefault(path.resolve(), path)
         trained = event_folders(folder) or without_events(folder)
         if not found and not trained and folder.resolve() not in pipelines:
-            notes.append(f"{folder}: no run in it (no results.jsonl and no tb/).")
+            notes.append(f"{folder}: no run in it (no results.jsonl and no event files).")
     alone = len(pipelines) == 1 and not loose
     for path in pipelines.values():
         prefix = "" if alone else f"{short_name(path, folders)}/"
