@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
