@@ -114,15 +114,15 @@ def read_label(row: Row, column: str, place: str) -> str | None:
         return str(value)
     if isinstance(value, (int, float, Decimal)) and math.isfinite(value) and value == int(value):
         return str(int(value))
-    kind = type(value).__name__
+    why = ""
     if isinstance(value, list | tuple | dict):
-        kind += "; several labels for one text, multi-label, are not supported"
-    elif isinstance(value, float | Decimal):
-        kind += "; learning numbers, regression, is not supported"
+        why = "several labels for one text, multi-label, are not supported; "
+    elif isinstance(value, float | Decimal) and math.isfinite(value):
+        why = "learning numbers, regression, is not supported; "
     raise DataError(
         f"{place}: column {column!r} holds {str(value)[:60]!r} "
-        f"({kind}), and a label is a string, a whole number, true or false; "
-        f"--label_column chooses another column"
+        f"({type(value).__name__}), and a label is a string, a whole number, true or false; "
+        f"{why}--label_column chooses another column"
     )
 
 

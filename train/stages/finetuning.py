@@ -16,8 +16,8 @@ from train.config import FinetuneConfig
 from train.engine import Resolved
 from train.model import (
     check_agreement,
-    check_row_length,
     describe_head,
+    fit_row_length,
     load_config,
     load_tokenizer,
 )
@@ -95,7 +95,6 @@ def _open_start(config: FinetuneConfig, task: Task) -> _Start:
         hf_config, tokenizer, config.model_name_or_path,
         pair=any(example.aspect for split in SPLITS for example in task.splits[split]),
     )
-    check_row_length(hf_config, config.max_seq_length)
     backend = prepare_backend(tokenizer).to_str()
     return _Start(
         hf_config, tokenizer, open_weights(config.model_name_or_path),
@@ -123,10 +122,11 @@ def read_inputs(configs: Sequence[FinetuneConfig]) -> list[FinetuneInputs]:
         if name not in starts:
             starts[name] = _open_start(config, task)
         start = starts[name]
+        config = fit_row_length(start.hf_config, config)
         splits = {"train": take_fixed(task.splits["train"], config.max_train_samples)}
         for split in SPLITS[1:]:
             splits[split] = take_fixed(task.splits[split], config.max_eval_samples)
-        keys = {split: (split, start.reads, start.segments,
+        keys = {split: (split, start.reads, start.segments, config.max_seq_length,
                         *(config.choice_of_labels().values() if split == "train" else ()))
                 for split in SPLITS}
         for split, key in keys.items():
