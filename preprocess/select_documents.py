@@ -298,12 +298,12 @@ def read_target(args: argparse.Namespace, reader: Reader, test: _Test | None) ->
         counts += count_buckets(hash_grams(texts)[0])
         for text in texts:
             content.update(text.encode() + b"\0")
-    shown = " ".join(args.like)
+    shown, named = " ".join(args.like), test.name if test else ""
     if equal:
         say(f"warning: --like {shown}: {len(equal):,} of {num_texts:,} texts hold a test text of "
-            f"{args.task} and are left out, such as {visible(equal[0][:80])!r}")
+            f"{named} and are left out, such as {visible(equal[0][:80])!r}")
     if not counts.sum():
-        raise DataError(f"--like {shown}: no text but test texts of {args.task}; give training or "
+        raise DataError(f"--like {shown}: no text but test texts of {named}; give training or "
                         f"unlabelled texts" if equal else f"--like {shown}: no text in it")
     smooth = counts.sum() < SMALL_TARGET
     say(f"--like {shown}: {num_texts - len(equal):,} texts, {counts.sum():,} words and pairs of "
@@ -495,8 +495,8 @@ def main(argv: list[str] | None = None) -> None:
     new = TokenStore.open(args.output)
     say(f"{args.output}: {new.num_documents:,} of {store.num_documents:,} documents, "
         f"{new.num_sequences:,} sequences, {new.num_tokens:,} of {store.num_tokens:,} tokens"
-        + (f"; {len(out):,} documents with test texts of {args.task} dropped"
-           if args.drop_leaked else ""))
+        + (f"; {len(out):,} documents with test texts of {test.name} dropped"
+           if args.drop_leaked and test else ""))
     if test is not None:
         count_leakage(Reader(new), test, len(out))
         say(describe_leakage(args.output))

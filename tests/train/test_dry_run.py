@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from preprocess.errors import ConfigError, DataError
 from train import model, pipeline
 from train.recipes.checks import Checked, flags_of, replaced, without
 from train.recipes.estimate import (
-    Estimate,
+    StepEstimate,
     network_of,
     size_of_text,
 )
@@ -53,7 +54,8 @@ def rows_of(out: str) -> dict[str, str]:
     return {line.split()[0]: line for line in lines[1:]}
 
 
-def test_every_step_is_checked_as_far_as_its_inputs_allow(dry_run, capsys, tmp_path):
+def test_every_step_is_checked_as_far_as_its_inputs_allow(dry_run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     dry_run("general={max_steps: 2, max_seq_length: 32}", "general_text.input="
             + str(Path(RECIPE)), "general_text.num_workers=1",
             "scores={words: {measure: tfidf}}",
@@ -66,7 +68,7 @@ def test_every_step_is_checked_as_far_as_its_inputs_allow(dry_run, capsys, tmp_p
     for step in ("task_guided-random-seed42", "task_guided-best-seed42", "finetune-none"):
         assert "for its model)" in rows[step], step
     assert re.search(r"about .* MiB of disk, .* are free\nabout .* of memory for ", out)
-    assert "time: add --measure" in out and not list(Path("/tmp").glob("selmask-dry-run-*/domain"))
+    assert "time: add --measure" in out and not list(tmp_path.glob("selmask-dry-run-*"))
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -171,7 +173,7 @@ def test_the_schedule_is_that_of_the_jobs():
     found = [SimpleNamespace(step=SimpleNamespace(
         name=name, needs=needed, records=[] if name == "report" else ["x"]))
         for name, needed in needs.items()]
-    estimates = [Estimate(0.0, seconds[name]) for name in needs]
+    estimates = [StepEstimate(0.0, seconds[name]) for name in needs]
     assert total_seconds(found, estimates, 1) == 15
     assert total_seconds(found, estimates, 2) == 10  # a|b then d|c, then the report
     assert total_seconds(found, estimates, 3) == 10

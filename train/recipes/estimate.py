@@ -74,7 +74,7 @@ class EncoderSize(NamedTuple):
         return self.encoder + self.head + self.hidden * self.positions
 
 
-class Text(NamedTuple):
+class TextSize(NamedTuple):
     """Documents and bytes of text; None where that is unknown before it is read."""
 
     documents: float
@@ -95,7 +95,7 @@ class Measurement(NamedTuple):
 
 
 @dataclass
-class Estimate:
+class StepEstimate:
     """Of one step: bytes that stay, and seconds; None where they are unknown."""
 
     kept: float = 0.0
@@ -125,7 +125,7 @@ def network_of(recipe: dict[str, Any]) -> EncoderSize | None:
                    config.max_position_embeddings)
 
 
-def size_of_text(flags: dict[str, list[str]]) -> Text | None:
+def size_of_text(flags: dict[str, list[str]]) -> TextSize | None:
     """Estimate how much text tokenizing will read, from `LOOK_SECONDS` of it."""
     specs = flags["input"]
     if any(spec.startswith("hub:") for spec in specs):
@@ -144,8 +144,8 @@ def size_of_text(flags: dict[str, list[str]]) -> Text | None:
         if time.monotonic() - begin > LOOK_SECONDS and passed[0]:
             total = num_bytes(specs, "blank_line_documents" in flags, (0, 1)) or passed[0]
             share = max(1.0, total / passed[0])
-            return Text(min(documents * share, most or float("inf")), size * share)
-    return Text(documents, size)
+            return TextSize(min(documents * share, most or float("inf")), size * share)
+    return TextSize(documents, size)
 
 
 def bytes_per_token(checker: Checker, name: str) -> float:
@@ -230,7 +230,7 @@ class Estimator:
         self.checker, self.options, self.network = checker, checker.options, network
         self.measured = measured
         self.tokens: dict[str, float] = {}  # of a store, by its prefix
-        self.texts: dict[str, Text] = {}
+        self.texts: dict[str, TextSize] = {}
         self._sizes(found)
         self._tasks: dict[str, tuple[int, int, int, float]] = {}
 
@@ -249,38 +249,38 @@ class Estimator:
         if domain is not None:
             self.tokens[f"{root}/domain_kept/text"] = domain
 
-    def of(self, one: Checked) -> Estimate:
+    def of(self, one: Checked) -> StepEstimate:
         """Return the estimate of a step."""
         step, script = one.step, Path(one.step.command[0]).stem
         flags = flags_of(step.command[1:])
         if one.what == "finished":
-            return Estimate(0.0, 0.0)
+            return StepEstimate(0.0, 0.0)
         if step.compute is not None:
-            return Estimate(0.0, LIGHT_SECONDS)
+            return StepEstimate(0.0, LIGHT_SECONDS)
         if script in ("pretrain", "finetune", "fit_scorer", "annotate", "score_tokens"):
             return self._network(one, script)
         tokens = self.tokens.get(flags.get("tokens", flags.get("output", [""]))[0])
         if script == "tokenize_corpus":
             text = self.texts.get(flags["output"][0])
             if tokens is None or text is None:
-                return Estimate()
+                return StepEstimate()
             workers = min(int(flags.get("num_workers", [os.cpu_count() or 1])[0]),
                           os.cpu_count() or 1)
-            return Estimate(2.4 * tokens, self._light() + text.size
+            return StepEstimate(2.4 * tokens, self._light() + text.size
                             / READ_BYTES_PER_SECOND / workers)
         if script == "train_tokenizer":
-            return Estimate(1e6, self._light() + 20)
+            return StepEstimate(1e6, self._light() + 20)
         if script == "report":
-            return Estimate(1e6, self._light() + LIGHT_SECONDS)
+            return StepEstimate(1e6, self._light() + LIGHT_SECONDS)
         if tokens is None:
-            return Estimate()
+            return StepEstimate()
         kept = 2.0 * tokens  # scores
         if script == "build_masks":
             rate = float(flags.get("mlm_probability", ["0.15"])[0])
             kept = 4 * rate * tokens * int(flags.get("epochs", ["1"])[0])
         if script == "select_documents":
             kept = 2.4 * tokens if "drop_leaked" in flags else 0.0
-        return Estimate(kept, self._light() + tokens / ARRAY_TOKENS_PER_SECOND)
+        return StepEstimate(kept, self._light() + tokens / ARRAY_TOKENS_PER_SECOND)
 
     def _light(self) -> float:
         """Seconds of a process that runs no network."""
@@ -295,15 +295,15 @@ class Estimator:
             return self.measured.start
         return self.measured.start + (1 + NODE_STARTS) * self.measured.imports
 
-    def _network(self, one: Checked, script: str) -> Estimate:
+    def _network(self, one: Checked, script: str) -> StepEstimate:
         config, network = one.config, self.network
         if config is None or network is None:
-            return Estimate()
+            return StepEstimate()
         passes, kept, starts = self._work(config, script, network)
         if self.measured is None or passes is None:
-            return Estimate(kept, None)
+            return StepEstimate(kept, None)
         more = max(0, starts - 1) * self.measured.start
-        return Estimate(kept, self._start() + more + passes / self.measured.rate)
+        return StepEstimate(kept, self._start() + more + passes / self.measured.rate)
 
     def _work(self, config: Any, script: str, network: EncoderSize
               ) -> tuple[float | None, float, int]:

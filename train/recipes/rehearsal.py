@@ -18,16 +18,16 @@ from train.recipes import run
 from train.recipes.checks import Checked, Checker, check_all
 from train.recipes.estimate import (
     EncoderSize,
-    Estimate,
     Estimator,
     Measurement,
+    StepEstimate,
     measure,
     network_of,
 )
 from train.recipes.schedule import StepSchedule
 
 
-def total_seconds(found: Sequence[Checked], estimates: Sequence[Estimate], jobs: int) -> float:
+def total_seconds(found: Sequence[Checked], estimates: Sequence[StepEstimate], jobs: int) -> float:
     """Return how long the plan takes with so many steps side by side."""
     seconds = {one.step.name: estimate.seconds or 0.0
                for one, estimate in zip(found, estimates, strict=True)}
@@ -94,7 +94,7 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def table(found: Sequence[Checked], estimates: Sequence[Estimate]) -> list[str]:
+def table(found: Sequence[Checked], estimates: Sequence[StepEstimate]) -> list[str]:
     """Return the lines of the table: step, seconds, disk, what was checked."""
     rows = [("step", "seconds", "disk", "checked")]
     for one, estimate in zip(found, estimates, strict=True):
@@ -128,7 +128,7 @@ def dry_run(recipe: dict[str, Any], steps: Sequence[Any], options: PipelineConfi
         if options.measure and not failed:
             measured = measure(checker, found, network, imports)
         speed = measured if isinstance(measured, Measurement) else None
-        estimates = [Estimate() for _ in found]
+        estimates = [StepEstimate() for _ in found]
         if not failed:
             estimator = Estimator(checker, found, network, speed)
             estimates = [estimator.of(one) for one in found]
@@ -143,7 +143,7 @@ def dry_run(recipe: dict[str, Any], steps: Sequence[Any], options: PipelineConfi
         print(line)
 
 
-def in_total(found: Sequence[Checked], estimates: Sequence[Estimate],
+def in_total(found: Sequence[Checked], estimates: Sequence[StepEstimate],
              measured: Measurement | str, network: EncoderSize | None, options: PipelineConfig
              ) -> list[str]:
     """Return the last lines: disk, minutes, and how both were found."""
