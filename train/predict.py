@@ -76,7 +76,7 @@ ALONE = "not annotated: alone, this sentence gets another label"
 BEYOND = "not annotated beyond --max_seq_length"
 
 
-class Text(NamedTuple):
+class InputText(NamedTuple):
     """A text as the file has it, and its aspect; both are encoded without outer white space."""
 
     text: str
@@ -104,7 +104,7 @@ class PredictInputs:
     labels: tuple[str, ...]
     max_seq_length: int
 
-    def encode(self, texts: list[Text]) -> tuple[list[list[int]], list[list[int]]]:
+    def encode(self, texts: list[InputText]) -> tuple[list[list[int]], list[list[int]]]:
         """Return ids and segments of each text, cut to `max_seq_length`."""
         # No input has so many tokens, and tokenizing a whole book takes the memory of a machine.
         plain = [one.text.strip()[:BLOCK_CHARACTERS] for one in texts]
@@ -153,17 +153,17 @@ def read_inputs(config: PredictConfig) -> PredictInputs:
 # --------------------------------------------------------------------------- texts
 
 
-def read_texts(config: PredictConfig) -> Iterator[Text]:
+def read_texts(config: PredictConfig) -> Iterator[InputText]:
     """Yield the texts of `--input`; None is an empty one."""
     columns = [config.text_column, *([config.pair_column] if config.pair_column else [])]
     for row in read_rows(config.input, columns, config.split, texts=columns):
         aspect = as_text(row[config.pair_column]) if config.pair_column else None
-        yield Text(as_text(row[config.text_column]), aspect)
+        yield InputText(as_text(row[config.text_column]), aspect)
 
 
-def in_chunks(texts: Iterator[Text]) -> Iterator[list[Text]]:
+def in_chunks(texts: Iterator[InputText]) -> Iterator[list[InputText]]:
     """Yield the texts in lists that fit the memory."""
-    chunk: list[Text] = []
+    chunk: list[InputText] = []
     characters = 0
     for one in texts:
         chunk.append(one)
@@ -196,7 +196,7 @@ def count_texts(config: PredictConfig) -> tuple[int, int]:
 
 
 def classify(
-    inputs: PredictInputs, model: Any, texts: list[Text], device: torch.device
+    inputs: PredictInputs, model: Any, texts: list[InputText], device: torch.device
 ) -> tuple[np.ndarray, int]:
     """Return the probabilities of the labels of texts.
 
@@ -227,7 +227,7 @@ def classify(
 
 
 def make_row(
-    inputs: PredictInputs, one: Text, probabilities: np.ndarray, explained: Explained | None
+    inputs: PredictInputs, one: InputText, probabilities: np.ndarray, explained: Explained | None
 ) -> dict[str, Any]:
     """Return the row of a text; a text without a token has no prediction, and says so by null."""
     config, known = inputs.config, not np.isnan(probabilities).any()
@@ -272,7 +272,8 @@ def line_writer(inputs: PredictInputs) -> tuple[bytes, Callable[[dict[str, Any]]
 
 
 def explain(
-    inputs: PredictInputs, model: Any, texts: list[Text], labels: list[int], device: torch.device
+    inputs: PredictInputs, model: Any, texts: list[InputText], labels: list[int],
+    device: torch.device,
 ) -> list[Explained]:
     """Find the tokens of texts that are important for a label, by annotate.py's own steps.
 

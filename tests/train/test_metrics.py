@@ -12,6 +12,7 @@ import pytest
 
 from preprocess.errors import ConfigError
 from train.config import FinetuneConfig, parse
+from train.reports.curves import read_curves
 from train.run_dir import metrics
 from train.run_dir.metrics import EVAL_LOSS, EXAMPLE, TRAIN_LOSS, MetricsWriter
 
@@ -122,8 +123,6 @@ def test_a_run_of_an_older_version_stays_one_run(tmp_path):
     """Its event files lie in tb/, and its tags have no command."""
     from torch.utils.tensorboard import SummaryWriter
 
-    from train.reports.curves import read_curves
-
     with SummaryWriter(str(tmp_path / "run" / "tb")) as older:
         for step in range(1, 7):
             older.add_scalar(TRAIN_LOSS, 1.0, step)
@@ -208,6 +207,8 @@ def test_none_leaves_metrics_jsonl(tmp_path):
     writer.scalars(1, {TRAIN_LOSS: 0.5})
     writer.close(finished=True)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    (run,), _ = read_curves([tmp_path])  # a report has its curves from there
+    assert run.scalars[TRAIN_LOSS] == ([1], [0.5])
 
 
 def test_other_ranks_write_nothing(tmp_path, monkeypatch):

@@ -133,7 +133,8 @@ def test_the_card_of_a_classifier(folder, tuned, store):
         assert (low, high) == pytest.approx(
             Score("accuracy", tuple(values), 30).interval(), abs=1e-4)
         assert "| macro F1 | " in card.text
-        for line in ("# tiny (a local folder), fine-tuned on custom", "| Labels | neg, pos |",
+        for line in (f"# tiny (a local folder), fine-tuned on {rows[0]['task']}",
+                     "| Labels | neg, pos |",
                      "60 train examples, 30 validation examples, 30 test examples",
                      "| Masks of stage 1 | selective, mask rate 0.3, scores mr, the same positions "
                      "in each epoch, 80/10/10 % \\[MASK\\]/random/kept |", "@inproceedings{gu-etal",
