@@ -432,9 +432,20 @@ class FinetuneConfig(_SupervisedConfig, TaskOptions):
         None, "use only this many validation and test examples", EVALUATION, _at_least(1)
     )
     epoch: Literal["best", "last"] | None = _flag(
-        None, "epoch whose model is kept and tested: best by validation accuracy (the first of "
-        "equals), or last, which reads no validation label (default: best; last with a "
-        "--label_budget)", EVALUATION,
+        None, "epoch whose model is kept and tested: best by --metric (the first of equals), or "
+        "last, which reads no validation label (default: best; last with a --label_budget)",
+        EVALUATION,
+    )
+    metric: Literal["accuracy", "macro_f1", "loss"] | None = _flag(
+        None, "what tells the best epoch, on the validation split (default: accuracy)", EVALUATION
+    )
+    early_stopping: int | None = _flag(
+        None, "stop after so many epochs without a better --metric; the schedule stays that of "
+        "--num_train_epochs", EVALUATION, _at_least(1), metavar="EPOCHS",
+    )
+    class_weights: Literal["none", "balanced"] = _flag(
+        "none", "balanced: every class has the same share of the training loss, however many "
+        "examples it has", OPTIMIZATION,
     )
     also: list[str] = _flag(
         [], f"further runs of this process, each with other {', '.join(ALSO)} (a label_budget of "
@@ -445,6 +456,12 @@ class FinetuneConfig(_SupervisedConfig, TaskOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seed_list()
+        for name in ("metric", "early_stopping"):
+            value = getattr(self, name)
+            if value is not None and self.settled_epoch() == "last":
+                why = "" if self.epoch else f", the default with --label_budget {self.label_budget}"
+                raise ConfigError(f"--{name} {value}: has no use with --epoch last{why}; leave it "
+                                  "out, or give --epoch best")
         if self.also:
             self.runs()
 

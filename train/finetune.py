@@ -1,9 +1,9 @@
 """Fine-tune a classifier: stage 3, and the task classifier of stage 2.
 
-Each seed trains one model. The epoch with the best validation accuracy (the first of equals) is
-kept; with a label budget the last one, since validation labels would be labels beyond the budget.
-Only that model is tested, once, after it was read back from its `hf/` folder. All arms of a
-comparison share seeds: the seed alone determines the head, the order and the dropout.
+Each seed trains one model. The epoch with the best validation accuracy, or other `--metric`, is
+kept, the first of equals; with a label budget the last one, since validation labels would be labels
+beyond the budget. Only that model is tested, once, after it was read back from its `hf/` folder.
+All arms of a comparison share seeds: the seed alone determines the head, the order and the dropout.
 
     deepspeed train/finetune.py --deepspeed_config ds_configs/cpu.json --task mr --data_dir D \
         --model_name_or_path R2/hf --seeds 13,43,83 --output_dir R3
@@ -139,8 +139,9 @@ def run_seed(
         # Held by nobody else, so that its memory is free before the test.
         load_classifier(config.model_name_or_path, task.labels, seed, config.trust_remote_code),
         inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
-        seed=seed, select="accuracy", epoch=config.settled_epoch(), tags=TAGS,
-        class_weights=np.ones(len(task.labels)), tokenizer=inputs.tokenizer,
+        seed=seed, select=config.metric or "accuracy", epoch=config.settled_epoch(),
+        patience=config.early_stopping, tags=TAGS, class_weights=inputs.class_weights,
+        tokenizer=inputs.tokenizer,
         parent=inputs.parent, run_dir=seed_dir, device=device, records=records,
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=task.name,
@@ -157,6 +158,7 @@ def run_seed(
         "epoch": config.settled_epoch(),
         "best_epoch": found.best_epoch,
         "num_epochs": config.num_train_epochs,
+        "metric": config.metric or "accuracy",
         **config.choice_of_labels(),
         **{f"num_{name}": len(examples) for name, examples in inputs.splits.items()},
         "left_out": task.left_out,

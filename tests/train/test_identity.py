@@ -198,6 +198,10 @@ def finetune(folder, task, still_encoder, other_encoder, other_json) -> Case:
         "max_train_samples": ({"max_train_samples": 20}, r"--max_train_samples .* 24, .* has 20"),
         "max_eval_samples": ({"max_eval_samples": 10}, "--max_eval_samples 20, .* has 10"),
         "epoch": ({"epoch": "best"}, "--epoch last, .* has best"),
+        "metric": ({"metric": "loss", "epoch": "best"}, "--metric accuracy, .* has loss"),
+        "early_stopping": ({"early_stopping": 2, "epoch": "best"},
+                           "--early_stopping none, .* has 2"),
+        "class_weights": ({"class_weights": "balanced"}, "--class_weights none, .* has balanced"),
         **BUDGET,
     }
     # A seed is a run of its own: others may be added to those that are there.

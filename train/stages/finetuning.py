@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from preprocess.corpus import Example, Task, limit_labels, load_task, take_fixed
 from preprocess.identity import digest
@@ -58,6 +60,7 @@ class FinetuneInputs:
 
     splits, encoded: by the names in `SPLITS`. parent: the weights that every seed starts from.
     identities: the record of each seed. numerics: that of all. head: a sentence about the head.
+    class_weights: of the loss, `(C,)` float64.
     """
 
     config: FinetuneConfig
@@ -70,6 +73,7 @@ class FinetuneInputs:
     identities: dict[int, dict[str, Any]]
     numerics: dict[str, Any]
     head: str
+    class_weights: np.ndarray
 
     @property
     def pretraining(self) -> list[dict[str, Any]]:
@@ -141,7 +145,10 @@ def _settle(
     config: FinetuneConfig, task: Task, splits: dict[str, list[Example]],
     encoded: dict[str, Examples], start: _Start,
 ) -> FinetuneInputs:
-    """Settle the JSON, and the identity of each seed."""
+    """Settle the JSON, the weights of the classes, and the identity of each seed."""
+    class_weights = weigh_classes(encoded["train"], len(task.labels), config.class_weights)
+    encoded = {name: replace(part, mass=class_weights[np.stack(part.targets)])
+               for name, part in encoded.items()}
     resolved = resolve(config, encoded["train"], DEFAULT_LEARNING_RATE)
     content = digest([
         task.name, task.labels,
@@ -156,10 +163,28 @@ def _settle(
             split={"labels": len(splits["train"]),
                    "test_items": digest([e.item for e in splits["test"]])},
             options={"max_eval_samples": config.max_eval_samples,
+                     "metric": config.metric or "accuracy",
+                     "early_stopping": config.early_stopping,
+                     "class_weights": config.class_weights,
                      "epoch": config.settled_epoch(), **config.choice_of_labels()},
         )
         for seed in config.seed_list()
     }
     head = describe_head(start.hf_config, "ForSequenceClassification", task.labels)
     return FinetuneInputs(config, task, splits, encoded, start.tokenizer, resolved, start.parent,
-                          identities, numerics(config, resolved), head)
+                          identities, numerics(config, resolved), head, class_weights)
+
+
+def weigh_classes(train: Examples, num_classes: int, how: str) -> np.ndarray:
+    """Return the weight of each class in the loss, `(C,)` float64; 1 for one without examples.
+
+    Args:
+        how: none, or balanced: weight times number of examples is then the same for each class,
+            and the mean weight of an example is 1.
+    """
+    counts = np.bincount(np.stack(train.targets), minlength=num_classes)
+    weights = np.ones(num_classes)
+    if how == "balanced":
+        there = counts > 0
+        weights[there] = len(train) / (there.sum() * counts[there])
+    return weights

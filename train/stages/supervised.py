@@ -320,7 +320,8 @@ def fit(
     if is_main():
         stage = make_stage(
             records, parent, steps=found.steps, seconds=found.seconds,
-            tokens=int(train.lengths.sum()) * config.num_train_epochs,
+            tokens=int(train.lengths.sum()) * (
+                found.steps // num_steps(len(train), resolved.train_batch_size, 1)),
         )
         assert found.best_state is not None  # the first rank holds it
         save_hf(model, found.best_state, tokenizer, run_dir / "hf", [*parent.stages, stage])
@@ -340,6 +341,7 @@ def train_and_select(
     select: str,
     tags: dict[str, str],
     epoch: str = "best",
+    patience: int | None = None,
     class_weights: np.ndarray,
     pad_id: int,
     run_dir: Path,
@@ -355,8 +357,10 @@ def train_and_select(
     Args:
         engine: a fresh DeepSpeed engine.
         assess: turns the logits of `dev` into metrics.
-        select: the metric whose first strictly largest value picks the best epoch.
+        select: the metric whose first strictly best value picks the best epoch: the largest, or
+            the smallest loss.
         epoch: best, or last: then no metric picks anything.
+        patience: epochs without a better one after which training ends; None: it never does.
         tags: TensorBoard tag of each metric; those without one are not logged.
         class_weights: `(C,)` float64.
         run_dir: folder of this seed.
@@ -393,7 +397,9 @@ def train_and_select(
                 engine.train()
                 scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
                 _refuse_non_finite(scores["loss"], "validation loss", step)
-                is_better = not found.best_epoch or scores[select] > found.best[select]
+                is_better = not found.best_epoch or (
+                    scores[select] < found.best[select] if select == "loss"
+                    else scores[select] > found.best[select])
                 found.history.append(scores)
                 if is_better:
                     found.best_epoch = step // per_epoch
@@ -410,6 +416,10 @@ def train_and_select(
                     "the same command goes on from there"
                 )
             if step == total_steps:
+                break
+            if patience and len(found.history) - found.best_epoch >= patience:
+                say(f"seed {seed}: no better {select} in {patience} epochs, stopped after epoch "
+                    f"{len(found.history)} of {config.num_train_epochs}")
                 break
             learning_rate, begun = engine.get_lr()[0], time.monotonic()
             seed_dropout(seed, step)
