@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,27 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_temporary(path, data)
+        os.replace(temporary_path(path), path)
+    except BaseException:
+        temporary_path(path).unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def atomic_stream(path: str | Path) -> Iterator[Callable[[bytes], None]]:
+    """Yield a function that adds to a file, which has its name only once the block has ended.
+
+    Raises:
+        DiskFullError: the disk is full; an older file of that name stays, as at any other error.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with create_temporary(path, -1) as stream:
+            yield lambda data: write_all(stream, data, path)
+            finish(stream, path)
         os.replace(temporary_path(path), path)
     except BaseException:
         temporary_path(path).unlink(missing_ok=True)

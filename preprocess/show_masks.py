@@ -47,7 +47,7 @@ from preprocess.view.statistics import (
     type_names,
 )
 from preprocess.view.tables import Table
-from preprocess.view.terminal import format_document, format_legend
+from preprocess.view.terminal import format_document, format_legend, wants_colour
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -273,8 +273,7 @@ def show_documents(
         atomic_write_bytes(args.html, page.encode(errors="replace"))
         print(args.html)
         return
-    colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-              and os.environ.get("TERM") != "dumb")
+    colour = wants_colour()
     for subject, lines in origins.items():
         print("\n  ".join([subject, *lines]) + "\n")
     print(format_legend(names, scores, scale) + "\n")

@@ -26,8 +26,8 @@ WINGS = ("preprocess", "train", "csrc")
 COMMANDS = {
     "preprocess": {"tokenize_corpus", "train_tokenizer", "select_documents", "score_words",
                    "build_masks", "show_masks", "benchmark"},
-    "train": {"pretrain", "finetune", "annotate", "fit_scorer", "score_tokens", "benchmark",
-              "benchmark_data", "benchmark_inference", "report", "pipeline", "doctor"},
+    "train": {"pretrain", "finetune", "predict", "annotate", "fit_scorer", "score_tokens",
+              "benchmark", "benchmark_data", "benchmark_inference", "report", "pipeline", "doctor"},
     "csrc": {"benchmark"},
 }
 # Which rooms each room may import, beside itself and the ground floor; commands may import all.

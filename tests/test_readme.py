@@ -165,6 +165,7 @@ def test_the_commands_run_as_shown(
         assert len(open_array(store.shards[0], name, "mask")[0])
         assert (tmp_path / "tuned" / name / "seed_13" / "predictions.jsonl").is_file()
     assert (tmp_path / "report" / "table.csv").is_file()
+    assert (tmp_path / "predictions.csv").is_file() and (tmp_path / "predictions.html").is_file()
     assert (tmp_path / "vocabulary" / "tokenizer.json").is_file()
     assert not (tmp_path / "mine").exists()  # --dry_run
     logged = {tag for path in tmp_path.rglob("metrics.jsonl") for line in path.open()
@@ -173,7 +174,7 @@ def test_the_commands_run_as_shown(
     # The pages' lists of files are true of these runs.
     made = {path.name for path in tmp_path.rglob("*")}
     for name in ("config.resolved.yaml", "ds_config.resolved.json", "env.json", "metrics.jsonl",
-                 "tb", "latest", "hf", "lineage.json", "results.jsonl", "results.json",
+                 "latest", "hf", "lineage.json", "results.jsonl", "results.json",
                  "manifest.json"):
         assert name in made and re.search(rf"`{re.escape(name)}/?`", TRAIN), name
 

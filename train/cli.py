@@ -31,6 +31,7 @@ COMMANDS = {
     "training": {
         "pretrain": "train.pretrain",
         "finetune": "train.finetune",
+        "predict": "train.predict",
         "annotate": "train.annotate",
         "fit_scorer": "train.fit_scorer",
         "score_tokens": "train.score_tokens",

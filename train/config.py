@@ -207,6 +207,52 @@ class TrainingConfig(_CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoggingOptions(_Checked):
+    """Where a training run shows its curves."""
+
+    report_to: Literal["tensorboard", "wandb", "none"] = _flag(
+        "tensorboard", "where to log beside metrics.jsonl, which is always written; wandb: through "
+        "its own package, which must be installed", CHECKPOINTS,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.report_to == "wandb":
+            try:
+                import wandb  # noqa: F401
+            except ImportError:
+                raise ConfigError("--report_to wandb: the package is not installed; type pip "
+                                  "install wandb, or leave --report_to out") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions(_Checked):
+    """Sharing the model on the Hugging Face hub, at the end of a run."""
+
+    push_to_hub: str = _flag(
+        "", "repository of the hub that gets the model once the run has ended, as NAME or "
+        "USER/NAME; the login is that of `hf auth login`", CHECKPOINTS, metavar="REPO",
+    )
+    hub_private: bool = _flag(
+        False, "make that repository private, if it does not exist yet", CHECKPOINTS
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hub_private and not self.push_to_hub:
+            raise ConfigError("--hub_private goes with --push_to_hub REPO; give both")
+        if self.push_to_hub:
+            from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+            try:
+                validate_repo_id(self.push_to_hub)
+            except HFValidationError:
+                raise ConfigError(
+                    f"--push_to_hub {self.push_to_hub}: must be NAME or USER/NAME, of letters, "
+                    "digits, '-', '_' and '.'; give another") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskedLMOptions(_Checked):
     """How the loss of masked tokens is computed; none of it changes the result."""
 
@@ -239,7 +285,8 @@ class CorruptionOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig, MaskedLMOptions, CorruptionOptions):
+class PretrainConfig(TrainingConfig, LoggingOptions, HubOptions, MaskedLMOptions,
+                     CorruptionOptions):
     """Pre-train with masked language modelling on a token store: stages 1 and 2.
 
         deepspeed train/pretrain.py --tokens P --model_config bert-base --output_dir R1
@@ -398,7 +445,7 @@ class TaskOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SupervisedConfig(TrainingConfig):
+class _SupervisedConfig(TrainingConfig, LoggingOptions):
     """What the commands that learn from labels have in common."""
 
     model_name_or_path: str = _flag(
@@ -412,7 +459,7 @@ class _SupervisedConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(_SupervisedConfig, TaskOptions):
+class FinetuneConfig(_SupervisedConfig, HubOptions, TaskOptions):
     """Fine-tune a classifier on a task: stage 3, and the task classifier of stage 2.
 
         deepspeed train/finetune.py --task mr --data_dir D --model_name_or_path R2/hf \\
@@ -462,6 +509,9 @@ class FinetuneConfig(_SupervisedConfig, TaskOptions):
                 why = "" if self.epoch else f", the default with --label_budget {self.label_budget}"
                 raise ConfigError(f"--{name} {value}: has no use with --epoch last{why}; leave it "
                                   "out, or give --epoch best")
+        if self.also and self.push_to_hub:
+            raise ConfigError(f"--push_to_hub {self.push_to_hub} names one repository, and --also "
+                              "makes several models; push them one by one with `hf upload`")
         if self.also:
             self.runs()
 
@@ -626,6 +676,61 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
             return self
         return dataclasses.replace(self, drop_stop_words=True, keep_punctuation=True,
                                    keep_last=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(_CommandConfig):
+    """Label new texts with a fine-tuned classifier.
+
+        python train/predict.py --model_name_or_path R3/seed_13/hf --input texts.csv \\
+            --output predictions.csv
+    """
+
+    model_name_or_path: str = _flag(
+        "", "fine-tuned classifier: seed_N/hf of finetune.py, or a hub name", USUAL,
+        metavar="MODEL", missing="give a fine-tuned classifier",
+    )
+    input: str = _flag(
+        "", "texts: .csv, .tsv, .jsonl, .parquet, one text per line of any other file, or hub:NAME",
+        USUAL, metavar="FILE", missing="give a file with texts",
+    )
+    output: str = _flag(
+        "", "predictions to write, .csv or .jsonl: in each row the text, the name of its label, "
+        "and the probability of each label", USUAL, metavar="FILE",
+        missing="give the file to write, .csv or .jsonl",
+    )
+    explain: int | None = _flag(
+        None, "also show which tokens of the first N texts are important for the predicted label, "
+        "as annotate.py finds them (--explain alone: 10); .jsonl rows have them too", USUAL,
+        _at_least(1), bare=10, read=int, metavar="N",
+    )
+    html: str = _flag(
+        "", "with --explain: write them to this page instead of the terminal", USUAL,
+        metavar="FILE",
+    )
+    text_column: str = _flag("text", "column with the text", DATA, metavar="NAME")
+    pair_column: str | None = _flag(
+        None, "column with the aspect, which goes before the text", DATA, metavar="NAME"
+    )
+    split: str = _flag("test", "split of a hub data set", DATA, metavar="NAME")
+    language: str = _flag("en", "language of the sentences that --explain takes apart", DATA)
+    max_seq_length: int | None = _flag(
+        None, "largest input length in tokens, including special tokens; what is longer is cut "
+        "(default: that of fine-tuning, else the model's)", DATA, ROW,
+    )
+    per_device_eval_batch_size: int = _flag(
+        64, "texts per forward pass, of nearly equal lengths", SPEED, _at_least(1)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.output.endswith((".csv", ".jsonl")):
+            raise ConfigError(f"--output {self.output}: must end in .csv or .jsonl")
+        if self.html and not self.explain:
+            raise ConfigError(f"--html {self.html} shows what --explain finds; give both")
+        for flag, path in (("output", self.output), ("html", self.html)):
+            if path and os.path.realpath(path) == os.path.realpath(self.input):
+                raise ConfigError(f"--{flag} {path} is the --input itself; give another file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ All arms of a comparison share seeds: the seed alone determines the head, the or
     deepspeed train/finetune.py --deepspeed_config ds_configs/cpu.json --task mr --data_dir D \
         --model_name_or_path R2/hf --seeds 13,43,83 --output_dir R3
 
-writes `R3/results.jsonl` (one row per seed) and `R3/seed_N/{hf/, predictions.jsonl, tb/}`. A seed
+writes `R3/results.jsonl` (one row per seed) and `R3/seed_N/{hf/, predictions.jsonl}`. A seed
 that has both its row and its folder is finished and is not trained again.
 
 Each value of `--also` is one more run of the same process, with another model, folder or label
@@ -35,6 +35,7 @@ from train.reports.results import number, read_json_lines, read_predictions
 from train.run_dir.checkpoint import check_identity, find_checkpoint
 from train.run_dir.folder import check_run_dir, prepare_run_dir, sole_writer
 from train.run_dir.hf_folder import is_whole
+from train.run_dir.hub import announce
 from train.run_dir.identity import hyperparameters
 from train.run_dir.metrics import (
     EVAL_ACCURACY,
@@ -46,6 +47,7 @@ from train.run_dir.metrics import (
 )
 from train.stages.finetuning import FinetuneInputs, read_inputs
 from train.stages.scores import accuracy, least_share, macro_f1, softmax
+from train.stages.sharing import describe_task, push_best, write_cards
 from train.stages.startup import Startup
 from train.stages.supervised import describe_plan, fit, predict, remove_resume_state
 
@@ -143,6 +145,7 @@ def run_seed(
         patience=config.early_stopping, tags=TAGS, class_weights=inputs.class_weights,
         tokenizer=inputs.tokenizer,
         parent=inputs.parent, run_dir=seed_dir, device=device, records=records,
+        about=describe_task(task.name, inputs.splits, config.model_name_or_path),
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=task.name,
             masking=inputs.pretraining[-1]["identity"]["choice"]["masking"]
@@ -239,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         if len(runs) > 1:
             say(f"{title}, from {inputs.config.model_name_or_path}")
         say_plan(inputs)
+    announce(config.push_to_hub)
     if config.dry_run:
         say(str(startup))
         return
@@ -256,7 +260,11 @@ def main(argv: list[str] | None = None) -> None:
             check_resume(inputs, rows)
             prepare_run_dir(inputs.config, inputs.resolved)
             run_seeds(inputs, rows)
+        if is_main():
+            write_cards(inputs.config, rows)
     finish()
+    if config.push_to_hub and is_main():  # of one run
+        push_best(config, rows)
 
 
 def log_test(log: MetricsWriter, row: dict[str, Any]) -> None:
@@ -303,7 +311,8 @@ def run_seeds(inputs: FinetuneInputs, rows: dict[int, dict[str, Any]]) -> None:
             if is_main():
                 remove_resume_state(seed_dir)  # a kill may have come in between
                 if not has_test(seed_dir):
-                    log_test(MetricsWriter(seed_dir, rows[seed]["steps"]), rows[seed])
+                    log_test(MetricsWriter(seed_dir, rows[seed]["steps"], "finetune",
+                                           config.report_to), rows[seed])
             continue
         rows[seed], log = run_seed(inputs, seed, device)
         row = rows[seed]

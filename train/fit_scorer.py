@@ -45,6 +45,7 @@ from train.run_dir.identity import (
     numerics,
 )
 from train.run_dir.metrics import EVAL_F1, EVAL_LOSS, short_path
+from train.run_dir.model_card import public_name
 from train.stages.examples import IGNORED, Examples, make_examples
 from train.stages.inference import Template, special_template
 from train.stages.scores import average_precision, best_threshold, precision_recall_f1
@@ -300,6 +301,9 @@ def main(argv: list[str] | None = None) -> None:
             seed=config.seed, select="f1", tags=TAGS,
             class_weights=np.array([1.0, config.positive_weight]),
             tokenizer=tokenizer, parent=parent, run_dir=run_dir, device=device, records=records,
+            about={"base_model": public_name(config.model_name_or_path),
+                   "data": Path(config.annotations).name,
+                   "counts": {"training_sentences": len(train.tokens)}},
             hyperparameters=hyperparameters(
                 **records, model=config.model_name_or_path, data=short_path(config.annotations)
             ),

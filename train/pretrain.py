@@ -33,8 +33,9 @@ from train import engine as ds
 from train.config import AUTO, PretrainConfig, parse
 from train.data import row_tables
 from train.model import flops
-from train.run_dir import checkpoint, folder, hf_folder, metrics, parts
+from train.run_dir import checkpoint, folder, hf_folder, hub, metrics, parts
 from train.run_dir import identity as records
+from train.run_dir.model_card import public_name
 from train.stages import execution as fitting
 from train.stages import extension
 from train.stages import masked_lm as mlm
@@ -319,7 +320,9 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: PretrainInputs, to
         inputs.records, inputs.parent, steps=totals.step, tokens=totals.tokens,
         masked_tokens=totals.masked_tokens, seconds=totals.seconds,
         flops=counted.of(totals.tokens, totals.masked_tokens),
-        masks={"index": masking.name, **names} if masking.indices else None,
+        masks={"index": masking.name, **names, "rate": masking.built_rate} if masking.indices
+        else None,
+        about=describe_data(inputs),
     )
     hf_folder.save_hf(
         module.hf,
@@ -329,6 +332,16 @@ def export(engine: Any, module: model.PackedMaskedLM, inputs: PretrainInputs, to
         [*(inputs.parent.stages if inputs.parent else []), stage],
         module.carried,
     )
+
+
+def describe_data(inputs: PretrainInputs) -> dict[str, Any]:
+    """Return what a model card tells of a run: `about` of `make_stage`."""
+    config, store = inputs.config, inputs.store
+    name = "" if config.from_scratch else config.model_name_or_path
+    language = (store.info.get("options") or {}).get("language")
+    return {"base_model": public_name(name) if name else None, "data": Path(config.tokens).name,
+            "language": language,
+            "counts": {"documents": store.num_documents, "tokens": store.num_tokens}}
 
 
 def start_engine(inputs: PretrainInputs) -> tuple[Any, model.PackedMaskedLM]:
@@ -389,7 +402,7 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
     )
     startup.lap("evaluation")
     stable = extension.stable_step(identity)
-    clock = time.monotonic()
+    clock, shown = time.monotonic(), ""
     limits = fitting.memory_is_enough(resolved.micro_batch_size, device)
     with progress, ds.StopSignal() as stop, limits, fitting.garbage_frozen():
         for batch in inputs.batches.steps(totals.step, config.max_steps, ds.all_reduce_sum):
@@ -418,8 +431,8 @@ def train(inputs: PretrainInputs, run_dir: Path, startup: Startup) -> None:
             if stopping:
                 tell_stopping()
             if logs:
-                log.window(totals, rate, norm)
-            progress.update(1, f"loss {loss:.3f}" if masked else "nothing masked")
+                shown = log.window(totals, rate, norm)
+            progress.update(1, shown)
             if ending or (config.eval_steps and totals.step % config.eval_steps == 0):
                 results = log.evaluate(totals.step)
             if totals.step in config.export_steps:
@@ -466,11 +479,13 @@ class _Log:
         self._example = None
         if inputs.held_rows:
             self._example = HeldOutExample(inputs.held_alone(), inputs.tokenizer)
-        self.writer = metrics.MetricsWriter(run_dir, first_step)
+        self.writer = metrics.MetricsWriter(run_dir, first_step, "pretrain",
+                                            inputs.config.report_to)
         self.writer.hyperparameters(records.hyperparameters(
             **inputs.records,
             model=inputs.config.model_name_or_path or inputs.config.model_config,
             data=metrics.short_path(inputs.config.tokens),
+            mlm_probability=inputs.batches.masking.number(),
             num_train_epochs=inputs.config.max_steps * inputs.resolved.train_batch_size
             / inputs.batches.table.num_rows,
         ))
@@ -478,8 +493,12 @@ class _Log:
             f"({peak.source})")
         self.sums: Any = Counter()  # over the steps since the last point
 
-    def window(self, totals: Totals, rate: float, norm: float | None) -> None:
-        """Log the steps since the last time, the last one's learning rate and gradient norm."""
+    def window(self, totals: Totals, rate: float, norm: float | None) -> str:
+        """Log the steps since the last time, the last one's learning rate and gradient norm.
+
+        Returns:
+            The logged loss, for the terminal.
+        """
         sums, rows = self.sums, self._inputs.batches.table.num_rows
         seconds, tokens, masked = max(sums["seconds"], 1e-9), sums["tokens"], sums["masked"]
         scalars = {
@@ -499,6 +518,7 @@ class _Log:
             scalars[metrics.GRAD_NORM] = norm
         self.writer.scalars(totals.step, scalars)
         sums.clear()
+        return f"loss {scalars[metrics.TRAIN_LOSS]:.3f}" if masked else "nothing masked"
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluate under the fixed random masks and each `--eval_mask_index`; collective.
@@ -578,6 +598,7 @@ def run(config: PretrainConfig) -> None:
     startup.lap("inputs")
     for line in (*inputs.resolved.notes, *plan(inputs)):
         say(line)
+    hub.announce(config.push_to_hub)
     if config.dry_run:
         if torch.cuda.is_available():
             ds.start()
@@ -603,8 +624,13 @@ def run(config: PretrainConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
-    run(parse(PretrainConfig, argv))
+    config = parse(PretrainConfig, argv)
+    run(config)
     ds.finish()
+    if config.push_to_hub and ds.is_main() and not config.dry_run:
+        folder = Path(config.output_dir) / "hf"
+        hf_folder.write_card(folder, repo=config.push_to_hub)
+        hub.push(folder, config.push_to_hub, config.hub_private)
 
 
 if __name__ == "__main__":

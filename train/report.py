@@ -79,7 +79,7 @@ def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
                 loose.setdefault(path.resolve(), path)
         trained = event_folders(folder) or without_events(folder)
         if not found and not trained and folder.resolve() not in pipelines:
-            notes.append(f"{folder}: no run in it (no results.jsonl and no tb/).")
+            notes.append(f"{folder}: no run in it (no results.jsonl and no event files).")
     alone = len(pipelines) == 1 and not loose
     for path in pipelines.values():
         groups += _pipeline_groups(path, "" if alone else f"{short_name(path, folders)}/", notes)
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     if not groups and not curves:
         raise DataError(
             f"no run in {', '.join(options.runs)}: expected results.jsonl of train/finetune.py or "
-            "tb/ of a training command; give their folders"
+            "event files of a training command; give their folders"
         )
     tables, table_notes = make_tables(groups, curves)
     pictures, figure_notes = draw(groups, curves)

@@ -143,3 +143,26 @@ def format_page(
                            for table in tables if table.subject == subject)
         parts.append(f'<div class="{"types" if subject else "wide"}">\n{inside}\n</div>')
     return html_page(title, _STYLE, parts)
+
+
+def format_texts(
+    title: str, notes: list[str], texts: list[tuple[str, list[tuple[list[Piece], str]]]]
+) -> str:
+    """Write a page of texts in which some tokens are boxed, without scores.
+
+    Args:
+        notes: sentences that explain the page.
+        texts: of each the heading, and its sequences with a remark each, which may be empty.
+    """
+    parts = ['<div class="legend"><mark class="m">important</mark></div>',
+             *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
+    for heading, sequences in texts:
+        parts.append(f"<h3>{html.escape(heading)}</h3>")
+        for pieces, remark in sequences:
+            text = "".join(
+                " " * piece.space + (f'<mark class="m">{html.escape(piece.text)}</mark>'
+                                     if piece.masked else html.escape(piece.text))
+                for piece in pieces).strip()
+            parts.append(f'<p dir="auto" lang="">{text} <small dir="ltr" lang="en">'
+                         f"{html.escape(remark)}</small></p>")
+    return html_page(title, _STYLE, parts)

@@ -6,12 +6,21 @@ Masked tokens are in [brackets], those of a second index in {braces}; those of o
 
 from __future__ import annotations
 
+import os
+import sys
+
 from preprocess.view.pieces import Document, Piece, boxes
 from preprocess.view.scale import IMPORTANT, Scale
 from preprocess.view.tables import percent
 
 # Of 256 colours, black on pale yellow to orange: distinct on any background.
 _COLOURS = ("", "38;5;16;48;5;230", "38;5;16;48;5;222", "38;5;16;48;5;208")
+
+
+def wants_colour() -> bool:
+    """Return whether stdout is a terminal that shows colours, and its user wants them."""
+    return (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb")
 
 
 def mark_piece(

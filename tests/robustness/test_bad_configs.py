@@ -86,7 +86,7 @@ JSONS = {
     "auto-warmup-type": (warmup(warmup_type="auto"), '"auto" at scheduler.params.warmup_type'),
     "auto-enabled": ({"fp16": {"enabled": "auto"}}, '"auto" at fp16.enabled'),
     "auto-block": ({"zero_optimization": "auto"}, '"auto" at zero_optimization'),
-    "tensorboard": ({"tensorboard": {"enabled": True}}, "the run writes its own tb/ already"),
+    "tensorboard": ({"tensorboard": {"enabled": True}}, "writes its own event files already"),
     # Removed from DeepSpeed, or without effect here.
     "elasticity": ({"elasticity": {"enabled": True}}, "elasticity: DeepSpeed has removed this"),
     "mics": (zero(mics_shard_size=2), "mics_shard_size: DeepSpeed has removed this"),

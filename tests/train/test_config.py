@@ -17,6 +17,7 @@ REQUIRED = {
     config.FitScorerConfig: ["--output_dir", "r", "--annotations", "a", "--model_name_or_path",
                              "m"],
     config.AnnotateConfig: ["--output", "o", "--task", "mr", "--model_name_or_path", "m"],
+    config.PredictConfig: ["--input", "t.csv", "--output", "p.csv", "--model_name_or_path", "m"],
     config.ScoreConfig: ["--tokens", "p", "--name", "n", "--model_name_or_path", "m"],
     config.BenchmarkConfig: ["--tokens", "p", "--model_config", "bert-tiny"],
     config.PipelineConfig: ["--output_dir", "r", "--recipe", "r.yaml"],

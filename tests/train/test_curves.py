@@ -97,7 +97,7 @@ def test_without_batch_size_there_are_steps_alone(tmp_path):
 def test_a_broken_event_file_is_named_and_its_beginning_shown(tmp_path, damage):
     run = tmp_path / "run"
     log(run, 0, 100)
-    (path,) = (run / "tb").iterdir()
+    (path,) = run.glob("events.*")
     content = bytearray(path.read_bytes())
     if damage == "cut":
         del content[-10:]
@@ -112,7 +112,7 @@ def test_a_broken_event_file_is_named_and_its_beginning_shown(tmp_path, damage):
     if damage != "empty":
         assert notes[0].startswith(f"{path}: truncated, damaged or still being written: ")
     if damage in ("garbage", "empty"):
-        assert curves == [] and notes[-1] == f"{run}/tb: no loss has been logged yet."
+        assert curves == [] and notes[-1] == f"{run}: no loss has been logged yet."
     else:
         steps = curves[0].scalars[TRAIN_LOSS][0]
         assert steps == list(range(5, steps[-1] + 1, 5))
@@ -121,7 +121,7 @@ def test_a_broken_event_file_is_named_and_its_beginning_shown(tmp_path, damage):
 
 def test_a_later_file_is_read_after_a_broken_one(tmp_path):
     log(tmp_path / "run", 0, 30)
-    (path,) = (tmp_path / "run" / "tb").iterdir()
+    (path,) = (tmp_path / "run").glob("events.*")
     path.write_bytes(path.read_bytes()[:-5])  # killed while writing
     log(tmp_path / "run", 20, 40)
     (run,), notes = read_curves([tmp_path])
@@ -136,7 +136,7 @@ def test_a_run_without_events_is_named_and_its_totals_shown(tmp_path):
     config = tmp_path / "untrained" / "config.resolved.yaml"
     config.write_text(config.read_text().replace("max_steps: 60", "max_steps: 0"))
     curves, notes = read_curves([tmp_path, tmp_path / "begun"])
-    assert notes == [f"{tmp_path}/{name}: no event files in it (tb/), so no curves."
+    assert notes == [f"{tmp_path}/{name}: no event files in it, so no curves."
                      for name in ("begun", "finished")]
     (row,) = run_rows(curves)
     assert (row["steps"], row["masked_tokens"], row["held_out_loss"]) == (40, 777, "")

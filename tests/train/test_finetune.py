@@ -222,7 +222,8 @@ def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, asse
     return supervised.train_and_select(
         engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", epoch=epoch,
         tags={}, class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
-        records={"identity": {}, "numerics": {}}, hyperparameters={}, stop=stop,
+        records={"identity": {"command": "finetune"}, "numerics": {}}, hyperparameters={},
+        stop=stop,
     )
 
 
@@ -594,13 +595,13 @@ def check_seed(seed_dir, row):
     model = AutoModelForSequenceClassification.from_pretrained(seed_dir / "hf")
     assert model.config.id2label == {0: "neg", 1: "pos"} == dict(enumerate(row["labels"]))
     assert AutoTokenizer.from_pretrained(seed_dir / "hf").mask_token == "[MASK]"
-    events = EventAccumulator(str(seed_dir / "tb")).Reload()
+    events = EventAccumulator(str(seed_dir)).Reload()
     tags = {"train/loss", "train/learning_rate", "train/grad_norm", "throughput/tokens_per_sec",
             "memory/max_allocated_gib", "eval/loss", "eval/accuracy", "eval/best"}
-    assert tags <= set(events.Tags()["scalars"])
-    (tested,) = events.Scalars("test/accuracy")
+    assert {f"finetune_{tag}" for tag in tags} <= set(events.Tags()["scalars"])
+    (tested,) = events.Scalars("finetune_test/accuracy")
     assert tested.step == 6 and tested.value == pytest.approx(row["test_accuracy"])
-    assert [event.step for event in events.Scalars("eval/accuracy")] == [3, 6]
+    assert [event.step for event in events.Scalars("finetune_eval/accuracy")] == [3, 6]
 
 
 @pytest.mark.parametrize(

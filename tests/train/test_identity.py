@@ -78,7 +78,7 @@ def training(other_json: str) -> dict[str, tuple[dict[str, Any], str]]:
 
 FREE = {"precision": "config", "allow_world_size_change": True, "logging_steps": 3,
         "save_steps": 2, "save_total_limit": 3,
-        "gradient_checkpointing": True, "trust_remote_code": True}
+        "gradient_checkpointing": True, "trust_remote_code": True, "report_to": "none"}
 # Of the commands that read labels; they are typed with a budget of 30.
 BUDGET = {"label_budget": ({"label_budget": 28}, "--label_budget 30, .* has 28"),
           "label_seed": ({"label_seed": 7}, "--label_seed 42, .* has 7")}
@@ -183,7 +183,7 @@ def pretrain(folder, store, still_encoder, other_encoder, other_json) -> Case:
     free = {**FREE, "eval_steps": 2, "extend": True, "last_layer_subset": False,
             "head_implementation": "reference", "torch_compile": True}
     return Case("train/pretrain.py", options.PretrainConfig, flags, "finished already", decides,
-                free)
+                free, {"push_to_hub", "hub_private"})
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def finetune(folder, task, still_encoder, other_encoder, other_json) -> Case:
     # A seed is a run of its own: others may be added to those that are there.
     free = {**FREE, "seed": 7, "per_device_eval_batch_size": 5}
     return Case("train/finetune.py", options.FinetuneConfig, flags, "seed 13: finished already",
-                decides, free, {"seeds", "also", *OF_MR})
+                decides, free, {"seeds", "also", "push_to_hub", "hub_private", *OF_MR})
 
 
 @pytest.fixture(scope="module")

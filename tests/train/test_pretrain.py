@@ -41,6 +41,13 @@ def plain_run(tmp_path_factory, reviews_store, still_encoder) -> Path:
     )
 
 
+def test_the_terminal_shows_the_logged_mean(tmp_path, reviews_store, still_encoder, capsys):
+    run = pretrained(reviews_store, still_encoder, tmp_path / "run", logging_steps=2)
+    lines = re.findall(r"pretrain: step (\d)/4  loss ([\d.]+) ", capsys.readouterr().out)
+    assert lines == [(str(2 * i), f"{loss:.3f}") for i, loss in
+                     enumerate(logged(run, metrics.TRAIN_LOSS), start=1)] and len(lines) == 2
+
+
 def test_loss_falls_and_is_written(plain_run):
     losses = logged(plain_run, metrics.TRAIN_LOSS)
     assert len(losses) == STEPS
@@ -50,12 +57,14 @@ def test_loss_falls_and_is_written(plain_run):
     assert "[MASK" not in logged(plain_run, metrics.EXAMPLE)[0]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(plain_run / "tb")).Reload()
+    events = EventAccumulator(str(plain_run)).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {metrics.TRAIN_LOSS, metrics.GRAD_NORM, metrics.TOKENS_PER_SECOND} <= tags
-    shown = [(event.step, event.value) for event in events.Scalars(metrics.TRAIN_LOSS)]
+    assert {f"pretrain_{tag}" for tag in (
+        metrics.TRAIN_LOSS, metrics.GRAD_NORM, metrics.TOKENS_PER_SECOND)} <= tags
+    shown = [(event.step, event.value) for event in events.Scalars("pretrain_train/loss")]
     np.testing.assert_allclose(shown, list(enumerate(losses, start=1)), rtol=1e-6)
-    assert [event.step for event in events.Tensors(f"{metrics.EXAMPLE}/text_summary")] == [0, 2, 4]
+    texts = events.Tensors("pretrain_eval/example/text_summary")
+    assert [event.step for event in texts] == [0, 2, 4]
     for name in ("config.resolved.yaml", "ds_config.resolved.json", "env.json", "latest"):
         assert (plain_run / name).is_file()
     assert yaml.safe_load((plain_run / "config.resolved.yaml").read_text())["max_steps"] == STEPS

@@ -54,6 +54,8 @@ class Masking:
         schedule: of that rate, if it changes.
         words: word boundaries, for a drawn strategy that needs them.
         options: how the index was built: its strategy, rate and seed.
+        built_rate: mask rate that the index was built with; of a control, that of the index that it
+            was matched to; None for a drawn strategy, or where nothing tells.
         fingerprint: of the index, over all shards.
     """
 
@@ -64,6 +66,7 @@ class Masking:
     schedule: Schedule | None = None
     words: WordTable | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    built_rate: float | None = None
     fingerprint: str | None = None
 
     @property
@@ -80,6 +83,11 @@ class Masking:
         if self.schedule is None or self.schedule.first == self.schedule.last:
             return self.rate
         return f"{self.schedule.first}:{self.schedule.last}"
+
+    def number(self) -> float | None:
+        """Return the mask rate as one number, drawn or built; None for a schedule."""
+        rate = self.built_rate if self.indices else self.rate_text()
+        return rate if isinstance(rate, float) else None
 
 
 def drawn_masking(store: TokenStore, name: str, rate: float | Schedule) -> Masking:
@@ -141,7 +149,24 @@ def prebuilt_masking(store: TokenStore, name: str) -> Masking:
         raise DataError(f"{store.prefix}: mask index {name} was made with different options from "
                         f"{'epoch to epoch or ' if epochs > 1 else ''}shard to shard; "
                         + (again if epochs > 1 else "build it again with --overwrite"))
+    options = first.get("options") or {}
     return Masking(
-        name, index=indices[0], later=indices[1:], options=first.get("options") or {},
+        name, index=indices[0], later=indices[1:], options=options,
+        built_rate=_built_rate(store, options),
         fingerprint=fingerprint_text(*(info["sha256"] for info in infos)),
     )
+
+
+def _built_rate(store: TokenStore, options: dict[str, Any]) -> float | None:
+    """Return the mask rate of an index; a control has that of what it was matched to."""
+    seen: set[str] = set()
+    while (rate := options.get("mlm_probability")) is None:
+        name = str(options.get("match") or "").partition(" ")[0]
+        if not name or name in seen:
+            return None
+        seen.add(name)
+        try:
+            options = open_array(store.shards[0], name, "mask")[1].get("options") or {}
+        except DataError:  # it was removed
+            return None
+    return float(rate)

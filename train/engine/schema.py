@@ -158,7 +158,7 @@ REFUSED = {
     "checkpoint.use_node_local_storage": "a checkpoint is one folder; leave it out",
     "use_node_local_storage": "a checkpoint is one folder; leave it out",
     "optimizer.params.max_grad_norm": "write gradient_clipping at the top level",
-    "tensorboard": "the run writes its own tb/ already; leave it out",
+    "tensorboard": "the run writes its own event files already; leave it out",
     **dict.fromkeys(
         (f"zero_optimization.offload_{what}.nvme_path" for what in ("optimizer", "param")),
         "offloading to a disk is not supported here; leave it out",

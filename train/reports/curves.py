@@ -27,8 +27,10 @@ from train.run_dir.metrics import (
     EVAL_LOSS,
     EVAL_PERPLEXITY,
     MASKED_FRACTION,
+    OLD_FOLDER,
     TOKENS_PER_SECOND,
     TRAIN_LOSS,
+    spellings,
 )
 
 TAGS = (TRAIN_LOSS, EVAL_LOSS, EVAL_PERPLEXITY, MASKED_FRACTION, TOKENS_PER_SECOND)
@@ -90,7 +92,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
     notes: list[str] = []
     logged = {path.resolve(): path for folder in folders for path in event_folders(folder)}
     for path in logged.values():
-        run = path.parent if path.name == "tb" else path
+        run = path.parent if path.name == OLD_FOLDER else path
         scalars = _read_events(path, notes)
         if scalars:
             curves.append(_with_lineage(short_name(run, folders), scalars, run, notes))
@@ -99,7 +101,7 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
             notes.append(f"{path}: no loss has been logged yet.")
     silent = {run.resolve(): run for folder in folders for run in without_events(folder)}
     for run in silent.values():
-        notes.append(f"{run}: no event files in it (tb/), so no curves.")
+        notes.append(f"{run}: no event files in it, so no curves.")
         found = _with_lineage(short_name(run, folders), {}, run, notes)
         if found.is_pretraining:
             curves.append(found)
@@ -153,7 +155,14 @@ def _read_events(folder: Path, notes: list[str]) -> dict[str, tuple[list[int], l
     except Exception as error:  # complete records that are no events: any type of error
         notes.append(f"{folder}: holds records that are no events ({type(error).__name__}).")
     found = set(events.Tags()["scalars"])
-    return {tag: _ascending(events.Scalars(tag)) for tag in TAGS if tag in found}
+    made = {}
+    for tag in TAGS:
+        # An older version may have begun the run, under other tags.
+        points = [point for name in spellings(tag) if name in found
+                  for point in events.Scalars(name)]
+        if points:
+            made[tag] = _ascending(sorted(points, key=lambda point: point.step))
+    return made
 
 
 def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:

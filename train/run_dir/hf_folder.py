@@ -7,23 +7,23 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from preprocess.errors import DataError, visible, writing
-from preprocess.files import atomic_write_json, file_sha256, read_json, sync
+from preprocess.errors import DataError, writing
+from preprocess.files import atomic_write_bytes, atomic_write_json, file_sha256, read_json, sync
 from preprocess.identity import KEYS, digest, sealed
 from preprocess.progress import say
 from train.model.folder import check_weights, list_weights
 from train.model.loading import local_checkpoint
 from train.run_dir.checkpoint import find_checkpoint
+from train.run_dir.model_card import KINDS, Model, Score, model_card
 
 VERSION = 2
 _HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
@@ -33,7 +33,8 @@ _PARTS = ("identity", "numerics", "parent", "totals")  # of a stage, each an obj
 # Beside the weights: without one of these no reader loads the folder.
 _NEEDED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 # What transformers notes of a tokenizer's use: cuts and padding belong to a run, not to its model.
-_USES = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+_USES = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local",
+         "local_files_only")
 
 Files = dict[str, dict[str, Any]]
 
@@ -242,14 +243,15 @@ def _is_amount(value: Any) -> bool:
 def make_stage(
     records: dict[str, dict[str, Any]], parent: Weights | None, *, steps: int, seconds: float,
     tokens: int | None = None, masked_tokens: int | None = None, flops: float | None = None,
-    masks: dict[str, Any] | None = None,
+    masks: dict[str, Any] | None = None, about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Make the stage that a command adds to the lineage.
 
     Args:
         records: its `identity` and its `numerics`.
         parent: the weights that it started from; None for fresh ones.
-        masks: the names behind its masks, for people: the identity holds digests of them.
+        masks, about: names and numbers behind its masks and its data, for people (base_model, data,
+            language, counts, pair): the identity holds digests of them. No paths: it is shared.
     """
     return {
         "stage": records["identity"]["command"], **sealed(records["identity"]),
@@ -258,26 +260,29 @@ def make_stage(
         "totals": {"steps": steps, "tokens": tokens, "masked_tokens": masked_tokens,
                    "seconds": round(seconds, 2), "flops": flops},
         **({"masks": masks} if masks else {}),
+        **({"about": about} if about else {}),
     }
 
 
-def model_card(stages: list[dict[str, Any]], out_name: str) -> str:
-    """Return the README of a folder: a table of the stages behind it."""
+def write_card(folder: Path, scores: Sequence[Score] = (), repo: str = "") -> None:
+    """Write the card of an `hf/` folder again, once its scores are known.
 
-    def plain(cell: Any) -> str:
-        """Write a cell so that Markdown shows it as it is: a lineage may be a stranger's."""
-        marked = re.sub(r"([\\`*\[\]<>#|~&$])", r"\\\1", visible(cell))
-        return "" if cell is None else marked
+    Args:
+        repo: repository of the hub that the card is for.
+    """
+    config = read_json(folder / "config.json")
+    tokens = read_json(folder / "tokenizer_config.json")
+    card = model_card(read_stages(folder), folder.name, _describe_model(config, tokens, repo),
+                      scores)
+    atomic_write_bytes(folder / "README.md", card.encode())
 
-    lines = ["---", "library_name: transformers", "tags:", "- selmask", "---", "",
-             f"# {plain(out_name)}",
-             "", "Trained with selmask. Stages, oldest first:", "",
-             "| stage | masking | steps | masked tokens | seconds |", "|---|---|---|---|---|"]
-    for stage in stages:
-        totals = [stage["totals"][key] for key in ("steps", "masked_tokens", "seconds")]
-        cells = [stage["stage"], stage["identity"]["choice"]["masking"], *totals]
-        lines.append(f"| {' | '.join(map(plain, cells))} |")
-    return "\n".join(lines) + "\n"
+
+def _describe_model(config: dict[str, Any], tokens: dict[str, Any], repo: str = "") -> Model:
+    """Return what a card tells of a configuration and that of its tokenizer."""
+    kind = str((config.get("architectures") or [""])[0])
+    labels = tuple(map(str, (config.get("id2label") or {}).values()))
+    return Model(next((KINDS[suffix] for suffix in KINDS if kind.endswith(suffix)), ""), labels,
+                 str(tokens.get("mask_token") or "[MASK]"), repo or ".")
 
 
 def _set_dtype(file: Path) -> None:
@@ -287,11 +292,18 @@ def _set_dtype(file: Path) -> None:
     atomic_write_json(file, {**config, "dtype": "float32"})
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer without the cuts and the padding of its last use."""
+def _save_tokenizer(tokenizer: Any, folder: Path, segments: bool) -> None:
+    """Write a tokenizer without the cuts and the padding of its last use.
+
+    Args:
+        segments: whether the model takes the types of two texts: transformers' plain class for a
+            tokenizer.json leaves them out, and that of BERT hands them to any model.
+    """
     tokenizer.save_pretrained(folder)
+    inputs = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    inputs[1:1] = ["token_type_ids"] * segments
     for name, plain in (("tokenizer.json", {"truncation": None, "padding": None}),
-                        ("tokenizer_config.json", {})):
+                        ("tokenizer_config.json", {"model_input_names": inputs})):
         content = read_json(folder / name)
         kept = {key: value for key, value in content.items() if key not in _USES}
         (folder / name).write_text(
@@ -325,8 +337,11 @@ def save_hf(
         try:
             hf_model.save_pretrained(temporary, state_dict=weights)
             _set_dtype(temporary / "config.json")
-            _save_tokenizer(tokenizer, temporary)
-            (temporary / "README.md").write_text(model_card(stages, out.name))
+            _save_tokenizer(
+                tokenizer, temporary, getattr(hf_model.config, "type_vocab_size", 0) > 1)
+            described = _describe_model(read_json(temporary / "config.json"),
+                                        read_json(temporary / "tokenizer_config.json"))
+            (temporary / "README.md").write_text(model_card(stages, out.name, described))
             files = _describe(weight_files(str(temporary)))
             lineage = {"version": VERSION, "files": files, "stages": stages}
             (temporary / "lineage.json").write_text(json.dumps(lineage, indent=2) + "\n")

@@ -1,19 +1,25 @@
-"""Scalars and text of a run: every TensorBoard tag, and the writer.
+"""Scalars and text of a run: every tag, and the writer.
 
-`MetricsWriter` logs to `metrics.jsonl` and to TensorBoard (`tb/`); x is the global step. It does
-nothing on all ranks but the first. `metrics.jsonl` comes first, so that it reports a full disk.
+`MetricsWriter` logs to `metrics.jsonl`, and beside it to TensorBoard (event files in the run
+directory, so that a run has its folder's name there) or to Weights & Biases; x is the global step.
+It does nothing on all ranks but the first. `metrics.jsonl` comes first, so that it reports a full
+disk.
+
+TensorBoard puts tags of one group into one section, whatever the runs are: so there a tag begins
+with its command (`event_tag`), and losses of different kinds are never in one chart.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from preprocess.errors import writing
+from preprocess.errors import ConfigError, writing
 from preprocess.files import append_bytes, atomic_write_bytes
-from preprocess.progress import is_first_rank
+from preprocess.progress import is_first_rank, say
 
 TRAIN_LOSS = "train/loss"  # nats per masked token (pre-training) or per example
 LEARNING_RATE = "train/learning_rate"
@@ -54,10 +60,24 @@ HYPERPARAMETERS: dict[str, type] = {
     "optimizer": str, "precision": str, "ranks": float, "seed": float, "train_batch_size": float,
     "warmup_num_steps": float, "weight_decay": float, "zero_stage": float,
 }
-FINAL_METRICS = (
-    EVAL_LOSS, EVAL_PERPLEXITY, EVAL_ACCURACY, EVAL_BEST, TEST_ACCURACY, TEST_MACRO_F1,
-    TOKENS_PER_SECOND, MFU,
-)
+# Its metrics, by command: a loss of pre-training and one of a classifier share no column.
+FINAL_METRICS = {
+    "pretrain": (EVAL_LOSS, EVAL_PERPLEXITY, EVAL_ACCURACY, TOKENS_PER_SECOND, MFU),
+    "finetune": (EVAL_LOSS, EVAL_BEST, TEST_ACCURACY, TEST_MACRO_F1),
+    "fit_scorer": (EVAL_LOSS, EVAL_BEST),
+}
+OLD_FOLDER = "tb"  # with the event files of runs of an older version
+WANDB_ID = "wandb.id"
+
+
+def event_tag(command: str, tag: str) -> str:
+    """Return a tag as TensorBoard has it: `pretrain_train/loss`, `finetune_eval/accuracy`."""
+    return f"{command}_{tag}"
+
+
+def spellings(tag: str) -> list[str]:
+    """Return all tags that event files may have for a tag; the last is that of older versions."""
+    return [*(event_tag(command, tag) for command in FINAL_METRICS), tag]
 
 
 def peak_memory_gib() -> float:
@@ -83,32 +103,85 @@ def short_path(path: str) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
+class _Wandb:
+    """A run of Weights & Biases, through its own package; it is one run, however often resumed.
+
+    Nothing that goes wrong there after the start ends the training.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        import wandb
+
+        note = run_dir / WANDB_ID
+        name = note.read_text().strip() if start_step and note.is_file() else ""
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "selmask"), dir=str(run_dir),
+                name=short_path(str(run_dir.absolute())), id=name or None, resume="allow")
+        except Exception as error:  # its own kinds: no login, no network
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"--report_to wandb: cannot start ({first}); type `wandb login`, or set "
+                "WANDB_MODE=offline, or leave --report_to out") from None
+        atomic_write_bytes(note, f"{self._run.id}\n".encode())
+
+    def call(self, name: str, *args: Any, **options: Any) -> None:
+        """Call a method of the run, `config.update` or `log`; a warning if that fails."""
+        if self._run is None:
+            return
+        method: Any = self._run
+        for part in name.split("."):
+            method = getattr(method, part)
+        try:
+            method(*args, **options)
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            say(f"warning: wandb: {first}; it gets nothing more of this run, metrics.jsonl does")
+            self._run = None
+
+
 class MetricsWriter:
-    """Log scalars and text of one run to TensorBoard and `metrics.jsonl`.
+    """Log scalars and text of one run to `metrics.jsonl`, and to TensorBoard or wandb.
 
     Args:
-        run_dir: the run directory; `tb/` and `metrics.jsonl` are made in it.
+        run_dir: the run directory.
         start_step: step from which this process continues; 0: it begins. Whatever an earlier
-            process logged beyond it (steps that were lost and are made again) is dropped from both.
+            process logged beyond it (steps that were lost and are made again) is dropped.
+        command: a key of `FINAL_METRICS`.
+        report_to: tensorboard, wandb or none.
     Raises:
+        ConfigError: wandb cannot start.
         DiskFullError: from any method; what was logged before stays readable.
     """
 
-    def __init__(self, run_dir: str | Path, start_step: int = 0) -> None:
+    def __init__(self, run_dir: str | Path, start_step: int = 0, command: str = "pretrain",
+                 report_to: str = "tensorboard") -> None:
+        self._command, self._open = command, is_first_rank()
         self._events: Any = None
+        self._wandb: _Wandb | None = None
         self._path = Path(run_dir) / "metrics.jsonl"
-        if not is_first_rank():
+        if not self._open:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         first = start_step + 1 if start_step else 0  # step 0 is before the first step
         self._drop_from(first)
-        folder = self._path.parent / "tb"
+        if report_to == "wandb":
+            self._wandb = _Wandb(self._path.parent, start_step)
+        elif report_to == "tensorboard":
+            self._open_events(first)
+
+    def _open_events(self, first: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self._path.parent
+        if any((folder / OLD_FOLDER).glob("events.out.tfevents.*")):
+            folder = folder / OLD_FOLDER  # or one run would be two
         # Readers take the files in the order of their names, which begin with the second: those of
         # one second would follow the numbers of their processes.
         while any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
             time.sleep(0.05)
-        with writing(self._path.parent):
+        with writing(folder):
             self._events = SummaryWriter(str(folder), purge_step=first)
 
     def _drop_from(self, step: int) -> None:
@@ -126,33 +199,43 @@ class MetricsWriter:
             atomic_write_bytes(self._path, b"".join(kept))
 
     def _append(self, step: int, values: dict[str, Any]) -> None:
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"step": step, "time": time.time(), **values}) + "\n"
         append_bytes(self._path, line.encode())
+        if self._wandb:
+            named = {event_tag(self._command, tag): value for tag, value in values.items()}
+            self._wandb.call("log", named, step=step)
 
     def _flush(self) -> None:
-        with writing(self._path.parent / "tb"):
+        with writing(self._path.parent):
             self._events.flush()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Log `values` (tag -> number) at `step`."""
-        if self._events is not None and values:
-            self._append(step, values)
+        if not self._open or not values:
+            return
+        self._append(step, values)
+        if self._events is not None:
             for tag, value in values.items():
-                self._events.add_scalar(tag, value, step)
+                self._events.add_scalar(event_tag(self._command, tag), value, step)
             self._flush()
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Log a text in Markdown at `step`; TensorBoard shows it as `TAG/text_summary`."""
+        if not self._open:
+            return
+        self._append(step, {tag: markdown})
         if self._events is not None:
-            self._append(step, {tag: markdown})
-            self._events.add_text(tag, markdown, step)
+            self._events.add_text(event_tag(self._command, tag), markdown, step)
             self._flush()
 
     def hyperparameters(self, options: dict[str, Any]) -> None:
         """Give the run its row on TensorBoard's HParams page, from the start on.
 
         The page shows the last value of each of `FINAL_METRICS` beside it. A resumed run keeps its
-        row. `SummaryWriter.add_hparams` would make a second run for it, in a folder below.
+        row. `SummaryWriter.add_hparams` would make a second run for it, in a folder below. A run of
+        no step has no row: it has no result of its own.
 
         Args:
             options: by names in `HYPERPARAMETERS`; None values are left out.
@@ -161,10 +244,14 @@ class MetricsWriter:
 
         unknown = options.keys() - HYPERPARAMETERS
         assert not unknown, f"no column for {unknown}"
-        if self._events is not None:
+        given = {name: value for name, value in options.items() if value is not None}
+        if self._wandb:
+            self._wandb.call("config.update", given, allow_val_change=True)
+        if self._events is not None and options.get("max_steps") != 0:
             types = {name: kind() for name, kind in HYPERPARAMETERS.items()}
-            columns, _, _ = hparams(types, dict.fromkeys(FINAL_METRICS, 0.0))
-            given = {name: value for name, value in options.items() if value is not None}
+            tags = [event_tag(command, tag) for command, tags in FINAL_METRICS.items()
+                    for tag in tags]
+            columns, _, _ = hparams(types, dict.fromkeys(tags, 0.0))
             _, row, _ = hparams(given, {})
             for summary in (columns, row):
                 self._events.file_writer.add_summary(summary)
@@ -181,6 +268,8 @@ class MetricsWriter:
         if self._events is not None:
             if finished:
                 self._events.file_writer.add_summary(hparams({}, {})[2])
-            with writing(self._path.parent / "tb"):
+            with writing(self._path.parent):
                 self._events.close()
-        self._events = None
+        if self._wandb:
+            self._wandb.call("finish", exit_code=0 if finished else 1)
+        self._open, self._events, self._wandb = False, None, None

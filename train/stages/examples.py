@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from preprocess.text.encode import prepare_backend
+
 IGNORED = -100
 """Target of a token that is left out of the loss and of the metrics."""
 
@@ -39,6 +41,21 @@ class Examples:
     def lengths(self) -> np.ndarray:
         """Count the tokens of each example, `(N,)` int64."""
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
+
+
+def encode_inputs(
+    tokenizer: Any, texts: Sequence[str], aspects: Sequence[str] | None, max_seq_length: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return ids and segments of `[CLS] text [SEP]`, or `[CLS] aspect [SEP] text [SEP]`.
+
+    An input is cut to `max_seq_length`, always from its longer part, so that an aspect never
+    exceeds the limit. A special token written in a text is text (`prepare_backend`).
+    """
+    backend = prepare_backend(tokenizer)
+    backend.enable_truncation(max_seq_length, strategy="longest_first")
+    inputs = texts if aspects is None else list(zip(aspects, texts, strict=True))
+    encoded = backend.encode_batch(list(inputs))
+    return [one.ids for one in encoded], [one.type_ids for one in encoded]
 
 
 def make_examples(

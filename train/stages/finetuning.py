@@ -23,7 +23,7 @@ from train.model import (
 )
 from train.run_dir.hf_folder import Weights, open_weights
 from train.run_dir.identity import numerics
-from train.stages.examples import Examples, make_examples
+from train.stages.examples import Examples, encode_inputs, make_examples
 from train.stages.supervised import make_identity, resolve
 
 SPLITS = ("train", "validation", "test")
@@ -33,25 +33,16 @@ DEFAULT_LEARNING_RATE = 2e-5
 def encode(
     tokenizer: Any, examples: list[Example], max_seq_length: int, segments: bool
 ) -> Examples:
-    """Turn a split into `[CLS] text [SEP]` or `[CLS] aspect [SEP] text [SEP]`.
-
-    The input is cut to `max_seq_length`, always from its longer part, so that an aspect never
-    exceeds the limit. A special token written in a text is text (`prepare_backend`).
+    """Turn a split into examples, by `encode_inputs`.
 
     Args:
         segments: whether the model distinguishes the two parts by token types.
     """
     texts = [example.text for example in examples]
     aspects = [example.aspect or "" for example in examples]
-    parts = (aspects, texts) if any(aspects) else (texts,)
-    backend = prepare_backend(tokenizer)
-    backend.enable_truncation(max_seq_length, strategy="longest_first")
-    encoded = backend.encode_batch(texts if len(parts) == 1 else list(zip(*parts, strict=True)))
+    ids, types = encode_inputs(tokenizer, texts, aspects if any(aspects) else None, max_seq_length)
     labels = [example.label for example in examples]
-    return make_examples(
-        [one.ids for one in encoded], [one.type_ids for one in encoded] if segments else None,
-        labels, [1.0] * (max(labels) + 1),
-    )
+    return make_examples(ids, types if segments else None, labels, [1.0] * (max(labels) + 1))
 
 
 @dataclass(frozen=True)

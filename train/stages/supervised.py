@@ -291,6 +291,7 @@ def fit(
     records: dict[str, dict[str, Any]],
     tokenizer: Any,
     parent: Weights,
+    about: dict[str, Any] | None = None,
     **options: Any,
 ) -> Progressed:
     """Train a fresh model with a fresh optimizer and write the best epoch to `run_dir/hf`.
@@ -299,6 +300,7 @@ def fit(
 
     Args:
         parent: the weights that the model starts from.
+        about: as of `make_stage`.
         options: as of `train_and_select`.
     """
     if config.gradient_checkpointing:
@@ -322,6 +324,7 @@ def fit(
             records, parent, steps=found.steps, seconds=found.seconds,
             tokens=int(train.lengths.sum()) * (
                 found.steps // num_steps(len(train), resolved.train_batch_size, 1)),
+            about=about,
         )
         assert found.best_state is not None  # the first rank holds it
         save_hf(model, found.best_state, tokenizer, run_dir / "hf", [*parent.stages, stage])
@@ -489,15 +492,17 @@ def _restore(
     """Load the newest complete checkpoint, if `--resume` allows it; open the log at its step."""
     from safetensors.torch import load_file
 
+    command = records["identity"]["command"]
     # One seed of several may well have none: `must` is for the command to check.
     path = find_checkpoint(run_dir, "never" if config.resume == "never" else "auto")
     if path is None:
-        return Progressed(MetricsWriter(run_dir))
+        return Progressed(MetricsWriter(run_dir, 0, command, config.report_to))
     notes = load_checkpoint(engine, path, records["identity"], config.allow_world_size_change)
     report_changes(notes["numerics"], records["numerics"])
     say(f"resumed from {path}")
     best_state = load_file(path / BEST) if is_main() and (path / BEST).is_file() else None
     return Progressed(
-        MetricsWriter(run_dir, notes["steps"]), notes["history"], notes["best_epoch"], best_state,
+        MetricsWriter(run_dir, notes["steps"], command, config.report_to),
+        notes["history"], notes["best_epoch"], best_state,
         notes["seconds"], notes["steps"], Counter(notes.get("window", {})),
     )
