@@ -7,6 +7,7 @@ Commands fill a `Parser` in groups: first the few flags that people need, the ot
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -90,9 +91,15 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: an unknown flag, a missing one, a value of the wrong type or too small.
         """
-        values, unknown = self.parse_known_args(args, namespace)
+        needed = [action for action in self._actions if action.required]
+        for action in needed:  # a mistyped flag would be reported as a missing one
+            action.required = False
+        _, unknown = self.parse_known_args(args, copy.copy(namespace))
         if unknown:
             self.refuse(unknown[0])
+        for action in needed:
+            action.required = True
+        values = self.parse_known_args(args, namespace)[0]
         for name, smallest in least.items():
             value = getattr(values, name)
             if value is not None and value < smallest:

@@ -76,7 +76,7 @@ BLOCK_DOCUMENTS = 4096
 BLOCK_TOKENS = 1 << 18  # decoded at a time: about 100 MB of texts and words
 SELECTION_VERSION = 1  # of the rule; part of the identity
 TASK_FLAGS = ("data_dir", "train_file", "validation_file", "test_file", "pair_column",
-              "test_fraction")
+              "test_fraction", "task_name")
 
 
 def build_parser() -> Parser:
@@ -102,6 +102,8 @@ def build_parser() -> Parser:
     add("--test_file", metavar="FILE", help="labelled test file, for --task custom")
     add("--label_column", default="label", metavar="NAME", help="column with the label")
     add("--pair_column", metavar="NAME", help="column with the aspect")
+    add("--task_name", metavar="NAME", help="what to call the task (default: of custom the name of "
+        "--train_file, or of its folder where that is train; else --task)")
     add("--test_fraction", type=float, metavar="F",
         help="of a task without an official split: share of the texts that are for testing")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw of --like")
@@ -223,7 +225,7 @@ def read_test(args: argparse.Namespace, reader: Reader) -> _Test | None:
     # Texts that the tokenizer leaves empty are in no store.
     read += [[]] * (len(texts) - len(read))
     unknown = "".join(split_words(reader.tokenizer.unk_token or ""))
-    return _Test(LeakIndex(read, unknown), args.task, digest(texts))
+    return _Test(LeakIndex(read, unknown), task.name, digest(texts))
 
 
 def count_leakage(reader: Reader, test: _Test, dropped: int) -> list[int]:
@@ -296,12 +298,12 @@ def read_target(args: argparse.Namespace, reader: Reader, test: _Test | None) ->
         counts += count_buckets(hash_grams(texts)[0])
         for text in texts:
             content.update(text.encode() + b"\0")
-    shown = " ".join(args.like)
+    shown, named = " ".join(args.like), test.name if test else ""
     if equal:
         say(f"warning: --like {shown}: {len(equal):,} of {num_texts:,} texts hold a test text of "
-            f"{args.task} and are left out, such as {visible(equal[0][:80])!r}")
+            f"{named} and are left out, such as {visible(equal[0][:80])!r}")
     if not counts.sum():
-        raise DataError(f"--like {shown}: no text but test texts of {args.task}; give training or "
+        raise DataError(f"--like {shown}: no text but test texts of {named}; give training or "
                         f"unlabelled texts" if equal else f"--like {shown}: no text in it")
     smooth = counts.sum() < SMALL_TARGET
     say(f"--like {shown}: {num_texts - len(equal):,} texts, {counts.sum():,} words and pairs of "
@@ -493,8 +495,8 @@ def main(argv: list[str] | None = None) -> None:
     new = TokenStore.open(args.output)
     say(f"{args.output}: {new.num_documents:,} of {store.num_documents:,} documents, "
         f"{new.num_sequences:,} sequences, {new.num_tokens:,} of {store.num_tokens:,} tokens"
-        + (f"; {len(out):,} documents with test texts of {args.task} dropped"
-           if args.drop_leaked else ""))
+        + (f"; {len(out):,} documents with test texts of {test.name} dropped"
+           if args.drop_leaked and test else ""))
     if test is not None:
         count_leakage(Reader(new), test, len(out))
         say(describe_leakage(args.output))

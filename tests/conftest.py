@@ -140,6 +140,12 @@ def reviews_store(tmp_path_factory, tiny_encoder, reviews_file) -> str:
 
 
 @pytest.fixture(autouse=True)
+def usual_log_level(monkeypatch):
+    """Undo `--log_level`, which a command leaves in the environment for what it starts."""
+    monkeypatch.setenv("SELMASK_LOG_LEVEL", "")
+
+
+@pytest.fixture(autouse=True)
 def one_process_group(monkeypatch):
     """Let a command that ends in this process leave the group of later tests alone.
 

@@ -53,11 +53,13 @@ ROOMS: dict[str, set[str]] = {
     "train.bench": {"csrc", "preprocess.store", "preprocess.masking", "preprocess.text",
                     "preprocess.view", "train.config", "train.engine", "train.model",
                     "train.data", "train.run_dir"},
-    "train.reports": {"preprocess.masking", "preprocess.view", "train.run_dir"},
+    "train.reports": {"preprocess.corpus", "preprocess.masking", "preprocess.store",
+                      "preprocess.text", "preprocess.view", "train.run_dir"},
     "train.api": {"preprocess.store", "preprocess.masking", "train.data", "train.model",
                   "train.stages", "train.reports"},
     "train.recipes": {"preprocess.corpus", "preprocess.store", "preprocess.masking",
-                      "train.config", "train.reports", "train.shipped", "train.stages"},
+                      "train.config", "train.engine", "train.model", "train.reports",
+                      "train.run_dir", "train.shipped", "train.stages"},
 }
 # Strings that are a strategy's name, by file, and why.
 NAMED_STRATEGIES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import io
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # In the order in which a reader meets them: the commands of a page use what earlier ones made.
 FOLDERS = ("", "preprocess", "train", "train/bench", "csrc", "ds_configs", "tests",
            "preprocess/masking")
-NAMES = (*FOLDERS, "train/API.md")
+NAMES = (*FOLDERS, "train/API.md", "train/FILES.md")
 
 
 def file_of(page: str) -> Path:
@@ -56,6 +57,7 @@ ALSO = {
     "annotate": "--max_seq_length 32", "score_tokens": "--max_seq_length 32",
     "benchmark": "--max_seq_lengths 32 --warmup_steps 1 --timed_steps 1 --rounds 1",
     "tokenize_corpus": "--num_workers 1",
+    "pipeline": "--set task_guided.max_seq_length=64 deepspeed_config=ds_configs/cpu.json",
 }
 
 
@@ -185,14 +187,22 @@ def test_the_commands_run_as_shown(
 @pytest.mark.parametrize("folder", FOLDERS[1:])
 def test_each_page_lists_the_files_of_its_folder(folder):
     """Faces of rooms (`__init__.py`) are left out, but for that of csrc, which holds code."""
-    listed = [name for line in PAGES[folder].splitlines() if line.startswith("| `")
+    text = PAGES[folder] + PAGES.get(f"{folder}/FILES.md", "")
+    listed = [name for line in text.splitlines() if line.startswith("| `")
               for name in quoted(line.split(" | ")[0])
               if re.fullmatch(rf"{folder}/[\w/]+\.(py|yaml|json|cu)", name)]
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*")
              if path.suffix in (".py", ".yaml", ".json", ".cu")}
     there -= {name for name in there if name.endswith("__init__.py") and folder != "csrc"}
     inner = tuple(f"{other}/" for other in FOLDERS if other.startswith(f"{folder}/"))
-    assert sorted(listed) == sorted(name for name in there if not name.startswith(inner))
+    assert set(listed) == {name for name in there if not name.startswith(inner)}
+
+
+def test_the_list_of_files_says_what_their_docstrings_say():
+    for name, subject in re.findall(r"^\| `(train/\S+)` \| (.*) \|$", PAGES["train/FILES.md"],
+                                    re.MULTILINE):
+        docstring = ast.get_docstring(ast.parse((ROOT / name).read_text())) or ""
+        assert docstring.splitlines()[0] == subject
 
 
 @pytest.mark.parametrize("page", NAMES)

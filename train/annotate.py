@@ -35,8 +35,8 @@ from train import engine
 from train.config import AnnotateConfig, parse
 from train.model import (
     check_agreement,
-    check_row_length,
     first_slot_only,
+    fit_row_length,
     load_classifier,
     load_config,
     load_tokenizer,
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = group_by_text(examples)
     has_aspects = any(e.aspect for group in groups.values() for e in group)
     check_agreement(hf_config, tokenizer, config.model_name_or_path, pair=has_aspects)
-    check_row_length(hf_config, config.max_seq_length)
+    config = fit_row_length(hf_config, config)
     documents = encode_texts(tokenizer, list(groups), None if has_aspects else config.language)
     template = special_template(tokenizer, pair=has_aspects)
     limit = config.max_seq_length - template.num_special
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         "annotate",
         inputs={
             "task": digest([
-                task.name, task.labels,
+                task.labels,
                 [[text, [[e.aspect, e.label] for e in group]] for text, group in groups.items()],
                 [[ids.tolist() for ids in sequences] for sequences in documents],
             ]),

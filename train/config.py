@@ -15,10 +15,10 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from preprocess.corpus import LABEL_SEED, TEST_FRACTIONS
 from preprocess.errors import ConfigError, check_shard
@@ -111,7 +111,23 @@ def _require(ok: bool, name: str, value: Any, allowed: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Checked:
-    """Flags that are checked against what their fields say."""
+    """Flags that are checked against what their fields say.
+
+    Attributes:
+        typed: names of those that the user has typed, also in a copy by `replaced`.
+    """
+
+    typed: ClassVar[frozenset[str]] = frozenset()
+
+    def note_typed(self, names: Iterable[str]) -> None:
+        """Note what the user has typed: only that is refused where a default would be changed."""
+        object.__setattr__(self, "typed", frozenset(names))
+
+    def replaced(self, **changes: Any) -> Any:
+        """Return a copy with other values."""
+        copy = dataclasses.replace(self, **changes)
+        copy.note_typed(self.typed)
+        return copy
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
@@ -398,10 +414,16 @@ class TaskOptions(_Checked):
     data_dir: str | None = _flag(
         None, "folder (or file) with the published data of the task", USUAL, metavar="DIR"
     )
+    task_name: str | None = _flag(
+        None, "what results, curves and reports call the task (default: of custom the name of "
+        "--train_file, or of its folder where that is train; else --task)", CUSTOM,
+        Bounds(lambda name: name.strip() and name.isprintable(), "a printable name"),
+        metavar="NAME",
+    )
     train_file: str | None = _flag(None, "labelled training file", CUSTOM, metavar="FILE")
     validation_file: str | None = _flag(
-        None, "labelled validation file (default: a fixed tenth of --train_file)", CUSTOM,
-        metavar="FILE",
+        None, "labelled validation file (default: a fixed tenth of each class of --train_file)",
+        CUSTOM, metavar="FILE",
     )
     test_file: str | None = _flag(None, "labelled test file", CUSTOM, metavar="FILE")
     text_column: str = _flag("text", "column with the text", CUSTOM, metavar="NAME")
@@ -479,20 +501,22 @@ class FinetuneConfig(_SupervisedConfig, HubOptions, TaskOptions):
         None, "use only this many validation and test examples", EVALUATION, _at_least(1)
     )
     epoch: Literal["best", "last"] | None = _flag(
-        None, "epoch whose model is kept and tested: best by --metric (the first of equals), or "
-        "last, which reads no validation label (default: best; last with a --label_budget)",
-        EVALUATION,
+        None, "epoch whose model is kept and tested: best by --metric on the validation split (the "
+        "first of equals), or last, which reads no validation label (default: best; last with a "
+        "--label_budget)", EVALUATION,
     )
     metric: Literal["accuracy", "macro_f1", "loss"] | None = _flag(
-        None, "what tells the best epoch, on the validation split (default: accuracy)", EVALUATION
+        None, "metric of the validation split that chooses the best epoch (default: accuracy)",
+        EVALUATION,
     )
     early_stopping: int | None = _flag(
-        None, "stop after so many epochs without a better --metric; the schedule stays that of "
-        "--num_train_epochs", EVALUATION, _at_least(1), metavar="EPOCHS",
+        None, "stop after this many epochs in a row that are not better than the best so far; the "
+        "learning rate falls as without it", EVALUATION, _at_least(1), metavar="N",
     )
     class_weights: Literal["none", "balanced"] = _flag(
-        "none", "balanced: every class has the same share of the training loss, however many "
-        "examples it has", OPTIMIZATION,
+        "none", "weight of the classes in the loss; balanced: the classes of the training examples "
+        "weigh equally in sum, N / (classes * n) for each of the n examples of a class",
+        OPTIMIZATION,
     )
     also: list[str] = _flag(
         [], f"further runs of this process, each with other {', '.join(ALSO)} (a label_budget of "
@@ -506,9 +530,10 @@ class FinetuneConfig(_SupervisedConfig, HubOptions, TaskOptions):
         for name in ("metric", "early_stopping"):
             value = getattr(self, name)
             if value is not None and self.settled_epoch() == "last":
-                why = "" if self.epoch else f", the default with --label_budget {self.label_budget}"
-                raise ConfigError(f"--{name} {value}: has no use with --epoch last{why}; leave it "
-                                  "out, or give --epoch best")
+                raise ConfigError(
+                    f"--{name} {value} is of --epoch best, and the last epoch is kept"
+                    + (", as with every --label_budget" if self.epoch is None else "")
+                    + f"; leave --{name} out, or give --epoch best")
         if self.also and self.push_to_hub:
             raise ConfigError(f"--push_to_hub {self.push_to_hub} names one repository, and --also "
                               "makes several models; push them one by one with `hf upload`")
@@ -521,8 +546,8 @@ class FinetuneConfig(_SupervisedConfig, HubOptions, TaskOptions):
         Raises:
             ConfigError: a value of `--also` that is no such run, or two runs in one folder.
         """
-        first = dataclasses.replace(self, also=[])
-        runs = [first, *(dataclasses.replace(first, **self._replaced(text)) for text in self.also)]
+        first = self.replaced(also=[])
+        runs = [first, *(first.replaced(**self._replaced(text)) for text in self.also)]
         folders: set[str] = set()
         for run in runs:
             folder = os.path.realpath(run.output_dir)
@@ -557,6 +582,12 @@ class FinetuneConfig(_SupervisedConfig, HubOptions, TaskOptions):
         if found.get("label_budget") == ALL:
             found |= {"label_budget": None, "label_seed": found.get("label_seed")}
         return found
+
+    def choice_of_epoch(self) -> dict[str, Any]:
+        """Return the part of an identity that says which epoch is kept, and where training ends."""
+        is_best = self.settled_epoch() == "best"
+        return {"epoch": self.settled_epoch(), "early_stopping": self.early_stopping,
+                "metric": (self.metric or "accuracy") if is_best else None}
 
     def settled_epoch(self) -> str:
         """Return the epoch to keep: best or last."""
@@ -674,8 +705,7 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
         """Return the options with those that `--parity` stands for."""
         if not self.parity:
             return self
-        return dataclasses.replace(self, drop_stop_words=True, keep_punctuation=True,
-                                   keep_last=True)
+        return self.replaced(drop_stop_words=True, keep_punctuation=True, keep_last=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -905,6 +935,14 @@ class PipelineConfig(_Checked):
         [], "replace variables or settings of the recipe (may be repeated)", USUAL,
         action="extend", metavar="KEY=VALUE",
     )
+    until: str = _flag(
+        "", "run only this step, or those whose names begin with it and a hyphen (tokenize), and "
+        "what they need; --dry_run lists the steps", USUAL, metavar="STEP",
+    )
+    archive: str = _flag(
+        "", "at the end, also an early one, pack the output folder without weights, checkpoints "
+        "and stores into this .tar.gz", USUAL, metavar="FILE",
+    )
     num_gpus: int = _flag(1, "ranks per training command", USUAL, _at_least(1))
     hostfile: str = _flag(
         "", "run the training commands on these nodes; one `HOST slots=N` per line", NODES,
@@ -950,10 +988,19 @@ class PipelineConfig(_Checked):
         False, "go on although the classifier, the annotation or the scorer calls its own result "
         "too weak to build masks on"
     )
-    dry_run: bool = _flag(False, "print the commands and exit", USUAL)
+    dry_run: bool = _flag(
+        False, "print the commands, check every step as far as its inputs allow, estimate disk "
+        "and memory, and exit", USUAL,
+    )
+    measure: bool = _flag(
+        False, "with --dry_run: estimate the time as well, from a few training steps on this "
+        "machine (up to a minute)", USUAL,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.measure and not self.dry_run:
+            raise ConfigError("--measure goes with --dry_run; add it, or leave --measure out")
         if self.launcher == "python" and self.num_gpus > 1:
             raise ConfigError(
                 f"--launcher python starts one process, but --num_gpus is {self.num_gpus}: "
@@ -1029,13 +1076,15 @@ def parse(config_class: type[ConfigClass], argv: list[str] | None = None) -> Con
     as_type: Any = config_class
     description = textwrap.dedent(f"    {config_class.__doc__}").rstrip()
     parser = DataclassParser(as_type, description=description)
-    *configs, unknown = parser.parse_args_into_dataclasses(
-        args=sys.argv[1:] if argv is None else argv, look_for_args_file=False,
-        return_remaining_strings=True,
-    )
-    if unknown:
+    words = sys.argv[1:] if argv is None else argv
+    _, unknown = parser.parse_known_args(words)
+    if unknown:  # a mistyped flag would be reported as a missing one
         parser.refuse(unknown[0])
-    return configs[0]
+    (config,) = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    config.note_typed(action.dest for action in parser._actions
+                      for name in action.option_strings
+                      if any(word.split("=")[0] == name for word in words))
+    return config
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Fine-tune a classifier: stage 3, and the task classifier of stage 2.
 
-Each seed trains one model. The epoch with the best validation accuracy, or other `--metric`, is
-kept, the first of equals; with a label budget the last one, since validation labels would be labels
-beyond the budget. Only that model is tested, once, after it was read back from its `hf/` folder.
-All arms of a comparison share seeds: the seed alone determines the head, the order and the dropout.
+Each seed trains one model. The epoch with the best validation accuracy (the first of equals) is
+kept; with a label budget the last one, since validation labels would be labels beyond the budget.
+Only that model is tested, once, after it was read back from its `hf/` folder. All arms of a
+comparison share seeds: the seed alone determines the head, the order and the dropout.
 
     deepspeed train/finetune.py --deepspeed_config ds_configs/cpu.json --task mr --data_dir D \
         --model_name_or_path R2/hf --seeds 13,43,83 --output_dir R3
@@ -45,8 +45,9 @@ from train.run_dir.metrics import (
     TEST_MACRO_F1,
     MetricsWriter,
 )
+from train.stages.answers import find_weak, make_answers, score_answers
 from train.stages.finetuning import FinetuneInputs, read_inputs
-from train.stages.scores import accuracy, least_share, macro_f1, softmax
+from train.stages.scores import accuracy, macro_f1, softmax
 from train.stages.sharing import describe_task, push_best, write_cards
 from train.stages.startup import Startup
 from train.stages.supervised import describe_plan, fit, predict, remove_resume_state
@@ -77,19 +78,6 @@ def has_predictions(seed_dir: Path, row: dict[str, Any]) -> bool:
             and math.isclose(np.mean(found[1]), row["test_accuracy"], abs_tol=1e-9))
 
 
-def find_weak(labels: np.ndarray, predictions: np.ndarray) -> list[str]:
-    """Say whether a classifier is not clearly above the majority class of the test split."""
-    total, right = len(labels), int((labels == predictions).sum())
-    majority = float(np.bincount(labels).max() / total)
-    least = least_share(right, total)
-    if least > majority:
-        return []
-    return [f"test accuracy {right / total:.4f} on {total:,} examples is not clearly above "
-            f"{majority:.4f}, that of always giving the most frequent label (with 95 % confidence "
-            f"it is {least:.4f} or more); train longer, with another --learning_rate or on more "
-            "labels"]
-
-
 def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[str, Any]:
     """Read a seed's model back from disk, predict the test split and write the predictions."""
     config, task, test = inputs.config, inputs.task, inputs.encoded["test"]
@@ -102,19 +90,9 @@ def test_seed(inputs: FinetuneInputs, seed: int, device: torch.device) -> dict[s
     ))
     labels, predictions = np.stack(test.targets), logits.argmax(1)
     if is_main():
-        rows = [
-            {"item": example.item, "label": int(label), "prediction": int(prediction),
-             "probabilities": [round(float(p), 6) for p in row]}
-            for example, label, prediction, row in zip(
-                inputs.splits["test"], labels, predictions, softmax(logits), strict=True
-            )
-        ]
-        write_json_lines(seed_dir / "predictions.jsonl", rows)
-    return {
-        "test_accuracy": accuracy(labels, predictions),
-        "test_macro_f1": macro_f1(labels, predictions, len(task.labels)),
-        "weak": find_weak(labels, predictions),
-    }
+        write_json_lines(seed_dir / "predictions.jsonl", make_answers(
+            inputs.splits["test"], task.labels, softmax(logits)))
+    return {**score_answers(task, labels, predictions), "weak": find_weak(labels, predictions)}
 
 
 def run_seed(
@@ -141,8 +119,8 @@ def run_seed(
         # Held by nobody else, so that its memory is free before the test.
         load_classifier(config.model_name_or_path, task.labels, seed, config.trust_remote_code),
         inputs.resolved, encoded["train"], encoded["validation"], assess, config=config,
-        seed=seed, select=config.metric or "accuracy", epoch=config.settled_epoch(),
-        patience=config.early_stopping, tags=TAGS, class_weights=inputs.class_weights,
+        seed=seed, select=config.metric or "accuracy", epoch=config.settled_epoch(), tags=TAGS,
+        patience=config.early_stopping, class_weights=inputs.class_weights,
         tokenizer=inputs.tokenizer,
         parent=inputs.parent, run_dir=seed_dir, device=device, records=records,
         about=describe_task(task.name, inputs.splits, config.model_name_or_path),
@@ -158,10 +136,9 @@ def run_seed(
         **test_seed(inputs, seed, device),
         "validation_accuracy": found.best["accuracy"],
         "validation_macro_f1": found.best["macro_f1"],
-        "epoch": config.settled_epoch(),
+        **config.choice_of_epoch(),
         "best_epoch": found.best_epoch,
-        "num_epochs": config.num_train_epochs,
-        "metric": config.metric or "accuracy",
+        "num_epochs": found.epochs,
         **config.choice_of_labels(),
         **{f"num_{name}": len(examples) for name, examples in inputs.splits.items()},
         "left_out": task.left_out,

@@ -31,8 +31,8 @@ from train.engine import barrier, finish, gather_objects, is_main, start
 from train.model import (
     SCORER_LABELS,
     check_agreement,
-    check_row_length,
     describe_head,
+    fit_row_length,
     load_config,
     load_scorer,
     load_tokenizer,
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         hf_config, tokenizer, config.model_name_or_path, store=store,
         remedy="annotate with a classifier that was trained from this model",
     )
-    check_row_length(hf_config, config.max_seq_length)
+    config = fit_row_length(hf_config, config)
     template = special_template(tokenizer, pair=False)
     sentences = read_annotations(store, config.max_seq_length - template.num_special)
     is_dev = choose_dev(sentences.text_keys, config.dev_fraction)

@@ -123,11 +123,6 @@ def read_labels(hf_config: Any, name: str) -> tuple[str, ...]:
     check_trained(hf_config, "ForSequenceClassification", name,
                   "give a fine-tuned classifier, as seed_N/hf of train/finetune.py")
     labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
-    kind = getattr(hf_config, "problem_type", None)
-    if len(labels) < 2 or kind not in (None, "single_label_classification"):
-        raise ConfigError(
-            f"--model_name_or_path {name}: {kind or 'a single output'} with {len(labels)} labels; "
-            "only a classifier that gives each text one of several labels can be used")
     if len(set(labels)) < len(labels):
         raise ConfigError(f"--model_name_or_path {name}: two of its labels have the same name in "
                           "its config.json; rename one there")

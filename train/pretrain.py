@@ -99,7 +99,7 @@ def read_inputs(config: PretrainConfig) -> PretrainInputs:
     mlm.check_agreement(store, hf_config, config)
     if config.model_name_or_path and not config.from_scratch:
         parent = hf_folder.open_weights(config.model_name_or_path)
-    model.check_row_length(hf_config, config.max_seq_length)
+    config = model.fit_row_length(hf_config, config)
     if config.mask_index:
         masking = data.prebuilt_masking(store, config.mask_index)
     else:
@@ -595,6 +595,7 @@ def run(config: PretrainConfig) -> None:
     run_dir = folder.check_run_dir(config)
     config = fitting.settle_micro_batch(config, run_dir, trial)
     inputs = read_inputs(config)
+    config = inputs.config
     startup.lap("inputs")
     for line in (*inputs.resolved.notes, *plan(inputs)):
         say(line)

@@ -1,416 +1,296 @@
 """Report on runs, finished or running: tables, figures and a page.
 
-    python train/report.py runs/demo [MORE...] [--output_dir report]
+    python train/report.py runs/demo [MORE...] [--output_dir report] [--export results/demo.csv]
+    python train/report.py --from results/demo.csv [--output_dir report]
 
 Read the TensorBoard event files, `results.jsonl` and predictions of any number of run directories
-or output folders of `train/pipeline.py`. `report.html`, a single file without scripts or network,
-holds everything, including a note on each missing part; tables are also written as CSV and figures
-as PNG. Figures need matplotlib (`pip install selmask[plot]`); tables do not.
+or output folders of `train/pipeline.py`; or files that `--export` wrote, which hold a row per
+fine-tuned model. `report.html`, a single file without scripts or network, holds everything,
+including a note on each missing part; `report.md` is the same in Markdown. Tables are also written
+as CSV and figures as PNG. Figures need matplotlib (`pip install selmask[plot]`); tables do not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from preprocess.corpus import describe_leakage
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command, visible
-from preprocess.files import WriterLock, atomic_write_bytes, read_json
+from preprocess.files import WriterLock, atomic_write_bytes
 from preprocess.flags import USUAL, Parser
-from preprocess.masking import BASELINE, MATCHED, STRATEGIES
 from preprocess.view.tables import Table
-from train.reports.curves import (
-    RUN_COLUMNS,
-    Curves,
-    event_folders,
-    read_curves,
-    run_rows,
-    short_name,
-    without_events,
-)
-from train.reports.page import Picture, as_html
-from train.reports.results import (
+from train.reports.compare import (
     DIFFERENCE_COLUMNS,
     TABLE_COLUMNS,
-    Arm,
-    FinetuneRun,
+    Comparison,
+    Group,
+    arms_of,
+    below_floors,
+    compare,
     difference_rows,
-    mean_and_sd,
-    number,
-    read_finetune_run,
+    floors_of,
+    pairs_of,
     table_rows,
 )
+from train.reports.costs import (
+    COST_COLUMNS,
+    FLOPS_COLUMNS,
+    MASKING_COLUMNS,
+    STAGE_2_COLUMNS,
+    cost_rows,
+    domain_prefix,
+    flops_rows,
+    longest,
+    masking_rows,
+    scoring_flops,
+    stage_2_rows,
+    store_counts,
+)
+from train.reports.curves import RUN_COLUMNS, Curves, read_curves, run_rows
+from train.reports.groups import pipelines_in, read_groups
+from train.reports.intervals import METHOD
+from train.reports.masked import MASKED_COLUMNS, class_rows, masked_rows, scorer_rows
+from train.reports.page import Picture, ReportPage, Section, as_html, as_markdown
+from train.reports.provenance import command_table, provenance
+from train.reports.steps_to import STEPS_TO_COLUMNS, steps_to_rows
+from train.reports.study import read_studies, study_csv
 
 RESULTS = ("table", "differences")  # printed last: the most important tables
-COST_COLUMNS = ("arm", "general", "masking", "task_guided", "total", "masking_share",
-                "share_of_full")
-MASKING_COLUMNS = ("step", "seconds", "arms")
+PAGE_ONLY = ("provenance", "arms", "commands")  # tables that the terminal does not repeat
 WAIT_SECONDS = 30.0  # for another report that is being written into the same folder
 
 
-@dataclass(frozen=True)
-class Group:
-    """Arms to compare with each other: of one task, pipeline folder and stage-1 length."""
-
-    name: str
-    arms: list[Arm]
-    floors: list[Arm]
+# --------------------------------------------------------------------------------- the page
 
 
-# --------------------------------------------------------------------------- reading
+def make_page(
+    title: str, folders: Sequence[Path], groups: Sequence[Group], curves: Sequence[Curves],
+    notes: Sequence[str],
+) -> ReportPage:
+    """Make the page: provenance first, notes before what they limit, then results and the rest."""
+    comparisons, limits = compare(pairs_of(groups))
+    pictures, missing = draw(groups, curves, comparisons)
+    if not groups:
+        notes = [*notes, "No table of results: no fine-tuning has finished yet."]
+    page = ReportPage(title)
+    page.add(Section("Where this comes from", provenance(folders, groups)))
+    page.add(Section("Notes on what was read", notes=_collapsed([*notes, *missing])))
+    page.add(_results(groups, pictures))
+    page.add(_differences(comparisons, limits, pictures))
+    page.add(_lengths(groups, pictures))
+    page.add(_costs(folders, groups))
+    page.add(_masks(folders, groups))
+    page.add(_training(curves, pictures))
+    commands = command_table(folders)
+    if commands:
+        page.add(Section("Commands", [commands], small=True))
+    return page
 
 
-def read_groups(folders: Sequence[Path]) -> tuple[list[Group], list[str]]:
-    """Read all fine-tuning results below the folders; return a note on each unreadable one."""
-    groups: list[Group] = []
-    notes: list[str] = []
-    pipelines = {path.parent.resolve(): path.parent
-                 for folder in folders for path in sorted(folder.rglob("arms.json"))}
-    loose: dict[Path, Path] = {}
-    for folder in folders:
-        found = sorted(path.parent for path in folder.rglob("results.jsonl"))
-        for path in found:
-            if not any(path.resolve().is_relative_to(root) for root in pipelines):
-                loose.setdefault(path.resolve(), path)
-        trained = event_folders(folder) or without_events(folder)
-        if not found and not trained and folder.resolve() not in pipelines:
-            notes.append(f"{folder}: no run in it (no results.jsonl and no event files).")
-    alone = len(pipelines) == 1 and not loose
-    for path in pipelines.values():
-        groups += _pipeline_groups(path, "" if alone else f"{short_name(path, folders)}/", notes)
-    arms = _loose_arms([(short_name(path, folders), path) for path in loose.values()], notes)
-    for task in dict.fromkeys(arm.task for arm in arms):
-        groups.append(Group(task, [arm for arm in arms if arm.task == task], []))
-    return groups, notes
+def _blocks(*blocks: Table | Picture | None) -> list[Table | Picture]:
+    """Return what there is: tables with rows, and pictures that were drawn."""
+    return [block for block in blocks if block is not None
+            and (isinstance(block, Picture) or block.rows)]
 
 
-def _pipeline_groups(folder: Path, prefix: str, notes: list[str]) -> list[Group]:
-    try:
-        listed = read_json(folder / "arms.json", expected=list)
-        entries = [(visible(entry["name"]), [_inside(folder, run) for run in entry["runs"]],
-                    bool(entry["floor"]), entry.get("masking"), _policy(entry)) for entry in listed]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise DataError(
-            f"{folder}/arms.json: not a list of arms; run train/pipeline.py again"
-        ) from None
-    seconds = _step_seconds(folder)
-    groups: dict[str, Group] = {}
-    floors = []
-    try:
-        leaked = describe_leakage(str(folder / "domain" / "text"))
-        notes += [f"{prefix.rstrip('/')}: {leaked}" if prefix else leaked] if leaked else []
-    except (DataError, OSError) as error:
-        notes.append(f"{error}.")
-    for name, paths, is_floor, steps, policy in entries:
-        runs = list(_read_runs(prefix + name, paths, notes))
-        if not runs:
-            continue
-        line, _, length = name.partition("@")
-        used = None
-        if isinstance(steps, list) and all(str(step) in seconds for step in steps):
-            used = {f"{prefix}{visible(step)}": seconds[str(step)] for step in steps}
-        match = policy.pop("match", "")
-        arm = Arm(prefix + name, runs, prefix + line, used,
-                  match=prefix + match if match else "", **policy)
-        if is_floor:
-            floors.append(arm)
-        else:
-            groups.setdefault(length, Group(prefix + length, [], floors)).arms.append(arm)
-    return list(groups.values()) or ([Group(prefix, [], floors)] if floors else [])
+def _results(groups: Sequence[Group], pictures: dict[str, Picture]) -> Section:
+    arms = arms_of(groups)
+    results = Table.of(
+        "Results: accuracy and macro F1", table_rows([*arms, *floors_of(groups)]),
+        "Mean over all models of an arm, on the test split, with its 95 % interval over "
+        "pre-training seeds, fine-tuning seeds and test items; sd: standard deviation of the "
+        "models; seeds: how many; labels: labelled examples; steps: of stage 2.",
+        "table", TABLE_COLUMNS)
+    classes = Table.of(
+        "Each class", found, "All models of an arm together; examples: of the test split.",
+        "classes") if (found := class_rows(longest(arms))) else None
+    return Section("Results", _blocks(results, pictures.get("accuracy"), classes),
+                   below_floors(groups))
 
 
-def _policy(entry: dict[str, Any]) -> dict[str, str]:
-    """Return how an arm chose its masks; an older list tells only its name, a strategy's."""
-    keys = ("strategy", "scores", "units", "match")
-    if "strategy" in entry:
-        return {key: visible(entry.get(key) or "") for key in keys}
-    line = str(entry["name"]).partition("@")[0]
-    record = STRATEGIES.get(line)
-    if record is None:
-        return {"strategy": line if line == "none" else ""}
-    return {"strategy": line, "match": MATCHED if "match" in record.needs else ""}
+def _differences(comparisons: Sequence[Comparison], notes: Sequence[str],
+                 pictures: dict[str, Picture]) -> Section:
+    table = Table.of(
+        "Differences in accuracy, with 95 % intervals over seeds and test items",
+        difference_rows(comparisons),
+        "seeds: pre-training x fine-tuning. detectable: the smallest true difference that this "
+        "many seeds and items show in 80 % of repetitions.",
+        "differences", DIFFERENCE_COLUMNS)
+    return Section("Differences", _blocks(table, pictures.get("differences")), notes,
+                   method=METHOD if comparisons else "")
 
 
-def _inside(folder: Path, run: Any) -> Path:
-    if not isinstance(run, str) or Path(run).is_absolute() or ".." in Path(run).parts:
-        raise ValueError
-    return folder / run
+def _lengths(groups: Sequence[Group], pictures: dict[str, Picture]) -> Section:
+    arms = arms_of(groups)
+    rows = steps_to_rows(arms)
+    table = Table.of(
+        "Steps of stage 2 to the accuracy that random masks have at their end", rows,
+        "The first length at which the arm's accuracy, in a straight line between the measured "
+        "lengths, is that of random masks after target_steps; low and high invert the 95 % "
+        "interval of the paired difference. share: steps over target_steps. seconds: choosing the "
+        "masks and training so far; target_seconds: training with random masks to the end.",
+        "steps_to", STEPS_TO_COLUMNS) if rows else None
+    notes = []
+    if any(arm.mid_schedule for arm in arms):
+        notes.append(
+            "Lengths of stage 2 below the longest are exports from the middle of its schedule, "
+            "where the learning rate is still high: a run planned for that length may do better. "
+            "The steps to a target are upper bounds in this respect.")
+    return Section(
+        "Lengths and labels",
+        _blocks(table, *(pictures.get(name) for name in ("stage2", "labels", "steps"))), notes)
 
 
-def _step_seconds(folder: Path) -> dict[str, float]:
-    """Return the recorded seconds of the pipeline's finished steps."""
-    try:
-        steps = read_json(folder / "steps.json")
-        return {name: seconds for name, step in steps.items()
-                if step["finished"] and (seconds := number(step.get("seconds"))) is not None}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
-
-
-def _read_runs(name: str, paths: Iterable[Path], notes: list[str]) -> Iterator[FinetuneRun]:
-    """Yield the readable runs of an arm that have the task of the first one."""
-    task = None
-    for path in paths:
-        try:
-            run = read_finetune_run(path)
-        except (DataError, OSError) as error:
-            notes.append(f"{name}: {error}.")
-            continue
-        notes += [f"{note}." for note in run.notes]
-        if task not in (None, run.task):
-            notes.append(f"{name}: {path} has task {run.task}, the runs before it {task}; it is "
-                         "left out.")
-            continue
-        task = run.task
-        yield run
-
-
-def _loose_arms(found: Sequence[tuple[str, Path]], notes: list[str]) -> list[Arm]:
-    """Make arms of fine-tuning folders; join those that differ only in the pre-training seed."""
-    alike: dict[str, list[tuple[str, FinetuneRun]]] = {}
-    for name, path in found:
-        for run in _read_runs(name, [path], notes):
-            alike.setdefault(_without_seeds(run), []).append((name, run))
-    arms = []
-    for members in alike.values():
-        seeds = [tuple(str(stage.get("seed")) for stage in run.stages) for _, run in members]
-        if len(set(seeds)) == len(seeds) > 1:
-            names = [name for name, _ in members]
-            arm = re.sub(r"[-_.]?seed[-_]?\d+$", "", names[0])
-            notes.append(f"{', '.join(names)} are treated as pre-training seeds of one arm, "
-                         f"{arm}: their lineages differ in nothing else.")
-            runs = [run for _, run in members]
-            members = [(arm, runs[0])]
-        else:
-            runs = []
-        arms += [Arm(name, runs or [run], run.strategy, _drawn_steps(run),
-                     strategy=visible(run.strategy)) for name, run in members]
-    return arms
-
-
-def _without_seeds(run: FinetuneRun) -> str:
-    """Serialize everything that the runs of one arm have in common."""
-    varying = {"seed", "seconds", "tokens", "masked_tokens", "weights", "started_from"}
-    stages = [{key: value for key, value in stage.items() if key not in varying}
-              for stage in run.stages]
-    return json.dumps([run.task, run.seeds, stages], sort_keys=True)
-
-
-def _drawn_steps(run: FinetuneRun) -> dict[str, float] | None:
-    """Return no step for masks that cost nothing beforehand, None where the cost is unknown."""
-    strategy = STRATEGIES.get(run.strategy)
-    return {} if run.strategy == "none" or strategy and strategy.drawn else None
-
-
-# --------------------------------------------------------------------------- tables
-
-
-def pairs_of(groups: Sequence[Group]) -> Iterator[tuple[Arm, Arm]]:
-    """Yield every two arms of each group, to subtract the second from the first.
-
-    First come those that tell what a policy is worth: each arm against the one without task-guided
-    pre-training, against random masks and against its own control.
-    """
-    for group in groups:
-        plain = [arm for strategy in ("none", BASELINE) for arm in group.arms
-                 if arm.strategy == strategy]
-        told: dict[frozenset[str], tuple[Arm, Arm]] = {}
-        for arm in group.arms:
-            controls = [other for other in group.arms if other.match and other.match == arm.line]
-            for other in [*plain, *controls]:
-                if other is not arm and not (arm in plain and other not in plain[:1]):
-                    told.setdefault(frozenset((arm.name, other.name)), (arm, other))
-        for later, first in enumerate(group.arms):
-            for second in group.arms[:later]:
-                told.setdefault(frozenset((first.name, second.name)), (first, second))
-        yield from told.values()
-
-
-def floors_of(groups: Sequence[Group]) -> list[Arm]:
-    """Return the baselines of all groups, each once."""
-    return list({id(floor): floor for group in groups for floor in group.floors}.values())
-
-
-def arms_of(groups: Sequence[Group]) -> list[Arm]:
-    """Return the arms of all groups, without baselines."""
-    return [arm for group in groups for arm in group.arms]
-
-
-def below_floors(groups: Sequence[Group]) -> list[str]:
-    """Write a note for every arm whose mean accuracy does not exceed that of every baseline."""
-    sentences = []
-    for group in groups:
-        for arm in group.arms:
-            for floor in group.floors:
-                ours, theirs = (mean_and_sd(a.values("accuracy"))[0] for a in (arm, floor))
-                if ours <= theirs:
-                    sentences.append(f"{arm.name} ({ours:.4f}) is not above the baseline "
-                                     f"{floor.name} ({theirs:.4f}).")
-    return sentences
-
-
-def cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Return the seconds of each arm before fine-tuning by `COST_COLUMNS`; unknown: empty."""
-    parts = {arm.name: _parts(arm) for arm in arms}
-    full: dict[str, set[float]] = {}  # seconds of general pre-training, by family of arms
-    for arm in arms:
-        if parts[arm.name]["general"] is not None:
-            full.setdefault(_family(arm), set()).add(parts[arm.name]["general"])
-    rows = []
-    for arm in arms:
-        part = parts[arm.name]
-        lengths = full.get(_family(arm), set())
-        known = [value for value in part.values() if value is not None]
-        total = sum(known) if len(known) == 3 else None
-        rows.append({
-            "arm": arm.name,
-            **{key: "" if value is None else f"{value:.0f}" for key, value in part.items()},
-            "total": "" if total is None else f"{total:.0f}",
-            "masking_share": f"{part['masking'] / total:.3f}" if total else "",
-            "share_of_full": f"{total / max(lengths):.3f}" if total and len(lengths) > 1 else "",
-        })
-    return rows
-
-
-def _family(arm: Arm) -> str:
-    """Name the arms whose costs are comparable: of one folder and task."""
-    return f"{arm.task} {arm.name.rpartition('/')[0]}"
-
-
-def _parts(arm: Arm) -> dict[str, Any]:
-    """Return the seconds of each part of an arm, averaged over its pre-training seeds."""
-    stages = arm.runs[0].stages
-    if not stages:
-        return {"general": None, "masking": None, "task_guided": None}
-    only_general = arm.line.rpartition("/")[2] == "none"
-    guided = [number(run.stages[-1].get("seconds")) for run in arm.runs if run.stages]
-    known = [value for value in guided if value is not None]
-    before = [number(stage.get("seconds")) or 0.0 for stage in stages]
-    return {
-        "general": sum(before) if only_general else sum(before[:-1]),
-        "masking": arm.masking_seconds,
-        "task_guided": 0.0 if only_general else sum(known) / len(known) if known else None,
-    }
-
-
-def masking_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """Return the seconds of each step that chose masks, once, and the arms that share it."""
-    seconds: dict[str, float] = {}
-    users: dict[str, list[str]] = {}
-    for arm in arms:
-        for step, spent in (arm.masking_steps or {}).items():
-            seconds[step] = spent
-            users.setdefault(step, []).append(arm.name)
-    rows = [{"step": step, "seconds": f"{spent:.0f}", "arms": ", ".join(users[step])}
-            for step, spent in seconds.items()]
-    if rows:
-        rows.append({"step": "all of them", "seconds": f"{sum(seconds.values()):.0f}", "arms": ""})
-    return rows
-
-
-def make_tables(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Table], list[str]]:
-    """Make the tables that the data allow, the most important first, and notes on them."""
-    arms, notes = arms_of(groups), []
-    differences, more = difference_rows(pairs_of(groups))
-    costs = cost_rows(arms)
-    if not any(row["general"] for row in costs):
+def _costs(folders: Sequence[Path], groups: Sequence[Group]) -> Section:
+    arms = arms_of(groups)
+    pipelines = pipelines_in(folders)
+    alone = pipelines[0] if len(pipelines) == 1 else None
+    store = store_counts(domain_prefix(alone)) if alone else {}
+    tokens = store.get("tokens")
+    # A file of --export knows of no stage 1, so it has no sum.
+    costs = cost_rows(longest(arms)) if folders else []
+    notes = []
+    if not any(row[key] not in ("", "0") for row in costs for key in ("general", "task_guided")):
         costs = []
-    tables = [
+    if any(row["masking"] == "" for row in costs) and pipelines:
+        notes.append("The cost of masking is known only for arms of train/pipeline.py, which "
+                     "writes the seconds of its steps to steps.json.")
+    return Section("Cost", _blocks(
         Table.of(
-            "Results", table_rows([*arms, *floors_of(groups)]),
-            "Mean and standard deviation over all seeds, on the test split. Masked tokens, steps "
-            "and seconds count all pre-training of an arm.",
-            "table", TABLE_COLUMNS,
-        ),
+            "Seconds of each part", costs,
+            "For the longest stage 2. general: stage 1; masking: its five parts; task_guided: "
+            "stage 2, mean over its seeds. Both stages and finetune (one model) count only "
+            "training steps, masking complete processes with their start; steps that several arms "
+            "share count in each of them, and of steps that each seed has the mean. "
+            "total: before fine-tuning; masking_share: of it; share_of_full: total over the "
+            "longest stage 1.",
+            "costs", COST_COLUMNS),
         Table.of(
-            "Differences in accuracy, with 95 % intervals over seeds and test items", differences,
-            "seeds: pre-training x fine-tuning. Intervals: variance components of the paired "
-            "design (seeds and test items), with Cochran's mean of the quantiles of Student's t. "
-            "detectable: the smallest true difference that this many seeds and items show in "
-            "80 % of repetitions.",
-            "differences", DIFFERENCE_COLUMNS,
-        ),
+            "Stage 2 of each arm",
+            stage_2_rows(arms, tokens if isinstance(tokens, int) else None),
+            "Means over the seeds of stage 2. epochs: tokens over those of the in-domain text.",
+            "stage2_runs", STAGE_2_COLUMNS),
         Table.of(
-            "Seconds before fine-tuning", costs,
-            "General pre-training (stage 1), masking (classifier, annotation, scorer, scores and "
-            "mask indices) and task-guided pre-training (stage 2, mean over its seeds). Both "
-            "stages count only training steps, masking complete processes with their start; steps "
-            "that several arms share count in each of them. "
-            "masking_share: share of the total; share_of_full: total over the longest stage 1.",
-            "costs", COST_COLUMNS,
-        ),
+            "Floating-point operations",
+            flops_rows(longest(arms), scoring_flops(alone) if alone else None) if folders else [],
+            "Of training as the runs counted them; scores: 2 x parameters x tokens of the "
+            "in-domain text. Classifier, annotation, scorer and fine-tuning are not counted.",
+            "flops", FLOPS_COLUMNS),
         Table.of(
             "Seconds of choosing masks, each step once", masking_rows(arms),
             "Complete processes with their start. Scores are made once and shared by all arms that "
-            "read them.", "masking", MASKING_COLUMNS,
-        ),
-        Table.of(
-            "Pre-training runs", run_rows(curves),
-            "Losses in nats per masked token, the last ones logged; held-out losses use the same "
-            "fixed random masks in every run. Seconds count only training steps.",
-            "pretraining", RUN_COLUMNS,
-        ),
-    ]
-    if not groups:
-        notes.append("No table of results: no fine-tuning has finished yet.")
-    if any(row["masking"] == "" for row in costs):
-        notes.append("The cost of masking is known only for arms of train/pipeline.py, which "
-                     "writes the seconds of its steps to steps.json.")
-    return [table for table in tables if table.rows], notes + more + below_floors(groups)
+            "read them.", "masking", MASKING_COLUMNS),
+    ), notes)
 
 
-def draw(groups: Sequence[Group], curves: Sequence[Curves]) -> tuple[list[Picture], list[str]]:
+def _masks(folders: Sequence[Path], groups: Sequence[Group]) -> Section:
+    masked: list[dict[str, Any]] = []
+    scorers: list[dict[str, Any]] = []
+    notes: list[str] = []
+    pipelines = pipelines_in(folders)
+    if len(pipelines) == 1:
+        masked, notes = masked_rows(pipelines[0], arms_of(groups))
+        scorers = scorer_rows(pipelines[0])
+    return Section("What was masked", _blocks(
+        Table.of("Masked tokens", masked,
+                 "Tokens masked most often, and those masked most above their share; masked: share "
+                 "of all tokens. One index of each arm and number of labels.",
+                 "masked", MASKED_COLUMNS),
+        Table.of("The token scorer beside its baselines", scorers,
+                 "On annotated sentences that it was not fitted on. F1 of important tokens; "
+                 "important: their share.", "scorers") if scorers else None,
+    ), notes)
+
+
+def _training(curves: Sequence[Curves], pictures: dict[str, Picture]) -> Section:
+    table = Table.of(
+        "Pre-training runs", run_rows(curves),
+        "Losses in nats per masked token, the last ones logged; held-out losses use the same "
+        "fixed random masks in every run. Seconds count only training steps.",
+        "pretraining", RUN_COLUMNS)
+    return Section("Training", _blocks(pictures.get("loss"), pictures.get("supervised"), table))
+
+
+def _collapsed(notes: Sequence[str]) -> list[str]:
+    """Return each note once; of many that differ only in a path, the first and their number."""
+    alike: dict[str, list[str]] = {}
+    for note in dict.fromkeys(note.rstrip(".") + "." for note in notes):
+        alike.setdefault(re.sub(r"\S*/\S*", "/", note), []).append(note)
+    found = []
+    for members in alike.values():
+        if len(members) > 3:
+            members = [f"{members[0].rstrip('.')} (and {len(members) - 1} more like this)."]
+        found += members
+    return found
+
+
+def draw(groups: Sequence[Group], curves: Sequence[Curves], comparisons: Sequence[Comparison]
+         ) -> tuple[dict[str, Picture], list[str]]:
     """Draw the figures that the data allow; return a note if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
-        return [], ["No figures: matplotlib is not installed (pip install 'selmask[plot]')."]
-    from train.reports import figures
+        return {}, ["No figures: matplotlib is not installed (pip install 'selmask[plot]')."]
+    from train.reports import figures, losses
 
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # names are no formulas
+    arms = arms_of(groups)
+    styles = figures.arm_styles(arms)
     drawn = [
-        ("accuracy", "Test accuracy: one dot per seed, the mean with its standard deviation.",
-         figures.accuracy_figure(arms_of(groups), floors_of(groups))),
-        ("steps", "Test accuracy against all steps of pre-training: mean and standard deviation "
-         "over seeds, one line per masking.", figures.steps_figure(arms_of(groups))),
-        ("loss", "Pre-training: loss against steps, masked tokens and seconds of training.",
-         figures.loss_figure(curves)),
+        ("accuracy", "Test accuracy after the longest stage 2: one dot per model, the mean and its "
+         "95 % interval.", figures.accuracy_figure(longest(arms), floors_of(groups), styles)),
+        ("differences", "Differences in test accuracy with their 95 % intervals; the colour is "
+         "that of the first arm.", figures.difference_figure(comparisons, styles)),
+        ("stage2", "Test accuracy against steps of stage 2, with 95 % intervals. All lines begin "
+         "with the arm without stage 2.", figures.stage_2_figure(arms, styles)),
+        ("labels", "Test accuracy against labelled examples, with 95 % intervals.",
+         figures.label_figure(arms, styles)),
+        ("steps", "Test accuracy against all steps of pre-training, with 95 % intervals, one line "
+         "per policy.", figures.steps_figure(arms, styles)),
+        ("loss", "Pre-training: loss against steps.", losses.loss_figure(curves, styles)),
         ("supervised", "Classifiers and scorers: loss against steps.",
-         figures.supervised_figure(curves)),
+         losses.supervised_figure(curves, styles)),
     ]
-    return [Picture(name, text, png) for name, text, png in drawn if png is not None], []
+    return {name: Picture(name, text, png) for name, text, png in drawn if png is not None}, []
 
 
-# --------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------ the command
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument_group(USUAL).add_argument
-    add("runs", nargs="+", metavar="R",
+    add("runs", nargs="*", metavar="R",
         help="run directories, or output folders of train/pipeline.py")
+    add("--from", nargs="+", metavar="F.csv", dest="files", default=[],
+        help="instead of run directories: files that --export wrote")
     add("--output_dir", default="report", metavar="DIR",
-        help="folder for report.html, the CSV files and the figures")
-    return parser.parse_args(argv)
+        help="folder for report.html, report.md, the CSV files and the figures")
+    add("--export", metavar="F.csv",
+        help="also write a row per fine-tuned model to this file, for --from")
+    options = parser.parse_args(argv)
+    if bool(options.runs) == bool(options.files):
+        raise ConfigError("give either run directories R... or --from F.csv...")
+    if options.files and options.export:
+        raise ConfigError(f"--export {options.export} copies what --from reads; leave it out")
+    return options
 
 
-def write_report(output: Path, title: str, tables: Sequence[Table], pictures: Sequence[Picture],
-                 notes: Sequence[str]) -> list[str]:
+def write_report(output: Path, page: ReportPage) -> list[str]:
     """Write all files of a report and return their names.
 
     Raises:
         ConfigError: the folder cannot be written, or another process writes there.
     """
     files = {
-        "report.html": as_html(title, tables, pictures, notes).encode(),
-        **{f"{table.file}.csv": table.as_csv().encode() for table in tables},
-        **{f"{picture.file}.png": picture.png for picture in pictures},
+        "report.html": as_html(page).encode(),
+        "report.md": as_markdown(page).encode(),
+        **{f"{table.file}.csv": table.as_csv().encode() for table in page.tables},
+        **{f"{picture.file}.png": picture.png for picture in page.pictures},
     }
     try:
         with WriterLock(f"{output}/", WAIT_SECONDS, "another --output_dir"):
@@ -424,10 +304,28 @@ def write_report(output: Path, title: str, tables: Sequence[Table], pictures: Se
     return sorted(files)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
-    options = parse_arguments(argv)
-    folders = [Path(run) for run in options.runs]
+def export(path: Path, groups: Sequence[Group]) -> None:
+    """Write the file of a study.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        atomic_write_bytes(path, study_csv(groups, path.stem).encode())
+    except DiskFullError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"--export {path}: cannot be written ({error.strerror}); give another "
+                          "file") from None
+
+
+def read_runs(runs: Sequence[str]) -> tuple[list[Path], list[Group], list[Curves], list[str]]:
+    """Read run directories; return them, their groups and curves, and notes.
+
+    Raises:
+        DataError: a folder that is absent, or no run at all.
+    """
+    folders = [Path(run) for run in runs]
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; give run directories")
@@ -435,20 +333,35 @@ def main(argv: list[str] | None = None) -> None:
     curves, curve_notes = read_curves(folders)
     if not groups and not curves:
         raise DataError(
-            f"no run in {', '.join(options.runs)}: expected results.jsonl of train/finetune.py or "
+            f"no run in {', '.join(runs)}: expected results.jsonl of train/finetune.py or "
             "event files of a training command; give their folders"
         )
-    tables, table_notes = make_tables(groups, curves)
-    pictures, figure_notes = draw(groups, curves)
-    every = [*notes, *curve_notes, *table_notes, *figure_notes]
-    notes = list({note.rstrip("."): note for note in every}.values())  # a folder may be read twice
-    names = ", ".join(dict.fromkeys(folder.resolve().name for folder in folders))
+    return folders, groups, curves, [*notes, *curve_notes]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command."""
+    options = parse_arguments(argv)
+    folders: list[Path] = []
+    curves: list[Curves] = []
+    notes: list[str] = []
+    if options.files:
+        groups = read_studies([Path(file) for file in options.files])
+        names = ", ".join(Path(file).stem for file in options.files)
+    else:
+        folders, groups, curves, notes = read_runs(options.runs)
+        names = ", ".join(dict.fromkeys(folder.resolve().name for folder in folders))
+    page = make_page(f"selmask: {names}", folders, groups, curves, notes)
     output = Path(options.output_dir)
-    written = write_report(output, f"selmask: {names}", tables, pictures, notes)
+    written = write_report(output, page)
+    tables = [table for table in page.tables if table.file not in PAGE_ONLY]
     for table in sorted(tables, key=lambda table: table.file in RESULTS):
         print(f"{table.as_text()}\n")
-    for note in notes:
+    for note in (note for section in page.sections for note in section.notes):
         print(f"Note: {visible(note)}")
+    if options.export:
+        export(Path(options.export), groups)
+        print(f"Written: {visible(options.export)}")
     print(f"Written to {visible(output)}: {', '.join(written)}")
 
 

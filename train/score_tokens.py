@@ -40,6 +40,7 @@ from train.config import ScoreConfig, parse
 from train.model import (
     check_agreement,
     check_row_length,
+    fit_row_length,
     load_config,
     load_tokenizer,
 )
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     name = config.model_name_or_path
     hf_config, tokenizer = check_model(
         config, store, name, f"tokenize the text again with --tokenizer {name}")
+    config = fit_row_length(hf_config, config)
     passes = word_passes(config, tokenizer) if "mlm" in measure.needs else None
     weights = open_weights(name).hf_digest
     dtype = "fp32" if config.measure == "gradient" else choose_dtype(config.dtype)
@@ -109,7 +111,6 @@ def check_model(config: ScoreConfig, store: TokenStore, name: str, remedy: str) 
     check_trained(hf_config, network.suffixes, name, network.remedy)
     tokenizer = load_tokenizer(name, config.trust_remote_code)
     check_agreement(hf_config, tokenizer, name, store=store, remedy=remedy)
-    check_row_length(hf_config, config.max_seq_length)
     return hf_config, tokenizer
 
 
@@ -124,6 +125,7 @@ def check_reference(config: ScoreConfig, store: TokenStore, weights: str) -> dic
         return {"reference": None, "reference_config": None}
     try:
         hf_config, _ = check_model(config, store, name, "give a reference of the same vocabulary")
+        check_row_length(hf_config, config.max_seq_length)
         digest = open_weights(name).hf_digest
     except (ConfigError, DataError) as error:  # the model's own checks
         message = str(error).replace("--model_name_or_path", "--reference", 1)

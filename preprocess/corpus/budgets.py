@@ -1,4 +1,7 @@
-"""Which labelled examples a label budget takes: the same for every command that reads labels."""
+"""Which labelled examples a label budget takes, and which are cut off for validation.
+
+They are chosen by hashes of their content, so that every command and every run sees the same ones.
+"""
 
 from __future__ import annotations
 
@@ -39,3 +42,35 @@ def choose_budget(
         turn = (2 * before + 1) / sizes[labels[i]] if before else 0.0
         turns.append((turn, keys[i], labels[i], i))
     return sorted(i for *_, i in sorted(turns)[:budget])
+
+
+def content_fraction(text: str) -> float:
+    """Return a number in [0, 1) that depends only on the text; equal texts stay together."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2.0**48
+
+
+def choose_validation(texts: Sequence[str], labels: Sequence[int]) -> list[int]:
+    """Choose a tenth of each class for validation, by content; no text is on both sides.
+
+    A text counts to the class of its first example, and those with the smallest `content_fraction`
+    are taken. A class of two texts and more has one on each side.
+
+    Returns:
+        Indices, ascending.
+    """
+    copies: Counter[str] = Counter(texts)
+    of_class: dict[int, list[str]] = {}
+    seen: set[str] = set()
+    for text, label in zip(texts, labels, strict=True):
+        if text not in seen:
+            seen.add(text)
+            of_class.setdefault(label, []).append(text)
+    chosen: set[str] = set()
+    for mine in of_class.values():
+        wanted, taken = sum(copies[text] for text in mine) / 10, 0
+        for text in sorted(mine, key=content_fraction)[:-1]:
+            if taken and taken + copies[text] / 2 > wanted:
+                break
+            chosen.add(text)
+            taken += copies[text]
+    return [i for i, text in enumerate(texts) if text in chosen]

@@ -13,10 +13,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from preprocess.corpus.budgets import choose_budget
+from preprocess.corpus.budgets import choose_budget, choose_validation, content_fraction
 from preprocess.corpus.packages import resolve_path
 from preprocess.corpus.sources import Row, Span, place_of, read_lines, read_numbered
-from preprocess.errors import ConfigError, DataError
+from preprocess.errors import ConfigError, DataError, visible
 from preprocess.progress import say
 
 MANY_LABELS = 50  # more classes than this are probably numbers, or texts
@@ -64,11 +64,6 @@ class TaskFiles:
     pair_column: str | None = None
     where: dict[str, str] | None = None
     test_fraction: float | None = None
-
-
-def _content_fraction(text: str) -> float:
-    """Return a number in [0, 1) that depends only on the text; equal texts stay together."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2.0**48
 
 
 def _example(text: str, label: int, aspect: str | None = None) -> Example:
@@ -119,22 +114,22 @@ def read_label(row: Row, column: str, place: str) -> str | None:
         return str(value)
     if isinstance(value, (int, float, Decimal)) and math.isfinite(value) and value == int(value):
         return str(int(value))
-    kind = type(value).__name__
+    why = ""
     if isinstance(value, list | tuple | dict):
-        kind += "; several labels for one text, multi-label, are not supported"
-    elif isinstance(value, float | Decimal):
-        kind += "; learning numbers, regression, is not supported"
+        why = "several labels for one text, multi-label, are not supported; "
+    elif isinstance(value, float | Decimal) and math.isfinite(value):
+        why = "learning numbers, regression, is not supported; "
     raise DataError(
         f"{place}: column {column!r} holds {str(value)[:60]!r} "
-        f"({kind}), and a label is a string, a whole number, true or false; "
-        f"--label_column chooses another column"
+        f"({type(value).__name__}), and a label is a string, a whole number, true or false; "
+        f"{why}--label_column chooses another column"
     )
 
 
 def _cut_validation(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """Split off a fixed tenth for validation by a hash of the text; no text is on both sides."""
-    train = [e for e in examples if _content_fraction(e.text) >= 0.1]
-    return train, [e for e in examples if _content_fraction(e.text) < 0.1]
+    train = [e for e in examples if content_fraction(e.text) >= 0.1]
+    return train, [e for e in examples if content_fraction(e.text) < 0.1]
 
 
 def _data_dir(files: TaskFiles) -> str:
@@ -187,7 +182,7 @@ def _task_mr(files: TaskFiles) -> Task:
     splits: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     end = 1 - (files.test_fraction or TEST_FRACTIONS["mr"])
     for example in examples:
-        fraction = _content_fraction(example.text)
+        fraction = content_fraction(example.text)
         part = "train" if fraction < end - 0.1 else "validation" if fraction < end else "test"
         splits[part].append(example)
     return Task("mr", _POLARITY, splits, left_out)
@@ -309,7 +304,12 @@ def _task_custom(files: TaskFiles) -> Task:
                 )
             splits[split].append(_example(text, values.index(label), aspect))
     if not files.validation_file:
-        splits["train"], splits["validation"] = _cut_validation(splits["train"])
+        given = splits["train"]
+        held = set(choose_validation([e.text for e in given], [e.label for e in given]))
+        splits["train"] = [e for i, e in enumerate(given) if i not in held]
+        splits["validation"] = [e for i, e in enumerate(given) if i in held]
+        say(f"no --validation_file: {len(held):,} of the {len(given):,} examples of "
+            f"{files.train_file} are for validation, a tenth of each class")
     return Task("custom", tuple(values), splits, left_out)
 
 
@@ -352,12 +352,14 @@ TASKS: dict[str, Callable[[TaskFiles], Task]] = {
 
 
 def load_task(
-    name: str, *, label_budget: int | None = None, label_seed: int | None = None, **files: Any
+    name: str, *, task_name: str | None = None, label_budget: int | None = None,
+    label_seed: int | None = None, **files: Any
 ) -> Task:
     """Read a labelled task.
 
     Args:
         name: a key of `TASKS`.
+        task_name: what to call it; None is `default_name`.
         label_budget, label_seed: as of `limit_labels`.
         files: the fields of `TaskFiles`: data_dir, or for `custom` train_file, test_file, ...
     Raises:
@@ -368,6 +370,7 @@ def load_task(
         raise ConfigError(f"--task {name!r}: known are {', '.join(TASKS)}")
     _check_fraction(name, files.get("test_fraction"))
     task = TASKS[name](TaskFiles(name, **files))
+    task = replace(task, name=task_name or default_name(name, files.get("train_file")))
     place = files.get("data_dir") or files.get("train_file")
     for split, examples in task.splits.items():
         if not examples:
@@ -375,6 +378,22 @@ def load_task(
     for line in describe_doubts(task):
         say(line)
     return limit_labels(task, label_budget, label_seed)
+
+
+def default_name(name: str, train_file: str | None) -> str:
+    """Return what a task is called where nobody says: a custom one after its training file.
+
+    A file that is called train, as most are, takes the name of its folder:
+    data/trec/train.csv.gz is "trec", and data/trec.csv too.
+    """
+    if name != "custom" or not train_file:
+        return name
+    path = train_file.partition("#")[0].removeprefix("hub:")
+    *above, file = [part for part in re.split(r"[/:\\]", path) if part not in ("", ".", "..")]
+    stem = re.sub(r"(\.(csv|tsv|jsonl|json|parquet|txt))?(\.(gz|zst))?$", "", file)
+    if re.fullmatch(r"train(ing)?([-_.]?(set|data|split))?", stem, re.IGNORECASE) and above:
+        stem = above[-1]
+    return visible(stem) or name
 
 
 def _check_fraction(name: str, fraction: float | None) -> None:
@@ -406,7 +425,7 @@ def limit_labels(task: Task, budget: int | None, seed: int | None = None) -> Tas
         (budget < classes, f"there are {classes:,} classes, and each needs an example"),
     ):
         if wrong:
-            raise ConfigError(f"--label_budget {budget}: --task {task.name}: {reason}; give "
+            raise ConfigError(f"--label_budget {budget}: task {task.name}: {reason}; give "
                               f"{classes:,} to {len(train):,}, or leave it out for all of them")
     chosen = choose_budget([example.item for example in train],
                            [example.label for example in train], budget,
@@ -435,6 +454,13 @@ def describe_doubts(task: Task) -> list[str]:
         lines.append(
             f"warning: task {task.name}: {len(rare):,} of {len(task.labels):,} classes have fewer "
             f"than 2 training examples: {shown}"
+        )
+    held = {example.label for example in task.splits["validation"]}
+    missing = [name for i, name in enumerate(task.labels) if found[i] and i not in held]
+    if missing:
+        lines.append(
+            f"warning: task {task.name}: {len(missing):,} of {len(task.labels):,} classes have no "
+            f"validation example: {', '.join(missing[:5])}" + ", ..." * (len(missing) > 5)
         )
     test = task.splits["test"]
     seen = {e.item for split in ("train", "validation") for e in task.splits[split]

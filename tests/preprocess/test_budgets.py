@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocess.corpus import load_task
-from preprocess.corpus.budgets import choose_budget
+from preprocess.corpus.budgets import choose_budget, choose_validation
 from preprocess.errors import ConfigError
 
 CLASSES = st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(0, 3)), min_size=1,
@@ -91,6 +91,32 @@ def test_the_choice_depends_on_the_seed_and_not_on_the_order():
     assert max(taken.values()) < 75 + 5 * 7.5
 
 
+@given(CLASSES)
+@settings(max_examples=100, deadline=None)
+def test_no_text_is_for_training_and_for_validation(examples):
+    texts, labels = zip(*examples, strict=True)
+    held = choose_validation(texts, labels)
+    assert held == sorted(set(held))
+    sides = {text: {i in held for i in range(len(texts)) if texts[i] == text} for text in texts}
+    assert all(len(side) == 1 for side in sides.values())
+    owners = {text: labels[texts.index(text)] for text in texts}
+    for label in set(owners.values()):
+        mine = [text for text in owners if owners[text] == label]
+        assert {side for text in mine for side in sides[text]} == (
+            {True, False} if len(mine) > 1 else {False})
+
+
+def test_a_tenth_of_each_class_is_for_validation():
+    sizes = (500, 94, 12, 2, 1)
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    texts = [f"text {i}" for i in range(len(labels))]
+    held = Counter(labels[i] for i in choose_validation(texts, labels))
+    assert held == {0: 50, 1: 9, 2: 1, 3: 1}
+    order = random.Random(0).sample(range(len(labels)), len(labels))
+    again = choose_validation([texts[i] for i in order], [labels[i] for i in order])
+    assert {order[i] for i in again} == set(choose_validation(texts, labels))
+
+
 @pytest.fixture()
 def files(tmp_path) -> dict[str, str]:
     rows = [f"a text of number {i},{('good', 'bad', 'bad', 'none')[i % 4]}" for i in range(80)]
@@ -110,6 +136,22 @@ def test_a_budget_limits_the_training_split_alone(files):
     assert task == load_task("custom", **files, label_budget=20, label_seed=42)
     assert task != load_task("custom", **files, label_budget=20, label_seed=7)
     assert load_task("custom", **files, label_budget=80) == whole
+
+
+def test_what_is_cut_for_validation_is_said(files, capsys):
+    del files["validation_file"]
+    task = load_task("custom", **files)
+    assert Counter(e.label for e in task.splits["validation"]) == {0: 4, 1: 2, 2: 2}
+    said = capsys.readouterr().out
+    assert f"no --validation_file: 8 of the 80 examples of {files['train_file']} are for" in said
+    load_task("custom", **files, validation_file=files["test_file"])
+    assert "no --validation_file" not in capsys.readouterr().out
+
+
+def test_a_class_without_a_validation_example_is_warned_of(files, tmp_path, capsys):
+    (tmp_path / "few.csv").write_text("text,label\na text,good\nanother,bad\n")
+    load_task("custom", **{**files, "validation_file": str(tmp_path / "few.csv")})
+    assert "1 of 3 classes have no validation example: none" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("budget", "message"), [

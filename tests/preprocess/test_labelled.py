@@ -14,6 +14,7 @@ import pytest
 
 from preprocess.corpus import load_task, read_documents
 from preprocess.corpus.advice import guess_encoding
+from preprocess.corpus.tasks import default_name
 from preprocess.errors import DataError
 
 GOOD = [{"text": f"text {i}", "label": i % 2} for i in range(60)]
@@ -42,7 +43,7 @@ def load(tmp_path, rows, ending="jsonl", **options):
 def test_a_label_that_is_none(tmp_path, ending, value, kind):
     rows = [{"text": "a", "label": value}, {"text": "b", "label": value}]
     place = "train.jsonl, line 1" if ending == "jsonl" else "train.parquet, row 1"
-    with pytest.raises(DataError, match=rf"{place}: column 'label' holds .*\({kind}\)") as caught:
+    with pytest.raises(DataError, match=rf"{place}: column 'label' holds .*\({kind}[;)]") as caught:
         load(tmp_path, rows, ending)
     assert str(value)[:5] in str(caught.value)
 
@@ -79,7 +80,7 @@ def test_rows_left_out_are_counted_and_said(tmp_path, capsys):
     task = load(tmp_path, GOOD, test_file=test)
     assert len(task.splits["test"]) == 1 and "train" not in task.left_out
     assert task.left_out == {"test": {"text": 2, "label": 1}}
-    assert ("task custom: 3 rows of test left out (2 without a text, 1 without a label)"
+    assert (f"task {tmp_path.name}: 3 rows of test left out (2 without a text, 1 without a label)"
             in capsys.readouterr().out)
 
 
@@ -137,11 +138,11 @@ def test_doubts_are_said_with_their_counts(tmp_path, capsys):
     test = write(tmp_path / "test2.jsonl", rows[:30] + [{"text": "new", "label": "1"}])
     load(tmp_path, rows, test_file=test)
     said = capsys.readouterr().out
-    assert "warning: task custom: 61 classes" in said
+    assert f"warning: task {tmp_path.name}: 61 classes" in said
     assert "1 of 61 classes have fewer than 2 training examples: zebra" in said
     assert "30 of 31 test examples are training or validation examples too" in said
     load(tmp_path, GOOD)
-    assert not capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------- other formats
@@ -218,3 +219,28 @@ def test_the_command_that_is_named_makes_a_table(tmp_path, name, content):
     subprocess.run(f"{sys.executable} {command}", shell=True, check=True)
     (made,) = set(tmp_path.iterdir()) - {tmp_path / name}
     assert list(read_documents([str(made)])) == ["x, y"]
+
+
+@pytest.mark.parametrize(("file", "expected"), [
+    ("data/trec.csv", "trec"),
+    ("data/trec/train.csv.gz", "trec"),
+    ("data/trec/Training_set.tsv", "trec"),
+    ("train.csv", "train"),
+    ("../train.csv", "train"),
+    ("data/my.data.v2.jsonl.zst", "my.data.v2"),
+    ("pypi:some-package==1.0/data/trec/train.parquet#sha256=ab/cd", "trec"),
+    ("hub:ag_news", "ag_news"),
+    ("hub:glue:sst2", "sst2"),
+    ("data/a\x1b[2Jb.csv", "a\\x1b[2Jb"),
+])
+def test_a_custom_task_is_called_after_its_file(file, expected):
+    assert default_name("custom", file) == expected
+    assert default_name("mr", file) == "mr"
+
+
+def test_a_task_is_called_as_it_was_said(tmp_path):
+    (tmp_path / "trec.csv").write_text("text,label\n" + "".join(
+        f"a text {i},{i % 2}\n" for i in range(30)))
+    files = {"train_file": str(tmp_path / "trec.csv"), "test_file": str(tmp_path / "trec.csv")}
+    assert load_task("custom", **files).name == "trec"
+    assert load_task("custom", **files, task_name="questions").name == "questions"

@@ -194,8 +194,6 @@ def test_what_is_started_and_libraries_follow_the_level(monkeypatch):
     from train.engine.group import load_deepspeed
     from train.model import load_tokenizer
 
-    monkeypatch.delenv("SELMASK_LOG_LEVEL", raising=False)
-
     def levels() -> tuple[int, int]:
         with pytest.raises(OSError, match="no such"):
             load_tokenizer("no such")

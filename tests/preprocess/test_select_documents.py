@@ -167,8 +167,8 @@ def test_more_than_there_are_takes_all_but_duplicates(files, tmp_path, capsys):
 def test_test_texts_are_counted_and_dropped(files, tmp_path, store, capsys):
     prefix = str(files / store)
     select(files, store, *task(files))
-    line = ("leakage: of 4 test texts of custom, the text holds 1 complete, 1 half covered by one "
-            "document, 2 with any 8 words in order")
+    line = (f"leakage: of 4 test texts of {files.name}, the text holds 1 complete, 1 half covered "
+            "by one document, 2 with any 8 words in order")
     said = capsys.readouterr().out
     assert line in said and "2 of 400 documents hold them" in said and "--drop_leaked" in said
     assert describe_leakage(prefix) == line
@@ -179,8 +179,8 @@ def test_test_texts_are_counted_and_dropped(files, tmp_path, store, capsys):
     before = documents(prefix)
     assert documents(tmp_path / "q") == [d for i, d in enumerate(before) if i not in (50, 60)]
     assert describe_leakage(str(tmp_path / "q")) == (
-        "leakage: of 4 test texts of custom, the text holds 0 complete, 0 half covered by one "
-        "document, 1 with any 8 words in order; 2 documents were dropped")
+        f"leakage: of 4 test texts of {files.name}, the text holds 0 complete, 0 half covered by "
+        "one document, 1 with any 8 words in order; 2 documents were dropped")
     record = json.loads(Path(f"{prefix}.leakage.json").read_text())
     assert record["documents_dropped"] == 0 and record["documents_leaked"] == 2
     os.remove(f"{prefix}.leakage.json")
@@ -189,13 +189,13 @@ def test_test_texts_are_counted_and_dropped(files, tmp_path, store, capsys):
 def test_test_texts_never_get_into_the_target(files, tmp_path, capsys):
     select(files, "bpe-1", *like(files, 100, tmp_path / "q"), *task(files), "--drop_leaked")
     said = capsys.readouterr().out
-    assert "1 of 61 texts hold a test text of custom and are left out, such as" in said
+    assert f"1 of 61 texts hold a test text of {files.name} and are left out, such as" in said
     assert SECRET in said and "60 texts" in said
     assert not any(split_words(SECRET)[3:] == split_words(text)[-9:]
                    for text in texts_of(tmp_path / "q"))
     only = tmp_path / "only.txt"
     only.write_text(SECRET + "\n")
-    with pytest.raises(DataError, match="no text but test texts of custom"):
+    with pytest.raises(DataError, match=f"no text but test texts of {files.name}"):
         select(files, "bpe-1", "--like", only, "--number", 5, "--output", tmp_path / "r",
                *task(files))
 

@@ -386,7 +386,7 @@ def test_labels_are_matched_by_name(task_files, make_classifier, no_process_grou
     assert task.labels == ("neg", "pos")
     assert annotate.match_labels(task, config, "M") == [1, 0]
     for labels in (["LABEL_0", "LABEL_1"], ["neg", "neutral", "pos"]):
-        with pytest.raises(ConfigError, match="--task custom has neg, pos; give a classifier"):
+        with pytest.raises(ConfigError, match=f"task {tmp_path.name} has neg, pos; give"):
             run(task_files, make_classifier(labels), tmp_path / "A")
     assert not (tmp_path / "A.json").exists()
 
@@ -697,7 +697,7 @@ def test_wrong_options_are_refused(task_files, make_classifier, no_process_group
 def test_dry_run_and_fixed_choice(task_files, make_classifier, no_process_group, tmp_path, capsys):
     folder = make_classifier(["neg", "pos"])
     run(task_files, folder, tmp_path / "A", "--dry_run", "--max_train_samples", "4")
-    assert "task custom: 4 training texts" in capsys.readouterr().out
+    assert f"task {tmp_path.name}: 4 training texts" in capsys.readouterr().out
     assert not (tmp_path / "A.json").exists()
     run(task_files, folder, tmp_path / "A", "--max_train_samples", "4")
     _, info = read(tmp_path / "A")

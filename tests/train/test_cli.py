@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 import selmask
+from preprocess import build_masks
+from preprocess.errors import ConfigError
 from preprocess.flags import OTHER, USUAL
-from train import cli, config
+from train import cli, config, report
 
 ROOT = Path(__file__).resolve().parents[2]
 WITH_GROUPS = [name for name, module in cli.MODULES.items() if not module.startswith("csrc")]
@@ -189,6 +191,15 @@ def test_spellings_that_are_not_shown_still_parse(words):
     for flag in ("--no_last_layer_subset", "--no-last-layer-subset"):
         assert not config.parse(config.PretrainConfig, [*needed, flag]).last_layer_subset
     assert config.parse(config.PretrainConfig, [*needed, "--last_layer_subset"]).last_layer_subset
+
+
+def test_an_unknown_flag_is_named_before_a_missing_one():
+    """Of the commands with a parser of their own."""
+    for command, words in ((build_masks, ["--tokenz", "P"]), (report, ["--outptu_dir", "x"])):
+        with pytest.raises(ConfigError, match=f"^unknown argument {words[0]}; did you mean --"):
+            command.parse_arguments(words)
+    with pytest.raises(ConfigError, match="the following arguments are required: .*--tokens"):
+        build_masks.parse_arguments([])
 
 
 # What a command without --dry_run does instead, so that it needs none.

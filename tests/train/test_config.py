@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from transformers import BertConfig
 
 from preprocess.errors import ConfigError
 from train import config
 from train.config import parse
+from train.model import fit_row_length
 
 # Each command and its required flags.
 REQUIRED = {
@@ -64,6 +66,9 @@ def test_launchers_spell_local_rank_in_two_ways():
         (["--label_budget", "1"], "2 or more"),
         (["--label_budget", "few"], "invalid .*'few'"),
         (["--label_seed", "7"], "and there is none; leave it out"),
+        (["--early_stopping", "0"], "1 or more"),
+        (["--metric", "loss", "--epoch", "last"], "is of --epoch best, and the last epoch is kept"),
+        (["--early_stopping", "2", "--label_budget", "9"], "as with every --label_budget; leave"),
         (["--weight_decay", "1.5"], "\\[0, 1\\)"),
         (["--warmup_ratio", "-0.1"], "\\[0, 1\\]"),
         (["--seed", "-1"], "2\\^32"),
@@ -79,3 +84,28 @@ def test_bad_values_are_refused_in_one_sentence(words, message):
     with pytest.raises(ConfigError, match=message) as error:
         parse(config.FinetuneConfig, [*good, *words])
     assert words[0].lstrip("-") in str(error.value) and "\n" not in str(error.value)
+
+
+@each_command
+def test_an_unknown_flag_is_named_before_a_missing_one(command):
+    for words in (["--outptu_dir", "r"], ["--learnign_rate=1"]):
+        with pytest.raises(ConfigError, match=f"^unknown argument {words[0]}"):
+            parse(command, words)
+
+
+def test_a_length_that_is_typed_is_refused_and_a_default_is_shortened(capsys):
+    """256 is the default of fine-tuning; the model has 128 positions."""
+    model = BertConfig(max_position_embeddings=128)
+    words = REQUIRED[config.FinetuneConfig]
+    fitted = fit_row_length(model, parse(config.FinetuneConfig, words))
+    assert fitted.max_seq_length == 128
+    assert capsys.readouterr().out == (
+        "max_seq_length: 128, all positions of this model (default: 256)\n")
+    for typed in (["--max_seq_length", "256"], ["--max_seq_length=200"]):
+        options = parse(config.FinetuneConfig, [*words, *typed]).replaced(seed=7)
+        with pytest.raises(ConfigError, match=f"^--max_seq_length {typed[-1][-3:]}: this model "
+                           "has 128 positions; give at most 128"):
+            fit_row_length(model, options)
+    options = parse(config.FinetuneConfig, [*words, "--max_seq_length", "64"])
+    assert fit_row_length(model, options) is options
+    assert capsys.readouterr().out == ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
+from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from train.config import FinetuneConfig
 from train.engine import Ranks, Resolved
 from train.model import load_classifier, load_tokenizer
 from train.run_dir import metrics
-from train.stages import examples, finetuning, supervised
+from train.stages import answers, examples, finetuning, supervised
 from train.stages.examples import IGNORED, Examples, make_examples, rank_share, weighted_loss
 
 RAGGED = [[2, 9, 3], [2, 8, 7, 6, 3], [2, 3], [2, 5, 5, 3], [2, 4, 3]]
@@ -31,7 +33,7 @@ RAGGED = [[2, 9, 3], [2, 8, 7, 6, 3], [2, 3], [2, 5, 5, 3], [2, 4, 3]]
 
 def text_examples(labels: list[int]) -> Examples:
     ids = [RAGGED[i % len(RAGGED)] for i in range(len(labels))]
-    return make_examples(ids, None, labels, [1.0, 1.0])
+    return make_examples(ids, None, labels, [1.0] * (1 + max(labels)))
 
 # --------------------------------------------------------------------------- batches
 
@@ -209,19 +211,21 @@ class FakeEngine:
 
 
 def loop(monkeypatch, tmp_path, engine, train, dev, *, micro, accumulation, assess,
-         stop=lambda: False, logging_steps=1, epoch="best"):
+         stop=lambda: False, logging_steps=1, epoch="best", select="accuracy", patience=None,
+         num_epochs=3):
     monkeypatch.setattr(
         supervised, "full_state_dict",
         lambda e: {k: v.clone() for k, v in e.module.state_dict().items()},
     )
     config = FinetuneConfig(
-        output_dir=str(tmp_path), model_name_or_path="m", task="custom", num_train_epochs=3,
-        logging_steps=logging_steps,
+        output_dir=str(tmp_path), model_name_or_path="m", task="custom",
+        num_train_epochs=num_epochs, logging_steps=logging_steps,
     )
     resolved = Resolved({}, micro, accumulation, micro * accumulation, "fp32", ())
     return supervised.train_and_select(
-        engine, resolved, train, dev, assess, config=config, seed=3, select="accuracy", epoch=epoch,
-        tags={}, class_weights=np.ones(2), pad_id=0, run_dir=tmp_path, device=torch.device("cpu"),
+        engine, resolved, train, dev, assess, config=config, seed=3, select=select, epoch=epoch,
+        patience=patience, tags={}, class_weights=np.ones(2), pad_id=0, run_dir=tmp_path,
+        device=torch.device("cpu"),
         records={"identity": {"command": "finetune"}, "numerics": {}}, hyperparameters={},
         stop=stop,
     )
@@ -295,6 +299,56 @@ def test_the_last_epoch_is_kept_and_it_alone_is_measured(monkeypatch, tmp_path):
     )
     assert found.best_epoch == 3 and found.best["accuracy"] == 0.2 and len(found.history) == 1
     assert torch.equal(found.best_state["weight"], engine.module.weight)
+
+
+def test_the_metric_that_is_asked_for_chooses_the_epoch(monkeypatch, tmp_path):
+    """Of the loss the smallest counts; of the others the largest, and the first of equals."""
+    shown = [(0.5, 0.1), (0.8, 0.6), (0.8, 0.7), (0.7, 0.7)]
+    chosen = {}
+    for select in ("accuracy", "macro_f1", "loss"):
+        values, losses = iter(shown), iter([0.9, 0.8, 0.95, 0.3])
+        monkeypatch.setattr(supervised, "mean_loss", lambda *words, losses=losses: next(losses))
+        chosen[select] = loop(
+            monkeypatch, tmp_path / select, FakeEngine(), text_examples([0, 1]),
+            text_examples([1]), micro=2, accumulation=1, select=select, num_epochs=4,
+            assess=lambda logits, values=values: dict(
+                zip(("accuracy", "macro_f1"), next(values), strict=True)),
+        ).best_epoch
+    assert chosen == {"accuracy": 2, "macro_f1": 3, "loss": 4}
+
+
+@pytest.mark.parametrize(("patience", "epochs", "best"), [
+    (1, 2, 1), (2, 5, 3), (3, 6, 3), (4, 8, 7), (None, 8, 7)])
+def test_early_stopping_ends_after_epochs_that_are_not_better(
+    monkeypatch, tmp_path, patience, epochs, best
+):
+    accuracies = iter([0.5, 0.4, 0.6, 0.6, 0.3, 0.5, 0.7, 0.7])
+    engine = FakeEngine()
+    found = loop(
+        monkeypatch, tmp_path, engine, text_examples([0, 1, 0, 1, 1]), text_examples([1]), micro=2,
+        accumulation=1, assess=lambda logits: {"accuracy": next(accuracies)}, patience=patience,
+        num_epochs=8,
+    )
+    assert (found.epochs, found.best_epoch, len(found.history)) == (epochs, best, epochs)
+    assert found.steps == engine.global_steps == 3 * epochs
+
+
+def test_balanced_classes_weigh_equally_in_the_loss():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = [0] * 6 + [2] * 3 + [3]
+    weights = examples.balanced_weights(labels, 5)
+    assert weights[[0, 2, 3]] == pytest.approx(compute_class_weight(
+        "balanced", classes=np.array([0, 2, 3]), y=np.array(labels)))
+    assert weights[1] == weights[4] == 1  # a class that does not occur
+    plain = text_examples(labels)
+    balanced = examples.reweighted(plain, weights)
+    assert balanced.mass.sum() == pytest.approx(len(labels))
+    # The validation loss is torch's own weighted mean.
+    logits = torch.randn(len(labels), 5, generator=torch.Generator().manual_seed(0))
+    expected = F.cross_entropy(logits, torch.tensor(labels), weight=torch.tensor(weights).float())
+    found = supervised.mean_loss(list(logits.numpy()), balanced, weights)
+    assert found == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(monkeypatch, tmp_path):
@@ -418,7 +472,7 @@ def test_a_classifier_near_the_majority_class_is_named(right, total, is_weak):
     labels = np.arange(total) % 2
     predictions = np.where(np.arange(total) < right, labels, 1 - labels)
     assert (binomial_tail(right, total, 0.5) >= 0.05) == is_weak
-    weak = finetune.find_weak(labels, predictions)
+    weak = answers.find_weak(labels, predictions)
     assert len(weak) == is_weak
     if is_weak and right:
         assert f"{right / total:.4f} on {total:,} examples is not clearly above 0.5000" in weak[0]
@@ -514,13 +568,16 @@ def test_a_seed_counts_as_finished_only_with_row_model_and_predictions(
 def test_the_command_trains_tests_and_skips_finished_seeds(
     tmp_path, tiny_encoder, labelled_files, run_command_line
 ):
-    run_dir = tmp_path / "run"
-    test = tmp_path / "test.csv"  # with two rows that are no example
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    run_dir = folder / "run"
+    shutil.copy(labelled_files["train"], folder / "train.csv")
+    test = folder / "test.csv"  # with two rows that are no example
     shutil.copy(labelled_files["test"], test)
     with open(test, "a") as file:
         file.write(",pos\na film,\n")
     command = [
-        "train/finetune.py", "--task", "custom", "--train_file", labelled_files["train"],
+        "train/finetune.py", "--task", "custom", "--train_file", str(folder / "train.csv"),
         "--test_file", str(test), "--max_train_samples", "40",
         "--model_name_or_path", tiny_encoder, "--output_dir", str(run_dir),
         "--num_train_epochs", "2", "--max_seq_length", "32", "--train_batch_size", "16",
@@ -591,7 +648,20 @@ def check_seed(seed_dir, row):
     assert len(answers) == row["num_test"] == 30 and row["num_train"] == 40
     right = np.mean([answer["prediction"] == answer["label"] for answer in answers])
     assert right == pytest.approx(row["test_accuracy"])
-    assert all(sum(a["probabilities"]) == pytest.approx(1, abs=1e-5) for a in answers)
+    names = ("neg", "pos")
+    for answer in answers:
+        assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert answer["prediction"] == int(np.argmax(answer["probabilities"]))
+        assert answer["prediction_name"] == names[answer["prediction"]]
+    with open(seed_dir.parent.parent / "test.csv", newline="") as file:
+        given = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    told = [(answer["text"], answer["label_name"]) for answer in answers]
+    assert told == [pair for pair in given if all(map(str.strip, pair))]
+    counted = Counter((answer["label"], answer["prediction"]) for answer in answers)
+    assert row["confusion_matrix"] == [[counted[i, j] for j in range(2)] for i in range(2)]
+    assert [row["per_class"][name]["recall"] for name in names] == pytest.approx(
+        [counted[i, i] / (counted[i, 0] + counted[i, 1]) for i in range(2)])
+    assert row["task"] == seed_dir.parents[1].name == "reviews"
     model = AutoModelForSequenceClassification.from_pretrained(seed_dir / "hf")
     assert model.config.id2label == {0: "neg", 1: "pos"} == dict(enumerate(row["labels"]))
     assert AutoTokenizer.from_pretrained(seed_dir / "hf").mask_token == "[MASK]"

@@ -28,7 +28,8 @@ from train import engine as ds
 
 SMALL = {"max_seq_length": 16, "train_batch_size": 8, "learning_rate": 1e-3}
 # Where a result lies, and what is done about one that is there.
-PLACES = {"output_dir", "output", "name", "resume", "overwrite", "dry_run", "local_rank"}
+PLACES = {"output_dir", "output", "name", "resume", "overwrite", "dry_run", "local_rank",
+          "log_level"}
 
 
 @dataclass
@@ -198,14 +199,13 @@ def finetune(folder, task, still_encoder, other_encoder, other_json) -> Case:
         "max_train_samples": ({"max_train_samples": 20}, r"--max_train_samples .* 24, .* has 20"),
         "max_eval_samples": ({"max_eval_samples": 10}, "--max_eval_samples 20, .* has 10"),
         "epoch": ({"epoch": "best"}, "--epoch last, .* has best"),
-        "metric": ({"metric": "loss", "epoch": "best"}, "--metric accuracy, .* has loss"),
-        "early_stopping": ({"early_stopping": 2, "epoch": "best"},
-                           "--early_stopping none, .* has 2"),
+        **{name: ({"epoch": "best", name: value}, "--epoch last, .* has best")
+           for name, value in (("metric", "loss"), ("early_stopping", 2))},
         "class_weights": ({"class_weights": "balanced"}, "--class_weights none, .* has balanced"),
         **BUDGET,
     }
     # A seed is a run of its own: others may be added to those that are there.
-    free = {**FREE, "seed": 7, "per_device_eval_batch_size": 5}
+    free = {**FREE, "seed": 7, "per_device_eval_batch_size": 5, "task_name": "reviews"}
     return Case("train/finetune.py", options.FinetuneConfig, flags, "seed 13: finished already",
                 decides, free, {"seeds", "also", "push_to_hub", "hub_private", *OF_MR})
 
@@ -271,7 +271,8 @@ def annotate(folder, task, still_encoder) -> Case:
         **BUDGET,
     }
     free = {"batch_tokens": 64, "logging_steps": 3, "trust_remote_code": True, "dtype": "fp16",
-            "validation_file": task[0]["train_file"], "test_file": task[0]["train_file"]}
+            "validation_file": task[0]["train_file"], "test_file": task[0]["train_file"],
+            "task_name": "reviews"}
     return Case("train/annotate.py", options.AnnotateConfig, flags, "finished already", decides,
                 free, {"task", "data_dir", *OF_MR})
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from train.reports.intervals import paired_difference
+from train.reports.intervals import estimate, macro_f1_values, paired_difference
 
 
 def simulated(generator, shape, pretrain=0.0, finetune=0.0, item=1.0, mean=0.0, shared=0.0
@@ -141,6 +141,59 @@ def test_more_power_and_confidence_need_larger_differences():
     assert difference(delta, power=0.9).detectable > usual.detectable
     stricter = difference(delta, confidence=0.99)
     assert stricter.detectable > usual.detectable and stricter.low < usual.low
+
+
+def guesses_of(generator, truth, seeds=(3, 3), pretrain=0.4, finetune=0.3) -> np.ndarray:
+    """Answers `(P, S, N)` to three classes, the rare one hard; items and seeds vary in ease."""
+    ease = (np.array([1.5, 1.0, 0.2])[truth] + generator.normal(0, 0.7, len(truth))
+            + generator.normal(0, pretrain, (seeds[0], 1, 1))
+            + generator.normal(0, finetune, (*seeds, 1)))
+    right = generator.random(ease.shape) < 1 / (1 + np.exp(-ease))
+    other = (truth + 1 + (generator.random(ease.shape) < 0.3)) % 3
+    return np.where(right, truth, other)
+
+
+def test_values_of_macro_f1_by_hand():
+    # Classes 0 and 1: hits 1 and 1, items that have or were given them 3 and 3; class 2 nowhere.
+    truth, guesses = np.array([0, 0, 1]), np.array([[[0, 1, 1]]])
+    values = macro_f1_values(truth, guesses, 3)
+    assert values.mean() == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    # The derivative by an item's weight: F1 with that item counted 1 + h times.
+    hits, total = np.array([1.0, 1.0]), np.array([3.0, 3.0])
+    for item, (a, b) in enumerate(zip(truth, guesses[0, 0], strict=True)):
+        step = 1e-6
+        more, all_of = hits.copy(), total.copy()
+        more[a] += step * (a == b)
+        all_of[a] += step
+        all_of[b] += step
+        slope = ((2 * more / all_of).sum() - (2 * hits / total).sum()) / 3 / step
+        assert values[0, 0, item] - values.mean() == pytest.approx(3 * slope, abs=1e-4)
+
+
+def test_each_mean_of_the_values_is_the_macro_f1_of_its_cell():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(10)
+    truth = generator.choice(3, 200, p=(0.5, 0.35, 0.15))
+    guesses = guesses_of(generator, truth, (2, 3))
+    found = macro_f1_values(truth, guesses, 3).mean(axis=2)
+    for p, s in np.ndindex(2, 3):
+        assert found[p, s] == pytest.approx(
+            metrics.f1_score(truth, guesses[p, s], average="macro"))
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "accuracy"])
+def test_an_interval_of_one_arm_covers_the_truth(metric):
+    """500 studies of answers, right or wrong: at least 93 % (two standard errors: 2.2 points)."""
+    generator = np.random.default_rng(11)
+
+    def study(items: int, seeds=(3, 3)) -> np.ndarray:
+        truth = generator.choice(3, items, p=(0.5, 0.35, 0.15))
+        guesses = guesses_of(generator, truth, seeds)
+        return macro_f1_values(truth, guesses, 3) if metric == "macro_f1" else guesses == truth
+
+    true = np.mean([study(2000, (20, 1)).mean() for _ in range(200)])
+    found = [estimate(np.asarray(study(250), dtype=np.float64)) for _ in range(500)]
+    assert np.mean([e.low <= true <= e.high for e in found]) > 0.93 - 0.022
 
 
 def test_sign_and_refusals():

@@ -192,11 +192,7 @@ class Fake:
 
     def run(self, steps: list[pipeline.Step], *flags: str, gpus: tuple[str, ...] = ()) -> None:
         options = self.options(*(flags if "--jobs" in flags else ("--jobs", "2", *flags)))
-        journal = pipeline.Journal(self.root)
-        if options.jobs > 1:
-            jobs_room.run_side_by_side(steps, journal, options, list(gpus))
-        else:
-            run_room.run_steps(steps, journal, options)
+        jobs_room.run_side_by_side(steps, pipeline.Journal(self.root), options, list(gpus))
 
     def told(self, name: str) -> dict:
         return json.loads((self.root / f"{name}.json").read_text())
@@ -213,6 +209,25 @@ def fake(tmp_path) -> Fake:
 
 def report(fake: Fake, **options) -> pipeline.Step:
     return fake.step("report", outputs=[], records=[], **options)
+
+
+def test_until_takes_steps_of_a_name_or_a_prefix_and_what_they_need(fake):
+    steps = [fake.step("vocabulary"), fake.step("tokenize-general", "vocabulary"),
+             fake.step("tokenize-domain", "vocabulary"), fake.step("tokenizer"),
+             fake.step("stage1", "tokenize-general"), report(fake)]
+
+    def names(until: str) -> list[str]:
+        return [step.name for step in pipeline.up_to(steps, until)]
+
+    assert names("tokenize") == ["vocabulary", "tokenize-general", "tokenize-domain"]
+    assert names("stage1") == ["vocabulary", "tokenize-general", "stage1"]
+    assert names("tokenizer") == ["tokenizer"]
+    assert names("report") == [step.name for step in steps]
+    for until, hint in (("tokenise", "did you mean tokenizer or tokenize-"),
+                        ("domain", "did you mean tokenize-domain?"), ("token", "tokenizer"),
+                        ("x-1", "--dry_run lists all 6"), ("", "--dry_run lists")):
+        with pytest.raises(ConfigError, match=f"--until {until}: no step of this recipe.*{hint}"):
+            names(until)
 
 
 def test_steps_run_side_by_side_in_the_order_of_their_needs(fake, capsys):
@@ -234,15 +249,16 @@ def test_steps_run_side_by_side_in_the_order_of_their_needs(fake, capsys):
         assert capsys.readouterr().out.count("finished, skipped") == 3
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "python"])
-def test_a_failure_stops_what_needs_it_and_nothing_else(fake, capsys, launcher):
+@pytest.mark.parametrize(("launcher", "jobs"), [
+    ("deepspeed", "2"), ("python", "2"), ("python", "1")])
+def test_a_failure_stops_what_needs_it_and_nothing_else(fake, capsys, launcher, jobs):
     def steps(code: str) -> list[pipeline.Step]:
         return [fake.step("one"), fake.step("bad", code=code, wait="one"), fake.step("two", "one"),
                 fake.step("after", "bad"), fake.step("later", "after two"),
                 fake.step("three", "two"), report(fake)]
 
     with pytest.raises(SystemExit) as ended:
-        fake.run(steps("4"), "--launcher", launcher)
+        fake.run(steps("4"), "--launcher", launcher, "--jobs", jobs)
     assert ended.value.code == 4
     assert fake.finished() == {"one", "two", "three"}
     told = capsys.readouterr()
@@ -272,6 +288,30 @@ def test_the_first_failure_gives_the_exit_code_and_what_is_there_is_reported(fak
     assert "step two was killed, as the system does for want of memory (exit code 137)" in told.err
     assert "step three ran out of memory (exit code 1); type the command again with fewer" in (
         told.err)
+
+
+def test_one_step_at_a_time_out_of_memory_stops_what_needs_it_alone(fake, capsys):
+    with pytest.raises(SystemExit) as ended:
+        fake.run([fake.step("one", text="say MemoryError", code="1"), fake.step("two"),
+                  fake.step("three", "one")], "--jobs", "1")
+    assert ended.value.code == 1 and fake.finished() == {"two"}
+    told = capsys.readouterr()
+    assert "step one ran out of memory (exit code 1); give it smaller batches" in told.err
+    assert "--jobs" not in told.err and "  hello from two.json\n" in told.out
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "python"])
+def test_steps_inherit_no_rank_from_the_shell(fake, monkeypatch, launcher):
+    """Of a shell that a launcher has left, two side by side would listen on one port."""
+    fake.script.write_text(SCRIPT.replace('"threads": ', '"rank": {name: os.environ.get(name) for '
+                                          f'name in {run_room.RANK_VARIABLES}}}, "threads": '))
+    for name in run_room.RANK_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    fake.run([fake.step("one")], "--launcher", launcher, "--jobs", "1")
+    assert set(fake.told("one")["rank"].values()) == {None}
+    # On many nodes they are left alone: a cluster may say there where the first node is.
+    run_room.run_steps([fake.step("two")], pipeline.Journal(fake.root), fake.options())
+    assert set(fake.told("two")["rank"].values()) == {"1"}
 
 
 def test_what_is_missing_weak_or_made_otherwise_fails_that_step_alone(fake, capsys):
@@ -304,10 +344,10 @@ def test_what_is_missing_weak_or_made_otherwise_fails_that_step_alone(fake, caps
 
 
 def test_a_step_that_cannot_be_started_fails_alone(fake, monkeypatch, capsys):
-    def start(command: list[str], more: dict[str, str]):
+    def start(command: list[str], changes: dict[str, str | None]):
         if "bad" in command:
             raise OSError(12, "Cannot allocate memory")
-        return spawn(command, more)
+        return spawn(command, changes)
 
     spawn = run_room.spawn
     monkeypatch.setattr(run_room, "spawn", start)
@@ -490,10 +530,10 @@ def test_each_job_has_a_gpu_a_port_and_threads(fake, monkeypatch):
     """Jobs spread over the GPUs; the launcher is not told a number, or it would take the first."""
     seen = []
 
-    def start(command: list[str], more: dict[str, str]):
-        seen.append((command, more))
+    def start(command: list[str], changes: dict[str, str | None]):
+        seen.append((command, changes.get("CUDA_VISIBLE_DEVICES")))
         at = command.index(str(fake.script))
-        return spawn([sys.executable, *command[at:]], more)
+        return spawn([sys.executable, *command[at:]], changes)
 
     spawn = run_room.spawn
     monkeypatch.setattr(run_room, "spawn", start)
@@ -502,10 +542,10 @@ def test_each_job_has_a_gpu_a_port_and_threads(fake, monkeypatch):
     fake.run([fake.step("text"), *steps], "--jobs", "5", gpus=("2", "7"))
     assert [fake.told(name)["gpu"] for name in names] == ["2", "7", "2", "7"]
     ports = set()
-    for command, more in seen:
-        assert ("deepspeed.launcher.runner" in command) == bool(more)
+    for command, gpu in seen:
+        assert ("deepspeed.launcher.runner" in command) == bool(gpu)
         assert "--num_gpus" not in command
-        if more:
+        if gpu:
             ports.add(command[command.index("--master_port") + 1])
     assert len(ports) == 4 and len(seen) == 5
     step, options = steps[0], fake.options("--jobs", "2")

@@ -77,7 +77,8 @@ def test_a_hostfile_is_read_as_by_deepspeed(tmp_path):
     assert nodes.read_hostfile(str(path)) == dict(fetch_hostfile(str(path)))
 
 
-def test_launched_steps_name_the_nodes(tmp_path, recipe, capsys):
+def test_launched_steps_name_the_nodes(tmp_path, recipe, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "dry_run", lambda *rest: None)  # the files are not there
     (tmp_path / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
     flags = ["--recipe", recipe, "--output_dir", str(tmp_path / "R"),
              "--hostfile", f"{tmp_path}/hosts", "--dry_run"]

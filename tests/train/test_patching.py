@@ -14,7 +14,7 @@ from torch.nn import functional
 import csrc
 from preprocess.errors import ConfigError
 from tests.support.models import SMALL, VOCAB, tiny_config
-from train.model import FAMILIES, patch, unpatch
+from train.model import FAMILIES, checkpoint_activations, patch, unpatch
 
 NAMES = sorted(FAMILIES)
 NONE = -100
@@ -153,6 +153,48 @@ def test_under_autocast_the_loss_is_that_of_the_plain_model(training):
     assert abs(found - exact) < max(2 * abs(expected - exact), 2e-2)
     assert abs(found - exact) > 0  # bfloat16 was used
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", ["compiled", "checkpointed"])
+def test_compiling_and_checkpointing_change_nothing(how):
+    plain, model = masked_lm("bert").train(), patch(masked_lm("bert")).train()
+    if how == "compiled":
+        found = torch.compile(model, backend="eager")(**batch()).loss
+        torch.compiler.reset()
+    else:
+        checkpoint_activations(model)
+        found = model(**batch()).loss
+    expected = plain(**batch()).loss
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    for loss in (found, expected):
+        loss.backward()
+    for name, gradient in gradients(plain).items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients(model)[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("family", NAMES)
+def test_on_a_gpu_loss_and_gradients_are_those_of_the_plain_model(family, dtype, tolerance):
+    """Triton's kernels, in the dtype of autocast."""
+    plain, model = masked_lm(family).cuda().train(), patch(masked_lm(family)).cuda().train()
+    inputs = {name: value.cuda() for name, value in batch().items()}
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+        expected, found = plain(**inputs).loss, model(**inputs).loss
+    torch.testing.assert_close(found, expected.float(), rtol=tolerance, atol=tolerance)
+    for one in (expected, found):
+        one.backward()
+    for name, gradient in gradients(plain).items():
+        if gradient is not None:
+            close = (gradients(model)[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-4
+            assert close, name
+    empty = {name: value.cuda() for name, value in batch(counts=(0, 0)).items()}
+    assert model(**empty).loss.item() == 0
+    inputs["labels"][0, 0] = VOCAB
+    with pytest.raises(ValueError, match=f"labels hold {VOCAB}"):
+        model(**inputs)
 
 
 def test_labels_that_fit_no_logit_are_refused():

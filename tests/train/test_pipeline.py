@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from tests.support.launch import launch_environment
 from tests.support.runs import read_csv
 from train import data, pipeline
 from train.data import row_tables
+from train.recipes import jobs as jobs_room
 from train.recipes import run as run_room
 from train.recipes.recipe import REPOSITORY, load_recipe
-from train.reports.results import DIFFERENCE_COLUMNS, TABLE_COLUMNS
+from train.reports.compare import DIFFERENCE_COLUMNS, TABLE_COLUMNS
 from train.run_dir import metrics
 
 RECIPE = REPOSITORY / "train" / "recipes" / "custom.yaml"
@@ -72,14 +74,22 @@ def run_pipeline(run_here, still_encoder, reviews_file, labelled_files):
     def run(root: Path, *flags: str) -> list[str]:
         ran = []
 
-        def run_process(command: list[str], log_path: Path, warm: bool) -> int:
+        def call(command: list[str], changes: dict):
             assert command[0] == sys.executable
-            ran.append(log_path.stem.split("-", 1)[1])
             run_here(*command[1:])
-            return 0
+            reader, writer = os.pipe()
+            os.close(writer)
+            return os.fdopen(reader, "rb", 0), 0, lambda: 0
+
+        class Job(jobs_room.Job):
+            def __init__(self, step: pipeline.Step, *rest) -> None:
+                if step.compute is None:
+                    ran.append(step.name)
+                super().__init__(step, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_room, "run_process", run_process)
+            patch.setattr(run_room, "fork", call)
+            patch.setattr(jobs_room, "Job", Job)
             pipeline.main([
                 "--recipe", str(RECIPE), "--output_dir", str(root), "--launcher", "python",
                 "--go_on", *flags, "--set", *settings(still_encoder, reviews_file, labelled_files),
@@ -118,11 +128,11 @@ def counts_of(store: TokenStore, name: str) -> np.ndarray:
     return np.diff(np.searchsorted(index, shard.sequence_offsets))
 
 
-def test_the_table_compares_the_arms_and_the_floors(finished):
+def test_the_table_compares_the_arms_and_the_floors(finished, labelled_files):
     rows = read_csv(finished[0] / "report" / "table.csv")
     assert tuple(rows[0]) == TABLE_COLUMNS
     assert [row["arm"] for row in rows] == [
-        arm for arm in (*ARMS, "naive_bayes", "untrained") for _ in ("accuracy", "macro_f1")
+        arm for _ in ("accuracy", "macro_f1") for arm in (*ARMS, "naive_bayes", "untrained")
     ]
     by_arm = {row["arm"]: row for row in rows if row["metric"] == "accuracy"}
     for arm in ARMS:
@@ -130,10 +140,14 @@ def test_the_table_compares_the_arms_and_the_floors(finished):
         results = [json.loads(line) for line in
                    (finished[0] / "finetune" / ARMS[arm] / "results.jsonl").open()]
         mean = np.mean([result["test_accuracy"] for result in results])
-        assert row["task"] == "custom" and row["seeds"] == str(len(SEEDS))
+        assert row["task"] == Path(labelled_files["train"]).parent.name
+        assert row["seeds"] == str(len(SEEDS))
         assert float(row["mean"]) == pytest.approx(mean, abs=1e-4)
-        assert int(row["steps"]) == (2 if arm == "none" else 2 + STEPS)  # stage 1 counts as well
-    assert by_arm["selective"]["masked_tokens"] == by_arm["random_matched"]["masked_tokens"]
+        assert int(row["steps"]) == (0 if arm == "none" else STEPS)
+        assert float(row["low"]) < mean < float(row["high"])
+    guided = {row["arm"]: row for row in read_csv(finished[0] / "report" / "stage2_runs.csv")}
+    assert guided["selective"]["masked_tokens"] == guided["random_matched"]["masked_tokens"]
+    assert float(guided["selective"]["epochs"]) > 0
     differences = read_csv(finished[0] / "report" / "differences.csv")
     assert tuple(differences[0]) == DIFFERENCE_COLUMNS
     assert {(row["arm"], row["against"]) for row in differences} == {
@@ -169,8 +183,9 @@ def test_arms_of_shared_scores_are_added_to_a_finished_run(copy, run_pipeline, c
                      for name in ("mixed", "mixed-epoch1"))
     assert not np.array_equal(first, second)
     rows = {row["arm"]: row for row in read_csv(copy / "report" / "table.csv")}
-    assert [rows["best"][key] for key in ("strategy", "scores", "units")] == [
-        "top", "words", "words"]
+    assert [rows["best"][key] for key in ("strategy", "scores")] == ["top", "words"]
+    told = {row["arm"]: row for row in read_csv(copy / "report" / "arms.csv")}
+    assert told["best"]["units"] == "words"
     shared = {row["step"]: row["arms"] for row in read_csv(copy / "report" / "masking.csv")}
     assert shared["score-words"] == "control, best, mixed"
     assert "leakage: of " in capsys.readouterr().out

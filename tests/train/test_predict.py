@@ -267,8 +267,8 @@ def test_a_model_that_would_predict_noise_is_refused(tmp_path, model, tiny_encod
     twice = changed(model, tmp_path / "c", id2label={"0": "x", "1": "x"}, label2id={"x": 0})
     for name, message in (
         (tiny_encoder, "holds BertForPreTraining, not one for SequenceClassification; give a fine"),
-        (several, "multi_label_classification with 2 labels"),
-        (number, "a single output with 1 labels"),
+        (several, "gives several labels for one text .multi-label."),
+        (number, "gives a number and no classes"),
         (twice, "two of its labels have the same name"),
     ):
         with pytest.raises(ConfigError, match=message) as error:

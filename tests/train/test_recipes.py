@@ -38,10 +38,12 @@ from train.recipes.arms import WORD_FLAGS
 from train.recipes.recipe import (
     MASK_FLAGS,
     REPOSITORY,
+    SECTIONS,
     TOKENIZE_FLAGS,
     VOCABULARY_FLAGS,
     load_recipe,
 )
+from train.recipes.values import check_value
 
 RECIPES = sorted((REPOSITORY / "train" / "recipes").glob("*.yaml"))
 CONFIGS = {
@@ -131,6 +133,20 @@ def test_flags_of_preprocess_sections_exist():
     assert set(MASK_FLAGS) <= set(vars(args))
     args = score_words.parse_arguments([*given, "--measure", "tfidf"])
     assert set(WORD_FLAGS) <= set(vars(args))
+
+
+@pytest.mark.parametrize("value", ["word", 7, True, [1], {"a": 1}])
+def test_every_flag_of_a_recipe_can_be_checked(value):
+    """Whatever the kind of an option, a value is taken or refused in words."""
+    for section, options in SECTIONS.items():
+        for name, option in options.items():
+            try:
+                check_value(value, option, f"{section}.{name}")
+            except ConfigError as error:
+                assert str(error).startswith(f"{section}.{name} ")
+    assert check_value("last", SECTIONS["finetune"]["epoch"], "finetune.epoch") == "last"
+    with pytest.raises(ConfigError, match="finetune.epoch 'first': must be best or last"):
+        check_value("first", SECTIONS["finetune"]["epoch"], "finetune.epoch")
 
 
 def test_set_replaces_variables_and_settings(tmp_path):
@@ -248,7 +264,8 @@ def test_models_and_stores_between_steps_are_those_that_steps_write(tmp_path, pa
                 assert any(value == w or value.startswith(w + "/") for w in written), (name, value)
 
 
-def test_dry_run_prints_commands_that_a_shell_reads_back(tmp_path, capsys):
+def test_dry_run_prints_commands_that_a_shell_reads_back(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "dry_run", lambda *rest: None)  # the files are not there
     path = write_recipe(tmp_path, MINIMAL.replace("data_dir: D", "data_dir: 'D #1'"))
     output = tmp_path / "R"
     pipeline.main(["--recipe", str(path), "--output_dir", str(output), "--dry_run",
@@ -294,7 +311,7 @@ def chain(tmp_path):
             for name, text, code, needs in (
                 ("one", first, codes[0], []), ("two", second, codes[1], ["one"]))
         ]
-        pipeline.run_steps(steps, pipeline.Journal(root), options)
+        pipeline.run_side_by_side(steps, pipeline.Journal(root), options, [])
 
     run.root = tmp_path / "R"
     return run
@@ -383,7 +400,7 @@ def test_failures_stop_the_pipeline_with_their_code(chain, capsys):
     error = capsys.readouterr().err
     assert "step one failed with exit code 3" in error and "logs/01-one.log" in error
     assert not (chain.root / "two.json").exists()
-    with pytest.raises(StopRequested, match="step one stopped on request"):
+    with pytest.raises(StopRequested, match="stopped on request: one; the same command"):
         chain("1", "2", ("75", "0"), "--rerun")
 
 

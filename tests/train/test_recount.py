@@ -19,7 +19,7 @@ from tests.support.runs import pretrained
 from train import data
 from train.bench.maskings import cost
 from train.model import flops
-from train.reports import results
+from train.reports import compare, results
 from train.run_dir import metrics
 from train.run_dir.hf_folder import read_stages
 
@@ -161,7 +161,7 @@ def test_figures_of_a_classifier(tmp_path, tiny_encoder, labelled_files, run_her
     # The report counts both again from the predictions, and agrees.
     found = results.read_finetune_run(run)
     assert found.notes == []
-    table = results.table_rows([results.Arm("a", [found])])
+    table = compare.table_rows([results.Arm("a", [found])])
     shown = {line["metric"]: line["mean"] for line in table}
     assert shown == {"accuracy": f"{accuracy:.4f}", "macro_f1": f"{f1:.4f}"}
 

@@ -14,7 +14,8 @@ from preprocess.errors import ConfigError, DataError
 from preprocess.files import WriterLock
 from tests.support.runs import made_up_stage, read_csv, write_lineage
 from train import report
-from train.reports.page import Picture, as_html
+from train.reports.compare import TABLE_COLUMNS
+from train.reports.page import Picture, ReportPage, Section, as_html
 from train.run_dir.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
 
 
@@ -94,7 +95,7 @@ def write_pipeline(root: Path, lengths=(None,), pretrain_seeds=(1, 2)) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch):
     """Spare a test the seconds of figures that it does not look at."""
-    monkeypatch.setattr(report, "draw", lambda groups, curves: ([], []))
+    monkeypatch.setattr(report, "draw", lambda groups, curves, comparisons: ({}, []))
 
 
 def write_report(tmp_path: Path, *folders: Path) -> Path:
@@ -113,20 +114,22 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     write_pipeline(tmp_path / "R")
     output = write_report(tmp_path)
     rows = read_csv(output / "table.csv")
-    assert list(rows[0]) == ["arm", "strategy", "scores", "units", "task", "metric", "mean", "sd",
-                             "seeds", "masked_tokens", "steps", "seconds"]
+    assert tuple(rows[0]) == TABLE_COLUMNS
     accuracy = {row["arm"]: row for row in rows if row["metric"] == "accuracy"}
     assert list(accuracy) == ["none", "random_matched", "selective", "naive_bayes"]
     assert accuracy["selective"]["seeds"] == "6" and accuracy["none"]["seeds"] == "3"
-    assert accuracy["selective"]["steps"] == "150"
     assert accuracy["naive_bayes"]["sd"] == ""
+    low, mean, high = (float(accuracy["selective"][key]) for key in ("low", "mean", "high"))
+    assert 0 < low < mean < high <= 1
     costs = {row["arm"]: row for row in read_csv(output / "costs.csv")}
+    nothing = dict.fromkeys(("classifier", "annotate", "scorer", "masks", "scores"), "0")
+    rest = {"labels": "", "share_of_full": "", "finetune": ""}  # one length: there is no fuller one
     assert costs["none"] == {
         "arm": "none", "general": "200", "masking": "0", "task_guided": "0", "total": "200",
-        "masking_share": "0.000", "share_of_full": ""}  # one length: there is no fuller one
+        "masking_share": "0.000", **nothing, **rest}
     assert costs["selective"] == {
         "arm": "selective", "general": "200", "masking": "35", "task_guided": "115",
-        "total": "350", "masking_share": "0.100", "share_of_full": ""}
+        "total": "350", "masking_share": "0.100", **nothing, "scorer": "30", "masks": "5", **rest}
     differences = read_csv(output / "differences.csv")
     assert [(row["arm"], row["against"]) for row in differences] == [
         ("random_matched", "none"), ("selective", "none"), ("selective", "random_matched")]
@@ -138,7 +141,7 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     assert out.index("Pre-training runs") < out.index("Results") < out.index("Differences")
     page = (output / "report.html").read_text()
     assert all(part in page for part in ("Results", "Differences", "Notes", "random_matched"))
-    assert page.count("data:image/png") == 3 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png") == 4 and "http" not in page.replace("http-equiv", "")
 
 
 def write_policies(root: Path) -> Path:
@@ -170,10 +173,12 @@ def test_arms_are_told_by_their_policy_and_compared_with_their_controls_first(
     write_policies(tmp_path / "R")
     output = write_report(tmp_path)
     rows = [row for row in read_csv(output / "table.csv") if row["metric"] == "accuracy"]
-    assert [[row[key] for key in ("arm", "strategy", "scores", "units")] for row in rows] == [
-        ["guess", "random_matched", "", ""], ["best", "selective", "words", "words"],
-        ["rest", "selective_fill", "words", ""], ["draws", "random", "", ""],
-        ["none", "none", "", ""]]
+    assert [[row[key] for key in ("arm", "strategy", "scores")] for row in rows] == [
+        ["guess", "random_matched", ""], ["best", "selective", "words"],
+        ["rest", "selective_fill", "words"], ["draws", "random", ""], ["none", "none", ""]]
+    told = {row["arm"]: row for row in read_csv(output / "arms.csv")}
+    assert told["best"]["units"] == "words" and told["guess"]["matches"] == "best"
+    assert "above 0, best first" in told["best"]["rule"]
     pairs = [(row["arm"], row["against"]) for row in read_csv(output / "differences.csv")]
     assert pairs[:8] == [
         ("guess", "none"), ("guess", "draws"), ("best", "none"), ("best", "draws"),
@@ -249,7 +254,7 @@ def test_runs_that_still_train_give_curves_and_no_table(tmp_path, capsys):
     output = write_report(tmp_path, tmp_path / "run")
     assert "No table of results" in capsys.readouterr().out
     assert {path.name for path in output.iterdir()} == {
-        "loss.png", "pretraining.csv", "report.html"}
+        "loss.png", "pretraining.csv", "report.html", "report.md"}
 
 
 def test_no_run_at_all_is_an_error(tmp_path):
@@ -266,7 +271,8 @@ def test_without_matplotlib_there_is_a_table_and_a_sentence(tmp_path, capsys, mo
     write_finetune(tmp_path / "a", 0.7)
     output = write_report(tmp_path, tmp_path / "a")
     assert "matplotlib is not installed" in capsys.readouterr().out
-    assert {path.name for path in output.iterdir()} == {"table.csv", "report.html"}
+    assert {path.name for path in output.iterdir()} == {
+        "table.csv", "report.html", "report.md", "provenance.csv", "arms.csv"}
 
 
 def test_runs_of_different_tasks_are_kept_apart(tmp_path, capsys, no_figures):
@@ -372,6 +378,6 @@ def test_names_from_outside_are_text_in_the_page(tmp_path, no_figures):
     page = (output / "report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x" in page
     picture, evil = Picture("loss", '"><script>', b"\x89PNG bytes"), "<script>alert(1)</script>"
-    page = as_html("t", [], [picture], [evil])
-    assert "<script" not in page and page.count("&lt;script&gt;") == 3
+    page = as_html(ReportPage("t", [Section(evil, [picture], [evil], evil)]))
+    assert "<script" not in page and page.count("&lt;script&gt;") == 5
     assert '<img alt="&quot;&gt;' in page and 'src="data:image/png;base64,' in page

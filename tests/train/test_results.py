@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from preprocess.errors import DataError
+from preprocess.identity import digest
 from tests.support.runs import made_up_stage, write_lineage
-from train.reports import results
+from train.reports import compare, results
 from train.stages import floors
 
 
@@ -46,9 +47,15 @@ def made_up_arm(folder: Path, name: str, *answers: np.ndarray, **options) -> res
         for number, correct in enumerate(answers)])
 
 
+def difference_rows(pairs) -> tuple[list[dict], list[str]]:
+    """The rows of the table of differences, and the notes on them."""
+    comparisons, notes = compare.compare(pairs)
+    return compare.difference_rows(comparisons), notes
+
+
 def test_mean_and_sd():
-    assert results.mean_and_sd([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, 1.5275252))
-    mean, sd = results.mean_and_sd([0.5])
+    assert compare.mean_and_sd([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, 1.5275252))
+    mean, sd = compare.mean_and_sd([0.5])
     assert mean == 0.5 and math.isnan(sd)
 
 
@@ -75,7 +82,8 @@ def test_naive_bayes_floor_is_read_like_any_run(tmp_path):
     )
     floors.write_naive_bayes(task, tmp_path / "naive_bayes")
     run = results.read_finetune_run(tmp_path / "naive_bayes")
-    assert run.seeds == [0] and run.items == ("0", "1", "2") and run.task == "custom"
+    assert run.seeds == [0] and run.task == "custom"
+    assert run.items_digest == digest(["0", "1", "2"])
     assert run.correct.all() and run.rows[0]["test_accuracy"] == 1.0
 
 
@@ -83,23 +91,24 @@ def test_run_with_its_cost_is_read(tmp_path):
     correct = np.array([[1, 0, 1], [1, 1, 1]], dtype=bool)
     cost = {"masked_tokens": 5300, "steps": 120, "seconds": 3.5}
     run = results.read_finetune_run(write_run(tmp_path / "run", correct, cost=cost))
-    assert run.seeds == [13, 14] and run.items == ("item0", "item1", "item2")
+    assert run.seeds == [13, 14] and run.items_digest == digest(["item0", "item1", "item2"])
+    assert run.cost == cost
     np.testing.assert_array_equal(run.correct, correct)
-    first, second = results.table_rows([results.Arm("selective", [run])])
+    first, second = compare.table_rows([results.Arm("selective", [run])])
     assert first == {
-        "arm": "selective", "strategy": "", "scores": "", "units": "", "task": "mr",
-        "metric": "accuracy", "mean": "0.8333", "sd": "0.2357",
-        "seeds": 2, "masked_tokens": 5300, "steps": 120, "seconds": 4,
+        "arm": "selective", "strategy": "", "scores": "", "task": "mr", "labels": "", "steps": "",
+        "metric": "accuracy", "mean": "0.8333", "low": "0.0000", "high": "1.0000", "sd": "0.2357",
+        "seeds": 2,
     }
-    assert second["metric"] == "macro_f1" and tuple(second) == results.TABLE_COLUMNS
+    assert second["metric"] == "macro_f1" and tuple(second) == compare.TABLE_COLUMNS
 
 
 def test_differences_with_several_pretraining_seeds(tmp_path):
     generator = np.random.default_rng(8)
     none = made_up_arm(tmp_path, "none", generator.random((3, 40)) < 0.6)
     selective = made_up_arm(tmp_path, "selective", *(generator.random((2, 3, 40)) < 0.8))
-    ((row,), notes) = results.difference_rows([(selective, none)])
-    assert tuple(row) == results.DIFFERENCE_COLUMNS
+    ((row,), notes) = difference_rows([(selective, none)])
+    assert tuple(row) == compare.DIFFERENCE_COLUMNS
     assert len(notes) == 1 and "One pre-training seed lies behind none:" in notes[0]
     expected = selective.correct().mean() - none.correct().mean()
     assert row["difference"] == f"{expected:+.4f}"
@@ -116,7 +125,7 @@ def test_arms_that_cannot_be_compared_are_named(tmp_path):
             ("other_seeds", {"seeds": [1, 2]}), ("without", {}), ("other_task", {"task": "sst2"})))
     (tmp_path / "without0" / "seed_13" / "predictions.jsonl").unlink()
     others[2] = results.Arm("without", [results.read_finetune_run(tmp_path / "without0")])
-    rows, notes = results.difference_rows([(base, other) for other in others])
+    rows, notes = difference_rows([(base, other) for other in others])
     assert rows == []
     assert [note.split(" are not compared: ")[1] for note in notes] == [
         "they were tested on different items.",
@@ -140,21 +149,21 @@ def test_chance_that_is_not_counted_is_said(tmp_path):
         return results.Arm(name, runs)
 
     sound, copied = arm("sound", ["a", "b"]), arm("copied", ["c", "c"])
-    (_,), notes = results.difference_rows([(copied, sound)])
+    (_,), notes = difference_rows([(copied, sound)])
     assert sound.runs[0].strategy == "sound"
     assert [note.split(":")[0] for note in notes] == [
         "The pre-training seeds of copied, sound are of stage 2 and start from one stage-1 "
         "checkpoint", "copied"]
     assert "one and the same checkpoint" in notes[1]
     one_seed = arm("one_seed", ["d", "e"], (1, 30))
-    _, notes = results.difference_rows([(one_seed, sound)])
+    _, notes = difference_rows([(one_seed, sound)])
     assert any("One fine-tuning seed lies behind one_seed" in note for note in notes)
 
 
 def test_equal_answers_have_no_detectable_difference(tmp_path):
     constant = np.array([[True, False] * 10] * 2)
     a, b = (made_up_arm(tmp_path, name, constant) for name in ("a", "b"))
-    ((row,), notes) = results.difference_rows([(a, b)])
+    ((row,), notes) = difference_rows([(a, b)])
     assert row["detectable"] == "" and row["difference"] == "+0.0000"
     assert "An interval without width says nothing: a and b" in notes[0]
 

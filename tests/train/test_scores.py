@@ -31,6 +31,26 @@ def test_precision_recall_f1_by_hand_and_where_undefined():
     assert scores.precision_recall_f1(none, labels) == (0, 0, 0)
 
 
+def test_numbers_per_class_are_those_of_counting():
+    generator = np.random.default_rng(0)
+    labels, predictions = generator.integers(0, 3, (2, 50))
+    predictions[predictions == 1] = 2  # class 1 is never called, and class 3 does not occur
+    table = scores.confusion_matrix(labels, predictions, 4)
+    assert table == [[int(((labels == i) & (predictions == j)).sum()) for j in range(4)]
+                     for i in range(4)]
+    found = scores.per_class(labels, predictions, 4)
+    for i, one in enumerate(found):
+        hits, there, called = (
+            int(mask.sum()) for mask in ((labels == i) & (predictions == i), labels == i,
+                                         predictions == i))
+        assert one["support"] == there
+        assert one["precision"] == pytest.approx(hits / called if called else 0)
+        assert one["recall"] == pytest.approx(hits / there if there else 0)
+        assert one["f1"] == pytest.approx(2 * hits / (there + called) if there + called else 0)
+    assert np.mean([one["f1"] for one in found]) == pytest.approx(
+        scores.macro_f1(labels, predictions, 4))
+
+
 def test_average_precision_takes_ties_together():
     labels = np.array([True, False, True, False])
     # At 0.9: one of one. At 0.5: two of three, which both entries of the tie share.

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from preprocess.corpus import load_task
 from preprocess.errors import ConfigError
 from train import pipeline
 from train.config import PipelineConfig, parse
+from train.recipes import plan as plan_room
 from train.recipes import run as run_room
 from train.recipes.recipe import REPOSITORY, load_recipe
 
@@ -191,6 +193,8 @@ def test_lengths_of_stage_2_are_exports_of_one_run(tmp_path):
     assert [(arm["stage2_steps"], arm["mid_schedule"], arm["labels"]) for arm in arms.values()] == [
         (0, False, None), (5, True, None), (20, False, None)]
     assert arms["random/5 steps"]["runs"] == [f"finetune/random-seed{n}-steps5" for n in (1, 2)]
+    _, arms = planned(load(tmp_path, text, "task_guided.lr_scheduler_type=constant"))
+    assert not any(arm["mid_schedule"] for arm in arms.values())
 
 
 def test_lengths_of_both_stages_and_budgets_go_together(tmp_path):
@@ -232,6 +236,23 @@ floors: {naive_bayes: true, untrained: true}
         "R/floors/untrained_model/hf", "100", "2")
     assert [arms["naive_bayes/100 labels"][key] for key in ("floor", "stage2_steps", "labels")] == [
         True, None, 100]
+
+
+def test_naive_bayes_reads_the_labels_of_each_draw(tmp_path, labelled_files, monkeypatch):
+    files = {f"{split}_file": labelled_files[split] for split in ("train", "test")}
+    recipe = load(tmp_path, "label_budgets: [8, all]\narms: [none]\nfloors: {naive_bayes: true}\n")
+    recipe["task"] = {"task": "custom", **files}
+    seen = {}
+    monkeypatch.setattr(plan_room, "write_naive_bayes", lambda task, run: seen.update(
+        {run.name: [example.item for example in task.splits["train"]]}))
+    pipeline.plan(recipe, tmp_path)[0][0].compute()
+    assert seen == {
+        f"naive_bayes-labels{'all' if budget is None else f'8-seed{seed}'}": [
+            example.item for example in load_task(
+                "custom", **files, label_budget=budget, label_seed=seed).splits["train"]]
+        for budget, seed in ((None, None), (8, 1), (8, 2))}
+    assert len(seen["naive_bayes-labels8-seed1"]) == 8
+    assert seen["naive_bayes-labels8-seed1"] != seen["naive_bayes-labels8-seed2"]
 
 
 def test_all_labels_alone_are_drawn_by_no_seed(tmp_path):

@@ -1,5 +1,4 @@
-"""One check, used by every command before anything is written: tokenizer, configuration, store
-and weights belong together.
+"""Check that tokenizer, configuration, store and weights belong together, before any is used.
 """
 
 from __future__ import annotations

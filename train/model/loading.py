@@ -131,6 +131,23 @@ def check_row_length(config: Any, max_seq_length: int) -> None:
         )
 
 
+def fit_row_length(config: Any, options: Any) -> Any:
+    """Return the options with rows that the model has positions for.
+
+    Args:
+        options: of a command, with `max_seq_length`; a default that is too long is shortened.
+    Raises:
+        ConfigError: the user has typed a length that is too long.
+    """
+    limit = FAMILIES[config.model_type].num_positions(config)
+    if "max_seq_length" in options.typed or options.max_seq_length <= limit:
+        check_row_length(config, options.max_seq_length)
+        return options
+    say(f"max_seq_length: {limit}, all positions of this model (default: "
+        f"{options.max_seq_length})")
+    return options.replaced(max_seq_length=limit)
+
+
 def build_masked_lm(config: Any, seed: int) -> PackedMaskedLM:
     """Build a model with fresh weights drawn from `seed`."""
     from transformers import AutoModelForMaskedLM

@@ -1,9 +1,9 @@
-"""Run the steps of a plan side by side (`--jobs N`): several processes, one journal, one screen.
+"""Run the steps of a plan on one machine, up to `--jobs N` at a time: one journal, one screen.
 
 `schedule.py` says which step may start; here it gets a process, a log, a port of its own and, where
 there are GPUs, one of them. One thread does all of it: it waits for the output of all processes,
 passes requests to stop on to them, and is the only one that writes the journal. Steps that this
-process computes itself get a thread. With `--jobs 1`, `run.py` runs the steps one by one.
+process computes itself get a thread. On many nodes, `run.py` runs the steps one by one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,8 @@ class Job:
             command = run.started_as(step, options, port, gpu)
             self._file.write(f"{shlex.join(command)}\n")
             start = run.fork if options.launcher == "python" else run.spawn
-            more = {run.VISIBLE_GPUS: gpu} if gpu else {}
-            self.output, self._process, self._poll = start(command, more)
+            changes = run.without_ranks() | ({run.VISIBLE_GPUS: gpu} if gpu else {})
+            self.output, self._process, self._poll = start(command, changes)
         self.started = time.monotonic()
 
     def lines(self) -> Iterator[str]:
@@ -176,10 +176,10 @@ def _compute(step: Step) -> tuple[Any, Any]:
 class _Crew:
     """The jobs that run now; a context manager that takes the requests to stop."""
 
-    def __init__(self, gpus: list[str]) -> None:
+    def __init__(self, gpus: list[str], lead: Callable[[Step], str]) -> None:
         self.jobs: list[Job] = []
         self.requests: list[int] = []
-        self._gpus, self._spoke = gpus, time.monotonic()
+        self._gpus, self._lead, self._spoke = gpus, lead, time.monotonic()
 
     def __enter__(self) -> _Crew:
         self._requests = run.requests_to(self._pass_on)
@@ -224,7 +224,7 @@ class _Crew:
             for job in talking:
                 for line in job.lines() if job.output in ready else ():
                     if not run.is_chatter(line):
-                        self.say(_lead(job.step) + visible(line.rstrip(), kept="\t"))
+                        self.say(self._lead(job.step) + visible(line.rstrip(), kept="\t"))
                 job.look_after()
             now = time.monotonic()
             if now - self._spoke >= run.HEARTBEAT_SECONDS:
@@ -239,11 +239,6 @@ class _Crew:
     def say(self, line: str) -> None:
         self._spoke = time.monotonic()
         print_line(line)
-
-
-def _lead(step: Step) -> str:
-    """Return what begins the lines of a step; the report runs alone, and its tables are wide."""
-    return f"  {step.name}: " if step.records else "  "
 
 
 def run_side_by_side(
@@ -271,6 +266,10 @@ def run_side_by_side(
     schedule = StepSchedule({step.name: step.needs for step in steps}, options.jobs, until,
                         last=[step.name for step in steps if not step.records])
 
+    def lead(step: Step) -> str:
+        """Return what begins its lines; the report runs alone, and its tables are wide."""
+        return f"  {step.name}: " if step.records and options.jobs > 1 else "  "
+
     def fail(name: str, code: int, why: str) -> None:
         print(f"pipeline.py: {why}", file=sys.stderr, flush=True)
         schedule.end(name, code)
@@ -291,13 +290,13 @@ def run_side_by_side(
                 schedule.end(name)  # nothing to report
                 continue
             gpu = crew.gpu(step)
-            run.begin_step(step, places[name], journal, options, _lead(step), gpu)
+            run.begin_step(step, places[name], journal, options, lead(step), gpu)
             try:
                 crew.add(Job(step, logs[name], options, crew.port() if step.launched else 0, gpu))
             except OSError as error:  # no memory or no process number left
                 journal.end(step, 0.0, success=False)
-                fail(name, DataError.exit_code, f"step {name} cannot be started ({error}); type "
-                     f"the command again with fewer --jobs than {options.jobs}")
+                fail(name, DataError.exit_code,
+                     f"step {name} cannot be started ({error}); {_with_less(options)}")
 
     def end(job: Job, code: int) -> None:
         now, step = time.monotonic(), job.step
@@ -319,10 +318,11 @@ def run_side_by_side(
         except DataError as error:
             fail(step.name, error.exit_code, str(error))
 
-    shared = f", on {len(gpus)} GPUs" if gpus else ""
-    print(f"up to {options.jobs} steps side by side{shared}; threads per step: "
-          f"{os.environ.get('OMP_NUM_THREADS')}", flush=True)
-    with _Crew(gpus) as crew:
+    if options.jobs > 1:
+        shared = f", on {len(gpus)} GPUs" if gpus else ""
+        print(f"up to {options.jobs} steps side by side{shared}; threads per step: "
+              f"{os.environ.get('OMP_NUM_THREADS')}", flush=True)
+    with _Crew(gpus, lead) as crew:
         try:
             while not crew.requests or crew.jobs:
                 now = time.monotonic()
@@ -344,8 +344,15 @@ def _why(job: Job, code: int, options: PipelineConfig) -> str:
         return run.failure(code, job.step, job.log, options)
     said = "ran out of memory" if job.out_of_memory else \
         "was killed, as the system does for want of memory"
-    return (f"step {job.step.name} {said} (exit code {run.exit_code(code)}); type the command "
-            f"again with fewer --jobs than {options.jobs}; its output is in {job.log}")
+    return (f"step {job.step.name} {said} (exit code {run.exit_code(code)}); "
+            f"{_with_less(options)}; its output is in {job.log}")
+
+
+def _with_less(options: PipelineConfig) -> str:
+    """Return what to type where the memory was too small."""
+    if options.jobs > 1:
+        return f"type the command again with fewer --jobs than {options.jobs}"
+    return "give it smaller batches (per_device_train_batch_size, batch_tokens) or more memory"
 
 
 def _conclude(schedule: StepSchedule, stopped: bool, options: PipelineConfig, root: Path) -> None:
@@ -353,6 +360,10 @@ def _conclude(schedule: StepSchedule, stopped: bool, options: PipelineConfig, ro
     if stopped:
         raise StopRequested("stopped on request; the same command goes on with what is missing")
     left, blocked = schedule.left(), schedule.blocked()
+    stops = [name for name, code in schedule.failed.items() if code == StopRequested.exit_code]
+    if stops and len(stops) == len(schedule.failed):
+        raise StopRequested(f"stopped on request: {run.listed(stops)}; the same command goes on "
+                            "with what is missing")
     if schedule.failed:
         told = [f"failed: {name} (exit code {code})" for name, code in schedule.failed.items()]
         if blocked:

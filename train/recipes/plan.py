@@ -38,7 +38,8 @@ def plan(recipe: dict[str, Any], output_dir: str | Path) -> tuple[list[Step], li
           `run_masking`: those of each run;
         - `arm`, `labels` (a number, "all", or null without budgets), `stage1_steps` (null without
           stage 1), `stage2_steps` (0 for the arm without stage 2, null for baselines) and
-          `mid_schedule`, whether stage 2 went on after that length;
+          `mid_schedule`, whether the run went on, at a learning rate that a run of that length
+          alone would not have had any more;
         - of an arm its policy: `strategy`, `scores`, `units`, `rate`, `corruption`, and `match`,
           the arm that it matches.
     """
@@ -59,6 +60,7 @@ class _Planner(MaskPlan):
         self.end = PretrainConfig.max_steps if stage2.get("max_steps") is None \
             else stage2["max_steps"]
         self.exports = stage2.get("export_steps") or []
+        self.decays = stage2.get("lr_scheduler_type") != "constant"
 
     def build(self) -> None:
         """Plan all steps; those that read the user's files come first, so mistakes show early."""
@@ -250,7 +252,8 @@ class _Planner(MaskPlan):
             "floor": policy is None,
             "masking": list(dict.fromkeys(step for _, _, steps in runs for step in steps)),
             **(policy or {}), "arm": arm, "labels": budget, "stage1_steps": stage1,
-            "stage2_steps": stage2, "mid_schedule": bool(stage2 and stage2 < self.end),
+            "stage2_steps": stage2,
+            "mid_schedule": bool(self.decays and stage2 and stage2 < self.end),
             "pretrain_seeds": [seed for _, seed, _ in runs],
             "run_masking": [steps for _, _, steps in runs],
         })

@@ -334,3 +334,17 @@ def needs_general(recipe: dict[str, Any]) -> bool:
     used = used_scores(with_matched(recipe["arms"]), recipe["scores"])
     compared = (recipe["scores"][name].options.get("against") for name in used)
     return recipe["general"] is not None or GENERAL_STORE in compared
+
+
+def origin_of(path: str | Path, key: str) -> str:
+    """Return the variable from which a recipe takes a setting, else the setting itself.
+
+    Args:
+        key: `SECTION.FLAG`, or a key outside of a section.
+    """
+    path = find_shipped(path, RECIPES, "--recipe")
+    raw: Any = _read_yaml(path, (), path.parent.resolve())
+    for part in key.split("."):
+        raw = raw.get(part) if isinstance(raw, dict) else None
+    found = re.fullmatch(r"\$\{(\w+)\}", raw) if isinstance(raw, str) else None
+    return found[1] if found else key

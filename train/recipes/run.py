@@ -36,6 +36,10 @@ from train.shipped import INSTALLED
 HEARTBEAT_SECONDS = 10
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+# What a launcher tells its ranks. Steps of one machine get it from their own launcher or not at
+# all: of a shell where it is set, two steps side by side would share one port.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                  "MASTER_PORT")
 # What the runs of one fine-tuning process differ in.
 RUN_FLAGS = ("--model_name_or_path", "--label_budget", "--label_seed", "--output_dir")
 URGENT = (signal.SIGTERM, signal.SIGINT)
@@ -190,7 +194,7 @@ def _existing(step: Step) -> list[str]:
 def run_steps(
     steps: list[Step], journal: Journal, options: PipelineConfig, first: FirstNode | None = None
 ) -> None:
-    """Run the steps that are not finished, in order.
+    """Run the steps that are not finished, in order, on many nodes; the first failure ends it.
 
     Args:
         first: tells the other nodes what to launch, if they were started by hand.
@@ -514,30 +518,35 @@ def signal_all(process: int, number: int) -> None:
             os.kill(process, number)
 
 
+def without_ranks() -> dict[str, str | None]:
+    """Return the changes to the environment of a step that take a launcher's words out of it."""
+    return dict.fromkeys(RANK_VARIABLES)
+
+
 def spawn(
-    command: list[str], more: dict[str, str] | None = None
+    command: list[str], changes: dict[str, str | None] | None = None
 ) -> tuple[Any, int, Callable[[], int | None]]:
     """Start a process in its own group; return its output, its id and its exit code so far.
 
     Args:
-        more: variables of its environment beside those of this process.
+        changes: of the environment of this process; None takes a variable out.
     """
+    told = {**os.environ, "PYTHONUNBUFFERED": "1", **launchers.environment(), **(changes or {})}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **launchers.environment(), **(more or {})},
-        start_new_session=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        env={name: value for name, value in told.items() if value is not None},
     )
     return process.stdout, process.pid, process.poll
 
 
 def fork(
-    command: list[str], more: dict[str, str] | None = None
+    command: list[str], changes: dict[str, str | None] | None = None
 ) -> tuple[Any, int, Callable[[], int | None]]:
     """Start a script as `spawn` does, but from a fork server that has done the slow imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     output, writer = context.Pipe(duplex=False)
-    words = (command[1:], writer, {**launchers.environment(), **(more or {})})
+    words = (command[1:], writer, {**launchers.environment(), **(changes or {})})
     process = context.Process(target=_run_script, args=words)
     process.start()
     writer.close()
@@ -545,10 +554,14 @@ def fork(
     return output, process.pid, lambda: process.exitcode
 
 
-def _run_script(words: list[str], output: Any, environment: dict[str, str]) -> None:
+def _run_script(words: list[str], output: Any, changes: dict[str, str | None]) -> None:
     """Become a script's process: its group, its output, its arguments."""
     os.setsid()
-    os.environ.update(environment)
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import os
 from collections.abc import Callable
@@ -59,6 +60,29 @@ class Step:
                     weak = told.get("weak") if isinstance(told, dict) else None
                     found |= dict.fromkeys(map(visible, weak if isinstance(weak, list) else ()))
         return list(found)
+
+
+def up_to(steps: list[Step], until: str) -> list[Step]:
+    """Return the steps of a name, or those whose names begin with it and a hyphen, and their needs.
+
+    A step without records, as the report, looks at all that is there: it needs every other one.
+
+    Raises:
+        ConfigError: there is no such step.
+    """
+    wanted = {step.name for step in steps
+              if step.name == until or step.name.startswith(f"{until}-")}
+    if not wanted:
+        names = [step.name for step in steps]
+        near = difflib.get_close_matches(until, names, n=3, cutoff=0.5)
+        near += [name for name in names if until in name and name not in near][:3 - len(near)]
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(f"--until {until}: no step of this recipe; {hint}--dry_run lists all "
+                          f"{len(names)}")
+    for step in reversed(steps):
+        if step.name in wanted:
+            wanted |= {other.name for other in steps} if not step.records else set(step.needs)
+    return [step for step in steps if step.name in wanted]
 
 
 def flag_words(flags: dict[str, Any]) -> list[str]:

@@ -136,7 +136,9 @@ def check_value(value: Any, option: Option, name: str) -> Any:
         if value not in choices:
             raise ConfigError(f"{name} {shown_value(value)}: must be {' or '.join(choices)}")
         return value
-    if origin is not None:  # X | None, or a number | "auto"
+    if origin is not None and len(kinds) == 1:  # X | None
+        return check_value(value, Option(kinds[0], option.bounds), name)
+    if origin is not None:  # a number | "auto"
         kind = kinds[0]
         if str in kinds and option.bounds and isinstance(value, str):
             return _check_bounds(_text_or_number(value), option, name)

@@ -1,12 +1,13 @@
 """Read the training curves of run directories, against steps, masked tokens and seconds.
 
-Only this file reads event files. Axes other than steps are derived from the logged scalars, per
-window between two points of the training loss: tokens are the steps of the window times the tokens
-per step (constant to a per cent or two, since rows are packed); masked tokens are the tokens times
-`train/masked_fraction`; seconds are the tokens over `throughput/tokens_per_sec`. Seconds therefore
-cover training steps only, without evaluation, saving or pauses, and steps repeated after a kill
-count once. The tokens per step are the mean of the run by its `lineage.json`; without one, rows
-count as full, which is a few per cent too many.
+Only this file reads event files; where there are none, as in an archive of `train/pipeline.py`, it
+reads the same numbers from `metrics.jsonl`. Axes other than steps are derived from the logged
+scalars, per window between two points of the training loss: tokens are the steps of the window
+times the tokens per step (constant to a per cent or two, since rows are packed); masked tokens are
+the tokens times `train/masked_fraction`; seconds are the tokens over `throughput/tokens_per_sec`.
+Seconds therefore cover training steps only, without evaluation, saving or pauses, and steps
+repeated after a kill count once. The tokens per step are the mean of the run by its `lineage.json`;
+without one, rows count as full, which is a few per cent too many.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from preprocess.errors import visible
 from preprocess.files import read_yaml
-from train.reports.results import number, read_summaries
+from train.reports.results import number, read_json_lines, read_summaries
 from train.run_dir.metrics import (
     EVAL_LOSS,
     EVAL_PERPLEXITY,
@@ -37,6 +38,14 @@ TAGS = (TRAIN_LOSS, EVAL_LOSS, EVAL_PERPLEXITY, MASKED_FRACTION, TOKENS_PER_SECO
 RUN_COLUMNS = ("run", "masking", "state", "steps", "masked_tokens", "seconds", "train_loss",
                "held_out_loss")
 PATTERN = "events.out.tfevents.*"
+METRICS_FILE = "metrics.jsonl"
+
+
+class Point(NamedTuple):
+    """A logged value, as TensorBoard's reader gives it."""
+
+    step: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,16 @@ def read_curves(folders: Sequence[Path]) -> tuple[list[Curves], list[str]]:
             notes += _state_notes(curves[-1], run)
         else:
             notes.append(f"{path}: no loss has been logged yet.")
+    kept = {run.resolve(): run for folder in folders for run in _only_metrics(folder)}
+    for run in kept.values():
+        scalars = _read_metrics(run / METRICS_FILE)
+        if scalars:
+            curves.append(_with_lineage(short_name(run, folders), scalars, run, notes))
+            notes += _state_notes(curves[-1], run)
     silent = {run.resolve(): run for folder in folders for run in without_events(folder)}
-    for run in silent.values():
+    for path, run in silent.items():
+        if any(other == path or path in other.parents for other in kept):
+            continue
         notes.append(f"{run}: no event files in it, so no curves.")
         found = _with_lineage(short_name(run, folders), {}, run, notes)
         if found.is_pretraining:
@@ -113,6 +130,13 @@ def without_events(folder: Path) -> list[Path]:
     runs = [path.parent for path in sorted(folder.rglob("config.resolved.yaml"))]
     return [run for run in runs if not any(run.rglob(PATTERN))
             and _read(run / "config.resolved.yaml").get("max_steps") != 0]
+
+
+def _only_metrics(folder: Path) -> list[Path]:
+    """Return the runs, this one or below it, with scalars in `metrics.jsonl` alone."""
+    runs = [path.parent for path in sorted(folder.rglob(METRICS_FILE))]
+    return [run for run in runs if not any(
+        path for place in (run, run / OLD_FOLDER) for path in place.glob(PATTERN))]
 
 
 def event_folders(folder: Path) -> list[Path]:
@@ -163,6 +187,18 @@ def _read_events(folder: Path, notes: list[str]) -> dict[str, tuple[list[int], l
         if points:
             made[tag] = _ascending(sorted(points, key=lambda point: point.step))
     return made
+
+
+def _read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Return the scalars of a `metrics.jsonl`, rounded as event files keep them."""
+    points: dict[str, list[Any]] = {}
+    for row in read_json_lines(path, []):
+        for tag in TAGS:
+            value = next((row[name] for name in spellings(tag) if name in row), None)
+            value = number(value)
+            if value is not None and type(row.get("step")) is int:
+                points.setdefault(tag, []).append(Point(row["step"], float(np.float32(value))))
+    return {tag: _ascending(points[tag]) for tag in TAGS if tag in points}
 
 
 def _ascending(points: Sequence[Any]) -> tuple[list[int], list[float]]:

@@ -1,33 +1,47 @@
-"""Draw the figures of a report, each as a PNG.
+"""Draw the arms: accuracy, differences, lengths, labels; and what all figures share.
 
-Colours are those of Okabe and Ito, distinct under the common colour-vision deficiencies; line
-styles and markers distinguish lines of one colour, so that a grey print is readable too. Legends
-are outside the axes.
+Colours are those of Okabe and Ito, distinct under the common colour-vision deficiencies; markers
+and line styles distinguish the same lines, so that a grey print is readable too. An arm has one
+style in all figures. Legends are outside the axes.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
-from train.reports.curves import Curves
-from train.reports.results import Arm, mean_and_sd, number
-from train.run_dir.metrics import EVAL_LOSS, TRAIN_LOSS
+from train.reports.compare import NO_STAGE_2, Comparison, arm_estimate, mean_and_sd
+from train.reports.results import Arm, number
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 LINES = ("-", "--", ":", "-.")
-MAX_NAMES = 16  # lines named one by one in a legend; more share a name per kind
+GREY = "#666666"
 DOTS_PER_INCH = 150
+MAX_ROWS = 60  # of a picture of differences; then only the longest stage 2
+Styles = dict[str, dict[str, Any]]
 
 
-def _as_png(figure: Any) -> bytes:
+def arm_styles(arms: Sequence[Arm]) -> Styles:
+    """Return a colour, a marker and a line style for each line of arms, in their order."""
+    found: Styles = {}
+    for place, line in enumerate(dict.fromkeys(arm.line or arm.name for arm in arms)):
+        found[line] = {"color": COLOURS[place % len(COLOURS)],
+                       "marker": MARKERS[place % len(MARKERS)],
+                       "linestyle": LINES[place // len(COLOURS) % len(LINES)]}
+    return found
+
+
+def style_of(styles: Styles, arm: Arm) -> dict[str, Any]:
+    """Return the style of an arm; grey for one that has none."""
+    plain = {"color": GREY, "marker": "o", "linestyle": "-"}
+    return styles.get(arm.line or arm.name, plain)
+
+
+def as_png(figure: Any) -> bytes:
+    """Draw a figure and close it."""
     import matplotlib.pyplot as plt
 
     out = io.BytesIO()
@@ -36,182 +50,249 @@ def _as_png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def _kind(run: Curves) -> str:
-    """Return the name of a run without its seeds; runs of one kind share a colour."""
-    return re.sub(r"[-_/]seed_?\d+", "", run.name)
+def plain_number(value: float, _: Any = None) -> str:
+    """Write a tick: 400, 12k, 1.5M; never a prefix below one."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10 * size or abs(value) >= size and unit != "k":
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.4g}"
 
 
-def _styles(curves: Sequence[Curves]) -> list[dict[str, Any]]:
-    """Return a style per run: a colour per kind, a line style per run of it.
+def format_axis(axis: Any) -> None:
+    """Give an axis a few ticks with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    More than `MAX_NAMES` runs are named by kind alone.
-    """
-    totals = Counter(map(_kind, curves))
-    kinds = list(totals)
-    enough = len(kinds) <= len(COLOURS) and max(totals.values(), default=0) <= len(LINES)
-    styles, used = [], Counter[str]()
-    for place, run in enumerate(curves):
-        kind = _kind(run)
-        masking = "" if run.masking in run.name else f" ({run.masking})"
-        name: str | None = run.name + masking
-        colour, line = kinds.index(kind), used[kind]
-        if len(curves) > MAX_NAMES:
-            runs = f"{totals[kind]} run{'s' if totals[kind] > 1 else ''}"
-            name = None if used[kind] else f"{kind}{masking}: {runs}"
-            line = colour // len(COLOURS)
-        elif not enough:
-            colour, line = place, place // len(COLOURS)
-        used[kind] += 1
-        styles.append({"color": COLOURS[colour % len(COLOURS)], "label": name,
-                       "linestyle": LINES[line % len(LINES)], "linewidth": 1.3})
-    return styles
+    axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_formatter(FuncFormatter(plain_number))
 
 
-def loss_figure(curves: Sequence[Curves]) -> bytes | None:
-    """Draw training and held-out loss of pre-training against steps, masked tokens, seconds."""
-    runs = [run for run in curves if run.is_pretraining and run.last_step]
-    return _losses(runs, ("training loss", "held-out loss, same masks"),
-                   ("step", "masked tokens", "seconds of training"))
-
-
-def supervised_figure(curves: Sequence[Curves]) -> bytes | None:
-    """Draw training and validation loss of classifiers and scorers against steps."""
-    runs = [run for run in curves if not run.is_pretraining]
-    return _losses(runs, ("training loss", "validation loss"), ("step",))
-
-
-def _losses(runs: Sequence[Curves], titles: Sequence[str], axes: Sequence[str]) -> bytes | None:
-    """Draw one row of panels per kind of loss, one column per horizontal axis."""
-    import matplotlib.pyplot as plt
-
-    rows = [(title, tag) for title, tag in zip(titles, (TRAIN_LOSS, EVAL_LOSS), strict=True)
-            if any(tag in run.scalars for run in runs)]
-    if not rows:
-        return None
-    styles = _styles(runs)
-    names = [style["label"] for style in styles if style["label"]]
-    lines = -(-len(names) // 2)
-    size = (4.2 * max(len(axes), 2), 3.0 * len(rows) + 0.4 + 0.2 * lines)
-    figure, panels = plt.subplots(len(rows), len(axes), figsize=size, layout="constrained",
-                                  squeeze=False, sharey="row", sharex="col")
-    drawn: dict[str, Any] = {}
-    for (title, tag), row in zip(rows, panels, strict=True):
-        for column, panel in enumerate(row):
-            for run, style in zip(runs, styles, strict=True):
-                place = _places(run, tag, column)
-                if place is None:
-                    continue
-                few = len(place) < 8
-                (line,) = panel.plot(place, run.scalars[tag][1], marker="o" if few else None,
-                                     markersize=3.5, **style)
-                if style["label"]:
-                    drawn.setdefault(style["label"], line)
-            panel.grid(alpha=0.3)
-            if column == 0:
-                panel.set_ylabel(f"{title}\n(nats)")
-    for axis, panel in zip(axes, panels[-1], strict=True):
-        panel.set_xlabel(axis)
-        panel.xaxis.set_major_locator(plt.MaxNLocator(6))
-        panel.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
-    if drawn:
-        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=2,
-                      fontsize=8, frameon=False, handlelength=3)
-    return _as_png(figure)
-
-
-def _places(run: Curves, tag: str, column: int) -> np.ndarray | None:
-    """Return the places of a tag's points on axis 0 (steps), 1 (masked tokens) or 2 (seconds)."""
-    if tag not in run.scalars:
-        return None
-    steps = run.scalars[tag][0]
-    if column == 0:
-        return np.array(steps)
-    spent = run.spent(steps)
-    return None if spent is None else spent[column - 1]
-
-
-def _by_task(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
-    tasks: dict[str, list[Arm]] = {}
+def _by(arms: Sequence[Arm], key: Callable[[Arm], Any]) -> dict[Any, list[Arm]]:
+    found: dict[Any, list[Arm]] = {}
     for arm in arms:
-        tasks.setdefault(arm.task, []).append(arm)
-    return tasks
+        found.setdefault(key(arm), []).append(arm)
+    return found
 
 
-def accuracy_figure(arms: Sequence[Arm], floors: Sequence[Arm]) -> bytes | None:
-    """Draw test accuracy per arm, one panel per task: seeds, mean and standard deviation."""
+def _panel_title(arm: Arm, several_tasks: bool, labels: bool = True) -> str:
+    parts = [f"task {arm.task}"] if several_tasks else []
+    parts += [f"{arm.labels:,} labels"] if labels and arm.labels is not None else []
+    return ", ".join(parts)
+
+
+# --------------------------------------------------------------------------------- accuracy
+
+
+def accuracy_figure(arms: Sequence[Arm], floors: Sequence[Arm], styles: Styles) -> bytes | None:
+    """Draw test accuracy per arm, a panel per task and number of labels: models, mean, interval."""
     import matplotlib.pyplot as plt
 
-    tasks = _by_task([*arms, *floors])
-    if not tasks:
+    groups = _by(arms, lambda arm: (arm.task, arm.labels))
+    for floor in floors:
+        fitting = [key for key in groups if key[0] == floor.task
+                   and floor.labels in (None, key[1])]
+        for key in fitting or [(floor.task, floor.labels)]:
+            groups.setdefault(key, []).append(floor)
+    if not groups:
         return None
-    heights = [0.9 + 0.42 * len(members) for members in tasks.values()]
+    several = len({task for task, _ in groups}) > 1
+    heights = [0.9 + 0.36 * len(members) for members in groups.values()]
     figure, panels = plt.subplots(
-        len(tasks), 1, figsize=(8, 0.5 + sum(heights)), layout="constrained", squeeze=False,
-        gridspec_kw={"height_ratios": heights},
+        len(groups), 1, figsize=(8, 0.6 + sum(heights)), layout="constrained", squeeze=False,
+        gridspec_kw={"height_ratios": heights}, sharex=not several,
     )
-    for panel, (task, members) in zip(panels[:, 0], tasks.items(), strict=True):
+    for panel, members in zip(panels[:, 0], groups.values(), strict=True):
         for row, arm in enumerate(members):
             values = [100 * value for value in arm.values("accuracy")]
-            mean, sd = mean_and_sd(values)
-            colour = "#666666" if any(arm is floor for floor in floors) else COLOURS[0]
-            panel.plot(values, [row] * len(values), "o", color=colour, alpha=0.35, markersize=5)
-            panel.errorbar(mean, row, xerr=None if math.isnan(sd) else sd, fmt="D",
-                           color=colour, capsize=4, markersize=6)
+            mean, _ = mean_and_sd(values)
+            style = style_of(styles if not arm.floor else {}, arm)
+            panel.plot(values, [row] * len(values), "o", color=style["color"], alpha=0.3,
+                       markersize=4)
+            found = arm_estimate(arm)
+            width = None
+            if found is not None and found.standard_error:
+                width = [[mean - 100 * found.low], [100 * found.high - mean]]
+            panel.errorbar(mean, row, xerr=width, fmt=style["marker"], color=style["color"],
+                           capsize=4, markersize=6)
             panel.annotate(f"{mean:.1f}", (1, row), xycoords=("axes fraction", "data"),
                            xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
-        panel.set_yticks(range(len(members)), [arm.name for arm in members])
+        panel.set_yticks(range(len(members)), [arm.shown for arm in members])
         panel.set_ylim(len(members) - 0.5, -0.5)
-        panel.set_title(f"task {task}", loc="left", fontsize=10)
+        panel.set_title(_panel_title(members[0], several), loc="left", fontsize=10)
         panel.grid(axis="x", alpha=0.3)
-    panels[-1, 0].set_xlabel("test accuracy, % (dots: seeds; diamond, bar and number: mean and "
-                             "standard deviation)")
-    return _as_png(figure)
+    panels[-1, 0].set_xlabel("test accuracy, % (dots: models; bar: 95 % interval of the mean)")
+    return as_png(figure)
 
 
-def steps_figure(arms: Sequence[Arm]) -> bytes | None:
-    """Draw accuracy against all steps of pre-training: a line per masking, a panel per task.
+# ------------------------------------------------------------------------------ differences
 
-    Returns None if no task has arms of more than two lengths; `accuracy_figure` shows those.
-    """
+
+def difference_figure(comparisons: Sequence[Comparison], styles: Styles) -> bytes | None:
+    """Draw every difference with its interval, a row each, and a line at 0."""
     import matplotlib.pyplot as plt
 
-    tasks = {task: _lines(members) for task, members in _by_task(arms).items()}
-    tasks = {task: lines for task, lines in tasks.items()
-             if len({steps for points in lines.values() for steps, *_ in points}) > 2}
-    if not tasks:
+    shown = [one for one in comparisons if one.found.standard_error]
+    if len(shown) > MAX_ROWS:
+        longest = max((one.steps or 0 for one in shown), default=0)
+        shown = [one for one in shown if (one.steps or 0) == longest][:MAX_ROWS]
+    if not shown:
         return None
-    figure, panels = plt.subplots(len(tasks), 1, figsize=(8, 4.0 * len(tasks)),
-                                  layout="constrained", squeeze=False)
-    for panel, (task, lines) in zip(panels[:, 0], tasks.items(), strict=True):
-        lengths = {name: {steps for steps, *_ in points} for name, points in lines.items()}
-        width = max(map(max, lengths.values())) - min(map(min, lengths.values()))
-        for place, (name, points) in enumerate(lines.items()):
-            steps, means, sds = (np.array(column) for column in zip(*sorted(points), strict=True))
-            # Arms of one length are drawn side by side, so that their bars do not overlap.
-            beside = [other for other in lines if lengths[other] & lengths[name]]
-            shift = 0.008 * width * (beside.index(name) - (len(beside) - 1) / 2)
-            panel.errorbar(
-                steps + shift, means, yerr=sds, label=name, color=COLOURS[place % len(COLOURS)],
-                marker=MARKERS[place % len(MARKERS)], linestyle=LINES[place % len(LINES)],
-                capsize=3, linewidth=1.3,
-            )
-        panel.set_title(f"task {task}", loc="left", fontsize=10)
-        panel.set_ylabel("test accuracy, %\n(mean and standard deviation)")
-        panel.margins(x=0.08)
-        panel.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
+    panels_of: dict[Any, list[Comparison]] = {}
+    for one in shown:
+        panels_of.setdefault((one.first.task, one.first.labels), []).append(one)
+    several = len({task for task, _ in panels_of}) > 1
+    lengths = len({one.steps for one in shown}) > 1
+    keys = list(dict.fromkeys(_row_key(one) for one in shown))
+    if lengths:
+        keys.sort(key=lambda key: (key[2] or 0))
+    figure, panels = plt.subplots(
+        1, len(panels_of), figsize=(3.2 + 3.4 * len(panels_of), 1.4 + 0.27 * len(keys)),
+        layout="constrained", squeeze=False, sharey=True, sharex=not several,
+    )
+    for panel, members in zip(panels[0], panels_of.values(), strict=True):
+        panel.axvline(0, color="black", linewidth=1)
+        for one in members:
+            row, style = keys.index(_row_key(one)), style_of(styles, one.first)
+            mean, low, high = (100 * value for value in
+                               (one.found.mean, one.found.low, one.found.high))
+            panel.errorbar(mean, row, xerr=[[mean - low], [high - mean]], fmt=style["marker"],
+                           color=style["color"], capsize=3, markersize=5, linewidth=1.4)
+        for row in range(1, len(keys)):
+            if keys[row][2] != keys[row - 1][2]:
+                panel.axhline(row - 0.5, color=GREY, linewidth=0.8, linestyle=":")
+        panel.set_title(_panel_title(members[0].first, several), loc="left", fontsize=10)
+        panel.grid(axis="x", alpha=0.3)
+    names = [f"{first} - {second}" + (f", {steps} steps" if lengths and steps else "")
+             for first, second, steps in keys]
+    panels[0, 0].set_yticks(range(len(keys)), names, fontsize=9)
+    panels[0, 0].set_ylim(len(keys) - 0.5, -0.5)
+    figure.supxlabel("difference in test accuracy, points (bar: 95 % interval)", fontsize=10)
+    return as_png(figure)
+
+
+def _row_key(one: Comparison) -> tuple[str, str, int | None]:
+    return one.first.shown, one.second.shown, one.steps
+
+
+# ----------------------------------------------------------------------------------- curves
+
+
+def stage_2_figure(arms: Sequence[Arm], styles: Styles) -> bytes | None:
+    """Draw accuracy against steps of stage 2: a line per arm with its interval as a band.
+
+    Returns None where no arm has two lengths. The arm without stage 2 is where all lines begin.
+    """
+    groups = _by(arms, lambda arm: (arm.task, arm.labels, arm.stage1_steps))
+    drawn = {}
+    for members in groups.values():
+        known = [arm for arm in members if arm.stage2_steps is not None]
+        starts = [arm for arm in known if arm.strategy == NO_STAGE_2][:1]
+        lines = _by([arm for arm in known if arm.strategy != NO_STAGE_2], lambda arm: arm.line)
+        if any(len(own) > 1 for own in lines.values()):
+            drawn[_panel_title(members[0], len({task for task, *_ in groups}) > 1)
+                  + _stage_1(members[0], groups)] = [
+                (line, [(arm.stage2_steps or 0, arm) for arm in [*starts, *own]])
+                for line, own in lines.items()]
+    return _bands(drawn, styles, "steps of stage 2", False)
+
+
+def _stage_1(arm: Arm, groups: dict[Any, list[Arm]]) -> str:
+    several = len({stage1 for *_, stage1 in groups}) > 1
+    return f", stage 1 of {arm.stage1_steps:,} steps" if several and arm.stage1_steps else ""
+
+
+def label_figure(arms: Sequence[Arm], styles: Styles) -> bytes | None:
+    """Draw accuracy against labelled examples: a line per arm with its interval as a band.
+
+    A panel per length of stage 2; None where no arm has two numbers of labels.
+    """
+    groups: dict[Any, list[Arm]] = {}
+    none = [arm for arm in arms if arm.strategy == NO_STAGE_2]
+    lengths: list[int | None] = [*sorted({arm.stage2_steps for arm in arms if arm.stage2_steps})]
+    for task in dict.fromkeys(arm.task for arm in arms):
+        for steps in lengths or [None]:
+            groups[task, steps] = [arm for arm in arms if arm.task == task and (
+                arm in none or arm.stage2_steps == steps)]
+    several = len({task for task, _ in groups}) > 1
+    drawn = {}
+    for (task, steps), members in groups.items():
+        lines = _by([arm for arm in members if arm.labels], lambda arm: arm.shown)
+        if any(len(own) > 1 for own in lines.values()):
+            title = ", ".join([f"task {task}"] * several
+                              + [f"{steps:,} steps of stage 2"] * bool(steps))
+            drawn[title] = [(own[0].line, [(arm.labels or 0, arm) for arm in own])
+                            for own in lines.values()]
+    return _bands(drawn, styles, "labelled examples", True)
+
+
+def _bands(drawn: dict[str, list[tuple[str, list[tuple[int, Arm]]]]], styles: Styles,
+           label: str, logarithmic: bool) -> bytes | None:
+    """Draw lines with bands, a panel per entry."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    if not drawn:
+        return None
+    columns = min(len(drawn), 3)
+    rows = -(-len(drawn) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(max(3.6 * columns, 6), 0.9 + 3.1 * rows), layout="constrained",
+        squeeze=False, sharey=True)
+    handles: dict[str, Any] = {}
+    for panel, (title, lines) in zip(panels.flat, drawn.items(), strict=False):
+        places = sorted({place for _, points in lines for place, _ in points})
+        for line, points in lines:
+            points = sorted(points, key=lambda point: point[0])
+            style = style_of(styles, points[-1][1])
+            means = [100 * mean_and_sd(arm.values("accuracy"))[0] for _, arm in points]
+            x = [place for place, _ in points]
+            (handles[line],) = panel.plot(x, means, markersize=5, linewidth=1.5, **style)
+            found = [arm_estimate(arm) for _, arm in points]
+            ends = [(place, 100 * one.low, 100 * one.high)
+                    for place, one in zip(x, found, strict=True) if one is not None]
+            if ends:
+                panel.fill_between(*zip(*ends, strict=True), color=style["color"], alpha=0.08,
+                                   linewidth=0)
+                for end in list(zip(*ends, strict=True))[1:]:
+                    panel.plot([place for place, *_ in ends], end, color=style["color"],
+                               linewidth=0.7, alpha=0.5)
+        if logarithmic:
+            panel.set_xscale("log")
+            panel.xaxis.set_major_locator(FixedLocator(places))
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.xaxis.set_major_formatter(FuncFormatter(plain_number))
+            panel.tick_params(axis="x", labelrotation=30 if len(places) > 4 else 0)
+        else:
+            format_axis(panel.xaxis)
+        panel.set_title(title, loc="left", fontsize=10)
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
-    panels[-1, 0].set_xlabel("pre-training steps in all (stage 1 and stage 2)")
-    return _as_png(figure)
+    for panel in list(panels.flat)[len(drawn):]:
+        panel.set_visible(False)
+    figure.supylabel("test accuracy, %", fontsize=10)
+    figure.supxlabel(f"{label} (band: 95 % interval of each mean)", fontsize=10)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False,
+                  fontsize=9)
+    return as_png(figure)
 
 
-def _lines(arms: Sequence[Arm]) -> dict[str, list[tuple[float, float, float]]]:
-    """Return the points (steps, mean, standard deviation) of each line, accuracy in per cent."""
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    for arm in arms:
-        steps = [s for run in arm.runs if (s := number(run.cost.get("steps"))) is not None]
-        if steps:
-            mean, sd = mean_and_sd([100 * value for value in arm.values("accuracy")])
-            point = (sum(steps) / len(steps), mean, 0.0 if math.isnan(sd) else sd)
-            lines.setdefault(arm.line or arm.name, []).append(point)
-    return lines
+def steps_figure(arms: Sequence[Arm], styles: Styles) -> bytes | None:
+    """Draw accuracy against all steps of pre-training: a line per policy, a panel per task.
+
+    Returns None if no task has arms of more than two lengths of stage 1; others are shown by
+    `accuracy_figure`.
+    """
+    drawn = {}
+    tasks = _by([arm for arm in arms if _all_steps(arm) is not None],
+                lambda arm: (arm.task, arm.labels))
+    for members in tasks.values():
+        lines = _by(members, lambda arm: arm.line or arm.name)
+        if len({arm.stage1_steps for arm in members}) > 2 or (
+                not members[0].seeds and len(set(map(_all_steps, members))) > 2):
+            drawn[_panel_title(members[0], len(tasks) > 1)] = [
+                (line, [(_all_steps(arm) or 0, arm) for arm in own])
+                for line, own in lines.items()]
+    return _bands(drawn, styles, "pre-training steps in all (stage 1 and stage 2)", False)
+
+
+def _all_steps(arm: Arm) -> int | None:
+    steps = [s for run in arm.runs if (s := number(run.cost.get("steps"))) is not None]
+    return round(sum(steps) / len(steps)) if steps and not math.isnan(sum(steps)) else None

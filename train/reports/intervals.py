@@ -1,8 +1,9 @@
-"""Estimate a difference between two arms: its interval, and the detectable difference.
+"""Estimate an arm, or the difference between two arms: the interval, and what it can reveal.
 
 **Variance components of a paired design.** Nothing is resampled. The arms are paired (seed s with
 seed s, item n with item n), so a study is a table of differences with one cell for each
-pre-training seed p and fine-tuning seed s, and one value per test item n in a cell. Its mean varies
+pre-training seed p and fine-tuning seed s, and one value per test item n in a cell; for one arm
+alone, the values are its answers, right (1) or wrong (0), and all else is the same. Its mean varies
 with the pre-training seeds (rows), the fine-tuning seeds (columns), each cell for itself (rows x
 columns: fine-tuning two checkpoints with one seed is two experiments) and the items. With the mean
 squares of a two-way analysis of variance of the cells' means, each divided by the number of cells,
@@ -25,6 +26,11 @@ this one covered 93 to 98 % with two units of a source or more, and 94 to 97 % f
 A component with one unit cannot be estimated: with one pre-training seed that varies as much as the
 mean of the items, an interval covers 78 %, and less if it varies more. Show it only with a note.
 
+Macro F1 is no mean over items, so `macro_f1_values` replaces each answer by what it adds to macro
+F1, to first order (the influence function, which is also what an infinitesimal jackknife finds).
+The mean of these values in a cell is its macro F1 exactly, and their spread is its variance over
+items up to terms of order 1 / N^2, so that the same components apply.
+
 Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
 """
 
@@ -37,14 +43,31 @@ import numpy as np
 
 CONFIDENCE = 0.95
 POWER = 0.8
+METHOD = (
+    "Variance components of a paired design, Cochran's weighted t; nothing is resampled. The arms "
+    "are paired: a seed with the same seed, a test item with itself. The differences then vary for "
+    "three reasons: pre-training seeds, fine-tuning seeds (and each fine-tuning for itself), and "
+    "test items. An analysis of variance of the cells (one for each pair of seeds) and of the "
+    "items gives the part of each in the variance of the mean; their sum is the square of the "
+    "standard error, and never less than the spread of the cells allows. The half-width is the "
+    "standard error times the mean of the quantiles of Student's t at each part's own degrees of "
+    "freedom, weighted by the parts, so that two or three seeds that disagree give a wide "
+    "interval. The interval of one arm is computed the same way from its answers, that of macro "
+    "F1 from what each answer adds to it to first order (influence function). Detectable is "
+    "(t(0.975) + t(0.8)) standard errors: a true difference of that size gives an interval without "
+    "0 in 80 % of repetitions. In simulated studies with two or more units of each source the "
+    "intervals cover the truth in 93 % of them or more. A source with one unit cannot be "
+    "estimated and is not counted; a note says so. Each interval stands alone: of 20 true "
+    "differences of 0, one is expected to exclude 0."
+)
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A difference of two arms, first minus second.
+class Estimate:
+    """The mean of an arm, or a difference of two, first minus second.
 
     Attributes:
-        mean: the difference.
+        mean: of all values.
         low, high: the interval.
         detectable: the smallest true difference that so many seeds and items reveal.
         standard_error: of the mean.
@@ -63,7 +86,7 @@ def paired_difference(
     *,
     confidence: float = CONFIDENCE,
     power: float = POWER,
-) -> Difference:
+) -> Estimate:
     """Compare two arms that answered the same items with the same seeds.
 
     The detectable difference is `(t(1 - (1 - confidence) / 2) + t(power)) * standard error`: a
@@ -82,16 +105,53 @@ def paired_difference(
             f"{second.shape}"
         )
     delta = first.astype(np.float64) - second.astype(np.float64)
-    mean = float(delta.mean())
-    seeds, items = seed_components(delta.mean(axis=2)), item_component(delta)
+    return estimate(delta, confidence=confidence, power=power)
+
+
+def estimate(
+    values: np.ndarray, *, confidence: float = CONFIDENCE, power: float = POWER
+) -> Estimate:
+    """Estimate a mean over seeds and items.
+
+    Args:
+        values: of each item at each pair of seeds, `(P, S, N)` float64, no axis empty.
+        confidence, power: as of `paired_difference`.
+    """
+    mean = float(values.mean())
+    seeds, items = seed_components(values.mean(axis=2)), item_component(values)
     error = math.sqrt(sum(variance for variance, _ in [*seeds, items]))
     if error == 0:
-        return Difference(mean, mean, mean, 0.0, 0.0)
+        return Estimate(mean, mean, mean, 0.0, 0.0)
     reach, more = (weighted_t(share, [*seeds, items])
                    for share in (1 - (1 - confidence) / 2, power))
-    return Difference(
+    return Estimate(
         mean, mean - reach * error, mean + reach * error, (reach + more) * error, error
     )
+
+
+def macro_f1_values(truth: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Replace each answer by the macro F1 of its cell plus `N` times what it adds to it.
+
+    With `h` hits of a class, and `d` items that have or were given it, its F1 is `2 h / d`. An
+    item adds 2 / d where it is a hit of the class, and takes away `2 h / d^2` once where it has the
+    class and once where it was given it: the derivative of F1 by the item's weight. The sum over
+    the items is 0. A class that does not occur counts as 0, as in the metric.
+
+    Args:
+        truth: classes of the items, `(N,)` int from 0.
+        predictions: `(P, S, N)` int from 0.
+    Returns:
+        `(P, S, N)` float64.
+    """
+    values = np.zeros(predictions.shape)
+    for label in range(num_classes):
+        has, given = np.broadcast_to(truth == label, predictions.shape), predictions == label
+        hits = (has & given).sum(axis=2, keepdims=True)
+        both = has.astype(np.int64) + given
+        total = np.maximum(both.sum(axis=2, keepdims=True), 1)
+        adds = 2 * (has & given) / total - 2 * hits * both / total**2
+        values += 2 * hits / total + predictions.shape[2] * adds
+    return values / num_classes
 
 
 def seed_components(cells: np.ndarray) -> list[tuple[float, int]]:

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from preprocess.errors import DataError
-from train.reports.intervals import paired_difference
-from train.reports.results import Arm, difference_rows, read_finetune_run
+from train.reports.compare import compare
+from train.reports.results import Arm, read_finetune_run
 
 
 class RunsCompared(NamedTuple):
@@ -48,10 +46,9 @@ def compare_runs(first: Folders, second: Folders) -> RunsCompared:
                             "train/finetune.py")
         runs = [read_finetune_run(path) for path in paths]
         arms.append(Arm(", ".join(map(str, paths)), runs))
-    rows, notes = difference_rows([(arms[0], arms[1])])
-    one, two = (arm.correct() for arm in arms)
-    if not rows or one is None or two is None:
+    comparisons, notes = compare([(arms[0], arms[1])])
+    if not comparisons:
         raise DataError(notes[0])
-    found = paired_difference(*np.broadcast_arrays(one, two))
+    found = comparisons[0].found
     read = [note for arm in arms for run in arm.runs for note in run.notes]
     return RunsCompared(found.mean, found.low, found.high, found.detectable, read + notes)

@@ -1,8 +1,7 @@
-"""Read what fine-tuning left behind: means, and differences between arms.
+"""Read what fine-tuning left behind.
 
-It owns the shape of `results.jsonl` and `predictions.jsonl` as seen by a reader, and what may be
-compared with what. It runs no network and draws no figure; `train/report.py` and
-`train/pipeline.py` share it.
+It owns the shape of `results.jsonl` and `predictions.jsonl` as seen by a reader. It runs no network
+and draws no figure.
 
 Letters: `P` pre-training seeds, `S` fine-tuning seeds, `N` test items.
 """
@@ -11,23 +10,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from preprocess.errors import DataError, visible
-from preprocess.files import parse_json
-from preprocess.identity import flatten
-from train.reports.intervals import paired_difference
+from preprocess.files import parse_json, read_json
+from preprocess.identity import digest, flatten
+from train.reports.intervals import macro_f1_values
 from train.run_dir.hf_folder import read_stages, weights_problem
 
+ARCHIVE = "archive.json"  # in a folder that `train/pipeline.py --archive` packed without weights
 METRICS = {"accuracy": "test_accuracy", "macro_f1": "test_macro_f1"}
-TABLE_COLUMNS = ("arm", "strategy", "scores", "units", "task", "metric", "mean", "sd", "seeds",
-                 "masked_tokens", "steps", "seconds")
-DIFFERENCE_COLUMNS = ("arm", "against", "difference", "low", "high", "detectable", "seeds", "items")
 
 
 @dataclass(frozen=True)
@@ -35,23 +31,35 @@ class FinetuneRun:
     """One finished fine-tuning directory: one model per seed, all tested on the same items.
 
     Attributes:
-        path: the directory.
+        path: the directory, or the file that tells of it.
         rows: `results.jsonl`, one dictionary per seed, in the order of the file.
-        items: ids of the test items, in the order of the test split; empty without predictions.
-        correct: whether seed s is right about item n, `(S, N)` bool; None without predictions.
+        items_digest: names the test items, whatever their order; empty without predictions.
+        correct: whether seed s is right about item n, `(S, N)` bool, items in the order of their
+            ids; None without predictions.
         cost: masked_tokens, steps and seconds of all pre-training behind the run.
         stages: the pre-training stages behind it as `read_summaries` gives them; empty
             where nothing tells.
         notes: a sentence for everything that could not be read.
+        truth, predictions: the classes of the items, `(N,)` int, and those that each seed gave,
+            `(S, N)` int; None without predictions.
+        classes: how many the task has; None where nothing tells.
+        mask_seconds: what choosing the masks behind it cost; None if unknown.
+        commit, device: what it was trained with and on; empty where nothing tells.
     """
 
     path: Path
     rows: list[dict[str, Any]]
-    items: tuple[str, ...]
+    items_digest: str
     correct: np.ndarray | None
     cost: dict[str, float]
     stages: list[dict[str, Any]]
     notes: list[str]
+    truth: np.ndarray | None = None
+    predictions: np.ndarray | None = None
+    classes: int | None = None
+    mask_seconds: float | None = None
+    commit: str = ""
+    device: str = ""
 
     @property
     def task(self) -> str:
@@ -60,6 +68,12 @@ class FinetuneRun:
     @property
     def seeds(self) -> list[int]:
         return [int(row["seed"]) for row in self.rows]
+
+    @property
+    def num_labels(self) -> int | None:
+        """Labelled examples that its models were trained on, where the rows tell it."""
+        count = number(self.rows[0].get("num_train"))
+        return None if count is None else int(count)
 
     @property
     def weights(self) -> str | None:
@@ -83,30 +97,52 @@ class Arm:
     Attributes:
         name: unique in a report.
         runs: the fine-tuning runs, all of one task.
-        line: the arms of one line of a figure: the same masking after other lengths of stage 1.
+        title: as tables show it, beside columns for labels and steps; the name by default.
+        line: the arms of one line of a figure: the same policy after other lengths and on other
+            numbers of labels.
         masking_steps: seconds of each step of a pipeline that chose its masks; None where nothing
             tells.
         strategy, scores, units: of its masks; empty where nothing tells, or there are none.
         match: of a control, the line that it is the control of.
+        labels: labelled examples behind it; None where nothing tells.
+        stage1_steps, stage2_steps: lengths of the two stages, 0 without stage 2; None likewise.
+        mid_schedule: whether stage 2 was still in the middle of its schedule.
+        seeds: of pre-training, one per run, None where nothing tells; empty outside a pipeline.
+        floor: whether it is a trivial baseline.
+        options: further words about its policy, for a reader.
     """
 
     name: str
     runs: list[FinetuneRun]
+    title: str = ""
     line: str = ""
     masking_steps: dict[str, float] | None = None
     strategy: str = ""
     scores: str = ""
     units: str = ""
     match: str = ""
+    labels: int | None = None
+    stage1_steps: int | None = None
+    stage2_steps: int | None = None
+    mid_schedule: bool = False
+    seeds: tuple[int | None, ...] = ()
+    floor: bool = False
+    options: dict[str, str] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
         return self.runs[0].task
 
     @property
+    def shown(self) -> str:
+        """Its name in a table that has columns for labels and steps."""
+        return self.title or self.name
+
+    @property
     def masking_seconds(self) -> float | None:
         """What choosing its masks would have cost without other arms; None if unknown."""
-        return None if self.masking_steps is None else sum(self.masking_steps.values())
+        known = [run.mask_seconds for run in self.runs if run.mask_seconds is not None]
+        return sum(known) / len(known) if len(known) == len(self.runs) else None
 
     def values(self, metric: str) -> list[float]:
         """Return all values of a metric, pre-training seeds one after the other."""
@@ -119,6 +155,27 @@ class Arm:
         if len(arrays) < len(self.runs) or len({array.shape for array in arrays}) != 1:
             return None
         return np.stack(arrays)
+
+    def item_values(self, metric: str) -> np.ndarray | None:
+        """Return `(P, S, N)` float64 whose mean over the items is the metric of each model.
+
+        None where predictions are missing, or belong to other results.
+        """
+        correct = self.correct()
+        if correct is None or len({run.items_digest for run in self.runs}) != 1:
+            return None
+        if metric == "accuracy":
+            return correct.astype(np.float64)
+        run = self.runs[0]
+        if run.classes is None or any(one.predictions is None for one in self.runs):
+            return None
+        assert run.truth is not None
+        found = macro_f1_values(
+            run.truth, np.stack([np.asarray(one.predictions) for one in self.runs]), run.classes)
+        told = np.array(self.values(metric))
+        same = len(told) == found.shape[0] * found.shape[1] and np.allclose(
+            found.mean(axis=2).ravel(), told, atol=1e-6)
+        return found if same else None
 
 
 def read_json_lines(path: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:
@@ -161,14 +218,20 @@ def read_summaries(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     """
     try:
         stages = read_stages(folder)
-        problem = weights_problem(folder)
+        problem = None if _is_archived(folder) else weights_problem(folder)
     except (DataError, OSError) as error:
         notes.append(str(error))
         return []
     notes += [problem] if problem else []
-    totals = ("steps", "tokens", "masked_tokens", "seconds")
+    totals = ("steps", "tokens", "masked_tokens", "seconds", "flops")
     return [{"stage": stage["stage"], **flatten(stage["identity"]),
              **{key: stage["totals"].get(key) for key in totals}} for stage in stages]
+
+
+def _is_archived(folder: Path) -> bool:
+    """Return whether the weights of an `hf/` folder were left out when its pipeline was packed."""
+    packed = any((above / ARCHIVE).is_file() for above in folder.resolve().parents)
+    return packed and not any(folder.glob("*.safetensors"))
 
 
 def number(value: Any) -> float | None:
@@ -208,18 +271,39 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
                 "directory must share one test split: delete it and run train/finetune.py again"
             )
     whole = len(known) == len(rows)
-    cost = rows[0].get("pretraining")
+    # In the order of their ids; equal ones stay as they are.
+    order = np.argsort(np.array(known[0].items), kind="stable") if whole else np.array([], int)
+
+    def ordered(values: list[list[Any]]) -> np.ndarray | None:
+        return np.array(values)[:, order] if whole else None
+
+    truth = ordered([answer.labels for answer in known])
+    cost, classes = rows[0].get("pretraining"), rows[0].get("labels")
     lineages = [read_summaries(run_dir / f"seed_{row['seed']}" / "hf", notes) for row in rows]
+    made = _read_environment(run_dir)
     return FinetuneRun(
         path=run_dir,
         rows=rows,
-        items=known[0].items if whole else (),
-        correct=np.array([answer.right for answer in known], dtype=bool) if whole else None,
+        items_digest=digest(sorted(known[0].items)) if whole else "",
+        correct=ordered([answer.right for answer in known]),
         cost={key: value for key, given in (cost if isinstance(cost, dict) else {}).items()
               if (value := number(given)) is not None},
         stages=[stage for stage in lineages[0] if stage["stage"] == "pretrain"],
         notes=notes,
+        truth=None if truth is None else truth[0],
+        predictions=ordered([answer.predictions for answer in known]),
+        classes=len(classes) if isinstance(classes, list) and classes else None,
+        commit=visible(made.get("commit") or ""),
+        device=visible(made.get("gpu") or made.get("processor") or ""),
     )
+
+
+def _read_environment(run_dir: Path) -> dict[str, Any]:
+    """Return what a run wrote about its machine; nothing if it did not, or cannot be read."""
+    try:
+        return read_json(run_dir / "env.json")
+    except (OSError, ValueError):
+        return {}
 
 
 class Answers(NamedTuple):
@@ -282,124 +366,3 @@ def read_predictions(path: Path, notes: list[str]) -> Answers | None:
     labels, predictions = ([a[key] for a in answers] for key in ("label", "prediction"))
     return Answers(tuple(str(a["item"]) for a in answers),
                    [a == b for a, b in zip(labels, predictions, strict=True)], labels, predictions)
-
-
-def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and sample standard deviation; the latter is nan for a single value."""
-    array = np.asarray(values, dtype=np.float64)
-    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan
-
-
-def table_rows(arms: Iterable[Arm]) -> list[dict[str, Any]]:
-    """Make one row per arm and metric, with the keys of `TABLE_COLUMNS`.
-
-    The cost columns are means over the arm's pre-training seeds, empty where the rows do not tell.
-    """
-    rows = []
-    for arm in arms:
-        cost = {}
-        for key in ("masked_tokens", "steps", "seconds"):
-            known = [run.cost[key] for run in arm.runs if key in run.cost]
-            cost[key] = round(sum(known) / len(known)) if known else ""
-        for metric in METRICS:
-            values = arm.values(metric)
-            if not values:
-                continue
-            mean, sd = mean_and_sd(values)
-            rows.append({
-                "arm": arm.name, "strategy": arm.strategy, "scores": arm.scores,
-                "units": arm.units, "task": arm.runs[0].task, "metric": metric,
-                "mean": f"{mean:.4f}", "sd": "" if math.isnan(sd) else f"{sd:.4f}",
-                "seeds": len(values), **cost,
-            })
-    return rows
-
-
-def difference_rows(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compute differences in accuracy with their 95 % intervals, keys as in `DIFFERENCE_COLUMNS`.
-
-    An arm without stage 2 has one run, the others one for each pre-training seed: the single
-    run is then compared with each of them.
-
-    Returns:
-        `(rows, notes)`; a note is a sentence about a pair that cannot be compared, and why, or
-        about chance that an interval cannot count.
-    """
-    rows, notes, compared, alike = [], [], [], []
-    for first, second in pairs:
-        one, two = first.correct(), second.correct()
-        reason = _not_comparable(first, second)
-        if reason or one is None or two is None:
-            notes.append(f"{first.name} and {second.name} are not compared: {reason}.")
-            continue
-        one, two = np.broadcast_arrays(one, two)
-        found = paired_difference(one, two)
-        if found.standard_error == 0:
-            alike.append(f"{first.name} and {second.name}")
-        rows.append({
-            "arm": first.name, "against": second.name,
-            "difference": f"{found.mean:+.4f}", "low": f"{found.low:+.4f}",
-            "high": f"{found.high:+.4f}",
-            "detectable": f"{found.detectable:.4f}" if found.standard_error else "",
-            "seeds": f"{one.shape[0]}x{one.shape[1]}", "items": one.shape[2],
-        })
-        compared.append((first, second))
-    if alike:
-        notes.append(f"An interval without width says nothing: {', '.join(alike)} differ by the "
-                     "same at every seed and item.")
-    return rows, notes + uncounted_chance(compared)
-
-
-def uncounted_chance(pairs: Sequence[tuple[Arm, Arm]]) -> list[str]:
-    """Describe the sources of chance that the intervals of these pairs leave out."""
-    arms = list({arm.name: arm for pair in pairs for arm in pair}.values())
-
-    def named(chosen: Iterable[Arm]) -> str:
-        return ", ".join(dict.fromkeys(arm.name for arm in chosen))
-
-    notes = []
-    single = [arm for arm in arms if len(arm.runs) == 1]
-    if single:
-        notes.append(
-            f"One pre-training seed lies behind {named(single)}: the intervals of their "
-            "differences cannot count the chance of that pre-training, and are too narrow. Seeds "
-            "of fine-tuning that share one checkpoint are no independent evidence."
-        )
-    if any(arm.correct().shape[1] == 1 for arm in arms):  # type: ignore[union-attr]
-        few = [arm for arm in arms if len(arm.runs[0].seeds) == 1]
-        notes.append(f"One fine-tuning seed lies behind {named(few)}: the chance of fine-tuning "
-                     "is not counted there.")
-    shared = [arm for arm in arms if len(arm.runs) > 1 and _shares_stage_1(arm)]
-    if shared:
-        notes.append(
-            f"The pre-training seeds of {named(shared)} are of stage 2 and start from one stage-1 "
-            "checkpoint: the chance of stage 1 is not counted."
-        )
-    for arm in arms:
-        prints = [run.weights for run in arm.runs if run.weights]
-        if len(set(prints)) < len(prints):
-            notes.append(f"{arm.name}: some of its runs were fine-tuned from one and the same "
-                         "checkpoint, so they are no separate pre-training seeds.")
-    return notes
-
-
-def _shares_stage_1(arm: Arm) -> bool:
-    stages = arm.runs[0].stages[:-1]
-    return bool(stages) and all(run.stages[:-1] == stages for run in arm.runs)
-
-
-def _not_comparable(first: Arm, second: Arm) -> str | None:
-    one, two = first.correct(), second.correct()
-    if first.task != second.task:
-        return f"they are of different tasks ({first.task} and {second.task})"
-    if one is None or two is None:
-        return "predictions.jsonl of some seed is missing, or their runs have different seeds"
-    runs = [*first.runs, *second.runs]
-    if len({run.items for run in runs}) != 1:
-        return "they were tested on different items"
-    single_seeds = one.shape[1] == 1 or two.shape[1] == 1
-    if not single_seeds and len({tuple(run.seeds) for run in runs}) != 1:
-        return "they have different fine-tuning seeds"
-    if one.shape[0] != two.shape[0] and 1 not in (one.shape[0], two.shape[0]):
-        return "they have different numbers of pre-training seeds"
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,22 @@ def make_examples(
         arrays,
         np.array(mass, dtype=np.float64),
     )
+
+
+def balanced_weights(labels: Sequence[int], num_classes: int) -> np.ndarray:
+    """Return weights `(C,)` float64 with which all classes that occur weigh equally in sum.
+
+    A class of n of the N examples has N / (number of classes that occur * n): the mean weight of an
+    example is 1. One that does not occur has 1.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    there = counts > 0
+    return np.where(there, len(labels) / (there.sum() * np.maximum(counts, 1)), 1.0)
+
+
+def reweighted(examples: Examples, class_weights: np.ndarray) -> Examples:
+    """Return examples of one target each whose mass is the weight of their class."""
+    return replace(examples, mass=class_weights[np.stack(examples.targets)])
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,8 +108,8 @@ def settle_micro_batch(
         if not torch.cuda.is_available():
             raise ConfigError("--per_device_train_batch_size auto: measures the memory of a GPU, "
                               "and there is none here; give a number")
-        size = find_micro_batch(rows, trial(replace(config, per_device_train_batch_size=1)))
-    return replace(config, per_device_train_batch_size=size)
+        size = find_micro_batch(rows, trial(config.replaced(per_device_train_batch_size=1)))
+    return config.replaced(per_device_train_batch_size=size)  # type: ignore[no-any-return]
 
 
 def candidates(rows: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,14 +16,20 @@ from train.config import FinetuneConfig
 from train.engine import Resolved
 from train.model import (
     check_agreement,
-    check_row_length,
     describe_head,
+    fit_row_length,
     load_config,
     load_tokenizer,
 )
 from train.run_dir.hf_folder import Weights, open_weights
 from train.run_dir.identity import numerics
-from train.stages.examples import Examples, encode_inputs, make_examples
+from train.stages.examples import (
+    Examples,
+    balanced_weights,
+    encode_inputs,
+    make_examples,
+    reweighted,
+)
 from train.stages.supervised import make_identity, resolve
 
 SPLITS = ("train", "validation", "test")
@@ -49,22 +55,22 @@ def encode(
 class FinetuneInputs:
     """Everything read and checked before a process group starts.
 
-    splits, encoded: by the names in `SPLITS`. parent: the weights that every seed starts from.
-    identities: the record of each seed. numerics: that of all. head: a sentence about the head.
-    class_weights: of the loss, `(C,)` float64.
+    splits, encoded: by the names in `SPLITS`. class_weights: `(C,)` float64, of the loss. parent:
+    the weights that every seed starts from. identities: the record of each seed. numerics: that of
+    all. head: a sentence about the head.
     """
 
     config: FinetuneConfig
     task: Task
     splits: dict[str, list[Example]]
     encoded: dict[str, Examples]
+    class_weights: np.ndarray
     tokenizer: Any
     resolved: Resolved
     parent: Weights
     identities: dict[int, dict[str, Any]]
     numerics: dict[str, Any]
     head: str
-    class_weights: np.ndarray
 
     @property
     def pretraining(self) -> list[dict[str, Any]]:
@@ -89,7 +95,6 @@ def _open_start(config: FinetuneConfig, task: Task) -> _Start:
         hf_config, tokenizer, config.model_name_or_path,
         pair=any(example.aspect for split in SPLITS for example in task.splits[split]),
     )
-    check_row_length(hf_config, config.max_seq_length)
     backend = prepare_backend(tokenizer).to_str()
     return _Start(
         hf_config, tokenizer, open_weights(config.model_name_or_path),
@@ -117,10 +122,11 @@ def read_inputs(configs: Sequence[FinetuneConfig]) -> list[FinetuneInputs]:
         if name not in starts:
             starts[name] = _open_start(config, task)
         start = starts[name]
+        config = fit_row_length(start.hf_config, config)
         splits = {"train": take_fixed(task.splits["train"], config.max_train_samples)}
         for split in SPLITS[1:]:
             splits[split] = take_fixed(task.splits[split], config.max_eval_samples)
-        keys = {split: (split, start.reads, start.segments,
+        keys = {split: (split, start.reads, start.segments, config.max_seq_length,
                         *(config.choice_of_labels().values() if split == "train" else ()))
                 for split in SPLITS}
         for split, key in keys.items():
@@ -137,12 +143,13 @@ def _settle(
     encoded: dict[str, Examples], start: _Start,
 ) -> FinetuneInputs:
     """Settle the JSON, the weights of the classes, and the identity of each seed."""
-    class_weights = weigh_classes(encoded["train"], len(task.labels), config.class_weights)
-    encoded = {name: replace(part, mass=class_weights[np.stack(part.targets)])
-               for name, part in encoded.items()}
+    weights = np.ones(len(task.labels))
+    if config.class_weights == "balanced":
+        weights = balanced_weights([e.label for e in splits["train"]], len(task.labels))
+        encoded = {name: reweighted(one, weights) for name, one in encoded.items()}
     resolved = resolve(config, encoded["train"], DEFAULT_LEARNING_RATE)
     content = digest([
-        task.name, task.labels,
+        task.labels,
         [[[e.item, e.label] for e in splits[name]] for name in SPLITS],
         # Of the texts and of the tokenizer that read them.
         [[ids.tolist() for ids in encoded[name].input_ids] for name in SPLITS],
@@ -154,28 +161,11 @@ def _settle(
             split={"labels": len(splits["train"]),
                    "test_items": digest([e.item for e in splits["test"]])},
             options={"max_eval_samples": config.max_eval_samples,
-                     "metric": config.metric or "accuracy",
-                     "early_stopping": config.early_stopping,
-                     "class_weights": config.class_weights,
-                     "epoch": config.settled_epoch(), **config.choice_of_labels()},
+                     "class_weights": config.class_weights, **config.choice_of_epoch(),
+                     **config.choice_of_labels()},
         )
         for seed in config.seed_list()
     }
     head = describe_head(start.hf_config, "ForSequenceClassification", task.labels)
-    return FinetuneInputs(config, task, splits, encoded, start.tokenizer, resolved, start.parent,
-                          identities, numerics(config, resolved), head, class_weights)
-
-
-def weigh_classes(train: Examples, num_classes: int, how: str) -> np.ndarray:
-    """Return the weight of each class in the loss, `(C,)` float64; 1 for one without examples.
-
-    Args:
-        how: none, or balanced: weight times number of examples is then the same for each class,
-            and the mean weight of an example is 1.
-    """
-    counts = np.bincount(np.stack(train.targets), minlength=num_classes)
-    weights = np.ones(num_classes)
-    if how == "balanced":
-        there = counts > 0
-        weights[there] = len(train) / (there.sum() * counts[there])
-    return weights
+    return FinetuneInputs(config, task, splits, encoded, weights, start.tokenizer, resolved,
+                          start.parent, identities, numerics(config, resolved), head)

@@ -10,7 +10,7 @@ import numpy as np
 
 from preprocess.corpus import Example, Task
 from preprocess.files import write_json_lines
-from train.stages.scores import accuracy, macro_f1
+from train.stages.answers import make_answers, score_answers
 
 WORD = r"\w+(?:'\w+)?"
 
@@ -59,15 +59,9 @@ def write_naive_bayes(task: Task, run_dir: Path | str) -> None:
     )
     labels = np.array([e.label for e in test])
     predictions = probabilities.argmax(axis=1)
-    row = {
-        "seed": 0, "task": task.name,
-        "test_accuracy": accuracy(labels, predictions),
-        "test_macro_f1": macro_f1(labels, predictions, len(task.labels)),
-    }
-    answers = [
-        {"item": e.item, "label": e.label, "prediction": int(guess), "probabilities": p.tolist()}
-        for e, guess, p in zip(test, predictions, probabilities, strict=True)
-    ]
+    row = {"seed": 0, "task": task.name, "labels": list(task.labels),
+           **score_answers(task, labels, predictions)}
+    answers = make_answers(test, task.labels, probabilities)
     run_dir = Path(run_dir)
     (run_dir / "seed_0").mkdir(parents=True, exist_ok=True)
     write_json_lines(run_dir / "seed_0" / "predictions.jsonl", answers)

@@ -57,7 +57,7 @@ def match_labels(task: Task, hf_config: Any, model_name: str) -> list[int]:
     if set(classes) != set(task.labels) or sorted(classes.values()) != list(
             range(hf_config.num_labels)):
         raise ConfigError(
-            f"--model_name_or_path {model_name} tells {', '.join(classes)} apart, but --task "
+            f"--model_name_or_path {model_name} tells {', '.join(classes)} apart, but task "
             f"{task.name} has {', '.join(task.labels)}; give a classifier fine-tuned on this task"
         )
     return [classes[label] for label in task.labels]

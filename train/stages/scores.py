@@ -36,6 +36,28 @@ def macro_f1(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> f
     ))
 
 
+def per_class(
+    labels: np.ndarray, predictions: np.ndarray, num_classes: int
+) -> list[dict[str, float]]:
+    """Return precision, recall, F1 and support (the examples) of each class, 0 where undefined."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(
+        labels, predictions, labels=range(num_classes), zero_division=0.0)
+    return [{"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
+            for p, r, f, n in zip(*columns, strict=True)]
+
+
+def confusion_matrix(
+    labels: np.ndarray, predictions: np.ndarray, num_classes: int
+) -> list[list[int]]:
+    """Count the examples of each class (rows) by the prediction (columns)."""
+    from sklearn.metrics import confusion_matrix as count
+
+    table: np.ndarray = count(labels, predictions, labels=range(num_classes))
+    return table.tolist()
+
+
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     """Return the area under the precision-recall steps, ties taken together.
 

@@ -188,7 +188,7 @@ class Progressed:
     best_epoch: the one to keep so far, counted from 1; 0 before the first. best_state: the weights
     after that epoch, float32 on the CPU; None on other ranks than the first.
     seconds: of training, over all processes that took part. log: open after training. window: sums
-    over the steps since the last point of the log.
+    over the steps since the last point of the log. epochs: of the training once it has ended.
     """
 
     log: MetricsWriter
@@ -198,6 +198,7 @@ class Progressed:
     seconds: float = 0.0
     steps: int = 0
     window: Any = field(default_factory=Counter)
+    epochs: int = 0
 
     @property
     def best(self) -> dict[str, float]:
@@ -322,9 +323,7 @@ def fit(
     if is_main():
         stage = make_stage(
             records, parent, steps=found.steps, seconds=found.seconds,
-            tokens=int(train.lengths.sum()) * (
-                found.steps // num_steps(len(train), resolved.train_batch_size, 1)),
-            about=about,
+            tokens=int(train.lengths.sum()) * found.epochs, about=about,
         )
         assert found.best_state is not None  # the first rank holds it
         save_hf(model, found.best_state, tokenizer, run_dir / "hf", [*parent.stages, stage])
@@ -360,10 +359,10 @@ def train_and_select(
     Args:
         engine: a fresh DeepSpeed engine.
         assess: turns the logits of `dev` into metrics.
-        select: the metric whose first strictly best value picks the best epoch: the largest, or
-            the smallest loss.
+        select: the metric whose first strictly largest value picks the best epoch; of the loss the
+            first strictly smallest.
         epoch: best, or last: then no metric picks anything.
-        patience: epochs without a better one after which training ends; None: it never does.
+        patience: epochs in a row without a better one, after which training ends; None: never.
         tags: TensorBoard tag of each metric; those without one are not logged.
         class_weights: `(C,)` float64.
         run_dir: folder of this seed.
@@ -400,9 +399,9 @@ def train_and_select(
                 engine.train()
                 scores = {"loss": mean_loss(logits, dev, class_weights), **assess(logits)}
                 _refuse_non_finite(scores["loss"], "validation loss", step)
+                sign = -1 if select == "loss" else 1
                 is_better = not found.best_epoch or (
-                    scores[select] < found.best[select] if select == "loss"
-                    else scores[select] > found.best[select])
+                    sign * scores[select] > sign * found.best[select])
                 found.history.append(scores)
                 if is_better:
                     found.best_epoch = step // per_epoch
@@ -418,11 +417,8 @@ def train_and_select(
                     f"stopped at step {step} of {total_steps} of seed {seed}, with a checkpoint; "
                     "the same command goes on from there"
                 )
-            if step == total_steps:
-                break
-            if patience and len(found.history) - found.best_epoch >= patience:
-                say(f"seed {seed}: no better {select} in {patience} epochs, stopped after epoch "
-                    f"{len(found.history)} of {config.num_train_epochs}")
+            idle = len(found.history) - found.best_epoch  # epochs in a row
+            if step == total_steps or patience and step % per_epoch == 0 and idle >= patience:
                 break
             learning_rate, begun = engine.get_lr()[0], time.monotonic()
             seed_dropout(seed, step)
@@ -452,6 +448,7 @@ def train_and_select(
                 best = f"  {epoch} {select} {found.best[select]:.4f} (epoch {found.best_epoch})"
             progress.update(1, text + best)
     found.steps, found.seconds = step, time.monotonic() - started
+    found.epochs = step // per_epoch
     return found
 
 

@@ -1,0 +1,211 @@
+"""`train/pipeline.py --dry_run`: each step checked in the words of a recipe; estimates."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from preprocess.errors import ConfigError, DataError
+from train import model, pipeline
+from train.recipes.checks import Checked, flags_of, replaced, without
+from train.recipes.estimate import (
+    StepEstimate,
+    network_of,
+    size_of_text,
+)
+from train.recipes.recipe import REPOSITORY, origin_of
+from train.recipes.rehearsal import check_memory, total_seconds
+
+RECIPE = str(REPOSITORY / "train" / "recipes" / "custom.yaml")
+SHORT = [f"{stage}.max_seq_length=32" for stage in (
+    "classifier", "annotate", "scorer", "score", "finetune", "task_guided")]
+
+
+@pytest.fixture
+def dry_run(tmp_path, monkeypatch, tiny_encoder, reviews_file, labelled_files):
+    """Dry-run the recipe for one's own data with further settings; nothing is written."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def run(*settings: str, flags: tuple[str, ...] = ()) -> None:
+        try:
+            pipeline.main([
+                "--recipe", RECIPE, "--output_dir", str(tmp_path / "R"), "--dry_run", *flags,
+                "--set", f"train_file={labelled_files['train']}",
+                f"test_file={labelled_files['test']}", f"text={reviews_file}",
+                f"encoder={tiny_encoder}", "deepspeed_config=ds_configs/cpu.json",
+                "domain_text.num_workers=1", *SHORT, *settings,
+            ])
+        finally:
+            assert not (tmp_path / "R").exists()
+
+    return run
+
+
+def rows_of(out: str) -> dict[str, str]:
+    """Return the lines of the table by their steps."""
+    lines = out[out.index("\nstep "):].strip().splitlines()
+    return {line.split()[0]: line for line in lines[1:]}
+
+
+def test_every_step_is_checked_as_far_as_its_inputs_allow(dry_run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dry_run("general={max_steps: 2, max_seq_length: 32}", "general_text.input="
+            + str(Path(RECIPE)), "general_text.num_workers=1",
+            "scores={words: {measure: tfidf}}",
+            "arms=[none, random, {name: best, strategy: top, scores: words}]")
+    out = capsys.readouterr().out
+    rows = rows_of(out)
+    for step in ("tokenize-general", "tokenize-domain", "leakage", "score-words", "masks-best"):
+        assert "on the first 200 documents" in rows[step], step
+    assert "for its model)" not in rows["stage1"] and "DeepSpeed JSON" in rows["stage1"]
+    for step in ("task_guided-random-seed42", "task_guided-best-seed42", "finetune-none"):
+        assert "for its model)" in rows[step], step
+    assert re.search(r"about .* MiB of disk, .* are free\nabout .* of memory for ", out)
+    assert "time: add --measure" in out and not list(tmp_path.glob("selmask-dry-run-*"))
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (["text_column=stars"], r"step leakage: .*no column 'stars'.*--set text_column, label_"),
+    (["label_column=stars"], "no column 'stars'.*--set label_column"),
+    (["domain_column=body"], "step tokenize-domain: .*no column 'body'"),
+    (["text=absent.txt"], "step tokenize-domain: absent.txt: no such file"),
+    (["finetune.max_seq_length=200"], r"step finetune-none: --set finetune.max_seq_length=200: "
+     "this model has 64 positions; give at most 64"),
+    (["finetune={max_seq_length: 32, train_batch_size: 30, per_device_train_batch_size: 8}"],
+     "step finetune-none: batch sizes do not fit"),
+    (["label_budgets=[500]"], r"label_budgets: .* training examples; give 2 to \d+"),
+])
+def test_a_mistake_is_told_in_the_words_of_the_recipe(dry_run, capsys, settings, message):
+    with pytest.raises((ConfigError, DataError), match=message) as error:
+        dry_run(*settings, "arms=[none, random]")
+    assert "\n" not in str(error.value)
+    assert ("FAILS: " in capsys.readouterr().out) == ("label_budgets=[500]" not in settings)
+
+
+def test_batches_must_suit_all_ranks(dry_run):
+    with pytest.raises(ConfigError, match="batch sizes do not fit: .* x 3 ranks"):
+        dry_run("task_guided.train_batch_size=8", "arms=[random]", flags=("--num_gpus", "3"))
+
+
+def test_a_setting_of_the_recipe_itself_is_named_by_its_key(dry_run, monkeypatch):
+    """custom.yaml has 256 for stage 2; nobody has typed it."""
+    monkeypatch.setitem(globals(), "SHORT", [one for one in SHORT if "task_guided" not in one])
+    with pytest.raises(ConfigError, match="step task_guided-random-seed42: "
+                       "task_guided.max_seq_length=256: this model has 64 positions"):
+        dry_run("arms=[random]")
+
+
+def test_a_disk_that_is_too_small_is_refused(dry_run, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    with pytest.raises(ConfigError, match=r"/R: about .* MiB will be needed, and 0.0 MiB are free "
+                       "there; make room.*or add --clean checkpoints"):
+        dry_run("arms=[none]")
+
+
+def test_memory_that_is_too_small_for_all_jobs_is_refused():
+    step = SimpleNamespace(name="stage1")
+    found = [Checked(step, memory="model: 7 parameters; estimated memory per rank: states "
+                     "900000.00 GiB, activations 0.50 GiB, logits 0.00 GiB")]
+    options = SimpleNamespace(jobs=2)
+    with pytest.raises(ConfigError, match="step stage1: about 900000.5 GiB of memory will be needed"
+                       ".*smaller per_device_train_batch_size"):
+        check_memory(found, options)
+    assert check_memory([Checked(step)], options) == ""
+
+
+def test_an_encoder_that_is_not_here_leaves_the_rest_checked(dry_run, capsys):
+    dry_run("encoder=some/hub-model", "arms=[none, random]")
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["tokenize-domain"].endswith("files, columns")
+    assert "options, task, labels" in rows["finetune-none"]
+    with pytest.raises(DataError, match="step tokenize-domain: .*no column 'body'"):
+        dry_run("encoder=some/hub-model", "arms=[none, random]", "domain_column=body")
+
+
+def test_fresh_weights_are_checked_with_a_vocabulary_of_the_sample(dry_run, capsys, reviews_file):
+    dry_run("encoder=null", f"vocabulary={{vocab_size: 90, input: [{reviews_file}]}}",
+            "general={model_config: bert-tiny, max_steps: 2, max_seq_length: 32}",
+            f"general_text.input={reviews_file}", "general_text.num_workers=1",
+            "arms=[none, random]")
+    rows = rows_of(capsys.readouterr().out)
+    for step in ("vocabulary", "tokenize-general", "tokenize-domain", "leakage"):
+        assert "on the first 200 documents" in rows[step], step
+    assert rows["stage1"].endswith("memory")
+    assert rows["task_guided-random-seed42"].endswith("(on fresh weights for its model)")
+    assert rows["finetune-none"].endswith("options, task, labels")
+
+
+def test_measured_steps_give_a_time(dry_run, capsys):
+    dry_run("arms=[none, random]", "task_guided.max_steps=3",
+            flags=("--measure", "--launcher", "python", "--jobs", "1"))
+    out = capsys.readouterr().out
+    found = re.search(r"about ([\d.]+) minutes with --jobs 1, from (\d+) measured steps of (\d+) x "
+                      r"32 slots", out)
+    assert found and 0 < float(found[1]) < 10 and int(found[2]) >= 3
+    assert all(re.search(r"\s\d+\s", line) for step, line in rows_of(out).items()
+               if step.startswith(("task_guided", "finetune")))
+
+
+# ------------------------------------------------------------------------------- the estimates
+
+
+def test_the_parameters_of_the_encoder_are_those_of_its_linear_layers(tiny_encoder):
+    network = network_of({"encoder": tiny_encoder})
+    module = model.load_masked_lm(tiny_encoder, 0)
+    linear = sum(each.in_features * each.out_features
+                 for each in module.layers().modules() if isinstance(each, nn.Linear))
+    assert network.encoder == linear
+    assert network.parameters == pytest.approx(
+        sum(each.numel() for each in module.parameters()), rel=0.05)
+
+
+def test_the_schedule_is_that_of_the_jobs():
+    """a 4 s, b 3 s and c 2 s are independent; d, 5 s, needs a; the report, 1 s, comes last."""
+    needs = {"a": [], "b": [], "c": [], "d": ["a"], "report": []}
+    seconds = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 5.0, "report": 1.0}
+    found = [SimpleNamespace(step=SimpleNamespace(
+        name=name, needs=needed, records=[] if name == "report" else ["x"]))
+        for name, needed in needs.items()]
+    estimates = [StepEstimate(0.0, seconds[name]) for name in needs]
+    assert total_seconds(found, estimates, 1) == 15
+    assert total_seconds(found, estimates, 2) == 10  # a|b then d|c, then the report
+    assert total_seconds(found, estimates, 3) == 10
+
+
+def test_the_size_of_a_text_is_counted(reviews_file):
+    content = Path(reviews_file).read_text()
+    text = size_of_text({"input": [reviews_file]})
+    assert text.documents == len(content.splitlines())
+    assert text.size == len(content.replace("\n", ""))
+    assert size_of_text({"input": [reviews_file], "max_documents": ["7"]}).documents == 7
+    assert size_of_text({"input": ["hub:somebody/reviews"]}) is None
+
+
+def test_a_long_text_is_not_read_to_its_end(tmp_path, monkeypatch):
+    path = tmp_path / "long.txt"
+    path.write_text("a line of text here\n" * 200_000)
+    monkeypatch.setattr("train.recipes.estimate.LOOK_SECONDS", 0.0)
+    text = size_of_text({"input": [str(path)]})
+    assert text.documents == pytest.approx(200_000, rel=0.02)
+    assert text.size == pytest.approx(19 * 200_000, rel=0.02)
+
+
+def test_words_of_a_command_can_be_changed():
+    words = ["--a", "1", "2", "--b", "--c", "x y"]
+    assert flags_of(words) == {"a": ["1", "2"], "b": [], "c": ["x y"]}
+    assert without(words, "a") == ["--b", "--c", "x y"]
+    assert replaced(words, "c", "z") == ["--a", "1", "2", "--b", "--c", "z"]
+
+
+def test_a_setting_is_traced_to_its_variable():
+    assert origin_of(RECIPE, "task.text_column") == "text_column"
+    assert origin_of(RECIPE, "domain_text.text_column") == "domain_column"
+    assert origin_of(RECIPE, "task_guided.max_seq_length") == "task_guided.max_seq_length"
+    assert origin_of(RECIPE, "general.max_steps") == "general.max_steps"

@@ -1,0 +1,372 @@
+"""How long the steps of a plan will take, and how much disk: estimates of `--dry_run`.
+
+Disk follows from sizes: a store has 2 bytes per token, scores 2, a mask index 4 per masked token; a
+model has 4 bytes per parameter, a checkpoint 12. Seconds follow from one measurement on this
+machine (`--measure`): a few steps of the stage-2 model at its row length. Work is counted in tokens
+times the parameters that a token passes through, three times as much in training as without a
+backward pass; all other steps take it at the measured rate, and each process the measured time of
+a start. Reading text, building masks and the like are not measured: constants stand for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from preprocess.corpus import load_task, num_bytes
+from preprocess.errors import ConfigError
+from preprocess.files import read_json
+from train.recipes import run
+from train.recipes.checks import (
+    SAMPLE,
+    Checked,
+    Checker,
+    documents_of,
+    flags_of,
+    is_here,
+    replaced,
+    typed_as,
+    without,
+)
+
+BYTES_PER_TOKEN = 4.5  # of English, where there is no tokenizer to ask
+LOOK_SECONDS = 2.0  # how long a text is read to learn its size
+MEASURED_STEPS = 6  # the first is not counted
+MEASURE_SECONDS = 60.0  # after which the measurement is stopped
+STEP_WORK = 4e9  # parameters x tokens of a measured step on a CPU: about a second of two cores
+# Not measured.
+READ_BYTES_PER_SECOND = 1e6  # of text, tokenized by one process
+ARRAY_TOKENS_PER_SECOND = 2e6  # scored by counting, or masked
+LIGHT_SECONDS = 3.0  # a process that runs no network
+NODE_STARTS = 2  # processes that the deepspeed launcher starts before a training command
+
+
+class EncoderSize(NamedTuple):
+    """Sizes of an encoder: layers, widths, words."""
+
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    positions: int
+
+    @property
+    def encoder(self) -> int:
+        """Parameters that every token passes through."""
+        return self.layers * (4 * self.hidden ** 2 + 2 * self.hidden * self.inner)
+
+    @property
+    def head(self) -> int:
+        """Parameters of the MLM head, the output words among them."""
+        return self.hidden * (self.hidden + self.vocabulary)
+
+    @property
+    def parameters(self) -> int:
+        """All of them, the words once."""
+        return self.encoder + self.head + self.hidden * self.positions
+
+
+class TextSize(NamedTuple):
+    """Documents and bytes of text; None where that is unknown before it is read."""
+
+    documents: float
+    size: float
+
+
+class Measurement(NamedTuple):
+    """rate: parameters x tokens per second, forward alone. start: seconds of a training process
+    without its steps. imports: seconds of its imports. steps: that were measured. rows, slots: of
+    each."""
+
+    rate: float
+    start: float
+    imports: float
+    steps: int
+    rows: int
+    slots: int
+
+
+@dataclass
+class StepEstimate:
+    """Of one step: bytes that stay, and seconds; None where they are unknown."""
+
+    kept: float = 0.0
+    seconds: float | None = None
+
+
+# ----------------------------------------------------------------------------- what is known
+
+
+def network_of(recipe: dict[str, Any]) -> EncoderSize | None:
+    """Return the sizes of the recipe's encoder; None where it is not here."""
+    from train.model import load_config, named_config
+
+    encoder = recipe["encoder"]
+    try:
+        if encoder:
+            config = load_config(encoder) if is_here(encoder) else None
+        else:
+            words = (recipe["vocabulary"] or {}).get("vocab_size") or 30522
+            config = named_config(recipe["general"]["model_config"], words, 0)
+    except (ConfigError, OSError, ValueError):
+        return None
+    if config is None:
+        return None
+    inner = int(getattr(config, "intermediate_size", 0) or config.hidden_dim)  # of DistilBERT
+    return EncoderSize(config.num_hidden_layers, config.hidden_size, inner, config.vocab_size,
+                   config.max_position_embeddings)
+
+
+def size_of_text(flags: dict[str, list[str]]) -> TextSize | None:
+    """Estimate how much text tokenizing will read, from `LOOK_SECONDS` of it."""
+    specs = flags["input"]
+    if any(spec.startswith("hub:") for spec in specs):
+        return None
+    most = int(flags["max_documents"][0]) if "max_documents" in flags else None
+    passed = [0]
+
+    def count(size: int) -> None:
+        passed[0] += size
+
+    documents = size = 0
+    begin = time.monotonic()
+    for text in documents_of(flags, most, count):
+        documents += 1
+        size += len(text.encode())
+        if time.monotonic() - begin > LOOK_SECONDS and passed[0]:
+            total = num_bytes(specs, "blank_line_documents" in flags, (0, 1)) or passed[0]
+            share = max(1.0, total / passed[0])
+            return TextSize(min(documents * share, most or float("inf")), size * share)
+    return TextSize(documents, size)
+
+
+def bytes_per_token(checker: Checker, name: str) -> float:
+    """Return how many bytes of text make a token, by the sample of a store."""
+    step = next((step for step in checker.steps if step.name == name), None)
+    if step is None or name not in checker.sampled:
+        return BYTES_PER_TOKEN
+    flags = flags_of(step.command[1:])
+    most = min(int(flags.get("max_documents", [SAMPLE])[0]), SAMPLE)
+    size = sum(len(text.encode()) for text in documents_of(flags, most))
+    store = read_json(Path(checker.moved(flags["output"][0]) + ".json"))
+    return size / max(1, int(store.get("num_tokens") or store["counts"]["tokens"]))
+
+
+# ---------------------------------------------------------------------------- the measurement
+
+
+def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | None,
+            imports: float) -> Measurement | str:
+    """Train the stage-2 model for a few steps on the sample; return why not where it cannot."""
+    trained = [one for one in found if Path(one.step.command[0]).stem == "pretrain"
+               and one.config is not None and one.config.max_steps]
+    trained.sort(key=lambda one: not one.step.name.startswith("task_guided"))
+    chosen = next((one for one in trained if checker.stand_ins(one.step)), None)
+    words = checker.stand_ins(chosen.step) if chosen else []
+    if chosen is None or network is None:
+        return "no step can be measured: its encoder or its text is not here"
+    import torch
+
+    from train.run_dir.metrics import TOKENS_PER_SECOND
+
+    slots, config = chosen.config.max_seq_length, chosen.config
+    rows = config.per_device_train_batch_size or config.train_batch_size or 32
+    if not torch.cuda.is_available():
+        rows = 8 if rows == "auto" else rows
+        rows = max(1, min(rows, int(STEP_WORK / network.encoder / slots)))
+    if rows == "auto":
+        rows = 32
+    folder = checker.scratch / "measured"
+    words = without(words, "export_steps", "gradient_accumulation_steps", "head_only_steps",
+                    "eval_steps", "eval_mask_index", "mlm_probability")
+    for flag, value in (("max_steps", MEASURED_STEPS), ("logging_steps", 1),
+                        ("train_batch_size", rows), ("per_device_train_batch_size", rows),
+                        ("eval_fraction", 0), ("save_steps", 0), ("output_dir", folder)):
+        words = replaced(words, flag, str(value))
+    begin = time.monotonic()
+    output, process, poll = run.fork(typed_as([chosen.step.command[0], *words]),
+                                     run.without_ranks())
+    text, late = b"", False
+    while chunk := os.read(output.fileno(), 1 << 16):
+        text += chunk
+        if time.monotonic() - begin > MEASURE_SECONDS and not late:
+            late = True
+            run.signal_all(process, 15)
+    while poll() is None:
+        time.sleep(0.01)
+    seconds = time.monotonic() - begin
+    rates, spent = [], 0.0
+    path = folder / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        row = json.loads(line)
+        if (rate := row.get(TOKENS_PER_SECOND)) and row["step"] > 1:
+            rates.append(rate)
+            spent += rows * slots / rate
+    if not rates:
+        last = text.decode(errors="replace").strip().splitlines()[-1:] or [""]
+        return f"the measurement has failed: {last[0]}"
+    masked = float(config.mask_rates()[0]) if not config.mask_index else 0.15
+    work = 3 * (network.encoder + masked * network.head)
+    return Measurement(work * median(rates), max(0.0, seconds - spent), imports, len(rates), rows,
+                       slots)
+
+
+# ------------------------------------------------------------------------------- the estimates
+
+
+class Estimator:
+    """Estimates each step from the sizes of its inputs."""
+
+    def __init__(self, checker: Checker, found: Sequence[Checked], network: EncoderSize | None,
+                 measured: Measurement | None) -> None:
+        self.checker, self.options, self.network = checker, checker.options, network
+        self.measured = measured
+        self.tokens: dict[str, float] = {}  # of a store, by its prefix
+        self.texts: dict[str, TextSize] = {}
+        self._sizes(found)
+        self._tasks: dict[str, tuple[int, int, int, float]] = {}
+
+    def _sizes(self, found: Sequence[Checked]) -> None:
+        for one in found:
+            if Path(one.step.command[0]).stem == "tokenize_corpus" and not one.problem:
+                flags = flags_of(one.step.command[1:])
+                text = size_of_text(flags)
+                if text is not None:
+                    prefix = flags["output"][0]
+                    self.texts[prefix] = text
+                    self.tokens[prefix] = text.size / bytes_per_token(
+                        self.checker, one.step.name)
+        root = self.checker.root
+        domain = self.tokens.get(f"{root}/domain/text")
+        if domain is not None:
+            self.tokens[f"{root}/domain_kept/text"] = domain
+
+    def of(self, one: Checked) -> StepEstimate:
+        """Return the estimate of a step."""
+        step, script = one.step, Path(one.step.command[0]).stem
+        flags = flags_of(step.command[1:])
+        if one.what == "finished":
+            return StepEstimate(0.0, 0.0)
+        if step.compute is not None:
+            return StepEstimate(0.0, LIGHT_SECONDS)
+        if script in ("pretrain", "finetune", "fit_scorer", "annotate", "score_tokens"):
+            return self._network(one, script)
+        tokens = self.tokens.get(flags.get("tokens", flags.get("output", [""]))[0])
+        if script == "tokenize_corpus":
+            text = self.texts.get(flags["output"][0])
+            if tokens is None or text is None:
+                return StepEstimate()
+            workers = min(int(flags.get("num_workers", [os.cpu_count() or 1])[0]),
+                          os.cpu_count() or 1)
+            return StepEstimate(2.4 * tokens, self._light() + text.size
+                            / READ_BYTES_PER_SECOND / workers)
+        if script == "train_tokenizer":
+            return StepEstimate(1e6, self._light() + 20)
+        if script == "report":
+            return StepEstimate(1e6, self._light() + LIGHT_SECONDS)
+        if tokens is None:
+            return StepEstimate()
+        kept = 2.0 * tokens  # scores
+        if script == "build_masks":
+            rate = float(flags.get("mlm_probability", ["0.15"])[0])
+            kept = 4 * rate * tokens * int(flags.get("epochs", ["1"])[0])
+        if script == "select_documents":
+            kept = 2.4 * tokens if "drop_leaked" in flags else 0.0
+        return StepEstimate(kept, self._light() + tokens / ARRAY_TOKENS_PER_SECOND)
+
+    def _light(self) -> float:
+        """Seconds of a process that runs no network."""
+        if self.options.launcher == "python":
+            return 0.5
+        return LIGHT_SECONDS if self.measured is None else 0.5 * self.measured.imports
+
+    def _start(self) -> float:
+        """Seconds of a training command without its work."""
+        assert self.measured is not None
+        if self.options.launcher == "python":
+            return self.measured.start
+        return self.measured.start + (1 + NODE_STARTS) * self.measured.imports
+
+    def _network(self, one: Checked, script: str) -> StepEstimate:
+        config, network = one.config, self.network
+        if config is None or network is None:
+            return StepEstimate()
+        passes, kept, starts = self._work(config, script, network)
+        if self.measured is None or passes is None:
+            return StepEstimate(kept, None)
+        more = max(0, starts - 1) * self.measured.start
+        return StepEstimate(kept, self._start() + more + passes / self.measured.rate)
+
+    def _work(self, config: Any, script: str, network: EncoderSize
+              ) -> tuple[float | None, float, int]:
+        """Return parameters x tokens (forward alone), the bytes that stay, and models trained."""
+        model, checkpoint = 4.0 * network.parameters, 12.0 * network.parameters
+        kept = 0.0 if self.options.clean == "checkpoints" else checkpoint
+        if script == "pretrain":
+            rows = config.train_batch_size or 32
+            masked = 0.15 if config.mask_index else config.mask_rates()[0]
+            per_token = network.encoder + masked * network.head
+            slots = config.max_steps * rows * config.max_seq_length
+            held = config.eval_max_rows * config.max_seq_length * (
+                1 + (config.max_steps // config.eval_steps if config.eval_steps else 1))
+            many = min(config.save_total_limit, 1 + (
+                config.max_steps // config.save_steps if config.save_steps else 0))
+            return (3 * slots + held) * per_token, model * (
+                1 + len(config.export_steps)) + many * kept, 1
+        if script == "score_tokens":
+            tokens = self.tokens.get(config.tokens)
+            times = {"scorer": 1, "gradient": 3, "surprise": config.num_passes or 7,
+                     "excess": 2 * (config.num_passes or 7)}[config.measure]
+            return (None if tokens is None else times * tokens * network.encoder,
+                    2 * (tokens or 0.0), 1)
+        if script == "fit_scorer":
+            train, length = self._annotated()
+            return 3.2 * config.num_train_epochs * train * length * network.encoder, model, 1
+        train, validation, test, length = self._task(config)
+        if script == "annotate":
+            train = min(train, config.max_train_samples or train)
+            return train * length * (length + 4) / 2 * network.encoder, 3 * train * length, 1
+        runs = config.runs() if getattr(config, "also", None) else [config]
+        work, models = 0.0, 0
+        for each in runs:
+            seen = min(train, each.max_train_samples or train,
+                       getattr(each, "label_budget", None) or train)
+            held, tested = (min(many, each.max_eval_samples or many)
+                            for many in (validation, test))
+            seeds, padded = len(each.seed_list()), 1.2 * min(length, each.max_seq_length)
+            work += seeds * padded * network.encoder * (
+                each.num_train_epochs * (3 * seen + held) + tested)
+            models += seeds
+        return work, models * model, models
+
+    def _task(self, config: Any) -> tuple[int, int, int, float]:
+        """Return the examples of each split, and their mean length in tokens."""
+        key = repr([config.task, config.task_files()])
+        if key not in self._tasks:
+            files = {name: value for name, value in config.task_files().items()
+                     if name not in ("label_budget", "label_seed")}
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                splits = load_task(config.task, **files).splits
+            train = splits["train"]
+            size = sum(len(f"{example.aspect or ''} {example.text}".encode()) for example in train)
+            ratio = next((self.texts[name].size / tokens for name, tokens in self.tokens.items()
+                          if name in self.texts and tokens), BYTES_PER_TOKEN)
+            self._tasks[key] = (len(train), len(splits["validation"]), len(splits["test"]),
+                                2 + size / max(1, len(train)) / ratio)
+        return self._tasks[key]
+
+    def _annotated(self) -> tuple[float, float]:
+        """Return the sentences that the scorer learns from, and their mean length."""
+        if not self._tasks:
+            return 0.0, 0.0
+        train, _, _, length = next(iter(self._tasks.values()))
+        limit = self.checker.recipe["annotate"].get("max_train_samples")
+        return min(train, limit or train), length
