@@ -708,6 +708,10 @@ class AnnotateConfig(_InferenceConfig, TaskOptions):
         return self.replaced(drop_stop_words=True, keep_punctuation=True, keep_last=True)
 
 
+# Names in the rows of predictions, beside those of the columns that were read.
+_PREDICTED = ("prediction", "probabilities", "tokens", "importance")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(_CommandConfig):
     """Label new texts with a fine-tuned classifier.
@@ -761,6 +765,16 @@ class PredictConfig(_CommandConfig):
         for flag, path in (("output", self.output), ("html", self.html)):
             if path and os.path.realpath(path) == os.path.realpath(self.input):
                 raise ConfigError(f"--{flag} {path} is the --input itself; give another file")
+        if self.html and os.path.realpath(self.html) == os.path.realpath(self.output):
+            raise ConfigError(f"--html {self.html} is the --output itself; give another file")
+        if self.pair_column == self.text_column:
+            raise ConfigError(f"--pair_column {self.pair_column} is the --text_column itself; give "
+                              "the column with the aspect")
+        for flag, column in (("text_column", self.text_column), ("pair_column", self.pair_column)):
+            if column in _PREDICTED or (column or "").startswith("probability_"):
+                raise ConfigError(
+                    f"--{flag} {column}: the file of predictions has a column of that name for "
+                    "what it predicts; rename the one in the --input")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,11 +122,32 @@ def read_labels(hf_config: Any, name: str) -> tuple[str, ...]:
     """
     check_trained(hf_config, "ForSequenceClassification", name,
                   "give a fine-tuned classifier, as seed_N/hf of train/finetune.py")
-    labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
+    names = hf_config.id2label
+    if set(names) != set(range(len(names))):
+        raise ConfigError(f"--model_name_or_path {name}: id2label in its config.json has the keys "
+                          f"{', '.join(map(str, names))}; they must be 0 to {len(names) - 1}")
+    labels = tuple(str(names[i]) for i in range(len(names)))
     if len(set(labels)) < len(labels):
         raise ConfigError(f"--model_name_or_path {name}: two of its labels have the same name in "
                           "its config.json; rename one there")
     return labels
+
+
+def warn_of_pairs(config: PredictConfig, tuned: list[dict[str, Any]]) -> None:
+    """Say that a model of pairs gets single texts, or the reverse.
+
+    Args:
+        tuned: the stage of its fine-tuning, if it is known.
+    """
+    for stage in tuned:
+        about = stage.get("about")
+        pair = about.get("pair") if isinstance(about, dict) else None
+        if pair is True and not config.pair_column:
+            say("warning: this model was fine-tuned on texts with an aspect each, and gets texts "
+                "alone; --pair_column NAME gives their aspects")
+        if pair is False and config.pair_column:
+            say("warning: this model was fine-tuned on single texts, and gets an aspect before "
+                f"each; leave --pair_column {config.pair_column} out")
 
 
 def read_inputs(config: PredictConfig) -> PredictInputs:
@@ -142,10 +163,11 @@ def read_inputs(config: PredictConfig) -> PredictInputs:
     if config.explain and len(tokenizer) > 1 << 16:
         raise ConfigError(f"--explain: {name} has {len(tokenizer):,} tokens, and at most 65,536 "
                           "can be annotated; leave --explain out")
-    tuned = [stage["identity"]["train"]["max_seq_length"] for stage in open_weights(name).stages
-             if stage["stage"] == "finetune"]
+    tuned = [stage for stage in open_weights(name).stages if stage["stage"] == "finetune"][-1:]
+    warn_of_pairs(config, tuned)
     limit = FAMILIES[hf_config.model_type].num_positions(hf_config)
-    length = config.max_seq_length or (tuned or [min(limit, tokenizer.model_max_length)])[-1]
+    lengths = [stage["identity"]["train"]["max_seq_length"] for stage in tuned]
+    length = config.max_seq_length or (lengths or [min(limit, tokenizer.model_max_length)])[0]
     check_row_length(hf_config, length)
     return PredictInputs(config, hf_config, tokenizer, labels, length)
 

@@ -18,7 +18,7 @@ FEW_WORDS = 20  # entries with letters, below which a vocabulary says nothing ab
 
 
 def check_tokenizer(tokenizer: Any, name: str, pair: bool = False) -> None:
-    """Refuse a tokenizer that lacks special tokens or does not put them around a text.
+    """Refuse a tokenizer without words or special tokens, or that does not put these around a text.
 
     A store holds bare texts, and training puts `[CLS]` and `[SEP]` around them; fine-tuning,
     annotation and whoever uses the model leave that to the tokenizer. Both must be the same.
@@ -32,6 +32,13 @@ def check_tokenizer(tokenizer: Any, name: str, pair: bool = False) -> None:
     """
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = tokenizer.get_vocab()
+    if vocabulary.keys() <= {str(token) for token in tokenizer.all_special_tokens}:
+        # transformers makes one of special tokens alone where a folder has no tokenizer: each word
+        # would be unknown.
+        raise DataError(
+            f"{name}: its tokenizer has special tokens and no words, as where tokenizer.json is "
+            "missing; copy the tokenizer of the model into that folder"
+        )
     ids = {role: getattr(tokenizer, f"{role}_token_id") for role in (*NEEDED, "unk")}
     missing = [role for role in NEEDED if ids[role] is None]
     unknown = model.get("unk_token")

@@ -266,6 +266,8 @@ REFUSED = {
                 "lr_scheduler_type": "cosine"}, "warmup_max_lr in .* has no use in WarmupCosineLR"),
     "no-stable-steps": ({}, {"lr_scheduler_type": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6},
                         "--warmup_ratio 0.5 and --decay_ratio 0.6 are more than all steps"),
+    "no-stable-steps-by-default": ({}, {"lr_scheduler_type": "wsd", "decay_ratio": 0.95},
+                                   "--warmup_ratio 0.1 .the default. and --decay_ratio 0.95 are"),
     # Batches that do not work out.
     "odd-train": ({"train_batch_size": 64}, {"per_device_train_batch_size": 5},
                   "micro 5 x accumulation None x 1 ranks must equal train_batch_size 64"),

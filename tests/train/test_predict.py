@@ -265,16 +265,42 @@ def test_a_model_that_would_predict_noise_is_refused(tmp_path, model, tiny_encod
     several = changed(model, tmp_path / "a", problem_type="multi_label_classification")
     number = changed(model, tmp_path / "b", id2label={"0": "x"}, label2id={"x": 0})
     twice = changed(model, tmp_path / "c", id2label={"0": "x", "1": "x"}, label2id={"x": 0})
+    gap = changed(model, tmp_path / "d", id2label={"0": "x", "2": "y"}, label2id={})
     for name, message in (
         (tiny_encoder, "holds BertForPreTraining, not one for SequenceClassification; give a fine"),
         (several, "gives several labels for one text .multi-label."),
         (number, "gives a number and no classes"),
         (twice, "two of its labels have the same name"),
+        (gap, "id2label in its config.json has the keys 0, 2; they must be 0 to 1"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             run_predict(name, source, tmp_path / "p.csv")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "p.csv").exists()
+
+
+def test_a_folder_without_its_tokenizer_is_refused(tmp_path, model):
+    """transformers makes one of its own, for which all words are one: all texts looked alike."""
+    bare = Path(shutil.copytree(model, tmp_path / "bare"))
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(DataError, match="has special tokens and no words.*copy the tokenizer"):
+        run_predict(str(bare), write_texts(tmp_path / "t.csv", ["good"]), tmp_path / "p.csv")
+
+
+def test_a_model_of_pairs_says_that_it_gets_single_texts(tmp_path, model, capsys):
+    (tmp_path / "t.csv").write_text("text,aspect\ngood,plot\n")
+    pairs = Path(shutil.copytree(model, tmp_path / "pairs"))
+    lineage = json.loads((pairs / "lineage.json").read_text())
+    assert lineage["stages"][-1]["about"]["pair"] is False
+    lineage["stages"][-1]["about"]["pair"] = True
+    (pairs / "lineage.json").write_text(json.dumps(lineage))
+    for name, flags, said in ((model, {}, ""), (pairs, {"pair_column": "aspect"}, ""),
+                              (pairs, {}, "fine-tuned on texts with an aspect each"),
+                              (model, {"pair_column": "aspect"}, "fine-tuned on single texts")):
+        run_predict(str(name), tmp_path / "t.csv", tmp_path / "p.csv", dry_run=True, **flags)
+        out = capsys.readouterr().out
+        assert said in out and ("warning" in out) == bool(said)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +309,11 @@ def test_a_model_that_would_predict_noise_is_refused(tmp_path, model, tiny_encod
         ({"output": "p.txt"}, "--output p.txt: must end in .csv or .jsonl"),
         ({"html": "p.html"}, "--html p.html shows what --explain finds"),
         ({"input": "p.csv"}, "--output p.csv is the --input itself"),
+        ({"output": "p.csv", "html": "./p.csv", "explain": 1}, "--html ./p.csv is the --output"),
+        ({"pair_column": "text"}, "--pair_column text is the --text_column itself"),
+        ({"text_column": "prediction"}, "--text_column prediction: the file of predictions has"),
+        ({"text_column": "tokens"}, "--text_column tokens: the file of predictions has"),
+        ({"pair_column": "probability_pos"}, "--pair_column probability_pos: the file of pred"),
         ({"explain": 0}, "--explain 0: must be 1 or more"),
         ({"input": None}, "--input is missing"),
         ({"model_name_or_path": None}, "--model_name_or_path is missing: give a fine-tuned"),

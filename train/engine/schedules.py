@@ -8,7 +8,8 @@ step n > W has this share of the peak:
     constant  1                                              WarmupLR
     wsd       min(1, (N+1-n) / (D+1)), D steps of decay      WarmupStableDecayLR, ours
 
-No step has the rate 0. In fp16 a step that is skipped does not count.
+Where warm-up and decay of wsd overlap, as in a run of few steps, a step has the product of both. No
+step has the rate 0. In fp16 a step that is skipped does not count.
 """
 
 from __future__ import annotations
@@ -70,9 +71,12 @@ def settle_schedule(
         decay = _DECAY_RATIO if options.decay_ratio is None else options.decay_ratio
         _settle_steps(schedule, "decay_num_steps", "decay_ratio", options.decay_ratio,
                       max(1, round(decay * total_steps)))
-        if options.warmup_ratio and warmup + decay > 1:
-            raise ConfigError(f"--warmup_ratio {warmup} and --decay_ratio {decay} are more than "
-                              "all steps; lower one of them")
+        typed = options.warmup_ratio, options.decay_ratio
+        if typed != (None, None) and options.warmup_ratio != 0 and warmup + decay > 1:
+            default = " (the default)"
+            raise ConfigError(
+                f"--warmup_ratio {warmup}{default * (typed[0] is None)} and --decay_ratio {decay}"
+                f"{default * (typed[1] is None)} are more than all steps; lower one of them")
     elif options.decay_ratio is not None:
         raise ConfigError(
             f"--decay_ratio {options.decay_ratio}: has no use in the schedule {kind}; leave it out,"
