@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # In the order in which a reader meets them: the commands of a page use what earlier ones made.
 FOLDERS = ("", "preprocess", "train", "train/bench", "csrc", "ds_configs", "tests",
            "preprocess/masking")
-NAMES = (*FOLDERS, "train/API.md", "train/FILES.md")
+NAMES = (*FOLDERS, "train/API.md", "train/FILES.md", "train/STUDY.md")
 
 
 def file_of(page: str) -> Path:
@@ -157,7 +157,7 @@ def test_the_commands_run_as_shown(
         "bert-base-uncased": tiny_encoder,
     }
     runnable = [text for mark, text in BLOCKS if mark]
-    assert len(runnable) == 7
+    assert len(runnable) == 8
     for text in runnable:
         run_as_shown(text, run_here, inputs, tmp_path)
     said = capsys.readouterr().out
@@ -276,7 +276,7 @@ def test_settings_of_the_recipe_exist():
                 recipe = load_recipe(ROOT / flags[flags.index("--recipe") + 1], settings)
                 assert pipeline.plan(recipe, "R")[0]
                 found += 1
-    assert found == 3
+    assert found == 6
 
 
 def test_the_table_of_the_demo_has_its_place():

@@ -30,6 +30,7 @@ from preprocess.errors import ConfigError, DataError, StopRequested, run_command
 from preprocess.files import WriterLock, atomic_write_json, read_json
 from train.config import PipelineConfig, parse
 from train.recipes.archive import check_archive, pack
+from train.recipes.checks import check_options
 from train.recipes.jobs import run_side_by_side, share_machine
 from train.recipes.labels import check_budgets
 from train.recipes.nodes import FirstNode, OtherNode, check_nodes, read_hostfile
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         dry_run(recipe, steps, options, sum(hosts.values()) or options.num_gpus)
         return
     check_budgets(recipe)
+    check_options(steps)
     check_nodes(options, hosts, steps)
     gpus = share_machine(options)
     root.mkdir(parents=True, exist_ok=True)

@@ -319,7 +319,7 @@ def test_a_recipe_extends_only_files_beside_it(tmp_path):
      "offloading to a disk"),
     ({"csv_monitor": {"enabled": True, "output_path": "/x"}}, "not supported here"),
     ({"flops_profiler": {"enabled": True, "output_file": "/x"}}, "not supported here"),
-    ({"tensorboard": {"enabled": True, "output_path": "/x"}}, "its own tb"),
+    ({"tensorboard": {"enabled": True, "output_path": "/x"}}, "its own event files"),
     ({"wandb": {"enabled": True}}, "not supported here"),
 ])
 def test_a_deepspeed_json_names_no_code_and_no_path(block, message):

@@ -15,7 +15,7 @@ from preprocess.errors import ConfigError, DataError
 from train import model, pipeline
 from train.recipes.checks import Checked, flags_of, replaced, without
 from train.recipes.estimate import (
-    Estimate,
+    StepEstimate,
     network_of,
     size_of_text,
 )
@@ -175,7 +175,7 @@ def test_the_schedule_is_that_of_the_jobs():
     found = [SimpleNamespace(step=SimpleNamespace(
         name=name, needs=needed, records=[] if name == "report" else ["x"]))
         for name, needed in needs.items()]
-    estimates = [Estimate(0.0, seconds[name]) for name in needs]
+    estimates = [StepEstimate(0.0, seconds[name]) for name in needs]
     assert total_seconds(found, estimates, 1) == 15
     assert total_seconds(found, estimates, 2) == 10  # a|b then d|c, then the report
     assert total_seconds(found, estimates, 3) == 10

@@ -178,7 +178,7 @@ def act_as_node(rank: int, root: Path, script: Path, kind: str) -> None:
         nodes.SHARED_DISK_SECONDS = 0.5
         steps = [dataclasses.replace(step, records=["/elsewhere"]) for step in steps]
     pipeline.plan = lambda recipe, root: (steps, [])
-    pipeline.load_recipe = lambda path, settings: {}
+    pipeline.load_recipe = lambda path, settings: {"label_budgets": []}
 
     def started_as(step, options, port=0):
         os.environ.update(NODE=str(rank), PORT=str(port))

@@ -22,6 +22,8 @@ from train import report
 from train.reports import groups as arms_of_folders
 from train.reports import steps_to, study
 from train.reports.compare import arms_of, compare, pairs_of
+from train.reports.masked import index_of
+from train.reports.results import Arm
 
 # Tables that come from the answers and rows alone.
 SHARED = ("table", "differences", "steps_to", "stage2_runs")
@@ -151,6 +153,7 @@ def changed(path: Path, target: Path, line: int, **cells: str) -> str:
     ({"finetune_seed": "x"}, "finetune_seed is 'x'"),
     ({"answers": "00" * 30}, "answers do not agree with correct"),
     ({"num_items": ""}, "correct has 15 bytes for None bits"),
+    ({"masked_tokens": "9" * 400}, "masked_tokens is '999"),
 ])
 def test_a_damaged_row_is_one_sentence(exported, tmp_path, cells, reason):
     path = changed(exported, tmp_path / "bad.csv", 7, **cells)
@@ -194,6 +197,71 @@ def test_two_studies_are_kept_apart(exported, tmp_path, no_figures):
     rows = read_csv(tmp_path / "out" / "differences.csv")
     assert {row["arm"].partition("/")[0] for row in rows} == {"study", "other"}
     assert all(row["arm"].partition("/")[0] == row["against"].partition("/")[0] for row in rows)
+
+
+def test_studies_of_one_name_in_two_folders_are_not_mixed(exported, tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        shutil.copy(exported, tmp_path / folder / "study.csv")
+    files = [tmp_path / folder / "study.csv" for folder in "ab"]
+    arms = arms_of(study.read_studies(files))
+    assert len(arms) == 2 * len(arms_of(study.read_studies([exported])))
+    assert {tuple(run.seeds) for arm in arms for run in arm.runs} == {(13, 43, 83)}
+    assert len({arm.name for arm in arms}) == len(arms)
+    assert {arm.name.split("/study/")[0] for arm in arms} == {
+        str(file.parent) for file in files}
+    # The same file twice is one study.
+    again = arms_of(study.read_studies([exported, exported]))
+    assert [arm.name for arm in again] == [
+        arm.name for arm in arms_of(study.read_studies([exported]))]
+
+
+def test_the_order_of_the_rows_of_seeds_does_not_matter(made_up, exported, tmp_path):
+    """A seed that was trained again stands last; a file may have been sorted."""
+    shutil.copytree(made_up, tmp_path / "study")
+    path = tmp_path / "study" / "finetune" / "selective-seed41-labelsall" / "results.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*others, first]))
+    assert study.study_csv(arms_of_folders.read_groups([tmp_path / "study"])[0], "study") == (
+        exported.read_text())
+    head, *lines = exported.read_text().splitlines(keepends=True)
+    (tmp_path / "turned.csv").write_text("".join([head, *reversed(lines)]))
+    differences = [
+        {(one.first.name, one.second.name): one.found
+         for one in compare(pairs_of(study.read_studies([file])))[0]}
+        for file in (exported, tmp_path / "turned.csv")]
+    both = set(differences[0]) & set(differences[1])
+    assert len(both) >= 12
+    assert all(differences[0][pair].low == pytest.approx(differences[1][pair].low)
+               for pair in both)
+
+
+def test_seeds_of_stage_1_are_runs_of_their_own(exported, tmp_path):
+    """With one seed of stage 2: they share its number, and it names no run."""
+    lines = list(csv.DictReader(io.StringIO(exported.read_text())))
+    kept = [{**row, "stage1_seed": row["pretrain_seed"], "pretrain_seed": "41"}
+            for row in lines if row["stage2_steps"] == "50"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, study.COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(kept)
+    (tmp_path / "s.csv").write_text(out.getvalue())
+    found = study.read_studies([tmp_path / "s.csv"])
+    assert {len(arm.runs) for arm in arms_of(found)} == {3}
+    assert {one.shape for one in compare(pairs_of(found))[0]} == {(3, 3, 120)}
+
+
+@pytest.mark.parametrize("plain, steps, index", [
+    ("top", ["masks-top-words-labels100-seed1", "masks-top-labels100-seed1"],
+     "top-labels100-seed1"),
+    ("top", ["masks-top-words", "masks-top-step_20"], "top-step_20"),
+    ("top", ["masks-top-words-labelsall"], None),
+    ("top-words", ["masks-top", "masks-top-words-labelsall"], "top-words-labelsall"),
+])
+def test_the_masks_of_an_arm_are_its_own(plain, steps, index):
+    """Not those of the arm that it matches, whose name may begin as its own."""
+    arm = Arm("x", [], line=f"study/{plain}", masking_steps=dict.fromkeys(steps, 1.0))
+    assert index_of(arm) == index
 
 
 def test_seconds_of_the_masks_of_a_seed():

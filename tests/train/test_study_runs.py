@@ -170,3 +170,15 @@ def test_budgets_that_the_task_cannot_fill_are_refused_at_once(
     with pytest.raises(ConfigError, match=message):
         run_study(tmp_path / "run", f"label_budgets=[8, {budget}]")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting, message", [
+    ("finetune.metric=macro_f1", "step finetune-none: --metric macro_f1 is of --epoch best"),
+    ("classifier.early_stopping=2", "step classifier-labels8-seed1: --early_stopping 2 is of"),
+])
+def test_options_that_contradict_each_other_are_refused_at_once(
+    run_study, tmp_path, setting, message
+):
+    with pytest.raises(ConfigError, match=message):
+        run_study(tmp_path / "run", setting)
+    assert not (tmp_path / "run").exists()

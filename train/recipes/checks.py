@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
@@ -357,6 +357,21 @@ def _sentence(lines: list[str]) -> str:
     """Return what a command says of its end, in its last line."""
     last = next((line for line in reversed(lines) if line.strip()), "no reason given")
     return re.sub(r"^(selmask )?[\w.]+: ", "", last)
+
+
+def check_options(steps: Sequence[Step]) -> None:
+    """Refuse options that contradict each other, which a command would only when its turn comes.
+
+    Raises:
+        ConfigError: names the step.
+    """
+    for step in steps:
+        config = CONFIGS.get(Path(step.command[0]).stem) if step.compute is None else None
+        if config is not None:
+            try:
+                parse(config, step.command[1:])
+            except ConfigError as error:
+                raise ConfigError(f"step {step.name}: {error}") from None
 
 
 def check_all(checker: Checker) -> Iterator[Checked]:

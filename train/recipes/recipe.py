@@ -68,7 +68,8 @@ _TASK_FLAGS = {name: option for name, option in options_of(TaskOptions).items()
                if name not in _BUDGET_FLAGS}
 _OURS = {"output_dir", "tokens", "model_name_or_path", "deepspeed_config", "mask_index",
          "annotations", "name", "output", "local_rank", "dry_run", "resume", "overwrite",
-         "also", *_TASK_FLAGS, *_BUDGET_FLAGS}
+         "also", *_TASK_FLAGS, *_BUDGET_FLAGS,
+         "push_to_hub", "hub_private", "report_to"}  # no file may send anything elsewhere
 
 
 def _flags_of(config_class: type) -> dict[str, Option]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ SCORER_COLUMNS = ("scorer", "sentences", "important", "F1", "average_precision")
 CLASS_COLUMNS = ("arm", "labels", "steps", "class", "examples", "precision", "recall", "F1")
 MAX_CLASSES = 8  # of a confusion matrix in a table
 PREFIX = "masks-"
+# What a pipeline appends to an arm for its index; `masks-top-words` is of another arm than `top`.
+_ENDING = r"(-labels\w+)?(-seed\d+)?(-step_\d+)?"
 
 
 def index_of(arm: Arm) -> str | None:
@@ -33,7 +36,7 @@ def index_of(arm: Arm) -> str | None:
     plain = arm.line.rpartition("/")[2]
     steps = [step.rpartition("/")[2] for step in arm.masking_steps or {}]
     names = [step.removeprefix(PREFIX) for step in steps if step.startswith(PREFIX)]
-    own = [name for name in names if name == plain or name.startswith(f"{plain}-")]
+    own = [name for name in names if re.fullmatch(re.escape(plain) + _ENDING, name)]
     return own[0] if own else None
 
 

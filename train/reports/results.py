@@ -32,7 +32,7 @@ class FinetuneRun:
 
     Attributes:
         path: the directory, or the file that tells of it.
-        rows: `results.jsonl`, one dictionary per seed, in the order of the file.
+        rows: `results.jsonl`, one dictionary per seed, in the order of the seeds.
         items_digest: names the test items, whatever their order; empty without predictions.
         correct: whether seed s is right about item n, `(S, N)` bool, items in the order of their
             ids; None without predictions.
@@ -253,7 +253,8 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
     for row in read_json_lines(path, notes) if path.is_file() else []:
         if "seed" in row and number(row.get(METRICS["accuracy"])) is not None:
             by_seed[row["seed"]] = row
-    rows = list(by_seed.values())
+    # A seed that was trained again stands last in the file; runs are paired by place.
+    rows = [row for _, row in sorted(by_seed.items())]
     if not rows:
         reason = "; ".join(notes) or "results.jsonl is absent or empty"
         raise DataError(

@@ -127,19 +127,23 @@ def read_studies(paths: Sequence[Path]) -> list[Group]:
     Raises:
         DataError: no such file, or a row that is not as it was written.
     """
-    studies: dict[str, dict[tuple, list[dict[str, Any]]]] = {}
-    for path in paths:
+    studies: dict[tuple[Path, str], dict[tuple, list[dict[str, Any]]]] = {}
+    for path in {path.resolve(): path for path in paths}.values():
         for row in _read_rows(path):
-            # Two files may hold studies of one name.
-            study = studies.setdefault(f"{path.stem}/{row['study']}", {})
+            study = studies.setdefault((path, row["study"]), {})
             study.setdefault((
                 row["task"], row["arm"], row["stage1_steps"], row["labels"],
                 row["stage2_steps"]), []).append(row)
-    names = [name.split("/", 1)[1] for name in studies]
+    names = [name for _, name in studies]
+    files = [(path.stem, name) for path, name in studies]
     groups = []
-    for full, arms in studies.items():
-        name = full.split("/", 1)[1]
-        prefix = "" if len(studies) == 1 else f"{full if names.count(name) > 1 else name}/"
+    for (path, name), arms in studies.items():
+        # Two files may hold studies of one name, and have one name in two folders.
+        if files.count((path.stem, name)) > 1:
+            full = f"{path.with_suffix('')}/{name}"
+        else:
+            full = f"{path.stem}/{name}" if names.count(name) > 1 else name
+        prefix = "" if len(studies) == 1 else f"{full}/"
         made = [_arm(rows, prefix) for rows in arms.values()]
         groups += group_arms(named(made, prefix), prefix)
     return groups
@@ -167,8 +171,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{len(cells)} cells for {len(head)} columns")
             row = _read_row(dict(zip(head, cells, strict=True)))
             key = tuple(row[name] for name in (
-                "study", "task", "arm", "stage1_steps", "stage2_steps", "labels", "pretrain_seed",
-                "finetune_seed"))
+                "study", "task", "arm", "stage1_steps", "stage2_steps", "labels", "stage1_seed",
+                "pretrain_seed", "finetune_seed"))
             if key in seen:
                 raise ValueError("a model that an earlier row has already")
         except ValueError as error:
@@ -191,9 +195,10 @@ def _read_row(cells: dict[str, str]) -> dict[str, Any]:
             kind = int if key in _COUNTS else float
             try:
                 row[key] = kind(text)
-            except ValueError:
-                row[key] = math.nan
-            if not math.isfinite(row[key]) or row[key] < 0 and "seed" not in key:
+                finite = math.isfinite(row[key])
+            except (ValueError, OverflowError):
+                finite = False
+            if not finite or row[key] < 0 and "seed" not in key:
                 raise ValueError(f"{key} is {visible(text)!r}")
     for key in ("validation_accuracy", "test_accuracy", "test_macro_f1"):
         if row[key] is not None and row[key] > 1:
@@ -226,18 +231,22 @@ def _unpack(text: str, count: int | None, name: str) -> np.ndarray:
 
 
 def _arm(rows: list[dict[str, Any]], prefix: str) -> Arm:
-    by_seed: dict[int | None, list[dict[str, Any]]] = {}
+    by_seed: dict[tuple[int | None, int | None], list[dict[str, Any]]] = {}
     for row in rows:
-        by_seed.setdefault(row["pretrain_seed"], []).append(row)
+        by_seed.setdefault((row["stage1_seed"], row["pretrain_seed"]), []).append(row)
+    seeds = tuple(seed for _, seed in by_seed)
+    if len(set(seeds)) < len(seeds):  # then they name no run
+        seeds = ()
     first = rows[0]
     strategy, is_floor = first["strategy"], first["strategy"] == BASELINE_STRATEGY
     return Arm(
-        "", [_run(one, strategy) for one in by_seed.values()], line=prefix + visible(first["arm"]),
+        "", [_run(sorted(one, key=lambda row: row["finetune_seed"]), strategy)
+             for one in by_seed.values()], line=prefix + visible(first["arm"]),
         strategy=visible(strategy), scores=visible(first["score"]),
         match=prefix + visible(first["match"]) if first["match"] else "",
         labels=first["labels"], stage1_steps=first["stage1_steps"],
         stage2_steps=first["stage2_steps"], mid_schedule=first["mid_schedule"] == "1",
-        seeds=tuple(by_seed), floor=is_floor,
+        seeds=seeds, floor=is_floor,
     )
 
 
