@@ -9,6 +9,7 @@ use the launcher: `deepspeed --module selmask pretrain`, in a clone `deepspeed t
 from __future__ import annotations
 
 import ast
+import configparser
 import difflib
 import importlib
 import sys
@@ -73,6 +74,18 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def find_version() -> str:
+    """Return the version of the package, or of a clone that is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("selmask")
+    except metadata.PackageNotFoundError:
+        found = configparser.ConfigParser()
+        found.read(ROOT / "setup.cfg")
+        return found.get("metadata", "version", fallback="of unknown version")
+
+
 def _start() -> None:
     words = sys.argv[1:]
     if words and words[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it first
@@ -81,9 +94,7 @@ def _start() -> None:
         print(help_text())
         return
     if words[0] == "--version":
-        from importlib import metadata
-
-        print(f"selmask {metadata.version('selmask')}")
+        print(f"selmask {find_version()}")
         return
     if words[0] not in MODULES:
         near = difflib.get_close_matches(words[0], MODULES, n=1)

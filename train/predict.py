@@ -118,7 +118,8 @@ def read_labels(hf_config: Any, name: str) -> tuple[str, ...]:
     """Return the names of a classifier's labels.
 
     Raises:
-        ConfigError: it has no trained head, or one that does not choose one of several labels.
+        ConfigError: it has no trained head, or one that does not choose one of several labels; or
+            the names of these are not one for each.
     """
     check_trained(hf_config, "ForSequenceClassification", name,
                   "give a fine-tuned classifier, as seed_N/hf of train/finetune.py")
@@ -160,9 +161,6 @@ def read_inputs(config: PredictConfig) -> PredictInputs:
     labels = read_labels(hf_config, name)
     tokenizer = load_tokenizer(name, config.trust_remote_code)
     check_agreement(hf_config, tokenizer, name, pair=bool(config.pair_column))
-    if config.explain and len(tokenizer) > 1 << 16:
-        raise ConfigError(f"--explain: {name} has {len(tokenizer):,} tokens, and at most 65,536 "
-                          "can be annotated; leave --explain out")
     tuned = [stage for stage in open_weights(name).stages if stage["stage"] == "finetune"][-1:]
     warn_of_pairs(config, tuned)
     limit = FAMILIES[hf_config.model_type].num_positions(hf_config)

@@ -630,8 +630,8 @@ def main(argv: list[str] | None = None) -> None:
     ds.finish()
     if config.push_to_hub and ds.is_main() and not config.dry_run:
         folder = Path(config.output_dir) / "hf"
-        hf_folder.write_card(folder, repo=config.push_to_hub)
-        hub.push(folder, config.push_to_hub, config.hub_private)
+        hub.push(folder, config.push_to_hub, config.hub_private,
+                 lambda repo: hf_folder.write_card(folder, repo=repo))
 
 
 if __name__ == "__main__":

@@ -273,6 +273,18 @@ def _task_semeval(files: TaskFiles) -> Task:
     return Task(files.name, _SEMEVAL_LABELS, splits)
 
 
+def _check_columns(files: TaskFiles) -> None:
+    """Refuse a column that has two parts: a label that is read as text, too, is learnt by heart."""
+    part_of: dict[str, str] = {}
+    for flag in ("text_column", "label_column", "pair_column"):
+        column = getattr(files, flag)
+        if column in part_of:
+            raise ConfigError(f"--{flag} {column} is the --{part_of[column]} too; give each a "
+                              "column of its own")
+        if column:
+            part_of[column] = flag
+
+
 def _task_custom(files: TaskFiles) -> Task:
     """Read the user's own files; labels are the values seen in train, sorted."""
     for flag in ("train_file", "test_file"):
@@ -281,6 +293,7 @@ def _task_custom(files: TaskFiles) -> Task:
                 f"--task custom needs --{flag} (.csv, .tsv, .jsonl or .parquet with the columns "
                 f"--text_column {files.text_column} --label_column {files.label_column})"
             )
+    _check_columns(files)
     names = {split: getattr(files, f"{split}_file") for split in ("train", "validation", "test")}
     columns = files.text_column, files.label_column, files.pair_column, files.where
     left_out: LeftOut = {}

@@ -17,6 +17,7 @@ from preprocess.masking.corruption import STANDARD, Corruption, corrupt
 from preprocess.masking.strategies import BASELINE, STRATEGIES
 from preprocess.text.continuations import continuation_table, find_continuations
 
+LARGEST = float(np.finfo(np.float16).max)
 IGNORED = -100  # the label of a position without a loss, in transformers and torch
 
 
@@ -42,8 +43,8 @@ class BatchMasker:
         policy: of a control that follows another strategy: its name.
         options: fields of `Sequences` that the strategy reads: `centre`, `temperature`.
     Raises:
-        ConfigError: an unknown strategy or a missing policy; a tokenizer without a mask token, or
-            without word boundaries where they are needed.
+        ConfigError: an unknown strategy or option, or a missing policy; a tokenizer without a mask
+            token, or without word boundaries where they are needed.
     """
 
     def __init__(
@@ -63,6 +64,11 @@ class BatchMasker:
             raise ConfigError("the tokenizer has no mask token; take one of a masked language "
                               "model")
         self.policy = None if policy is None else STRATEGIES[policy]
+        known = {*record.options, *(self.policy.options if self.policy else ())}
+        for name in options.keys() - known:
+            raise ConfigError(f"strategy {strategy}: reads no {name}; "
+                              + (f"known are {', '.join(sorted(known))}" if known else
+                                 "leave it out"))
         self.tokenizer, self.name, self.strategy = tokenizer, strategy, record
         self.rate, self.seed, self.corruption, self.options = rate, seed, corruption, options
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
@@ -83,8 +89,8 @@ class BatchMasker:
                 do.
             step: number of the batch; each number draws anew, and equal ones draw the same.
             scores: importance of each token, larger is more important, minus infinity is never
-                masked, `(B, S)` float; for a strategy of scores, and for `typemean` the mean of
-                the token's type.
+                masked, `(B, S)` float, rounded to float16 as in a store; for a strategy of scores,
+                and for `typemean` the mean of the token's type.
             match: of a control: where the batch is masked that it is matched to (its
                 `labels != -100`), `(B, S)` bool.
             octaves: of `frequency_matched`: floor(log2) of how often each id occurs in the corpus,
@@ -92,7 +98,8 @@ class BatchMasker:
         Raises:
             ConfigError: an array that the strategy needs is missing, or one is given that it does
                 not read.
-            ValueError: a wrong shape, an id outside the vocabulary, or a rate outside (0, 1].
+            ValueError: a wrong shape, an id outside the vocabulary, a score that is not a number or
+                beyond float16, or a rate outside (0, 1].
         """
         ids = np.asarray(input_ids)
         given = {"scores": scores, "match": match, "octaves": octaves}
@@ -110,6 +117,11 @@ class BatchMasker:
             shape = (self.vocab_size,) if name == "octaves" else ids.shape
             if array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape}: must be {shape}")
+        if scores is not None:
+            large = np.abs(arrays["scores"], dtype=np.float64)
+            if (np.isfinite(large) & (large > LARGEST)).any():
+                raise ValueError(f"scores reach {large[np.isfinite(large)].max():g}: at most "
+                                 f"{LARGEST:g}, the largest float16; divide them")
         chosen = self._choose(ids, step, **arrays)
         flat = ids.astype(np.int64).ravel()
         labels = np.full_like(flat, IGNORED)

@@ -126,6 +126,8 @@ def test_tensors_and_empty_batches(ids, tiny_tokenizer):
     ({"strategy": "frequency_matched"}, {"match": 0}, "needs octaves"),
     ({"strategy": "top"}, {"scores": 1}, r"scores has shape \(40, 1\): must be \(40, \d+\)"),
     ({"rate": 0.0}, {}, "the mask rate is 0.0"),
+    ({"temperature": 2.0}, {}, "strategy random: reads no temperature; leave it out"),
+    ({"strategy": "band", "center": 0.2}, {}, "strategy band: reads no center; known are centre"),
 ])
 def test_wrong_arguments_are_refused(fixed, call, message, ids, tiny_tokenizer):
     """0 stands for an array of the batch's shape, 1 for one of another."""
@@ -133,6 +135,16 @@ def test_wrong_arguments_are_refused(fixed, call, message, ids, tiny_tokenizer):
               for name, other in call.items()}
     with pytest.raises(ValueError, match=message):
         BatchMasker(tiny_tokenizer, **fixed)(ids, step=0, **arrays)
+
+
+def test_scores_beyond_half_precision_are_refused(ids, tiny_tokenizer):
+    """They would be infinite and tie, and below the least of them nothing would be masked."""
+    masker, scores = BatchMasker(tiny_tokenizer, "top"), np.zeros(ids.shape)
+    scores[0, 1], scores[1] = 65504, -np.inf
+    assert (masker(ids, step=0, scores=scores).labels[1] == -100).all()
+    scores[0, 2] = -1e6
+    with pytest.raises(ValueError, match=r"scores reach 1e\+06: at most 65504, the largest"):
+        masker(ids, step=0, scores=scores)
 
 
 def test_ids_of_another_kind_are_refused(ids, tiny_tokenizer):

@@ -343,16 +343,17 @@ def test_sst2_without_and_with_test_labels(tmp_path):
 
 def test_custom(tmp_path):
     train, test = tmp_path / "train.csv", tmp_path / "test.csv"
-    train.write_text("body,class\n" + "".join(f"text {i},{i % 11}\n" for i in range(200)))
-    test.write_text("body,class\nunseen,10\n")
+    rows = "".join(f"text {i},{i % 11},of {i}\n" for i in range(200))
+    train.write_text("body,class,aspect\n" + rows)
+    test.write_text("body,class,aspect\nunseen,10,new\n")
     columns = {"text_column": "body", "label_column": "class"}
     files = {"train_file": str(train), "test_file": str(test), **columns}
     task = load_task("custom", **files)
     assert task.labels == tuple(map(str, range(11)))
     assert task.splits["test"][0].label == 10
     assert len(task.splits["train"]) + len(task.splits["validation"]) == 200
-    pairs = load_task("custom", **files, pair_column="class")
-    assert pairs.splits["test"][0].aspect == "10"
+    pairs = load_task("custom", **files, pair_column="aspect")
+    assert pairs.splits["test"][0].aspect == "new"
     test.write_text("body,class\nunseen,zebra\n")
     with pytest.raises(DataError, match="test.csv, line 2: label 'zebra'"):
         load_task("custom", **files)

@@ -15,7 +15,7 @@ import pytest
 from preprocess.corpus import load_task, read_documents
 from preprocess.corpus.advice import guess_encoding
 from preprocess.corpus.tasks import default_name
-from preprocess.errors import DataError
+from preprocess.errors import ConfigError, DataError
 
 GOOD = [{"text": f"text {i}", "label": i % 2} for i in range(60)]
 
@@ -63,6 +63,17 @@ def test_labels_that_are_the_same_number(tmp_path):
     rows = [{"text": f"{i}", "label": ("1", "1.0", "2")[i % 3]} for i in range(9)]
     with pytest.raises(DataError, match="'1' and '1.0', the same number"):
         load(tmp_path, rows)
+
+
+@pytest.mark.parametrize(("columns", "message"), [
+    ({"pair_column": "label"}, "--pair_column label is the --label_column too; give each a column"),
+    ({"pair_column": "text"}, "--pair_column text is the --text_column too"),
+    ({"text_column": "label"}, "--label_column label is the --text_column too"),
+])
+def test_no_column_has_two_parts(tmp_path, columns, message):
+    rows = [{"text": "a", "label": "b"}, {"text": "c", "label": "d"}]
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, rows, **columns)
 
 
 @pytest.mark.parametrize("column", ["text", "aspect"])

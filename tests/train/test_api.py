@@ -170,12 +170,28 @@ def test_text_scorer_refuses(tiny_encoder, token_scorer, monkeypatch):
         ("scorer: reads no reference", token_scorer, {"reference": tiny_encoder}),
         ("not one for TokenClassification", tiny_encoder, {}),
         ("this model has 64 positions", token_scorer, {"max_seq_length": 65}),
+        ("max_seq_length 2: must be between 8 and", token_scorer, {"max_seq_length": 2}),
+        ("max_seq_length 0: must be between 8 and", token_scorer, {"max_seq_length": 0}),
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             api.TextScorer(name, **{"max_seq_length": 32, **options})
     scorer = api.TextScorer(token_scorer, max_seq_length=32)
     with pytest.raises(DataError, match="a text of 524,289 characters: at most 524,288"):
         scorer(["a" * 524_289])
+
+
+def test_packed_batches_of_impossible_sizes(reviews_store):
+    store = api.TokenStore.open(reviews_store)
+    rows, _ = api.row_tables(store, max_seq_length=32, eval_fraction=0.1)
+    masking = api.drawn_masking(store, "random", 0.15)
+    for options in ({"micro_batch_size": 0}, {"micro_batch_size": 4, "accumulation_steps": 0}):
+        with pytest.raises(ConfigError, match=r"_(size|steps) 0: must be 1 or more"):
+            api.PackedData(store, rows, masking, seed=1, **options)
+    for length, fraction, message in ((2, 0.1, "max_seq_length 2: must be 3 or more"),
+                                      (32, 1.0, r"eval_fraction 1.0: must be in \[0, 1\)"),
+                                      (32, -1, "eval_fraction -1")):
+        with pytest.raises(ConfigError, match=message):
+            api.row_tables(store, max_seq_length=length, eval_fraction=fraction)
 
 
 # ------------------------------------------------------------------------- two arms

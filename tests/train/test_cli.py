@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,15 @@ def test_the_entry_point_and_the_version(monkeypatch, capsys):
     scripts = setup["options.entry_points"]["console_scripts"].split("\n")
     assert scripts == ["", "selmask = selmask:main"]
     assert exit_of(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out == f"selmask {setup['metadata']['version']}\n"
+    said = f"selmask {setup['metadata']['version']}\n"
+    assert capsys.readouterr().out == said
+
+    def absent(name: str) -> str:  # a clone on the path
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", absent)
+    assert exit_of(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == said
 
 
 def test_a_rank_of_deepspeed_finds_its_command(monkeypatch):

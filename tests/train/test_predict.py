@@ -266,11 +266,13 @@ def test_a_model_that_would_predict_noise_is_refused(tmp_path, model, tiny_encod
     number = changed(model, tmp_path / "b", id2label={"0": "x"}, label2id={"x": 0})
     twice = changed(model, tmp_path / "c", id2label={"0": "x", "1": "x"}, label2id={"x": 0})
     gap = changed(model, tmp_path / "d", id2label={"0": "x", "2": "y"}, label2id={})
+    more = changed(model, tmp_path / "e", id2label={"0": "x", "1": "y", "2": "z"}, label2id={})
     for name, message in (
         (tiny_encoder, "holds BertForPreTraining, not one for SequenceClassification; give a fine"),
         (several, "gives several labels for one text .multi-label."),
         (number, "gives a number and no classes"),
         (twice, "two of its labels have the same name"),
+        (more, "cannot be loaded .classifier.* has another shape than config.json says"),
         (gap, "id2label in its config.json has the keys 0, 2; they must be 0 to 1"),
     ):
         with pytest.raises(ConfigError, match=message) as error:

@@ -21,7 +21,7 @@ from train import data, pretrain
 from train.config import FinetuneConfig, PretrainConfig, parse
 from train.run_dir import hub
 from train.run_dir.hf_folder import folder_problem, open_weights, read_stages, write_card
-from train.run_dir.model_card import Model, Score, model_card
+from train.run_dir.model_card import Model, Score, is_unedited, model_card
 from train.stages.sharing import push_best
 
 RATE = 0.3
@@ -306,7 +306,7 @@ def test_pretraining_pushes_at_the_end(folder, store, still_encoder, tmp_path, a
     pretrain.main(words(typed))
     ((repo, private),), ((name, sent, card),) = api.made, api.sent
     assert (repo, private, name, sent) == ("films", None, "me/films", tmp_path / "run" / "hf")
-    assert 'pipeline("fill-mask", model="films")' in card
+    assert 'pipeline("fill-mask", model="me/films")' in card  # as others have to write it
 
 
 def test_fine_tuning_pushes_the_seed_that_validation_chooses(tuned, flags, api, run_here, capsys):
@@ -325,8 +325,38 @@ def test_fine_tuning_pushes_the_seed_that_validation_chooses(tuned, flags, api, 
     last = {**flags, "epoch": "last", "push_to_hub": "me/films"}
     push_best(parse(FinetuneConfig, words(last)), dict.fromkeys((1, 2), {"validation_accuracy": 0}))
     assert "of 2 seeds, 1 is pushed: the first one" in capsys.readouterr().out
+    f1 = {**flags, "metric": "macro_f1", "push_to_hub": "me/films"}
+    push_best(parse(FinetuneConfig, words(f1)), {
+        seed: {"validation_accuracy": 1 / seed, "validation_macro_f1": seed / 2}
+        for seed in (1, 2)})
+    assert "2 is pushed: its validation macro F1 is the best" in capsys.readouterr().out
     run_here("train/finetune.py", *words(flags))  # the card is that of the folder again
     assert 'model="."' in (tuned / "seed_2" / "hf" / "README.md").read_text()
+
+
+def test_a_card_with_a_licence_of_its_own_is_kept(tuned, flags, api, run_here, capsys):
+    """The card itself asks for one, to be written before the model is shared."""
+    cards = [tuned / f"seed_{seed}" / "hf" / "README.md" for seed in (1, 2)]
+    before = cards[0].read_text()
+    cards[0].write_text(before.replace("license: unknown", "license: mit"))
+    push = {**flags, "epoch": "best", "push_to_hub": "me/films", "seeds": "1"}
+    run_here("train/finetune.py", *words(push))
+    ((_, sent, card),) = api.sent
+    assert sent == cards[0].parent and "license: mit" in card and "| accuracy |" in card
+    assert f"{cards[0]}: stays as it was edited" in capsys.readouterr().out
+    cards[0].write_text(before)
+    cards[1].unlink()
+    run_here("train/finetune.py", *words(flags))
+    assert "stays as" not in capsys.readouterr().out
+    assert cards[0].read_text() == before and "| accuracy |" in cards[1].read_text()
+
+
+def test_what_is_an_edited_card():
+    card = model_card([made_up_stage("finetune")], "x").encode()
+    assert is_unedited(card) and is_unedited(card.replace(b"\n", b"\r\n"))
+    for edited in (b"", b"mine", b"x" + card, card + b"x", card.replace(b"unknown", b"mit"),
+                   card.rpartition(b"\n<!--")[0], b"\xff" + card):
+        assert not is_unedited(edited)
 
 
 def test_a_push_that_fails_loses_nothing(tuned, flags, api, run_here, capsys):
@@ -343,7 +373,7 @@ def test_a_push_that_fails_loses_nothing(tuned, flags, api, run_here, capsys):
 def test_the_client_itself_says_that_it_is_offline(masked, monkeypatch, capsys):
     """Through huggingface_hub as it is, with nobody at the other end."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert not hub.push(masked["policy"] / "hf", "me/films", False)
+    assert not hub.push(masked["policy"] / "hf", "me/films", False, lambda repo: None)
     assert "warning: --push_to_hub me/films: not pushed (" in capsys.readouterr().out
 
 

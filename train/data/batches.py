@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from preprocess import masking as masks
-from preprocess.errors import DataError
+from preprocess.errors import ConfigError, DataError
 from preprocess.store import TokenStore, ranges
 from preprocess.text.continuations import find_continuations
 from train.data.masking import Masking
@@ -173,6 +173,8 @@ class PackedData:
         seed: of order, masks and corruption.
         corruption: what the masked tokens become.
         micro_batch_size, accumulation_steps, world_size, rank: the batch arithmetic.
+    Raises:
+        ConfigError: a size below 1. DataError: the store's tokenizer lacks a special token.
     """
 
     def __init__(
@@ -180,6 +182,11 @@ class PackedData:
         micro_batch_size: int, accumulation_steps: int = 1, world_size: int = 1, rank: int = 0,
         corruption: masks.Corruption = masks.STANDARD,
     ) -> None:
+        sizes = {"micro_batch_size": micro_batch_size, "accumulation_steps": accumulation_steps,
+                 "world_size": world_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"{name} {size}: must be 1 or more")
         missing = [name for name in ("cls", "sep", "pad", "mask") if name not in store.special_ids]
         if missing:
             raise DataError(f"{store.tokenizer_dir}: the tokenizer has no {missing[0]} token")

@@ -352,8 +352,14 @@ def row_tables(
     written, every rank builds it in memory, every time.
 
     Raises:
+        ConfigError: rows without room for a token between two special ones, or a fraction outside
+            [0, 1).
         DataError: there are no tokens to train on.
     """
+    if max_seq_length < 3:
+        raise ConfigError(f"max_seq_length {max_seq_length}: must be 3 or more")
+    if not 0 <= eval_fraction < 1:
+        raise ConfigError(f"eval_fraction {eval_fraction}: must be in [0, 1)")
     key = json.dumps(
         [ROW_TABLE_VERSION, store.fingerprint, max_seq_length, eval_fraction], sort_keys=True
     )

@@ -177,8 +177,9 @@ def _load_with_top(
     with loading(name):
         model, info = auto_class.from_pretrained(
             local_checkpoint(name), output_loading_info=True, dtype=torch.float32,
-            trust_remote_code=trust_remote_code, ignore_mismatched_sizes=bool(head), **options,
+            trust_remote_code=trust_remote_code, ignore_mismatched_sizes=True, **options,
         )
+        # Without that, transformers points at a report that is not shown.
         other = [key for key, *_ in info["mismatched_keys"] if not key.startswith(head)]
         if other:
             raise ValueError(f"{other[0]} has another shape than config.json says")

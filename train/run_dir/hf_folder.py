@@ -23,7 +23,7 @@ from preprocess.progress import say
 from train.model.folder import check_weights, list_weights
 from train.model.loading import local_checkpoint
 from train.run_dir.checkpoint import find_checkpoint
-from train.run_dir.model_card import KINDS, Model, Score, model_card
+from train.run_dir.model_card import KINDS, Model, Score, is_unedited, model_card
 
 VERSION = 2
 _HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
@@ -265,16 +265,20 @@ def make_stage(
 
 
 def write_card(folder: Path, scores: Sequence[Score] = (), repo: str = "") -> None:
-    """Write the card of an `hf/` folder again, once its scores are known.
+    """Write the card of an `hf/` folder again, once its scores are known; an edited one stays.
 
     Args:
         repo: repository of the hub that the card is for.
     """
+    path = folder / "README.md"
+    if path.is_file() and not is_unedited(path.read_bytes()):
+        say(f"{path}: stays as it was edited")
+        return
     config = read_json(folder / "config.json")
     tokens = read_json(folder / "tokenizer_config.json")
     card = model_card(read_stages(folder), folder.name, _describe_model(config, tokens, repo),
                       scores)
-    atomic_write_bytes(folder / "README.md", card.encode())
+    atomic_write_bytes(path, card.encode())
 
 
 def _describe_model(config: dict[str, Any], tokens: dict[str, Any], repo: str = "") -> Model:

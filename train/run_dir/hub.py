@@ -6,6 +6,7 @@ Nothing is sent before a run has ended, and a failure to send changes nothing on
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from preprocess.progress import say
@@ -28,11 +29,13 @@ def announce(repo: str) -> None:
         "`hf auth login` before the run ends")
 
 
-def push(folder: Path, repo: str, private: bool) -> bool:
+def push(folder: Path, repo: str, private: bool, write_card: Callable[[str], None]) -> bool:
     """Push a finished `hf/` folder to a repository, which is made if it is absent.
 
     Whatever goes wrong, the run has ended well: a warning says how to push the model later.
 
+    Args:
+        write_card: writes the folder's card for a repository, by its full name.
     Returns:
         Whether it is there.
     """
@@ -41,6 +44,7 @@ def push(folder: Path, repo: str, private: bool) -> bool:
     try:
         api = HfApi()
         made = api.create_repo(repo, private=private or None, exist_ok=True)
+        write_card(made.repo_id)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder,
                           commit_message="Model trained with selmask")
     except Exception as error:  # no network, no login, no right, a name that is taken

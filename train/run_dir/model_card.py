@@ -1,12 +1,14 @@
 """The README.md of an `hf/` folder: the card that the hub shows, made from what the folder holds.
 
 A card is a function of the lineage, of the configuration and of the scores of the finished run, so
-it can be written again at any time. Lineages and names may be a stranger's: every value is escaped,
-and one that is not what it should be is left out. No card names a path of this machine.
+it can be written again at any time, unless somebody has edited it. Lineages and names may be a
+stranger's: every value is escaped, and one that is not what it should be is left out. No card names
+a path of this machine.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -270,4 +272,16 @@ def model_card(
         lines.append(f"| {' | '.join(map(plain, cells))} |")
     lines += ["", "## Limits", "", *(f"- {one}" for one in _limits(stages, model, scores)),
               "", "## Licence", "", _LICENCE, "", "## Citation", "", _CITATION]
-    return "\n".join(lines) + "\n"
+    return _sealed("\n".join(lines) + "\n")
+
+
+def _sealed(text: str) -> str:
+    """Return a card with a last line by which `is_unedited` knows it; no reader shows it."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{text}\n<!-- made by selmask, {digest}; an edited card is not written again -->\n"
+
+
+def is_unedited(card: bytes) -> bool:
+    """Return whether a card is as `model_card` made it, whatever has happened to its line ends."""
+    text = card.decode(errors="replace").replace("\r\n", "\n")
+    return text == _sealed(text.rpartition("\n<!--")[0])

@@ -45,20 +45,24 @@ def write_cards(config: FinetuneConfig, rows: Mapping[int, Mapping[str, Any]]) -
     for seed in rows:
         folder = Path(config.output_dir) / f"seed_{seed}" / "hf"
         if folder.is_dir():
-            write_card(folder, scores, config.push_to_hub)
+            write_card(folder, scores)
 
 
 def push_best(config: FinetuneConfig, rows: Mapping[int, Mapping[str, Any]]) -> None:
-    """Push the model of the seed with the best validation accuracy, the first of equals.
+    """Push the model of the seed that is best on the validation split, the first of equals.
 
-    The test split chooses nothing, nor does validation under a label budget: then it is the first.
+    By macro F1 where that chose the epochs, else by accuracy. The test split chooses nothing, nor
+    does validation where the last epoch is kept, as under a label budget: then it is the first.
     """
     seeds = config.seed_list()
     best, why = seeds[0], "the first one"
     if config.settled_epoch() == "best":
-        best = max(seeds, key=lambda seed: rows[seed]["validation_accuracy"])
-        why = "its validation accuracy is the best"
+        key, metric = (("validation_macro_f1", "macro F1") if config.metric == "macro_f1"
+                       else ("validation_accuracy", "accuracy"))
+        best = max(seeds, key=lambda seed: rows[seed][key])
+        why = f"its validation {metric} is the best"
     if len(seeds) > 1:
         say(f"of {len(seeds)} seeds, {best} is pushed: {why}")
-    hub.push(Path(config.output_dir) / f"seed_{best}" / "hf", config.push_to_hub,
-             config.hub_private)
+    folder, scores = Path(config.output_dir) / f"seed_{best}" / "hf", read_scores([*rows.values()])
+    hub.push(folder, config.push_to_hub, config.hub_private,
+             lambda repo: write_card(folder, scores, repo))

@@ -14,6 +14,7 @@ from preprocess.errors import ConfigError, DataError
 from preprocess.progress import Progress
 from preprocess.text.continuations import continuation_table
 from preprocess.text.encode import BLOCK_CHARACTERS, cut_sentences, prepare_backend
+from train.config import ROW
 from train.model import (
     FAMILIES,
     check_agreement,
@@ -72,8 +73,11 @@ class TextScorer:
         names = [name, *filter(None, [reference])]
         self.tokenizer = load_tokenizer(name)
         configs = [load_config(one) for one in names]
-        width = max_seq_length or min(
-            MAX_SEQ_LENGTH, *(FAMILIES[one.model_type].num_positions(one) for one in configs))
+        width = min(MAX_SEQ_LENGTH, *(FAMILIES[one.model_type].num_positions(one)
+                                      for one in configs)) if max_seq_length is None else (
+            max_seq_length)
+        if not ROW.holds(width):
+            raise ConfigError(f"max_seq_length {width}: must be {ROW.words}")
         for one, config in zip(names, configs, strict=True):
             check_trained(config, network.suffixes, one, network.remedy)
             tokenizer = load_tokenizer(one)
