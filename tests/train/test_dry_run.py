@@ -48,7 +48,7 @@ def dry_run(tmp_path, monkeypatch, tiny_encoder, reviews_file, labelled_files):
                 "domain_text.num_workers=1", *SHORT, *settings,
             ])
         finally:
-            assert not (tmp_path / "R").exists() and not list(scratch.iterdir())
+            assert not (tmp_path / "R").exists() and not list(scratch.glob("selmask*"))
 
     return run
 
