@@ -109,7 +109,8 @@ def test_a_wrong_name_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "file").touch()
     for name, message in (("a.zip", "must end in .tar.gz"), (".tar.gz", "must end in .tar.gz"),
                           ("folder.tar.gz", "is a folder"),
-                          ("file/a.tar.gz", "nothing can be written into")):
+                          ("file/a.tar.gz", "nothing can be written into"),
+                          ("file/new/a.tar.gz", "nothing can be written into .*/file;")):
         with pytest.raises(ConfigError, match=message):
             check_archive(str(tmp_path / name))
     check_archive(str(tmp_path / "new" / "a.tar.gz"))

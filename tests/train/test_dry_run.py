@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import re
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from torch import nn
 
 from preprocess.errors import ConfigError, DataError
 from train import model, pipeline
-from train.recipes.checks import Checked, flags_of, replaced, without
+from train.recipes.checks import Checked, Checker, flags_of, replaced, without
 from train.recipes.estimate import (
     StepEstimate,
     network_of,
@@ -32,6 +33,7 @@ def dry_run(tmp_path, monkeypatch, tiny_encoder, reviews_file, labelled_files):
     """Dry-run the recipe for one's own data with further settings; nothing is written."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    multiprocessing.util.get_temp_dir()  # of the fork server, which outlives this test
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
@@ -46,7 +48,7 @@ def dry_run(tmp_path, monkeypatch, tiny_encoder, reviews_file, labelled_files):
                 "domain_text.num_workers=1", *SHORT, *settings,
             ])
         finally:
-            assert not (tmp_path / "R").exists() and not list(scratch.iterdir())
+            assert not (tmp_path / "R").exists() and not list(scratch.glob("selmask*"))
 
     return run
 
@@ -197,6 +199,30 @@ def test_a_long_text_is_not_read_to_its_end(tmp_path, monkeypatch):
     text = size_of_text({"input": [str(path)]})
     assert text.documents == pytest.approx(200_000, rel=0.02)
     assert text.size == pytest.approx(19 * 200_000, rel=0.02)
+
+
+def test_a_study_is_checked_in_a_folder_with_a_blank(dry_run, capsys, tmp_path):
+    dry_run("label_budgets=[10, 20]", "task_guided={max_steps: 2, export_steps: [1]}",
+            "arms=[random]", "task_guided.max_seq_length=32",
+            flags=("--output_dir", str(tmp_path / "a b")))
+    rows = rows_of(capsys.readouterr().out)
+    assert "for its model)" in rows["finetune-random-seed42"]
+
+
+def test_no_encoder_stands_in_where_there_is_none(tmp_path):
+    """Weights are fresh, and of two models of a fine-tuning step one has been made."""
+    journal = SimpleNamespace(root=tmp_path, is_finished=lambda step: False)
+    checker = Checker({"encoder": None, "general": {"model_config": "bert-tiny"}}, None, [],
+                      journal, tmp_path / "scratch")
+    (tmp_path / "one").mkdir()
+
+    def step(made: str) -> SimpleNamespace:
+        return SimpleNamespace(needs=[], command=[
+            "train/finetune.py", "--model_name_or_path", f"{tmp_path}/one",
+            "--also", f"model_name_or_path={tmp_path}/{made} output_dir=R"])
+
+    assert checker.stand_ins(step("one")) == step("one").command[1:]
+    assert checker.stand_ins(step("two")) == []
 
 
 def test_words_of_a_command_can_be_changed():

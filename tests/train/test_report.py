@@ -306,6 +306,18 @@ def test_runs_that_differ_in_the_seed_alone_become_one_arm(tmp_path, capsys, no_
     assert costs["random"]["masking"] == "0" and costs["selective"]["masking"] == ""
 
 
+def test_runs_of_different_label_budgets_are_no_seeds_of_one_arm(tmp_path, no_figures):
+    for seed, labels in ((1, 100), (2, 500)):
+        run = tmp_path / "R" / f"random-seed{seed}"
+        write_finetune(run, 0.7, stages=(pretrain_stage("random", seed, 50, 60.0),))
+        rows = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+        (run / "results.jsonl").write_text("".join(
+            json.dumps({**row, "num_train": labels}) + "\n" for row in rows))
+    rows = {row["arm"]: row for row in read_csv(write_report(tmp_path) / "table.csv")}
+    assert {arm: (row["seeds"], row["labels"]) for arm, row in rows.items()} == {
+        "random-seed1": ("3", "100"), "random-seed2": ("3", "500")}
+
+
 def test_runs_of_one_name_and_one_run_twice(tmp_path, no_figures):
     for name in ("x/tuned", "y/tuned"):
         write_finetune(tmp_path / name, 0.7)

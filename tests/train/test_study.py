@@ -236,6 +236,35 @@ def test_the_order_of_the_rows_of_seeds_does_not_matter(made_up, exported, tmp_p
                for pair in both)
 
 
+def test_answers_that_are_not_those_of_the_row_are_not_exported(made_up, tmp_path, no_figures):
+    """--from would refuse the file. Tables are written all the same."""
+    shutil.copytree(made_up, tmp_path / "study")
+    path = tmp_path / "study" / "finetune" / "selective-seed41-labelsall" / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["test_accuracy"] = 0.25
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(DataError, match="--export: .*selective-seed41-labelsall, seed 43: .* 0.25"):
+        report.main([str(tmp_path / "study"), "--output_dir", str(tmp_path / "out"),
+                     "--export", str(tmp_path / "study.csv")])
+    assert (tmp_path / "out" / "differences.csv").exists()
+    assert not (tmp_path / "study.csv").exists()
+
+
+@pytest.mark.parametrize("answer", [-1, 2, 7])
+def test_a_class_that_the_task_has_not_is_a_note(made_up, tmp_path, no_figures, capsys, answer):
+    shutil.copytree(made_up, tmp_path / "study")
+    folder = tmp_path / "study" / "finetune" / "selective-seed41-labelsall" / "seed_13"
+    file = folder / "predictions.jsonl"
+    text = file.read_text()
+    file.write_text(re.sub(r'"prediction": \d', f'"prediction": {answer}', text, count=1))
+    report.main([str(tmp_path / "study"), "--output_dir", str(tmp_path / "out")])
+    assert "a class that the task has not, so this run is not compared" in capsys.readouterr().out
+    for path in folder.parent.glob("seed_*/predictions.jsonl"):
+        path.write_text("")
+    report.main([str(tmp_path / "study"), "--output_dir", str(tmp_path / "out")])
+    assert "cut off or broken, so this run is not compared" in capsys.readouterr().out
+
+
 def test_seeds_of_stage_1_are_runs_of_their_own(exported, tmp_path):
     """With one seed of stage 2: they share its number, and it names no run."""
     lines = list(csv.DictReader(io.StringIO(exported.read_text())))

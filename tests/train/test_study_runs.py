@@ -163,12 +163,13 @@ def test_a_finished_study_only_reports(study, run_study):
 @pytest.mark.parametrize(("budget", "message"), [
     (10_000, "label_budgets: --label_budget 10000: .*60 training examples"),
     (1, "label_budgets: --label_budget 1: .*2 classes"),
+    (60, "label_budgets: 60 and all are the same examples of task .*; leave one of them out"),
 ])
 def test_budgets_that_the_task_cannot_fill_are_refused_at_once(
     run_study, tmp_path, budget, message
 ):
     with pytest.raises(ConfigError, match=message):
-        run_study(tmp_path / "run", f"label_budgets=[8, {budget}]")
+        run_study(tmp_path / "run", f"label_budgets=[8, {budget}, all]")
     assert not (tmp_path / "run").exists()
 
 

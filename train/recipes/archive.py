@@ -44,9 +44,10 @@ def check_archive(file: str) -> None:
         raise ConfigError(f"--archive {file}: must end in {ENDING}, as runs/study{ENDING}")
     if path.is_dir():
         raise ConfigError(f"--archive {file}: is a folder; give the name of a file")
-    if path.parent.exists() and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise ConfigError(f"--archive {file}: nothing can be written into {path.parent}; give "
-                          "another folder")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"--archive {file}: nothing can be written into {there}; give another "
+                          "folder")
 
 
 def pack(root: Path, file: Path) -> str:

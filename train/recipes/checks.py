@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -216,7 +217,7 @@ class Checker:
             if "mask_index" in flags and not self._has_index(step):
                 words = [*without(words, "mask_index"), "--masking", BASELINE]
         model = flags.get("model_name_or_path", [""])[0]
-        if model.startswith(f"{self.root}/") and not Path(model).is_dir():
+        if self._is_made_later(model):
             fresh = (self.recipe["general"] or {}).get("model_config")
             if self.encoder:
                 words = replaced(words, "model_name_or_path", self.encoder)
@@ -226,18 +227,24 @@ class Checker:
                 return []
         elif model and not is_here(model):
             return []
-        return [self._model_in(word) for word in words]
+        runs = flags.get("also", [])
+        if not self.encoder and any(self._with_encoder(run) != run for run in runs):
+            return []
+        return [self._with_encoder(word) if word in runs else word for word in words]
 
     def _has_index(self, step: Step) -> bool:
         return any(need.startswith("masks-") and need in self.sampled | self.finished
                    for need in step.needs)
 
-    def _model_in(self, word: str) -> str:
-        """Replace the models in a value of `--also` that an earlier step makes."""
-        made = re.search(r"model_name_or_path=(\S+)", word) if " " in word else None
-        if made and made[1].startswith(f"{self.root}/") and not Path(made[1]).is_dir():
-            return word.replace(made[1], str(self.encoder))
-        return word
+    def _is_made_later(self, model: str) -> bool:
+        return model.startswith(f"{self.root}/") and not Path(model).is_dir()
+
+    def _with_encoder(self, run: str) -> str:
+        """Return a value of `--also` with the encoder for a model that an earlier step makes."""
+        pairs = dict(word.split("=", 1) for word in shlex.split(run))
+        if self._is_made_later(pairs.get("model_name_or_path", "")):
+            pairs["model_name_or_path"] = str(self.encoder)
+        return shlex.join("=".join(pair) for pair in pairs.items())
 
     def _stand_in(self, step: Step, words: list[str]) -> str:
         was, now = (flags_of(some).get("model_name_or_path") for some in

@@ -349,10 +349,10 @@ class Estimator:
 
     def _task(self, config: Any) -> tuple[int, int, int, float]:
         """Return the examples of each split, and their mean length in tokens."""
-        key = repr([config.task, config.task_files()])
+        files = {name: value for name, value in config.task_files().items()
+                 if name not in ("label_budget", "label_seed")}
+        key = repr([config.task, files])
         if key not in self._tasks:
-            files = {name: value for name, value in config.task_files().items()
-                     if name not in ("label_budget", "label_seed")}
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 splits = load_task(config.task, **files).splits
             train = splits["train"]

@@ -74,7 +74,7 @@ def check_budgets(recipe: dict[str, Any]) -> None:
     """Read the task, and refuse budgets that it cannot fill: before hours of other work.
 
     Raises:
-        ConfigError: fewer labelled examples than a budget, or more classes.
+        ConfigError: fewer labelled examples than a budget, more classes, or a budget that is all.
         DataError: as of `load_task`.
     """
     budgets = [budget for budget in recipe["label_budgets"] if budget != ALL]
@@ -85,6 +85,9 @@ def check_budgets(recipe: dict[str, Any]) -> None:
                 limit_labels(task, budget)
             except ConfigError as error:
                 raise ConfigError(f"label_budgets: {error}") from None
+            if ALL in recipe["label_budgets"] and budget == len(task.splits["train"]):
+                raise ConfigError(f"label_budgets: {budget} and all are the same examples of task "
+                                  f"{task.name}; leave one of them out")
 
 
 def read_task(flags: dict[str, Any]) -> Task:

@@ -290,7 +290,7 @@ def _without_seeds(run: FinetuneRun) -> str:
     varying = {"seed", "seconds", "tokens", "masked_tokens", "flops", "weights", "started_from"}
     stages = [{key: value for key, value in stage.items() if key not in varying}
               for stage in run.stages]
-    return json.dumps([run.task, run.seeds, stages], sort_keys=True)
+    return json.dumps([run.task, run.num_labels, run.seeds, stages], sort_keys=True)
 
 
 def _is_drawn(name: str) -> bool:

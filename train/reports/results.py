@@ -260,8 +260,10 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
         raise DataError(
             f"{run_dir}: holds no finished seed ({reason}); run train/finetune.py there first"
         )
-    answers = [read_predictions(run_dir / f"seed_{row['seed']}" / "predictions.jsonl", notes)
-               for row in rows]
+    classes = rows[0].get("labels")
+    num_classes = len(classes) if isinstance(classes, list) and classes else None
+    answers = [read_predictions(run_dir / f"seed_{row['seed']}" / "predictions.jsonl", notes,
+                                num_classes) for row in rows]
     for row, answer in zip(rows, answers, strict=True):
         notes += _disagreements(run_dir, row, answer)
     known = [answer for answer in answers if answer is not None]
@@ -279,7 +281,7 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
         return np.array(values)[:, order] if whole else None
 
     truth = ordered([answer.labels for answer in known])
-    cost, classes = rows[0].get("pretraining"), rows[0].get("labels")
+    cost = rows[0].get("pretraining")
     lineages = [read_summaries(run_dir / f"seed_{row['seed']}" / "hf", notes) for row in rows]
     made = _read_environment(run_dir)
     return FinetuneRun(
@@ -293,7 +295,7 @@ def read_finetune_run(run_dir: Path | str) -> FinetuneRun:
         notes=notes,
         truth=None if truth is None else truth[0],
         predictions=ordered([answer.predictions for answer in known]),
-        classes=len(classes) if isinstance(classes, list) and classes else None,
+        classes=num_classes,
         commit=visible(made.get("commit") or ""),
         device=visible(made.get("gpu") or made.get("processor") or ""),
     )
@@ -347,11 +349,14 @@ def _disagreements(run_dir: Path, row: dict[str, Any], answers: Answers | None) 
     return notes
 
 
-def read_predictions(path: Path, notes: list[str]) -> Answers | None:
+def read_predictions(
+    path: Path, notes: list[str], num_classes: int | None = None
+) -> Answers | None:
     """Read the items of one seed's test split, and the answers.
 
     Args:
         notes: where to put a sentence about what is missing.
+        num_classes: of the task; None if unknown.
     Returns:
         None if not all are there.
     """
@@ -360,10 +365,15 @@ def read_predictions(path: Path, notes: list[str]) -> Answers | None:
         return None
     broken: list[str] = []
     answers = read_json_lines(path, broken)
-    if broken or not all(isinstance(a.get("item"), str) and type(a.get("label")) is int
-                         and type(a.get("prediction")) is int for a in answers):
+    if broken or not answers or not all(
+            isinstance(a.get("item"), str) and type(a.get("label")) is int
+            and type(a.get("prediction")) is int for a in answers):
         notes.append(f"{path}: cut off or broken, so this run is not compared")
         return None
     labels, predictions = ([a[key] for a in answers] for key in ("label", "prediction"))
+    given = {*labels, *predictions}
+    if given and (min(given) < 0 or num_classes is not None and max(given) >= num_classes):
+        notes.append(f"{path}: a class that the task has not, so this run is not compared")
+        return None
     return Answers(tuple(str(a["item"]) for a in answers),
                    [a == b for a, b in zip(labels, predictions, strict=True)], labels, predictions)

@@ -66,6 +66,9 @@ def study_csv(groups: Sequence[Group], study: str) -> str:
     """Write all models of a report as one CSV, with the columns of `COLUMNS`.
 
     Arms come in the order of the recipe, which decides their order and colours in a report.
+
+    Raises:
+        DataError: the answers of a model are not those of its row.
     """
     rows = [row for arm in [*arms_of(groups), *floors_of(groups)] for row in _rows(arm, study)]
     return Table.of("", rows, columns=COLUMNS).as_csv()
@@ -103,6 +106,12 @@ def _rows(arm: Arm, study: str) -> list[dict[str, Any]]:
 def _answers(run: FinetuneRun, seed: int) -> dict[str, Any]:
     if run.correct is None:
         return {}
+    row, share = run.rows[seed], float(run.correct[seed].mean())
+    if not math.isclose(share, row["test_accuracy"], abs_tol=1e-6):
+        raise DataError(
+            f"--export: {run.path}, seed {row['seed']}: results.jsonl says accuracy "
+            f"{row['test_accuracy']:.4f}, and the predictions give {share:.4f}; type the "
+            "finetune.py command again, it tests that seed again")
     found = {"num_items": run.correct.shape[1], "items_digest": run.items_digest,
              "correct": np.packbits(run.correct[seed]).tobytes().hex()}
     if run.classes and run.truth is not None and run.predictions is not None:
