@@ -66,6 +66,7 @@ from train.stages.inference import (
     check_trained,
     choose_dtype,
     special_template,
+    warn_of_pairs,
 )
 from train.stages.queries import (
     Query,
@@ -233,6 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     say(f"task {task.name}: {len(groups):,} training texts, {len(queries):,} "
         f"{'pairs of text and aspect' if has_aspects else 'sentences'}, at most "
         f"{sum(len(query.tokens) for query in queries):,} buffers to classify")
+    weights = open_weights(config.model_name_or_path)
+    warn_of_pairs(weights.stages, has_aspects)
     # Before any work: not every tokenizer marks its words.
     flat = [s for part in documents for s in part]
     to_drop = {}
@@ -248,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
                 [[text, [[e.aspect, e.label] for e in group]] for text, group in groups.items()],
                 [[ids.tolist() for ids in sequences] for sequences in documents],
             ]),
-            "weights": open_weights(config.model_name_or_path).hf_digest,
+            "weights": weights.hf_digest,
         },
         train={"max_seq_length": config.max_seq_length},
         split={"labels": len(examples)},

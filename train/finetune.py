@@ -220,13 +220,13 @@ def main(argv: list[str] | None = None) -> None:
             say(f"{title}, from {inputs.config.model_name_or_path}")
         say_plan(inputs)
     announce(config.push_to_hub)
-    if config.dry_run:
-        say(str(startup))
-        return
     for inputs in runs:
         check_resume(inputs, read_rows(Path(inputs.config.output_dir)))
     if config.resume == "must":
         check_begun(configs)
+    if config.dry_run:
+        say(str(startup))
+        return
     for title, inputs in zip(titles, runs, strict=True):
         run_dir = Path(inputs.config.output_dir)
         with sole_writer(run_dir):

@@ -64,6 +64,7 @@ from train.stages.inference import (
     check_trained,
     choose_dtype,
     special_template,
+    warn_of_pairs,
 )
 from train.stages.queries import encode_texts, plan_queries
 from train.stages.scores import softmax
@@ -134,23 +135,6 @@ def read_labels(hf_config: Any, name: str) -> tuple[str, ...]:
     return labels
 
 
-def warn_of_pairs(config: PredictConfig, tuned: list[dict[str, Any]]) -> None:
-    """Say that a model of pairs gets single texts, or the reverse.
-
-    Args:
-        tuned: the stage of its fine-tuning, if it is known.
-    """
-    for stage in tuned:
-        about = stage.get("about")
-        pair = about.get("pair") if isinstance(about, dict) else None
-        if pair is True and not config.pair_column:
-            say("warning: this model was fine-tuned on texts with an aspect each, and gets texts "
-                "alone; --pair_column NAME gives their aspects")
-        if pair is False and config.pair_column:
-            say("warning: this model was fine-tuned on single texts, and gets an aspect before "
-                f"each; leave --pair_column {config.pair_column} out")
-
-
 def read_inputs(config: PredictConfig) -> PredictInputs:
     """Check the classifier, and find out where its inputs are cut."""
     name = config.model_name_or_path
@@ -161,11 +145,12 @@ def read_inputs(config: PredictConfig) -> PredictInputs:
     labels = read_labels(hf_config, name)
     tokenizer = load_tokenizer(name, config.trust_remote_code)
     check_agreement(hf_config, tokenizer, name, pair=bool(config.pair_column))
-    tuned = [stage for stage in open_weights(name).stages if stage["stage"] == "finetune"][-1:]
-    warn_of_pairs(config, tuned)
+    stages = open_weights(name).stages
+    warn_of_pairs(stages, bool(config.pair_column))
+    tuned = [stage["identity"]["train"]["max_seq_length"] for stage in stages
+             if stage["stage"] == "finetune"]
     limit = FAMILIES[hf_config.model_type].num_positions(hf_config)
-    lengths = [stage["identity"]["train"]["max_seq_length"] for stage in tuned]
-    length = config.max_seq_length or (lengths or [min(limit, tokenizer.model_max_length)])[0]
+    length = config.max_seq_length or (tuned or [min(limit, tokenizer.model_max_length)])[-1]
     check_row_length(hf_config, length)
     return PredictInputs(config, hf_config, tokenizer, labels, length)
 

@@ -600,6 +600,8 @@ def run(config: PretrainConfig) -> None:
     for line in (*inputs.resolved.notes, *plan(inputs)):
         say(line)
     hub.announce(config.push_to_hub)
+    identity = inputs.records["identity"]
+    finished = is_finished(run_dir, identity)
     if config.dry_run:
         if torch.cuda.is_available():
             ds.start()
@@ -610,8 +612,7 @@ def run(config: PretrainConfig) -> None:
         startup.lap("engine" if torch.cuda.is_available() else "model")
         say(str(startup))
         return
-    identity = inputs.records["identity"]
-    if is_finished(run_dir, identity):
+    if finished:
         say(f"{run_dir}: finished already")
         return
     with folder.sole_writer(run_dir):

@@ -89,8 +89,10 @@ def test_six_steps_and_then_twelve_are_twelve_at_once(
     assert stage["identity"]["train"] == other["identity"]["train"]
     with pytest.raises(ConfigError, match="made with --max_steps 12, and this run has 6; give an"):
         pretrained(reviews_store, tiny_encoder, run_dir, max_steps=6, **options)
-    with pytest.raises(ConfigError, match="made with --seed 42, and this run has 7; give another"):
-        pretrained(reviews_store, tiny_encoder, run_dir, max_steps=18, seed=7, **options)
+    for dry_run in (True, None):
+        with pytest.raises(ConfigError, match="made with --seed 42, and this run has 7; give an"):
+            pretrained(reviews_store, tiny_encoder, run_dir, max_steps=18, seed=7,
+                       dry_run=dry_run, **options)
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(ConfigError, match=f"no complete checkpoint .*: --model_name_or_path "
                                           f"{run_dir}/hf --output_dir ANOTHER"):

@@ -119,9 +119,11 @@ def test_typed_again_after_a_kill_it_goes_on_with_what_is_missing(
     # One of the folders is that of another run: nothing at all is trained.
     begun.clear()
     shutil.rmtree(tmp_path / "few")
-    with pytest.raises(ConfigError, match=f"{tmp_path / 'more'}, seed 13: made with --label_budget "
-                                          "20, and this run has 21"):
-        run_here("train/finetune.py", *(word.replace("=20", "=21") for word in typed))
+    for flags_more in (["--dry_run"], []):
+        with pytest.raises(ConfigError, match=f"{tmp_path / 'more'}, seed 13: made with "
+                                              "--label_budget 20, and this run has 21"):
+            run_here("train/finetune.py", *(word.replace("=20", "=21") for word in typed),
+                     *flags_more)
     assert not begun and not (tmp_path / "few").exists()
 
 

@@ -290,7 +290,7 @@ def test_a_folder_without_its_tokenizer_is_refused(tmp_path, model):
         run_predict(str(bare), write_texts(tmp_path / "t.csv", ["good"]), tmp_path / "p.csv")
 
 
-def test_a_model_of_pairs_says_that_it_gets_single_texts(tmp_path, model, capsys):
+def test_a_model_of_pairs_says_that_it_gets_single_texts(tmp_path, model, labelled_files, capsys):
     (tmp_path / "t.csv").write_text("text,aspect\ngood,plot\n")
     pairs = Path(shutil.copytree(model, tmp_path / "pairs"))
     lineage = json.loads((pairs / "lineage.json").read_text())
@@ -303,6 +303,11 @@ def test_a_model_of_pairs_says_that_it_gets_single_texts(tmp_path, model, capsys
         run_predict(str(name), tmp_path / "t.csv", tmp_path / "p.csv", dry_run=True, **flags)
         out = capsys.readouterr().out
         assert said in out and ("warning" in out) == bool(said)
+    annotate.main(words({
+        "task": "custom", "train_file": labelled_files["train"], "test_file":
+        labelled_files["test"], "model_name_or_path": pairs, "output": tmp_path / "A",
+        "max_seq_length": 32, "dry_run": True}))
+    assert "fine-tuned on texts with an aspect each" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -368,6 +368,7 @@ def test_a_push_that_fails_loses_nothing(tuned, flags, api, run_here, capsys):
     assert said == (f"warning: --push_to_hub films: not pushed (no network); the model is whole in "
                     f"{best}: to push it later, type hf upload films {best} . --private")
     assert folder_problem(best) is None
+    assert 'model="films"' in (best / "README.md").read_text()
 
 
 def test_the_client_itself_says_that_it_is_offline(masked, monkeypatch, capsys):

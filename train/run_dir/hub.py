@@ -35,16 +35,18 @@ def push(folder: Path, repo: str, private: bool, write_card: Callable[[str], Non
     Whatever goes wrong, the run has ended well: a warning says how to push the model later.
 
     Args:
-        write_card: writes the folder's card for a repository, by its full name.
+        write_card: writes the folder's card for a repository of this name.
     Returns:
         Whether it is there.
     """
     from huggingface_hub import HfApi
 
+    write_card(repo)
     try:
         api = HfApi()
         made = api.create_repo(repo, private=private or None, exist_ok=True)
-        write_card(made.repo_id)
+        if made.repo_id != repo:
+            write_card(made.repo_id)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder,
                           commit_message="Model trained with selmask")
     except Exception as error:  # no network, no login, no right, a name that is taken

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from preprocess.errors import ConfigError
+from preprocess.progress import say
 from preprocess.store import ranges
 from train.model import FAMILIES, attention_mask, other_outputs
 
@@ -82,6 +83,25 @@ def check_trained(config: Any, suffix: str | tuple[str, ...], name: str, remedy:
             f"--model_name_or_path {name}: gives {other_outputs(config)}, and one class of two or "
             f"more is needed; {remedy}"
         )
+
+
+def warn_of_pairs(stages: Sequence[dict[str, Any]], pair: bool) -> None:
+    """Say that a classifier of texts with aspects gets single texts, or the reverse.
+
+    Args:
+        stages: its lineage, whose fine-tuning says what it was trained on.
+        pair: whether it now gets an aspect with each text.
+    """
+    tuned = [stage for stage in stages if stage["stage"] == "finetune"][-1:]
+    for stage in tuned:
+        about = stage.get("about")
+        trained = about.get("pair") if isinstance(about, dict) else None
+        if trained is True and not pair:
+            say("warning: this model was fine-tuned on texts with an aspect each, and gets texts "
+                "alone; --pair_column NAME gives their aspects")
+        if trained is False and pair:
+            say("warning: this model was fine-tuned on single texts, and gets an aspect before "
+                "each; leave --pair_column out")
 
 
 # --------------------------------------------------------------------------- many sequences
