@@ -32,6 +32,7 @@ from train.reports.compare import (
     compare,
     difference_rows,
     floors_of,
+    majority_notes,
     pairs_of,
     table_rows,
 )
@@ -108,7 +109,7 @@ def _results(groups: Sequence[Group], pictures: dict[str, Picture]) -> Section:
         "Each class", found, "All models of an arm together; examples: of the test split.",
         "classes") if (found := class_rows(longest(arms))) else None
     return Section("Results", _blocks(results, pictures.get("accuracy"), classes),
-                   below_floors(groups))
+                   majority_notes(groups) + below_floors(groups))
 
 
 def _differences(comparisons: Sequence[Comparison], notes: Sequence[str],

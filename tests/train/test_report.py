@@ -109,6 +109,16 @@ def is_png(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
+def test_the_most_frequent_label_is_a_baseline_of_every_task(tmp_path, capsys):
+    write_finetune(tmp_path / "R", 0.8, seeds=(13,))
+    answers = [{"item": str(n), "label": int(n % 3 == 0), "prediction": 1} for n in range(60)]
+    (tmp_path / "R" / "seed_13" / "predictions.jsonl").write_text(
+        "".join(json.dumps(answer) + "\n" for answer in answers))
+    write_report(tmp_path)
+    assert "most frequent label of the 60 test items of mr would be right for 0.6667" in (
+        capsys.readouterr().out)
+
+
 def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     write_pipeline(tmp_path / "R")

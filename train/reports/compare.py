@@ -159,6 +159,19 @@ def below_floors(groups: Sequence[Group]) -> list[str]:
     return list(sentences.values())
 
 
+def majority_notes(groups: Sequence[Group]) -> list[str]:
+    """Say of each task how often its most frequent label is right: what needs no model at all."""
+    sentences = {}
+    for arm in [*arms_of(groups), *floors_of(groups)]:
+        truth = arm.runs[0].truth
+        if truth is not None and len(truth):
+            most, items = int(np.bincount(truth).max()), len(truth)
+            sentences[arm.task, most, items] = (
+                f"Always giving the most frequent label of the {items:,} test items of {arm.task} "
+                f"would be right for {most / items:.4f} of them.")
+    return list(sentences.values())
+
+
 # -------------------------------------------------------------------------------- differences
 
 

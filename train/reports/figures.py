@@ -110,7 +110,8 @@ def accuracy_figure(arms: Sequence[Arm], floors: Sequence[Arm], styles: Styles) 
             found = arm_estimate(arm)
             width = None
             if found is not None and found.standard_error:
-                width = [[mean - 100 * found.low], [100 * found.high - mean]]
+                # A file may contradict its predictions, which give the interval; a note says so.
+                width = [[max(mean - 100 * found.low, 0)], [max(100 * found.high - mean, 0)]]
             panel.errorbar(mean, row, xerr=width, fmt=style["marker"], color=style["color"],
                            capsize=4, markersize=6)
             panel.annotate(f"{mean:.1f}", (1, row), xycoords=("axes fraction", "data"),
