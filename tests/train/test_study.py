@@ -381,6 +381,18 @@ def test_the_page_of_a_study(made_up, tmp_path, monkeypatch):
                 row["masking"], row["total"]) == ("10", "20", "30", "5", "5", "70", "270")
 
 
+def test_files_with_words_for_numbers_still_make_a_page(tmp_path, no_figures):
+    write_study(tmp_path / "s", items=20, lengths=(50,), budgets=("all",))
+    for path in (tmp_path / "s").rglob("env.json"):
+        path.write_text(path.read_text().replace(str(2**34), '"16 GiB"'))
+    (tmp_path / "s" / "domain").mkdir()
+    (tmp_path / "s" / "domain" / "text.json").write_text(
+        '{"counts": {"tokens": 1000, "documents": []}}')
+    report.main([str(tmp_path / "s"), "--output_dir", str(tmp_path / "out")])
+    told = (tmp_path / "out" / "report.md").read_text()
+    assert "0 GiB" in told and "1,000 tokens in 0 documents" in told
+
+
 def test_one_pretraining_seed_is_named_with_its_setting(tmp_path, no_figures, capsys):
     write_study(tmp_path / "s", items=60, lengths=(50,), budgets=("all",), pretrain_seeds=(1,))
     report.main([str(tmp_path / "s"), "--output_dir", str(tmp_path / "out")])

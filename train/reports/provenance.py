@@ -18,7 +18,7 @@ from preprocess.view.tables import Table
 from train.reports.compare import NO_STAGE_2, Group, arms_of
 from train.reports.costs import domain_prefix, store_counts
 from train.reports.groups import pipelines_in
-from train.reports.results import Arm
+from train.reports.results import Arm, number
 
 _KIND = re.compile(r"(-step_\d+|-seed\d+|-labels\w+|-epoch\d+)+(?=-|$)")
 _LONG = 12  # characters of a commit that are shown
@@ -62,7 +62,7 @@ def _about_folders(folders: Sequence[Path]) -> list[tuple[str, str]]:
     environments = [_read(path) for path in _environments(folders)]
     versions = [env.get("versions") for env in environments]
     machines = [f"{env.get('platform')}, {env.get('cpus')} CPUs, {env.get('threads')} threads, "
-                f"{(env.get('memory_bytes') or 0) / 2**30:.0f} GiB, "
+                f"{(number(env.get('memory_bytes')) or 0) / 2**30:.0f} GiB, "
                 f"{env.get('world_size')} processes" for env in environments if "platform" in env]
     days = sorted({str(env.get("started")) for env in environments if env.get("started")})
     lines = {
@@ -139,9 +139,10 @@ def _stores(folders: Sequence[Path], which: str) -> list[str]:
     for pipeline in pipelines_in(folders):
         prefix = domain_prefix(pipeline) if which == "domain" else pipeline / which / "text"
         counts = store_counts(prefix)
-        if isinstance(counts.get("tokens"), int):
+        tokens, documents = (number(counts.get(key)) for key in ("tokens", "documents"))
+        if tokens is not None:
             names = _input_names(_read(prefix.with_name("text.json")))
-            found.append(f"{counts['tokens']:,} tokens in {counts.get('documents', 0):,} documents"
+            found.append(f"{tokens:,.0f} tokens in {documents or 0:,.0f} documents"
                          + (f" of {names}" if names else ""))
     return found
 
