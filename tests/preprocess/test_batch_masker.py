@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,8 @@ def ids(tiny_tokenizer) -> np.ndarray:
     generator = np.random.default_rng(0)
     words = [name for name in tiny_tokenizer.get_vocab() if not name.startswith(("[", "##"))]
     texts = [" ".join(generator.choice(words, 6 + i % 15)) for i in range(40)]
-    return tiny_tokenizer(texts, padding=True, return_tensors="np")["input_ids"]
+    # A copy: the tokenizer of all tests would go on padding, and be saved so.
+    return copy.deepcopy(tiny_tokenizer)(texts, padding=True, return_tensors="np")["input_ids"]
 
 
 def arguments(name: str, ids: np.ndarray, tokenizer):
