@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,11 +19,10 @@ from preprocess.errors import ConfigError, DataError
 from preprocess.files import WriterLock
 from preprocess.store import TokenStore, open_array
 from tests.support.launch import launch_environment
+from tests.support.pipelines import steps_as_calls
 from tests.support.runs import read_csv
 from train import data, pipeline
 from train.data import row_tables
-from train.recipes import jobs as jobs_room
-from train.recipes import run as run_room
 from train.recipes.recipe import REPOSITORY, load_recipe
 from train.reports.compare import DIFFERENCE_COLUMNS, TABLE_COLUMNS
 from train.run_dir import metrics
@@ -72,24 +70,7 @@ def run_pipeline(run_here, still_encoder, reviews_file, labelled_files):
     """
 
     def run(root: Path, *flags: str) -> list[str]:
-        ran = []
-
-        def call(command: list[str], changes: dict):
-            assert command[0] == sys.executable
-            run_here(*command[1:])
-            reader, writer = os.pipe()
-            os.close(writer)
-            return os.fdopen(reader, "rb", 0), 0, lambda: 0
-
-        class Job(jobs_room.Job):
-            def __init__(self, step: pipeline.Step, *rest) -> None:
-                if step.compute is None:
-                    ran.append(step.name)
-                super().__init__(step, *rest)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_room, "fork", call)
-            patch.setattr(jobs_room, "Job", Job)
+        with steps_as_calls(run_here) as ran:
             pipeline.main([
                 "--recipe", str(RECIPE), "--output_dir", str(root), "--launcher", "python",
                 "--go_on", *flags, "--set", *settings(still_encoder, reviews_file, labelled_files),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import pytest
 
 from preprocess.errors import ConfigError
 from preprocess.store import TokenStore
+from tests.support.pipelines import steps_as_calls
 from train import pipeline
-from train.recipes import run as run_room
 from train.recipes.recipe import REPOSITORY
 from train.run_dir.hf_folder import open_weights
 
@@ -48,16 +47,7 @@ def run_study(run_here, still_encoder, reviews_file, labelled_files):
     """Run the study into a folder; its processes are calls here. Returns the steps that ran."""
 
     def run(root: Path, *changes: str) -> list[str]:
-        ran = []
-
-        def run_process(command: list[str], log_path: Path, warm: bool) -> int:
-            assert command[0] == sys.executable
-            ran.append(log_path.stem.split("-", 1)[1])
-            run_here(*command[1:])
-            return 0
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_room, "run_process", run_process)
+        with steps_as_calls(run_here) as ran:
             pipeline.main([
                 "--recipe", str(RECIPE), "--output_dir", str(root), "--launcher", "python",
                 "--go_on", "--clean", "checkpoints", "--set",
