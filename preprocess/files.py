@@ -88,6 +88,20 @@ def write_temporary(path: Path, data: bytes) -> None:
         finish(stream, path)
 
 
+@contextmanager
+def _replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[None]:
+    """Give the temporary file that the block writes the name `path`; remove it at any error."""
+    with writing(path, wanted_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+        os.replace(temporary_path(path), path)
+    except BaseException:
+        temporary_path(path).unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` such that readers see the old file or the new one, never a part.
 
@@ -95,15 +109,8 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
         DiskFullError: the disk is full; the old file stays.
     """
     path = Path(path)
-    with writing(path, len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _replacing(path, len(data)):
         write_temporary(path, data)
-        os.replace(temporary_path(path), path)
-    except BaseException:
-        temporary_path(path).unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 @contextmanager
@@ -114,17 +121,9 @@ def atomic_stream(path: str | Path) -> Iterator[Callable[[bytes], None]]:
         DiskFullError: the disk is full; an older file of that name stays, as at any other error.
     """
     path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with create_temporary(path, -1) as stream:
-            yield lambda data: write_all(stream, data, path)
-            finish(stream, path)
-        os.replace(temporary_path(path), path)
-    except BaseException:
-        temporary_path(path).unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with _replacing(path), create_temporary(path, -1) as stream:
+        yield lambda data: write_all(stream, data, path)
+        finish(stream, path)
 
 
 def append_bytes(path: str | Path, data: bytes) -> None:
