@@ -37,6 +37,7 @@ from preprocess.corpus.tasks import (
     Example,
     Task,
     limit_labels,
+    limit_splits,
     load_task,
     take_fixed,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "source_kind",
     "split_words",
     "strip_html",
+    "limit_splits",
     "take_fixed",
     "write_leakage",
 ]

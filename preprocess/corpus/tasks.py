@@ -487,6 +487,14 @@ def describe_doubts(task: Task) -> list[str]:
     return lines
 
 
+def limit_splits(
+    splits: dict[str, list[Example]], max_train_samples: int | None, max_eval_samples: int | None
+) -> dict[str, list[Example]]:
+    """Cut the training split to one size, and all others to another one, by `take_fixed`."""
+    return {name: take_fixed(examples, max_train_samples if name == "train" else max_eval_samples)
+            for name, examples in splits.items()}
+
+
 def take_fixed(examples: list[Example], limit: int | None) -> list[Example]:
     """Return `limit` examples chosen by the hash in their id: the same in every run, in order."""
     if limit is None or limit >= len(examples):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from preprocess.corpus import limit_labels, take_fixed
+from preprocess.corpus import limit_labels, limit_splits
 from preprocess.errors import ConfigError
 from train.config import PretrainConfig
 from train.recipes.arms import NONE, PlannedArm
@@ -310,9 +310,4 @@ def _naive_bayes(
     loaded = read_task(task)
     for run, labels in runs.items():
         limited = limit_labels(loaded, labels.flags.get("label_budget"), labels.seed)
-        splits = {
-            name: take_fixed(
-                examples, limits[f"max_{'train' if name == 'train' else 'eval'}_samples"])
-            for name, examples in limited.splits.items()
-        }
-        write_naive_bayes(replace(limited, splits=splits), run)
+        write_naive_bayes(replace(limited, splits=limit_splits(limited.splits, **limits)), run)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from preprocess.corpus import Example, Task, limit_labels, load_task, take_fixed
+from preprocess.corpus import Example, Task, limit_labels, limit_splits, load_task
 from preprocess.identity import digest
 from preprocess.text.encode import prepare_backend
 from train.config import FinetuneConfig
@@ -123,9 +123,7 @@ def read_inputs(configs: Sequence[FinetuneConfig]) -> list[FinetuneInputs]:
             starts[name] = _open_start(config, task)
         start = starts[name]
         config = fit_row_length(start.hf_config, config)
-        splits = {"train": take_fixed(task.splits["train"], config.max_train_samples)}
-        for split in SPLITS[1:]:
-            splits[split] = take_fixed(task.splits[split], config.max_eval_samples)
+        splits = limit_splits(task.splits, config.max_train_samples, config.max_eval_samples)
         keys = {split: (split, start.reads, start.segments, config.max_seq_length,
                         *(config.choice_of_labels().values() if split == "train" else ()))
                 for split in SPLITS}
