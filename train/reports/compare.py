@@ -37,8 +37,7 @@ class Group:
     @property
     def steps(self) -> int | None:
         """Length of stage 2; None where nothing tells."""
-        known = [arm.stage2_steps for arm in self.arms if arm.stage2_steps is not None]
-        return max(known, default=None)
+        return _longest_stage2(self.arms)
 
     @property
     def labels(self) -> int | None:
@@ -57,9 +56,7 @@ class Comparison:
     @property
     def steps(self) -> int | None:
         """Length of stage 2 of the longer one."""
-        known = [arm.stage2_steps for arm in (self.first, self.second)
-                 if arm.stage2_steps is not None]
-        return max(known, default=None)
+        return _longest_stage2((self.first, self.second))
 
     @property
     def verdict(self) -> str:
@@ -68,6 +65,10 @@ class Comparison:
             return ""
         return ("better" if self.found.low > 0 else "worse" if self.found.high < 0
                 else "no difference seen")
+
+
+def _longest_stage2(arms: Iterable[Arm]) -> int | None:
+    return max((arm.stage2_steps for arm in arms if arm.stage2_steps is not None), default=None)
 
 
 def arms_of(groups: Sequence[Group]) -> list[Arm]:
