@@ -416,9 +416,11 @@ def test_a_step_that_writes_nothing_whole_is_noticed(tmp_path):
 @pytest.mark.parametrize("warm", [False, True])
 def test_silent_commands_show_that_they_run(tmp_path, capsys, monkeypatch, warm):
     monkeypatch.setattr(run_room, "HEARTBEAT_SECONDS", 0.2)
+    if warm:
+        monkeypatch.setattr(run_room, "spawn", run_room.fork)
     script = tmp_path / "script.py"
     script.write_text("import sys, time; time.sleep(0.9); print('done'); sys.exit('why')")
-    assert run_room.run_process([sys.executable, str(script)], tmp_path / "log", warm) == 1
+    assert run_room.run_process([sys.executable, str(script)], tmp_path / "log") == 1
     out = capsys.readouterr().out
     assert "... running for" in out and "done" in out and "why" in out
     assert (tmp_path / "log").read_text().count("why") == 1
@@ -452,9 +454,10 @@ def test_a_stop_reaches_the_workers_of_a_launcher_that_dies_first(tmp_path, stop
     launcher.write_text(
         f"import subprocess, sys\nsubprocess.run([sys.executable, {str(worker)!r}])\n")
     driver = (
-        "import sys; from pathlib import Path; from train.recipes.run import run_process\n"
-        f"sys.exit(run_process([sys.executable, {str(launcher)!r}], "
-        f"Path({str(tmp_path / 'log')!r}), {warm}))"
+        "import sys; from pathlib import Path; from train.recipes import run\n"
+        f"run.spawn = run.fork if {warm} else run.spawn\n"
+        f"sys.exit(run.run_process([sys.executable, {str(launcher)!r}], "
+        f"Path({str(tmp_path / 'log')!r})))"
     )
     process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE, text=True)
     assert any("ready" in line for line in process.stdout)

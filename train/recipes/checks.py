@@ -9,10 +9,12 @@ JSON are checked. Steps that are finished are not checked again; what they made 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
-import sys
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -37,7 +39,6 @@ from train.config import (
 from train.recipes import run
 from train.recipes.recipe import SECTIONS, origin_of
 from train.recipes.steps import Step
-from train.shipped import INSTALLED
 
 SAMPLE = 200  # documents
 CONFIGS: dict[str, Any] = {
@@ -257,7 +258,7 @@ class Checker:
         typed = " ".join(without(command, "output_dir", "seed", "seeds", "label_seed"))
         same = re.sub(r"(output_dir|label_seed)=\S+", "", typed)  # of --also
         if "--dry_run" not in command or same not in self._known:
-            lines, code = _outcome(typed_as(command))
+            lines, code = outcome(command)
             memory = next((line for line in lines if "estimated memory" in line), "")
             self._known[same] = code, _sentence(lines), memory
         code, sentence, found.memory = self._known[same]
@@ -343,20 +344,23 @@ def replaced(words: list[str], flag: str, value: str) -> list[str]:
     return [*without(words, flag), f"--{flag}", value]
 
 
-def typed_as(command: list[str]) -> list[str]:
-    """Return the process of a script and its flags, as `run.started_as` starts it."""
-    script, *flags = command
-    what = ["-m", "selmask", Path(script).stem] if INSTALLED else [script]
-    return [sys.executable, *what, *flags]
+def outcome(command: list[str], seconds: float = math.inf) -> tuple[list[str], int]:
+    """Run a script with its flags from the fork server; return its lines and its exit code.
 
-
-def _outcome(command: list[str]) -> tuple[list[str], int]:
-    """Run a command from the fork server; return its lines and its exit code."""
-    output, _, poll = run.fork(command, run.without_ranks())
-    text = b"".join(iter(lambda: os.read(output.fileno(), 1 << 16), b""))
+    Args:
+        seconds: after which it is asked to stop.
+    """
+    begin = time.monotonic()
+    output, process, poll = run.fork(run.as_process(run.plainly(command)), run.without_ranks())
+    text, late = b"", False
+    while chunk := os.read(output.fileno(), 1 << 16):
+        text += chunk
+        if time.monotonic() - begin > seconds and not late:
+            late = True
+            run.signal_all(process, signal.SIGTERM)
     output.close()
     while (code := poll()) is None:
-        os.sched_yield()
+        time.sleep(0.01)
     return text.decode(errors="replace").splitlines(), run.exit_code(code) if code else 0
 
 

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 from preprocess.corpus import load_task, num_bytes
 from preprocess.errors import ConfigError
 from preprocess.files import read_json
-from train.recipes import run
 from train.recipes.checks import (
     SAMPLE,
     Checked,
@@ -32,8 +31,8 @@ from train.recipes.checks import (
     documents_of,
     flags_of,
     is_here,
+    outcome,
     replaced,
-    typed_as,
     without,
 )
 
@@ -192,16 +191,7 @@ def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | N
                         ("eval_fraction", 0), ("save_steps", 0), ("output_dir", folder)):
         words = replaced(words, flag, str(value))
     begin = time.monotonic()
-    output, process, poll = run.fork(typed_as([chosen.step.command[0], *words]),
-                                     run.without_ranks())
-    text, late = b"", False
-    while chunk := os.read(output.fileno(), 1 << 16):
-        text += chunk
-        if time.monotonic() - begin > MEASURE_SECONDS and not late:
-            late = True
-            run.signal_all(process, 15)
-    while poll() is None:
-        time.sleep(0.01)
+    lines, _ = outcome([chosen.step.command[0], *words], MEASURE_SECONDS)
     seconds = time.monotonic() - begin
     rates, spent = [], 0.0
     path = folder / "metrics.jsonl"
@@ -211,8 +201,8 @@ def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | N
             rates.append(rate)
             spent += rows * slots / rate
     if not rates:
-        last = text.decode(errors="replace").strip().splitlines()[-1:] or [""]
-        return f"the measurement has failed: {last[0]}"
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return f"the measurement has failed: {last}"
     masked = float(config.mask_rates()[0]) if not config.mask_index else 0.15
     work = 3 * (network.encoder + masked * network.head)
     return Measurement(work * median(rates), max(0.0, seconds - spent), imports, len(rates), rows,

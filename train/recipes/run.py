@@ -233,8 +233,7 @@ def run_steps(
                 _check_exit(code, step, log, options)
                 first.wait_for_others()
             else:
-                warm = options.launcher == "python"
-                _check_exit(run_process(started_as(step, options), log, warm), step, log, options)
+                _check_exit(run_process(started_as(step, options), log), step, log, options)
             success = True
         finally:
             journal.end(step, time.monotonic() - started, success)
@@ -407,11 +406,24 @@ def shown(step: Step, options: PipelineConfig, gpu: str = "") -> str:
     return f"{VISIBLE_GPUS}={gpu} {typed}" if gpu else typed
 
 
+def plainly(command: list[str]) -> list[str]:
+    """Return a script and its flags as they are typed without a launcher."""
+    script, *flags = command
+    return ["selmask", Path(script).stem, *flags] if INSTALLED else ["python", script, *flags]
+
+
+def as_process(typed: list[str]) -> list[str]:
+    """Return the process behind what is typed: the same interpreter for any program."""
+    program, *words = typed
+    module = {"deepspeed": "deepspeed.launcher.runner", "selmask": "selmask"}.get(program)
+    return [sys.executable, *(["-m", module] if module else []), *words]
+
+
 def _words(step: Step, options: PipelineConfig, port: int, gpu: str = "") -> list[str]:
+    if not step.launched or options.launcher == "python":
+        return plainly(step.command)
     script, *flags = step.command
     typed = ["selmask", Path(script).stem] if INSTALLED else [script]
-    if not step.launched or options.launcher == "python":
-        return [*typed, *flags] if INSTALLED else ["python", *typed, *flags]
     # DeepSpeed's launcher ignores the variable beside --num_gpus, and would take the first GPU.
     where = [] if gpu else ["--num_gpus", str(options.num_gpus)]
     if options.hostfile:
@@ -440,14 +452,11 @@ def started_as(
     Args:
         gpu: the only GPU of the step, which its environment names; empty: the first `--num_gpus`.
     """
-    program, *words = _words(step, options, port or options.master_port or free_port(), gpu)
-    module = {"deepspeed": "deepspeed.launcher.runner", "selmask": "selmask"}.get(program)
-    return [sys.executable, *(["-m", module] if module else []), *words]
+    return as_process(_words(step, options, port or options.master_port or free_port(), gpu))
 
 
 def run_process(
-    command: list[str], log_path: Path, warm: bool = False,
-    stop: Callable[[], bool] = lambda: False,
+    command: list[str], log_path: Path, stop: Callable[[], bool] = lambda: False
 ) -> int:
     """Run a command, echo its lines and log them; print a line at least every ten seconds.
 
@@ -459,13 +468,12 @@ def run_process(
     Args:
         command: a Python interpreter, a script (or `-m` and a module) and its flags.
         log_path: file to which the output is appended.
-        warm: fork a process that has imported torch already instead of starting the interpreter.
         stop: asked about once per second; whether to stop the command as SIGTERM does.
     Returns:
         The exit code; 75 if a signal asked for the stop, whatever the launcher made of it.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    output, process, poll = (fork if warm else spawn)(command)
+    output, process, poll = spawn(command)
     requests: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
