@@ -124,7 +124,8 @@ def test_the_working_folder_is_left_but_for_a_clone(tmp_path, monkeypatch):
     kept = [str(other), os.path.join(os.path.dirname(os.__file__), "x")]
     monkeypatch.setattr(sys, "path", ["", *kept, str(tmp_path), f"{other}/.."])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(other), str(tmp_path)]))
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # so that it is put back even where it was not set
+    monkeypatch.delenv("PYTHONSAFEPATH")
     before = list(sys.path)
     monkeypatch.chdir(ROOT)
     selmask.leave_working_folder()
