@@ -146,6 +146,7 @@ def run_seed(
         "model_name_or_path": config.model_name_or_path,
         "steps": found.steps,
         "seconds": round(found.seconds, 2),
+        "flops": found.flops,
         "pretraining": {key: sum(stage["totals"][key] for stage in inputs.pretraining)
                         for key in ("masked_tokens", "steps", "seconds")},
         **sealed(inputs.identities[seed]),

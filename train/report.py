@@ -46,7 +46,6 @@ from train.reports.costs import (
     flops_rows,
     longest,
     masking_rows,
-    scoring_flops,
     stage_2_rows,
     store_counts,
 )
@@ -151,8 +150,7 @@ def _costs(folders: Sequence[Path], groups: Sequence[Group]) -> Section:
     alone = pipelines[0] if len(pipelines) == 1 else None
     store = store_counts(domain_prefix(alone)) if alone else {}
     tokens = store.get("tokens")
-    # A file of --export knows of no stage 1, so it has no sum.
-    costs = cost_rows(longest(arms)) if folders else []
+    costs = cost_rows(longest(arms))
     notes = []
     if not any(row[key] not in ("", "0") for row in costs for key in ("general", "task_guided")):
         costs = []
@@ -176,9 +174,11 @@ def _costs(folders: Sequence[Path], groups: Sequence[Group]) -> Section:
             "stage2_runs", STAGE_2_COLUMNS),
         Table.of(
             "Floating-point operations",
-            flops_rows(longest(arms), scoring_flops(alone) if alone else None) if folders else [],
-            "Of training as the runs counted them; scores: 2 x parameters x tokens of the "
-            "in-domain text. Classifier, annotation, scorer and fine-tuning are not counted.",
+            flops_rows(longest(arms)),
+            "As each command counted its own: linear layers and attention of real tokens, "
+            "training three times the forward pass. For the longest stage 2; means over seeds; "
+            "masking: its four parts, as if no other arm had shared them; total: before "
+            "fine-tuning, of which finetune has one model.",
             "flops", FLOPS_COLUMNS),
         Table.of(
             "Seconds of choosing masks, each step once", masking_rows(arms),

@@ -179,14 +179,15 @@ def score(
     }
 
     def count(blocks: Iterator[np.ndarray], info: dict[str, Any]) -> Iterator[np.ndarray]:
-        """Pass on the blocks of a shard; its seconds are in `info` after the last one."""
+        """Pass on the blocks of a shard; its cost is in `info` after the last one; collective."""
         nonlocal num_above, total
-        begin = time.monotonic()
+        begin, before = time.monotonic(), runner.counts["flops"]
         for block in blocks:
             num_above += int((block > 0).sum())
             total += float(block.sum(dtype=np.float64))
             yield block
         info["seconds"] = round(time.monotonic() - begin, 3)
+        info["flops"] = engine.all_reduce_sum(runner.counts["flops"] - before)[0] or None
 
     with progress:
         for shard in todo:

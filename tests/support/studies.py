@@ -64,9 +64,33 @@ def write_study(root: Path, items: int = ITEMS, seed: int = 1, lengths=LENGTHS, 
                  "floor": True, "masking": []})
     (root / "arms.json").write_text(json.dumps(arms))
     (root / "steps.json").write_text(json.dumps(
-        {name: {"command": ["--name", name], "inputs": {}, "finished": "1", "seconds": spent}
+        {name: {"command": _work(root, name), "inputs": {}, "finished": "1", "seconds": spent}
          for name, spent in seconds.items()}))
     return root
+
+
+FLOPS = {"classifier": 1e12, "annotate": 2e12, "scorer": 4e12, "score": 8e12}
+
+
+def _work(root: Path, step: str) -> list[str]:
+    """Write the operations of a step where its command does; return the command."""
+    part = step.partition("-")[0]
+    if part == "masks":
+        return ["--tokens", "OUTPUT_DIR/domain/text", "--strategy", "selective", "--name", step]
+    if part == "score":
+        path, flags = root / "domain" / f"text.{step}.scores.json", [
+            "--tokens", "OUTPUT_DIR/domain/text", "--name", step]
+    elif part == "annotate":
+        path, flags = root / step / "text.importance.json", ["--output", f"OUTPUT_DIR/{step}/text"]
+    else:
+        seed = "seed_13" if part == "classifier" else "."
+        path, flags = root / step / seed / "hf" / "lineage.json", [
+            "--output_dir", f"OUTPUT_DIR/{step}"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {"flops": FLOPS[part]}
+    path.write_text(json.dumps({"stages": [{"totals": told}]} if "hf" in path.parts
+                               else {"identity": {"command": step}, **told}))
+    return flags
 
 
 def _masking(arm: str, budget, pretrain_seeds, seconds: dict[str, float]) -> list[str]:
@@ -109,7 +133,7 @@ def _write_run(path: Path, generator, chance: np.ndarray, truth: np.ndarray, nam
         rows.append({
             "seed": seed, "task": "mr", "test_accuracy": float(right.mean()),
             "test_macro_f1": macro_f1(truth, predictions, 2), "num_test": len(truth),
-            "validation_accuracy": float(right.mean()), "seconds": 4.0,
+            "validation_accuracy": float(right.mean()), "seconds": 4.0, "flops": 3e12,
             "labels": ["negative", "positive"], "num_validation": 100,
             "pretraining": {"steps": sum(stage["totals"]["steps"] for stage in stages),
                             "masked_tokens": 1, "seconds": 1},

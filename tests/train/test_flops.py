@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support.models import small_classifiers
 from train import model
 from train.model import flops
 
@@ -39,6 +40,27 @@ def test_agrees_with_pytorchs_count_of_a_whole_step():
         loss.backward()
     ours = flops.count_flops(module, slots).of(rows * slots, masked)
     assert counter.get_total_flops() == pytest.approx(ours, rel=0.02)
+
+
+@pytest.mark.parametrize("name", small_classifiers())
+def test_reading_texts_agrees_with_pytorchs_count(name):
+    """Of texts of two lengths, one after the other; the head is beyond what is counted."""
+    torch.manual_seed(0)
+    kind, config = small_classifiers()[name]
+    config._attn_implementation = "eager"  # the counter knows no fused attention on a CPU
+    encoder = kind(config).eval()
+    lengths = (64, 17)
+    with FlopCounterMode(display=False) as counter:
+        for length in lengths:
+            encoder.base_model(torch.randint(5, 40, (1, length)))
+    ours = flops.forward_flops(encoder, sum(lengths), sum(length**2 for length in lengths))
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.02)
+    both = flops.forward_flops(torch.nn.ModuleList([encoder, encoder]), 81, 64**2 + 17**2)
+    assert both == 2 * ours
+
+
+def test_an_unknown_family_is_not_counted():
+    assert flops.forward_flops(torch.nn.Linear(2, 2), 1, 1) is None
 
 
 def test_peak_of_a_cpu_is_measured():

@@ -396,7 +396,7 @@ def measured(store, networks, tokenizer, measure, *options, name=None, **models)
 def test_every_measure_keeps_what_made_it(
     store, networks, tiny_tokenizer, no_process_group, capsys
 ):
-    found = {}
+    found, work = {}, {}
     for measure in ("gradient", "surprise", "excess"):
         measured(store, networks, tiny_tokenizer, measure, "--dtype", "auto")
         said = capsys.readouterr().out
@@ -408,9 +408,12 @@ def test_every_measure_keeps_what_made_it(
         for _, info in arrays:
             assert info["measure"] == MEASURES[measure].record(measure)
             assert info["seconds"] > 0
+        work[measure] = sum(info["flops"] for _, info in arrays)
         options = arrays[0][1]["identity"]["options"]
         passes = None if measure == "gradient" else 7
         assert (options["measure"], options["num_passes"]) == (measure, passes)
+    # Two models; and seven passes over the text, not one there and back.
+    assert work["excess"] == 2 * work["surprise"] and 3 < work["surprise"] / work["gradient"] < 4
     assert found["gradient"].min() >= 0 and found["surprise"].min() >= 0
     assert found["excess"].min() < 0 < found["excess"].max()
     measured(store, networks, tiny_tokenizer, "surprise", name="other",

@@ -22,11 +22,13 @@ from train import report
 from train.reports import groups as arms_of_folders
 from train.reports import steps_to, study
 from train.reports.compare import arms_of, compare, pairs_of
+from train.reports.costs import flops_rows
 from train.reports.masked import index_of
 from train.reports.results import Arm
 
 # Tables that come from the answers and rows alone.
-SHARED = ("table", "differences", "steps_to", "stage2_runs")
+SHARED = ("table", "differences", "steps_to", "stage2_runs", "classes")
+PARTS = ("classifier", "annotate", "scorer", "masks", "scores")  # a file knows only their sum
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,10 @@ def test_folders_and_their_file_give_the_same_tables(made_up, tmp_path, no_figur
     for name in SHARED:
         one, two = (read_csv(tmp_path / folder / f"{name}.csv") for folder in "ab")
         assert one == two and len(one) >= 6, name
+    for name in ("costs", "flops"):
+        one, two = ([{key: value for key, value in row.items() if key not in PARTS}
+                     for row in read_csv(tmp_path / folder / f"{name}.csv")] for folder in "ab")
+        assert one == two and all(row["total"] for row in one), name
     notes = [[line for line in out.splitlines() if line.startswith("Note: ")]
              for out in (first, second)]
     assert notes[0] == notes[1] and len(notes[0]) > 1
@@ -64,7 +70,7 @@ def test_folders_and_their_file_give_the_same_tables(made_up, tmp_path, no_figur
 
 def test_the_columns_and_what_they_hold(made_up, exported):
     rows = read_csv(exported)
-    assert tuple(rows[0]) == study.COLUMNS and len(study.COLUMNS) == 31
+    assert tuple(rows[0]) == study.COLUMNS and len(set(study.COLUMNS)) == len(study.COLUMNS)
     assert study.COLUMNS[:28] == tuple(
         "study task arm strategy score match stage1_seed pretrain_seed stage1_steps stage2_steps "
         "labels finetune_seed validation_accuracy test_accuracy test_macro_f1 num_items "
@@ -85,9 +91,32 @@ def test_the_columns_and_what_they_hold(made_up, exported):
     assert row["answers"] == f"{int(pairs, 2):060x}"
     # The shared steps of no budget, and those of the seed: 10 + 20 + 30 + 5 + 2.
     assert (row["mask_seconds"], row["stage2_seconds"], row["tokens"]) == ("67.0", "25.0", "50000")
+    assert (row["mask_flops"], row["stage1_flops"]) == (str(15e12), str(5e12))
+    assert row["class_names"] == '["negative", "positive"]'
     assert row["hf_digest"] == "selective-42-100-50" and row["mid_schedule"] == "1"
     (floor,) = [row for row in rows if row["strategy"] == "baseline"]
     assert floor["arm"] == "naive_bayes" and floor["labels"] == ""
+
+
+def test_operations_of_each_part(made_up):
+    found, _ = arms_of_folders.read_groups([made_up])
+    (row,) = [row for row in flops_rows(arms_of(found)) if (row["arm"], row["labels"])
+              == ("selective", 100) and row["task_guided"] == f"{200 * 1e10:.3g}"]
+    assert row == {
+        "arm": "selective", "labels": 100, "general": "5e+12", "classifier": "1e+12",
+        "annotate": "2e+12", "scorer": "4e+12", "scores": "8e+12", "masking": "1.5e+13",
+        "task_guided": "2e+12", "total": "2.2e+13", "finetune": "3e+12"}
+
+
+def test_a_step_that_does_not_tell_its_operations_leaves_the_sum_open(made_up, tmp_path):
+    folder = shutil.copytree(made_up, tmp_path / "s")
+    for path in folder.glob("annotate-*/text.importance.json"):
+        path.write_text('{"identity": {"command": "annotate"}}')
+    found, _ = arms_of_folders.read_groups([folder])
+    rows = {row["arm"]: row for row in flops_rows(arms_of(found))}
+    assert rows["selective"]["scorer"] == "4e+12"
+    assert rows["selective"]["annotate"] == rows["selective"]["masking"] == ""
+    assert rows["selective"]["total"] == "" and rows["random"]["total"] == "7e+12"
 
 
 def test_arms_are_compared_at_equal_labels_and_lengths(exported):
@@ -168,7 +197,7 @@ def test_files_that_are_none(exported, tmp_path):
     for content, reason in (
         ("", "no column 'study'"), ("a,b\n1,2\n", "no column 'study'"),
         (lines[0], "no row in it"), (lines[0] + lines[1] + lines[1], "line 3: a model that an"),
-        (lines[0] + lines[1][:200], "line 2: 18 cells for 31 columns|line 2: .* cells for 31"),
+        (lines[0] + lines[1][:200], "line 2: .* cells for 36"),
         (lines[0] + '"', "not a CSV file"),
     ):
         (tmp_path / "bad.csv").write_text(content)
@@ -296,8 +325,8 @@ def test_the_masks_of_an_arm_are_its_own(plain, steps, index):
 def test_seconds_of_the_masks_of_a_seed():
     steps = {"score-words": 8.0, "scorer-labels100-seed1": 4.0, "masks-a-labels100-seed1": 1.0,
              "scorer-labels100-seed2-step_40": 6.0}
-    assert [arms_of_folders.seconds_at(steps, seed) for seed in (1, 2, None)] == [13, 14, 13.5]
-    assert arms_of_folders.seconds_at({}, None) == 0
+    assert [arms_of_folders.cost_at(steps, seed) for seed in (1, 2, None)] == [13, 14, 13.5]
+    assert arms_of_folders.cost_at({}, None) == 0
 
 
 # --------------------------------------------------------------------------- steps to a target
@@ -385,7 +414,7 @@ def test_files_with_words_for_numbers_still_make_a_page(tmp_path, no_figures):
     write_study(tmp_path / "s", items=20, lengths=(50,), budgets=("all",))
     for path in (tmp_path / "s").rglob("env.json"):
         path.write_text(path.read_text().replace(str(2**34), '"16 GiB"'))
-    (tmp_path / "s" / "domain").mkdir()
+    (tmp_path / "s" / "domain").mkdir(exist_ok=True)
     (tmp_path / "s" / "domain" / "text.json").write_text(
         '{"counts": {"tokens": 1000, "documents": []}}')
     report.main([str(tmp_path / "s"), "--output_dir", str(tmp_path / "out")])
@@ -420,7 +449,7 @@ def test_costs_of_an_encoder_that_is_not_ours(tmp_path, no_figures):
 
 def test_what_was_masked_is_shown_from_the_store(tmp_path, reviews_store, no_figures):
     write_study(tmp_path / "s", items=60, lengths=(50,), budgets=("all",))
-    shutil.copytree(Path(reviews_store).parent, tmp_path / "s" / "domain")
+    shutil.copytree(Path(reviews_store).parent, tmp_path / "s" / "domain", dirs_exist_ok=True)
     name = Path(reviews_store).name
     for path in sorted((tmp_path / "s" / "domain").glob(f"{name}.*")):
         if path.is_file():

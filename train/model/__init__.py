@@ -17,7 +17,7 @@ from train.model.families import (
     first_slot_only,
     token_rows,
 )
-from train.model.flops import Peak, StepFlops, count_flops, peak_flops
+from train.model.flops import Peak, StepFlops, count_flops, forward_flops, peak_flops
 from train.model.loading import (
     BERT_SIZES,
     SCORER_LABELS,
@@ -59,6 +59,7 @@ __all__ = [
     "fit_row_length",
     "first_slot_only",
     "forget_compiled",
+    "forward_flops",
     "load_classifier",
     "load_config",
     "load_masked_lm",

@@ -12,11 +12,13 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 import csrc
+from train.model.families import FAMILIES
 from train.model.packed import PackedMaskedLM
 
 # Dense 16-bit tensor-core rates of the makers' data sheets, operations per second. The longest name
@@ -63,6 +65,31 @@ def count_flops(module: PackedMaskedLM, max_seq_length: int) -> StepFlops:
     attention = 2 * len(layers) * max_seq_length * config.hidden_size
     head = _weights(family.transform(module.hf)[0]) + config.vocab_size * config.hidden_size
     return StepFlops(per_token=6.0 * (linear + attention), per_masked_token=6.0 * head)
+
+
+def forward_flops(model: Any, tokens: float, squares: float) -> float | None:
+    """Count the operations of reading texts once, without padding and without the head.
+
+    A linear layer of `D x K` costs 2DK per token, attention 4DL per layer and token of a text of
+    `L` tokens. Training costs three times as much, a gradient by the embeddings twice.
+
+    Args:
+        model: of transformers or a `PackedMaskedLM`; several cost their sum.
+        tokens, squares: sums of the lengths of the texts and of their squares, special tokens
+            among them.
+    Returns:
+        None where the model's family is unknown.
+    """
+    if isinstance(model, nn.ModuleList):
+        counts = [forward_flops(each, tokens, squares) for each in model]
+        return None if None in counts else sum(count for count in counts if count is not None)
+    hf = model.hf if isinstance(model, PackedMaskedLM) else model
+    family = FAMILIES.get(getattr(getattr(hf, "config", None), "model_type", ""))
+    if family is None:
+        return None
+    layers = family.layers(family.encoder(hf))
+    linear = sum(_weights(m) for m in layers.modules() if isinstance(m, nn.Linear))
+    return 2.0 * linear * tokens + 4.0 * hf.config.hidden_size * len(layers) * squares
 
 
 def _weights(linear: nn.Linear) -> int:

@@ -1,8 +1,9 @@
 """What each arm cost: seconds and floating-point operations of its parts.
 
 Seconds of pre-training and of fine-tuning are those of training steps; those of choosing masks are
-of complete processes with their start, since most of it is no training. Operations of training
-come from the lineage; reading a text once for scores is estimated as 2 x parameters x tokens.
+of complete processes with their start, since most of it is no training. Operations are those that
+each command counted: of linear layers and attention, for real tokens, three times the forward pass
+in training.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from preprocess.errors import DataError
 from preprocess.files import read_json
 from train.reports.compare import NO_STAGE_2, shown
-from train.reports.groups import seconds_at
+from train.reports.groups import cost_at
 from train.reports.results import Arm, FinetuneRun, number
 
 # What chooses the masks: how the names of its steps begin; the first that fits counts.
@@ -25,8 +26,8 @@ COST_COLUMNS = ("arm", "labels", "general", *MASK_PARTS, "masking", "task_guided
 MASKING_COLUMNS = ("step", "seconds", "arms")
 STAGE_2_COLUMNS = ("arm", "labels", "steps", "tokens", "masked_tokens", "masked_share", "epochs",
                    "seconds", "flops", "mask_seconds", "finetune_seconds")
-FLOPS_COLUMNS = ("arm", "labels", "general", "scores", "task_guided", "total")
-BYTES_PER_PARAMETER = 4  # models are saved in fp32
+FLOPS_COLUMNS = ("arm", "labels", "general", "classifier", "annotate", "scorer", "scores",
+                 "masking", "task_guided", "total", "finetune")
 
 
 def longest(arms: Sequence[Arm]) -> list[Arm]:
@@ -61,7 +62,7 @@ def cost_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
             "total": _whole(total),
             "masking_share": f"{(part['masking'] or 0.0) / total:.3f}" if total else "",
             "share_of_full": f"{total / max(lengths):.3f}" if total and len(lengths) > 1 else "",
-            "finetune": _whole(_finetune_seconds(arm)),
+            "finetune": _whole(_finetune_cost(arm, "seconds")),
         })
     return rows
 
@@ -78,7 +79,7 @@ def _family(arm: Arm) -> str:
 def _parts(arm: Arm) -> dict[str, float | None]:
     """Return the seconds of each part of an arm, averaged over its pre-training seeds."""
     return {
-        "general": _mean(_before, arm, "seconds"),
+        "general": _mean(before, arm, "seconds"),
         "masking": arm.masking_seconds,
         "task_guided": _mean(_guided, arm, "seconds"),
     }
@@ -91,7 +92,7 @@ def _mean(of: Callable[[Arm, FinetuneRun, str], float | None], arm: Arm, key: st
     return sum(known) / len(known) if known else None
 
 
-def _before(arm: Arm, run: FinetuneRun, key: str) -> float | None:
+def before(arm: Arm, run: FinetuneRun, key: str) -> float | None:
     """Return what all pre-training before stage 2 took: 0 where a foreign encoder was taken."""
     if not run.stages:
         return 0.0 if run.cost.get("steps") == 0 else None
@@ -111,18 +112,23 @@ def _mask_parts(arm: Arm) -> dict[str, float | None]:
     """Return the seconds of each of `MASK_PARTS`, as if no other arm had shared them."""
     if arm.masking_steps is None:
         return dict.fromkeys(MASK_PARTS)
-    steps: dict[str, dict[str, float]] = {part: {} for part in MASK_PARTS}
-    for name, seconds in arm.masking_steps.items():
-        part = next(part for part, begin in MASK_PARTS.items()
-                    if name.rpartition("/")[2].startswith(begin))
-        steps[part][name] = seconds
-    return {part: seconds_at(found, None) for part, found in steps.items()}
+    return {part: cost_at({step: arm.masking_steps[step] for step in steps}, None)
+            for part, steps in _steps_of_parts(arm).items()}
 
 
-def _finetune_seconds(arm: Arm) -> float | None:
-    """Return the seconds of fine-tuning one model, the mean over all of an arm."""
-    known = [seconds for run in arm.runs for row in run.rows
-             if (seconds := number(row.get("seconds"))) is not None]
+def _steps_of_parts(arm: Arm) -> dict[str, list[str]]:
+    """Return the names of the steps of each of `MASK_PARTS`."""
+    steps: dict[str, list[str]] = {part: [] for part in MASK_PARTS}
+    for name in arm.masking_steps or ():
+        steps[next(part for part, begin in MASK_PARTS.items()
+                   if name.rpartition("/")[2].startswith(begin))].append(name)
+    return steps
+
+
+def _finetune_cost(arm: Arm, key: str) -> float | None:
+    """Return the seconds or flops of fine-tuning one model, the mean over all of an arm."""
+    known = [cost for run in arm.runs for row in run.rows
+             if (cost := number(row.get(key))) is not None]
     return sum(known) / len(known) if known else None
 
 
@@ -162,35 +168,35 @@ def stage_2_rows(arms: Sequence[Arm], store_tokens: int | None) -> list[dict[str
             "epochs": f"{tokens / store_tokens:.2f}" if tokens and store_tokens else "",
             "seconds": "" if seconds is None else f"{seconds:.1f}",
             "flops": _operations(flops), "mask_seconds": _whole(arm.masking_seconds),
-            "finetune_seconds": "" if (spent := _finetune_seconds(arm)) is None
+            "finetune_seconds": "" if (spent := _finetune_cost(arm, "seconds")) is None
             else f"{spent:.1f}",
         })
     return rows
 
 
-def flops_rows(arms: Sequence[Arm], scoring: float | None) -> list[dict[str, Any]]:
-    """Return the operations of each arm by `FLOPS_COLUMNS`; unknown: empty.
-
-    Args:
-        scoring: estimated operations of scoring the text with the token scorer, for the arms that
-            need one; None if unknown.
-    """
+def flops_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Return the operations of each arm by `FLOPS_COLUMNS`; unknown: empty."""
     rows = []
     for arm in arms:
-        steps = [name.rpartition("/")[2] for name in arm.masking_steps or {}]
-        scores = scoring if any(name.startswith("scorer") for name in steps) else (
-            None if steps or arm.masking_steps is None else 0.0)
+        known = [run.mask_flops for run in arm.runs if run.mask_flops is not None]
         parts = {
-            "general": _mean(_before, arm, "flops"),
-            "scores": scores,
+            "general": _mean(before, arm, "flops"),
+            "masking": sum(known) / len(known) if len(known) == len(arm.runs) else None,
             "task_guided": _mean(_guided, arm, "flops"),
         }
-        known = [value for value in parts.values() if value is not None]
-        if any(known):
-            rows.append({"arm": arm.shown, "labels": shown(arm.labels),
-                         **{key: _operations(value) for key, value in parts.items()},
-                         "total": _operations(sum(known) if len(known) == len(parts) else None)})
-    return rows
+        told = [value for value in parts.values() if value is not None]
+        if any(told):
+            rows.append({
+                "arm": arm.shown, "labels": shown(arm.labels),
+                **{part: _operations(cost_at({step: arm.masking_flops[step] for step in steps},
+                                             None))
+                   for part, steps in _steps_of_parts(arm).items()
+                   if arm.masking_steps is not None and all(
+                       step in arm.masking_flops for step in steps)},
+                **{key: _operations(value) for key, value in parts.items()},
+                "total": _operations(sum(told) if len(told) == len(parts) else None),
+                "finetune": _operations(_finetune_cost(arm, "flops"))})
+    return [{column: row.get(column, "") for column in FLOPS_COLUMNS} for row in rows]
 
 
 def _operations(value: float | None) -> str:
@@ -211,17 +217,3 @@ def store_counts(prefix: Path) -> dict[str, Any]:
         return {}
     counts = told.get("counts")
     return counts if isinstance(counts, dict) else told
-
-
-def scoring_flops(pipeline: Path) -> float | None:
-    """Estimate the operations of scoring the in-domain text once; None if unknown."""
-    tokens = number(store_counts(domain_prefix(pipeline)).get("tokens"))
-    for path in sorted(pipeline.glob("**/scorer*/hf/lineage.json")):
-        try:
-            files = read_json(path).get("files", {})
-            size = sum(entry["bytes"] for entry in files.values())
-        except (OSError, DataError, KeyError, TypeError, AttributeError):
-            continue
-        if size and tokens:
-            return 2.0 * size / BYTES_PER_PARAMETER * tokens
-    return None

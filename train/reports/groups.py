@@ -16,6 +16,7 @@ from preprocess.masking import MATCHED, STRATEGIES
 from train.reports.compare import NO_STAGE_2, Group
 from train.reports.curves import event_folders, short_name, without_events
 from train.reports.results import Arm, FinetuneRun, number, read_finetune_run
+from train.reports.work import step_flops
 
 BASELINE_STRATEGY = "baseline"  # shown as the strategy of a trivial one
 _POLICY = ("strategy", "scores", "units", "match")
@@ -109,7 +110,7 @@ def _pipeline_arms(folder: Path, prefix: str, notes: list[str]) -> list[Arm]:
         raise DataError(
             f"{folder}/arms.json: not a list of arms; run train/pipeline.py again"
         ) from None
-    seconds = step_seconds(folder)
+    seconds, flops = step_seconds(folder), step_flops(folder)
     whole: list[int] = []  # how many labels "all" are
     try:
         leaked = describe_leakage(str(folder / "domain" / "text"))
@@ -122,13 +123,15 @@ def _pipeline_arms(folder: Path, prefix: str, notes: list[str]) -> list[Arm]:
         seeds = entry.get("pretrain_seeds")
         if not isinstance(seeds, list) or len(seeds) != len(paths):
             seeds = [None] * len(paths)
-        chosen = _seconds_of_runs(entry, seconds, len(paths))
-        found = [(replace(run, mask_seconds=spent), seed if type(seed) is int else None)
-                 for path, seed, spent in zip(paths, seeds, chosen, strict=True)
+        chosen = zip(_costs_of_runs(entry, seconds, len(paths)),
+                     _costs_of_runs(entry, flops, len(paths)), strict=True)
+        found = [(replace(run, mask_seconds=spent, mask_flops=worked),
+                  seed if type(seed) is int else None)
+                 for path, seed, (spent, worked) in zip(paths, seeds, chosen, strict=True)
                  for run in _read_runs(prefix + name, [path], notes)]
         found = _of_one_task(prefix + name, found, notes)
         if found:
-            arms.append(_arm(entry, name, prefix, found, is_floor, seconds))
+            arms.append(_arm(entry, name, prefix, found, is_floor, seconds, flops))
             kept.append(entry)
             if entry.get("labels") == "all" and arms[-1].labels is not None:
                 whole.append(arms[-1].labels)
@@ -141,7 +144,7 @@ def _pipeline_arms(folder: Path, prefix: str, notes: list[str]) -> list[Arm]:
 
 def _arm(entry: dict[str, Any], name: str, prefix: str,
          found: list[tuple[FinetuneRun, int | None]], is_floor: bool,
-         seconds: dict[str, float]) -> Arm:
+         seconds: dict[str, float], flops: dict[str, float]) -> Arm:
     runs, seeds = [run for run, _ in found], tuple(seed for _, seed in found)
     plain, _, stage1 = visible(entry.get("arm") or name).partition("@")
     told = {key: visible(entry.get(key) or "") for key in _POLICY}
@@ -151,11 +154,15 @@ def _arm(entry: dict[str, Any], name: str, prefix: str,
         told["match"] = MATCHED if record and "match" in record.needs else ""
     if is_floor:
         told["strategy"] = BASELINE_STRATEGY
-    steps, used = entry.get("masking"), None
+    steps, used, worked = entry.get("masking"), None, dict[str, float]()
     if isinstance(steps, list) and all(str(step) in seconds for step in steps):
         used = {f"{prefix}{visible(step)}": seconds[str(step)] for step in steps}
+        worked = {f"{prefix}{visible(step)}": flops[str(step)] for step in steps
+                  if str(step) in flops}
         runs = [run if run.mask_seconds is not None
-                else replace(run, mask_seconds=seconds_at(used, seed))
+                else replace(run, mask_seconds=cost_at(used, seed),
+                             mask_flops=cost_at(worked, seed) if worked.keys() == used.keys()
+                             else None)
                 for run, seed in zip(runs, seeds, strict=True)]
     lengths = [_count(entry.get(key)) for key in ("stage1_steps", "stage2_steps")]
     if "arm" not in entry:  # an older list
@@ -165,6 +172,7 @@ def _arm(entry: dict[str, Any], name: str, prefix: str,
     match = told.pop("match")
     return Arm(
         prefix + name, runs, line=prefix + plain, masking_steps=used,
+        masking_flops=worked,
         match=prefix + match if match else "",
         labels=_first(runs[0].num_labels, _count(entry.get("labels"))),
         stage1_steps=lengths[0], stage2_steps=lengths[1],
@@ -173,14 +181,18 @@ def _arm(entry: dict[str, Any], name: str, prefix: str,
                  not in (None, "")}, **told)
 
 
-def _seconds_of_runs(entry: dict[str, Any], seconds: dict[str, float], size: int
-                     ) -> list[float | None]:
-    """Return what the masks behind each run cost; None where the entry does not tell."""
+def _costs_of_runs(entry: dict[str, Any], costs: dict[str, float], size: int
+                   ) -> list[float | None]:
+    """Return what the masks behind each run cost; None where nothing tells.
+
+    Args:
+        costs: seconds or operations of each step.
+    """
     listed = entry.get("run_masking")
     if not isinstance(listed, list) or len(listed) != size:
         return [None] * size
-    return [sum(seconds[str(step)] for step in steps) if isinstance(steps, list)
-            and all(str(step) in seconds for step in steps) else None for steps in listed]
+    return [sum(costs[str(step)] for step in steps) if isinstance(steps, list)
+            and all(str(step) in costs for step in steps) else None for steps in listed]
 
 
 def _plain(value: Any) -> Any:
@@ -196,20 +208,20 @@ def _count(value: Any) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def seconds_at(steps: dict[str, float], seed: int | None) -> float:
+def cost_at(steps: dict[str, float], seed: int | None) -> float:
     """Return what masks cost at one pre-training seed: the shared steps and those of the seed.
 
     Args:
-        steps: seconds of the steps; `-seedN` in a name makes it one seed's own.
+        steps: seconds or operations of the steps; `-seedN` in a name makes it one seed's own.
         seed: None for the mean over the seeds that are named.
     """
     shared, own = 0.0, dict[int, float]()
-    for name, seconds in steps.items():
+    for name, cost in steps.items():
         found = _SEED.search(name)
         if found:
-            own[int(found[1])] = own.get(int(found[1]), 0.0) + seconds
+            own[int(found[1])] = own.get(int(found[1]), 0.0) + cost
         else:
-            shared += seconds
+            shared += cost
     if seed is not None and seed in own:
         return shared + own[seed]
     return shared + (sum(own.values()) / len(own) if own else 0.0)
@@ -265,7 +277,7 @@ def _loose_arms(found: Sequence[tuple[str, Path]], notes: list[str]) -> list[Arm
     for name, path in found:
         for run in _read_runs(name, [path], notes):
             if run.strategy == NO_STAGE_2 or _is_drawn(run.strategy):
-                run = replace(run, mask_seconds=0.0)
+                run = replace(run, mask_seconds=0.0, mask_flops=0.0)
             alike.setdefault(_without_seeds(run), []).append((name, run))
     arms = []
     for members in alike.values():

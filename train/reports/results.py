@@ -43,7 +43,7 @@ class FinetuneRun:
         truth, predictions: the classes of the items, `(N,)` int, and those that each seed gave,
             `(S, N)` int; None without predictions.
         classes: how many the task has; None where nothing tells.
-        mask_seconds: what choosing the masks behind it cost; None if unknown.
+        mask_seconds, mask_flops: what choosing the masks behind it cost; None if unknown.
         commit, device: what it was trained with and on; empty where nothing tells.
     """
 
@@ -58,6 +58,7 @@ class FinetuneRun:
     predictions: np.ndarray | None = None
     classes: int | None = None
     mask_seconds: float | None = None
+    mask_flops: float | None = None
     commit: str = ""
     device: str = ""
 
@@ -102,6 +103,7 @@ class Arm:
             numbers of labels.
         masking_steps: seconds of each step of a pipeline that chose its masks; None where nothing
             tells.
+        masking_flops: operations of the same steps, those that are unknown left out.
         strategy, scores, units: of its masks; empty where nothing tells, or there are none.
         match: of a control, the line that it is the control of.
         labels: labelled examples behind it; None where nothing tells.
@@ -117,6 +119,7 @@ class Arm:
     title: str = ""
     line: str = ""
     masking_steps: dict[str, float] | None = None
+    masking_flops: dict[str, float] = field(default_factory=dict)
     strategy: str = ""
     scores: str = ""
     units: str = ""

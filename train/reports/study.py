@@ -17,11 +17,15 @@ What a column holds beside its name; what is unknown is empty:
 - `correct`: whether each answer is right: a bit per item in the order of the sorted ids, the first
   item the highest bit of the first byte, the last byte filled up with zeros, in hexadecimal.
 - `masked_tokens`, `tokens`, `stage2_seconds`, `flops`: of stage 2; seconds are of training steps.
-- `mask_seconds`: of all processes that chose the masks, as if no other arm had shared them.
-- `finetune_seconds`: of fine-tuning this model.
+- `stage1_seconds`, `stage1_flops`: of all pre-training before stage 2; 0 where a published encoder
+  was taken as it is.
+- `mask_seconds`, `mask_flops`: of all processes that chose the masks, as if no other arm had shared
+  them.
+- `finetune_seconds`, `finetune_flops`: of fine-tuning this model.
 - `hf_digest`: of the weights that were fine-tuned. `identity_digest`: of the fine-tuning.
 - `num_classes`, `answers`: for macro F1, whose interval needs more than right or wrong: class and
   answer of each item in the order of `correct`, each in the bits that `num_classes` needs.
+- `class_names`: names of the classes, a JSON list.
 - `mid_schedule`: 1 if stage 2 was exported before the end of its schedule, else 0.
 """
 
@@ -29,6 +33,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +42,10 @@ from typing import Any
 import numpy as np
 
 from preprocess.errors import DataError, visible
+from preprocess.files import parse_json
 from preprocess.view.tables import Table
 from train.reports.compare import NO_STAGE_2, Group, arms_of, floors_of
+from train.reports.costs import before
 from train.reports.groups import BASELINE_STRATEGY, group_arms, named
 from train.reports.results import Arm, FinetuneRun, number
 
@@ -48,13 +55,15 @@ COLUMNS = (
     "test_accuracy", "test_macro_f1", "num_items", "items_digest", "correct", "masked_tokens",
     "tokens", "mask_seconds", "stage2_seconds", "finetune_seconds", "flops", "hf_digest",
     "identity_digest", "commit", "device",
-    # For macro F1 and for the note on lengths; the rest is complete without them.
-    "num_classes", "answers", "mid_schedule",
+    # For macro F1, for the note on lengths and for costs; the rest is complete without them.
+    "num_classes", "answers", "class_names", "mid_schedule", "stage1_seconds", "stage1_flops",
+    "mask_flops", "finetune_flops",
 )
 _COUNTS = ("stage1_seed", "pretrain_seed", "stage1_steps", "stage2_steps", "labels",
            "finetune_seed", "num_items", "masked_tokens", "tokens", "num_classes")
 _NUMBERS = ("validation_accuracy", "test_accuracy", "test_macro_f1", "mask_seconds",
-            "stage2_seconds", "finetune_seconds", "flops")
+            "stage2_seconds", "finetune_seconds", "flops", "stage1_seconds", "stage1_flops",
+            "mask_flops", "finetune_flops")
 _NEEDED = ("arm", "finetune_seed", "test_accuracy")
 _GUARDED = ("'=", "'+", "'-", "'@")  # how `Table.as_csv` begins what a spreadsheet would compute
 
@@ -97,6 +106,11 @@ def _rows(arm: Arm, study: str) -> list[dict[str, Any]]:
                 "finetune_seconds": row.get("seconds"), "flops": last.get("flops"),
                 "hf_digest": run.weights, "identity_digest": row.get("identity_digest"),
                 "commit": run.commit, "device": run.device,
+                "stage1_seconds": before(arm, run, "seconds"),
+                "stage1_flops": before(arm, run, "flops"),
+                "mask_flops": run.mask_flops, "finetune_flops": row.get("flops"),
+                "class_names": json.dumps(row["labels"], ensure_ascii=False)
+                if isinstance(row.get("labels"), list) else None,
                 "mid_schedule": int(arm.mid_schedule), **_answers(run, number_),
             }
             rows.append({key: "" if known.get(key) is None else known[key] for key in COLUMNS})
@@ -212,6 +226,11 @@ def _read_row(cells: dict[str, str]) -> dict[str, Any]:
     for key in ("validation_accuracy", "test_accuracy", "test_macro_f1"):
         if row[key] is not None and row[key] > 1:
             raise ValueError(f"{key} is {row[key]}, above 1")
+    row["labels_named"] = None
+    if row["class_names"]:
+        row["labels_named"] = parse_json(row["class_names"])
+        if not isinstance(row["labels_named"], list):
+            raise ValueError("class_names is no list")
     row["right"] = row["given"] = None
     if row["correct"]:
         row["right"] = _unpack(row["correct"], row["num_items"], "correct").astype(bool)
@@ -268,7 +287,8 @@ def _run(rows: list[dict[str, Any]], strategy: str) -> FinetuneRun:
     stages: list[dict[str, Any]] = []
     if first["stage1_seed"] is not None:
         stages.append({"stage": "pretrain", "seed": first["stage1_seed"],
-                       "steps": first["stage1_steps"]})
+                       "steps": first["stage1_steps"], "seconds": first["stage1_seconds"],
+                       "flops": first["stage1_flops"]})
     if first["tokens"] is not None or first["stage2_seconds"] is not None:
         stages.append({"stage": "pretrain", "masking": strategy, "seed": first["pretrain_seed"],
                        "steps": first["stage2_steps"], "tokens": first["tokens"],
@@ -278,14 +298,17 @@ def _run(rows: list[dict[str, Any]], strategy: str) -> FinetuneRun:
         path=Path(first["study"]),
         rows=[{"seed": row["finetune_seed"], "task": row["task"], "num_train": row["labels"],
                "test_accuracy": row["test_accuracy"], "test_macro_f1": row["test_macro_f1"],
-               "validation_accuracy": row["validation_accuracy"],
-               "seconds": row["finetune_seconds"], "identity_digest": row["identity_digest"],
+               "validation_accuracy": row["validation_accuracy"], "labels": row["labels_named"],
+               "seconds": row["finetune_seconds"], "flops": row["finetune_flops"],
+               "identity_digest": row["identity_digest"],
                "identity": {"inputs": {"weights": first["hf_digest"]}}} for row in rows],
         items_digest=first["items_digest"] if whole else "",
         correct=np.stack([row["right"] for row in rows]) if whole else None,
-        cost={}, stages=stages, notes=[],
+        cost={"steps": 0} if not stages and first["stage1_seconds"] == 0 else {},
+        stages=stages, notes=[],
         truth=given[0][:, 0] if told else None,
         predictions=np.stack([one[:, 1] for one in given]) if told else None,
         classes=first["num_classes"], mask_seconds=number(first["mask_seconds"]),
+        mask_flops=number(first["mask_flops"]),
         commit=visible(first["commit"]), device=visible(first["device"]),
     )

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from preprocess.errors import ConfigError
 from preprocess.progress import say
 from preprocess.store import ranges
-from train.model import FAMILIES, attention_mask, other_outputs
+from train.model import FAMILIES, attention_mask, forward_flops, other_outputs
 
 
 class Template(NamedTuple):
@@ -251,8 +251,9 @@ class Runner:
         have the plain mask of the padding, and those of the targets of `run`. It says itself
         whether it needs gradients; its answer has none.
     to_half: makes the copy of the model in fp16.
-    counts: the cost so far: "passes", "inputs", real "tokens", "slots" with padding, and passes
-        "repeated" in fp32.
+    work: forward passes that one pass costs: 2 where `compute` asks for gradients of its inputs.
+    counts: the cost so far: "passes", "inputs", real "tokens", "slots" with padding, passes
+        "repeated" in fp32, and "flops", 0 for an unknown family of models.
     """
 
     model: Any
@@ -264,6 +265,7 @@ class Runner:
     cut: Cut | None = None
     min_width: int = 0
     compute: Compute | None = None
+    work: float = 1
     to_half: Callable[[Any], Any] = in_half
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -276,6 +278,8 @@ class Runner:
         # A top that takes the mean reads the mask as well.
         means = getattr(config, "classifier_pooling", "cls") != "cls"
         self._family = None if means else FAMILIES.get(getattr(config, "model_type", ""))
+        per_token, per_square = (forward_flops(self.model, *sums) for sums in ((1, 0), (0, 1)))
+        self._flops = np.array([per_token or 0.0, per_square or 0.0]) * self.work
 
     def run(
         self,
@@ -311,8 +315,9 @@ class Runner:
         for batch in cut(lengths, self.batch_tokens)[share[0] :: share[1]]:
             inputs, starts = self._assemble(
                 seconds.take(batch), None if heads is None else heads.take(batch), targets)
-            self.counts.update(passes=1, inputs=len(batch), tokens=int(lengths[batch].sum()),
-                               slots=inputs["input_ids"].size)
+            sums = int(lengths[batch].sum()), int((lengths[batch] ** 2).sum())
+            self.counts.update(passes=1, inputs=len(batch), tokens=sums[0],
+                               slots=inputs["input_ids"].size, flops=int(self._flops @ sums))
             waiting.append(_Pass(batch, starts, inputs, *self._start(inputs, answer, self.half)))
             if len(waiting) > PASSES_AHEAD:
                 yield self._finish(waiting.popleft(), answer)

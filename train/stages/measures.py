@@ -226,7 +226,7 @@ NETWORKS: dict[str, Network] = {
         ("ForTokenClassification",), "give the hf/ folder of train/fit_scorer.py", _load_scorer),
     "classifier": Network(
         ("ForSequenceClassification",), "give seed_N/hf of train/finetune.py", _load_classifier,
-        {"compute": gradient_size},
+        {"compute": gradient_size, "work": 2},
         slots=1 / 4,  # the states of all layers stay until the backward pass
     ),
     "mlm": _MASKED_LM,

@@ -42,7 +42,7 @@ from train.engine import (
     resolve_ds_config,
     take_step,
 )
-from train.model import checkpoint_activations
+from train.model import checkpoint_activations, forward_flops
 from train.run_dir.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from train.run_dir.hf_folder import Weights, make_stage, save_hf
 from train.run_dir.identity import architecture, loss_scaling, report_changes, training
@@ -189,6 +189,7 @@ class Progressed:
     after that epoch, float32 on the CPU; None on other ranks than the first.
     seconds: of training, over all processes that took part. log: open after training. window: sums
     over the steps since the last point of the log. epochs: of the training once it has ended.
+    flops: operations of the encoder in it, as of `forward_flops`; None for an unknown family.
     """
 
     log: MetricsWriter
@@ -199,6 +200,7 @@ class Progressed:
     steps: int = 0
     window: Any = field(default_factory=Counter)
     epochs: int = 0
+    flops: float | None = None
 
     @property
     def best(self) -> dict[str, float]:
@@ -320,10 +322,13 @@ def fit(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    tokens = int(train.lengths.sum())
+    reading = forward_flops(model, tokens, int((train.lengths**2).sum()))
+    found.flops = None if reading is None else 3 * reading * found.epochs
     if is_main():
         stage = make_stage(
             records, parent, steps=found.steps, seconds=found.seconds,
-            tokens=int(train.lengths.sum()) * found.epochs, about=about,
+            tokens=tokens * found.epochs, flops=found.flops, about=about,
         )
         assert found.best_state is not None  # the first rank holds it
         save_hf(model, found.best_state, tokenizer, run_dir / "hf", [*parent.stages, stage])
