@@ -54,6 +54,7 @@ from train.reports.groups import pipelines_in, read_groups
 from train.reports.intervals import METHOD
 from train.reports.masked import MASKED_COLUMNS, class_rows, masked_rows, scorer_rows
 from train.reports.page import Picture, ReportPage, Section, as_html, as_markdown
+from train.reports.power import MOST_SEEDS, POWER_COLUMNS, TARGET, power_rows
 from train.reports.provenance import command_table, provenance
 from train.reports.steps_to import STEPS_TO_COLUMNS, steps_to_rows
 from train.reports.study import read_studies, study_csv
@@ -119,7 +120,16 @@ def _differences(comparisons: Sequence[Comparison], notes: Sequence[str],
         "seeds: pre-training x fine-tuning. detectable: the smallest true difference that this "
         "many seeds and items show in 80 % of repetitions.",
         "differences", DIFFERENCE_COLUMNS)
-    return Section("Differences", _blocks(table, pictures.get("differences")), notes,
+    power = Table.of(
+        "What larger studies would show", power_rows(comparisons),
+        "Percentage points. Standard deviations of the difference: between pre-training seeds, "
+        "between fine-tuning seeds, of each fine-tuning for itself, and between test items (each "
+        "of them 1, 0 or -1). detectable_P: with P pre-training seeds, and as many fine-tuning "
+        "seeds and items as here. seeds_for_target: pre-training seeds for a detectable difference "
+        f"of {100 * TARGET:g} points; empty if more than {MOST_SEEDS:,}. The spread of few seeds "
+        "is itself uncertain.",
+        "power", POWER_COLUMNS)
+    return Section("Differences", _blocks(table, pictures.get("differences"), power), notes,
                    method=METHOD if comparisons else "")
 
 

@@ -27,7 +27,7 @@ from train.reports.masked import index_of
 from train.reports.results import Arm
 
 # Tables that come from the answers and rows alone.
-SHARED = ("table", "differences", "steps_to", "stage2_runs", "classes")
+SHARED = ("table", "differences", "power", "steps_to", "stage2_runs", "classes")
 PARTS = ("classifier", "annotate", "scorer", "masks", "scores")  # a file knows only their sum
 
 
