@@ -16,7 +16,6 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from preprocess.errors import ConfigError, DataError, DiskFullError, run_command, visible
 from preprocess.files import WriterLock, atomic_write_bytes
@@ -52,7 +51,14 @@ from train.reports.costs import (
 from train.reports.curves import RUN_COLUMNS, Curves, read_curves, run_rows
 from train.reports.groups import pipelines_in, read_groups
 from train.reports.intervals import METHOD
-from train.reports.masked import MASKED_COLUMNS, class_rows, masked_rows, scorer_rows
+from train.reports.masked import (
+    MASKED_COLUMNS,
+    MaskedWords,
+    class_rows,
+    count_masked,
+    masked_rows,
+    scorer_rows,
+)
 from train.reports.page import Picture, ReportPage, Section, as_html, as_markdown
 from train.reports.power import MOST_SEEDS, POWER_COLUMNS, TARGET, power_rows
 from train.reports.provenance import command_table, provenance
@@ -73,7 +79,10 @@ def make_page(
 ) -> ReportPage:
     """Make the page: provenance first, notes before what they limit, then results and the rest."""
     comparisons, limits = compare(pairs_of(groups))
-    pictures, missing = draw(groups, curves, comparisons)
+    pipelines = pipelines_in(folders)
+    masked, uncounted = (count_masked(pipelines[0], arms_of(groups)) if len(pipelines) == 1
+                         else (None, []))
+    pictures, missing = draw(groups, curves, comparisons, masked)
     if not groups:
         notes = [*notes, "No table of results: no fine-tuning has finished yet."]
     page = ReportPage(title)
@@ -83,7 +92,16 @@ def make_page(
     page.add(_differences(comparisons, limits, pictures))
     page.add(_lengths(groups, pictures))
     page.add(_costs(folders, groups))
-    page.add(_masks(folders, groups))
+    page.add(Section("What was masked", _blocks(
+        Table.of("MaskedWords tokens", masked_rows(masked),
+                 "Tokens masked most often, and those masked most above their share; masked: share "
+                 "of all tokens. One index of each arm and number of labels.",
+                 "masked", MASKED_COLUMNS) if masked else None,
+        pictures.get("words"),
+        Table.of("The token scorer beside its baselines", scorers,
+                 "On annotated sentences that it was not fitted on. F1 of important tokens; "
+                 "important: their share.", "scorers")
+        if len(pipelines) == 1 and (scorers := scorer_rows(pipelines[0])) else None), uncounted))
     page.add(_training(curves, pictures))
     commands = command_table(folders)
     if commands:
@@ -197,25 +215,6 @@ def _costs(folders: Sequence[Path], groups: Sequence[Group]) -> Section:
     ), notes)
 
 
-def _masks(folders: Sequence[Path], groups: Sequence[Group]) -> Section:
-    masked: list[dict[str, Any]] = []
-    scorers: list[dict[str, Any]] = []
-    notes: list[str] = []
-    pipelines = pipelines_in(folders)
-    if len(pipelines) == 1:
-        masked, notes = masked_rows(pipelines[0], arms_of(groups))
-        scorers = scorer_rows(pipelines[0])
-    return Section("What was masked", _blocks(
-        Table.of("Masked tokens", masked,
-                 "Tokens masked most often, and those masked most above their share; masked: share "
-                 "of all tokens. One index of each arm and number of labels.",
-                 "masked", MASKED_COLUMNS),
-        Table.of("The token scorer beside its baselines", scorers,
-                 "On annotated sentences that it was not fitted on. F1 of important tokens; "
-                 "important: their share.", "scorers") if scorers else None,
-    ), notes)
-
-
 def _training(curves: Sequence[Curves], pictures: dict[str, Picture]) -> Section:
     table = Table.of(
         "Pre-training runs", run_rows(curves),
@@ -238,14 +237,14 @@ def _collapsed(notes: Sequence[str]) -> list[str]:
     return found
 
 
-def draw(groups: Sequence[Group], curves: Sequence[Curves], comparisons: Sequence[Comparison]
-         ) -> tuple[dict[str, Picture], list[str]]:
+def draw(groups: Sequence[Group], curves: Sequence[Curves], comparisons: Sequence[Comparison],
+         masked: MaskedWords | None = None) -> tuple[dict[str, Picture], list[str]]:
     """Draw the figures that the data allow; return a note if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
         return {}, ["No figures: matplotlib is not installed (pip install 'selmask[plot]')."]
-    from train.reports import figures, losses
+    from train.reports import figures, losses, words
 
     matplotlib.use("Agg")
     matplotlib.rcParams["text.parse_math"] = False  # names are no formulas
@@ -262,6 +261,8 @@ def draw(groups: Sequence[Group], curves: Sequence[Curves], comparisons: Sequenc
          figures.label_figure(arms, styles)),
         ("steps", "Test accuracy against all steps of pre-training, with 95 % intervals, one line "
          "per policy.", figures.steps_figure(arms, styles)),
+        ("words", "Words with most masks beyond their share, and in grey those with fewest; most "
+         "beyond first.", words.words_figure(masked, styles) if masked else None),
         ("loss", "Pre-training: loss against steps.", losses.loss_figure(curves, styles)),
         ("supervised", "Classifiers and scorers: loss against steps.",
          losses.supervised_figure(curves, styles)),

@@ -95,7 +95,7 @@ def write_pipeline(root: Path, lengths=(None,), pretrain_seeds=(1, 2)) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch):
     """Spare a test the seconds of figures that it does not look at."""
-    monkeypatch.setattr(report, "draw", lambda groups, curves, comparisons: ({}, []))
+    monkeypatch.setattr(report, "draw", lambda *_: ({}, []))
 
 
 def write_report(tmp_path: Path, *folders: Path) -> Path:

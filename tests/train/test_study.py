@@ -20,7 +20,7 @@ from tests.support.stores import MEASURED
 from tests.support.studies import NUM_LABELS, write_study
 from train import report
 from train.reports import groups as arms_of_folders
-from train.reports import steps_to, study
+from train.reports import steps_to, study, words
 from train.reports.compare import arms_of, compare, pairs_of
 from train.reports.costs import flops_rows
 from train.reports.masked import index_of
@@ -47,7 +47,7 @@ def exported(made_up, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda groups, curves, comparisons: ({}, []))
+    monkeypatch.setattr(report, "draw", lambda *_: ({}, []))
 
 
 def test_folders_and_their_file_give_the_same_tables(made_up, tmp_path, no_figures, capsys):
@@ -447,7 +447,17 @@ def test_costs_of_an_encoder_that_is_not_ours(tmp_path, no_figures):
         "random_matched": ("0", "70", "25", "95"), "selective": ("0", "67", "25", "92")}
 
 
-def test_what_was_masked_is_shown_from_the_store(tmp_path, reviews_store, no_figures):
+def test_words_with_most_and_fewest_masks_beyond_their_share():
+    """2 of 10 are masked: `bad` five times as often, `the` never, `film` at its share."""
+    masked, occurrences = np.array([0, 20, 20, 0]), np.array([80, 100, 20, 0])
+    most, fewest = words.most_and_fewest(masked, occurrences)
+    assert (most.tolist(), fewest.tolist()) == ([2], [0])
+    every = words.most_and_fewest(np.arange(200), np.full(200, 200))
+    assert every[0].tolist() == list(range(199, 199 - words.MOST_MASKED, -1))
+    assert every[1].tolist() == list(range(words.LEAST_MASKED - 1, -1, -1))
+
+
+def test_what_was_masked_is_shown_from_the_store(tmp_path, reviews_store):
     write_study(tmp_path / "s", items=60, lengths=(50,), budgets=("all",))
     shutil.copytree(Path(reviews_store).parent, tmp_path / "s" / "domain", dirs_exist_ok=True)
     name = Path(reviews_store).name
@@ -469,6 +479,7 @@ def test_what_was_masked_is_shown_from_the_store(tmp_path, reviews_store, no_fig
     masked = {row["arm"]: row for row in read_csv(tmp_path / "out" / "masked.csv")}
     assert set(masked) == {"selective", "random_matched"}
     assert len(masked["selective"]["most often"].split()) == 2
+    assert (tmp_path / "out" / "words.png").read_bytes().startswith(b"\x89PNG")
     (row,) = read_csv(tmp_path / "out" / "scorers.csv")
     assert row == {"scorer": "scorer", "sentences": "40", "important": "10.0 %", "F1": "0.500",
                    "average_precision": "0.600", "F1 of frequency": "0.250",

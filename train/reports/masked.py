@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from preprocess.errors import DataError, visible
 from preprocess.files import read_json
 from preprocess.store import TokenStore
 from preprocess.text.continuations import open_tokenizer
-from preprocess.view.statistics import count_masks, rank_types, type_names
+from preprocess.view.statistics import IndexCounts, count_masks, rank_types, type_names
 from preprocess.view.tables import percent
 from train.reports.compare import shown
 from train.reports.costs import domain_prefix
@@ -40,11 +41,24 @@ def index_of(arm: Arm) -> str | None:
     return own[0] if own else None
 
 
-def masked_rows(pipeline: Path, arms: Sequence[Arm]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Count the mask indices of the arms of a pipeline, with the keys of `MASKED_COLUMNS`.
+@dataclass(frozen=True)
+class MaskedWords:
+    """The mask indices of the arms of a pipeline, counted.
+
+    types: the token of each id, `(V,)`. occurrences: of each id in the text, `(V,)` int64.
+    indices: of each arm and number of labels one index: the arm, its name, and its counts.
+    """
+
+    types: Sequence[str]
+    occurrences: np.ndarray
+    indices: list[tuple[Arm, str, IndexCounts]]
+
+
+def count_masked(pipeline: Path, arms: Sequence[Arm]) -> tuple[MaskedWords | None, list[str]]:
+    """Count the mask indices of the arms.
 
     Returns:
-        `(rows, notes)`; no row where there is no store, or not its indices.
+        `(counts, notes)`; None where there is no store, or not its indices.
     """
     named: dict[tuple, tuple[Arm, str]] = {}
     for arm in arms:
@@ -53,25 +67,30 @@ def masked_rows(pipeline: Path, arms: Sequence[Arm]) -> tuple[list[dict[str, Any
             named.setdefault((arm.shown, arm.labels, name), (arm, name))
     prefix = domain_prefix(pipeline)
     if not named or not prefix.with_name("text.json").is_file():
-        return [], []
+        return None, []
     names = list(dict.fromkeys(name for _, name in named.values()))
     try:
         store = TokenStore.open(prefix)
         types = type_names(open_tokenizer(store.tokenizer_dir), store.vocab_size)
         counts = count_masks(store, names, max_tokens=COUNTED_TOKENS)
     except (DataError, OSError) as error:
-        return [], [f"What was masked is not shown: {error}."]
+        return None, [f"What was masked is not shown: {error}."]
+    return MaskedWords(types, counts.type_tokens, [
+        (arm, name, counts.indices[names.index(name)]) for arm, name in named.values()]), []
+
+
+def masked_rows(found: MaskedWords) -> list[dict[str, Any]]:
+    """Tell of each index what it masks, with the keys of `MASKED_COLUMNS`."""
     rows = []
-    for arm, name in named.values():
-        found = counts.indices[names.index(name)]
-        often, above, *_ = rank_types(found, counts.type_tokens, NUM_WORDS)
+    for arm, name, counts in found.indices:
+        often, above, *_ = rank_types(counts, found.occurrences, NUM_WORDS)
         rows.append({
             "arm": arm.shown, "labels": shown(arm.labels), "index": name,
-            "masked": percent(found.masked, counts.tokens),
-            "most often": " ".join(types[i] for i in often.tolist()),
-            "most above their share": " ".join(types[i] for i in above.tolist()),
+            "masked": percent(counts.masked, int(found.occurrences.sum())),
+            "most often": " ".join(found.types[i] for i in often.tolist()),
+            "most above their share": " ".join(found.types[i] for i in above.tolist()),
         })
-    return rows, []
+    return rows
 
 
 def scorer_rows(pipeline: Path) -> list[dict[str, Any]]:
