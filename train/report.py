@@ -93,7 +93,7 @@ def make_page(
     page.add(_lengths(groups, pictures))
     page.add(_costs(folders, groups))
     page.add(Section("What was masked", _blocks(
-        Table.of("MaskedWords tokens", masked_rows(masked),
+        Table.of("Masked tokens", masked_rows(masked),
                  "Tokens masked most often, and those masked most above their share; masked: share "
                  "of all tokens. One index of each arm and number of labels.",
                  "masked", MASKED_COLUMNS) if masked else None,
