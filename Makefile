@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+JOBS := $(shell [ "$$(nproc 2>/dev/null || echo 1)" -gt 1 ] && echo 2 || echo 1)
 
 .PHONY: setup demo demo-quick test test-quick test-faults gpu-check lint clean
 
@@ -19,7 +20,8 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 # At the size of a demo a classifier or scorer may be weak: it is said, and the demo goes on.
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python train/pipeline.py \
-		--recipe train/recipes/demo.yaml --output_dir $(RUN) --go_on $(DEMO_FLAGS)
+		--recipe train/recipes/demo.yaml --output_dir $(RUN) --launcher python --jobs $(JOBS) \
+		--threads_per_job 1 --clean checkpoints --go_on $(DEMO_FLAGS)
 
 # Two minutes on two cores: a BERT of two layers and a vocabulary of its own.
 demo-quick: setup

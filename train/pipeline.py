@@ -49,8 +49,10 @@ def where_to_look(root: Path, steps: list[Step]) -> str:
                   if step.name.startswith("masks-")), f"{root}/domain/text")
     lines = [f"table and figures: {root}/report", f"curves: tensorboard --logdir {root}"]
     masks = [step.name for step in steps if step.name.startswith("masks-")]
+    if (root / "report" / "words.png").is_file():
+        lines.append(f"which words were masked: {root}/report/words.png")
     if masks:
-        lines.append("what was masked: selmask show_masks --tokens "
+        lines.append("the masks in the text: selmask show_masks --tokens "
                      f"{store} --mask_index {masks[0].removeprefix('masks-')}")
     leaked = describe_leakage(f"{root}/domain/text")
     return "\n".join([*([leaked] if leaked else []), "Where to look next",
