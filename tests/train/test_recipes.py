@@ -61,6 +61,7 @@ PARSERS = {
 # What a user must say: a value for every variable without one.
 SETTINGS = {
     "custom": ["train_file=a.csv", "test_file=b.csv", "text=c.txt", "encoder=bert-base-uncased"],
+    "study_custom": ["train_file=a.csv", "test_file=b.csv", "text=c.txt", "encoder=bert-base-uncased"],
     "restaurant_yelp": ["task_data=D"], "restaurant_amazon": ["task_data=D"],
     "laptop_yelp": ["task_data=D"], "laptop_amazon": ["task_data=D"],
 }
