@@ -59,9 +59,9 @@ PARSERS = {
     "build_masks.py": build_masks.parse_arguments, "report.py": report.parse_arguments,
 }
 # What a user must say: a value for every variable without one.
+OWN = ["train_file=a.csv", "test_file=b.csv", "text=c.txt", "encoder=bert-base-uncased"]
 SETTINGS = {
-    "custom": ["train_file=a.csv", "test_file=b.csv", "text=c.txt", "encoder=bert-base-uncased"],
-    "study_custom": ["train_file=a.csv", "test_file=b.csv", "text=c.txt", "encoder=bert-base-uncased"],
+    "custom": OWN, "study_custom": OWN,
     "restaurant_yelp": ["task_data=D"], "restaurant_amazon": ["task_data=D"],
     "laptop_yelp": ["task_data=D"], "laptop_amazon": ["task_data=D"],
 }
