@@ -154,7 +154,7 @@ class Table:
                       for cell, kind in zip(cells, kinds, strict=True))
             return f"<tr>{''.join(inside)}</tr>"
 
-        head = line("th", (column.replace("_", " ") for column in self.columns))
+        head = line("th", self.columns)
         body = "\n".join(line("td", row) for row in self.rows)
         note = f'<p class="note">{_escaped(self.note)}</p>\n' if self.note else ""
         return (f"<h{level}>{_escaped(self.title)}</h{level}>\n{note}"
