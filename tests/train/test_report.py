@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -399,7 +400,9 @@ def test_names_from_outside_are_text_in_the_page(tmp_path, no_figures):
     output = write_report(tmp_path)
     page = (output / "report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x" in page
-    picture, evil = Picture("loss", '"><script>', b"\x89PNG bytes"), "<script>alert(1)</script>"
+    png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 1200, 300)
+    picture, evil = Picture("loss", '"><script>', png), "<script>alert(1)</script>"
     page = as_html(ReportPage("t", [Section(evil, [picture], [evil], evil)]))
     assert "<script" not in page and page.count("&lt;script&gt;") == 5
     assert '<img alt="&quot;&gt;' in page and 'src="data:image/png;base64,' in page
+    assert 'width="768" height="192"' in page  # 8 and 2 inches: as large as it was drawn
