@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -151,6 +152,8 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     assert "95 % intervals" in out and "start from one stage-1 checkpoint" in out
     assert out.index("Pre-training runs") < out.index("Results") < out.index("Differences")
     page = (output / "report.html").read_text()
+    links, places = re.findall('href="#([^"]*)"', page), re.findall('<h2 id="([^"]*)"', page)
+    assert links == places and len(set(links)) > 4
     assert all(part in page for part in ("Results", "Differences", "Notes", "random_matched"))
     assert page.count("data:image/png") == 4 and "http" not in page.replace("http-equiv", "")
 
@@ -403,6 +406,6 @@ def test_names_from_outside_are_text_in_the_page(tmp_path, no_figures):
     png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 1200, 300)
     picture, evil = Picture("loss", '"><script>', png), "<script>alert(1)</script>"
     page = as_html(ReportPage("t", [Section(evil, [picture], [evil], evil)]))
-    assert "<script" not in page and page.count("&lt;script&gt;") == 5
+    assert "<script" not in page and page.count("&lt;script&gt;") == 6
     assert '<img alt="&quot;&gt;' in page and 'src="data:image/png;base64,' in page
     assert 'width="768" height="192"' in page  # 8 and 2 inches: as large as it was drawn

@@ -80,12 +80,13 @@ p, li { max-width: 48rem; overflow-wrap: anywhere; }
 td:last-child:not(.number) { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 .notes { border-left: 3px solid #d55e00; padding-left: .6rem; }
 .notes ul { margin: .3rem 0; padding-left: 1.2rem; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
+figure { margin: 1.5rem 0; } img { display: block; max-width: 100%; height: auto; }
 @media (max-width: 45em) {
   td:last-child:not(.number) { min-width: 13rem; } img { max-width: none; }
 }
 @media print {
-  body { max-width: none; font-size: 10pt; padding: 0; } table { font-size: 7.5pt; }
+  nav { display: none; } body { max-width: none; font-size: 10pt; padding: 0; }
+  table { font-size: 7.5pt; }
   th, td { padding-right: .4rem; white-space: normal; } figure { break-inside: avoid; }
   img { max-width: 100%; }
 }
@@ -93,10 +94,12 @@ figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
 
 
 def as_html(page: ReportPage) -> str:
-    """Write a complete report as one page."""
-    parts = []
-    for section in page.sections:
-        title = f"<h2>{_text(section.title)}</h2>"
+    """Write a complete report as one page, with links to its sections."""
+    links = " | ".join(f'<a href="#part{number}">{_text(section.title)}</a>'
+                       for number, section in enumerate(page.sections, 1))
+    parts = [f"<nav>{links}</nav>"]
+    for number, section in enumerate(page.sections, 1):
+        title = f'<h2 id="part{number}">{_text(section.title)}</h2>'
         inside = [f"<p>{_text(section.method)}</p>"] if section.method else []
         if section.notes:
             items = "\n".join(f"<li>{_text(note)}</li>" for note in section.notes)
