@@ -17,6 +17,7 @@ from preprocess.files import WriterLock
 from tests.support.runs import made_up_stage, read_csv, write_lineage
 from train import report
 from train.reports.compare import TABLE_COLUMNS
+from train.reports.figures import format_axis
 from train.reports.page import Picture, ReportPage, Section, as_html
 from train.run_dir.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
 
@@ -156,6 +157,19 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     assert links == places and len(set(links)) > 4
     assert all(part in page for part in ("Results", "Differences", "Notes", "random_matched"))
     assert page.count("data:image/png") == 4 and "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(("top", "ticks"), [
+    (0.8, ["0", "0.2", "0.4", "0.6", "0.8"]), (9000, ["0", "2000", "4000", "6000", "8000"]),
+    (32_000, ["0", "8k", "16k", "24k", "32k"]), (1.6e6, ["0", "0.4M", "0.8M", "1.2M", "1.6M"]),
+])
+def test_the_ticks_of_an_axis_share_one_unit(top, ticks):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axis = figure.subplots().xaxis
+    axis.axes.set_xlim(0, top)
+    format_axis(axis)
+    texts = [axis.get_major_formatter()(float(place), 0) for place in axis.get_majorticklocs()]
+    assert [text for text in texts if text in ticks] == ticks and set(texts) == set(ticks)
 
 
 def write_policies(root: Path) -> Path:
