@@ -154,8 +154,8 @@ def format_texts(
         notes: sentences that explain the page.
         texts: of each the heading, and its sequences with a remark each, which may be empty.
     """
-    parts = ['<div class="legend"><mark class="m">important</mark></div>',
-             *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
+    told = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    parts = [f'<div class="legend"><mark class="m">important</mark>{told}</div>']
     for heading, sequences in texts:
         parts.append(f"<h3>{html.escape(heading)}</h3>")
         for pieces, remark in sequences:
