@@ -25,8 +25,8 @@ _NUMBER = re.compile(r"|-|[+-]?\d.*")
 _FORMULA = re.compile(r"\s*[=+\-@].*", re.DOTALL)
 _HARMLESS = re.compile(r"-|[+-]?(\d[\d,]*\.?\d*|\.\d+)([eE][+-]?\d+)?( ?%)?|[+-](inf|nan)")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# A table that is wider than the page scrolls under its first column, which says what a row is about;
-# a shadow at the right edge, which the last column covers, says that there is more.
+# A table that is wider than the page scrolls under its first column, which says what a row is
+# about; a shadow at the right edge, which the last column covers, says that there is more.
 _STYLE = """
 .scroll { overflow-x: auto; background:
   linear-gradient(to left, #fff 40%, #fff0) right / 3em 100% no-repeat local,
