@@ -159,17 +159,15 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     assert page.count("data:image/png") == 4 and "http" not in page.replace("http-equiv", "")
 
 
-@pytest.mark.parametrize(("top", "ticks"), [
-    (0.8, ["0", "0.2", "0.4", "0.6", "0.8"]), (9000, ["0", "2000", "4000", "6000", "8000"]),
-    (32_000, ["0", "8k", "16k", "24k", "32k"]), (1.6e6, ["0", "0.4M", "0.8M", "1.2M", "1.6M"]),
+@pytest.mark.parametrize(("top", "place", "text"), [
+    (0.8, 0.2, "0.2"), (9000, 8000, "8000"), (32_000, 8000, "8k"), (32_000, 0, "0"),
+    (1.6e6, 4e5, "0.4M"),
 ])
-def test_the_ticks_of_an_axis_share_one_unit(top, ticks):
-    figure = pytest.importorskip("matplotlib.figure").Figure()
-    axis = figure.subplots().xaxis
+def test_the_ticks_of_an_axis_share_one_unit(top, place, text):
+    axis = pytest.importorskip("matplotlib.figure").Figure().subplots().xaxis
     axis.axes.set_xlim(0, top)
     format_axis(axis)
-    texts = [axis.get_major_formatter()(float(place), 0) for place in axis.get_majorticklocs()]
-    assert [text for text in texts if text in ticks] == ticks and set(texts) == set(ticks)
+    assert axis.get_major_formatter()(place, 0) == text
 
 
 def write_policies(root: Path) -> Path:
