@@ -379,6 +379,9 @@ def show_all(inputs: PredictInputs, shown: list[Shown], count: int) -> None:
         notes.append(f"The first {len(shown):,} of {count:,} texts; --explain {count} shows all.")
     if config.html:
         notes[0] = notes[0].replace("In brackets", "Boxed")
+        notes.append(f"Classifier: {visible(config.model_name_or_path)}; labels "
+                     f"{', '.join(map(visible, inputs.labels))}; the number behind a prediction is "
+                     "its probability.")
         title = f"Predictions for {Path(config.input).name}"
         page = format_texts(title, notes, [(one.heading, one.sequences) for one in shown])
         atomic_write_bytes(config.html, page.encode(errors="replace"))

@@ -48,6 +48,10 @@ mark { color: inherit; background: none; -webkit-box-decoration-break: clone;
 """
 
 
+# Of the lines on how an array was made, those that a page shows at once.
+_FIRST = ("rule: ", "masked: ", "measure: ", "match: ", "drawn ")
+
+
 def format_box(box: list[Piece], names: list[str], scale: Scale) -> str:
     """Write the pieces of a box, escaped, with their spaces; `names` are those of the indices."""
     held = (box[0].masked, box[0].compared)
@@ -111,6 +115,15 @@ def _format_legend(names: list[str], scores: str | None, scale: Scale) -> str:
     return f'<div class="legend">{inner}<div class="note">{after}</div></div>'
 
 
+def _format_origin(name: str, lines: list[str]) -> str:
+    """Write how an array was made: what people ask for, and the rest folded until it is opened."""
+    shown = [line for line in lines if line.startswith(_FIRST)]
+    first, rest = ("<br>".join(map(html.escape, part)) for part in (
+        shown, [line for line in lines if line not in shown]))
+    more = f'<details class="note"><summary>its options and digests</summary>{rest}</details>'
+    return f"<p><b>{html.escape(name)}</b><br>{first}</p>{more if rest else ''}"
+
+
 def format_page(
     title: str,
     origins: dict[str, list[str]],
@@ -131,9 +144,7 @@ def format_page(
     link = ' | <a href="#statistics">statistics</a>' if tables else ""
     parts = [f'<nav><a href="#documents">documents</a>{link}</nav>',
              "<h2>How the tokens were chosen</h2>"]
-    for name, lines in origins.items():
-        text = "<br>".join(map(html.escape, lines))
-        parts.append(f"<p><b>{html.escape(name)}</b><br>{text}</p>")
+    parts += [_format_origin(name, lines) for name, lines in origins.items()]
     parts += ['<h2 id="documents">Documents</h2>', _format_legend(names, scores, scale)]
     parts += [_format_document(document, names, scale) for document in documents]
     if tables:
@@ -154,8 +165,8 @@ def format_texts(
         notes: sentences that explain the page.
         texts: of each the heading, and its sequences with a remark each, which may be empty.
     """
-    parts = ['<div class="legend"><mark class="m">important</mark></div>',
-             *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
+    told = "".join(f'<p class="note">{html.escape(note)}</p>' for note in notes)
+    parts = [f'<div class="legend"><mark class="m">important</mark>{told}</div>']
     for heading, sequences in texts:
         parts.append(f"<h3>{html.escape(heading)}</h3>")
         for pieces, remark in sequences:

@@ -25,18 +25,27 @@ _NUMBER = re.compile(r"|-|[+-]?\d.*")
 _FORMULA = re.compile(r"\s*[=+\-@].*", re.DOTALL)
 _HARMLESS = re.compile(r"-|[+-]?(\d[\d,]*\.?\d*|\.\d+)([eE][+-]?\d+)?( ?%)?|[+-](inf|nan)")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# A table that is wider than the page scrolls under its first column, which says what a row is
+# about; a shadow at the right edge, which the last column covers, says that there is more.
 _STYLE = """
-.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .3em 0;
+.scroll { overflow-x: auto; background:
+  linear-gradient(to left, #fff 40%, #fff0) right / 3em 100% no-repeat local,
+  linear-gradient(to left, #0004, #0000) right / .8em 100% no-repeat; }
+table { border-collapse: separate; border-spacing: 0; margin: .3em 0;
   font: .85em/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #bbb; padding: .1em .6em; text-align: left; white-space: nowrap;
   vertical-align: top; }
 th { border-bottom: 2px solid #555; } .number { text-align: right; }
-th:first-child, td:first-child { padding-left: 0; }
+th:first-child, td:first-child { padding-left: 0; position: sticky; left: 0; background: #fff; }
 .note { color: #444; font-size: .85em; max-width: 50em; line-height: 1.45; margin: .3em 0; }
 i { display: inline-block; height: .7em; background: #555; border: 1px solid #000;
   box-sizing: border-box; }
 .bar { display: inline-block; width: 4em; text-align: left; margin-left: .5em; }
-@media print { .scroll { overflow: visible; } tr { break-inside: avoid; }
+@media (max-width: 45em) {
+  tr > :first-child bdi { display: inline-block; width: max-content; max-width: 9em;
+    white-space: normal; overflow-wrap: anywhere; }
+}
+@media print { .scroll { overflow: visible; background: none; } tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; } }
 """
 
@@ -154,7 +163,7 @@ class Table:
                       for cell, kind in zip(cells, kinds, strict=True))
             return f"<tr>{''.join(inside)}</tr>"
 
-        head = line("th", (column.replace("_", " ") for column in self.columns))
+        head = line("th", self.columns)
         body = "\n".join(line("td", row) for row in self.rows)
         note = f'<p class="note">{_escaped(self.note)}</p>\n' if self.note else ""
         return (f"<h{level}>{_escaped(self.title)}</h{level}>\n{note}"

@@ -460,9 +460,14 @@ def test_page_is_escaped_whole_and_without_scripts(store, tmp_path, capsys):
     show(store, "--html", str(page), "--scores", "mr", "--compare", "ctl")
     assert capsys.readouterr().out.splitlines()[-1] == str(page)
     reader = Reader()
-    reader.feed(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    reader.feed(text)
     reader.close()
     assert reader.open == []
+    # The rule of each index at once, what else is recorded folded, so that documents come soon.
+    shown = re.sub("<details.*?</details>", "", text, flags=re.DOTALL)
+    assert text.count("strategy: selective") == 2 and "strategy: selective" not in shown
+    assert shown.count("rule: ") == text.count("rule: ") == 2
     # The legend, then the masked tokens of either index.
     assert reader.masked == [
         "masked in sel", "in ctl", "in both", "film", "is", "believable", "I", ".", "<b>",

@@ -67,3 +67,5 @@ def test_html_escapes_and_loads_nothing():
     assert policy.startswith("default-src 'none'") and "script" not in policy
     cells = [a.get("class") for tag, a in Page(TABLE.as_html()).tags if tag in ("th", "td")]
     assert cells == [None, "number", "number"] * 3
+    # Notes name columns, and columns name indices: both as they are.
+    assert "masked in random_matched" in Table("T", ("masked in random_matched",), []).as_html()

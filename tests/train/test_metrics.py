@@ -90,6 +90,12 @@ def test_a_run_is_one_row_of_the_hparams_page_whatever_it_is(tmp_path):
     # TensorBoard shows the columns of the first run that it reads: they fit every command.
     assert columns[0].hparam_infos == columns[1].hparam_infos
     assert [column.name for column in columns[0].hparam_infos] == list(metrics.HYPERPARAMETERS)
+    # Five of each are shown at first: those that TensorBoard sorts to the front tell runs apart.
+    assert [info.name for info in columns[0].hparam_infos if info.differs] == [
+        "command", "data", "learning_rate", "masking", "seed"]
+    assert [info.name.tag for info in columns[0].metric_infos][:5] == [
+        "finetune_test/accuracy", "finetune_test/macro_f1", "pretrain_eval/loss",
+        "pretrain_throughput/tokens_per_sec", "fit_scorer_eval/best"]
     shown = {info.name.tag for info in columns[0].metric_infos}
     assert {"pretrain_eval/loss", "finetune_test/accuracy", "fit_scorer_eval/best"} < shown
     assert shown <= {name for tag in metrics.TAGS for name in metrics.spellings(tag)[:-1]}

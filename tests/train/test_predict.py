@@ -192,6 +192,7 @@ def test_terminal_and_page_show_the_important_tokens(tmp_path, model, monkeypatc
     run_predict(model, source, tmp_path / "p.jsonl", explain=3, html=tmp_path / "p.html")
     page = (tmp_path / "p.html").read_text()
     assert re.findall(r'<mark class="m">(\w+)</mark>', page)[1:] == boxed  # the first: the legend
+    assert f"Classifier: {model}; labels " in page  # a page says whose predictions it shows
     assert "<b>" not in page.split("<h3>")[1] and "<script" not in page
     assert not [line for line in capsys.readouterr().out.splitlines() if "[" in line]
 

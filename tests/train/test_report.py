@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from preprocess.files import WriterLock
 from tests.support.runs import made_up_stage, read_csv, write_lineage
 from train import report
 from train.reports.compare import TABLE_COLUMNS
+from train.reports.figures import format_axis
 from train.reports.page import Picture, ReportPage, Section, as_html
 from train.run_dir.metrics import EVAL_LOSS, MASKED_FRACTION, TRAIN_LOSS, MetricsWriter
 
@@ -150,8 +153,21 @@ def test_pipeline_folder_gives_table_differences_and_figures(tmp_path, capsys):
     assert "95 % intervals" in out and "start from one stage-1 checkpoint" in out
     assert out.index("Pre-training runs") < out.index("Results") < out.index("Differences")
     page = (output / "report.html").read_text()
+    links, places = re.findall('href="#([^"]*)"', page), re.findall('<h2 id="([^"]*)"', page)
+    assert links == places and len(set(links)) > 4
     assert all(part in page for part in ("Results", "Differences", "Notes", "random_matched"))
     assert page.count("data:image/png") == 4 and "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(("top", "place", "text"), [
+    (0.8, 0.2, "0.2"), (9000, 8000, "8000"), (32_000, 8000, "8k"), (32_000, 0, "0"),
+    (1.6e6, 4e5, "0.4M"),
+])
+def test_the_ticks_of_an_axis_share_one_unit(top, place, text):
+    axis = pytest.importorskip("matplotlib.figure").Figure().subplots().xaxis
+    axis.axes.set_xlim(0, top)
+    format_axis(axis)
+    assert axis.get_major_formatter()(place, 0) == text
 
 
 def write_policies(root: Path) -> Path:
@@ -399,7 +415,9 @@ def test_names_from_outside_are_text_in_the_page(tmp_path, no_figures):
     output = write_report(tmp_path)
     page = (output / "report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x" in page
-    picture, evil = Picture("loss", '"><script>', b"\x89PNG bytes"), "<script>alert(1)</script>"
+    png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 1200, 300)
+    picture, evil = Picture("loss", '"><script>', png), "<script>alert(1)</script>"
     page = as_html(ReportPage("t", [Section(evil, [picture], [evil], evil)]))
-    assert "<script" not in page and page.count("&lt;script&gt;") == 5
+    assert "<script" not in page and page.count("&lt;script&gt;") == 6
     assert '<img alt="&quot;&gt;' in page and 'src="data:image/png;base64,' in page
+    assert 'width="768" height="192"' in page  # 8 and 2 inches: as large as it was drawn

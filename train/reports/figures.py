@@ -50,10 +50,15 @@ def as_png(figure: Any) -> bytes:
     return out.getvalue()
 
 
-def plain_number(value: float, _: Any = None) -> str:
-    """Write a tick: 400, 12k, 1.5M; never a prefix below one."""
+def plain_number(value: float, largest: float | None = None) -> str:
+    """Write a tick: 400, 12k, 1.5M; never a prefix below one.
+
+    Args:
+        largest: of the axis, whose ticks share one unit: 8k, 16k, 24k.
+    """
+    reach = abs(value if largest is None else largest)
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * size or abs(value) >= size and unit != "k":
+        if value and (reach >= 10 * size or reach >= size and unit != "k"):
             return f"{value / size:.4g}{unit}"
     return f"{value:.4g}"
 
@@ -63,7 +68,8 @@ def format_axis(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(6))
-    axis.set_major_formatter(FuncFormatter(plain_number))
+    axis.set_major_formatter(FuncFormatter(
+        lambda value, _: plain_number(value, max(map(abs, axis.get_view_interval())))))
 
 
 def _by(arms: Sequence[Arm], key: Callable[[Arm], Any]) -> dict[Any, list[Arm]]:
@@ -260,7 +266,7 @@ def _bands(drawn: dict[str, list[tuple[str, list[tuple[int, Arm]]]]], styles: St
             panel.set_xscale("log")
             panel.xaxis.set_major_locator(FixedLocator(places))
             panel.xaxis.set_minor_locator(NullLocator())
-            panel.xaxis.set_major_formatter(FuncFormatter(plain_number))
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(value)))
             panel.tick_params(axis="x", labelrotation=30 if len(places) > 4 else 0)
         else:
             format_axis(panel.xaxis)

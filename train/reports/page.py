@@ -8,11 +8,15 @@ from __future__ import annotations
 import base64
 import html
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from preprocess.errors import visible
 from preprocess.view.tables import Table, html_page
+from train.reports.figures import DOTS_PER_INCH
+
+CSS_DOTS_PER_INCH = 96
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class ReportPage:
 
 _STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
-       max-width: 70rem; padding: 1rem; }
+       max-width: 75rem; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; } summary { cursor: pointer; margin: 1rem 0; }
 summary h2 { display: inline; }
@@ -76,21 +80,26 @@ p, li { max-width: 48rem; overflow-wrap: anywhere; }
 td:last-child:not(.number) { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 .notes { border-left: 3px solid #d55e00; padding-left: .6rem; }
 .notes ul { margin: .3rem 0; padding-left: 1.2rem; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
-@media (max-width: 45rem) { figure { overflow-x: auto; } img { max-width: none; width: 45rem; } }
+figure { margin: 1.5rem 0; } img { display: block; max-width: 100%; height: auto; }
+@media (max-width: 45em) {
+  td:last-child:not(.number) { min-width: 13rem; } img { max-width: none; }
+}
 @media print {
-  body { max-width: none; font-size: 10pt; padding: 0; } table { font-size: 7.5pt; }
+  nav { display: none; } body { max-width: none; font-size: 10pt; padding: 0; }
+  table { font-size: 7.5pt; }
   th, td { padding-right: .4rem; white-space: normal; } figure { break-inside: avoid; }
-  img { max-width: 100%; width: auto; }
+  img { max-width: 100%; }
 }
 """
 
 
 def as_html(page: ReportPage) -> str:
-    """Write a complete report as one page."""
-    parts = []
-    for section in page.sections:
-        title = f"<h2>{_text(section.title)}</h2>"
+    """Write a complete report as one page, with links to its sections."""
+    links = " | ".join(f'<a href="#part{number}">{_text(section.title)}</a>'
+                       for number, section in enumerate(page.sections, 1))
+    parts = [f"<nav>{links}</nav>"]
+    for number, section in enumerate(page.sections, 1):
+        title = f'<h2 id="part{number}">{_text(section.title)}</h2>'
         inside = [f"<p>{_text(section.method)}</p>"] if section.method else []
         if section.notes:
             items = "\n".join(f"<li>{_text(note)}</li>" for note in section.notes)
@@ -111,7 +120,11 @@ def _text(text: str) -> str:
 def _figure(picture: Picture) -> str:
     data = base64.b64encode(picture.png).decode("ascii")
     text = _text(picture.text)
-    return (f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+    # As large as it was drawn, so that the letters of all figures have one size.
+    width, height = (round(side * CSS_DOTS_PER_INCH / DOTS_PER_INCH)
+                     for side in struct.unpack(">II", picture.png[16:24]))
+    return (f'<figure><div class="scroll"><img alt="{text}" width="{width}" height="{height}" '
+            f'src="data:image/png;base64,{data}"></div>'
             f'<figcaption class="note">{text}</figcaption></figure>')
 
 

@@ -52,20 +52,25 @@ TAGS = (
 )
 
 # Columns of the HParams page, the same in every run: TensorBoard takes those of the first run that
-# it reads, sorts them by name and shows five until others are ticked. A run leaves empty the ones
-# that it does not have.
+# it reads, and shows five of them and five metrics until others are ticked. A run leaves empty the
+# ones that it does not have.
 HYPERPARAMETERS: dict[str, type] = {
     "command": str, "data": str, "learning_rate": float, "masking": str, "max_seq_length": float,
     "max_steps": float, "mlm_probability": float, "model": str, "num_train_epochs": float,
     "optimizer": str, "precision": str, "ranks": float, "seed": float, "train_batch_size": float,
     "warmup_num_steps": float, "weight_decay": float, "zero_stage": float,
 }
+# The five that are shown at first: in these the runs of a pipeline differ.
+FIRST_HYPERPARAMETERS = ("command", "data", "learning_rate", "masking", "seed")
 # Its metrics, by command: a loss of pre-training and one of a classifier share no column.
 FINAL_METRICS = {
     "pretrain": (EVAL_LOSS, EVAL_PERPLEXITY, EVAL_ACCURACY, TOKENS_PER_SECOND, MFU),
-    "finetune": (EVAL_LOSS, EVAL_BEST, TEST_ACCURACY, TEST_MACRO_F1),
-    "fit_scorer": (EVAL_LOSS, EVAL_BEST),
+    "finetune": (TEST_ACCURACY, TEST_MACRO_F1, EVAL_BEST, EVAL_LOSS),
+    "fit_scorer": (EVAL_BEST, EVAL_LOSS),
 }
+# The five that are shown at first: those of each command that people compare, by command and tag.
+FIRST_METRICS = (("finetune", TEST_ACCURACY), ("finetune", TEST_MACRO_F1), ("pretrain", EVAL_LOSS),
+                 ("pretrain", TOKENS_PER_SECOND), ("fit_scorer", EVAL_BEST))
 OLD_FOLDER = "tb"  # with the event files of runs of an older version
 WANDB_ID = "wandb.id"
 
@@ -240,6 +245,7 @@ class MetricsWriter:
         Args:
             options: by names in `HYPERPARAMETERS`; None values are left out.
         """
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
         from torch.utils.tensorboard.summary import hparams
 
         unknown = options.keys() - HYPERPARAMETERS
@@ -249,10 +255,16 @@ class MetricsWriter:
             self._wandb.call("config.update", given, allow_val_change=True)
         if self._events is not None and options.get("max_steps") != 0:
             types = {name: kind() for name, kind in HYPERPARAMETERS.items()}
-            tags = [event_tag(command, tag) for command, tags in FINAL_METRICS.items()
-                    for tag in tags]
-            columns, _, _ = hparams(types, dict.fromkeys(tags, 0.0))
+            metrics = dict.fromkeys([*FIRST_METRICS, *(
+                (command, tag) for command, tags in FINAL_METRICS.items() for tag in tags)])
+            columns, _, _ = hparams(types, {event_tag(*metric): 0.0 for metric in metrics})
             _, row, _ = hparams(given, {})
+            # TensorBoard puts those that differ between runs first.
+            data = columns.value[0].metadata.plugin_data
+            told = HParamsPluginData.FromString(data.content)
+            for info in told.experiment.hparam_infos:
+                info.differs = info.name in FIRST_HYPERPARAMETERS
+            data.content = told.SerializeToString()
             for summary in (columns, row):
                 self._events.file_writer.add_summary(summary)
             self._flush()
