@@ -1003,18 +1003,19 @@ class PipelineConfig(_Checked):
         "too weak to build masks on"
     )
     dry_run: bool = _flag(
-        False, "print the commands, check every step as far as its inputs allow, estimate disk "
-        "and memory, and exit", USUAL,
+        False, "print the commands, check every step as far as its inputs allow, estimate disk, "
+        "memory and time, and exit", USUAL,
     )
     measure: bool = _flag(
-        False, "with --dry_run: estimate the time as well, from a few training steps on this "
-        "machine (up to a minute)", USUAL,
+        True, "with --dry_run: estimate the time from a few training steps on this machine", USUAL,
+        off="with --dry_run: do not estimate the time, which takes a few training steps on this "
+        "machine (up to a minute)",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.measure and not self.dry_run:
-            raise ConfigError("--measure goes with --dry_run; add it, or leave --measure out")
+        if not (self.measure or self.dry_run):
+            raise ConfigError("--no_measure goes with --dry_run; add it, or leave --no_measure out")
         if self.launcher == "python" and self.num_gpus > 1:
             raise ConfigError(
                 f"--launcher python starts one process, but --num_gpus is {self.num_gpus}: "
