@@ -97,7 +97,7 @@ def test_a_mistake_is_told_in_the_words_of_the_recipe(dry_run, capsys, settings,
 
 def test_batches_must_suit_all_ranks(dry_run):
     with pytest.raises(ConfigError, match="batch sizes do not fit: .* x 3 ranks"):
-        dry_run("task_guided.train_batch_size=8", "arms=[random]", flags=("--num_gpus", "3"))  # fails before it measures
+        dry_run("task_guided.train_batch_size=8", "arms=[random]", flags=("--num_gpus", "3"))
 
 
 def test_a_setting_of_the_recipe_itself_is_named_by_its_key(dry_run, monkeypatch):

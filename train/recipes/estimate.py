@@ -2,10 +2,11 @@
 
 Disk follows from sizes: a store has 2 bytes per token, scores 2, a mask index 4 per masked token; a
 model has 4 bytes per parameter, a checkpoint 12. Seconds follow from one measurement on this
-machine (unless `--no_measure`): a few steps of the stage-2 model at its row length. Work is counted in tokens
-times the parameters that a token passes through, three times as much in training as without a
-backward pass; all other steps take it at the measured rate, and each process the measured time of
-a start. Reading text, building masks and the like are not measured: constants stand for them.
+machine (unless `--no_measure`): a few steps of the stage-2 model at its row length. Work is counted
+in tokens times the parameters that a token passes through, three times as much in training as
+without a backward pass; all other steps take it at the measured rate, and each process the measured
+time of a start. Reading text, building masks and the like are not measured: constants stand for
+them.
 """
 
 from __future__ import annotations
