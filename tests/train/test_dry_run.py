@@ -100,11 +100,20 @@ def test_batches_must_suit_all_ranks(dry_run):
         dry_run("task_guided.train_batch_size=8", "arms=[random]", flags=("--num_gpus", "3"))
 
 
-def test_a_setting_of_the_recipe_itself_is_named_by_its_key(dry_run, monkeypatch):
-    """custom.yaml has 256 for stage 2; nobody has typed it."""
+def test_only_a_length_of_the_user_is_refused(dry_run, monkeypatch, tmp_path, capsys):
+    """custom.yaml has 256 for stage 2, nobody has typed it, and the encoder has 64 positions."""
     monkeypatch.setitem(globals(), "SHORT", [one for one in SHORT if "task_guided" not in one])
+    mine = tmp_path / "mine.yaml"
+    monkeypatch.setitem(globals(), "RECIPE", str(mine))
+    mine.write_text("extends: custom.yaml\ntask_guided: {max_steps: 2}\n")
+    dry_run("arms=[random]")
+    out = capsys.readouterr().out
+    assert ("max_seq_length: 64, all positions of this model (instead of 256): "
+            "task_guided-random-seed42\n") in out
+    assert "--max_seq_length 256 --fit_positions" in out
+    mine.write_text("extends: custom.yaml\ntask_guided: {max_seq_length: 200}\n")
     with pytest.raises(ConfigError, match="step task_guided-random-seed42: "
-                       "task_guided.max_seq_length=256: this model has 64 positions"):
+                       "task_guided.max_seq_length=200: this model has 64 positions"):
         dry_run("arms=[random]")
 
 

@@ -70,7 +70,7 @@ class Checked:
     """What was found out about a step.
 
     what: was checked. problem: a sentence, with its exit code. config: options of a training
-    command. memory: what the command says of it.
+    command. memory: what the command says of it. note: that its rows are shorter than planned.
     """
 
     step: Step
@@ -79,6 +79,7 @@ class Checked:
     code: int = 0
     config: Any = None
     memory: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -144,7 +145,9 @@ class Checker:
                 if isinstance(config, TaskOptions):
                     self._task(config)
                 if self.encoder:
-                    fit_row_length(load_config(self.encoder), config)
+                    found.config = fit_row_length(load_config(self.encoder), config)
+                    found.note = next((line for line in said.getvalue().splitlines()
+                                       if line.startswith("max_seq_length: ")), "")
                 if isinstance(config, TrainingConfig) and \
                         config.per_device_train_batch_size != "auto":
                     resolve_ds_config(

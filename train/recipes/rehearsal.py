@@ -143,6 +143,8 @@ def dry_run(recipe: dict[str, Any], steps: Sequence[Any], options: PipelineConfi
         kind = ConfigError if failed[0].code == ConfigError.exit_code else DataError
         more = f" (and {len(failed) - 1} more steps fail: see above)" if len(failed) > 1 else ""
         raise kind(f"step {failed[0].step.name}: {failed[0].problem}{more}")
+    for note in dict.fromkeys(one.note for one in found if one.note):
+        print(f"{note}: {run.listed([one.step.name for one in found if one.note == note])}")
     for line in in_total(found, estimates, measured, network, options, ranks):
         print(line)
 
