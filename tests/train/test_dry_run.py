@@ -110,7 +110,7 @@ def test_only_a_length_of_the_user_is_refused(dry_run, monkeypatch, tmp_path, ca
     out = capsys.readouterr().out
     assert ("max_seq_length: 64, all positions of this model (instead of 256): "
             "task_guided-random-seed42\n") in out
-    assert "--max_seq_length 256 --fit_positions" in out
+    assert "--max_seq_length 256 --save_steps 1000 --fit_positions" in out
     mine.write_text("extends: custom.yaml\ntask_guided: {max_seq_length: 200}\n")
     with pytest.raises(ConfigError, match="step task_guided-random-seed42: "
                        "task_guided.max_seq_length=200: this model has 64 positions"):
