@@ -157,7 +157,8 @@ def test_fresh_weights_are_checked_with_a_vocabulary_of_the_sample(dry_run, caps
     assert rows["finetune-none"].endswith("options, task, labels")
 
 
-def test_measured_steps_give_a_time(dry_run, capsys):
+def test_measured_steps_give_a_time(dry_run, capsys, monkeypatch):
+    monkeypatch.setattr("train.recipes.estimate.MEASURE_SECONDS", 600.0)  # of a busy machine
     dry_run("arms=[none, random]", "task_guided.max_steps=3", flags=("--launcher", "python"))
     out = capsys.readouterr().out
     found = re.search(r"about ([\d.]+) minutes with --jobs 1, from (\d+) measured steps of (\d+) x "

@@ -183,6 +183,11 @@ def test_a_length_is_a_wish_where_a_recipe_of_ours_has_it(tmp_path):
         found = load_recipe(path, settings)[section]
         assert {key: value for key, value in found.items()
                 if key in ("max_seq_length", "fit_positions")} == expected, (path, settings)
+    # A folder that was begun without the wish goes on: it is no other command.
+    plain = pipeline.Step("s", ["x.py", "--max_seq_length", "256"], [], [])
+    wished = pipeline.Step("s", [*plain.command, "--fit_positions"], [], [])
+    journal = run_room.Journal(tmp_path)
+    assert journal.command(plain) == journal.command(wished)
     words = commands(load_recipe("custom", options))["task_guided-selective-seed42"]
     assert " ".join(words).count("--max_seq_length 256 --save_steps 1000 --fit_positions") == 1
 
