@@ -58,7 +58,7 @@ ROW = Bounds(lambda value: 8 <= value <= 65535, "between 8 and 65535")
 
 
 LICENCE = Bounds(
-    lambda name: re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,59}", name) and name != "unknown",
+    lambda name: bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,59}", name)) and name != "unknown",
     "an identifier of the hub in lower case, as apache-2.0 or cc-by-4.0")
 
 
