@@ -27,7 +27,7 @@ def leave_working_folder() -> None:
         return os.path.realpath(entry or here) != here
 
     sys.path[:] = filter(stays, sys.path)
-    os.environ["PYTHONSAFEPATH"] = "1"  # read by Python 3.11 and newer
+    os.environ["PYTHONSAFEPATH"] = "1"
     if "PYTHONPATH" in os.environ:
         entries = os.environ["PYTHONPATH"].split(os.pathsep)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(stays, entries))

@@ -57,7 +57,8 @@ ALSO = {
     "annotate": "--max_seq_length 32", "score_tokens": "--max_seq_length 32",
     "benchmark": "--max_seq_lengths 32 --warmup_steps 1 --timed_steps 1 --rounds 1",
     "tokenize_corpus": "--num_workers 1",
-    "pipeline": "--set task_guided.max_seq_length=64 deepspeed_config=ds_configs/cpu.json",
+    "pipeline": "--no_measure --set task_guided.max_seq_length=64 "
+                "deepspeed_config=ds_configs/cpu.json",
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import shlex
 import sys
 import textwrap
@@ -54,6 +55,11 @@ POSITIVE = Bounds(lambda value: 0 < value < 1e6, "a positive number")
 FRACTION = Bounds(lambda value: 0 < value < 1, "in (0, 1)")
 SEED = Bounds(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")
 ROW = Bounds(lambda value: 8 <= value <= 65535, "between 8 and 65535")
+
+
+LICENCE = Bounds(
+    lambda name: bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,59}", name)) and name != "unknown",
+    "an identifier of the hub in lower case, as apache-2.0 or cc-by-4.0")
 
 
 def _number_or_text(text: str) -> float | str:
@@ -223,6 +229,17 @@ class TrainingConfig(_CommandConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LengthOptions(_Checked):
+    """What becomes of a `--max_seq_length` that is too long for the model."""
+
+    fit_positions: bool = _flag(
+        False, "shorten a --max_seq_length beyond the positions of the model, as its default is, "
+        "instead of refusing it (a recipe that comes with selmask gives this with its lengths)",
+        DATA,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingOptions(_Checked):
     """Where a training run shows its curves."""
 
@@ -248,6 +265,10 @@ class HubOptions(_Checked):
     push_to_hub: str = _flag(
         "", "repository of the hub that gets the model once the run has ended, as NAME or "
         "USER/NAME; the login is that of `hf auth login`", CHECKPOINTS, metavar="REPO",
+    )
+    license: str | None = _flag(
+        None, "licence that the model's card states (default: that of the base model's card, if it "
+        "has one)", CHECKPOINTS, LICENCE, metavar="ID",
     )
     hub_private: bool = _flag(
         False, "make that repository private, if it does not exist yet", CHECKPOINTS
@@ -301,7 +322,7 @@ class CorruptionOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig, LoggingOptions, HubOptions, MaskedLMOptions,
+class PretrainConfig(TrainingConfig, LengthOptions, LoggingOptions, HubOptions, MaskedLMOptions,
                      CorruptionOptions):
     """Pre-train with masked language modelling on a token store: stages 1 and 2.
 
@@ -467,7 +488,7 @@ class TaskOptions(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SupervisedConfig(TrainingConfig, LoggingOptions):
+class _SupervisedConfig(TrainingConfig, LengthOptions, LoggingOptions):
     """What the commands that learn from labels have in common."""
 
     model_name_or_path: str = _flag(
@@ -626,7 +647,7 @@ class FitScorerConfig(_SupervisedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _InferenceConfig(_CommandConfig):
+class _InferenceConfig(_CommandConfig, LengthOptions):
     """What every command that runs a trained network over text has in common."""
 
     dtype: Literal["auto", "fp32", "fp16"] = _flag(
@@ -1003,18 +1024,19 @@ class PipelineConfig(_Checked):
         "too weak to build masks on"
     )
     dry_run: bool = _flag(
-        False, "print the commands, check every step as far as its inputs allow, estimate disk "
-        "and memory, and exit", USUAL,
+        False, "print the commands, check every step as far as its inputs allow, estimate disk, "
+        "memory and time, and exit", USUAL,
     )
     measure: bool = _flag(
-        False, "with --dry_run: estimate the time as well, from a few training steps on this "
-        "machine (up to a minute)", USUAL,
+        True, "with --dry_run: estimate the time from a few training steps on this machine", USUAL,
+        off="with --dry_run: do not estimate the time, which takes a few training steps on this "
+        "machine (up to a minute)",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.measure and not self.dry_run:
-            raise ConfigError("--measure goes with --dry_run; add it, or leave --measure out")
+        if not (self.measure or self.dry_run):
+            raise ConfigError("--no_measure goes with --dry_run; add it, or leave --no_measure out")
         if self.launcher == "python" and self.num_gpus > 1:
             raise ConfigError(
                 f"--launcher python starts one process, but --num_gpus is {self.num_gpus}: "

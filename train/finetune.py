@@ -123,7 +123,8 @@ def run_seed(
         patience=config.early_stopping, class_weights=inputs.class_weights,
         tokenizer=inputs.tokenizer,
         parent=inputs.parent, run_dir=seed_dir, device=device, records=records,
-        about=describe_task(task.name, inputs.splits, config.model_name_or_path),
+        about=describe_task(task.name, inputs.splits, config.model_name_or_path,
+                            config.license or inputs.parent.licence),
         hyperparameters=hyperparameters(
             **records, model=config.model_name_or_path, data=task.name,
             masking=inputs.pretraining[-1]["identity"]["choice"]["masking"]

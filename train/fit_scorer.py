@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
             class_weights=np.array([1.0, config.positive_weight]),
             tokenizer=tokenizer, parent=parent, run_dir=run_dir, device=device, records=records,
             about={"base_model": public_name(config.model_name_or_path),
-                   "data": Path(config.annotations).name,
+                   "data": Path(config.annotations).name, "license": parent.licence or None,
                    "counts": {"training_sentences": len(train.tokens)}},
             hyperparameters=hyperparameters(
                 **records, model=config.model_name_or_path, data=short_path(config.annotations)

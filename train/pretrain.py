@@ -338,9 +338,10 @@ def describe_data(inputs: PretrainInputs) -> dict[str, Any]:
     """Return what a model card tells of a run: `about` of `make_stage`."""
     config, store = inputs.config, inputs.store
     name = "" if config.from_scratch else config.model_name_or_path
+    licence = config.license or inputs.parent and inputs.parent.licence
     language = (store.info.get("options") or {}).get("language")
     return {"base_model": public_name(name) if name else None, "data": Path(config.tokens).name,
-            "language": language,
+            "language": language, "license": licence or None,
             "counts": {"documents": store.num_documents, "tokens": store.num_tokens}}
 
 
@@ -614,6 +615,8 @@ def run(config: PretrainConfig) -> None:
         return
     if finished:
         say(f"{run_dir}: finished already")
+        if config.license and ds.is_main():
+            hf_folder.write_card(run_dir / "hf", licence=config.license)
         return
     with folder.sole_writer(run_dir):
         # Another process may have ended there since.
@@ -632,7 +635,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.push_to_hub and ds.is_main() and not config.dry_run:
         folder = Path(config.output_dir) / "hf"
         hub.push(folder, config.push_to_hub, config.hub_private,
-                 lambda repo: hf_folder.write_card(folder, repo=repo))
+                 lambda repo: hf_folder.write_card(folder, repo=repo, licence=config.license))
 
 
 if __name__ == "__main__":

@@ -299,6 +299,9 @@ def _task_custom(files: TaskFiles) -> Task:
     left_out: LeftOut = {}
     raw = {split: list(_read_labelled(name, split, left_out, *columns))
            for split, name in names.items() if name}
+    if files.pair_column:
+        _check_aspects(files, {split: [aspect for *_, aspect in rows]
+                               for split, rows in raw.items()})
     values = sorted({label for _, _, label, _ in raw["train"]}, key=_label_order)
     if len(values) < 2:
         raise DataError(
@@ -324,6 +327,24 @@ def _task_custom(files: TaskFiles) -> Task:
         say(f"no --validation_file: {len(held):,} of the {len(given):,} examples of "
             f"{files.train_file} are for validation, a tenth of each class")
     return Task("custom", tuple(values), splits, left_out)
+
+
+def _check_aspects(files: TaskFiles, aspects: dict[str, list[str | None]]) -> None:
+    """Refuse a file whose rows are all single texts, in a task of pairs.
+
+    Args:
+        aspects: of the examples of each split that has a file.
+    """
+    filled = {split: sum(map(bool, of_split)) for split, of_split in aspects.items()}
+    for split, of_split in aspects.items():
+        if of_split and not filled[split]:
+            others = ", ".join(f"{filled[other]:,} of {len(aspects[other]):,} of {other}"
+                               for other in aspects if other != split)
+            raise DataError(
+                f"{getattr(files, f'{split}_file')}: --pair_column {files.pair_column} is empty in "
+                f"all {len(of_split):,} examples of {split} (and filled in {others}); fill it in, "
+                f"or leave --pair_column out for a task of single texts"
+            )
 
 
 def _check_numbers(values: list[str], files: TaskFiles) -> None:

@@ -76,6 +76,26 @@ def test_no_column_has_two_parts(tmp_path, columns, message):
         load(tmp_path, rows, **columns)
 
 
+@pytest.mark.parametrize(("empty", "message"), [
+    ("test", "test.jsonl: --pair_column aspect is empty in all 2 examples of test (and filled in 1 "
+     "of 60 of train, 2 of 2 of validation); fill it in, or leave --pair_column out"),
+    ("validation", "all 2 examples of validation (and filled in 1 of 60 of train, 2 of 2 of test)"),
+    ("train", "train.jsonl: --pair_column aspect is empty in all 60 examples of train"),
+])
+def test_a_split_without_any_aspect_is_no_split_of_pairs(tmp_path, empty, message):
+    rows = {"train": GOOD, "validation": GOOD[:2], "test": GOOD[2:4]}
+    files = {}
+    for split, some in rows.items():
+        aspects = [" "] * len(some) if split == empty else ["food"] + [None] * (len(some) - 1) \
+            if split == "train" else ["food"] * len(some)
+        files[f"{split}_file"] = write(tmp_path / f"{split}.jsonl", [
+            {**row, "aspect": aspect} for row, aspect in zip(some, aspects, strict=True)])
+    with pytest.raises(DataError) as caught:
+        load_task("custom", **files, pair_column="aspect")
+    assert message in str(caught.value)
+    assert load_task("custom", **files).splits["test"][0].aspect is None
+
+
 @pytest.mark.parametrize("column", ["text", "aspect"])
 @pytest.mark.parametrize("value", [["a", "b"], 3, 2.5, True, {"a": 1}])
 def test_a_text_that_is_none(tmp_path, column, value):

@@ -109,3 +109,6 @@ def test_a_length_that_is_typed_is_refused_and_a_default_is_shortened(capsys):
     options = parse(config.FinetuneConfig, [*words, "--max_seq_length", "64"])
     assert fit_row_length(model, options) is options
     assert capsys.readouterr().out == ""
+    options = parse(config.FinetuneConfig, [*words, "--max_seq_length", "200", "--fit_positions"])
+    assert fit_row_length(model, options).max_seq_length == 128
+    assert "128, all positions of this model (instead of 200)" in capsys.readouterr().out

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing.util
 import re
 import shutil
+import signal
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from preprocess.errors import ConfigError, DataError
 from train import model, pipeline
-from train.recipes.checks import Checked, Checker, flags_of, replaced, without
+from train.recipes.checks import Checked, Checker, flags_of, outcome, replaced, without
 from train.recipes.estimate import (
     StepEstimate,
     network_of,
@@ -38,7 +40,7 @@ def dry_run(tmp_path, monkeypatch, tiny_encoder, reviews_file, labelled_files):
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
 
-    def run(*settings: str, flags: tuple[str, ...] = ()) -> None:
+    def run(*settings: str, flags: tuple[str, ...] = ("--no_measure",)) -> None:
         try:
             pipeline.main([
                 "--recipe", RECIPE, "--output_dir", str(tmp_path / "R"), "--dry_run", *flags,
@@ -72,7 +74,7 @@ def test_every_step_is_checked_as_far_as_its_inputs_allow(dry_run, capsys, tmp_p
     for step in ("task_guided-random-seed42", "task_guided-best-seed42", "finetune-none"):
         assert "for its model)" in rows[step], step
     assert re.search(r"about .* MiB of disk, .* are free\nabout .* of memory for ", out)
-    assert "time: add --measure" in out
+    assert "time: not estimated (--no_measure)" in out
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -98,11 +100,20 @@ def test_batches_must_suit_all_ranks(dry_run):
         dry_run("task_guided.train_batch_size=8", "arms=[random]", flags=("--num_gpus", "3"))
 
 
-def test_a_setting_of_the_recipe_itself_is_named_by_its_key(dry_run, monkeypatch):
-    """custom.yaml has 256 for stage 2; nobody has typed it."""
+def test_only_a_length_of_the_user_is_refused(dry_run, monkeypatch, tmp_path, capsys):
+    """custom.yaml has 256 for stage 2, nobody has typed it, and the encoder has 64 positions."""
     monkeypatch.setitem(globals(), "SHORT", [one for one in SHORT if "task_guided" not in one])
+    mine = tmp_path / "mine.yaml"
+    monkeypatch.setitem(globals(), "RECIPE", str(mine))
+    mine.write_text("extends: custom.yaml\ntask_guided: {max_steps: 2}\n")
+    dry_run("arms=[random]")
+    out = capsys.readouterr().out
+    assert ("max_seq_length: 64, all positions of this model (instead of 256): "
+            "task_guided-random-seed42\n") in out
+    assert "--max_seq_length 256 --save_steps 1000 --fit_positions" in out
+    mine.write_text("extends: custom.yaml\ntask_guided: {max_seq_length: 200}\n")
     with pytest.raises(ConfigError, match="step task_guided-random-seed42: "
-                       "task_guided.max_seq_length=256: this model has 64 positions"):
+                       "task_guided.max_seq_length=200: this model has 64 positions"):
         dry_run("arms=[random]")
 
 
@@ -146,15 +157,45 @@ def test_fresh_weights_are_checked_with_a_vocabulary_of_the_sample(dry_run, caps
     assert rows["finetune-none"].endswith("options, task, labels")
 
 
-def test_measured_steps_give_a_time(dry_run, capsys):
-    dry_run("arms=[none, random]", "task_guided.max_steps=3",
-            flags=("--measure", "--launcher", "python", "--jobs", "1"))
+def test_measured_steps_give_a_time(dry_run, capsys, monkeypatch):
+    monkeypatch.setattr("train.recipes.estimate.MEASURE_SECONDS", 600.0)  # of a busy machine
+    dry_run("arms=[none, random]", "task_guided.max_steps=3", flags=("--launcher", "python"))
     out = capsys.readouterr().out
     found = re.search(r"about ([\d.]+) minutes with --jobs 1, from (\d+) measured steps of (\d+) x "
                       r"32 slots", out)
     assert found and 0 < float(found[1]) < 10 and int(found[2]) >= 3
     assert all(re.search(r"\s\d+\s", line) for step, line in rows_of(out).items()
                if step.startswith(("task_guided", "finetune")))
+
+
+def test_a_measurement_that_fails_is_a_line(dry_run, capsys, monkeypatch):
+    """Its time is over before its first step; then what it writes cannot be read."""
+    monkeypatch.setattr("train.recipes.estimate.MEASURE_SECONDS", 0.5)
+    dry_run("arms=[random]", flags=())
+    *_, disk, memory, time = capsys.readouterr().out.splitlines()
+    assert time == "time: unknown, since task_guided-random-seed42 has not taken 2 steps in 0 s"
+    assert "of disk" in disk and "of memory" in memory
+
+    def broken(*rest: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr("train.recipes.rehearsal.measure", broken)
+    dry_run("arms=[random]", flags=())
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "time: unknown, since the measurement has failed: no room")
+
+
+def test_a_command_that_does_not_stop_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.recipes.checks.STOP_SECONDS", 0.2)
+    deaf = tmp_path / "deaf.py"
+    deaf.write_text("import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                    "print('on', flush=True)\ntime.sleep(60)\n")
+    begin = time.monotonic()
+    lines, code = outcome([str(deaf)], 1.0)
+    assert (lines, code) == (["on"], 128 + signal.SIGKILL) and time.monotonic() - begin < 30
+    begin = time.monotonic()
+    outcome([str(deaf)], enough=lambda: True)
+    assert time.monotonic() - begin < 30
 
 
 # ------------------------------------------------------------------------------- the estimates
@@ -204,7 +245,7 @@ def test_a_long_text_is_not_read_to_its_end(tmp_path, monkeypatch):
 def test_a_study_is_checked_in_a_folder_with_a_blank(dry_run, capsys, tmp_path):
     dry_run("label_budgets=[10, 20]", "task_guided={max_steps: 2, export_steps: [1]}",
             "arms=[random]", "task_guided.max_seq_length=32",
-            flags=("--output_dir", str(tmp_path / "a b")))
+            flags=("--no_measure", "--output_dir", str(tmp_path / "a b")))
     rows = rows_of(capsys.readouterr().out)
     assert "for its model)" in rows["finetune-random-seed42"]
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from preprocess.errors import ConfigError, DataError, StopRequested
-from tests.support.runs import logged, pretrained, weights, write_ds_config
+from tests.support.forked_ranks import Server
+from tests.support.runs import arguments, logged, pretrained, weights, write_ds_config
+from train import pretrain
+from train.config import PretrainConfig, parse
 from train.engine import TYPES
 from train.run_dir import metrics, parts
 from train.run_dir.hf_folder import read_stages
@@ -165,6 +168,63 @@ def test_runs_that_cannot_be_extended(tmp_path, reviews_store, still_encoder, tw
     with pytest.raises(ConfigError, match="made with --max_steps 4, and no complete checkpoint of "
                                           "the steps before its decay .* add --extend"):
         pretrained(reviews_store, still_encoder, run_dir, **{**options, "max_steps": 8})
+
+
+# --------------------------------------------------------------------- ranks, and compiled layers
+
+
+def run_all(runs: list[list[str]]) -> None:
+    """Pre-train several runs in a process group; a job of `forked_ranks`."""
+    for words in runs:
+        pretrain.run(parse(PretrainConfig, words))
+
+
+@pytest.mark.slow
+def test_two_ranks_extend_a_run_as_one_does(
+    two_warm_up_steps, tmp_path, reviews_store, tiny_encoder
+):
+    """With dropout, and ZeRO's states in two halves."""
+    def flags(name: str, max_steps: int, **options: Any) -> list[str]:
+        return arguments(reviews_store, tiny_encoder, tmp_path / name, max_steps=max_steps,
+                         **{**two_warm_up_steps, "eval_fraction": 0, **options})
+
+    schedules: dict[str, dict[str, Any]] = {
+        "constant": {"lr_scheduler_type": "constant"},
+        "wsd": {"lr_scheduler_type": "wsd", "decay_ratio": 0.25},
+    }
+    own = {"deepspeed_config": None, "warmup_ratio": 0.5}
+    runs = [flags(folder, steps, **options) for name, options in schedules.items()
+            for folder, steps in ((f"{name}-straight", 8), (name, 4), (name, 8))]
+    runs += [flags("own", 4, **own), flags("own", 10, extend=True, **own)]
+    log = tmp_path / "log"
+    with Server() as server:
+        done = server.run("tests.train.test_extension:run_all", log, 2, runs=runs)
+    said = log.read_text()
+    assert done["codes"] == [0, 0], said[-4000:]
+    assert said.count("extends a run of 4 steps to 8: its schedule goes on") >= len(schedules)
+    for name in schedules:
+        assert_same_bits(tmp_path / name, tmp_path / f"{name}-straight")
+        (stage,) = read_stages(tmp_path / name / "hf")
+        assert stage["identity"]["length"] == {"max_steps": 8, "parts": [{"max_steps": 4}]}
+    rates = np.array(logged(tmp_path / "own", metrics.LEARNING_RATE)) / PEAK
+    assert rates == pytest.approx([1/2, 1, 2/3, 1/3, 1/3, 2/3, 1, 3/4, 2/4, 1/4])
+
+
+@pytest.mark.slow
+def test_a_run_with_compiled_layers_is_extended(
+    two_warm_up_steps, tmp_path, reviews_store, still_encoder
+):
+    """Its batches keep the sizes of the shorter run; those that are larger are not compiled."""
+    options = {**two_warm_up_steps, "eval_fraction": 0, "torch_compile": True,
+               "lr_scheduler_type": "constant"}
+    straight = pretrained(reviews_store, still_encoder, tmp_path / "straight", max_steps=8,
+                          **options)
+    run_dir = pretrained(reviews_store, still_encoder, tmp_path / "run", max_steps=4, **options)
+    sizes = (run_dir / "execution.json").read_text()
+    pretrained(reviews_store, still_encoder, run_dir, max_steps=8, **options)
+    assert (run_dir / "execution.json").read_text() == sizes and '"torch_compile": true' in sizes
+    np.testing.assert_allclose(logged(run_dir, metrics.TRAIN_LOSS),
+                               logged(straight, metrics.TRAIN_LOSS), rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------ without training

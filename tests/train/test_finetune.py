@@ -450,6 +450,15 @@ def test_a_long_text_is_cut_so_that_the_aspect_fits(tiny_tokenizer):
     assert [int(target) for target in encoded.targets] == [1, 0]
 
 
+def test_a_cut_split_without_an_aspect_is_one_of_pairs_still(tiny_tokenizer):
+    """`--max_eval_samples` may leave only examples whose aspect is empty."""
+    cls, sep = tiny_tokenizer.cls_token_id, tiny_tokenizer.sep_token_id
+    for aspect, start in (("", [cls, sep]), (None, [cls])):
+        encoded = finetuning.encode(tiny_tokenizer, [Example("good .", 0, aspect, "a")], 16, True)
+        ids, separators = encoded.input_ids[0], 1 if aspect is None else 2
+        assert ids[:len(start)].tolist() == start and (ids == sep).sum() == separators
+
+
 def test_a_special_token_written_in_a_text_is_text(tiny_tokenizer):
     (ids,) = finetuning.encode(
         tiny_tokenizer, [Example("good [SEP] film", 0, None, "a")], 16, segments=False

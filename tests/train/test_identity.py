@@ -29,7 +29,7 @@ from train import engine as ds
 SMALL = {"max_seq_length": 16, "train_batch_size": 8, "learning_rate": 1e-3}
 # Where a result lies, and what is done about one that is there.
 PLACES = {"output_dir", "output", "name", "resume", "overwrite", "dry_run", "local_rank",
-          "log_level"}
+          "log_level", "license", "fit_positions"}  # the last says what becomes of another one
 
 
 @dataclass

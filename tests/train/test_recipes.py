@@ -162,6 +162,37 @@ def test_set_replaces_variables_and_settings(tmp_path):
     assert [arm.name for arm in recipe["arms"]] == ["none"] and recipe["tokenizer"] == "T"
 
 
+def test_a_length_is_a_wish_where_a_recipe_of_ours_has_it(tmp_path):
+    """Each section on its own; a length of the user's own takes it back."""
+    wish, paper = {"max_seq_length": 256, "fit_positions": True}, write_recipe(
+        tmp_path, "extends: paper.yaml\ntask_guided: {max_steps: 5}\n"
+        "classifier: {max_seq_length: 100}\nannotate: {}\n")
+    options = SETTINGS["custom"]
+    for path, settings, section, expected in (
+        ("custom", options, "task_guided", wish),
+        ("custom", [*options, "task_guided.max_steps=7"], "task_guided", wish),
+        ("custom", [*options, "task_guided.max_seq_length=64"], "task_guided",
+         {"max_seq_length": 64}),
+        ("custom", [*options, "task_guided={max_seq_length: 64}"], "task_guided",
+         {"max_seq_length": 64}),
+        ("custom", options, "finetune", {}),
+        (paper, ["task={task: mr, data_dir: D}", "domain_text={input: [d.txt]}"], "task_guided",
+         wish),
+        (paper, ["task={task: mr, data_dir: D}", "domain_text={input: [d.txt]}"], "classifier",
+         {"max_seq_length": 100}),
+    ):
+        found = load_recipe(path, settings)[section]
+        assert {key: value for key, value in found.items()
+                if key in ("max_seq_length", "fit_positions")} == expected, (path, settings)
+    # A folder that was begun without the wish goes on: it is no other command.
+    plain = pipeline.Step("s", ["x.py", "--max_seq_length", "256"], [], [])
+    wished = pipeline.Step("s", [*plain.command, "--fit_positions"], [], [])
+    journal = run_room.Journal(tmp_path)
+    assert journal.command(plain) == journal.command(wished)
+    words = commands(load_recipe("custom", options))["task_guided-selective-seed42"]
+    assert " ".join(words).count("--max_seq_length 256 --save_steps 1000 --fit_positions") == 1
+
+
 @pytest.mark.parametrize(("text", "settings", "message"), [
     ("fintune: {}", [], "did you mean 'finetune'"),
     ("finetune: {lerning_rate: 1}", [], "did you mean 'learning_rate'"),

@@ -21,7 +21,7 @@ from train import data, pretrain
 from train.config import FinetuneConfig, PretrainConfig, parse
 from train.run_dir import hub
 from train.run_dir.hf_folder import folder_problem, open_weights, read_stages, write_card
-from train.run_dir.model_card import Model, Score, is_unedited, model_card
+from train.run_dir.model_card import Model, Score, is_unedited, licence_of, model_card
 from train.stages.sharing import push_best
 
 RATE = 0.3
@@ -53,7 +53,9 @@ def store(folder, reviews_store, run_here) -> str:
 def masked(folder, store, still_encoder) -> dict[str, Path]:
     """Pre-training runs, by their masks."""
     short = {"max_steps": 2, "eval_max_rows": 8}
-    runs = {name: pretrained(store, still_encoder, folder / name, mask_index=name, **short)
+    licensed = shutil.copytree(still_encoder, folder / "licensed" / "tiny")
+    (licensed / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
+    runs = {name: pretrained(store, str(licensed), folder / name, mask_index=name, **short)
             for name in ("policy", "further")}
     runs["drawn"] = pretrained(store, still_encoder, folder / "drawn", mlm_probability="0.3:0.15",
                                **short)
@@ -121,7 +123,9 @@ def test_the_card_of_a_classifier(folder, tuned, store):
     for seed in (1, 2):
         card = ModelCard.load(tuned / f"seed_{seed}" / "hf" / "README.md")
         assert card.data.pipeline_tag == "text-classification"
-        assert (card.data.library_name, card.data.license) == ("transformers", "unknown")
+        # Of the encoder's card, through pre-training.
+        assert (card.data.library_name, card.data.license) == ("transformers", "apache-2.0")
+        assert "apache-2.0. The weights come from the base model" in card.text
         assert card.data.language == "en" and card.data.tags == ["selmask"]
         assert card.data.base_model is None  # a folder of this machine is none for others
         results = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -187,7 +191,24 @@ def test_hub_names_alone_are_base_models():
                        ("pypi:x==1/m", None), ("tiny (a local folder)", None), ("a\nb: c", None)):
         stage = {**made_up_stage(masked_tokens=1), "about": {"base_model": name, "language": "x'"}}
         data = ModelCard(model_card([stage], "x")).data
-        assert (data.base_model, data.language, data.license) == (base, None, "unknown")
+        assert (data.base_model, data.language, data.license) == (base, None, None)
+
+
+@pytest.mark.parametrize(("card", "licence"), [
+    ("---\nlicense: mit\ntags: [a]\n---\n# x\n---\n", "mit"), ("# x\n---\nlicense: mit\n---\n", ""),
+    ("---\nlicense: [mit, gpl]\n---\n", ""), ("---\nlicense: other\n---\n", ""),
+    ("---\nlicense: unknown\n---\n", ""), ("---\nlicense: {a\n---\n", ""), ("---\nmit\n---\n", ""),
+    ("---\nlicense: 'a\tb'\n---\n", ""), ("", ""), (None, ""),
+])
+def test_the_licence_of_a_checkpoint_is_that_of_its_card(tmp_path, card, licence):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert licence_of(tmp_path / "README.md") == licence
+    stage = {**made_up_stage(masked_tokens=1), "about": {"license": licence or card}}
+    made = ModelCard(model_card([stage], "x"))
+    assert made.data.license == (licence or None)
+    assert ("license" in made.content.split("---")[1]) == bool(licence)
+    assert ModelCard(model_card([stage], "x", licence="gpl-3.0")).data.license == "gpl-3.0"
 
 
 @pytest.mark.parametrize("about", ["text", 3, [1], {"counts": 3, "data": 4}, {"counts": {"a": "b"}},
@@ -195,7 +216,7 @@ def test_hub_names_alone_are_base_models():
 def test_a_strangers_lineage_breaks_no_card(about):
     stages = [{**made_up_stage("finetune"), "about": about, "masks": about}]
     for kind in ("", "fill-mask", "text-classification", "token-classification"):
-        assert ModelCard(model_card(stages, "x", Model(kind, ("<b>",)))).data.license == "unknown"
+        assert ModelCard(model_card(stages, "x", Model(kind, ("<b>",)))).data.license is None
 
 
 def snippet(hf: Path) -> str:
@@ -338,7 +359,7 @@ def test_a_card_with_a_licence_of_its_own_is_kept(tuned, flags, api, run_here, c
     """The card itself asks for one, to be written before the model is shared."""
     cards = [tuned / f"seed_{seed}" / "hf" / "README.md" for seed in (1, 2)]
     before = cards[0].read_text()
-    cards[0].write_text(before.replace("license: unknown", "license: mit"))
+    cards[0].write_text(before.replace("license: apache-2.0", "license: mit"))
     push = {**flags, "epoch": "best", "push_to_hub": "me/films", "seeds": "1"}
     run_here("train/finetune.py", *words(push))
     ((_, sent, card),) = api.sent
@@ -348,6 +369,9 @@ def test_a_card_with_a_licence_of_its_own_is_kept(tuned, flags, api, run_here, c
     cards[1].unlink()
     run_here("train/finetune.py", *words(flags))
     assert "stays as" not in capsys.readouterr().out
+    for typed, license in (({"license": "mit"}, "mit"), ({}, "apache-2.0")):  # it is finished
+        run_here("train/finetune.py", *words({**flags, **typed}))
+        assert all(ModelCard.load(card).data.license == license for card in cards)
     assert cards[0].read_text() == before and "| accuracy |" in cards[1].read_text()
 
 
@@ -395,6 +419,8 @@ def test_who_is_not_logged_in_hears_it_at_the_start(monkeypatch, capsys):
     [
         (["--push_to_hub", "a/b/c"], "--push_to_hub a/b/c: must be NAME or USER/NAME"),
         (["--push_to_hub", "a b"], "--push_to_hub a b: must be NAME or USER/NAME"),
+        (["--license", "My own"], "--license My own: must be an identifier of the hub"),
+        (["--license", "unknown"], "--license unknown: must be an identifier"),
         (["--hub_private"], "--hub_private goes with --push_to_hub REPO"),
     ],
 )

@@ -135,16 +135,18 @@ def fit_row_length(config: Any, options: Any) -> Any:
     """Return the options with rows that the model has positions for.
 
     Args:
-        options: of a command, with `max_seq_length`; a default that is too long is shortened.
+        options: of a command, with `max_seq_length`; where that is too long, a default is
+            shortened, and so is a length that was given with `fit_positions`.
     Raises:
         ConfigError: the user has typed a length that is too long.
     """
     limit = FAMILIES[config.model_type].num_positions(config)
-    if "max_seq_length" in options.typed or options.max_seq_length <= limit:
+    typed = "max_seq_length" in options.typed
+    if options.max_seq_length <= limit or typed and not options.fit_positions:
         check_row_length(config, options.max_seq_length)
         return options
-    say(f"max_seq_length: {limit}, all positions of this model (default: "
-        f"{options.max_seq_length})")
+    say(f"max_seq_length: {limit}, all positions of this model "
+        f"({'instead of' if typed else 'default:'} {options.max_seq_length})")
     return options.replaced(max_seq_length=limit)
 
 

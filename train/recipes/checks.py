@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import select
 import shlex
 import signal
 import time
@@ -41,6 +42,7 @@ from train.recipes.recipe import SECTIONS, origin_of
 from train.recipes.steps import Step
 
 SAMPLE = 200  # documents
+STOP_SECONDS = 10.0  # for a command that was asked to stop
 CONFIGS: dict[str, Any] = {
     "pretrain": PretrainConfig, "finetune": FinetuneConfig, "annotate": AnnotateConfig,
     "fit_scorer": FitScorerConfig, "score_tokens": ScoreConfig,
@@ -68,7 +70,7 @@ class Checked:
     """What was found out about a step.
 
     what: was checked. problem: a sentence, with its exit code. config: options of a training
-    command. memory: what the command says of it.
+    command. memory: what the command says of it. note: that its rows are shorter than planned.
     """
 
     step: Step
@@ -77,6 +79,7 @@ class Checked:
     code: int = 0
     config: Any = None
     memory: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -142,7 +145,9 @@ class Checker:
                 if isinstance(config, TaskOptions):
                     self._task(config)
                 if self.encoder:
-                    fit_row_length(load_config(self.encoder), config)
+                    found.config = fit_row_length(load_config(self.encoder), config)
+                    found.note = next((line for line in said.getvalue().splitlines()
+                                       if line.startswith("max_seq_length: ")), "")
                 if isinstance(config, TrainingConfig) and \
                         config.per_device_train_batch_size != "auto":
                     resolve_ds_config(
@@ -344,20 +349,34 @@ def replaced(words: list[str], flag: str, value: str) -> list[str]:
     return [*without(words, flag), f"--{flag}", value]
 
 
-def outcome(command: list[str], seconds: float = math.inf) -> tuple[list[str], int]:
+def outcome(command: list[str], seconds: float = math.inf,
+            enough: Callable[[], bool] = lambda: False) -> tuple[list[str], int]:
     """Run a script with its flags from the fork server; return its lines and its exit code.
 
     Args:
-        seconds: after which it is asked to stop.
+        seconds: after which it is asked to stop; `STOP_SECONDS` later it is killed.
+        enough: whether it has done what it is run for; then it is killed.
     """
     begin = time.monotonic()
     output, process, poll = run.fork(run.as_process(run.plainly(command)), run.without_ranks())
     text, late = b"", False
-    while chunk := os.read(output.fileno(), 1 << 16):
-        text += chunk
-        if time.monotonic() - begin > seconds and not late:
-            late = True
-            run.signal_all(process, signal.SIGTERM)
+    try:
+        while True:
+            ready, _, _ = select.select([output], [], [], 0.1)
+            if ready:
+                chunk = os.read(output.fileno(), 1 << 16)
+                if not chunk:
+                    break
+                text += chunk
+            spent = time.monotonic() - begin
+            if enough() or spent > seconds + STOP_SECONDS:
+                run.signal_all(process, signal.SIGKILL)
+            elif spent > seconds and not late:
+                late = True
+                run.signal_all(process, signal.SIGTERM)
+    except BaseException:  # it has a group of its own, which Ctrl-C does not reach
+        run.signal_all(process, signal.SIGKILL)
+        raise
     output.close()
     while (code := poll()) is None:
         time.sleep(0.01)

@@ -2,10 +2,11 @@
 
 Disk follows from sizes: a store has 2 bytes per token, scores 2, a mask index 4 per masked token; a
 model has 4 bytes per parameter, a checkpoint 12. Seconds follow from one measurement on this
-machine (`--measure`): a few steps of the stage-2 model at its row length. Work is counted in tokens
-times the parameters that a token passes through, three times as much in training as without a
-backward pass; all other steps take it at the measured rate, and each process the measured time of
-a start. Reading text, building masks and the like are not measured: constants stand for them.
+machine (unless `--no_measure`): a few steps of the stage-2 model at its row length. Work is counted
+in tokens times the parameters that a token passes through, three times as much in training as
+without a backward pass; all other steps take it at the measured rate, and each process the measured
+time of a start. Reading text, building masks and the like are not measured: constants stand for
+them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from train.recipes.checks import (
 
 BYTES_PER_TOKEN = 4.5  # of English, where there is no tokenizer to ask
 LOOK_SECONDS = 2.0  # how long a text is read to learn its size
-MEASURED_STEPS = 6  # the first is not counted
+MEASURED_STEPS = 6  # at least; the first is not counted
 MEASURE_SECONDS = 60.0  # after which the measurement is stopped
 STEP_WORK = 4e9  # parameters x tokens of a measured step on a CPU: about a second of two cores
 # Not measured.
@@ -164,12 +165,17 @@ def bytes_per_token(checker: Checker, name: str) -> float:
 
 def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | None,
             imports: float) -> Measurement | str:
-    """Train the stage-2 model for a few steps on the sample; return why not where it cannot."""
+    """Train the stage-2 model for a few steps on the sample; return why not where it cannot.
+
+    It is killed after its steps, before it writes a checkpoint into the scratch folder.
+    """
     trained = [one for one in found if Path(one.step.command[0]).stem == "pretrain"
                and one.config is not None and one.config.max_steps]
     trained.sort(key=lambda one: not one.step.name.startswith("task_guided"))
     chosen = next((one for one in trained if checker.stand_ins(one.step)), None)
     words = checker.stand_ins(chosen.step) if chosen else []
+    if not trained:
+        return "no step pre-trains, and only such steps are measured"
     if chosen is None or network is None:
         return "no step can be measured: its encoder or its text is not here"
     import torch
@@ -186,23 +192,28 @@ def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | N
     folder = checker.scratch / "measured"
     words = without(words, "export_steps", "gradient_accumulation_steps", "head_only_steps",
                     "eval_steps", "eval_mask_index", "mlm_probability")
-    for flag, value in (("max_steps", MEASURED_STEPS), ("logging_steps", 1),
+    for flag, value in (("max_steps", 2 * MEASURED_STEPS), ("logging_steps", 1),
                         ("train_batch_size", rows), ("per_device_train_batch_size", rows),
                         ("eval_fraction", 0), ("save_steps", 0), ("output_dir", folder)):
         words = replaced(words, flag, str(value))
-    begin = time.monotonic()
-    lines, _ = outcome([chosen.step.command[0], *words], MEASURE_SECONDS)
-    seconds = time.monotonic() - begin
-    rates, spent = [], 0.0
     path = folder / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        row = json.loads(line)
-        if (rate := row.get(TOKENS_PER_SECOND)) and row["step"] > 1:
-            rates.append(rate)
-            spent += rows * slots / rate
+
+    def logged() -> list[dict[str, Any]]:
+        text = path.read_text() if path.is_file() else ""
+        found = map(json.loads, text.rpartition("\n")[0].splitlines())
+        return [row for row in found if row.get(TOKENS_PER_SECOND)]
+
+    begin = time.monotonic()
+    lines, code = outcome([chosen.step.command[0], *words], MEASURE_SECONDS,
+                          lambda: len(logged()) >= MEASURED_STEPS)
+    seconds = time.monotonic() - begin
+    rates = [row[TOKENS_PER_SECOND] for row in logged() if row["step"] > 1]
+    spent = sum(rows * slots / rate for rate in rates)
+    if not rates and seconds > MEASURE_SECONDS:
+        return f"unknown, since {chosen.step.name} has not taken 2 steps in {MEASURE_SECONDS:.0f} s"
     if not rates:
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        return f"the measurement has failed: {last}"
+        return f"unknown, since {chosen.step.name} has failed after its start: " + (
+            next((line for line in reversed(lines) if line.strip()), f"exit code {code}"))
     masked = float(config.mask_rates()[0]) if not config.mask_index else 0.15
     work = 3 * (network.encoder + masked * network.head)
     return Measurement(work * median(rates), max(0.0, seconds - spent), imports, len(rates), rows,

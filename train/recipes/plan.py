@@ -293,7 +293,8 @@ class _Planner(MaskPlan):
             "untrained", "train/pretrain.py",
             {"deepspeed_config": self.deepspeed_config, **start,
              "tokens": self.root / which / "text", "max_steps": 0,
-             "max_seq_length": trained.get("max_seq_length"), "output_dir": model},
+             "max_seq_length": trained.get("max_seq_length"),
+             "fit_positions": trained.get("fit_positions"), "output_dir": model},
             outputs=inside(model, ""), records=model_files(model / "hf"), launched=True,
             needs=[f"tokenize-{which}"],
         )

@@ -4,7 +4,8 @@ A recipe is YAML: variables, the task, the texts, flags for each stage, the scor
 compare (`train/recipes/arms.py`). It may extend another one of its folder. It is data: every key is
 checked before anything runs, with "did you mean", and every value against the type of the option
 that it sets, so that none can become another flag. What lets code run (`TYPED`) is not taken from a
-file, only from the command line.
+file, only from the command line. Lengths of a recipe of ours are wishes (`fit_positions`): they are
+shortened to the encoder that a user gives; those that the user wrote are refused.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from train.recipes.values import (
 from train.shipped import RECIPES, REPOSITORY, find_shipped
 
 TYPED = ("trust_remote_code",)  # flags that no file may set
+LENGTH, FITS = "max_seq_length", "fit_positions"
 TOKENIZE_FLAGS = {
     "input": Option(list[str]), "text_column": TEXT, "where": Option(dict[str, str]),
     "split": TEXT, "split_sentences": SWITCH, "language": TEXT,
@@ -163,6 +165,10 @@ def _read_yaml(path: Path, seen: tuple[Path, ...], home: Path) -> dict[str, Any]
         raise ConfigError(f"recipe {path} extends itself: remove `extends` somewhere")
     content = read_yaml(path, "write keys such as task and finetune", name=f"recipe {path}")
     _check_content(content, path)
+    if path.resolve().parent == RECIPES.resolve():
+        for section in content.values():
+            if isinstance(section, dict) and LENGTH in section:
+                section[FITS] = True
     base = content.pop("extends", None)
     if base is None:
         return content
@@ -200,11 +206,16 @@ def _check_content(content: dict[str, Any], path: Path) -> None:
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Merge sections key by key; `over` replaces everything else."""
-    merged = dict(base)
+    merged = without_wish(base) if LENGTH in over else dict(base)
     for key, value in over.items():
         both = isinstance(merged.get(key), dict) and isinstance(value, dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def without_wish(section: dict[str, Any]) -> dict[str, Any]:
+    """Return a section that gets another length, without what was said of the one before."""
+    return {flag: value for flag, value in section.items() if flag != FITS}
 
 
 def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
@@ -223,7 +234,7 @@ def _apply_setting(recipe: dict[str, Any], setting: str) -> None:
         if not isinstance(content, dict):
             raise ConfigError(f"--set {setting}: {section} is {shown_value(content)} and not names "
                               "with values; leave that out")
-        recipe[section] = {**content, flag: value}
+        recipe[section] = {**(without_wish(content) if flag == LENGTH else content), flag: value}
     else:
         flags = [f"{name}.{f}" for name in SECTIONS for f in SECTIONS[name]]
         known = [*recipe["variables"], *(name for name in DEFAULTS if name != "variables")]

@@ -124,9 +124,13 @@ def dry_run(recipe: dict[str, Any], steps: Sequence[Any], options: PipelineConfi
         found = list(check_all(checker))
         network = network_of(recipe)
         failed = [one for one in found if one.problem]
-        measured: Measurement | str = "add --measure for an estimate of the time"
+        measured: Measurement | str = "not estimated (--no_measure)"
         if options.measure and not failed:
-            measured = measure(checker, found, network, imports)
+            print("measuring a few training steps (--no_measure leaves that out)", flush=True)
+            try:
+                measured = measure(checker, found, network, imports)
+            except (OSError, ValueError) as error:  # the plan is good without it
+                measured = f"unknown, since the measurement has failed: {error}"
         speed = measured if isinstance(measured, Measurement) else None
         estimates = [StepEstimate() for _ in found]
         if not failed:
@@ -139,13 +143,15 @@ def dry_run(recipe: dict[str, Any], steps: Sequence[Any], options: PipelineConfi
         kind = ConfigError if failed[0].code == ConfigError.exit_code else DataError
         more = f" (and {len(failed) - 1} more steps fail: see above)" if len(failed) > 1 else ""
         raise kind(f"step {failed[0].step.name}: {failed[0].problem}{more}")
-    for line in in_total(found, estimates, measured, network, options):
+    for note in dict.fromkeys(one.note for one in found if one.note):
+        print(f"{note}: {run.listed([one.step.name for one in found if one.note == note])}")
+    for line in in_total(found, estimates, measured, network, options, ranks):
         print(line)
 
 
 def in_total(found: Sequence[Checked], estimates: Sequence[StepEstimate],
-             measured: Measurement | str, network: EncoderSize | None, options: PipelineConfig
-             ) -> list[str]:
+             measured: Measurement | str, network: EncoderSize | None, options: PipelineConfig,
+             ranks: int) -> list[str]:
     """Return the last lines: disk, minutes, and how both were found."""
     disk = check_disk(sum(one.kept for one in estimates), options)
     if network is None:
@@ -161,6 +167,8 @@ def in_total(found: Sequence[Checked], estimates: Sequence[StepEstimate],
         f"measured steps of {measured.rows} x {measured.slots} slots: other steps by tokens x "
         f"parameters ({measured.rate / 1e9:.1f} G per second), starts of "
         f"{measured.start:.1f} s as measured; text and masks by constants")
+    if ranks > 1:
+        lines.append(f"it is the time of one rank, and {ranks} will share the work of training")
     if unknown:
         lines.append(f"not in it, since their input is not known yet: {run.listed(unknown)}")
     return lines

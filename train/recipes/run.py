@@ -72,6 +72,7 @@ class Journal:
     def command(self, step: Step) -> list[str]:
         """Return the words that must not change; the output folder may be moved."""
         words = list(step.command if step.compute else step.command[1:])
+        words = [word for word in words if word != "--fit_positions"]  # lengths are in identities
         if "--deepspeed_config" in words:  # its content counts, not its path
             at = words.index("--deepspeed_config") + 1
             words[at] = file_sha256(words[at]) if os.path.isfile(words[at]) else words[at]

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from preprocess.progress import say
 from train.model.folder import check_weights, list_weights
 from train.model.loading import local_checkpoint
 from train.run_dir.checkpoint import find_checkpoint
-from train.run_dir.model_card import KINDS, Model, Score, is_unedited, model_card
+from train.run_dir.model_card import KINDS, Model, Score, is_unedited, licence_of, model_card
 
 VERSION = 2
 _HUB_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
@@ -44,11 +45,12 @@ class Weights:
     """The weights that a stage starts from.
 
     hf_digest: names the weight files by their content. stages: those behind them, oldest first;
-    empty for a checkpoint that is not ours.
+    empty for a checkpoint that is not ours. licence: that its card states; empty for none.
     """
 
     hf_digest: str
     stages: list[dict[str, Any]]
+    licence: str = ""
 
 
 @functools.lru_cache
@@ -112,7 +114,20 @@ def open_weights(name: str) -> Weights:
     problem = _weights_problem(Path(folder), lineage) if lineage else None
     if problem:
         raise DataError(problem)
-    return Weights(_digest(_describe(weight_files(folder))), lineage.get("stages", []))
+    return Weights(_digest(_describe(weight_files(folder))), lineage.get("stages", []),
+                   licence_of(_card(folder)))
+
+
+def _card(name: str) -> Path:
+    """Return the card of a checkpoint folder or hub name, whether or not it has one."""
+    from transformers.utils.hub import cached_file
+
+    path = Path(name) / "README.md"
+    if not path.parent.is_dir():
+        with suppress(OSError):
+            path = Path(cached_file(name, path.name, _raise_exceptions_for_missing_entries=False)
+                        or path)
+    return path
 
 
 def _weights_problem(folder: Path, lineage: dict[str, Any]) -> str | None:
@@ -251,7 +266,8 @@ def make_stage(
         records: its `identity` and its `numerics`.
         parent: the weights that it started from; None for fresh ones.
         masks, about: names and numbers behind its masks and its data, for people (base_model, data,
-            language, counts, pair): the identity holds digests of them. No paths: it is shared.
+            language, counts, pair, license): the identity holds digests of them. No paths: it is
+            shared.
     """
     return {
         "stage": records["identity"]["command"], **sealed(records["identity"]),
@@ -264,11 +280,13 @@ def make_stage(
     }
 
 
-def write_card(folder: Path, scores: Sequence[Score] = (), repo: str = "") -> None:
+def write_card(folder: Path, scores: Sequence[Score] = (), repo: str = "",
+               licence: str | None = None) -> None:
     """Write the card of an `hf/` folder again, once its scores are known; an edited one stays.
 
     Args:
         repo: repository of the hub that the card is for.
+        licence: as of `model_card`.
     """
     path = folder / "README.md"
     if path.is_file() and not is_unedited(path.read_bytes()):
@@ -277,7 +295,7 @@ def write_card(folder: Path, scores: Sequence[Score] = (), repo: str = "") -> No
     config = read_json(folder / "config.json")
     tokens = read_json(folder / "tokenizer_config.json")
     card = model_card(read_stages(folder), folder.name, _describe_model(config, tokens, repo),
-                      scores)
+                      scores, licence)
     atomic_write_bytes(path, card.encode())
 
 

@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from preprocess.errors import visible
+from preprocess.files import parse_yaml
+from train.config import LICENCE
 
 FILL_MASK, TEXTS, TOKENS = "fill-mask", "text-classification", "token-classification"
 KINDS = {"ForMaskedLM": FILL_MASK, "ForSequenceClassification": TEXTS,
          "ForTokenClassification": TOKENS}
 ACCURACY = "accuracy"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-_LICENCE = ("Not stated. The weights come from the base model and from the data named above, whose "
-            "terms apply; write a licence into `license:` at the top of this file before you "
-            "share the model.")
+_TERMS = "The weights come from the base model and from the data named above, whose terms apply"
+_NO_LICENCE = ("Not stated. " + _TERMS + "; write `license: NAME` at the top of this file before "
+               "you share the model.")
 _CITATION = """\
 ```bibtex
 @inproceedings{gu-etal-2020-train,
@@ -123,6 +125,23 @@ def _origin(stages: Sequence[dict[str, Any]]) -> str:
     return _text(_part(stages[0], "about"), "base_model") if stages else ""
 
 
+def _licence(name: Any) -> str:
+    """Return an identifier of a licence; empty for anything else, and for `other`, which is none.
+    """
+    return name if isinstance(name, str) and LICENCE.holds(name) and name != "other" else ""
+
+
+def licence_of(card: Path) -> str:
+    """Return the licence that the card of a checkpoint states; empty where it states none."""
+    try:
+        with card.open(encoding="utf-8") as file:
+            start, front, *_ = file.read(1 << 20).split("---\n", 2)
+        found = parse_yaml(front) if not start else None
+    except (OSError, ValueError):
+        return ""
+    return _licence(found.get("license")) if isinstance(found, dict) else ""
+
+
 def _counts(stage: dict[str, Any]) -> str:
     """Return the data of a stage in words."""
     about = _part(stage, "about")
@@ -163,7 +182,8 @@ def title_of(stages: Sequence[dict[str, Any]], model: Model, name: str) -> str:
 
 
 def front_matter(
-    stages: Sequence[dict[str, Any]], model: Model, title: str, scores: Sequence[Score]
+    stages: Sequence[dict[str, Any]], model: Model, title: str, scores: Sequence[Score],
+    licence: str,
 ) -> str:
     """Return the YAML that the hub reads, between its lines of dashes."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -178,7 +198,7 @@ def front_matter(
         for score in scores
     ] if task else []
     data = ModelCardData(
-        library_name="transformers", license="unknown", tags=["selmask"],
+        library_name="transformers", license=licence or None, tags=["selmask"],
         language=language if re.fullmatch("[a-z]{2,3}", language) else None,
         base_model=base if _HUB_NAME.fullmatch(base) else None,
         pipeline_tag=model.kind or None,
@@ -226,7 +246,7 @@ def _limits(stages: Sequence[dict[str, Any]], model: Model,
 
 def model_card(
     stages: Sequence[dict[str, Any]], name: str, model: Model | None = None,
-    scores: Sequence[Score] = (),
+    scores: Sequence[Score] = (), licence: str | None = None,
 ) -> str:
     """Return the card of a model.
 
@@ -234,7 +254,9 @@ def model_card(
         stages: its lineage, oldest first.
         name: its title where the lineage tells no better one.
         scores: of a classifier.
+        licence: None is the one that the lineage tells, if any.
     """
+    licence = licence or _licence(_about(stages, "license"))
     model, scores = model or Model(), [one for one in scores if all(map(math.isfinite, one.values))]
     title = title_of(stages, model, name)
     facts = [
@@ -246,9 +268,9 @@ def model_card(
           if (text := _counts(stage))),
         *((f"Masks of stage {number}", text) for number, stage in enumerate(stages, 1)
           if (text := describe_masks(stage))),
-        ("Licence", "not stated, see below"),
+        ("Licence", licence or "not stated, see below"),
     ]
-    lines = [front_matter(stages, model, title, scores), "", f"# {plain(title)}", "",
+    lines = [front_matter(stages, model, title, scores, licence), "", f"# {plain(title)}", "",
              "Trained with selmask: masked language modelling that masks the tokens that matter "
              "to a task, then fine-tuning.", "", "| | |", "|---|---|",
              *(f"| {key} | {plain(value)} |" for key, value in facts if value)]
@@ -271,7 +293,8 @@ def model_card(
         cells = [stage["stage"], stage["identity"]["choice"]["masking"], *totals]
         lines.append(f"| {' | '.join(map(plain, cells))} |")
     lines += ["", "## Limits", "", *(f"- {one}" for one in _limits(stages, model, scores)),
-              "", "## Licence", "", _LICENCE, "", "## Citation", "", _CITATION]
+              "", "## Licence", "", f"{plain(licence)}. {_TERMS} too." if licence else _NO_LICENCE,
+              "", "## Citation", "", _CITATION]
     return _sealed("\n".join(lines) + "\n")
 
 

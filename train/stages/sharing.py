@@ -18,11 +18,11 @@ METRICS = {"test_accuracy": ACCURACY, "test_macro_f1": "macro F1"}
 
 
 def describe_task(
-    name: str, splits: Mapping[str, Sequence[Example]], model_name: str
+    name: str, splits: Mapping[str, Sequence[Example]], model_name: str, licence: str
 ) -> dict[str, Any]:
     """Return `about` of a fine-tuning stage: names and numbers for its card."""
     return {
-        "base_model": public_name(model_name), "data": name,
+        "base_model": public_name(model_name), "data": name, "license": licence or None,
         "counts": {f"{split} examples": len(examples) for split, examples in splits.items()},
         "pair": any(example.aspect for examples in splits.values() for example in examples),
     }
@@ -45,7 +45,7 @@ def write_cards(config: FinetuneConfig, rows: Mapping[int, Mapping[str, Any]]) -
     for seed in rows:
         folder = Path(config.output_dir) / f"seed_{seed}" / "hf"
         if folder.is_dir():
-            write_card(folder, scores)
+            write_card(folder, scores, licence=config.license)
 
 
 def push_best(config: FinetuneConfig, rows: Mapping[int, Mapping[str, Any]]) -> None:
@@ -65,4 +65,4 @@ def push_best(config: FinetuneConfig, rows: Mapping[int, Mapping[str, Any]]) -> 
         say(f"of {len(seeds)} seeds, {best} is pushed: {why}")
     folder, scores = Path(config.output_dir) / f"seed_{best}" / "hf", read_scores([*rows.values()])
     hub.push(folder, config.push_to_hub, config.hub_private,
-             lambda repo: write_card(folder, scores, repo))
+             lambda repo: write_card(folder, scores, repo, config.license))
