@@ -46,8 +46,9 @@ def encode(
     """
     texts = [example.text for example in examples]
     # One that is empty is an aspect too: a cut split may have no other, and is one of pairs still.
-    aspects = [example.aspect for example in examples if example.aspect is not None]
-    ids, types = encode_inputs(tokenizer, texts, aspects or None, max_seq_length)
+    pairs = any(example.aspect is not None for example in examples)
+    aspects = [example.aspect or "" for example in examples] if pairs else None
+    ids, types = encode_inputs(tokenizer, texts, aspects, max_seq_length)
     labels = [example.label for example in examples]
     return make_examples(ids, types if segments else None, labels, [1.0] * (max(labels) + 1))
 
