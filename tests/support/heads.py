@@ -126,10 +126,12 @@ def check(
         for name, true in truth[2].items():
             found, usual = ours[2][name] - true, plain[2][name] - true
             size = true.abs().max() if true.numel() else 0.0
-            # Of a few rows plain PyTorch may be right by luck, and `chunked` adds in another order.
+            # Of a few rows plain PyTorch may be right by luck, and `chunked` adds in another order:
+            # of one row over the vocabulary term by term, where a processor's library does.
             # Rounding to the dtype alone may be off by half of what separates two numbers.
             half = max(ulp, torch.finfo(dtype).eps / 2)
-            floor = 8 * ulp * max(size, 1.0) if implementation == "chunked" else half * size
+            steps = max(8, 2 * len(head.decoder_weight) ** 0.5)
+            floor = steps * ulp * max(size, 1.0) if implementation == "chunked" else half * size
             assert found.abs().max() <= 3 * usual.abs().max() + floor, name
             if implementation != "chunked":
                 assert found.norm() <= 2 * usual.norm() + ulp * true.norm(), name
