@@ -204,7 +204,7 @@ def test_results_of_a_report(tmp_path, many, monkeypatch):
     ]))
     (folder / "steps.json").write_text(json.dumps(
         {"a": {"command": [], "inputs": {}, "finished": "x", "seconds": 3.5}}))
-    monkeypatch.setattr(report, "draw", lambda groups, curves, comparisons: ({}, []))
+    monkeypatch.setattr(report, "draw", lambda *_: ({}, []))
 
     def act(copy: Path) -> None:
         report.main([str(copy), "--output_dir", str(tmp_path / "report")])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -509,6 +510,34 @@ def test_a_planted_object_never_runs(part, world_size, broken, engine, tmp_path)
     torch.load(path / part, weights_only=False)
     assert canary.exists()  # it would have
     assert torch.load.__module__ == "torch.serialization"  # the guard is gone again
+
+
+class Reached:
+    """Pickled as the attribute of something."""
+
+    def __init__(self, owner, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_a_stage_of_zero_is_read_however_python_has_written_it(tmp_path):
+    """Python 3.11.0 to 3.11.3 write members of an enumeration as their attribute."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    engine = SimpleNamespace(module=torch.nn.Linear(1, 1))
+    stage = ZeroStageEnum.optimizer_states
+    for written, allowed in ((stage, True), (Reached(ZeroStageEnum, stage.name), True),
+                             (Reached(ZeroStageEnum, "__init__"), False),
+                             (Reached(torch.Tensor, "__init__"), False)):
+        torch.save({"zero_stage": written}, tmp_path / "state.pt")
+        with states_room._safe_torch_load(engine):
+            if allowed:
+                assert torch.load(tmp_path / "state.pt") == {"zero_stage": stage}
+            else:
+                with pytest.raises(DataError, match="never loaded"):
+                    torch.load(tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize("file", ["mp_rank_00_model_states.pt", "zero/optimizer_state.pt",

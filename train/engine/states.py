@@ -116,7 +116,14 @@ def _safe_torch_load(engine: Any) -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    def member(kind: Any, name: str) -> Any:
+        if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+            raise pickle.UnpicklingError(f"getattr of {kind!r}")
+        return ZeroStageEnum[name]
+
+    # Python 3.11.0 to 3.11.3 write a member of an enumeration as a call of `getattr`.
+    allowed: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address,
+                          (member, "builtins.getattr")]
     known = {name for name, _ in engine.module.named_parameters()}
     known.update(name for name, _ in engine.module.named_buffers())
     known.update(engine.module.state_dict())
