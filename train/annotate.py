@@ -291,16 +291,17 @@ def main(argv: list[str] | None = None) -> None:
         for name, marks in to_drop.items():
             dropped[name] = drop(importance, marks)
         weak = find_weak(importance, measure)
-        passes, inputs, tokens, slots, exact, alone, turned, flops = engine.all_reduce_sum(*(
-            runner.counts[name] for name in (
-                "passes", "inputs", "tokens", "slots", "fp32", "alone", "turned", "flops")
-        ))
+        flops, = engine.all_reduce_sum(runner.counts["flops"])
         if engine.is_main():
             write_annotations(config.output, tokenizer, documents, importance, {
                 **sealed(identity), "numerics": {**numerics(config), "dtype": dtype},
                 "seconds": round(time.monotonic() - started, 1), "flops": flops or None,
                 "dropped": dropped, "weak": weak,
             }, lock)
+        passes, inputs, tokens, slots, exact, alone, turned = engine.all_reduce_sum(*(
+            runner.counts[name]
+            for name in ("passes", "inputs", "tokens", "slots", "fp32", "alone", "turned")
+        ))  # and no rank goes on before the annotations are there
         again = f"{exact:,.0f} of the inputs asked again in fp32 and " if dtype == "fp16" else ""
         say(describe(importance, queries, found, dropped))
         say(f"{inputs:,.0f} inputs of {tokens:,.0f} tokens in {passes:,.0f} forward passes, "
