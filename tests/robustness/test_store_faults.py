@@ -413,10 +413,13 @@ def test_a_writer_that_is_stopping_is_waited_for(tmp_path, capsys):
     ready, told = os.pipe()
 
     def hold() -> None:
+        asked = []
         with WriterLock(tmp_path / "s"):
-            signal.signal(signal.SIGTERM, lambda number, frame: files.tell_stopping())
+            signal.signal(signal.SIGTERM,
+                          lambda *_: (files.tell_stopping(), asked.append(True)))
             os.write(told, b"x")
-            signal.pause()
+            while not asked:  # `signal.pause` would miss a signal that has come already
+                time.sleep(0.01)
             os.write(told, b"x")
             time.sleep(0.5)
 
