@@ -123,7 +123,7 @@ def test_generated_code_changes_nothing(family):
         if changed:
             model.compile_layers(module, SIZES)
         results.append([step(module, batch) for batch in batches])
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*results, atol=5e-5, rtol=5e-4)
 
 
 def test_without_the_subset_every_layer_is_compiled_whole():
