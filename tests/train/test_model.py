@@ -522,7 +522,8 @@ def test_every_reader_finds_the_same_in_an_export(kind, dtype, tiny_encoder, tmp
     again = auto.from_pretrained(folder).eval()
     assert again.dtype == torch.float32
     with torch.no_grad():
-        assert torch.equal(again(ids).logits, logits)
+        # Weights that lie elsewhere in memory may be multiplied in another order.
+        torch.testing.assert_close(again(ids).logits, logits, rtol=1e-5, atol=1e-6)
     if kind != "masked_lm":
         names = ("no", "yes") if kind == "classifier" else model.SCORER_LABELS
         assert again.config.id2label == dict(enumerate(names))
