@@ -381,7 +381,7 @@ def test_the_page_of_a_study(made_up, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     report.main([str(made_up), "--output_dir", str(tmp_path / "out")])
     page = (tmp_path / "out" / "report.html").read_text()
-    heads = re.findall(r"<h2>(.*?)</h2>", page)
+    heads = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
     assert heads == ["Where this comes from", "Results", "Differences", "Lengths and labels",
                      "Cost", "Commands"]
     # A note stands before the table that it limits.

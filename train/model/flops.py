@@ -87,7 +87,10 @@ def forward_flops(model: Any, tokens: float, squares: float) -> float | None:
     family = FAMILIES.get(getattr(getattr(hf, "config", None), "model_type", ""))
     if family is None:
         return None
-    layers = family.layers(family.encoder(hf))
+    try:
+        layers = family.layers(family.encoder(hf))
+    except AttributeError:  # another's model of that name, built in another way
+        return None
     linear = sum(_weights(m) for m in layers.modules() if isinstance(m, nn.Linear))
     return 2.0 * linear * tokens + 4.0 * hf.config.hidden_size * len(layers) * squares
 
