@@ -379,7 +379,8 @@ def test_what_is_an_edited_card():
     card = model_card([made_up_stage("finetune")], "x").encode()
     assert is_unedited(card) and is_unedited(card.replace(b"\n", b"\r\n"))
     for edited in (b"", b"mine", b"x" + card, card + b"x",
-                   card.replace(b"tags:", b"license: mit\ntags:"), card.rpartition(b"\n<!--")[0], b"\xff" + card):
+                   card.replace(b"tags:", b"license: mit\ntags:"),
+                   card.rpartition(b"\n<!--")[0], b"\xff" + card):
         assert not is_unedited(edited)
 
 
