@@ -143,7 +143,7 @@ def _differences(comparisons: Sequence[Comparison], notes: Sequence[str],
         "Percentage points. Standard deviations of the difference: between pre-training seeds, "
         "between fine-tuning seeds, of each fine-tuning for itself, and between test items (each "
         "of them 1, 0 or -1). detectable_P: with P pre-training seeds, and as many fine-tuning "
-        "seeds and items as here. seeds_for_target: pre-training seeds for a detectable difference "
+        "seeds and items as here. needed: pre-training seeds for a detectable difference "
         f"of {100 * TARGET:g} points; empty if more than {MOST_SEEDS:,}. The spread of few seeds "
         "is itself uncertain.",
         "power", POWER_COLUMNS)

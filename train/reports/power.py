@@ -26,7 +26,7 @@ PLANNED_SEEDS = (3, 5, 10, 20)  # of pre-training
 TARGET = 0.015  # difference in accuracy that a study of this kind aims at
 MOST_SEEDS = 1000
 POWER_COLUMNS = ("arm", "against", "labels", "steps", "seed", "finetuning", "each", "item",
-                 *(f"detectable_{count}" for count in PLANNED_SEEDS), "seeds_for_target")
+                 *(f"detectable_{count}" for count in PLANNED_SEEDS), "needed")
 
 
 class Spread(NamedTuple):
@@ -114,5 +114,5 @@ def power_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
             **{name: f"{100 * value:.2f}" for name, value in spread._asdict().items()},
             **{f"detectable_{count}": f"{100 * detectable(spread, count, finetunings, items):.2f}"
                for count in PLANNED_SEEDS},
-            "seeds_for_target": shown(seeds_for(spread, TARGET, finetunings, items))})
+            "needed": shown(seeds_for(spread, TARGET, finetunings, items))})
     return rows
