@@ -91,17 +91,8 @@ def make_page(
     page.add(_results(groups, pictures))
     page.add(_differences(comparisons, limits, pictures))
     page.add(_lengths(groups, pictures))
-    page.add(_costs(folders, groups))
-    page.add(Section("What was masked", _blocks(
-        Table.of("Masked tokens", masked_rows(masked),
-                 "Tokens masked most often, and those masked most above their share; masked: share "
-                 "of all tokens. One index of each arm and number of labels.",
-                 "masked", MASKED_COLUMNS) if masked else None,
-        pictures.get("words"),
-        Table.of("The token scorer beside its baselines", scorers,
-                 "On annotated sentences that it was not fitted on. F1 of important tokens; "
-                 "important: their share.", "scorers")
-        if len(pipelines) == 1 and (scorers := scorer_rows(pipelines[0])) else None), uncounted))
+    page.add(_costs(pipelines, groups))
+    page.add(_masks(pipelines, masked, uncounted, pictures))
     page.add(_training(curves, pictures))
     commands = command_table(folders)
     if commands:
@@ -172,9 +163,8 @@ def _lengths(groups: Sequence[Group], pictures: dict[str, Picture]) -> Section:
         _blocks(table, *(pictures.get(name) for name in ("stage2", "labels", "steps"))), notes)
 
 
-def _costs(folders: Sequence[Path], groups: Sequence[Group]) -> Section:
+def _costs(pipelines: Sequence[Path], groups: Sequence[Group]) -> Section:
     arms = arms_of(groups)
-    pipelines = pipelines_in(folders)
     alone = pipelines[0] if len(pipelines) == 1 else None
     store = store_counts(domain_prefix(alone)) if alone else {}
     tokens = store.get("tokens")
@@ -212,6 +202,21 @@ def _costs(folders: Sequence[Path], groups: Sequence[Group]) -> Section:
             "Seconds of choosing masks, each step once", masking_rows(arms),
             "Complete processes with their start. Scores are made once and shared by all arms that "
             "read them.", "masking", MASKING_COLUMNS),
+    ), notes)
+
+
+def _masks(pipelines: Sequence[Path], masked: MaskedWords | None, notes: Sequence[str],
+           pictures: dict[str, Picture]) -> Section:
+    scorers = scorer_rows(pipelines[0]) if len(pipelines) == 1 else []
+    return Section("What was masked", _blocks(
+        Table.of("Masked tokens", masked_rows(masked),
+                 "Tokens masked most often, and those masked most above their share; masked: share "
+                 "of all tokens. One index of each arm and number of labels.",
+                 "masked", MASKED_COLUMNS) if masked else None,
+        pictures.get("words"),
+        Table.of("The token scorer beside its baselines", scorers,
+                 "On annotated sentences that it was not fitted on. F1 of important tokens; "
+                 "important: their share.", "scorers") if scorers else None,
     ), notes)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import csrc
-from train.model.families import FAMILIES
+from train.model.families import FAMILIES, Family
 from train.model.packed import PackedMaskedLM
 
 # Dense 16-bit tensor-core rates of the makers' data sheets, operations per second. The longest name
@@ -60,9 +60,8 @@ def count_flops(module: PackedMaskedLM, max_seq_length: int) -> StepFlops:
         module: the model; its weights may already be partitioned by ZeRO-3.
     """
     family, config = module.family, module.hf.config
-    layers = family.layers(family.encoder(module.hf))
-    linear = sum(_weights(m) for m in layers.modules() if isinstance(m, nn.Linear))
-    attention = 2 * len(layers) * max_seq_length * config.hidden_size
+    linear, width = _encoder_sizes(family, module.hf)
+    attention = 2 * max_seq_length * width
     head = _weights(family.transform(module.hf)[0]) + config.vocab_size * config.hidden_size
     return StepFlops(per_token=6.0 * (linear + attention), per_masked_token=6.0 * head)
 
@@ -88,11 +87,17 @@ def forward_flops(model: Any, tokens: float, squares: float) -> float | None:
     if family is None:
         return None
     try:
-        layers = family.layers(family.encoder(hf))
+        linear, width = _encoder_sizes(family, hf)
     except AttributeError:  # another's model of that name, built in another way
         return None
+    return 2.0 * linear * tokens + 4.0 * width * squares
+
+
+def _encoder_sizes(family: Family, hf: Any) -> tuple[int, int]:
+    """Return the weights of an encoder's linear layers, and its layers times its hidden size."""
+    layers = family.layers(family.encoder(hf))
     linear = sum(_weights(m) for m in layers.modules() if isinstance(m, nn.Linear))
-    return 2.0 * linear * tokens + 4.0 * hf.config.hidden_size * len(layers) * squares
+    return linear, len(layers) * hf.config.hidden_size
 
 
 def _weights(linear: nn.Linear) -> int:

@@ -178,10 +178,9 @@ def flops_rows(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """Return the operations of each arm by `FLOPS_COLUMNS`; unknown: empty."""
     rows = []
     for arm in arms:
-        known = [run.mask_flops for run in arm.runs if run.mask_flops is not None]
         parts = {
             "general": _mean(before, arm, "flops"),
-            "masking": sum(known) / len(known) if len(known) == len(arm.runs) else None,
+            "masking": arm.masking_operations,
             "task_guided": _mean(_guided, arm, "flops"),
         }
         told = [value for value in parts.values() if value is not None]

@@ -16,7 +16,7 @@ from preprocess.masking import MATCHED, STRATEGIES
 from train.reports.compare import NO_STAGE_2, Group
 from train.reports.curves import event_folders, short_name, without_events
 from train.reports.results import Arm, FinetuneRun, number, read_finetune_run
-from train.reports.work import step_flops
+from train.reports.work import finished_steps, step_flops, step_seconds
 
 BASELINE_STRATEGY = "baseline"  # shown as the strategy of a trivial one
 _POLICY = ("strategy", "scores", "units", "match")
@@ -110,7 +110,8 @@ def _pipeline_arms(folder: Path, prefix: str, notes: list[str]) -> list[Arm]:
         raise DataError(
             f"{folder}/arms.json: not a list of arms; run train/pipeline.py again"
         ) from None
-    seconds, flops = step_seconds(folder), step_flops(folder)
+    steps = finished_steps(folder)
+    seconds, flops = step_seconds(steps), step_flops(folder, steps)
     whole: list[int] = []  # how many labels "all" are
     try:
         leaked = describe_leakage(str(folder / "domain" / "text"))
@@ -231,16 +232,6 @@ def _inside(folder: Path, run: Any) -> Path:
     if not isinstance(run, str) or Path(run).is_absolute() or ".." in Path(run).parts:
         raise ValueError
     return folder / run
-
-
-def step_seconds(folder: Path) -> dict[str, float]:
-    """Return the recorded seconds of the pipeline's finished steps."""
-    try:
-        steps = read_json(folder / "steps.json")
-        return {name: seconds for name, step in steps.items()
-                if step["finished"] and (seconds := number(step.get("seconds"))) is not None}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
 
 
 def _read_runs(name: str, paths: Iterable[Path], notes: list[str]) -> Iterator[FinetuneRun]:

@@ -119,11 +119,23 @@ def estimate(
     """
     mean = float(values.mean())
     seeds, items = seed_components(values.mean(axis=2)), item_component(values)
-    error = math.sqrt(sum(variance for variance, _ in [*seeds, items]))
+    return around(mean, [*seeds, items], confidence=confidence, power=power)
+
+
+def around(
+    mean: float, components: list[tuple[float, int]], *, confidence: float = CONFIDENCE,
+    power: float = POWER,
+) -> Estimate:
+    """Put the interval around a mean whose variance has these parts.
+
+    Args:
+        components: variances of the mean, with their degrees of freedom.
+        confidence, power: as of `paired_difference`.
+    """
+    error = math.sqrt(sum(variance for variance, _ in components))
     if error == 0:
         return Estimate(mean, mean, mean, 0.0, 0.0)
-    reach, more = (weighted_t(share, [*seeds, items])
-                   for share in (1 - (1 - confidence) / 2, power))
+    reach, more = (weighted_t(share, components) for share in (1 - (1 - confidence) / 2, power))
     return Estimate(
         mean, mean - reach * error, mean + reach * error, (reach + more) * error, error
     )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.reports.compare import Comparison, paired, shown
-from train.reports.intervals import CONFIDENCE, POWER, item_component, seed_components, weighted_t
+from train.reports.intervals import around, item_component, seed_components
 
 PLANNED_SEEDS = (3, 5, 10, 20)  # of pre-training
 TARGET = 0.015  # difference in accuracy that a study of this kind aims at
@@ -67,14 +67,10 @@ def detectable(spread: Spread, seeds: int, finetunings: int, items: int) -> floa
         items: of the test split.
     """
     cells = seeds * finetunings
-    parts = [(spread.seed**2 / seeds, seeds - 1),
-             (spread.finetuning**2 / finetunings, max(finetunings - 1, 1)),
-             (spread.each**2 / cells, cells - 1), (spread.item**2 / items, items - 1)]
-    error = math.sqrt(sum(variance for variance, _ in parts))
-    if error == 0:
-        return 0.0
-    reach = sum(weighted_t(share, parts) for share in (1 - (1 - CONFIDENCE) / 2, POWER))
-    return reach * error
+    return around(0.0, [
+        (spread.seed**2 / seeds, seeds - 1),
+        (spread.finetuning**2 / finetunings, max(finetunings - 1, 1)),
+        (spread.each**2 / cells, cells - 1), (spread.item**2 / items, items - 1)]).detectable
 
 
 def seeds_for(spread: Spread, target: float, finetunings: int, items: int) -> int | None:

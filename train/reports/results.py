@@ -144,8 +144,12 @@ class Arm:
     @property
     def masking_seconds(self) -> float | None:
         """What choosing its masks would have cost without other arms; None if unknown."""
-        known = [run.mask_seconds for run in self.runs if run.mask_seconds is not None]
-        return sum(known) / len(known) if len(known) == len(self.runs) else None
+        return _mean_of_all([run.mask_seconds for run in self.runs])
+
+    @property
+    def masking_operations(self) -> float | None:
+        """The operations of choosing its masks, likewise."""
+        return _mean_of_all([run.mask_flops for run in self.runs])
 
     def values(self, metric: str) -> list[float]:
         """Return all values of a metric, pre-training seeds one after the other."""
@@ -179,6 +183,12 @@ class Arm:
         same = len(told) == found.shape[0] * found.shape[1] and np.allclose(
             found.mean(axis=2).ravel(), told, atol=1e-6)
         return found if same else None
+
+
+def _mean_of_all(values: list[float | None]) -> float | None:
+    """Return the mean; None if a value is unknown."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def read_json_lines(path: Path, broken: list[str] | None = None) -> list[dict[str, Any]]:

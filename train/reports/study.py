@@ -226,11 +226,9 @@ def _read_row(cells: dict[str, str]) -> dict[str, Any]:
     for key in ("validation_accuracy", "test_accuracy", "test_macro_f1"):
         if row[key] is not None and row[key] > 1:
             raise ValueError(f"{key} is {row[key]}, above 1")
-    row["labels_named"] = None
-    if row["class_names"]:
-        row["labels_named"] = parse_json(row["class_names"])
-        if not isinstance(row["labels_named"], list):
-            raise ValueError("class_names is no list")
+    row["class_names"] = parse_json(row["class_names"]) if row["class_names"] else None
+    if not isinstance(row["class_names"], list | None):
+        raise ValueError("class_names is no list")
     row["right"] = row["given"] = None
     if row["correct"]:
         row["right"] = _unpack(row["correct"], row["num_items"], "correct").astype(bool)
@@ -298,7 +296,7 @@ def _run(rows: list[dict[str, Any]], strategy: str) -> FinetuneRun:
         path=Path(first["study"]),
         rows=[{"seed": row["finetune_seed"], "task": row["task"], "num_train": row["labels"],
                "test_accuracy": row["test_accuracy"], "test_macro_f1": row["test_macro_f1"],
-               "validation_accuracy": row["validation_accuracy"], "labels": row["labels_named"],
+               "validation_accuracy": row["validation_accuracy"], "labels": row["class_names"],
                "seconds": row["finetune_seconds"], "flops": row["finetune_flops"],
                "identity_digest": row["identity_digest"],
                "identity": {"inputs": {"weights": first["hf_digest"]}}} for row in rows],

@@ -1,4 +1,4 @@
-"""Floating-point operations of a pipeline's steps, as their outputs tell them."""
+"""What a pipeline's steps cost: seconds, and operations as their outputs tell them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from preprocess.files import read_json
 from train.reports.results import number
 
 
-def step_flops(pipeline: Path) -> dict[str, float]:
-    """Return the operations of the finished steps; 0 of those that run no network.
+def finished_steps(pipeline: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of the finished steps; none where they cannot be read."""
+    try:
+        return {name: step for name, step in read_json(pipeline / "steps.json").items()
+                if step["finished"]}
+    except (DataError, OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def step_seconds(steps: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return the seconds of steps, where they are recorded."""
+    return {name: seconds for name, step in steps.items()
+            if (seconds := number(step.get("seconds"))) is not None}
+
+
+def step_flops(pipeline: Path, steps: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return the operations of steps; 0 of those that run no network.
 
     A step is left out where its outputs do not tell, as those of an older version.
     """
     found = {}
-    for name, command in _commands(pipeline).items():
+    for name, step in steps.items():
         try:
-            flops = _flops(pipeline, command)
+            flops = _flops(pipeline, step["command"])
         except (DataError, OSError, ValueError, TypeError, LookupError, AttributeError):
             continue
         if flops is not None:
             found[name] = flops
     return found
-
-
-def _commands(pipeline: Path) -> dict[str, list[str]]:
-    """Return the commands of the finished steps."""
-    try:
-        return {name: step["command"] for name, step in read_json(pipeline / "steps.json").items()
-                if step["finished"]}
-    except (DataError, OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
 
 
 def _flops(pipeline: Path, command: list[str]) -> float | None:
@@ -44,12 +50,12 @@ def _flops(pipeline: Path, command: list[str]) -> float | None:
                 return sorted(path.parent.glob(f"{path.name}{pattern}"))
         return []
 
-    if "--output_dir" in command and "--also" not in command:
+    if "--output_dir" in command:
+        if "--also" in command:  # several folders
+            return None
         lineages = paths("--output_dir", "/hf/lineage.json") or paths(
             "--output_dir", "/seed_*/hf/lineage.json")
         return _sum([read_json(path)["stages"][-1]["totals"].get("flops") for path in lineages])
-    if "--output_dir" in command:
-        return None
     files = paths("--output", "*.importance.json")  # of annotate.py
     if "--name" in command and "--strategy" not in command:  # scores, not masks
         name = command[command.index("--name") + 1]
