@@ -21,6 +21,7 @@ of the user's flags come first. It has no option for the following, so they are 
 from train.engine.ds_json import (
     DEFAULT_LEARNING_RATE,
     Resolved,
+    has_fast_bf16,
     read_ds_config,
     resolve_ds_config,
     rows_per_rank,
