@@ -44,7 +44,8 @@ def flat(config: dict) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_configurations_resolve_on_a_cpu(name):
+def test_shipped_configurations_resolve_on_a_cpu(name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     raw = engine.read_ds_config(str(engine.DS_CONFIGS / name))
     before = copy.deepcopy(raw)
     resolved = resolve(raw, world_size=2, learning_rate=2e-4, weight_decay=0.02, max_grad_norm=0.5)
@@ -68,7 +69,8 @@ def test_shipped_configurations_resolve_on_a_cpu(name):
     assert not any(values.get(key) for key in values if key.endswith("pin_memory"))
     half = next((kind for kind in ("fp16", "bf16") if kind in raw), None)
     assert resolved.notes == (
-        (f"no {half} on this CPU: running in fp32 (--precision auto)",) if half else ()
+        (f"no {'fast ' * (half == 'bf16')}{half} on this CPU: running in fp32 (--precision auto)",)
+        if half else ()
     )
     if half == "fp16":
         with pytest.raises(ConfigError, match="fp16, which this CPU lacks; type --precision auto"):
@@ -82,6 +84,17 @@ def test_shipped_configurations_resolve_on_a_cpu(name):
     for key, value in flat(before).items():
         if value != "auto" and not key.startswith(("fp16", "bf16")) and "pin_memory" not in key:
             assert values[key] == value
+
+
+@pytest.mark.parametrize("having", ["avx512_bf16", "amx_bf16"])
+def test_a_cpu_with_bf16_products_takes_them(having, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {having: True}, raising=False)
+    resolved = resolve(engine.read_ds_config("zero1_bf16"))
+    assert resolved.precision == "bf16" and resolved.config["bf16"]["enabled"]
+    assert resolved.notes == ()
+    # fp16 products are another matter, and fp32 stays what it is.
+    assert resolve(engine.read_ds_config("zero1_fp16")).precision == "fp32"
+    assert resolve(engine.read_ds_config("cpu")).precision == "fp32"
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -71,6 +71,7 @@ __all__ = [
     "finish",
     "full_state_dict",
     "gather_objects",
+    "has_fast_bf16",
     "is_main",
     "is_started",
     "load_state",
