@@ -323,6 +323,11 @@ OF_NO_SEED = {"naive_bayes", "finetune-none", "finetune-untrained"}
      {*OF_NO_SEED, "finetune-random-seed1", "finetune-random-seed2"}),
     ("pretrain_seeds: [1]\nlabel_budgets: [100]", "label_budgets: [100]", OF_NO_SEED),
     ("label_budgets: [all, 100]", "label_budgets: [100, all]", set()),
+    ("finetune: {seeds: '13'}", "finetune: {seeds: '13,7'}",
+     {"finetune-none", "finetune-random-seed1", "finetune-random-seed2"}),
+    ("finetune: {seeds: '13'}\nlabel_budgets: [100]",
+     "finetune: {seeds: '13,7'}\nlabel_budgets: [100, all]",
+     {*OF_NO_SEED, "finetune-random-seed1", "finetune-random-seed2"}),
 ])
 def test_budgets_and_seeds_may_be_added_to_a_finished_study(tmp_path, before, after, new):
     """What is there stays, and what is missing is made."""
@@ -339,6 +344,8 @@ def test_budgets_and_seeds_may_be_added_to_a_finished_study(tmp_path, before, af
 
 @pytest.mark.parametrize(("after", "complaint"), [
     ("finetune: {seeds: '13,43', weight_decay: 0.5}", "was ``, is `--weight_decay 0.5`"),
+    ("finetune: {seeds: '13,7'}", "was `--seeds 13,43`, is `--seeds 13,7`"),
+    ("finetune: {seeds: '13'}", "was `--seeds 13,43`, is `--seeds 13`"),
     ("encoder: F", "was `model_name_or_path=E .*none-seed1-labels100`, is `model_name_or_path=F"),
 ])
 def test_a_run_that_would_come_out_otherwise_is_refused(tmp_path, after, complaint):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -148,6 +149,21 @@ def test_stage_2_is_run_once_for_whatever_it_depends_on(study):
 
 def test_a_finished_study_only_reports(study, run_study):
     assert run_study(study[0]) == ["report"]
+
+
+def test_more_fine_tuning_seeds_train_only_what_is_missing(study, run_study, tmp_path):
+    root = tmp_path / "grown"
+    shutil.copytree(study[0], root)
+    trained = sorted(root.rglob("finetune/*/seed_*/hf/*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in trained}
+    ran = run_study(root, "finetune.seeds=13,43,83")
+    assert {name.partition("-")[0] for name in ran} == {"finetune", "report"}
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    tables = [arm for arm in listed(root) if not arm["floor"]]
+    for run in (run for arm in tables for run in arm["runs"]):
+        assert [row["seed"] for row in rows_of(root / run)] == [*TUNED_SEEDS, 83]
+    with pytest.raises(ConfigError, match="was `--seeds 13,43,83`, is `--seeds 13,43`"):
+        run_study(root)
 
 
 @pytest.mark.parametrize(("budget", "message"), [

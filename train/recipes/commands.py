@@ -83,15 +83,17 @@ class CommandList:
         A run without a budget comes first, since a change can only add one.
         """
         first, *others = sorted(runs, key=lambda one: bool(one.labels.flags))
+        seeds = seeds or seeds_of(self.recipe[section])
         also = [shlex.join(f"{flag}={value}" for flag, value in one.flags.items())
                 for one in others]
         return self.train(
             name, "train/finetune.py", section, first.run,
             {**self.recipe["task"], "model_name_or_path": first.model, **first.labels.flags,
-             "seeds": seeds or seeds_of(self.recipe[section]), "also": also}, needs,
+             "seeds": seeds, "also": also}, needs,
             [pattern for one in runs for pattern in inside(
-                one.run, "results.jsonl", "seed_*/predictions.jsonl", "seed_*/hf/lineage.json",
-                "seed_*/hf/*.safetensors")],
+                one.run, "results.jsonl",
+                *(f"seed_{seed.strip()}/{file}" for seed in str(seeds).split(",")
+                  for file in ("predictions.jsonl", "hf/lineage.json", "hf/*.safetensors")))],
             judged, [one.run for one in others], grows=True,
         )
 

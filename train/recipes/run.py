@@ -102,7 +102,7 @@ class Journal:
         was, now = _by_flag(entry.get("command", [])), _by_flag(self.command(step))
         if step.grows:
             with contextlib.suppress(ValueError, IndexError):  # written by another hand
-                was, now = _without_new_runs(was, now)
+                was, now = _without_new_runs(*_without_new_seeds(was, now))
         if was != now:
             changes = "; ".join(
                 f"was `{was.get(flag, '')}`, is `{now.get(flag, '')}`"
@@ -170,6 +170,16 @@ def _by_flag(words: list[str]) -> dict[str, str]:
     """Split a command into its flags, each with its values as typed."""
     typed = shlex.join(words)
     return {part.split(" ")[0]: part for part in re.split(r" (?=--)", typed)}
+
+
+def _without_new_seeds(was: dict[str, str], now: dict[str, str]) -> list[dict[str, str]]:
+    """Leave out the seeds where only more are asked for now; finished ones are kept."""
+    seeds = [set(flags.get("--seeds", "").removeprefix("--seeds ").split(","))
+             for flags in (was, now)]
+    if not seeds[0] <= seeds[1]:
+        return [was, now]
+    return [{flag: text for flag, text in flags.items() if flag != "--seeds"}
+            for flags in (was, now)]
 
 
 def _without_new_runs(*commands: dict[str, str]) -> list[dict[str, str]]:

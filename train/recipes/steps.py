@@ -31,7 +31,7 @@ class Step:
         launched: whether the deepspeed launcher starts the command.
         resumes: whether the command continues or keeps what an interrupted attempt left.
         grows: whether the command fills several folders, each of which says itself what made it:
-            then one may be added later, and the others stay.
+            then a folder or a seed may be added later, and the others stay.
         judged: patterns of the JSON files whose `weak` lists say what is wrong with the result,
             where masks would be built on it.
         compute: called instead of the command, which then only says what it depends on.
