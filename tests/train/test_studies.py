@@ -403,6 +403,8 @@ def test_cleaning_keeps_the_models_of_all_lengths(tmp_path):
     ("task_guided: {max_steps: 20, export_steps: [20]}",
      r"task_guided.export_steps \[20\]: must be different numbers above 0 and below "
      "task_guided.max_steps 20, whose model is fine-tuned anyway"),
+    (GENERAL + "export_steps: [30, 31]", r"export_steps \[30, 31\]: .* 1 to general.max_steps 30"),
+    (GENERAL + "export_steps: [0]", r"export_steps \[0\]: .* 1 to general.max_steps 30"),
     ("task_guided: {max_steps: 20, export_steps: [5, 30]}", r"\[5, 30\]: must be different"),
     ("task_guided: {max_steps: 20, export_steps: [5, 5]}", r"\[5, 5\]: must be different"),
     ("task_guided: {max_steps: 20, export_steps: [0]}", r"\[0\]: must be different"),

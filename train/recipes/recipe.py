@@ -320,6 +320,10 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
          "general needs general_text.input"),
         (recipe["export_steps"] and general is None,
          "export_steps are lengths of stage 1: give general, or leave export_steps out"),
+        (general and general.get("max_steps") is not None and recipe["export_steps"]
+         and not all(0 < n <= general["max_steps"] for n in recipe["export_steps"]),
+         f"export_steps {shown_value(recipe['export_steps'])}: must be lengths of stage 1, from 1 "
+         f"to general.max_steps {(general or {}).get('max_steps')}"),
     ):
         if wrong:
             raise ConfigError(f"recipe {path}: {message}")
