@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 from preprocess.errors import ConfigError, DataError
 from train import model, pipeline
 from train.recipes.checks import Checked, Checker, flags_of, outcome, replaced, without
 from train.recipes.estimate import (
+    Measurement,
     StepEstimate,
     network_of,
     size_of_text,
@@ -222,6 +224,28 @@ def test_the_schedule_is_that_of_the_jobs():
     assert total_seconds(found, estimates, 1) == 15
     assert total_seconds(found, estimates, 2) == 10  # a|b then d|c, then the report
     assert total_seconds(found, estimates, 3) == 10
+
+
+def test_seconds_follow_the_labels_and_the_precision(dry_run, capsys, monkeypatch):
+    slow = Measurement(rate=1e3, start=0.0, imports=0.0, steps=3, rows=8, slots=32)
+    monkeypatch.setattr("train.recipes.rehearsal.measure", lambda *_: slow)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+    def seconds(*settings: str) -> dict[str, float]:
+        dry_run("label_budgets=[10, 40]", "arms=[selective]", *settings,
+                flags=("--launcher", "python"))
+        return {name: float(line.split()[1].replace(",", ""))
+                for name, line in rows_of(capsys.readouterr().out).items() if name != "about"
+                and name != "report" and not name.endswith(":")}
+
+    plain, fast = seconds(), seconds("deepspeed_config=ds_configs/zero1_bf16.json")
+    for name, factor in (("annotate", 4), ("scorer", 4), ("classifier", 1), ("score", 1)):
+        few, many = (plain[f"{name}-labels{budget}-seed42"] for budget in (10, 40))
+        assert few < many if name == "classifier" else many == pytest.approx(factor * few, rel=0.01)
+    for name in ("annotate", "score"):  # in fp32, which takes longer than what was measured
+        name += "-labels10-seed42"
+        assert fast[name] == pytest.approx(2 * plain[name], rel=0.01)
+    assert fast["scorer-labels10-seed42"] == plain["scorer-labels10-seed42"]
 
 
 def test_the_size_of_a_text_is_counted(reviews_file):

@@ -70,7 +70,8 @@ class Checked:
     """What was found out about a step.
 
     what: was checked. problem: a sentence, with its exit code. config: options of a training
-    command. memory: what the command says of it. note: that its rows are shorter than planned.
+    command, and the precision that it trains in. memory: what the command says of it. note: that
+    its rows are shorter than planned.
     """
 
     step: Step
@@ -78,6 +79,7 @@ class Checked:
     problem: str = ""
     code: int = 0
     config: Any = None
+    precision: str = ""
     memory: str = ""
     note: str = ""
 
@@ -150,9 +152,9 @@ class Checker:
                                        if line.startswith("max_seq_length: ")), "")
                 if isinstance(config, TrainingConfig) and \
                         config.per_device_train_batch_size != "auto":
-                    resolve_ds_config(
+                    found.precision = resolve_ds_config(
                         read_ds_config(config.deepspeed_config), config, total_steps=1 << 30,
-                        world_size=self.ranks)
+                        world_size=self.ranks).precision
         except (ConfigError, DataError, OSError) as error:
             self._fails(found, str(error), getattr(error, "exit_code", DataError.exit_code))
 
