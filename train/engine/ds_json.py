@@ -154,7 +154,7 @@ def has_fast_bf16() -> bool:
 
     On others bf16 is emulated, and slower than fp32.
     """
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
