@@ -301,6 +301,29 @@ def test_without_matplotlib_there_is_a_table_and_a_sentence(tmp_path, capsys, mo
         "table.csv", "report.html", "report.md", "provenance.csv", "arms.csv"}
 
 
+def test_arms_that_were_fine_tuned_differently_are_said_to_be(tmp_path, capsys, no_figures):
+    """A CPU with bf16 takes it, another one fp32; and somebody may have changed the rate."""
+    train = {"optimizer": {"type": "AdamW", "lr": 1e-4}, "precision": "bf16",
+             "schedule": {"total_num_steps": 90}}
+    for name, changes in (("a", {}), ("b", {"schedule": {"total_num_steps": 9}}),
+                          ("c", {"precision": "fp32"}), ("d", {"optimizer": {"lr": 1e-5}})):
+        write_finetune(tmp_path / name, 0.7)
+        path = tmp_path / name / "results.jsonl"
+        rows = [{**json.loads(line), "identity": {"train": {**train, **changes}}}
+                for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def notes(*names: str) -> list[str]:
+        write_report(tmp_path, *(tmp_path / name for name in names))
+        return [line for line in capsys.readouterr().out.splitlines()
+                if "Fine-tuned differently" in line]
+
+    assert notes("a", "b") == []
+    assert "(precision: bf16, fp32)" in notes("a", "c")[0]
+    found = notes("a", "b", "d")
+    assert len(found) == 1 and "(optimizer.lr: 0.0001, 1e-05)" in found[0]
+
+
 def test_runs_of_different_tasks_are_kept_apart(tmp_path, capsys, no_figures):
     for name, task in (("a", "mr"), ("b", "sst2"), ("c", "mr"), ("d", "sst2")):
         write_finetune(tmp_path / "R" / name, 0.7, task=task)

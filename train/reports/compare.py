@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from preprocess.errors import visible
 from preprocess.masking import BASELINE
 from train.reports.intervals import Estimate, estimate, paired_difference
 from train.reports.results import METRICS, Arm
@@ -219,11 +220,14 @@ def compare(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[Comparison], list[st
         or about chance that an interval cannot count.
     """
     found, notes, alike, few = [], [], [], []
+    unlike: dict[str, list[str]] = {}
     for first, second in pairs:
         values = paired(first, second)
         if isinstance(values, str):
             notes.append(f"{first.name} and {second.name} are not compared: {values}.")
             continue
+        if settings := unlike_settings(first, second):
+            unlike.setdefault(settings, []).append(f"{first.name} and {second.name}")
         difference = paired_difference(*values)
         if difference.standard_error == 0:
             alike.append(f"{first.name} and {second.name}")
@@ -233,9 +237,27 @@ def compare(pairs: Iterable[tuple[Arm, Arm]]) -> tuple[list[Comparison], list[st
     if alike:
         notes.append(f"An interval without width says nothing: {', '.join(alike)} differ by the "
                      "same at every seed and item.")
+    for settings, names in unlike.items():
+        notes.append(f"Fine-tuned differently ({settings}): {', '.join(names)}; their differences "
+                     "are not those of the masks alone.")
     if few:
         notes.append(f"Compared on the pre-training seeds that both have: {', '.join(few)}.")
     return found, notes + uncounted_chance([(one.first, one.second) for one in found])
+
+
+def unlike_settings(first: Arm, second: Arm) -> str:
+    """Return the settings of fine-tuning in which the models of two arms differ, with the values.
+
+    On a CPU the precision follows from the machine, so that a study that went on elsewhere may
+    have two.
+    """
+    values: dict[str, dict[str, None]] = {}
+    for run in [*first.runs, *second.runs]:
+        for told in run.settings():
+            for key, value in told.items():
+                values.setdefault(key, {})[visible(value)] = None
+    return "; ".join(f"{visible(key)}: {', '.join(sorted(seen))}" for key, seen in values.items()
+                     if len(seen) > 1)
 
 
 def difference_rows(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,17 @@ class FinetuneRun:
             return str(self.rows[0]["identity"]["inputs"]["weights"] or "") or None
         except (KeyError, TypeError):
             return None
+
+    def settings(self) -> Iterator[dict[str, Any]]:
+        """Yield how each model was fine-tuned: flat, without what follows from its labels."""
+        for row in self.rows:
+            identity = row.get("identity")
+            told = identity.get("train") if isinstance(identity, dict) else None
+            if isinstance(told, dict):
+                parts = ((key, value if isinstance(value, dict) else {"": value})
+                         for key, value in told.items())
+                yield {f"{key}.{inner}".strip("."): value for key, part in parts
+                       for inner, value in part.items() if not inner.endswith("num_steps")}
 
     @property
     def strategy(self) -> str:
