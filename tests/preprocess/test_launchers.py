@@ -73,6 +73,7 @@ def chain(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
             [sys.executable, str(runner), *launch, sys.executable, str(rank)],
             env={**fresh_environment(), "PYTHONPATH": path, **environment},
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # not as below nohup
         ))
         wait_for((tmp_path / "imports").exists)
         return started[0]
