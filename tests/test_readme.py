@@ -289,8 +289,8 @@ def test_the_table_of_the_demo_has_its_place():
 def test_pages_are_short_and_plain(page):
     text = PAGES[page]
     assert text.isascii()
-    # The page of all policies is read by the section.
-    limits = {"": 220, "preprocess/masking": 400, "train/API.md": 200}
+    # The page of all policies is read by the section; that of results has the tables of reports.
+    limits = {"": 220, "preprocess/masking": 400, "RESULTS.md": 360, "train/API.md": 200}
     assert len(text.splitlines()) <= limits.get(page, 300)
     for line in text.splitlines():
         # Tables of a report are shown as it prints them.
