@@ -101,6 +101,15 @@ def flatten(identity: dict[str, Any]) -> dict[str, Any]:
     return {key: value for section in KEYS for key, value in identity[section].items()}
 
 
+def by_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values as `a.b` -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (by_path(value, f"{prefix}{key}.") if isinstance(value, dict)
+                 else {f"{prefix}{key}": value})
+    return flat
+
+
 def compare(
     old: Mapping[str, Any], new: Mapping[str, Any], where: str, remedy: str, whose: str = "this run"
 ) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from preprocess.errors import ConfigError, DataError
 from preprocess.files import read_json
+from preprocess.identity import by_path
 from preprocess.view.tables import Table
 
 KINDS = {  # colour (Okabe and Ito 2008) and hatching of each kind of row: print needs the second
@@ -244,20 +245,11 @@ def read_result(path: str) -> dict[str, Any]:
     return result
 
 
-def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested options as `a.b` -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        flat |= (flatten(value, f"{prefix}{key}.") if isinstance(value, dict)
-                 else {f"{prefix}{key}": value})
-    return flat
-
-
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """Return the differences between two results besides their figures, one line each."""
     names = ("platform", "cpus", "threads", "gpu", "python", "world_size", "precision",
              "store", "commit", "versions", "options", "ds_config")
-    one, other = (flatten({name: result.get(name) for name in names}) for result in (first, second))
+    one, other = (by_path({name: result.get(name) for name in names}) for result in (first, second))
     return [f"  {key}: {one.get(key)} | {other.get(key)}" for key in sorted(one.keys() | other)
             if one.get(key) != other.get(key) and key != "options.output_dir"]
 

@@ -92,7 +92,7 @@ class CommandList:
              "seeds": seeds, "also": also}, needs,
             [pattern for one in runs for pattern in inside(
                 one.run, "results.jsonl",
-                *(f"seed_{seed.strip()}/{file}" for seed in str(seeds).split(",")
+                *(f"seed_{seed.strip()}/{file}" for seed in seeds.split(",")
                   for file in ("predictions.jsonl", "hf/lineage.json", "hf/*.safetensors")))],
             judged, [one.run for one in others], grows=True,
         )

@@ -42,8 +42,8 @@ LOOK_SECONDS = 2.0  # how long a text is read to learn its size
 MEASURED_STEPS = 6  # at least; the first is not counted
 MEASURE_SECONDS = 60.0  # after which the measurement is stopped
 STEP_WORK = 4e9  # parameters x tokens of a measured step on a CPU: about a second of two cores
-# Not measured here. On two Zen 5 cores, training in bf16 passed twice as many tokens as in fp32.
-SLOWER_IN_FP32 = 2.0  # scoring, annotating and tests of a CPU that trains in bf16
+# Not measured.
+SLOWER_IN_FP32 = 2.0  # scoring, annotating and tests of a CPU that trains in bf16: as on a Zen 5
 READ_BYTES_PER_SECOND = 1e6  # of text, tokenized by one process
 ARRAY_TOKENS_PER_SECOND = 2e6  # scored by counting, or masked
 LIGHT_SECONDS = 3.0  # a process that runs no network
@@ -229,17 +229,18 @@ class Estimator:
 
     def __init__(self, checker: Checker, found: Sequence[Checked], network: EncoderSize | None,
                  measured: Measurement | None) -> None:
-        self.checker, self.options, self.network = checker, checker.options, network
-        self.measured = measured
         import torch
 
+        self.checker, self.options, self.network = checker, checker.options, network
+        self.measured = measured
         is_fast = any(one.precision == "bf16" for one in found) and not torch.cuda.is_available()
         self.exact = SLOWER_IN_FP32 if is_fast else 1.0  # weight of a pass in fp32
         self.tokens: dict[str, float] = {}  # of a store, by its prefix
         self.texts: dict[str, TextSize] = {}
         self._sizes(found)
         self._tasks: dict[str, tuple[int, int, int, float]] = {}
-        self._annotated: dict[str, tuple[float, float]] = {}  # texts, length; by their prefix
+        self._annotates = {one.config.output: one.config for one in found
+                           if Path(one.step.command[0]).stem == "annotate" and one.config}
 
     def _sizes(self, found: Sequence[Checked]) -> None:
         for one in found:
@@ -338,19 +339,17 @@ class Estimator:
             return (None if tokens is None else self.exact * times * tokens * network.encoder,
                     2 * (tokens or 0.0), 1)
         if script == "fit_scorer":
-            train, length = self._annotated.get(config.annotations, (0.0, 0.0))
+            train, length = self._annotated(config.annotations)
             return 3.2 * config.num_train_epochs * train * length * network.encoder, model, 1
-        train, validation, test, length = self._task(config)
         if script == "annotate":
-            train = min(train, config.max_train_samples or train, config.label_budget or train)
-            self._annotated[config.output] = train, length
-            inputs = train * (length + 4) / 2
-            return self.exact * inputs * length * network.encoder, 3 * train * length, 1
+            texts, length = self._annotated(config.output)
+            inputs = texts * (length + 4) / 2
+            return self.exact * inputs * length * network.encoder, 3 * texts * length, 1
+        train, validation, test, length = self._task(config)
         runs = config.runs() if getattr(config, "also", None) else [config]
         work, models = 0.0, 0
         for each in runs:
-            seen = min(train, each.max_train_samples or train,
-                       each.label_budget or train)
+            seen = min(train, each.max_train_samples or train, each.label_budget or train)
             held, tested = (min(many, each.max_eval_samples or many)
                             for many in (validation, test))
             seeds, padded = len(each.seed_list()), 1.2 * min(length, each.max_seq_length)
@@ -376,3 +375,11 @@ class Estimator:
             self._tasks[key] = (len(train), len(splits["validation"]), len(splits["test"]),
                                 2 + size / max(1, len(train)) / ratio)
         return self._tasks[key]
+
+    def _annotated(self, prefix: str) -> tuple[float, float]:
+        """Return the texts that are annotated into a store, and their mean length in tokens."""
+        config = self._annotates.get(prefix)
+        if config is None:
+            return 0.0, 0.0
+        train, _, _, length = self._task(config)
+        return min(train, config.max_train_samples or train, config.label_budget or train), length

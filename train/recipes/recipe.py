@@ -299,6 +299,7 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
                               "limit the labelled examples; drop the latter, as with --set "
                               f"{section}.max_train_samples=null")
     general, vocabulary = recipe["general"], recipe["vocabulary"]
+    end = (general or {}).get("max_steps")
     scratch, learnt = bool(general and general.get("model_config")), vocabulary is not None
     for wrong, message in (
         (not recipe["arms"] or not recipe["pretrain_seeds"],
@@ -320,10 +321,9 @@ def _check_recipe(recipe: dict[str, Any], path: str | Path) -> None:
          "general needs general_text.input"),
         (recipe["export_steps"] and general is None,
          "export_steps are lengths of stage 1: give general, or leave export_steps out"),
-        (general and general.get("max_steps") is not None and recipe["export_steps"]
-         and not all(0 < n <= general["max_steps"] for n in recipe["export_steps"]),
+        (end is not None and not all(0 < n <= end for n in recipe["export_steps"]),
          f"export_steps {shown_value(recipe['export_steps'])}: must be lengths of stage 1, from 1 "
-         f"to general.max_steps {(general or {}).get('max_steps')}"),
+         f"to general.max_steps {end}"),
     ):
         if wrong:
             raise ConfigError(f"recipe {path}: {message}")

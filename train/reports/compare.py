@@ -251,11 +251,11 @@ def unlike_settings(first: Arm, second: Arm) -> str:
     On a CPU the precision follows from the machine, so that a study that went on elsewhere may
     have two.
     """
-    values: dict[str, dict[str, None]] = {}
+    values: dict[str, set[str]] = {}
     for run in [*first.runs, *second.runs]:
         for told in run.settings():
             for key, value in told.items():
-                values.setdefault(key, {})[visible(value)] = None
+                values.setdefault(key, set()).add(visible(value))
     return "; ".join(f"{visible(key)}: {', '.join(sorted(seen))}" for key, seen in values.items()
                      if len(seen) > 1)
 

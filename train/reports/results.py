@@ -19,7 +19,7 @@ import numpy as np
 
 from preprocess.errors import DataError, visible
 from preprocess.files import parse_json, read_json
-from preprocess.identity import digest, flatten
+from preprocess.identity import by_path, digest, flatten
 from train.reports.intervals import macro_f1_values
 from train.run_dir.hf_folder import read_stages, weights_problem
 
@@ -91,10 +91,8 @@ class FinetuneRun:
             identity = row.get("identity")
             told = identity.get("train") if isinstance(identity, dict) else None
             if isinstance(told, dict):
-                parts = ((key, value if isinstance(value, dict) else {"": value})
-                         for key, value in told.items())
-                yield {f"{key}.{inner}".strip("."): value for key, part in parts
-                       for inner, value in part.items() if not inner.endswith("num_steps")}
+                yield {key: value for key, value in by_path(told).items()
+                       if not key.endswith("num_steps")}
 
     @property
     def strategy(self) -> str:
