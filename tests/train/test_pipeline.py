@@ -193,6 +193,7 @@ def test_every_step_left_something_whole(finished):
     steps, _ = pipeline.plan(load_recipe(RECIPE, [
         "train_file=a", "test_file=b", "text=c", "encoder=d", "floors.untrained=true",
         "general={max_steps: 1}", "general_text.input=e",
+        f"finetune.seeds={','.join(map(str, SEEDS))}",
     ]), root)
     assert ran == [step.name for step in steps if not step.compute]
     journal = pipeline.Journal(root)
