@@ -159,6 +159,23 @@ def test_norms_and_weights_are_those_of_deepspeed(server, tmp_path, ranks, stage
     assert ours[0]["sums"][0][1:] == [ranks * (ranks + 1) / 2, 0.25 * ranks]
 
 
+@pytest.mark.parametrize("largest", [1e-6, 1.0, 1e25], ids=str)
+@pytest.mark.parametrize("sizes", [[7], [4096], [300_000, 5000, 3]], ids=str)
+def test_the_norm_on_a_cpu_is_that_in_fp64(sizes, largest):
+    torch.manual_seed(5)
+    flat = [torch.randn(size) * largest for size in sizes]
+    parts = [list(group.split([1, group.numel() - 1])) for group in flat]
+    plain = torch.cat(flat).double().square().sum()
+    torch.testing.assert_close(steps.zero._sum_of_squares(flat, parts), plain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_norm_on_a_cpu_shows_a_gradient_that_is_not_finite(bad):
+    flat = [torch.ones(5000), torch.ones(5000)]
+    flat[1][4321] = bad
+    assert not torch.isfinite(steps.zero._sum_of_squares(flat, [[group] for group in flat]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 2)])
 @pytest.mark.parametrize("adam", [{"fused": True}, {"foreach": True}], ids=["fused", "foreach"])
@@ -231,8 +248,14 @@ def counted(engine: Any, steps_taken: int = 2) -> Counter[str]:
     return count.found
 
 
+@pytest.fixture
+def norm_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(steps.zero, "_sum_of_squares",
+                        lambda flat, parts: steps.zero._square_in_fp64(parts))
+
+
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_step_launches_few_operations_per_parameter(stage):
+def test_a_step_launches_few_operations_per_parameter(norm_of_a_gpu, stage):
     parameters = 2 * LAYERS
     ours = counted(build(resolved(stage, "bf16", accumulation=2)), 1)
     theirs = counted(build(resolved(stage, "bf16", accumulation=2), upstream=True), 1)
@@ -247,7 +270,7 @@ def test_a_step_launches_few_operations_per_parameter(stage):
     assert ours["_foreach_norm"] == 1 and ours["_fused_adamw_"] == 2  # decayed and not
 
 
-def test_the_host_reads_once_per_step(monkeypatch):
+def test_the_host_reads_once_per_step(norm_of_a_gpu, monkeypatch):
     engine = build(resolved(1, "fp16", accumulation=3, fp16={"initial_scale_power": 4}))
     take(engine, 0)
     reads: list[str] = []

@@ -150,10 +150,7 @@ class OnePassStep:
         zero.micro_step_id = -1
         if ranks().world_size > 1:
             self._collect_averaged()
-        # In fp64, as DeepSpeed's: the squares of fp32 gradients above 1.8e19 are infinite.
-        norms = torch._foreach_norm([part for parts in self._parts for part in parts], 2,
-                                    dtype=torch.float64)
-        square = torch.stack(norms).square().sum()
+        square = _sum_of_squares(self._flat, self._parts)
         numbers = _sum_over_ranks([square, *self._values], square.device)
         for master, flat in zip(self._masters, self._flat, strict=True):
             master.grad = flat
@@ -201,6 +198,35 @@ class OnePassStep:
                 start_alignment_factor=zero.nccl_start_alignment_factor,
                 allgather_bucket_size=zero.allgather_bucket_size,
             )
+
+
+def _sum_of_squares(flat: list[torch.Tensor], parts: list[list[torch.Tensor]]) -> torch.Tensor:
+    """Return the sum of all squares, `()` fp64.
+
+    Args:
+        flat: fp32, each `(partition,)`, zero outside its parts.
+    """
+    if flat[0].device.type == "cpu":
+        # There torch writes out all of an fp32 tensor in fp64 to take its norm in fp64.
+        square = torch.stack([_square_in_blocks(group) for group in flat]).sum()
+        if torch.isfinite(square):
+            return square
+    return _square_in_fp64(parts)
+
+
+def _square_in_fp64(parts: list[list[torch.Tensor]]) -> torch.Tensor:
+    """In fp64 throughout, as DeepSpeed: the squares of fp32 above 1.8e19 are infinite."""
+    norms = torch._foreach_norm([part for group in parts for part in group], 2,
+                                dtype=torch.float64)
+    return torch.stack(norms).square().sum()
+
+
+def _square_in_blocks(values: torch.Tensor, block: int = 4096) -> torch.Tensor:
+    """In fp32 within blocks, which are too short to lose digits, and in fp64 over them."""
+    whole = values.numel() // block * block
+    norms = [torch.linalg.vector_norm(values[:whole].view(-1, block), dim=1),
+             torch.linalg.vector_norm(values[whole:]).view(1)]
+    return torch.cat(norms).double().square().sum()
 
 
 def check_loss(sums: list[float], step: int) -> None:
