@@ -62,6 +62,7 @@ from train.stages.importance import (
 )
 from train.stages.inference import (
     BATCH_TOKENS,
+    HALF,
     Runner,
     check_trained,
     choose_dtype,
@@ -204,6 +205,9 @@ def settle(config: AnnotateConfig) -> tuple[dict[str, Any], str]:
     if config.keep_last and not measure.filtered:
         raise ConfigError(f"--keep_last goes with --measure {BUFFER}, and --measure is "
                           f"{config.measure}; leave one of them out")
+    if config.dtype == "bf16":
+        raise ConfigError("--dtype bf16: too coarse to decide what is important; give fp16, which "
+                          "asks close decisions again in fp32, or leave --dtype out")
     if config.dtype == "fp16" and not measure.half:
         raise ConfigError(f"--dtype fp16: --measure {config.measure} needs fp32; leave --dtype out")
     if config.dtype == "fp16":
@@ -278,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
                                 trained=True)
         first_slot_only(model)
         runner = Runner(model, template, tokenizer, device,
-                        config.batch_tokens or BATCH_TOKENS[device.type], half=dtype == "fp16")
+                        config.batch_tokens or BATCH_TOKENS[device.type], half=HALF[dtype])
         started = time.monotonic()
         found = measure_on_all_ranks(runner, queries, config, options)
         dropped = {}

@@ -45,6 +45,7 @@ from train.run_dir.folder import environment
 from train.stages import importance, scoring
 from train.stages.inference import (
     BATCH_TOKENS,
+    HALF,
     Runner,
     check_trained,
     one_by_one,
@@ -171,7 +172,7 @@ def annotate(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             work(WARMUP_INPUTS)
         return work
 
-    ours = {OURS.format(dtype): way(given.subset, EDGE, half=dtype == "fp16")
+    ours = {OURS.format(dtype): way(given.subset, EDGE, half=HALF[dtype])
             for dtype in args.dtypes}
     found, rows = interleave({
         PUBLISHED: way(given.plain, 0.0, cut=in_order, min_width=args.annotate_length),
@@ -325,7 +326,7 @@ def score(args: argparse.Namespace, prefix: str, device: torch.device) -> dict[s
             work(min(WARMUP_INPUTS, len(offsets) - 1))
         return work
 
-    ours = {OURS.format(dtype): way(half=dtype == "fp16") for dtype in args.dtypes}
+    ours = {OURS.format(dtype): way(half=HALF[dtype]) for dtype in args.dtypes}
     found, rows = interleave(
         {PUBLISHED: way(cut=in_order, min_width=length), **ours}, args.rounds)
     table = Table.of(
@@ -382,7 +383,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("measuring").add_argument
     add("--criterion", default="signed", choices=[*importance.CRITERIA], help="as of annotate.py")
     add("--delta", type=float, default=0.01, help="as of annotate.py")
-    add("--dtypes", nargs="+", default=["fp32", "fp16"], choices=["fp32", "fp16"],
+    add("--dtypes", nargs="+", default=["fp32", "fp16"], choices=[*HALF],
         help="precisions of selmask's own ways")
     add("--batch_tokens", type=int, metavar="N", help="token slots per forward pass, except for "
         "the published way (default: 8192 on a CPU, 65536 on a GPU)")
@@ -409,6 +410,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.importance and (not args.classifier or args.scorer):
         raise ConfigError("--importance goes with --classifier, --task and --data_dir, and without "
                           "--scorer")
+    if args.classifier and "bf16" in args.dtypes:
+        raise ConfigError("--dtypes bf16 is for scoring; leave --classifier or bf16 out")
     if args.classifier and not args.importance and "fp16" in args.dtypes:
         importance.check_half(args.delta)
     if engine.ranks().world_size > 1:

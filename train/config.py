@@ -650,8 +650,9 @@ class FitScorerConfig(_SupervisedConfig):
 class _InferenceConfig(_CommandConfig, LengthOptions):
     """What every command that runs a trained network over text has in common."""
 
-    dtype: Literal["auto", "fp32", "fp16"] = _flag(
-        "auto", "precision of the network; auto: fp16 on a GPU, else fp32", SPEED
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = _flag(
+        "auto", "precision of the network; auto: fp16 on a GPU, else fp32; bf16: for scores, on a "
+        "CPU that multiplies in it", SPEED
     )
     batch_tokens: int | None = _flag(
         None, "token slots per forward pass (default: 8192 on a CPU, 65536 on a GPU)", SPEED,
@@ -862,9 +863,9 @@ class ScoreConfig(_InferenceConfig):
                 f"--measure {self.measure} needs --reference MODEL, a masked-language model of the "
                 "same vocabulary; give one, or --measure surprise"
             )
-        if self.measure == "gradient" and self.dtype == "fp16":
-            raise ConfigError(
-                "--dtype fp16: --measure gradient is computed in fp32; leave --dtype out")
+        if self.measure == "gradient" and self.dtype in ("fp16", "bf16"):
+            raise ConfigError(f"--dtype {self.dtype}: --measure gradient is computed in fp32; "
+                              "leave --dtype out")
 
 
 # Flags of score_tokens.py -> the measures that read them.

@@ -60,6 +60,7 @@ from train.stages.examples import encode_inputs, make_examples
 from train.stages.importance import BUFFER, IMPORTANCE
 from train.stages.inference import (
     BATCH_TOKENS,
+    HALF,
     Runner,
     check_trained,
     choose_dtype,
@@ -298,7 +299,7 @@ def explain(
                            inputs.max_seq_length - template.num_special)
     first_slot_only(model)
     runner = Runner(model, template, tokenizer, device, BATCH_TOKENS[device.type],
-                    half=choose_dtype("auto") == "fp16")
+                    half=HALF[choose_dtype("auto")])
     found = measure.decide(measure.measure(runner, queries, **measure.options), **measure.options)
     assert measure.filtered is not None  # of the buffer
     found = [None if marks is None else measure.filtered(marks) for marks in found]

@@ -47,7 +47,7 @@ from train.model import (
 from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import architecture, numerics
 from train.stages import scoring
-from train.stages.inference import check_trained, choose_dtype, special_template
+from train.stages.inference import HALF, check_trained, choose_dtype, special_template
 from train.stages.measures import (
     MEASURES,
     NETWORKS,
@@ -164,7 +164,7 @@ def score(
     dtype = identity["options"]["dtype"]
     names = [config.model_name_or_path, *filter(None, [config.reference])]
     runner = open_runner(config.measure, names, template, tokenizer, device, config.batch_tokens,
-                         dtype == "fp16", config.trust_remote_code)
+                         HALF[dtype], config.trust_remote_code)
     limit = config.max_seq_length - template.num_special
     block_tokens = int(
         scoring.BLOCK_TOKENS[device.type] * NETWORKS[measure.needs[0]].block) or 1

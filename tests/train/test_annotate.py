@@ -666,6 +666,7 @@ def test_the_options_of_a_measure_are_its_own(
         (("leave_one_out", "--criterion", "strict"), "takes --delta; leave --criterion out"),
         (("leave_one_out", "--keep_last"), "--keep_last goes with --measure buffer"),
         (("gradient", "--dtype", "fp16"), "--measure gradient needs fp32"),
+        (("buffer", "--dtype", "bf16"), "--dtype bf16: too coarse .* give fp16"),
         (("buffer", "--delta", "1.5"), r"must be in \(0, 1\)"),
     ):
         with pytest.raises(ConfigError, match=sentence):

@@ -261,10 +261,11 @@ def test_surprise_does_not_depend_on_batches_or_precision(words):
     how = measures.bind("surprise", WordPasses(7, False, words[0]))
     plain = score(surprise_runner(model, cut=one_by_one), tokens, offsets, how).astype(float)
     whole = score(surprise_runner(model, batch_tokens=8192), tokens, offsets, how).astype(float)
-    half = score(surprise_runner(model, half=True), tokens, offsets, how).astype(float)
     np.testing.assert_allclose(whole, plain, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(half, plain, rtol=2e-2, atol=2e-2)
-    assert not np.array_equal(half, plain), "it was another precision"
+    for dtype, far in ((torch.float16, 2e-2), (torch.bfloat16, 2e-1)):
+        half = score(surprise_runner(model, half=dtype), tokens, offsets, how).astype(float)
+        np.testing.assert_allclose(half, plain, rtol=far, atol=far)
+        assert not np.array_equal(half, plain), "it was another precision"
     again = score(surprise_runner(model), tokens, offsets, how).astype(float)
     np.testing.assert_allclose(again, plain, rtol=1e-3, atol=1e-3)
     # A sentence has the same score wherever it stands.
@@ -371,6 +372,7 @@ def test_the_flag_lists_the_networks():
     ({"measure": "excess"}, "--measure excess needs --reference MODEL"),
     ({"reference": "R", "measure": "surprise"}, "--reference R: has no use.*--measure excess"),
     ({"measure": "gradient", "dtype": "fp16"}, "--dtype fp16: .*fp32; leave --dtype out"),
+    ({"measure": "gradient", "dtype": "bf16"}, "--dtype bf16: .*fp32; leave --dtype out"),
 ])
 def test_flags_that_do_not_fit_together(flags, message):
     with pytest.raises(ConfigError, match=message):

@@ -327,12 +327,13 @@ def trained(tiny_tokenizer):
 
 
 @pytest.mark.parametrize(("options", "tolerance", "share"), [
-    ({"cut": one_by_one}, 1e-3, 0.999), ({"half": True}, 2e-2, 0.995),
+    ({"cut": one_by_one}, 1e-3, 0.999), ({"half": torch.float16}, 2e-2, 0.995),
+    ({"half": torch.bfloat16}, 1e-1, 0.97),
 ])
 def test_masks_do_not_depend_on_batches_or_precision(
     trained, tiny_tokenizer, options, tolerance, share
 ):
-    """Beside large batches in fp32: one sentence a pass, and fp16."""
+    """Beside large batches in fp32: one sentence a pass, fp16 and bf16."""
     rng = np.random.default_rng(3)
     offsets = np.cumsum([0, *rng.integers(1, 30, 700)])
     tokens = rng.integers(5, len(tiny_tokenizer), offsets[-1]).astype(np.uint16)
@@ -354,15 +355,16 @@ def test_masks_do_not_depend_on_batches_or_precision(
     assert (masks[0] & masks[1]).sum() >= share * (masks[0] | masks[1]).sum()
 
 
-def test_scores_of_both_precisions_are_not_mixed(store, scorer, no_process_group, capsys):
-    run(store, scorer, "--dtype", "fp16")
-    assert "tokens/s, 1 ranks, cpu, fp16): " in capsys.readouterr().out
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
+def test_scores_of_two_precisions_are_not_mixed(low, store, scorer, no_process_group, capsys):
+    run(store, scorer, "--dtype", low)
+    assert f"tokens/s, 1 ranks, cpu, {low}): " in capsys.readouterr().out
     half = [open_array(shard, "mr", "scores")[0] for shard in store.shards]
     array_path(store.shards[1], "mr", "scores").with_suffix(".json").unlink()  # to be made again
     for dtype in ("fp32", "auto"):
-        with pytest.raises(ConfigError, match="made with --dtype fp16, .* fp32; .*--overwrite"):
+        with pytest.raises(ConfigError, match=f"made with --dtype {low}, .* fp32; .*--over"):
             run(store, scorer, "--dtype", dtype)
-    run(store, scorer, "--dtype", "fp16")
+    run(store, scorer, "--dtype", low)
     run(store, scorer, "--dtype", "fp32", "--overwrite")
     exact = [open_array(shard, "mr", "scores")[0] for shard in store.shards]
     assert not np.array_equal(np.concatenate(half), np.concatenate(exact))

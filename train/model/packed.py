@@ -221,12 +221,12 @@ class PackedMaskedLM(nn.Module):
             for part, labels in zip(rows.split(size), masked_labels.split(size), strict=True)
         ])
 
-    def in_half(self) -> PackedMaskedLM:
-        """Return a copy in fp16, for inference."""
+    def in_half(self, dtype: torch.dtype) -> PackedMaskedLM:
+        """Return a copy in fp16 or bf16, for inference."""
         hf = deepcopy(self.hf)
         # A copied function is still the one of this model's layer.
         del self.family.layers(self.family.encoder(hf))[-1].forward
         twin = PackedMaskedLM(hf, {}, self.fresh_head)
         for parameter in twin.parameters():  # buffers stay: frequencies of positions need fp32
-            parameter.data = parameter.data.half()
+            parameter.data = parameter.data.to(dtype)
         return twin.train(self.training)

@@ -213,7 +213,7 @@ def measure_gradient(
     ask = Classifier(runner, queries, EDGE)
     with Progress(len(queries), "sequence", every, label=f"classify{who}") as progress:
         right = ask.find_right(progress)
-    alone = replace(runner, half=False, cut=one_by_one, min_width=0, compute=margin_gradient,
+    alone = replace(runner, half=None, cut=one_by_one, min_width=0, compute=margin_gradient,
                     work=2)
     texts = ask.texts.take(right)
     aspects = ask.aspects.take(right) if runner.template.between else None

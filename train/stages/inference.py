@@ -204,21 +204,25 @@ PASSES_AHEAD = 2
 _PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""`Runner.half` for each precision."""
+
+
 def choose_dtype(dtype: str) -> str:
-    """Return fp16 or fp32 for the value of `--dtype`; auto is fp16 on a GPU."""
+    """Return the key of `HALF` for the value of `--dtype`; auto is fp16 on a GPU, else fp32."""
     if dtype != "auto":
         return dtype
     return "fp16" if torch.cuda.is_available() else "fp32"
 
 
-def in_half(model: Any) -> Any:
-    """Return a copy of a model in fp16, but for its last linear layer, which makes fp32 logits."""
+def in_half(model: Any, dtype: torch.dtype) -> Any:
+    """Return a copy of a model in fp16 or bf16, whose last linear layer makes fp32 logits."""
     twin = deepcopy(model)
     *_, top = (module for module in twin.modules() if isinstance(module, nn.Linear))
     exact = {id(parameter) for parameter in top.parameters()}
     for parameter in twin.parameters():  # buffers stay: frequencies of positions need fp32
         if id(parameter) not in exact:
-            parameter.data = parameter.data.half()
+            parameter.data = parameter.data.to(dtype)
     top.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     return twin
 
@@ -243,14 +247,15 @@ class Runner:
     model: a transformers model in fp32; called with `input_ids`, if it knows segments
         `token_type_ids`, and where there is padding `attention_mask`, `(B, L)` int64 each, or a
         complete mask, which spares transformers a look at it; returns an object with `logits`.
-    half: compute in fp16 (`in_half`). A pass whose answers are not finite is repeated in fp32.
+    half: compute in this precision (`in_half`), and repeat in fp32 a pass whose answers are not
+        finite; None is fp32.
     cut: lengths `(N,)` and budget of slots -> indices of the inputs of each batch; None is
         `budget_batches`.
     min_width: slots to which every input is padded at least; implies a mask.
     compute: (runner, model, inputs of a batch) -> answer, instead of one of the logits. The inputs
         have the plain mask of the padding, and those of the targets of `run`. It says itself
         whether it needs gradients; its answer has none.
-    to_half: makes the copy of the model in fp16.
+    to_half: makes the copy of the model in that precision.
     work: forward passes that one pass costs: 2 where `compute` asks for gradients of its inputs.
     counts: the cost so far: "passes", "inputs", real "tokens", "slots" with padding, passes
         "repeated" in fp32, and "flops", 0 for an unknown family of models.
@@ -261,17 +266,17 @@ class Runner:
     tokenizer: Any
     device: torch.device
     batch_tokens: int
-    half: bool = False
+    half: torch.dtype | None = None
     cut: Cut | None = None
     min_width: int = 0
     compute: Compute | None = None
     work: float = 1
-    to_half: Callable[[Any], Any] = in_half
+    to_half: Callable[[Any, torch.dtype], Any] = in_half
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval()
-        self._quick: Any = self.to_half(self.model) if self.half else self.model
+        self._quick: Any = self.to_half(self.model, self.half) if self.half else self.model
         self._pad_id = self.tokenizer.pad_token_id
         config = getattr(self.model, "config", None)
         self._segments = getattr(config, "type_vocab_size", 0) > 1
@@ -318,7 +323,8 @@ class Runner:
             sums = int(lengths[batch].sum()), int((lengths[batch] ** 2).sum())
             self.counts.update(passes=1, inputs=len(batch), tokens=sums[0],
                                slots=inputs["input_ids"].size, flops=int(self._flops @ sums))
-            waiting.append(_Pass(batch, starts, inputs, *self._start(inputs, answer, self.half)))
+            started = self._start(inputs, answer, bool(self.half))
+            waiting.append(_Pass(batch, starts, inputs, *started))
             if len(waiting) > PASSES_AHEAD:
                 yield self._finish(waiting.popleft(), answer)
         while waiting:

@@ -217,7 +217,7 @@ _MASKED_LM = Network(
     ("ForMaskedLM", "ForPreTraining"), "give the hf/ folder of train/pretrain.py",
     _load_masked_lms,
     {"compute": masked_loss,
-     "to_half": lambda models: nn.ModuleList([model.in_half() for model in models])},
+     "to_half": lambda models, dtype: nn.ModuleList([model.in_half(dtype) for model in models])},
     block=1 / 16,  # a token is read in every pass
 )
 
@@ -254,7 +254,7 @@ MEASURES: dict[str, Measure] = {
 
 def open_runner(
     measure: str, names: list[str], template: Template, tokenizer: Any, device: torch.device,
-    batch_tokens: int | None, half: bool, trust_remote_code: bool = False,
+    batch_tokens: int | None, half: torch.dtype | None, trust_remote_code: bool = False,
 ) -> Runner:
     """Load what a measure needs, ready to run.
 

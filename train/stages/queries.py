@@ -155,7 +155,7 @@ class Classifier:
     """
 
     def __init__(self, runner: Runner, queries: list[Query], edge: float) -> None:
-        exact = replace(runner, half=False)  # with the same counts
+        exact = replace(runner, half=None)  # with the same counts
         alone = replace(exact, cut=one_by_one, min_width=0)
         self.ways = [Way("fp32", exact, lambda *_: edge), Way("alone", alone, lambda *_: 0.0)]
         if runner.half:

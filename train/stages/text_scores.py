@@ -90,7 +90,7 @@ class TextScorer:
                   if "mlm" in needs else None)
         template = special_template(self.tokenizer, pair=False)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._runner = open_runner(measure, names, template, self.tokenizer, where, None, False)
+        self._runner = open_runner(measure, names, template, self.tokenizer, where, None, None)
         self._score, self._limit = bind(measure, passes), width - template.num_special
         self._backend, self._language = prepare_backend(self.tokenizer), language
 
