@@ -651,8 +651,8 @@ class _InferenceConfig(_CommandConfig, LengthOptions):
     """What every command that runs a trained network over text has in common."""
 
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = _flag(
-        "auto", "precision of the network; auto: fp16 on a GPU, else fp32; bf16: for scores, on a "
-        "CPU that multiplies in it", SPEED
+        "auto", "precision of the network; auto: fp16 on a GPU, bf16 for a token scorer on a CPU "
+        "that multiplies in it, else fp32", SPEED
     )
     batch_tokens: int | None = _flag(
         None, "token slots per forward pass (default: 8192 on a CPU, 65536 on a GPU)", SPEED,

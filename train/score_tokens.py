@@ -69,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     config = fit_row_length(hf_config, config)
     passes = word_passes(config, tokenizer) if "mlm" in measure.needs else None
     weights = open_weights(name).hf_digest
-    dtype = "fp32" if config.measure == "gradient" else choose_dtype(config.dtype)
+    dtype = ("fp32" if config.measure == "gradient"
+             else choose_dtype(config.dtype, may_be_bf16=config.measure == "scorer"))
     identity = build(
         "score_tokens",
         inputs={"store": store.fingerprint, "weights": weights},

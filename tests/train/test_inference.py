@@ -205,11 +205,15 @@ def test_the_host_does_not_wait_for_a_pass():
     np.testing.assert_allclose(seen["cuda", torch.float16], seen["cpu", None], atol=2e-2)
 
 
-def test_auto_is_fp16_on_a_gpu(monkeypatch):
-    for has_gpu, dtype in ((True, "fp16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
-        assert choose_dtype("auto") == dtype
-        assert [choose_dtype(name) for name in ("fp16", "fp32")] == ["fp16", "fp32"]
+@pytest.mark.parametrize(("has_gpu", "is_fast", "exact", "coarse"), [
+    (True, False, "fp16", "fp16"), (False, False, "fp32", "fp32"), (False, True, "fp32", "bf16"),
+])
+def test_auto_is_what_the_device_computes_quickly(monkeypatch, has_gpu, is_fast, exact, coarse):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr("train.stages.inference.has_fast_bf16", lambda: is_fast)
+    assert choose_dtype("auto") == exact
+    assert choose_dtype("auto", may_be_bf16=True) == coarse
+    assert [choose_dtype(name, True) for name in ("fp16", "fp32")] == ["fp16", "fp32"]
 
 
 class Noisy(torch.nn.Module):

@@ -356,7 +356,9 @@ def test_masks_do_not_depend_on_batches_or_precision(
 
 
 @pytest.mark.parametrize("low", ["fp16", "bf16"])
-def test_scores_of_two_precisions_are_not_mixed(low, store, scorer, no_process_group, capsys):
+def test_scores_of_two_precisions_are_not_mixed(low, store, scorer, no_process_group, capsys,
+                                                monkeypatch):
+    monkeypatch.setattr("train.stages.inference.has_fast_bf16", lambda: False)
     run(store, scorer, "--dtype", low)
     assert f"tokens/s, 1 ranks, cpu, {low}): " in capsys.readouterr().out
     half = [open_array(shard, "mr", "scores")[0] for shard in store.shards]

@@ -43,7 +43,7 @@ MEASURED_STEPS = 6  # at least; the first is not counted
 MEASURE_SECONDS = 60.0  # after which the measurement is stopped
 STEP_WORK = 4e9  # parameters x tokens of a measured step on a CPU: about a second of two cores
 # Not measured.
-SLOWER_IN_FP32 = 2.0  # scoring, annotating and tests of a CPU that trains in bf16: as on a Zen 5
+SLOWER_IN_FP32 = 2.0  # annotating and tests of a CPU that trains in bf16: as on a Zen 5
 READ_BYTES_PER_SECOND = 1e6  # of text, tokenized by one process
 ARRAY_TOKENS_PER_SECOND = 2e6  # scored by counting, or masked
 LIGHT_SECONDS = 3.0  # a process that runs no network
@@ -336,7 +336,9 @@ class Estimator:
             tokens = self.tokens.get(config.tokens)
             times = {"scorer": 1, "gradient": 3, "surprise": config.num_passes or 7,
                      "excess": 2 * (config.num_passes or 7)}[config.measure]
-            return (None if tokens is None else self.exact * times * tokens * network.encoder,
+            low = config.dtype == "bf16" or config.dtype == "auto" and config.measure == "scorer"
+            weight = 1.0 if low else self.exact
+            return (None if tokens is None else weight * times * tokens * network.encoder,
                     2 * (tokens or 0.0), 1)
         if script == "fit_scorer":
             train, length = self._annotated(config.annotations)

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from preprocess.errors import ConfigError
 from preprocess.progress import say
 from preprocess.store import ranges
+from train.engine import has_fast_bf16
 from train.model import FAMILIES, attention_mask, forward_flops, other_outputs
 
 
@@ -208,11 +209,17 @@ HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 """`Runner.half` for each precision."""
 
 
-def choose_dtype(dtype: str) -> str:
-    """Return the key of `HALF` for the value of `--dtype`; auto is fp16 on a GPU, else fp32."""
+def choose_dtype(dtype: str, may_be_bf16: bool = False) -> str:
+    """Return the key of `HALF` for the value of `--dtype`.
+
+    Args:
+        dtype: auto is fp16 on a GPU, and on a CPU the quickest of fp32 and, if it will do, bf16.
+    """
     if dtype != "auto":
         return dtype
-    return "fp16" if torch.cuda.is_available() else "fp32"
+    if torch.cuda.is_available():
+        return "fp16"
+    return "bf16" if may_be_bf16 and has_fast_bf16() else "fp32"
 
 
 def in_half(model: Any, dtype: torch.dtype) -> Any:
