@@ -21,6 +21,7 @@ from train.recipes.checks import Checked, Checker, flags_of, outcome, replaced, 
 from train.recipes.estimate import (
     Measurement,
     StepEstimate,
+    fit_line,
     network_of,
     size_of_text,
 )
@@ -163,9 +164,10 @@ def test_measured_steps_give_a_time(dry_run, capsys, monkeypatch):
     monkeypatch.setattr("train.recipes.estimate.MEASURE_SECONDS", 600.0)  # of a busy machine
     dry_run("arms=[none, random]", "task_guided.max_steps=3", flags=("--launcher", "python"))
     out = capsys.readouterr().out
-    found = re.search(r"about ([\d.]+) minutes with --jobs 1, from (\d+) measured steps of (\d+) x "
-                      r"32 slots", out)
+    found = re.search(r"about ([\d.]+) minutes with --jobs 1, from (\d+) measured steps of (\d+) "
+                      r"and (\d+) x 32 slots: .*, [\d.]+ s per update", out)
     assert found and 0 < float(found[1]) < 10 and int(found[2]) >= 3
+    assert int(found[3]) < int(found[4])
     assert all(re.search(r"\s\d+\s", line) for step, line in rows_of(out).items()
                if step.startswith(("task_guided", "finetune")))
 
@@ -227,7 +229,7 @@ def test_the_schedule_is_that_of_the_jobs():
 
 
 def test_seconds_follow_the_labels_and_the_precision(dry_run, capsys, monkeypatch):
-    slow = Measurement(rate=1e3, start=0.0, imports=0.0, steps=3, rows=8, slots=32)
+    slow = Measurement(rate=1e3, update=0.0, start=0.0, imports=0.0, steps=3, rows=(8,), slots=32)
     monkeypatch.setattr("train.recipes.rehearsal.measure", lambda *_: slow)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True},
                         raising=False)
@@ -243,10 +245,35 @@ def test_seconds_follow_the_labels_and_the_precision(dry_run, capsys, monkeypatc
     for name, factor in (("annotate", 4), ("scorer", 4), ("classifier", 1), ("score", 1)):
         few, many = (plain[f"{name}-labels{budget}-seed42"] for budget in (10, 40))
         assert few < many if name == "classifier" else many == pytest.approx(factor * few, rel=0.01)
-    for name in ("annotate", "score"):  # in fp32, which takes longer than what was measured
+    for name, factor in (("annotate", 2), ("scorer", 1), ("score", 1)):  # annotates in fp32
         name += "-labels10-seed42"
-        assert fast[name] == pytest.approx(2 * plain[name], rel=0.01)
-    assert fast["scorer-labels10-seed42"] == plain["scorer-labels10-seed42"]
+        assert fast[name] == pytest.approx(factor * plain[name], rel=0.01)
+
+
+@pytest.mark.parametrize(("work", "seconds", "expected"), [
+    ([2.0, 8.0], [0.5, 1.1], (10.0, 0.3)),
+    ([2.0], [0.5], (4.0, 0.0)),
+    ([2.0, 8.0], [0.5, 2.5], (3.2, 0.0)),  # a larger batch is slower per row
+    ([2.0, 8.0], [0.5, 0.4], (20.0, 0.0)),  # noise
+])
+def test_what_steps_take_whatever_their_batch(work, seconds, expected):
+    assert fit_line(work, seconds) == pytest.approx(expected)
+
+
+def test_updates_count_where_batches_are_small(dry_run, capsys, monkeypatch):
+    """4 epochs of 40 examples in batches of 8 are 20 updates, of 10 seconds each."""
+    found = {}
+    for update in (0.0, 10.0):
+        measured = Measurement(rate=1e9, update=update, start=0.0, imports=0.0, steps=3, rows=(8,),
+                               slots=32)
+        monkeypatch.setattr("train.recipes.rehearsal.measure", lambda *_, one=measured: one)
+        dry_run("arms=[random]", "label_budgets=[40]", "finetune.num_train_epochs=4",
+                "finetune.train_batch_size=8", "finetune.seeds=13", "task_guided.max_steps=3",
+                flags=("--launcher", "python"))
+        found[update] = rows_of(capsys.readouterr().out)
+    for name, updates in (("task_guided-random-seed42", 3), ("finetune-random-seed42", 20)):
+        plain, more = (float(found[update][name].split()[1]) for update in (0.0, 10.0))
+        assert more - plain == pytest.approx(10 * updates, abs=2)
 
 
 def test_the_size_of_a_text_is_counted(reviews_file):

@@ -4,9 +4,10 @@ Disk follows from sizes: a store has 2 bytes per token, scores 2, a mask index 4
 model has 4 bytes per parameter, a checkpoint 12. Seconds follow from one measurement on this
 machine (unless `--no_measure`): a few steps of the stage-2 model at its row length. Work is counted
 in tokens times the parameters that a token passes through, three times as much in training as
-without a backward pass; all other steps take it at the measured rate, and each process the measured
-time of a start. Reading text, building masks and the like are not measured: constants stand for
-them.
+without a backward pass; all other steps take it at the measured rate, each update of the weights
+what it takes whatever the batch (on a CPU, from steps with two sizes of batch), and each process
+the measured time of a start. Reading text, building masks and the like are not measured: constants
+stand for them.
 """
 
 from __future__ import annotations
@@ -83,16 +84,30 @@ class TextSize(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """rate: parameters x tokens per second, forward alone. start: seconds of a training process
-    without its steps. imports: seconds of its imports. steps: that were measured. rows, slots: of
-    each."""
+    """rate: parameters x tokens per second, forward alone. update: seconds of an optimizer step,
+    whatever the batch. start: seconds of a training process without its steps. imports: seconds of
+    its imports. steps: that were measured. rows: of their batches. slots: of a row."""
 
     rate: float
+    update: float
     start: float
     imports: float
     steps: int
-    rows: int
+    rows: tuple[int, ...]
     slots: int
+
+
+class Work(NamedTuple):
+    """What a step of the plan has to do.
+
+    passes: parameters x tokens, forward alone, with the weight of what runs in fp32 while training
+    does not; None where a size is unknown. kept: bytes. updates: optimizer steps. models: that are
+    trained."""
+
+    passes: float | None
+    kept: float
+    updates: float = 0.0
+    models: int = 1
 
 
 @dataclass
@@ -166,33 +181,67 @@ def bytes_per_token(checker: Checker, name: str) -> float:
 
 def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | None,
             imports: float) -> Measurement | str:
-    """Train the stage-2 model for a few steps on the sample; return why not where it cannot.
-
-    It is killed after its steps, before it writes a checkpoint into the scratch folder.
-    """
+    """Train the stage-2 model for a few steps on the sample; return why not where it cannot."""
     trained = [one for one in found if Path(one.step.command[0]).stem == "pretrain"
                and one.config is not None and one.config.max_steps]
     trained.sort(key=lambda one: not one.step.name.startswith("task_guided"))
     chosen = next((one for one in trained if checker.stand_ins(one.step)), None)
-    words = checker.stand_ins(chosen.step) if chosen else []
     if not trained:
         return "no step pre-trains, and only such steps are measured"
     if chosen is None or network is None:
         return "no step can be measured: its encoder or its text is not here"
     import torch
 
-    from train.run_dir.metrics import TOKENS_PER_SECOND
-
     slots, config = chosen.config.max_seq_length, chosen.config
     rows = config.per_device_train_batch_size or config.train_batch_size or 32
+    sizes = [32 if rows == "auto" else rows]
     if not torch.cuda.is_available():
-        rows = 8 if rows == "auto" else rows
-        rows = max(1, min(rows, int(STEP_WORK / network.encoder / slots)))
-    if rows == "auto":
-        rows = 32
-    folder = checker.scratch / "measured"
-    words = without(words, "export_steps", "gradient_accumulation_steps", "head_only_steps",
-                    "eval_steps", "eval_mask_index", "mlm_probability")
+        most = 8 if rows == "auto" else rows
+        few = max(1, min(most // 4, int(STEP_WORK / network.encoder / slots)))
+        sizes = [few, *{min(most, 4 * few)} - {few}]
+    timed: list[_Timed] = []
+    for size in sizes:
+        one = _time_steps(checker, chosen, size)
+        if isinstance(one, str):
+            if timed:  # the larger batch takes too long
+                break
+            return one
+        timed.append(one)
+    masked = float(config.mask_rates()[0]) if not config.mask_index else 0.15
+    per_row = 3 * (network.encoder + masked * network.head) * slots
+    per_second, update = fit_line([per_row * size for size in sizes[:len(timed)]],
+                                  [one.seconds for one in timed])
+    return Measurement(per_second, update, timed[0].start, imports, sum(one.steps for one in timed),
+                       tuple(sizes[:len(timed)]), slots)
+
+
+def fit_line(work: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the work per second, and the seconds that steps take besides; 0 if not to be told."""
+    if len(work) == 2 and seconds[1] > seconds[0]:
+        rate = (work[1] - work[0]) / (seconds[1] - seconds[0])
+        if (besides := seconds[0] - work[0] / rate) > 0:
+            return rate, besides
+    return work[-1] / seconds[-1], 0.0
+
+
+class _Timed(NamedTuple):
+    """seconds: of a step, the median. start: of the process, without steps. steps: how many."""
+
+    seconds: float
+    start: float
+    steps: int
+
+
+def _time_steps(checker: Checker, chosen: Checked, rows: int) -> _Timed | str:
+    """Take a few steps with batches of `rows` rows, or say why none can be timed.
+
+    The command is killed after its steps, before it writes a checkpoint into the scratch folder.
+    """
+    from train.run_dir.metrics import TOKENS_PER_SECOND
+
+    folder = checker.scratch / f"measured{rows}"
+    words = without(checker.stand_ins(chosen.step), "export_steps", "gradient_accumulation_steps",
+                    "head_only_steps", "eval_steps", "eval_mask_index", "mlm_probability")
     for flag, value in (("max_steps", 2 * MEASURED_STEPS), ("logging_steps", 1),
                         ("train_batch_size", rows), ("per_device_train_batch_size", rows),
                         ("eval_fraction", 0), ("save_steps", 0), ("output_dir", folder)):
@@ -208,17 +257,14 @@ def measure(checker: Checker, found: Sequence[Checked], network: EncoderSize | N
     lines, code = outcome([chosen.step.command[0], *words], MEASURE_SECONDS,
                           lambda: len(logged()) >= MEASURED_STEPS)
     seconds = time.monotonic() - begin
-    rates = [row[TOKENS_PER_SECOND] for row in logged() if row["step"] > 1]
-    spent = sum(rows * slots / rate for rate in rates)
-    if not rates and seconds > MEASURE_SECONDS:
+    each = [rows * chosen.config.max_seq_length / row[TOKENS_PER_SECOND] for row in logged()
+            if row["step"] > 1]
+    if not each and seconds > MEASURE_SECONDS:
         return f"unknown, since {chosen.step.name} has not taken 2 steps in {MEASURE_SECONDS:.0f} s"
-    if not rates:
+    if not each:
         return f"unknown, since {chosen.step.name} has failed after its start: " + (
             next((line for line in reversed(lines) if line.strip()), f"exit code {code}"))
-    masked = float(config.mask_rates()[0]) if not config.mask_index else 0.15
-    work = 3 * (network.encoder + masked * network.head)
-    return Measurement(work * median(rates), max(0.0, seconds - spent), imports, len(rates), rows,
-                       slots)
+    return _Timed(median(each), max(0.0, seconds - sum(each)), len(each))
 
 
 # ------------------------------------------------------------------------------- the estimates
@@ -307,18 +353,14 @@ class Estimator:
         config, network = one.config, self.network
         if config is None or network is None:
             return StepEstimate()
-        passes, kept, starts = self._work(config, script, network)
-        if self.measured is None or passes is None:
-            return StepEstimate(kept, None)
-        more = max(0, starts - 1) * self.measured.start
-        return StepEstimate(kept, self._start() + more + passes / self.measured.rate)
+        work, measured = self._work(config, script, network), self.measured
+        if measured is None or work.passes is None:
+            return StepEstimate(work.kept, None)
+        return StepEstimate(
+            work.kept, self._start() + (work.models - 1) * measured.start
+            + work.passes / measured.rate + work.updates * measured.update)
 
-    def _work(self, config: Any, script: str, network: EncoderSize
-              ) -> tuple[float | None, float, int]:
-        """Return parameters x tokens (forward alone), the bytes that stay, and models trained.
-
-        What runs in fp32 while training does not counts with its weight.
-        """
+    def _work(self, config: Any, script: str, network: EncoderSize) -> Work:
         model, checkpoint = 4.0 * network.parameters, 12.0 * network.parameters
         kept = 0.0 if self.options.clean == "checkpoints" else checkpoint
         if script == "pretrain":
@@ -330,37 +372,41 @@ class Estimator:
                 1 + (config.max_steps // config.eval_steps if config.eval_steps else 1))
             many = min(config.save_total_limit, 1 + (
                 config.max_steps // config.save_steps if config.save_steps else 0))
-            return (3 * slots + held) * per_token, model * (
-                1 + len(config.export_steps)) + many * kept, 1
+            return Work((3 * slots + held) * per_token,
+                        model * (1 + len(config.export_steps)) + many * kept, config.max_steps)
         if script == "score_tokens":
             tokens = self.tokens.get(config.tokens)
             times = {"scorer": 1, "gradient": 3, "surprise": config.num_passes or 7,
                      "excess": 2 * (config.num_passes or 7)}[config.measure]
             low = config.dtype == "bf16" or config.dtype == "auto" and config.measure == "scorer"
             weight = 1.0 if low else self.exact
-            return (None if tokens is None else weight * times * tokens * network.encoder,
-                    2 * (tokens or 0.0), 1)
+            return Work(None if tokens is None else weight * times * tokens * network.encoder,
+                        2 * (tokens or 0.0))
         if script == "fit_scorer":
             train, length = self._annotated(config.annotations)
-            return 3.2 * config.num_train_epochs * train * length * network.encoder, model, 1
+            seen = config.num_train_epochs * train
+            return Work(3.2 * seen * length * network.encoder, model,
+                        seen / (config.train_batch_size or 32))
         if script == "annotate":
             texts, length = self._annotated(config.output)
             inputs = texts * (length + 4) / 2
-            return self.exact * inputs * length * network.encoder, 3 * texts * length, 1
+            return Work(self.exact * inputs * length * network.encoder, 3 * texts * length)
         train, validation, test, length = self._task(config)
         runs = config.runs() if getattr(config, "also", None) else [config]
-        work, models = 0.0, 0
+        passes, updates, models = 0.0, 0.0, 0
         for each in runs:
-            seen = min(train, each.max_train_samples or train, each.label_budget or train)
+            seen = each.num_train_epochs * min(
+                train, each.max_train_samples or train, each.label_budget or train)
             held, tested = (min(many, each.max_eval_samples or many)
                             for many in (validation, test))
             seeds, padded = len(each.seed_list()), 1.2 * min(length, each.max_seq_length)
-            work += seeds * padded * network.encoder * (
-                each.num_train_epochs * 3 * seen + held * (
+            passes += seeds * padded * network.encoder * (
+                3 * seen + held * (
                     1 if each.settled_epoch() == "last" else each.num_train_epochs)
                 + self.exact * tested)
+            updates += seeds * seen / (each.train_batch_size or 32)
             models += seeds
-        return work, models * model, models
+        return Work(passes, models * model, updates, models)
 
     def _task(self, config: Any) -> tuple[int, int, int, float]:
         """Return the examples of each split, and their mean length in tokens."""

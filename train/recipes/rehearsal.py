@@ -164,9 +164,10 @@ def in_total(found: Sequence[Checked], estimates: Sequence[StepEstimate],
     seconds = total_seconds(found, estimates, options.jobs)
     lines.append(
         f"about {seconds / 60:.1f} minutes with --jobs {options.jobs}, from {measured.steps} "
-        f"measured steps of {measured.rows} x {measured.slots} slots: other steps by tokens x "
-        f"parameters ({measured.rate / 1e9:.1f} G per second), starts of "
-        f"{measured.start:.1f} s as measured; text and masks by constants")
+        f"measured steps of {' and '.join(map(str, measured.rows))} x {measured.slots} slots: "
+        f"other steps by tokens x parameters ({measured.rate / 1e9:.1f} G per second), "
+        f"{measured.update:.2f} s per update, starts of {measured.start:.1f} s; text and masks by "
+        "constants")
     if ranks > 1:
         lines.append(f"it is the time of one rank, and {ranks} will share the work of training")
     if unknown:
