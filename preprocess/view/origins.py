@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from preprocess.errors import DataError
@@ -18,6 +19,7 @@ FORMAT_KEYS = {"format_version", "name", "kind", "count", "sha256", "store_finge
 def describe(store: TokenStore, name: str, kind: str) -> list[str]:
     """Write what the JSON beside an array records, one line per key."""
     infos = [open_array(shard, name, kind)[1] for shard in store.shards]
+    described = isinstance(infos[0].get("measure"), dict)  # an option of its name says less
     lines: list[str] = []
 
     def add(entries: dict[str, Any]) -> None:
@@ -28,8 +30,9 @@ def describe(store: TokenStore, name: str, kind: str) -> list[str]:
                     f"measure: {value.get('name')}, in {value.get('unit')}; {what}"))
             elif isinstance(value, dict):
                 add(value)
-            elif key not in FORMAT_KEYS and value is not None:
-                lines.append(printable(f"{key}: {value}"))
+            elif key not in FORMAT_KEYS and value is not None and not (
+                    key == "measure" and described):
+                lines.append(printable(f"{key}: {_brief(value)}"))
 
     add(infos[0])  # shards differ only in the content of their sources
     strategy = _options(infos[0]).get("strategy")
@@ -39,6 +42,14 @@ def describe(store: TokenStore, name: str, kind: str) -> list[str]:
         count = sum(info["count"] for info in infos)
         lines.append(f"masked: {count:,} of {store.num_tokens:,} tokens")
     return list(dict.fromkeys(lines))  # options and identity have some in common
+
+
+def _brief(value: Any) -> str:
+    """Write a number of operations without a fraction, and of a digest as much as tells it apart.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return f"{value:,.0f}"
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", str(value))
 
 
 def _options(info: dict[str, Any]) -> dict[str, Any]:

@@ -256,7 +256,8 @@ def test_scores_without_a_boundary_are_high_by_quantile(store, capsys, tmp_path)
     measure = {"name": "tfidf", "boundary": False, "unit": "weight", "reads_labels": False}
     for shard in TokenStore.open(store).shards:
         scores = np.arange(shard.num_tokens).astype(np.float16)
-        write_array(shard, "idf", "scores", scores, {"measure": measure})
+        write_array(shard, "idf", "scores", scores, {
+            "options": {"measure": "tfidf", "counts": "0f" * 32}, "measure": measure})
     show(store, "--scores", "idf", "--html", str(tmp_path / "p.html"))
     capsys.readouterr()
     page = (tmp_path / "p.html").read_text()
@@ -265,6 +266,7 @@ def test_scores_without_a_boundary_are_high_by_quantile(store, capsys, tmp_path)
     show(store, "--scores", "idf")
     out = capsys.readouterr().out
     assert "important" not in out and "measure: tfidf, in weight; no boundary at 0" in out
+    assert out.count("measure: ") == 1 and not re.search(r"[0-9a-f]{17}", out)
     # 0 to 15 and 0 to 5: three quarters are at most 10, nine tenths at most 13.
     assert "in weight: high+ (above 10), very++ (above 13)" in out
     assert documents_of(out)[2] == "[I] ' m glad+ (+ very+ )++.++"
