@@ -149,6 +149,7 @@ def test_stage_2_is_run_once_for_whatever_it_depends_on(study):
 
 def test_a_finished_study_only_reports(study, run_study):
     assert run_study(study[0]) == ["report"]
+    assert run_study(study[0], "finetune.seeds='13, 43'") == ["report"]
 
 
 def test_more_fine_tuning_seeds_train_only_what_is_missing(study, run_study, tmp_path):

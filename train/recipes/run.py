@@ -174,8 +174,7 @@ def _by_flag(words: list[str]) -> dict[str, str]:
 
 def _without_new_seeds(was: dict[str, str], now: dict[str, str]) -> list[dict[str, str]]:
     """Leave out the seeds where only more are asked for now; finished ones are kept."""
-    seeds = [set(flags.get("--seeds", "").removeprefix("--seeds ").split(","))
-             for flags in (was, now)]
+    seeds = [set(re.findall(r"\d+", flags.get("--seeds", ""))) for flags in (was, now)]
     if not seeds[0] <= seeds[1]:
         return [was, now]
     return [{flag: text for flag, text in flags.items() if flag != "--seeds"}
