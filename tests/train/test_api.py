@@ -138,7 +138,7 @@ def test_texts_are_scored_as_in_a_store(tmp_path, token_scorer, no_process_group
     tokenize_corpus.main(["--input", str(tmp_path / "texts.txt"), "--tokenizer", token_scorer,
                           "--output", prefix])
     score_tokens.main(["--model_name_or_path", token_scorer, "--tokens", prefix, "--name", "s",
-                       "--max_seq_length", "64"])
+                       "--max_seq_length", "64", "--dtype", "fp32"])
     shard = TokenStore.open(prefix).shards[0]
     expected = np.asarray(open_array(shard, "s", "scores")[0], np.float32)
     found = api.TextScorer(token_scorer, max_seq_length=64, device="cpu")(TEXTS)
