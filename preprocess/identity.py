@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -164,11 +165,16 @@ def _flag(path: str) -> str:
     return f"--{parts[-1]}"
 
 
+def shorten_digests(text: str) -> str:
+    """Return a text with as much of each SHA-256 in it as tells it apart."""
+    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", text)
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "none"
-    if isinstance(value, str) and len(value) == 64:  # a digest
-        return value[:16]
+    if isinstance(value, str):
+        return shorten_digests(value)
     if isinstance(value, list):
         return " ".join(map(_show, value)) or "none"
     return str(value)

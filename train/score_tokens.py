@@ -47,7 +47,7 @@ from train.model import (
 from train.run_dir.hf_folder import open_weights
 from train.run_dir.identity import architecture, numerics
 from train.stages import scoring
-from train.stages.inference import HALF, check_trained, choose_dtype, special_template
+from train.stages.inference import HALF, check_trained, scoring_dtype, special_template
 from train.stages.measures import (
     MEASURES,
     NETWORKS,
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     config = fit_row_length(hf_config, config)
     passes = word_passes(config, tokenizer) if "mlm" in measure.needs else None
     weights = open_weights(name).hf_digest
-    dtype = ("fp32" if config.measure == "gradient"
-             else choose_dtype(config.dtype, may_be_bf16=config.measure == "scorer"))
+    dtype = scoring_dtype(config.measure, config.dtype)
     identity = build(
         "score_tokens",
         inputs={"store": store.fingerprint, "weights": weights},

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from preprocess.errors import DataError
+from preprocess.identity import shorten_digests
 from preprocess.masking import ARRAY_NEEDS, STRATEGIES
 from preprocess.store import TokenStore, open_array
 from preprocess.text.continuations import WordTable
@@ -49,7 +49,7 @@ def _brief(value: Any) -> str:
     """
     if isinstance(value, float) and value.is_integer():
         return f"{value:,.0f}"
-    return re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1", str(value))
+    return shorten_digests(str(value))
 
 
 def _options(info: dict[str, Any]) -> dict[str, Any]:

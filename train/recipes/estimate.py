@@ -375,11 +375,13 @@ class Estimator:
             return Work((3 * slots + held) * per_token,
                         model * (1 + len(config.export_steps)) + many * kept, config.max_steps)
         if script == "score_tokens":
+            from train.stages.inference import scoring_dtype
+
             tokens = self.tokens.get(config.tokens)
             times = {"scorer": 1, "gradient": 3, "surprise": config.num_passes or 7,
                      "excess": 2 * (config.num_passes or 7)}[config.measure]
-            low = config.dtype == "bf16" or config.dtype == "auto" and config.measure == "scorer"
-            weight = 1.0 if low else self.exact
+            is_low = scoring_dtype(config.measure, config.dtype) == "bf16"
+            weight = 1.0 if is_low else self.exact
             return Work(None if tokens is None else weight * times * tokens * network.encoder,
                         2 * (tokens or 0.0))
         if script == "fit_scorer":

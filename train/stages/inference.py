@@ -222,6 +222,13 @@ def choose_dtype(dtype: str, may_be_bf16: bool = False) -> str:
     return "bf16" if may_be_bf16 and has_fast_bf16() else "fp32"
 
 
+def scoring_dtype(measure: str, dtype: str) -> str:
+    """Return the key of `HALF` that `score_tokens.py --measure ... --dtype ...` computes in."""
+    if measure == "gradient":
+        return "fp32"
+    return choose_dtype(dtype, may_be_bf16=measure == "scorer")
+
+
 def in_half(model: Any, dtype: torch.dtype) -> Any:
     """Return a copy of a model in fp16 or bf16, whose last linear layer makes fp32 logits."""
     twin = deepcopy(model)
