@@ -51,6 +51,7 @@ def settings(encoder: str, text: str, files: dict[str, str]) -> list[str]:
         f"eval_fraction: {EVAL_FRACTION}, learning_rate: 5e-3}}",
         "classifier.num_train_epochs=12", "classifier.train_batch_size=8",
         "annotate.drop_stop_words=false", "scorer.num_train_epochs=10", "scorer.train_batch_size=8",
+        "score.dtype=fp32",  # bf16 rounds by the number of threads, of which each rank has fewer
         f"task_guided.max_steps={STEPS}", f"task_guided.max_seq_length={SLOTS}",
         "task_guided.train_batch_size=8", f"task_guided.eval_fraction={EVAL_FRACTION}",
         "task_guided.logging_steps=1", "finetune.num_train_epochs=12",
@@ -417,7 +418,7 @@ def test_two_ranks_do_what_one_does(
     np.testing.assert_array_equal(*marks)
     scores = [open_array(domain(ranks).shards[0], name, "scores")[0].astype(np.float64)
               for name in ("task", "ranks")]
-    np.testing.assert_allclose(*scores, atol=2e-3)
+    np.testing.assert_allclose(*scores, rtol=2e-3, atol=2e-3)  # stored in fp16
     rows = [json.loads((folder / "classifier" / "results.jsonl").read_text().splitlines()[0])
             for folder in (root, ranks)]
     results = [json.loads((folder / "scorer" / "results.json").read_text())
