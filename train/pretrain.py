@@ -177,9 +177,8 @@ def trial(config: PretrainConfig) -> fitting.Trial:
     """Build the model, and what runs it on more and more rows of this run; joins the group."""
     device, inputs = ds.start(), read_inputs(config)
     resolved = inputs.resolved
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     module = mlm.build_model(config, inputs.store, config.from_scratch)
-    module.to(device, dtype[resolved.precision]).train()
+    module.to(device, model.DTYPES[resolved.precision]).train()
 
     def run(size: int) -> None:
         # At the largest rate of a schedule.

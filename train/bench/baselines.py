@@ -36,7 +36,7 @@ from preprocess.store import TokenStore
 from train import engine as ds
 from train.bench.throughput import Laps, no_laps
 from train.data import PackedBatch, StepBatch
-from train.model import PackedMaskedLM, uncompiled
+from train.model import DTYPES, PackedMaskedLM, uncompiled
 
 BASELINES = ("transformers-grouped", "transformers-lines", "gather-grouped", "gather-lines")
 TEXTS_A_MAP = 1000  # texts that `datasets` hands to `group_texts` at once
@@ -240,8 +240,6 @@ class TrainerLoop:
 
 
 # --------------------------------------------------------------------------------------- bare
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class BareLoop:

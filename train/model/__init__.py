@@ -17,7 +17,7 @@ from train.model.families import (
     first_slot_only,
     token_rows,
 )
-from train.model.flops import Peak, StepFlops, count_flops, forward_flops, peak_flops
+from train.model.flops import DTYPES, Peak, StepFlops, count_flops, forward_flops, peak_flops
 from train.model.loading import (
     BERT_SIZES,
     SCORER_LABELS,
@@ -39,6 +39,7 @@ from train.model.patching import patch, unpatch
 
 __all__ = [
     "BERT_SIZES",
+    "DTYPES",
     "FAMILIES",
     "PackedMaskedLM",
     "Peak",

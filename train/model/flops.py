@@ -21,6 +21,9 @@ import csrc
 from train.model.families import FAMILIES, Family
 from train.model.packed import PackedMaskedLM
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What each precision of a run computes in."""
+
 # Dense 16-bit tensor-core rates of the makers' data sheets, operations per second. The longest name
 # that is part of the device's name counts.
 GPU_PEAKS = {
@@ -115,9 +118,8 @@ def peak_flops(device: torch.device, precision: str) -> Peak:
         for known in sorted(GPU_PEAKS, key=len, reverse=True):
             if known in name:
                 return Peak(GPU_PEAKS[known], f"data sheet of {known}, 16 bit, dense")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     size = 8192 if device.type == "cuda" else 1024
-    rate = _measure_matmul(size, device, dtype)
+    rate = _measure_matmul(size, device, DTYPES[precision])
     return Peak(rate, f"measured: {precision} product of two {size} x {size} matrices")
 
 
