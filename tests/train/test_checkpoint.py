@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -341,7 +342,7 @@ def test_a_kill_before_the_options_were_written_is_no_other_run(tmp_path):
 @pytest.fixture
 def on_two_nodes(monkeypatch) -> Callable[..., list[Any]]:
     """Call a function on two ranks of two hosts (threads here); return or catch its results."""
-    here, gate, shared = threading.local(), threading.Barrier(2), [None, None]
+    here, gate, shared = threading.local(), threading.Barrier(2, timeout=60), [None] * 2
 
     def gather(value: Any) -> list[Any]:
         gate.wait()
@@ -408,6 +409,24 @@ def test_a_run_directory_has_one_writer(tmp_path, on_two_nodes, monkeypatch):
             folder.check_run_dir(config)
         folder.check_run_dir(replace(config, dry_run=True))
     assert folder.check_run_dir(config) == tmp_path / "run"
+
+
+def test_a_slow_rank_looks_before_the_folder_is_locked(tmp_path, on_two_nodes, monkeypatch):
+    """Joining the group is no meeting where all have joined it before, as in a second command."""
+    monkeypatch.setattr(folder, "_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(ds, "is_main", lambda: ds.ranks().rank == 0)
+
+    def command(name: str) -> list[str]:
+        if not ds.is_main():
+            time.sleep(0.3)
+        run_dir = folder.check_run_dir(TrainingConfig(output_dir=str(tmp_path / name)))
+        with folder.sole_writer(run_dir):
+            ds.barrier()
+            found = os.listdir(run_dir)
+            ds.barrier()
+            return found
+
+    assert on_two_nodes(command, "run", "run") == [[".lock"]] * 2
 
 
 def test_a_network_disk_may_show_a_file_late(tmp_path, on_two_nodes, monkeypatch):

@@ -48,6 +48,7 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
         ConfigError: another process writes there; on every rank.
     """
     ds.start()
+    ds.barrier()  # else a rank that has yet to look takes the lock of rank 0 for another run's
     lock, refused = None, ""
     if ds.is_main():
         try:
