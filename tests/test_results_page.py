@@ -23,7 +23,7 @@ def test_tables_are_those_of_the_file(path, monkeypatch):
     page = report.make_page(path.stem, [], read_studies([path]), [], [])
     made = {table.file: table.as_text() for table in page.tables}
     shown = {name: text for stem, name, text in SHOWN if stem == path.stem}
-    assert {"table", "differences", "power"} <= shown.keys()
+    assert {"table", "differences"} <= shown.keys()
     for name, text in shown.items():
         assert made[name].rstrip() == text.rstrip(), name
 
