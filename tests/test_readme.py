@@ -290,7 +290,7 @@ def test_pages_are_short_and_plain(page):
     text = PAGES[page]
     assert text.isascii()
     # The page of all policies is read by the section; that of results has the tables of reports.
-    limits = {"": 220, "preprocess/masking": 400, "RESULTS.md": 540, "train/API.md": 200}
+    limits = {"": 220, "preprocess/masking": 400, "RESULTS.md": 550, "train/API.md": 200}
     assert len(text.splitlines()) <= limits.get(page, 300)
     for line in text.splitlines():
         # Tables of a report are shown as it prints them.
