@@ -32,3 +32,4 @@ def test_every_picture_and_file_is_shown():
     for path in (ROOT / "results").iterdir():
         assert f"results/{path.name}" in PAGE, path.name
     assert {stem for stem, *_ in SHOWN} == {path.stem for path in FILES}
+    assert ("study_cpu", "power") in [shown[:2] for shown in SHOWN], "the page chooses seeds by it"

@@ -31,7 +31,7 @@ from preprocess.errors import ConfigError
 from preprocess.progress import say
 from preprocess.store import ranges
 from train.engine import has_fast_bf16
-from train.model import FAMILIES, attention_mask, forward_flops, other_outputs
+from train.model import DTYPES, FAMILIES, attention_mask, forward_flops, other_outputs
 
 
 class Template(NamedTuple):
@@ -205,7 +205,7 @@ PASSES_AHEAD = 2
 _PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-HALF = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+HALF: dict[str, torch.dtype | None] = {**DTYPES, "fp32": None}
 """`Runner.half` for each precision."""
 
 
